@@ -1,0 +1,318 @@
+//! The descriptor: everything about an attention shape that stays the same from step to step.
+
+use super::dtype::Dtype;
+use super::placement::Placement;
+use crate::error::{Error, Result};
+
+/// The largest head dimension served.
+pub const MAX_HEAD_DIM: i32 = 1024;
+
+macro_rules! codes {
+    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $code:literal => $text:literal),* $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+        #[repr(i32)]
+        pub enum $name { $($(#[$vdoc])* $variant = $code),* }
+
+        impl $name {
+            /// The value with this code of the C ABI.
+            pub fn from_code(field: &str, code: i32) -> Result<$name> {
+                match code {
+                    $($code => Ok($name::$variant),)*
+                    _ => Err(Error::invalid(field, code, concat!("a ", stringify!($name), " code:" $(, " ", $text)*))),
+                }
+            }
+
+            /// The name used in messages and reports.
+            pub fn name(self) -> &'static str {
+                match self { $($name::$variant => $text),* }
+            }
+        }
+    };
+}
+
+codes! {
+    /// How keys and values are laid out in memory.
+    KvLayout {
+        /// Tensors [sequence, token, kv head, dim] with byte strides.
+        #[default] Strided = 0 => "STRIDED",
+        /// Pages [page, slot, kv head, dim] named by a table int32 [batch, max_pages].
+        BlockTable = 1 => "BLOCK_TABLE",
+        /// Pages [page, slot, kv head, dim] named by compressed rows (indptr, indices, last_page_len).
+        CsrPages = 2 => "CSR_PAGES",
+    }
+}
+codes! {
+    /// Who gets the merged output.
+    OutputMode {
+        /// Every rank, all heads.
+        #[default] Replicated = 0 => "REPLICATED",
+        /// Each rank, its own heads ([`head_range`](super::placement::head_range)).
+        Scattered = 1 => "SCATTERED",
+        /// No exchange: each rank gets the output over its own shard.
+        Local = 2 => "LOCAL",
+    }
+}
+codes! {
+    /// What each rank passes as q.
+    QueryInput {
+        /// All heads on every rank.
+        #[default] Replicated = 0 => "REPLICATED",
+        /// Each rank its own heads.
+        Scattered = 1 => "SCATTERED",
+    }
+}
+codes! {
+    /// How partials meet.
+    Algorithm {
+        /// The library chooses; `stats` says which and why.
+        #[default] Auto = 0 => "AUTO",
+        /// Every rank sends its partial to every rank, each merges all, in one step.
+        OneShot = 1 => "ONE_SHOT",
+        /// Each rank merges its own heads, then the merged heads are spread.
+        TwoShot = 2 => "TWO_SHOT",
+        /// A tree over groups of ranks.
+        Tree = 3 => "TREE",
+        /// The paper's: a max and two sums.
+        Allreduce3 = 4 => "ALLREDUCE3",
+        /// Keys and values passed round, the baseline.
+        Ring = 5 => "RING",
+    }
+}
+codes! {
+    /// Which bits are promised to be the same.
+    Reproducibility {
+        /// Same plan, same inputs: same bits, every run, on every rank.
+        #[default] Repeatable = 0 => "REPEATABLE",
+        /// A row's bits do not depend on its neighbours.
+        BatchInvariant = 1 => "BATCH_INVARIANT",
+        /// The same bits for any number of ranks.
+        Canonical = 2 => "CANONICAL",
+    }
+}
+codes! {
+    /// What an additional mask holds.
+    MaskKind {
+        /// No mask.
+        #[default] None = 0 => "NONE",
+        /// Added to the scaled scores.
+        Additive = 1 => "ADDITIVE",
+        /// Non-zero is visible.
+        Boolean = 2 => "BOOLEAN",
+    }
+}
+
+/// An attention shape, the same on every rank of a communicator.
+///
+/// `kv_heads` = 0 describes a merge-only plan: the engine makes the partials, and only `q_heads`, `head_dim_v`,
+/// `max_query_tokens`, `out_dtype`, `wire_dtype`, `output` and `algorithm` count.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionDesc {
+    /// Query heads.
+    pub q_heads: i32,
+    /// Key and value heads; divides `q_heads`. 0: a merge-only plan.
+    pub kv_heads: i32,
+    /// Dimension of q and k, 1 to 1024.
+    pub head_dim_qk: i32,
+    /// Dimension of v and of the output, 1 to 1024.
+    pub head_dim_v: i32,
+    /// Element type of q.
+    pub q_dtype: Dtype,
+    /// Element type of k.
+    pub k_dtype: Dtype,
+    /// Element type of v.
+    pub v_dtype: Dtype,
+    /// Element type of the output.
+    pub out_dtype: Dtype,
+    /// Layout of k and v.
+    pub kv_layout: KvLayout,
+    /// Tokens a page; 0 for the strided layout.
+    pub page_size: i32,
+    /// Which rank holds which token.
+    pub placement: Placement,
+    /// Most sequences in a step.
+    pub max_batch: i32,
+    /// Most query tokens in a step, all sequences together.
+    pub max_query_tokens: i32,
+    /// Most tokens of one sequence on one rank.
+    pub max_kv_length: i32,
+    /// Multiplies q.k; 0 means 1/sqrt(head_dim_qk).
+    pub scale: f32,
+    /// Whether a key is hidden from queries at earlier global positions.
+    pub causal: bool,
+    /// Keys visible before the query, by global position; 0: all.
+    pub window: i32,
+    /// Scores become softcap * tanh(score / softcap); 0: off.
+    pub softcap: f32,
+    /// Whether per-head slopes times the global distance are subtracted.
+    pub alibi: bool,
+    /// Whether per-head sinks join the denominator, once.
+    pub sinks: bool,
+    /// An additional mask.
+    pub mask: MaskKind,
+    /// Element type of an additive mask.
+    pub mask_dtype: Option<Dtype>,
+    /// What each rank passes as q.
+    pub query_input: QueryInput,
+    /// Who gets the merged output.
+    pub output: OutputMode,
+    /// How partials meet.
+    pub algorithm: Algorithm,
+    /// Which bits are promised to be the same.
+    pub reproducibility: Reproducibility,
+    /// Element type of o on the wire; the lse always travels as f32.
+    pub wire_dtype: Dtype,
+    /// K and V older than the step's own tokens do not change while earlier work of the stream runs.
+    pub kv_stable: bool,
+}
+
+impl AttentionDesc {
+    /// A plain shape: f32 everywhere, strided, contiguous, one query token, not causal. Set what differs.
+    pub fn new(q_heads: i32, kv_heads: i32, head_dim: i32, max_kv_length: i32) -> AttentionDesc {
+        AttentionDesc {
+            q_heads,
+            kv_heads,
+            head_dim_qk: head_dim,
+            head_dim_v: head_dim,
+            q_dtype: Dtype::F32,
+            k_dtype: Dtype::F32,
+            v_dtype: Dtype::F32,
+            out_dtype: Dtype::F32,
+            kv_layout: KvLayout::Strided,
+            page_size: 0,
+            placement: Placement::Contiguous,
+            max_batch: 1,
+            max_query_tokens: 1,
+            max_kv_length,
+            scale: 0.0,
+            causal: false,
+            window: 0,
+            softcap: 0.0,
+            alibi: false,
+            sinks: false,
+            mask: MaskKind::None,
+            mask_dtype: None,
+            query_input: QueryInput::Replicated,
+            output: OutputMode::Replicated,
+            algorithm: Algorithm::Auto,
+            reproducibility: Reproducibility::Repeatable,
+            wire_dtype: Dtype::F32,
+            kv_stable: false,
+        }
+    }
+
+    /// Whether this describes a merge-only plan.
+    pub fn is_merge_only(&self) -> bool {
+        self.kv_heads == 0
+    }
+
+    /// Query heads a kv head.
+    pub fn group(&self) -> i32 {
+        if self.kv_heads > 0 { self.q_heads / self.kv_heads } else { 0 }
+    }
+
+    /// The factor on q.k.
+    pub fn effective_scale(&self) -> f32 {
+        if self.scale == 0.0 { (1.0 / f64::from(self.head_dim_qk).sqrt()) as f32 } else { self.scale }
+    }
+
+    /// Whether global positions matter.
+    pub fn needs_positions(&self) -> bool {
+        self.causal || self.window != 0 || self.alibi
+    }
+
+    /// Checks that the fields make sense, on any backend.
+    pub fn check(&self) -> Result<()> {
+        let at_least_one = |name: &str, value: i32| {
+            if value < 1 { Err(Error::invalid(name, value, "at least 1")) } else { Ok(()) }
+        };
+        at_least_one("q_heads", self.q_heads)?;
+        dim("head_dim_v", self.head_dim_v)?;
+        at_least_one("max_query_tokens", self.max_query_tokens)?;
+        float("out_dtype", self.out_dtype)?;
+        float("wire_dtype", self.wire_dtype)?;
+        if self.is_merge_only() {
+            return Ok(());
+        }
+        if self.kv_heads < 0 || self.q_heads % self.kv_heads != 0 {
+            let wanted = format!("a divisor of q_heads = {}, or 0 for a merge-only plan", self.q_heads);
+            return Err(Error::invalid("kv_heads", self.kv_heads, wanted));
+        }
+        dim("head_dim_qk", self.head_dim_qk)?;
+        float("q_dtype", self.q_dtype)?;
+        at_least_one("max_batch", self.max_batch)?;
+        at_least_one("max_kv_length", self.max_kv_length)?;
+        match self.kv_layout {
+            KvLayout::Strided if self.page_size != 0 => {
+                return Err(Error::invalid("page_size", self.page_size, "0 with kv_layout STRIDED"));
+            }
+            KvLayout::BlockTable | KvLayout::CsrPages => at_least_one("page_size", self.page_size)?,
+            KvLayout::Strided => {}
+        }
+        if let Placement::Interleaved { run } = self.placement {
+            at_least_one("placement.interleave", run)?;
+        }
+        if !self.scale.is_finite() {
+            return Err(Error::invalid("scale", self.scale, "a finite number, 0 for 1/sqrt(head_dim_qk)"));
+        }
+        if self.window < 0 {
+            return Err(Error::invalid("window", self.window, "at least 0"));
+        }
+        if !(self.softcap >= 0.0 && self.softcap.is_finite()) {
+            return Err(Error::invalid("softcap", self.softcap, "a finite number of at least 0"));
+        }
+        Ok(())
+    }
+
+    /// The fields by name with their values, in the order in which ranks compare them.
+    pub fn fields(&self) -> Vec<(&'static str, String)> {
+        let (kind, run) = match self.placement {
+            Placement::Contiguous => ("CONTIGUOUS", 0),
+            Placement::Interleaved { run } => ("INTERLEAVED", run),
+            Placement::Explicit => ("EXPLICIT", 0),
+        };
+        vec![
+            ("q_heads", self.q_heads.to_string()),
+            ("kv_heads", self.kv_heads.to_string()),
+            ("head_dim_qk", self.head_dim_qk.to_string()),
+            ("head_dim_v", self.head_dim_v.to_string()),
+            ("q_dtype", self.q_dtype.name().into()),
+            ("k_dtype", self.k_dtype.name().into()),
+            ("v_dtype", self.v_dtype.name().into()),
+            ("out_dtype", self.out_dtype.name().into()),
+            ("kv_layout", self.kv_layout.name().into()),
+            ("page_size", self.page_size.to_string()),
+            ("placement.kind", kind.into()),
+            ("placement.interleave", run.to_string()),
+            ("max_batch", self.max_batch.to_string()),
+            ("max_query_tokens", self.max_query_tokens.to_string()),
+            ("max_kv_length", self.max_kv_length.to_string()),
+            ("scale", format!("{:?}", self.scale)),
+            ("causal", i32::from(self.causal).to_string()),
+            ("window", self.window.to_string()),
+            ("softcap", format!("{:?}", self.softcap)),
+            ("alibi", i32::from(self.alibi).to_string()),
+            ("sinks", i32::from(self.sinks).to_string()),
+            ("mask", self.mask.name().into()),
+            ("mask_dtype", self.mask_dtype.map_or("none", Dtype::name).into()),
+            ("query_input", self.query_input.name().into()),
+            ("output", self.output.name().into()),
+            ("algorithm", self.algorithm.name().into()),
+            ("reproducibility", self.reproducibility.name().into()),
+            ("wire_dtype", self.wire_dtype.name().into()),
+            ("kv_stable", i32::from(self.kv_stable).to_string()),
+        ]
+    }
+}
+
+fn dim(name: &str, value: i32) -> Result<()> {
+    if (1..=MAX_HEAD_DIM).contains(&value) {
+        Ok(())
+    } else {
+        Err(Error::invalid(name, value, format!("1 to {MAX_HEAD_DIM}")))
+    }
+}
+
+fn float(name: &str, dtype: Dtype) -> Result<()> {
+    if dtype.is_float() { Ok(()) } else { Err(Error::invalid(name, dtype.name(), "f32, f16 or bf16")) }
+}

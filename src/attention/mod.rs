@@ -1,0 +1,17 @@
+//! What is asked: shapes, tensors, steps, placement, and the float64 reference that everything is held against.
+//!
+//! Plain data and checks; depends on nothing but [`crate::error`]. Backends, the runtime and the C ABI build on it.
+
+pub mod descriptor;
+pub mod dtype;
+pub mod placement;
+pub mod step;
+pub mod tensor;
+
+pub use descriptor::{
+    Algorithm, AttentionDesc, KvLayout, MAX_HEAD_DIM, MaskKind, OutputMode, QueryInput, Reproducibility,
+};
+pub use dtype::Dtype;
+pub use placement::{Placement, Shard, head_range};
+pub use step::{DecodeArgs, Step};
+pub use tensor::Tensor;

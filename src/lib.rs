@@ -1,0 +1,6 @@
+//! libtreeattn.
+pub mod attention;
+pub mod error;
+pub mod partial;
+
+pub use error::{Error, ErrorKind, Result};

@@ -1,0 +1,136 @@
+//! The merge (arXiv 2408.04093, section 3: attention as the gradient of log-sum-exp, which is associative).
+//!
+//! merge((o1, l1), (o2, l2)): m = max(l1, l2), w_i = exp(l_i - m), o = (w1 o1 + w2 o2) / (w1 + w2),
+//! lse = m + log(w1 + w2). A partial with lse = -inf is the identity and its o is never read; a NaN lse makes the row NaN.
+
+/// Partials in row order (row = query token * heads + head): o packed f32 [rows, dim], lse f32 [rows].
+#[derive(Debug)]
+pub struct PartialRows<'a> {
+    /// Normalised outputs.
+    pub o: &'a mut [f32],
+    /// Natural log-sum-exps.
+    pub lse: &'a mut [f32],
+    /// Elements of an output row.
+    pub dim: usize,
+}
+
+/// Merges partial (`o`, `lse`) into the accumulated one. Merging the identity, on either side, is bitwise the other.
+pub fn merge_into(acc_o: &mut [f32], acc_lse: &mut f32, o: &[f32], lse: f32) {
+    if lse == f32::NEG_INFINITY {
+        return;
+    }
+    if *acc_lse == f32::NEG_INFINITY {
+        acc_o.copy_from_slice(o);
+        *acc_lse = lse;
+        return;
+    }
+    let max = acc_lse.max(lse);
+    if acc_lse.is_nan() || lse.is_nan() || max == f32::INFINITY {
+        acc_o.fill(f32::NAN);
+        *acc_lse = f32::NAN;
+        return;
+    }
+    let (w1, w2) = ((*acc_lse - max).exp(), (lse - max).exp());
+    let sum = w1 + w2;
+    let (a, b) = (w1 / sum, w2 / sum);
+    for (acc, &x) in acc_o.iter_mut().zip(o) {
+        *acc = a * *acc + b * x;
+    }
+    *acc_lse = max + sum.ln();
+}
+
+/// Merges the partials of one row that `count` ranks hold, in rank order: global maximum first, then a left fold.
+///
+/// `lse(r)` and `o(r)` give rank r's partial; `o(r)` is not called where the lse is -inf. Writes the output row and
+/// gives the merged lse.
+pub fn merge_ranks<'a>(
+    count: usize,
+    lse: impl Fn(usize) -> f32,
+    o: impl Fn(usize) -> &'a [f32],
+    out: &mut [f32],
+) -> f32 {
+    let mut max = f32::NEG_INFINITY;
+    for r in 0..count {
+        let l = lse(r);
+        if l.is_nan() || l == f32::INFINITY {
+            out.fill(f32::NAN);
+            return f32::NAN;
+        }
+        max = max.max(l);
+    }
+    if max == f32::NEG_INFINITY {
+        out.fill(0.0);
+        return max;
+    }
+    let mut live = (0..count).filter(|&r| lse(r) != f32::NEG_INFINITY);
+    let (first, second) = (live.next().unwrap_or(0), live.next());
+    if second.is_none() {
+        out.copy_from_slice(o(first));
+        return lse(first);
+    }
+    let mut sum = 0.0f32;
+    for r in (0..count).filter(|&r| lse(r) != f32::NEG_INFINITY) {
+        let w = (lse(r) - max).exp();
+        let row = o(r);
+        if sum == 0.0 && r == first {
+            for (acc, &x) in out.iter_mut().zip(row) {
+                *acc = w * x;
+            }
+        } else {
+            for (acc, &x) in out.iter_mut().zip(row) {
+                *acc += w * x;
+            }
+        }
+        sum += w;
+    }
+    for acc in out.iter_mut() {
+        *acc /= sum;
+    }
+    max + sum.ln()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn identity_is_bitwise() {
+        let x = [1.5f32, -0.0, 3e-40];
+        let (mut o, mut lse) = ([f32::NAN; 3], f32::NEG_INFINITY);
+        merge_into(&mut o, &mut lse, &x, 0.25);
+        merge_into(&mut o, &mut lse, &[f32::NAN; 3], f32::NEG_INFINITY);
+        assert_eq!((o.map(f32::to_bits), lse), (x.map(f32::to_bits), 0.25));
+        let rows = [&[f32::NAN; 3][..], &x[..]];
+        let lses = [f32::NEG_INFINITY, 0.25];
+        let mut out = [0.0; 3];
+        assert_eq!(merge_ranks(2, |r| lses[r], |r| rows[r], &mut out), 0.25);
+        assert_eq!(out.map(f32::to_bits), x.map(f32::to_bits));
+    }
+
+    #[test]
+    fn empty_everywhere_is_zero() {
+        let mut out = [f32::NAN; 2];
+        assert_eq!(merge_ranks(3, |_| f32::NEG_INFINITY, |_| unreachable!(), &mut out), f32::NEG_INFINITY);
+        assert_eq!(out, [0.0; 2]);
+    }
+
+    #[test]
+    fn nan_is_never_hidden() {
+        let rows = [[1.0f32; 2], [2.0; 2]];
+        let lses = [0.0, f32::NAN];
+        let mut out = [0.0; 2];
+        assert!(merge_ranks(2, |r| lses[r], |r| &rows[r], &mut out).is_nan());
+        assert!(out.iter().all(|x| x.is_nan()));
+    }
+
+    #[test]
+    fn two_halves_make_the_whole() {
+        let (mut o, mut lse) = ([1.0f32], 0.0f32);
+        merge_into(&mut o, &mut lse, &[3.0], 0.0);
+        assert_eq!(o, [2.0]);
+        assert!((lse - 2f32.ln()).abs() < 1e-7);
+        let mut out = [0.0];
+        let l = merge_ranks(2, |_| 0.0, |r| if r == 0 { &[1.0] } else { &[3.0] }, &mut out);
+        assert_eq!((out[0], l), (2.0, 2f32.ln()));
+    }
+}

@@ -1,0 +1,52 @@
+//! The monoid of partials: (o, lse), its identity (0, -inf) and its merge.
+//!
+//! Everything that meets anywhere in the library (tiles, splits, workers, ranks, nodes) meets by [`merge_into`] or by
+//! [`merge_ranks`]; the order is fixed by the caller. Depends on nothing but plain data.
+
+mod merge;
+
+pub use merge::{PartialRows, merge_into, merge_ranks};
+
+/// A bad length, position or table entry met while a step ran.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DataFault {
+    /// The first sequence that it was found in.
+    pub sequence: i32,
+    /// What was found.
+    pub cause: DataFaultCause,
+}
+
+/// Which input of a step was out of range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum DataFaultCause {
+    /// `query_start` decreases, starts below 0 or ends above `query_tokens`.
+    QueryStart = 1,
+    /// `kv_length` below 0, above the plan's maximum, or above what k and v have room for.
+    KvLength = 2,
+    /// A block table or CSR entry in use is not a page.
+    Page = 3,
+    /// `page_indptr` decreases or leaves `page_indices`, or `last_page_len` is not 1 to page_size.
+    PageRow = 4,
+    /// A global length or position is negative or too large.
+    Position = 5,
+}
+
+impl DataFaultCause {
+    /// The cause with this wire code.
+    pub fn from_code(code: u8) -> Option<DataFaultCause> {
+        use DataFaultCause::*;
+        [QueryStart, KvLength, Page, PageRow, Position].into_iter().find(|&c| c as u8 == code)
+    }
+
+    /// The argument to name in a message.
+    pub fn argument(self) -> &'static str {
+        match self {
+            DataFaultCause::QueryStart => "query_start",
+            DataFaultCause::KvLength => "kv_length",
+            DataFaultCause::Page => "block_table or page_indices",
+            DataFaultCause::PageRow => "page_indptr or last_page_len",
+            DataFaultCause::Position => "global_length, kv_start, kv_position or query_position",
+        }
+    }
+}
