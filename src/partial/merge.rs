@@ -41,50 +41,49 @@ pub fn merge_into(acc_o: &mut [f32], acc_lse: &mut f32, o: &[f32], lse: f32) {
 
 /// Merges the partials of one row that `count` ranks hold, in rank order: global maximum first, then a left fold.
 ///
-/// `lse(r)` and `o(r)` give rank r's partial; `o(r)` is not called where the lse is -inf. Writes the output row and
-/// gives the merged lse.
-pub fn merge_ranks<'a>(
+/// `lse(r)` gives rank r's lse; `o(r, scratch)` its output row, which may be converted into `scratch` (a row long), and
+/// is not asked for where the lse is -inf. Writes the merged row to `out` and gives the merged lse.
+pub fn merge_ranks(
     count: usize,
     lse: impl Fn(usize) -> f32,
-    o: impl Fn(usize) -> &'a [f32],
+    o: impl for<'s> Fn(usize, &'s mut [f32]) -> &'s [f32],
+    scratch: &mut [f32],
     out: &mut [f32],
 ) -> f32 {
     let mut max = f32::NEG_INFINITY;
+    let mut live = 0;
     for r in 0..count {
         let l = lse(r);
         if l.is_nan() || l == f32::INFINITY {
             out.fill(f32::NAN);
             return f32::NAN;
         }
+        live += usize::from(l != f32::NEG_INFINITY);
         max = max.max(l);
     }
-    if max == f32::NEG_INFINITY {
+    if live == 0 {
         out.fill(0.0);
         return max;
     }
-    let mut live = (0..count).filter(|&r| lse(r) != f32::NEG_INFINITY);
-    let (first, second) = (live.next().unwrap_or(0), live.next());
-    if second.is_none() {
-        out.copy_from_slice(o(first));
-        return lse(first);
-    }
     let mut sum = 0.0f32;
     for r in (0..count).filter(|&r| lse(r) != f32::NEG_INFINITY) {
+        let row = o(r, scratch);
+        if live == 1 {
+            out.copy_from_slice(row);
+            return max;
+        }
         let w = (lse(r) - max).exp();
-        let row = o(r);
-        if sum == 0.0 && r == first {
-            for (acc, &x) in out.iter_mut().zip(row) {
-                *acc = w * x;
-            }
-        } else {
-            for (acc, &x) in out.iter_mut().zip(row) {
-                *acc += w * x;
-            }
+        if sum == 0.0 {
+            out.fill(0.0);
+        }
+        for (acc, &x) in out.iter_mut().zip(row) {
+            *acc += w * x;
         }
         sum += w;
     }
+    let scale = 1.0 / sum;
     for acc in out.iter_mut() {
-        *acc /= sum;
+        *acc *= scale;
     }
     max + sum.ln()
 }
@@ -103,14 +102,14 @@ mod tests {
         let rows = [&[f32::NAN; 3][..], &x[..]];
         let lses = [f32::NEG_INFINITY, 0.25];
         let mut out = [0.0; 3];
-        assert_eq!(merge_ranks(2, |r| lses[r], |r| rows[r], &mut out), 0.25);
+        assert_eq!(merge_ranks(2, |r| lses[r], |r, _| rows[r], &mut [0.0; 3], &mut out), 0.25);
         assert_eq!(out.map(f32::to_bits), x.map(f32::to_bits));
     }
 
     #[test]
     fn empty_everywhere_is_zero() {
         let mut out = [f32::NAN; 2];
-        assert_eq!(merge_ranks(3, |_| f32::NEG_INFINITY, |_| unreachable!(), &mut out), f32::NEG_INFINITY);
+        assert_eq!(merge_ranks(3, |_| f32::NEG_INFINITY, |_, _| unreachable!(), &mut [], &mut out), f32::NEG_INFINITY);
         assert_eq!(out, [0.0; 2]);
     }
 
@@ -119,7 +118,7 @@ mod tests {
         let rows = [[1.0f32; 2], [2.0; 2]];
         let lses = [0.0, f32::NAN];
         let mut out = [0.0; 2];
-        assert!(merge_ranks(2, |r| lses[r], |r| &rows[r], &mut out).is_nan());
+        assert!(merge_ranks(2, |r| lses[r], |r, _| &rows[r], &mut [], &mut out).is_nan());
         assert!(out.iter().all(|x| x.is_nan()));
     }
 
@@ -130,7 +129,7 @@ mod tests {
         assert_eq!(o, [2.0]);
         assert!((lse - 2f32.ln()).abs() < 1e-7);
         let mut out = [0.0];
-        let l = merge_ranks(2, |_| 0.0, |r| if r == 0 { &[1.0] } else { &[3.0] }, &mut out);
+        let l = merge_ranks(2, |_| 0.0, |r, _| if r == 0 { &[1.0] } else { &[3.0] }, &mut [], &mut out);
         assert_eq!((out[0], l), (2.0, 2f32.ln()));
     }
 }

@@ -50,3 +50,16 @@ impl DataFaultCause {
         }
     }
 }
+
+impl DataFault {
+    /// The fault as a word for headers; 0 is no fault.
+    pub fn pack(fault: Option<DataFault>) -> u64 {
+        fault.map_or(0, |fault| u64::from(fault.cause as u8) << 32 | u64::from(fault.sequence as u32))
+    }
+
+    /// The fault in a header word.
+    pub fn unpack(word: u64) -> Option<DataFault> {
+        let cause = DataFaultCause::from_code((word >> 32) as u8)?;
+        Some(DataFault { sequence: word as u32 as i32, cause })
+    }
+}

@@ -1,0 +1,220 @@
+//! Communicators: one rank's end of a group, with its worker threads and its status.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use super::context::{LogLevel, Runtime};
+use crate::attention::Shard;
+use crate::comm::{CommConfig, Exchange, local_group};
+use crate::device::{Device, DeviceKind, Workers, available_cores};
+use crate::error::{Error, ErrorKind, Result};
+use crate::partial::DataFault;
+
+/// One rank of a communicator. Clones are the same rank. Calls that exchange are serialised by the caller; `abort`
+/// and `status` may come from any thread at any time.
+#[derive(Clone)]
+pub struct Communicator {
+    pub(super) core: Arc<CommCore>,
+}
+
+/// What is known of a communicator's health.
+#[derive(Clone, Debug)]
+pub struct CommStatus {
+    /// Why the communicator is broken, or the pending bad data of a step, or nothing.
+    pub error: Option<Error>,
+    /// The rank that the error is about, -1 if none.
+    pub rank: i32,
+    /// Exchange steps completed.
+    pub step: u64,
+    /// The plan of the last step, 0 before the first.
+    pub plan: u64,
+    /// The sequence that bad data was found in, -1 if none.
+    pub sequence: i32,
+}
+
+/// Bad data that a step met and nobody has asked about yet.
+#[derive(Clone, Copy)]
+struct PendingFault {
+    rank: i32,
+    plan: u64,
+    fault: DataFault,
+}
+
+pub(super) struct CommCore {
+    pub runtime: Runtime,
+    pub device: Device,
+    pub config: CommConfig,
+    pub workers: Workers,
+    pub exchange: Box<dyn Exchange>,
+    /// Ranks in one process share a group; 0 for a rank whose peers are elsewhere.
+    pub group: u64,
+    /// Plans created so far: the next plan's number, the same on all ranks.
+    pub plans: AtomicU64,
+    /// Exchanging calls so far, part of every step's fingerprint.
+    pub calls: AtomicU64,
+    last_plan: AtomicU64,
+    pending: Mutex<Option<PendingFault>>,
+    closed: AtomicBool,
+}
+
+impl Communicator {
+    /// One communicator a device, rank by rank, all in this process. A device may appear several times.
+    pub fn create_local(runtime: &Runtime, devices: &[Device], config: &CommConfig) -> Result<Vec<Communicator>> {
+        runtime.check_open()?;
+        config.check()?;
+        if devices.is_empty() {
+            return Err(Error::invalid("n", 0, "at least 1 device"));
+        }
+        for &device in devices {
+            runtime.check_device(device)?;
+        }
+        if let Some(device) = devices.iter().find(|d| d.kind != DeviceKind::Cpu) {
+            return Err(Error::unsupported("devices", device, "CPU devices"));
+        }
+        let cores = available_cores();
+        let threads = match config.threads_per_rank {
+            0 => (cores / devices.len()).max(1),
+            threads => threads,
+        };
+        let mut ranks = Vec::with_capacity(devices.len());
+        for (rank, (exchange, &device)) in local_group(devices.len(), config)?.into_iter().zip(devices).enumerate() {
+            let spin = threads.saturating_mul(devices.len()) <= cores;
+            let group = exchange.group_id();
+            ranks.push(Communicator {
+                core: Arc::new(CommCore {
+                    runtime: runtime.clone(),
+                    device,
+                    config: config.clone(),
+                    workers: Workers::new(threads, &format!("treeattn-{rank}"), spin)?,
+                    exchange: Box::new(exchange),
+                    group,
+                    plans: AtomicU64::new(0),
+                    calls: AtomicU64::new(0),
+                    last_plan: AtomicU64::new(0),
+                    pending: Mutex::new(None),
+                    closed: AtomicBool::new(false),
+                }),
+            });
+        }
+        let message = format!("local communicator of {} ranks, {threads} threads a rank", devices.len());
+        runtime.log(LogLevel::Info, &message);
+        Ok(ranks)
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> i32 {
+        self.core.shard().rank
+    }
+
+    /// The number of ranks.
+    pub fn world(&self) -> i32 {
+        self.core.shard().world
+    }
+
+    /// The device of this rank.
+    pub fn device(&self) -> Device {
+        self.core.device
+    }
+
+    /// Links, capacities and the algorithm table, as JSON.
+    pub fn describe(&self) -> Result<String> {
+        self.core.check_open()?;
+        Ok(self.core.exchange.describe())
+    }
+
+    /// The health of the communicator. Never blocks. Reading takes a pending `InvalidData`; a broken communicator
+    /// stays broken.
+    pub fn status(&self) -> Result<CommStatus> {
+        self.core.check_open()?;
+        let core = &self.core;
+        let mut status = CommStatus {
+            error: core.exchange.status(),
+            rank: -1,
+            step: core.exchange.step(),
+            plan: core.last_plan.load(Ordering::Relaxed),
+            sequence: -1,
+        };
+        if let Some(error) = &status.error {
+            status.rank = error.rank().unwrap_or(-1);
+        } else if let Some(pending) = core.pending.lock().take() {
+            status.error = Some(pending.error());
+            status.rank = pending.rank;
+            status.plan = pending.plan;
+            status.sequence = pending.fault.sequence;
+        }
+        Ok(status)
+    }
+
+    /// Ends every wait on this communicator, on all ranks, at once; they return `Aborted` from now on.
+    pub fn abort(&self) -> Result<()> {
+        self.core.check_open()?;
+        self.core.exchange.abort();
+        Ok(())
+    }
+
+    /// Leaves the group: peers that still wait for this rank get `PeerLost`; plans return `ParentDestroyed`.
+    pub fn close(&self) {
+        if !self.core.closed.swap(true, Ordering::AcqRel) {
+            self.core.exchange.leave();
+        }
+    }
+}
+
+impl CommCore {
+    pub fn shard(&self) -> Shard {
+        self.exchange.shard()
+    }
+
+    pub fn check_open(&self) -> Result<()> {
+        self.runtime.check_open()?;
+        if self.closed.load(Ordering::Acquire) {
+            let message = "communicator: found destroyed, wanted a live communicator";
+            return Err(Error::new(ErrorKind::ParentDestroyed, message));
+        }
+        Ok(())
+    }
+
+    /// The error that broke the communicator, if it is broken.
+    pub fn check_whole(&self) -> Result<()> {
+        match self.exchange.status() {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    pub fn set_last_plan(&self, plan: u64) {
+        self.last_plan.store(plan, Ordering::Relaxed);
+    }
+
+    /// Remembers bad data for `status` and gives the error to return.
+    pub fn report(&self, rank: i32, plan: u64, fault: DataFault) -> Error {
+        let pending = PendingFault { rank, plan, fault };
+        let error = pending.error();
+        self.runtime.log(LogLevel::Warning, error.message());
+        *self.pending.lock() = Some(pending);
+        error
+    }
+}
+
+impl Drop for CommCore {
+    fn drop(&mut self) {
+        if !*self.closed.get_mut() {
+            self.exchange.leave();
+        }
+    }
+}
+
+impl PendingFault {
+    fn error(&self) -> Error {
+        let message = format!(
+            "{}: found a value out of range in sequence {} on rank {}, wanted values within the plan's limits; the \
+             outputs of that sequence are NaN",
+            self.fault.cause.argument(),
+            self.fault.sequence,
+            self.rank
+        );
+        Error::new(ErrorKind::InvalidData, message).with_rank(self.rank)
+    }
+}

@@ -1,0 +1,107 @@
+//! The runtime object: what a process sets up once.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::RwLock;
+
+use crate::cpu::{self, Isa};
+use crate::device::{self, Device, DeviceInfo, DeviceKind};
+use crate::error::{Error, ErrorKind, Result};
+
+/// How weighty a log line is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(i32)]
+pub enum LogLevel {
+    /// Something failed.
+    Error = 1,
+    /// Something works, but not as asked.
+    Warning = 2,
+    /// A choice the library made.
+    Info = 3,
+}
+
+/// Receives log lines; may be called from any thread, and must not call the library.
+pub type LogCallback = Box<dyn Fn(LogLevel, &str) + Send + Sync>;
+
+/// What a runtime is created with.
+#[derive(Clone, Debug, Default)]
+pub struct RuntimeConfig {
+    /// The CPU instruction set to use: "scalar", "avx2", "avx512" or "neon". None: `TREEATTN_CPU_ISA`, else the best.
+    pub cpu_isa: Option<String>,
+}
+
+/// A process's use of the library. Clones are the same runtime. Any thread may use it.
+#[derive(Clone)]
+pub struct Runtime {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    closed: AtomicBool,
+    isa: Isa,
+    log: RwLock<Option<LogCallback>>,
+}
+
+impl Runtime {
+    /// A runtime. An instruction set that this machine lacks is `Unavailable`.
+    pub fn new(config: RuntimeConfig) -> Result<Runtime> {
+        let isa = match &config.cpu_isa {
+            Some(name) => Isa::by_name("cpu_isa", name)?,
+            None => cpu::isa(),
+        };
+        Ok(Runtime { inner: Arc::new(Inner { closed: AtomicBool::new(false), isa, log: RwLock::new(None) }) })
+    }
+
+    /// Ends the runtime: calls on objects made from it return `ParentDestroyed` from now on.
+    pub fn close(&self) {
+        self.inner.closed.store(true, Ordering::Release);
+    }
+
+    /// Sets or removes the receiver of log lines. Returns when no call of the former one is under way.
+    pub fn set_log_callback(&self, callback: Option<LogCallback>) -> Result<()> {
+        self.check_open()?;
+        *self.inner.log.write() = callback;
+        Ok(())
+    }
+
+    /// How many devices of `kind` there are.
+    pub fn device_count(&self, kind: DeviceKind) -> Result<i32> {
+        self.check_open()?;
+        Ok(device::device_count(kind))
+    }
+
+    /// What `device` is.
+    pub fn device_info(&self, device: Device) -> Result<DeviceInfo> {
+        self.check_open()?;
+        let mut info = device::device_info(device)?;
+        if device.kind == DeviceKind::Cpu {
+            info.isa = self.inner.isa.describe();
+        }
+        Ok(info)
+    }
+
+    /// The CPU instruction set in use.
+    pub fn cpu_isa(&self) -> Isa {
+        self.inner.isa
+    }
+
+    pub(crate) fn log(&self, level: LogLevel, message: &str) {
+        if let Some(callback) = &*self.inner.log.read() {
+            callback(level, message);
+        }
+    }
+
+    pub(crate) fn check_open(&self) -> Result<()> {
+        if self.inner.closed.load(Ordering::Acquire) {
+            return Err(Error::new(ErrorKind::ParentDestroyed, "runtime: found destroyed, wanted a live runtime"));
+        }
+        Ok(())
+    }
+
+    /// Checks that `device` exists and can run plans.
+    pub(crate) fn check_device(&self, device: Device) -> Result<()> {
+        self.check_open()?;
+        device::device_info(device).map(|_| ())
+    }
+}

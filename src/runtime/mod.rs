@@ -1,0 +1,28 @@
+//! Ties a backend to a communicator: runtimes, streams, buffers, communicators, plans and their steps.
+//!
+//! The public Rust API lives here; the C ABI and the command line are thin layers over it. May use everything below
+//! (`cpu`, `comm`, `device`, `attention`, `partial`); nothing below may use it.
+//!
+//! The way of a step: [`Plan::decode`] checks what the host can see ([`Step`](crate::attention::Step)), the backend
+//! turns the shard into partials, `execute` sends them round in chunks and merges them in rank order, and the rows are
+//! rounded once into the caller's output.
+
+mod buffer;
+mod communicator;
+mod context;
+mod execute;
+mod merge;
+mod output;
+mod plan;
+mod selfcheck;
+mod stream;
+
+pub use crate::comm::CommConfig;
+pub use crate::device::{Device, DeviceInfo, DeviceKind};
+pub use buffer::Buffer;
+pub use communicator::{CommStatus, Communicator};
+pub use context::{LogCallback, LogLevel, Runtime, RuntimeConfig};
+pub use merge::{MergeArgs, merge_partials};
+pub use plan::{Plan, PlanMemory, PlanStats, attention_supported};
+pub use selfcheck::{SelfcheckConfig, SelfcheckReport, selfcheck};
+pub use stream::Stream;

@@ -1,0 +1,75 @@
+//! Where merged rows go: rounded once, into the caller's strides and element type.
+
+use half::{bf16, f16};
+
+use crate::attention::{Dtype, Tensor};
+
+/// The caller's output: o [token, head, dim] of `dtype` and, if wanted, lse [token, head] f32.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Output {
+    pub o: Tensor,
+    pub o_stride: [i64; 4],
+    pub dtype: Dtype,
+    pub lse: Tensor,
+    pub lse_stride: [i64; 4],
+    pub dim: usize,
+}
+
+impl Output {
+    /// Writes one row. `head` counts from the output's own first head.
+    ///
+    /// # Safety
+    /// The tensors were resolved for shapes that contain (token, head) and are valid for writes by this thread.
+    pub unsafe fn write(&self, token: usize, head: usize, o: &[f32], lse: f32) {
+        let [s_token, s_head, s_dim, _] = self.o_stride;
+        let offset = token as i64 * s_token + head as i64 * s_head;
+        debug_assert_eq!(o.len(), self.dim);
+        // SAFETY: the offsets lie inside the extent that `Tensor::resolve` checked; alignment was checked with it.
+        unsafe {
+            let row = self.o.data.cast::<u8>().offset(offset as isize);
+            match self.dtype {
+                Dtype::F32 => scatter(row.cast::<f32>(), s_dim, o, |x| x),
+                Dtype::F16 => scatter(row.cast::<f16>(), s_dim, o, f16::from_f32),
+                Dtype::Bf16 => scatter(row.cast::<bf16>(), s_dim, o, bf16::from_f32),
+                Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::Q8_0 | Dtype::Q4_0 => {}
+            }
+            if !self.lse.data.is_null() {
+                let offset = token as i64 * self.lse_stride[0] + head as i64 * self.lse_stride[1];
+                self.lse.data.cast::<u8>().offset(offset as isize).cast::<f32>().write(lse);
+            }
+        }
+    }
+
+    /// Writes NaN to every row: what a step that did not come off leaves behind.
+    ///
+    /// # Safety
+    /// As [`Output::write`] for all rows.
+    pub unsafe fn poison(&self, tokens: usize, heads: usize, scratch: &mut [f32]) {
+        let row = &mut scratch[..self.dim];
+        row.fill(f32::NAN);
+        for token in 0..tokens {
+            for head in 0..heads {
+                // SAFETY: as the caller vouches.
+                unsafe { self.write(token, head, row, f32::NAN) };
+            }
+        }
+    }
+}
+
+/// Stores a converted row with a byte stride.
+///
+/// # Safety
+/// `row` is aligned and valid for writes of `o.len()` elements `stride` bytes apart.
+unsafe fn scatter<T>(row: *mut T, stride: i64, o: &[f32], convert: impl Fn(f32) -> T) {
+    if stride == size_of::<T>() as i64 {
+        for (i, &x) in o.iter().enumerate() {
+            // SAFETY: packed elements, as the caller vouches.
+            unsafe { row.add(i).write(convert(x)) };
+        }
+    } else {
+        for (i, &x) in o.iter().enumerate() {
+            // SAFETY: strided elements, as the caller vouches.
+            unsafe { row.byte_offset(i as isize * stride as isize).write(convert(x)) };
+        }
+    }
+}

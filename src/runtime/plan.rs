@@ -1,0 +1,412 @@
+//! Plans: everything a shape needs, allocated once.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::communicator::{CommCore, Communicator};
+use super::context::Runtime;
+use super::execute::{self, Chunks};
+use super::merge::{MergeArgs, MergeInput};
+use super::stream::{Job, Stream};
+use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, Dtype, OutputMode, Shard, Step, head_range};
+use crate::cpu::{self, CpuBackend};
+use crate::device::{Device, DeviceKind, HostBuffer};
+use crate::error::{Error, ErrorKind, Result};
+
+/// A shape made ready on one rank. Clones are the same plan. In flight on one stream at a time.
+#[derive(Clone)]
+pub struct Plan {
+    core: PlanRef,
+}
+
+pub(super) type PlanRef = Arc<PlanCore>;
+
+/// Memory that a plan holds, in bytes. None of it depends on the length of the cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PlanMemory {
+    /// Scratch of the backend and this rank's partials.
+    pub workspace: u64,
+    /// This rank's window, shared by all plans of the communicator.
+    pub window: u64,
+}
+
+/// What a plan has done so far.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlanStats {
+    /// The number of this plan on its communicator, from 1.
+    pub plan: u64,
+    /// Steps run.
+    pub steps: u64,
+    /// Exchange rounds: one a chunk.
+    pub rounds: u64,
+    /// Messages sent to peers.
+    pub messages: u64,
+    /// Bytes of partials sent to peers (each peer counted).
+    pub bytes_sent: u64,
+    /// The most bytes held at once: workspace and window.
+    pub peak_memory: u64,
+    /// The exchange algorithm in use.
+    pub algorithm: Algorithm,
+    /// Why it was chosen.
+    pub reason: String,
+}
+
+pub(super) struct PlanCore {
+    pub comm: Arc<CommCore>,
+    pub desc: AttentionDesc,
+    pub shard: Shard,
+    pub id: u64,
+    /// Heads that this rank's merged output holds.
+    pub heads: Range<usize>,
+    /// None for a merge-only plan.
+    pub backend: Option<CpuBackend>,
+    pub chunks: Chunks,
+    pub scratch: Mutex<Scratch>,
+    pub counters: Counters,
+    algorithm: Algorithm,
+    reason: &'static str,
+    memory: PlanMemory,
+    in_flight: Mutex<usize>,
+    idle: Condvar,
+}
+
+/// This rank's partials, and a row a rank for wires that are not f32.
+pub(super) struct Scratch {
+    pub o: HostBuffer,
+    pub lse: HostBuffer,
+    pub rows: HostBuffer,
+}
+
+#[derive(Default)]
+pub(super) struct Counters {
+    pub steps: AtomicU64,
+    pub rounds: AtomicU64,
+    pub messages: AtomicU64,
+    pub bytes_sent: AtomicU64,
+}
+
+/// Whether `device` serves `desc`: `Unsupported` names the field that it does not.
+pub fn attention_supported(runtime: &Runtime, device: Device, desc: &AttentionDesc) -> Result<()> {
+    runtime.check_device(device)?;
+    desc.check()?;
+    match desc.algorithm {
+        Algorithm::Auto | Algorithm::OneShot => {}
+        other => return Err(Error::unsupported("algorithm", other.name(), "AUTO and ONE_SHOT")),
+    }
+    match device.kind {
+        DeviceKind::Cpu => cpu::supported(desc),
+        DeviceKind::Cuda => Err(Error::unsupported("device", device, "CPU devices")),
+    }
+}
+
+impl Plan {
+    /// A plan of this rank. Collective: every rank calls it, each from a thread of its own; blocks until all have.
+    ///
+    /// A difference between the ranks' descriptors is `Mismatch` on every rank, naming the field.
+    pub fn create(comm: &Communicator, desc: &AttentionDesc) -> Result<Plan> {
+        let core = &comm.core;
+        core.check_open()?;
+        core.check_whole()?;
+        let mine = PlanCore::build(core, desc);
+        if core.shard().world > 1 {
+            // A rank that fails here still takes part, so that its peers hear of it at once.
+            let blobs = core.exchange.allgather(&agreement(core, desc, mine.as_ref().err()))?;
+            let core = mine?;
+            compare(&blobs)?;
+            return Ok(Plan::commit(core));
+        }
+        Ok(Plan::commit(mine?))
+    }
+
+    /// The same for all ranks of a local group from one thread. `comms` holds every rank once.
+    pub fn create_all(comms: &[&Communicator], desc: &AttentionDesc) -> Result<Vec<Plan>> {
+        let Some(first) = comms.first() else {
+            return Err(Error::invalid("n", 0, "every rank of the group"));
+        };
+        let world = first.world();
+        let mut seen = vec![false; world as usize];
+        for comm in comms {
+            comm.core.check_open()?;
+            comm.core.check_whole()?;
+            let rank = comm.rank() as usize;
+            let fresh = seen.get_mut(rank).is_some_and(|seen| !std::mem::replace(seen, true));
+            if comm.core.group == 0 || comm.core.group != first.core.group || !fresh {
+                let found = format!("rank {rank} of another group, or twice");
+                return Err(Error::invalid("comms", found, "every rank of one local group, once"));
+            }
+        }
+        if comms.len() != world as usize {
+            return Err(Error::invalid("n", comms.len(), format!("{world}, every rank of the group")));
+        }
+        let next = first.core.plans.load(Ordering::Relaxed);
+        if let Some(odd) = comms.iter().find(|comm| comm.core.plans.load(Ordering::Relaxed) != next) {
+            let found = odd.core.plans.load(Ordering::Relaxed);
+            let message = format!("comms: found {found} plans on rank {}, wanted {next} as on rank 0", odd.rank());
+            return Err(Error::new(ErrorKind::Mismatch, message).with_rank(odd.rank()));
+        }
+        let built: Result<Vec<_>> = comms.iter().map(|comm| PlanCore::build(&comm.core, desc)).collect();
+        Ok(built?.into_iter().map(Plan::commit).collect())
+    }
+
+    fn commit(core: PlanCore) -> Plan {
+        core.comm.plans.store(core.id, Ordering::Relaxed);
+        Plan { core: Arc::new(core) }
+    }
+
+    /// Attends this rank's shard, exchanges the partials and writes the merged output. Allocates nothing.
+    ///
+    /// With a stream it enqueues; without one (CPU plans) it runs here and blocks, and also returns what went wrong
+    /// in the step: after `InvalidData` outputs are written, with NaN for the sequence that the message names.
+    ///
+    /// # Safety
+    /// The buffers that `args` describes stay valid, and unchanged by others, until the step is done.
+    pub unsafe fn decode(&self, args: &DecodeArgs, stream: Option<&Stream>) -> Result<()> {
+        let core = self.enter(args)?;
+        if core.desc.output != OutputMode::Local {
+            core.comm.check_whole()?;
+        }
+        let step = Step::new(&core.desc, core.shard, args, core.heads.len() as i32)?;
+        self.submit(stream, |plan| Job::Decode { plan, step }, || execute::decode(core, &step))
+    }
+
+    /// Attends this rank's shard only; out and lse hold all heads. No exchange.
+    ///
+    /// # Safety
+    /// As [`Plan::decode`].
+    pub unsafe fn partial(&self, args: &DecodeArgs, stream: Option<&Stream>) -> Result<()> {
+        let core = self.enter(args)?;
+        let step = Step::new(&core.desc, core.shard, args, core.desc.q_heads)?;
+        self.submit(stream, |plan| Job::Partial { plan, step }, || execute::partial(core, &step))
+    }
+
+    /// Exchanges and merges partials that the engine made: every rank passes its own.
+    ///
+    /// # Safety
+    /// As [`Plan::decode`].
+    pub unsafe fn merge(&self, args: &MergeArgs, stream: Option<&Stream>) -> Result<()> {
+        let core = &*self.core;
+        core.comm.check_open()?;
+        core.comm.check_whole()?;
+        let input = MergeInput::for_plan(args, &core.desc, core.heads.len())?;
+        self.submit(stream, |plan| Job::Merge { plan, input }, || execute::merge(core, &input))
+    }
+
+    /// The descriptor.
+    pub fn desc(&self) -> &AttentionDesc {
+        &self.core.desc
+    }
+
+    /// The heads in this rank's merged output.
+    pub fn heads(&self) -> Range<usize> {
+        self.core.heads.clone()
+    }
+
+    /// Memory that the plan holds.
+    pub fn memory(&self) -> Result<PlanMemory> {
+        self.core.comm.check_open()?;
+        Ok(self.core.memory)
+    }
+
+    /// What the plan has done so far.
+    pub fn stats(&self) -> Result<PlanStats> {
+        let core = &self.core;
+        core.comm.check_open()?;
+        Ok(PlanStats {
+            plan: core.id,
+            steps: core.counters.steps.load(Ordering::Relaxed),
+            rounds: core.counters.rounds.load(Ordering::Relaxed),
+            messages: core.counters.messages.load(Ordering::Relaxed),
+            bytes_sent: core.counters.bytes_sent.load(Ordering::Relaxed),
+            peak_memory: core.memory.workspace + core.memory.window,
+            algorithm: core.algorithm,
+            reason: core.reason.into(),
+        })
+    }
+
+    /// Waits until no step of this plan is enqueued or running, at most `timeout`. Whether that came true.
+    pub fn wait(&self, timeout: Duration) -> bool {
+        let until = Instant::now() + timeout;
+        let mut count = self.core.in_flight.lock();
+        while *count > 0 {
+            if self.core.idle.wait_until(&mut count, until).timed_out() {
+                return *count == 0;
+            }
+        }
+        true
+    }
+
+    /// How long destroying this plan may wait for its enqueued work.
+    pub fn deadline(&self) -> Duration {
+        self.core.comm.config.step_timeout
+    }
+
+    fn enter(&self, _args: &DecodeArgs) -> Result<&PlanCore> {
+        let core = &*self.core;
+        core.comm.check_open()?;
+        if core.backend.is_none() {
+            let wanted = "a plan with kv_heads of at least 1 (this one is merge-only)";
+            return Err(Error::invalid("plan", "kv_heads = 0", wanted));
+        }
+        Ok(core)
+    }
+
+    fn submit(
+        &self,
+        stream: Option<&Stream>,
+        job: impl FnOnce(PlanRef) -> Job,
+        now: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let Some(stream) = stream else {
+            let _guard = self.core.begin_here();
+            return now();
+        };
+        stream.check_kind(self.core.comm.device.kind)?;
+        self.core.begin();
+        let pushed = stream.push(job(Arc::clone(&self.core)), self.core.comm.config.step_timeout);
+        if pushed.is_err() {
+            self.core.end();
+        }
+        pushed
+    }
+}
+
+/// Counts a step that runs on the caller's thread.
+pub(super) struct InFlight<'a>(&'a PlanCore);
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
+impl PlanCore {
+    fn build(comm: &Arc<CommCore>, desc: &AttentionDesc) -> Result<PlanCore> {
+        attention_supported(&comm.runtime, comm.device, desc)?;
+        let shard = comm.shard();
+        let heads = match desc.output {
+            OutputMode::Scattered => head_range(desc.q_heads, shard)?,
+            OutputMode::Replicated | OutputMode::Local => 0..desc.q_heads,
+        };
+        let backend = if desc.is_merge_only() {
+            None
+        } else {
+            Some(CpuBackend::new(desc, shard, comm.workers.threads(), comm.runtime.cpu_isa())?)
+        };
+        let rows = product("max_query_tokens x q_heads", desc.max_query_tokens, desc.q_heads)?;
+        let dim = desc.head_dim_v as usize;
+        let bytes = |n: usize, dim: usize| {
+            n.checked_mul(dim * 4).ok_or_else(|| Error::invalid("max_query_tokens", n, "partials that fit memory"))
+        };
+        let workers = comm.workers.threads();
+        let scratch_rows = if desc.wire_dtype == Dtype::F32 { 1 } else { shard.world as usize * workers };
+        let scratch = Scratch {
+            o: HostBuffer::new(bytes(rows, dim)?)?,
+            lse: HostBuffer::new(bytes(rows, 1)?)?,
+            rows: HostBuffer::new(bytes(scratch_rows + workers, dim)?)?,
+        };
+        let chunks = Chunks::new(comm.exchange.capacity(), dim, desc.wire_dtype);
+        let backend_bytes = backend.as_ref().map_or(0, CpuBackend::memory);
+        let memory = PlanMemory {
+            workspace: (backend_bytes + scratch.o.len() + scratch.lse.len() + scratch.rows.len()) as u64,
+            window: comm.exchange.window_bytes() as u64,
+        };
+        let reason = match (desc.output, shard.world, desc.algorithm) {
+            (OutputMode::Local, ..) => "local output: nothing to exchange",
+            (_, 1, _) => "one rank: nothing to exchange",
+            (_, _, Algorithm::OneShot) => "asked for",
+            (OutputMode::Scattered, ..) => "ranks share memory: each reads its own heads of every partial in place",
+            _ => "ranks share memory: every partial is read in place, so one round has the fewest steps",
+        };
+        Ok(PlanCore {
+            comm: Arc::clone(comm),
+            desc: *desc,
+            shard,
+            id: comm.plans.load(Ordering::Relaxed) + 1,
+            heads: heads.start as usize..heads.end as usize,
+            backend,
+            chunks,
+            scratch: Mutex::new(scratch),
+            counters: Counters::default(),
+            algorithm: Algorithm::OneShot,
+            reason,
+            memory,
+            in_flight: Mutex::new(0),
+            idle: Condvar::new(),
+        })
+    }
+
+    fn begin(&self) {
+        *self.in_flight.lock() += 1;
+    }
+
+    pub fn end(&self) {
+        let mut count = self.in_flight.lock();
+        *count -= 1;
+        if *count == 0 {
+            self.idle.notify_all();
+        }
+    }
+
+    fn begin_here(&self) -> InFlight<'_> {
+        self.begin();
+        InFlight(self)
+    }
+}
+
+fn product(name: &str, a: i32, b: i32) -> Result<usize> {
+    (a as usize)
+        .checked_mul(b as usize)
+        .filter(|&n| n <= i32::MAX as usize)
+        .ok_or_else(|| Error::invalid(name, format!("{a} x {b}"), format!("at most {}", i32::MAX)))
+}
+
+/// What a rank tells its peers before a plan exists: the fields of its descriptor, or why it cannot make it.
+fn agreement(comm: &CommCore, desc: &AttentionDesc, error: Option<&Error>) -> Vec<u8> {
+    let mut text = String::new();
+    if let Some(error) = error {
+        text.push_str(&format!("error={}\n", error.message().replace('\n', " ")));
+    }
+    text.push_str(&format!("library version={}\n", env!("CARGO_PKG_VERSION")));
+    text.push_str(&format!("plans created before={}\n", comm.plans.load(Ordering::Relaxed)));
+    for (name, value) in desc.fields() {
+        text.push_str(&format!("{name}={value}\n"));
+    }
+    text.into_bytes()
+}
+
+/// Finds the first field in which the ranks differ.
+fn compare(blobs: &[Vec<u8>]) -> Result<()> {
+    let texts: Vec<String> = blobs.iter().map(|blob| String::from_utf8_lossy(blob).into_owned()).collect();
+    for (rank, text) in texts.iter().enumerate() {
+        if let Some(error) = text.strip_prefix("error=") {
+            let reason = error.lines().next().unwrap_or_default();
+            let message = format!("rank {rank} could not make the plan: {reason}");
+            return Err(Error::new(ErrorKind::Mismatch, message).with_rank(rank as i32));
+        }
+    }
+    let first: Vec<_> = texts[0].lines().collect();
+    for (line, &wanted) in first.iter().enumerate() {
+        let values: Vec<_> = texts.iter().map(|text| text.lines().nth(line).unwrap_or_default()).collect();
+        if values.iter().all(|&value| value == wanted) {
+            continue;
+        }
+        let name = wanted.split('=').next().unwrap_or_default();
+        let mut groups: Vec<(&str, Vec<usize>)> = Vec::new();
+        for (rank, value) in values.iter().enumerate() {
+            let value = value.split_once('=').map_or(*value, |(_, value)| value);
+            match groups.iter_mut().find(|(seen, _)| *seen == value) {
+                Some((_, ranks)) => ranks.push(rank),
+                None => groups.push((value, vec![rank])),
+            }
+        }
+        let odd = groups.iter().min_by_key(|(_, ranks)| ranks.len()).map_or(0, |(_, ranks)| ranks[0]);
+        let listed: Vec<_> = groups.iter().map(|(value, ranks)| format!("{value} on ranks {ranks:?}")).collect();
+        let message = format!("{name}: found {}, wanted the same on every rank", listed.join(" and "));
+        return Err(Error::new(ErrorKind::Mismatch, message).with_rank(odd as i32));
+    }
+    Ok(())
+}
