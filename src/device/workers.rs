@@ -1,0 +1,240 @@
+//! The worker threads of one rank.
+
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use super::bell::Bell;
+use super::float_state::FloatState;
+use super::thread::{panic_message, spawn};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fault;
+
+type Job<'a> = dyn Fn(usize) + Sync + 'a;
+
+/// A fixed set of threads that run one job at a time together. The calling thread takes part as worker 0; the others
+/// are parked between runs (they spin for at most 20 us first where asked) and joined on drop.
+#[derive(Debug)]
+pub struct Workers {
+    shared: Arc<Shared>,
+    helpers: Vec<JoinHandle<()>>,
+    turn: Mutex<()>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// Rings when there is a job, or the end.
+    start: Bell,
+    /// Rings when the last helper has finished.
+    done: Bell,
+    /// Helpers that have not finished the job.
+    left: AtomicUsize,
+    stop: AtomicBool,
+    spin: bool,
+    /// Written by the caller while no helper runs, read by helpers after `start`.
+    job: UnsafeCell<Option<*const Job<'static>>>,
+    panicked: Mutex<Option<String>>,
+}
+
+// SAFETY: `job` is written only while every helper waits for `start` (left == 0, under `turn`), and what it points to
+// is `Sync` and outlives the run.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Workers {
+    /// `threads` workers (at least 1), the caller among them, named `name`-1, `name`-2, ... `spin`: helpers and caller
+    /// may spin for each other; say so only where the threads of all ranks have a core each. Errors: `InvalidArgument`,
+    /// `System` where the machine starts no thread.
+    pub fn new(threads: usize, name: &str, spin: bool) -> Result<Workers> {
+        if threads == 0 {
+            return Err(Error::invalid("threads", threads, "at least 1"));
+        }
+        let shared = Arc::new(Shared {
+            start: Bell::default(),
+            done: Bell::default(),
+            left: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+            spin,
+            job: UnsafeCell::new(None),
+            panicked: Mutex::new(None),
+        });
+        let first = shared.start.now();
+        let mut workers = Workers { shared, helpers: Vec::with_capacity(threads - 1), turn: Mutex::new(()) };
+        for index in 1..threads {
+            let shared = Arc::clone(&workers.shared);
+            workers.helpers.push(spawn(format!("{name}-{index}"), move || shared.help(index, first))?);
+        }
+        Ok(workers)
+    }
+
+    /// How many workers a job gets, the caller included.
+    pub fn threads(&self) -> usize {
+        self.helpers.len() + 1
+    }
+
+    /// Runs `job(i)` for every i below [`threads`](Self::threads), `job(0)` on the calling thread, and returns when all
+    /// are done. Allocates nothing. Runs are serialised; a job must not run another on the same workers. A panic in
+    /// any of them is an `Internal` error after all are done.
+    pub fn run(&self, job: &Job<'_>) -> Result<()> {
+        fault::point("workers.run")?;
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = &*self.shared;
+        if !self.helpers.is_empty() {
+            // SAFETY: only the lifetime changes; this call does not return before every helper is done with the job.
+            let job: *const Job<'static> = unsafe { std::mem::transmute::<*const Job<'_>, *const Job<'static>>(job) };
+            // SAFETY: every helper waits for `start`.
+            unsafe { *shared.job.get() = Some(job) };
+            shared.left.store(self.helpers.len(), Ordering::Release);
+            shared.start.ring();
+        }
+        {
+            let _default = FloatState::enter();
+            shared.work(0, job);
+        }
+        loop {
+            let seen = shared.done.now();
+            if shared.left.load(Ordering::Acquire) == 0 {
+                break;
+            }
+            shared.done.wait(seen, shared.spin, None);
+        }
+        match shared.panicked.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            None => Ok(()),
+            Some(message) => Err(Error::new(ErrorKind::Internal, message)),
+        }
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.start.ring();
+        for helper in self.helpers.drain(..) {
+            // A helper catches every panic of its jobs, so it ends in order.
+            let _ = helper.join();
+        }
+    }
+}
+
+impl Shared {
+    /// The life of helper `index`; `seen` is the state of `start` before the first job.
+    fn help(&self, index: usize, mut seen: u32) {
+        loop {
+            while self.start.now() == seen {
+                self.start.wait(seen, self.spin, None);
+            }
+            // One ring a run, and no run begins before this helper has finished the last.
+            seen = seen.wrapping_add(1);
+            if self.stop.load(Ordering::Acquire) {
+                return;
+            }
+            // SAFETY: the caller wrote the job before the ring and waits for `left`, so it stands still and lives.
+            if let Some(job) = unsafe { *self.job.get() } {
+                // SAFETY: as above.
+                self.work(index, unsafe { &*job });
+            }
+            if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                self.done.ring();
+            }
+        }
+    }
+
+    fn work(&self, index: usize, job: &Job<'_>) {
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            if let Err(error) = fault::point_at("workers.job", index as i32) {
+                panic!("{error}");
+            }
+            job(index);
+        }));
+        if let Err(payload) = result {
+            let message = format!("worker {index} panicked: {}", panic_message(&*payload));
+            self.panicked.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(message);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicU64;
+
+    #[test]
+    fn every_worker_runs_every_job_once() {
+        for (threads, spin) in [(1, true), (2, true), (3, false), (8, false)] {
+            let workers = Workers::new(threads, "test", spin).unwrap();
+            let counts: Vec<AtomicU64> = (0..threads).map(|_| AtomicU64::new(0)).collect();
+            for _ in 0..2000 {
+                workers
+                    .run(&|i| {
+                        counts[i].fetch_add(1, Ordering::Relaxed);
+                    })
+                    .unwrap();
+            }
+            assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 2000), "{threads} threads: {counts:?}");
+        }
+        assert_eq!(Workers::new(0, "test", true).unwrap_err().kind(), ErrorKind::InvalidArgument);
+    }
+
+    #[test]
+    fn runs_from_several_threads_take_turns() {
+        let workers = Workers::new(3, "test", false).unwrap();
+        let inside = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        let mine = AtomicUsize::new(0);
+                        workers
+                            .run(&|_| {
+                                assert!(inside.fetch_add(1, Ordering::SeqCst) < 3);
+                                mine.fetch_add(1, Ordering::SeqCst);
+                                inside.fetch_sub(1, Ordering::SeqCst);
+                            })
+                            .unwrap();
+                        assert_eq!(mine.into_inner(), 3);
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_panic_is_an_error_and_the_workers_go_on() {
+        let workers = Workers::new(3, "test", false).unwrap();
+        for bad in 0..3 {
+            let done = AtomicUsize::new(0);
+            let error = workers
+                .run(&|i| {
+                    if i == bad {
+                        panic!("worker {i} was told to");
+                    }
+                    done.fetch_add(1, Ordering::SeqCst);
+                })
+                .unwrap_err();
+            assert_eq!((error.kind(), done.into_inner()), (ErrorKind::Internal, 2));
+            assert!(error.message().contains(&format!("worker {bad} was told to")), "{error}");
+            workers.run(&|_| ()).unwrap();
+        }
+    }
+
+    #[test]
+    fn helpers_block_signals() {
+        let workers = Workers::new(2, "test", false).unwrap();
+        let masks: Vec<Mutex<bool>> = (0..2).map(|_| Mutex::new(false)).collect();
+        workers
+            .run(&|i| {
+                // SAFETY: reads the thread's own mask into a local.
+                let blocked = unsafe {
+                    let mut set = std::mem::zeroed();
+                    libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &mut set);
+                    libc::sigismember(&set, libc::SIGTERM) == 1 && libc::sigismember(&set, libc::SIGUSR1) == 1
+                };
+                *masks[i].lock().unwrap() = blocked;
+            })
+            .unwrap();
+        assert_eq!((*masks[0].lock().unwrap(), *masks[1].lock().unwrap()), (false, true));
+    }
+}
