@@ -41,12 +41,12 @@ pub fn merge_into(acc_o: &mut [f32], acc_lse: &mut f32, o: &[f32], lse: f32) {
 
 /// Merges the partials of one row that `count` ranks hold, in rank order: global maximum first, then a left fold.
 ///
-/// `lse(r)` gives rank r's lse; `o(r, scratch)` its output row, which may be converted into `scratch` (a row long), and
-/// is not asked for where the lse is -inf. Writes the merged row to `out` and gives the merged lse.
-pub fn merge_ranks(
+/// `lse(r)` gives rank r's lse. `o(r, scratch)` gives its output row, or fills `scratch` (a row long) with it and gives
+/// none; it is not called where the lse is -inf. Writes the merged row to `out` and gives the merged lse.
+pub fn merge_ranks<'a>(
     count: usize,
     lse: impl Fn(usize) -> f32,
-    o: impl for<'s> Fn(usize, &'s mut [f32]) -> &'s [f32],
+    o: impl Fn(usize, &mut [f32]) -> Option<&'a [f32]>,
     scratch: &mut [f32],
     out: &mut [f32],
 ) -> f32 {
@@ -67,7 +67,7 @@ pub fn merge_ranks(
     }
     let mut sum = 0.0f32;
     for r in (0..count).filter(|&r| lse(r) != f32::NEG_INFINITY) {
-        let row = o(r, scratch);
+        let row = o(r, scratch).unwrap_or(scratch);
         if live == 1 {
             out.copy_from_slice(row);
             return max;
@@ -102,7 +102,7 @@ mod tests {
         let rows = [&[f32::NAN; 3][..], &x[..]];
         let lses = [f32::NEG_INFINITY, 0.25];
         let mut out = [0.0; 3];
-        assert_eq!(merge_ranks(2, |r| lses[r], |r, _| rows[r], &mut [0.0; 3], &mut out), 0.25);
+        assert_eq!(merge_ranks(2, |r| lses[r], |r, _| Some(rows[r]), &mut [0.0; 3], &mut out), 0.25);
         assert_eq!(out.map(f32::to_bits), x.map(f32::to_bits));
     }
 
@@ -118,7 +118,7 @@ mod tests {
         let rows = [[1.0f32; 2], [2.0; 2]];
         let lses = [0.0, f32::NAN];
         let mut out = [0.0; 2];
-        assert!(merge_ranks(2, |r| lses[r], |r, _| &rows[r], &mut [], &mut out).is_nan());
+        assert!(merge_ranks(2, |r| lses[r], |r, _| Some(&rows[r]), &mut [], &mut out).is_nan());
         assert!(out.iter().all(|x| x.is_nan()));
     }
 
@@ -129,7 +129,7 @@ mod tests {
         assert_eq!(o, [2.0]);
         assert!((lse - 2f32.ln()).abs() < 1e-7);
         let mut out = [0.0];
-        let l = merge_ranks(2, |_| 0.0, |r, _| if r == 0 { &[1.0] } else { &[3.0] }, &mut [], &mut out);
+        let l = merge_ranks(2, |_| 0.0, |r, _| Some(if r == 0 { &[1.0] } else { &[3.0] }), &mut [], &mut out);
         assert_eq!((out[0], l), (2.0, 2f32.ln()));
     }
 }

@@ -51,7 +51,7 @@ pub(super) fn decode(plan: &PlanCore, step: &Step) -> Result<()> {
     plan.comm.set_last_plan(plan.id);
     if plan.desc.output == OutputMode::Local || plan.shard.world == 1 {
         let fault = attended?;
-        write_own(plan, &mut scratch, tokens, &output);
+        write_own(plan, &scratch, tokens, &output);
         return report(plan, plan.shard.rank, fault);
     }
     let sent = attended.and_then(|fault| {
@@ -66,7 +66,7 @@ pub(super) fn partial(plan: &PlanCore, step: &Step) -> Result<()> {
     let _float = FloatState::enter();
     let mut scratch = plan.scratch.lock();
     let fault = attend(plan, step, &mut scratch)?;
-    write_own(plan, &mut scratch, step.args.query_tokens as usize, &step_output(plan, step));
+    write_own(plan, &scratch, step.args.query_tokens as usize, &step_output(plan, step));
     report(plan, plan.shard.rank, fault)
 }
 
@@ -75,7 +75,6 @@ pub(super) fn merge(plan: &PlanCore, input: &MergeInput) -> Result<()> {
     let _float = FloatState::enter();
     let mut scratch = plan.scratch.lock();
     let Scratch { o, lse, .. } = &mut *scratch;
-    let (o, lse) = (floats_mut(o.bytes_mut()), floats_mut(lse.bytes_mut()));
     let dim = input.dim;
     for row in 0..input.tokens * input.heads {
         let to = &mut o[row * dim..(row + 1) * dim];
@@ -88,7 +87,7 @@ pub(super) fn merge(plan: &PlanCore, input: &MergeInput) -> Result<()> {
     plan.counters.steps.fetch_add(1, Ordering::Relaxed);
     plan.comm.set_last_plan(plan.id);
     if plan.desc.output == OutputMode::Local || plan.shard.world == 1 {
-        write_own(plan, &mut scratch, input.tokens, &input.output);
+        write_own(plan, &scratch, input.tokens, &input.output);
         return Ok(());
     }
     let kind = [2, 0, input.tokens as u64];
@@ -114,21 +113,16 @@ fn attend(plan: &PlanCore, step: &Step, scratch: &mut Scratch) -> Result<Option<
     };
     let dim = plan.desc.head_dim_v as usize;
     let rows = step.args.query_tokens as usize * plan.desc.q_heads as usize;
-    let rows = PartialRows {
-        o: &mut floats_mut(scratch.o.bytes_mut())[..rows * dim],
-        lse: &mut floats_mut(scratch.lse.bytes_mut())[..rows],
-        dim,
-    };
+    let rows = PartialRows { o: &mut scratch.o[..rows * dim], lse: &mut scratch.lse[..rows], dim };
     backend.attend(step, &plan.comm.workers, rows)
 }
 
 /// Writes this rank's own partial, all heads.
-fn write_own(plan: &PlanCore, scratch: &mut Scratch, tokens: usize, output: &Output) {
+fn write_own(plan: &PlanCore, scratch: &Scratch, tokens: usize, output: &Output) {
     let (heads, dim) = (plan.desc.q_heads as usize, plan.desc.head_dim_v as usize);
-    let (o, lse) = (floats(scratch.o.bytes()), floats(scratch.lse.bytes()));
     for row in 0..tokens * heads {
         // SAFETY: the output was resolved for [tokens, heads].
-        unsafe { output.write(row / heads, row % heads, &o[row * dim..(row + 1) * dim], lse[row]) };
+        unsafe { output.write(row / heads, row % heads, &scratch.o[row * dim..(row + 1) * dim], scratch.lse[row]) };
     }
 }
 
@@ -150,7 +144,6 @@ fn exchange(
     let (heads, dim, world) = (plan.desc.q_heads as usize, plan.desc.head_dim_v as usize, plan.shard.world as usize);
     let rows = tokens * heads;
     let Scratch { o, lse, rows: spare } = scratch;
-    let (o, lse, spare) = (floats(o.bytes()), floats(lse.bytes()), floats_mut(spare.bytes_mut()));
     let mut found = None;
     let mut first = 0;
     loop {
@@ -238,7 +231,7 @@ fn finish(
             // A rank that cannot finish its step breaks the communicator, or its peers would wait for the deadline.
             plan.comm.exchange.fail(&error);
             // SAFETY: the output was resolved for [tokens, this rank's heads].
-            unsafe { output.poison(tokens, plan.heads.len(), floats_mut(scratch.rows.bytes_mut())) };
+            unsafe { output.poison(tokens, plan.heads.len(), &mut scratch.rows) };
             Err(error)
         }
     }
@@ -272,20 +265,20 @@ fn encode(body: &mut [u8], o: &[f32], convert: impl Fn(f32) -> u16) {
     }
 }
 
-/// The row at the front of `bytes` as f32: in place, or converted into `scratch`.
-fn decode_row<'s>(wire: Dtype, bytes: &'s [u8], scratch: &'s mut [f32]) -> &'s [f32] {
+/// The row at the front of `bytes` as f32: in place, or none and converted into `scratch`.
+fn decode_row<'a>(wire: Dtype, bytes: &'a [u8], scratch: &mut [f32]) -> Option<&'a [f32]> {
     let convert: fn(u16) -> f32 = match wire {
         Dtype::F16 => |bits| f16::from_bits(bits).to_f32(),
         Dtype::Bf16 => |bits| bf16::from_bits(bits).to_f32(),
-        _ => return floats(&bytes[..scratch.len() * 4]),
+        _ => return Some(floats(&bytes[..scratch.len() * 4])),
     };
     for (to, from) in scratch.iter_mut().zip(bytes.chunks_exact(2)) {
         *to = convert(u16::from_ne_bytes([from[0], from[1]]));
     }
-    scratch
+    None
 }
 
-/// Bytes as floats. Windows and scratch are aligned to 64 bytes and cut at multiples of 4.
+/// Bytes of a window as floats: slots are aligned to 64 bytes and cut at multiples of 4.
 fn floats(bytes: &[u8]) -> &[f32] {
     // SAFETY: every bit pattern is an f32; `align_to` keeps alignment, and an unaligned head would be cut off.
     let (head, floats, _) = unsafe { bytes.align_to::<f32>() };

@@ -108,18 +108,12 @@ pub(super) fn run_partials(input: &MergeInput, count: usize) -> Result<()> {
     for row in 0..input.tokens * input.heads {
         // SAFETY: the tensors were resolved for `count` partials of these rows; the caller keeps them valid.
         unsafe {
-            let lse = |partial: usize| input.lse(partial, row);
-            let o = |partial, scratch: &mut [f32]| input.load(partial, row, 0.0, scratch);
-            let merged_lse = merge_ranks(
-                count,
-                lse,
-                |partial, scratch| {
-                    o(partial, scratch);
-                    scratch
-                },
-                scratch,
-                merged,
-            );
+            let lse = |partial| input.lse(partial, row);
+            let o = |partial, scratch: &mut [f32]| {
+                input.load(partial, row, 0.0, scratch);
+                None
+            };
+            let merged_lse = merge_ranks(count, lse, o, scratch, merged);
             input.output.write(row / input.heads, row % input.heads, merged, merged_lse);
         }
     }

@@ -12,10 +12,11 @@ use super::context::Runtime;
 use super::execute::{self, Chunks};
 use super::merge::{MergeArgs, MergeInput};
 use super::stream::{Job, Stream};
-use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, Dtype, OutputMode, Shard, Step, head_range};
+use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, OutputMode, Shard, Step, head_range};
 use crate::cpu::{self, CpuBackend};
-use crate::device::{Device, DeviceKind, HostBuffer};
+use crate::device::{Device, DeviceKind};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fault;
 
 /// A shape made ready on one rank. Clones are the same plan. In flight on one stream at a time.
 #[derive(Clone)]
@@ -74,11 +75,11 @@ pub(super) struct PlanCore {
     idle: Condvar,
 }
 
-/// This rank's partials, and a row a rank for wires that are not f32.
+/// This rank's partials, and two rows a worker: a received row made f32, and the merged one.
 pub(super) struct Scratch {
-    pub o: HostBuffer,
-    pub lse: HostBuffer,
-    pub rows: HostBuffer,
+    pub o: Vec<f32>,
+    pub lse: Vec<f32>,
+    pub rows: Vec<f32>,
 }
 
 #[derive(Default)]
@@ -261,8 +262,9 @@ impl Plan {
         now: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         let Some(stream) = stream else {
-            let _guard = self.core.begin_here();
-            return now();
+            self.core.begin();
+            let _guard = InFlight(&self.core);
+            return now().map_err(explain_timeout);
         };
         stream.check_kind(self.core.comm.device.kind)?;
         self.core.begin();
@@ -274,8 +276,8 @@ impl Plan {
     }
 }
 
-/// Counts a step that runs on the caller's thread.
-pub(super) struct InFlight<'a>(&'a PlanCore);
+/// A step that was counted; uncounts it, also where it panics.
+struct InFlight<'a>(&'a PlanCore);
 
 impl Drop for InFlight<'_> {
     fn drop(&mut self) {
@@ -298,20 +300,15 @@ impl PlanCore {
         };
         let rows = product("max_query_tokens x q_heads", desc.max_query_tokens, desc.q_heads)?;
         let dim = desc.head_dim_v as usize;
-        let bytes = |n: usize, dim: usize| {
-            n.checked_mul(dim * 4).ok_or_else(|| Error::invalid("max_query_tokens", n, "partials that fit memory"))
-        };
-        let workers = comm.workers.threads();
-        let scratch_rows = if desc.wire_dtype == Dtype::F32 { 1 } else { shard.world as usize * workers };
         let scratch = Scratch {
-            o: HostBuffer::new(bytes(rows, dim)?)?,
-            lse: HostBuffer::new(bytes(rows, 1)?)?,
-            rows: HostBuffer::new(bytes(scratch_rows + workers, dim)?)?,
+            o: zeroed("max_query_tokens x q_heads x head_dim_v", rows.checked_mul(dim))?,
+            lse: zeroed("max_query_tokens x q_heads", Some(rows))?,
+            rows: zeroed("workers x head_dim_v", comm.workers.threads().checked_mul(2 * dim))?,
         };
         let chunks = Chunks::new(comm.exchange.capacity(), dim, desc.wire_dtype);
         let backend_bytes = backend.as_ref().map_or(0, CpuBackend::memory);
         let memory = PlanMemory {
-            workspace: (backend_bytes + scratch.o.len() + scratch.lse.len() + scratch.rows.len()) as u64,
+            workspace: (backend_bytes + 4 * (scratch.o.len() + scratch.lse.len() + scratch.rows.len())) as u64,
             window: comm.exchange.window_bytes() as u64,
         };
         let reason = match (desc.output, shard.world, desc.algorithm) {
@@ -339,21 +336,39 @@ impl PlanCore {
         })
     }
 
+    /// Runs a step that was counted when it was enqueued.
+    pub fn run_enqueued(&self, step: impl FnOnce(&PlanCore) -> Result<()>) -> Result<()> {
+        let _guard = InFlight(self);
+        step(self)
+    }
+
     fn begin(&self) {
         *self.in_flight.lock() += 1;
     }
 
-    pub fn end(&self) {
+    fn end(&self) {
         let mut count = self.in_flight.lock();
         *count -= 1;
         if *count == 0 {
             self.idle.notify_all();
         }
     }
+}
 
-    fn begin_here(&self) -> InFlight<'_> {
-        self.begin();
-        InFlight(self)
+/// Says what a caller without streams most often did wrong.
+fn explain_timeout(error: Error) -> Error {
+    if error.kind() != ErrorKind::Timeout {
+        return error;
+    }
+    let message = format!(
+        "{}; without a stream a step runs on the caller's thread until all ranks have come, so ranks of one process \
+         need a thread or a CPU stream each",
+        error.message()
+    );
+    let explained = Error::new(ErrorKind::Timeout, message);
+    match error.rank() {
+        Some(rank) => explained.with_rank(rank),
+        None => explained,
     }
 }
 
@@ -362,6 +377,19 @@ fn product(name: &str, a: i32, b: i32) -> Result<usize> {
         .checked_mul(b as usize)
         .filter(|&n| n <= i32::MAX as usize)
         .ok_or_else(|| Error::invalid(name, format!("{a} x {b}"), format!("at most {}", i32::MAX)))
+}
+
+/// A buffer of `count` zeros (none: the count overflowed), or `NoMemory`.
+fn zeroed(what: &str, count: Option<usize>) -> Result<Vec<f32>> {
+    fault::point("plan.scratch")?;
+    let mut floats = Vec::new();
+    let reserved = count.filter(|&count| floats.try_reserve_exact(count).is_ok());
+    let Some(count) = reserved else {
+        let found = count.map_or("more than 64 bits".into(), |count| format!("{count} floats"));
+        return Err(Error::new(ErrorKind::NoMemory, format!("{what}: found {found}, wanted what memory has room for")));
+    };
+    floats.resize(count, 0.0);
+    Ok(floats)
 }
 
 /// What a rank tells its peers before a plan exists: the fields of its descriptor, or why it cannot make it.

@@ -64,9 +64,9 @@ impl Stream {
 
 fn run(job: Job) -> Result<()> {
     match job {
-        Job::Decode { plan, step } => execute::decode(&plan, &step),
-        Job::Partial { plan, step } => execute::partial(&plan, &step),
-        Job::Merge { plan, input } => execute::merge(&plan, &input),
+        Job::Decode { plan, step } => plan.run_enqueued(|plan| execute::decode(plan, &step)),
+        Job::Partial { plan, step } => plan.run_enqueued(|plan| execute::partial(plan, &step)),
+        Job::Merge { plan, input } => plan.run_enqueued(|plan| execute::merge(plan, &input)),
         Job::MergePartials { input, count } => merge::run_partials(&input, count),
     }
 }
