@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use super::context::{LogLevel, Runtime};
 use crate::attention::Shard;
 use crate::comm::{CommConfig, Exchange, local_group};
-use crate::device::{Device, DeviceKind, Workers, cores};
+use crate::device::{Device, DeviceKind, Workers, available_cores};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::DataFault;
 
@@ -73,7 +73,7 @@ impl Communicator {
         if let Some(device) = devices.iter().find(|d| d.kind != DeviceKind::Cpu) {
             return Err(Error::unsupported("devices", device, "CPU devices"));
         }
-        let cores = cores();
+        let cores = available_cores();
         let threads = match config.threads_per_rank {
             0 => (cores / devices.len()).max(1),
             threads => threads,
