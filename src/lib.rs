@@ -1,5 +1,7 @@
 //! libtreeattn.
 pub mod attention;
+#[allow(dead_code, unused_imports)] // until the runtime is part of the crate
+pub mod comm;
 pub mod device;
 pub mod error;
 pub mod fault;

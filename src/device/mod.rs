@@ -12,9 +12,10 @@ mod queue;
 mod thread;
 mod workers;
 
+pub(crate) use bell::Bell;
 pub use buffer::HostBuffer;
 pub use float_state::FloatState;
-pub use host::available_cores;
+pub use host::cores;
 pub use queue::Queue;
 pub use workers::Workers;
 

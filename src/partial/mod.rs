@@ -1,8 +1,11 @@
 //! The monoid of partials: (o, lse), its identity (0, -inf) and its merge.
 //!
 //! Everything that meets anywhere in the library (tiles, splits, workers, ranks, nodes) meets by [`merge_into`] or by
-//! [`merge_ranks`]; the order is fixed by the caller. Depends on nothing but plain data.
+//! [`merge_ranks`]; the order is fixed by the caller. `epoch` holds the rules of an exchange of partials, whatever
+//! carries it. Depends on nothing but plain data.
 
+#[allow(dead_code)] // until the runtime is part of the crate
+pub(crate) mod epoch;
 mod merge;
 
 pub use merge::{PartialRows, merge_into, merge_ranks};

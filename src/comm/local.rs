@@ -1,0 +1,450 @@
+//! The local group: any number of ranks in one process, exchanging over shared memory.
+//!
+//! Every rank has a window of two slots. It writes its payload into the slot of the epoch's parity and publishes the
+//! header; the last rank to arrive completes the epoch and rings; then every rank reads every payload in place. Why two
+//! slots suffice is said in [`crate::partial::epoch`]. Ranks wait on their calling thread only, by [`Bell`]: they spin
+//! for at most 20 us where the machine has a core a rank, else they park at once, and only the last arrival wakes.
+//!
+//! The first failure latches for the whole group and rings the bell, so that every wait ends with it.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{CommConfig, Exchange, RoundHeader, verdict};
+use crate::attention::Shard;
+use crate::device::{Bell, HostBuffer, cores};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fault;
+use crate::partial::epoch::{Arrivals, Cursor, Epoch, Header, MAX_PAYLOAD, MAX_WINDOWS, SLOTS, Slot};
+
+/// Most ranks of a local group.
+const MAX_RANKS: usize = 1024;
+/// Alignment of payloads, bytes.
+const ALIGN: usize = 64;
+/// How long past its deadline a wait gives a rank that has published but not yet counted itself.
+const GRACE: Duration = Duration::from_millis(50);
+
+/// One rank's end of a local group.
+pub(crate) struct LocalExchange {
+    group: Arc<Group>,
+    rank: usize,
+}
+
+struct Group {
+    id: u64,
+    setup_timeout: Duration,
+    step_timeout: Duration,
+    spin: bool,
+    capacity: usize,
+    bell: Bell,
+    arrivals: Line<Arrivals<AtomicU32>>,
+    /// Set with `error`.
+    broken: AtomicBool,
+    error: Mutex<Option<Error>>,
+    /// Ranks that have left.
+    gone: AtomicU32,
+    /// What each rank gave in its last two allgathers: number and blob, by parity.
+    board: Mutex<Vec<[Blob; SLOTS]>>,
+    ranks: Vec<Rank>,
+    /// The payloads, `SLOTS` x `capacity` bytes a rank; reached by `payload` and `payload_mut` alone.
+    windows: HostBuffer,
+}
+
+/// The number of an allgather, and what a rank gave in it.
+type Blob = (u64, Vec<u8>);
+
+/// A value on cache lines of its own.
+#[repr(align(128))]
+#[derive(Default)]
+struct Line<T>(T);
+
+/// One rank's state. Its peers read the slots and `gone`.
+#[repr(align(128))]
+#[derive(Default)]
+struct Rank {
+    slots: [Line<Slot<AtomicU64>>; SLOTS],
+    cursor: Cursor<AtomicU32>,
+    rounds: AtomicU64,
+    gathers: AtomicU64,
+    busy: AtomicBool,
+    gone: AtomicBool,
+    /// Why this rank failed, where that differs from the group's error.
+    error: Mutex<Option<Error>>,
+}
+
+/// The payloads of one round, readable until `take` returns.
+pub(crate) struct Round<'a> {
+    group: &'a Group,
+    epoch: Epoch,
+    bytes: usize,
+}
+
+impl Round<'_> {
+    /// What `rank` sent. Panics if there is no such rank.
+    pub(crate) fn payload(&self, rank: usize) -> &[u8] {
+        // SAFETY: the epoch is complete, and no rank writes this slot before this rank has consumed it.
+        unsafe { self.group.payload(rank, self.epoch.slot(), self.bytes) }
+    }
+
+    /// The packed fault that `rank` sent, 0 for none. Panics if there is no such rank.
+    pub(crate) fn fault(&self, rank: usize) -> u64 {
+        self.group.header(rank, self.epoch).map_or(0, |header| header.fault)
+    }
+}
+
+/// A group of `world` ranks in this process, in rank order. Errors: `InvalidArgument`, `NoMemory`.
+pub(crate) fn local_group(world: usize, config: &CommConfig) -> Result<Vec<LocalExchange>> {
+    local_group_at(world, config, Epoch::START)
+}
+
+/// As [`local_group`], with the first epoch after `start`.
+pub(super) fn local_group_at(world: usize, config: &CommConfig, start: Epoch) -> Result<Vec<LocalExchange>> {
+    static GROUPS: AtomicU64 = AtomicU64::new(0);
+    config.check()?;
+    if world == 0 || world > MAX_RANKS {
+        return Err(Error::invalid("n", world, format!("1 to {MAX_RANKS} ranks")));
+    }
+    let capacity = MAX_PAYLOAD.min(MAX_WINDOWS / (SLOTS * world)) / ALIGN * ALIGN;
+    let windows = HostBuffer::new(world * SLOTS * capacity)?;
+    let rank = || Rank { cursor: Cursor::starting_at(AtomicU32::new(0), AtomicU32::new(0), start), ..Rank::default() };
+    let group = Arc::new(Group {
+        id: GROUPS.fetch_add(1, Ordering::Relaxed) + 1,
+        setup_timeout: config.setup_timeout,
+        step_timeout: config.step_timeout,
+        spin: world <= cores(),
+        capacity,
+        bell: Bell::default(),
+        arrivals: Line(Arrivals::starting_at(Default::default(), AtomicU32::new(0), start)),
+        broken: AtomicBool::new(false),
+        error: Mutex::new(None),
+        gone: AtomicU32::new(0),
+        board: Mutex::new((0..world).map(|_| Default::default()).collect()),
+        ranks: (0..world).map(|_| rank()).collect(),
+        windows,
+    });
+    Ok((0..world).map(|rank| LocalExchange { group: Arc::clone(&group), rank }).collect())
+}
+
+impl Group {
+    /// # Safety
+    /// `bytes` is at most the capacity, and nobody writes the slot while the slice lives.
+    unsafe fn payload(&self, rank: usize, slot: usize, bytes: usize) -> &[u8] {
+        assert!(rank < self.ranks.len() && bytes <= self.capacity);
+        // SAFETY: inside the windows, by the assertion; the rest is the caller's.
+        unsafe { std::slice::from_raw_parts(self.windows.as_ptr().add((rank * SLOTS + slot) * self.capacity), bytes) }
+    }
+
+    /// # Safety
+    /// As [`Group::payload`], and nobody reads the slot either.
+    #[allow(clippy::mut_from_ref)] // the protocol, not the borrow, makes it exclusive
+    unsafe fn payload_mut(&self, rank: usize, slot: usize, bytes: usize) -> &mut [u8] {
+        assert!(rank < self.ranks.len() && bytes <= self.capacity);
+        // SAFETY: inside the windows, by the assertion; the rest is the caller's.
+        unsafe {
+            std::slice::from_raw_parts_mut(
+                self.windows.as_ptr().cast_mut().add((rank * SLOTS + slot) * self.capacity),
+                bytes,
+            )
+        }
+    }
+
+    /// What `rank` published in `epoch`, if it has and its slot still holds it.
+    fn header(&self, rank: usize, epoch: Epoch) -> Option<Header> {
+        self.ranks[rank].slots[epoch.slot()].0.read(epoch)
+    }
+
+    /// Breaks the group, unless it is broken, and ends every wait. Gives the error that broke it.
+    fn break_with(&self, error: Error) -> Error {
+        let first = lock(&self.error).get_or_insert(error).clone();
+        if !self.broken.swap(true, Ordering::AcqRel) {
+            self.bell.ring();
+        }
+        first
+    }
+
+    fn broken(&self) -> Option<Error> {
+        if !self.broken.load(Ordering::Acquire) {
+            return None;
+        }
+        lock(&self.error).clone()
+    }
+
+    /// Waits on the calling thread until `done`, watching the group's health and the deadline. `missing(r)`: rank r has
+    /// not come. `what` and `field` (the deadline's name) are for messages.
+    fn wait(
+        &self,
+        done: impl Fn() -> bool,
+        missing: impl Fn(usize) -> bool,
+        what: impl Fn() -> String,
+        (field, timeout): (&str, Duration),
+    ) -> Result<()> {
+        let mut deadline = Instant::now() + timeout;
+        let mut late = false;
+        loop {
+            let seen = self.bell.now();
+            if done() {
+                return Ok(());
+            }
+            if let Some(error) = self.broken() {
+                return Err(error);
+            }
+            if self.gone.load(Ordering::Acquire) > 0 {
+                let lost = (0..self.ranks.len()).find(|&r| self.ranks[r].gone.load(Ordering::Acquire) && missing(r));
+                if let Some(rank) = lost {
+                    return Err(self.break_with(verdict::peer_lost(&what(), rank)));
+                }
+            }
+            if Instant::now() >= deadline {
+                let missing: Vec<usize> = (0..self.ranks.len()).filter(|&r| missing(r)).collect();
+                if !missing.is_empty() || late {
+                    return Err(self.break_with(verdict::timeout(&what(), &missing, field, timeout)));
+                }
+                // Everyone is between publishing and arriving.
+                (late, deadline) = (true, deadline + GRACE);
+            }
+            self.bell.wait(seen, self.spin, Some(deadline));
+        }
+    }
+}
+
+impl LocalExchange {
+    /// Tells groups of a process apart; never 0.
+    pub(crate) fn group_id(&self) -> u64 {
+        self.group.id
+    }
+
+    fn own(&self) -> &Rank {
+        &self.group.ranks[self.rank]
+    }
+
+    /// Takes this rank's turn; the guard ends it, and breaks the group if the call unwinds.
+    fn enter(&self) -> Result<Turn<'_>> {
+        let own = self.own();
+        if own.busy.swap(true, Ordering::Acquire) {
+            let message =
+                format!("communicator: another call on rank {} is under way; wanted one at a time", self.rank);
+            return Err(Error::new(ErrorKind::Busy, message));
+        }
+        let mut turn = Turn { exchange: self, unwinding: false };
+        if own.gone.load(Ordering::Acquire) {
+            let message = format!("communicator: rank {} has left it", self.rank);
+            return Err(Error::new(ErrorKind::ParentDestroyed, message));
+        }
+        if let Some(error) = self.status() {
+            return Err(error);
+        }
+        turn.unwinding = true;
+        Ok(turn)
+    }
+
+    fn exchange(
+        &self,
+        header: RoundHeader,
+        bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+        take: &mut dyn FnMut(&Round<'_>),
+    ) -> Result<()> {
+        let (group, own, world) = (&*self.group, self.own(), self.group.ranks.len());
+        if bytes > group.capacity {
+            return Err(Error::invalid("bytes", bytes, format!("at most {} in a round", group.capacity)));
+        }
+        let epoch = own.cursor.begin().ok_or_else(|| {
+            Error::new(ErrorKind::Internal, format!("rank {} began a round before it consumed the last", self.rank))
+        })?;
+        fault::point_at("comm.publish", self.rank as i32)?;
+        // SAFETY: of this slot's last epoch, two back, every rank has consumed what it held (see `partial::epoch`); this
+        // epoch's readers come after the publication.
+        fill(unsafe { group.payload_mut(self.rank, epoch.slot(), bytes) });
+        let fingerprint = tag(header.fingerprint, bytes);
+        own.slots[epoch.slot()].0.publish(epoch, Header { fingerprint, fault: header.fault });
+        let last = group.arrivals.0.arrive(epoch, world);
+        if last && world > 1 {
+            group.bell.ring();
+        }
+        fault::point_at("comm.wait", self.rank as i32)?;
+        let number = own.rounds.load(Ordering::Relaxed) + 1;
+        if !last {
+            group.wait(
+                || group.arrivals.0.is_complete(epoch),
+                |rank| group.header(rank, epoch).is_none(),
+                || format!("round {number}"),
+                ("step_timeout", group.step_timeout),
+            )?;
+        }
+        fault::point_at("comm.take", self.rank as i32)?;
+        if let Some(absent) = (0..world).find(|&rank| group.header(rank, epoch).is_none()) {
+            return Err(Error::new(
+                ErrorKind::Internal,
+                format!("round {number}: rank {absent} arrived without header"),
+            ));
+        }
+        let fingerprint = |rank: usize| group.header(rank, epoch).map_or(0, |header| header.fingerprint);
+        if let Some(error) = verdict::desync(number, self.rank, world, fingerprint) {
+            return Err(error);
+        }
+        take(&Round { group, epoch, bytes });
+        own.cursor.consume(epoch);
+        own.rounds.store(number, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+impl Exchange for LocalExchange {
+    fn shard(&self) -> Shard {
+        Shard { rank: self.rank as i32, world: self.group.ranks.len() as i32 }
+    }
+
+    fn capacity(&self) -> usize {
+        self.group.capacity
+    }
+
+    fn window_bytes(&self) -> usize {
+        SLOTS * self.group.capacity
+    }
+
+    fn allgather(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let turn = self.enter()?;
+        let group = &*self.group;
+        let number = self.own().gathers.load(Ordering::Relaxed) + 1;
+        self.own().gathers.store(number, Ordering::Relaxed);
+        let parity = number as usize % SLOTS;
+        let complete = {
+            let mut board = lock(&group.board);
+            // Two back: every rank has read it, for every rank gave its next only after that.
+            board[self.rank][parity] = (number, blob.to_vec());
+            board.iter().all(|rank| rank[parity].0 == number)
+        };
+        if complete {
+            group.bell.ring();
+        }
+        let waited = group.wait(
+            || lock(&group.board).iter().all(|rank| rank[parity].0 == number),
+            |rank| lock(&group.board)[rank][parity].0 != number,
+            || format!("setup exchange {number}"),
+            ("setup_timeout", group.setup_timeout),
+        );
+        turn.end(waited.map(|()| lock(&group.board).iter().map(|rank| rank[parity].1.clone()).collect()))
+    }
+
+    fn round(
+        &self,
+        header: RoundHeader,
+        bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+        take: &mut dyn FnMut(&Round<'_>),
+    ) -> Result<()> {
+        let turn = self.enter()?;
+        let result = self.exchange(header, bytes, fill, take);
+        turn.end(result)
+    }
+
+    fn status(&self) -> Option<Error> {
+        let group = self.group.broken()?;
+        Some(lock(&self.own().error).clone().unwrap_or(group))
+    }
+
+    fn step(&self) -> u64 {
+        self.own().rounds.load(Ordering::Relaxed)
+    }
+
+    fn abort(&self) {
+        self.group.break_with(verdict::aborted(self.rank));
+    }
+
+    fn fail(&self, error: &Error) {
+        let own = self.own();
+        if own.gone.load(Ordering::Acquire) || self.status().is_some() {
+            return;
+        }
+        let error = verdict::failed(self.rank, error);
+        *lock(&own.error) = Some(error.clone());
+        self.group.break_with(error);
+    }
+
+    fn leave(&self) {
+        if !self.own().gone.swap(true, Ordering::AcqRel) {
+            self.group.gone.fetch_add(1, Ordering::AcqRel);
+            self.group.bell.ring();
+        }
+    }
+
+    fn describe(&self) -> String {
+        let (group, world) = (&*self.group, self.group.ranks.len());
+        let links: Vec<String> = (0..world)
+            .filter(|&peer| peer != self.rank)
+            .map(|peer| format!(r#"{{"peer":{peer},"kind":"shared_memory"}}"#))
+            .collect();
+        let algorithm = |name: &str, output: &str, reads: &str| {
+            format!(
+                r#"{{"name":"{name}","output":"{output}","rounds_per_chunk":1,"chunk_bytes":{},"reads":"{reads}"}}"#,
+                group.capacity
+            )
+        };
+        format!(
+            concat!(
+                r#"{{"kind":"local","group":{},"world":{},"rank":{},"wait":"{}","capacity_bytes":{},"#,
+                r#""window_bytes":{},"setup_timeout_ms":{},"step_timeout_ms":{},"links":[{}],"algorithms":[{},{}]}}"#
+            ),
+            group.id,
+            world,
+            self.rank,
+            if group.spin { "spin 20 us, then park" } else { "park" },
+            group.capacity,
+            self.window_bytes(),
+            group.setup_timeout.as_millis(),
+            group.step_timeout.as_millis(),
+            links.join(","),
+            algorithm("ONE_SHOT", "REPLICATED", "every payload in place"),
+            algorithm("ONE_SHOT", "SCATTERED", "own heads of every payload in place"),
+        )
+    }
+}
+
+impl Drop for LocalExchange {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+/// One call of a rank.
+struct Turn<'a> {
+    exchange: &'a LocalExchange,
+    unwinding: bool,
+}
+
+impl Turn<'_> {
+    /// Ends the call; an error breaks the group (or is what broke it).
+    fn end<T>(mut self, result: Result<T>) -> Result<T> {
+        self.unwinding = false;
+        if let Err(error) = &result {
+            if error.kind() == ErrorKind::Desync {
+                // Each rank names the one that it takes for odd.
+                *lock(&self.exchange.own().error) = Some(error.clone());
+                self.exchange.group.break_with(error.clone());
+            } else {
+                self.exchange.fail(error);
+            }
+        }
+        result
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        if self.unwinding {
+            let message = format!("rank {} panicked during a round", self.exchange.rank);
+            self.exchange.fail(&Error::new(ErrorKind::Internal, message));
+        }
+        self.exchange.own().busy.store(false, Ordering::Release);
+    }
+}
+
+/// A fingerprint that also tells payloads of different sizes apart.
+fn tag(fingerprint: u64, bytes: usize) -> u64 {
+    fingerprint ^ (bytes as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,103 @@
+//! What ranks say when they fail together: who is missing, who is out of step, who gave up.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use crate::error::{Error, ErrorKind};
+
+/// Ranks `missing` did not come to `what` before the deadline called `field`.
+pub(super) fn timeout(what: &str, missing: &[usize], field: &str, timeout: Duration) -> Error {
+    let message =
+        format!("{what}: {} did not come within {field} = {timeout:?}; the communicator is broken", ranks(missing));
+    let error = Error::new(ErrorKind::Timeout, message);
+    missing.first().map_or(error.clone(), |&rank| error.with_rank(rank as i32))
+}
+
+/// `rank` left the group while `what` needed it.
+pub(super) fn peer_lost(what: &str, rank: usize) -> Error {
+    let message = format!("{what}: rank {rank} has left the communicator, which is broken");
+    Error::new(ErrorKind::PeerLost, message).with_rank(rank as i32)
+}
+
+/// `rank` aborted.
+pub(super) fn aborted(rank: usize) -> Error {
+    Error::new(ErrorKind::Aborted, format!("the communicator was aborted by rank {rank}")).with_rank(rank as i32)
+}
+
+/// `rank` could not go on, with `error`; an error that is already about a rank is passed on as it is.
+pub(super) fn failed(rank: usize, error: &Error) -> Error {
+    if error.rank().is_some() {
+        return error.clone();
+    }
+    let message = format!("rank {rank} broke the communicator: {}", error.message());
+    Error::new(error.kind(), message).with_rank(rank as i32)
+}
+
+/// The rank to blame for different fingerprints in round `round`, as rank `me` sees it: the first outside the largest
+/// party; where no party is the largest, the first that differs from me. None where all agree.
+pub(super) fn desync(round: u64, me: usize, world: usize, fingerprint: impl Fn(usize) -> u64) -> Option<Error> {
+    let first = fingerprint(0);
+    if (1..world).all(|rank| fingerprint(rank) == first) {
+        return None;
+    }
+    let party = |rank: usize| (0..world).filter(|&other| fingerprint(other) == fingerprint(rank)).count();
+    let largest = (0..world).map(party).max().unwrap_or(0);
+    let leading: Vec<usize> = (0..world).filter(|&rank| party(rank) == largest).collect();
+    let single = leading.iter().all(|&rank| fingerprint(rank) == fingerprint(leading[0]));
+    let right = if single { fingerprint(leading[0]) } else { fingerprint(me) };
+    let odd: Vec<usize> = (0..world).filter(|&rank| fingerprint(rank) != right).collect();
+    let rest: Vec<usize> = (0..world).filter(|&rank| fingerprint(rank) == right).collect();
+    let message = format!(
+        "round {round}: {} issued another call (or another batch, query_tokens or plan) than {}; the communicator is broken",
+        ranks(&odd),
+        ranks(&rest)
+    );
+    Some(Error::new(ErrorKind::Desync, message).with_rank(odd[0] as i32))
+}
+
+/// "rank 3", "ranks 1, 2 and 5", or "a rank" where none is known.
+fn ranks(list: &[usize]) -> String {
+    let mut text = String::from(match list.len() {
+        0 => "a rank",
+        1 => "rank ",
+        _ => "ranks ",
+    });
+    for (i, rank) in list.iter().enumerate() {
+        let separator = match i {
+            0 => "",
+            _ if i + 1 == list.len() => " and ",
+            _ => ", ",
+        };
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{separator}{rank}");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_minority_is_blamed_and_a_tie_names_the_peer() {
+        let blame = |me: usize, prints: &[u64]| desync(9, me, prints.len(), |r| prints[r]).map(|e| e.rank().unwrap());
+        assert_eq!(blame(0, &[5, 5, 5]), None);
+        for me in 0..3 {
+            assert_eq!(blame(me, &[5, 6, 5]), Some(1));
+            assert_eq!(blame(me, &[6, 5, 5]), Some(0));
+        }
+        assert_eq!((blame(0, &[5, 6]), blame(1, &[5, 6])), (Some(1), Some(0)));
+        assert_eq!((blame(0, &[5, 6, 5, 6]), blame(3, &[5, 6, 5, 6])), (Some(1), Some(0)));
+        assert_eq!(blame(2, &[1, 2, 3]), Some(0));
+        let error = desync(9, 0, 4, |r| [1, 2, 1, 3][r]).unwrap();
+        assert!(error.message().contains("ranks 1 and 3") && error.message().contains("ranks 0 and 2"), "{error}");
+    }
+
+    #[test]
+    fn messages_list_ranks() {
+        let error = timeout("round 3", &[1, 2, 5], "step_timeout", Duration::from_millis(50));
+        assert_eq!(error.rank(), Some(1));
+        assert!(error.message().contains("ranks 1, 2 and 5 did not come within step_timeout = 50ms"), "{error}");
+        assert_eq!((ranks(&[3]), ranks(&[])), ("rank 3".into(), "a rank".into()));
+    }
+}
