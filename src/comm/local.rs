@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::{CommConfig, Exchange, RoundHeader, verdict};
 use crate::attention::Shard;
-use crate::device::{Bell, HostBuffer, cores};
+use crate::device::{Bell, HostBuffer, available_cores};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault;
 use crate::partial::epoch::{Arrivals, Cursor, Epoch, Header, MAX_PAYLOAD, MAX_WINDOWS, SLOTS, Slot};
@@ -112,7 +112,7 @@ pub(super) fn local_group_at(world: usize, config: &CommConfig, start: Epoch) ->
         id: GROUPS.fetch_add(1, Ordering::Relaxed) + 1,
         setup_timeout: config.setup_timeout,
         step_timeout: config.step_timeout,
-        spin: world <= cores(),
+        spin: world <= available_cores(),
         capacity,
         bell: Bell::default(),
         arrivals: Line(Arrivals::starting_at(Default::default(), AtomicU32::new(0), start)),
@@ -142,10 +142,7 @@ impl Group {
         assert!(rank < self.ranks.len() && bytes <= self.capacity);
         // SAFETY: inside the windows, by the assertion; the rest is the caller's.
         unsafe {
-            std::slice::from_raw_parts_mut(
-                self.windows.as_ptr().cast_mut().add((rank * SLOTS + slot) * self.capacity),
-                bytes,
-            )
+            std::slice::from_raw_parts_mut(self.windows.as_mut_ptr().add((rank * SLOTS + slot) * self.capacity), bytes)
         }
     }
 

@@ -62,20 +62,8 @@ impl HostBuffer {
     }
 
     /// The first byte, for writing.
-    pub fn as_mut_ptr(&mut self) -> *mut u8 {
+    pub fn as_mut_ptr(&self) -> *mut u8 {
         self.data.as_ptr()
-    }
-
-    /// The contents.
-    pub fn bytes(&self) -> &[u8] {
-        // SAFETY: the memory is this long, was zeroed, and is borrowed with the buffer.
-        unsafe { std::slice::from_raw_parts(self.data.as_ptr(), self.bytes) }
-    }
-
-    /// The contents, for writing.
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `bytes`, borrowed exclusively.
-        unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.bytes) }
     }
 
     /// Bytes.
@@ -112,10 +100,12 @@ mod tests {
     #[test]
     fn buffers_are_aligned_zeroed_and_refused_when_too_large() {
         for bytes in [0, 1, 63, 4096, MAPPED - 1, MAPPED, MAPPED + 12345] {
-            let mut buffer = HostBuffer::new(bytes).unwrap();
+            let buffer = HostBuffer::new(bytes).unwrap();
             assert_eq!((buffer.as_ptr() as usize % ALIGN, buffer.len()), (0, bytes));
-            assert!(buffer.bytes().iter().all(|&b| b == 0));
-            buffer.bytes_mut().fill(7);
+            // SAFETY: the buffer is this long and nobody else has it.
+            let all = unsafe { std::slice::from_raw_parts_mut(buffer.as_mut_ptr(), bytes) };
+            assert!(all.iter().all(|&b| b == 0));
+            all.fill(7);
         }
         for bytes in [usize::MAX, isize::MAX as usize, 1 << 60] {
             assert_eq!(HostBuffer::new(bytes).unwrap_err().kind(), ErrorKind::NoMemory);

@@ -3,7 +3,7 @@
 use super::{Device, DeviceInfo};
 
 /// Processor cores that this process may use (affinity and control groups respected), at least 1.
-pub fn cores() -> usize {
+pub fn available_cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
@@ -13,7 +13,7 @@ pub(super) fn info() -> DeviceInfo {
         device: Device::CPU,
         name: model_name().unwrap_or_else(|| std::env::consts::ARCH.to_string()),
         memory: memory(),
-        units: i32::try_from(cores()).unwrap_or(i32::MAX),
+        units: i32::try_from(available_cores()).unwrap_or(i32::MAX),
         isa: isa(),
     }
 }

@@ -15,7 +15,7 @@ mod workers;
 pub(crate) use bell::Bell;
 pub use buffer::HostBuffer;
 pub use float_state::FloatState;
-pub use host::cores;
+pub use host::available_cores;
 pub use queue::Queue;
 pub use workers::Workers;
 
