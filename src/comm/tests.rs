@@ -453,3 +453,39 @@ fn a_group_describes_itself() {
     assert_ne!(ranks[0].group_id(), local_group(1, &CommConfig::default()).unwrap()[0].group_id());
     assert_eq!(ranks[2].shard(), Shard { rank: 2, world: 3 });
 }
+
+/// Faults are armed for the process; a rank that no other test has keeps them here.
+#[cfg(feature = "fault-injection")]
+#[test]
+fn injected_faults_end_the_round_on_every_rank() {
+    const WORLD: usize = 20;
+    for point in ["comm.publish", "comm.wait", "comm.take"] {
+        for (action, kind) in [("panic", ErrorKind::Internal), ("fail", ErrorKind::NoMemory)] {
+            crate::fault::arm(&format!("{point}#19={action}@3")).unwrap();
+            let results = on_threads(local_group(WORLD, &config(LONG)).unwrap(), |rank| {
+                let mut rounds = 0;
+                let error = loop {
+                    let call = std::panic::AssertUnwindSafe(|| checked_round(&rank, rounds, 64));
+                    match std::panic::catch_unwind(call) {
+                        Ok(Ok(())) => rounds += 1,
+                        Ok(Err(error)) => break error,
+                        Err(_) => break rank.status().unwrap(),
+                    }
+                };
+                (rounds, error, rank)
+            });
+            for (rounds, error, rank) in results {
+                // Where rank 19 had published, its peers may have completed the round.
+                assert!(rounds == 3 || (rounds == 4 && point != "comm.publish"), "{point} {action}: {rounds} rounds");
+                let status = rank.status().unwrap();
+                assert_eq!((error.kind(), status.kind(), status.rank()), (kind, kind, Some(19)), "{point} {action}");
+            }
+        }
+        crate::fault::arm(&format!("{point}#19=delay:30")).unwrap();
+        let results = on_threads(local_group(WORLD, &config(LONG)).unwrap(), |rank| {
+            (0..3).for_each(|round| checked_round(&rank, round, 64).unwrap());
+            rank
+        });
+        assert_eq!(results.len(), WORLD);
+    }
+}

@@ -1,0 +1,41 @@
+//! Forced panics and failed allocations below the runtime. One test, for faults are armed for the process.
+#![cfg(feature = "fault-injection")]
+
+use std::time::Duration;
+
+use treeattn::device::{HostBuffer, Queue, Workers};
+use treeattn::{ErrorKind, fault};
+
+#[test]
+fn threads_queues_and_buffers_survive_their_faults() {
+    let workers = Workers::new(3, "test", false).unwrap();
+    for (text, kind) in [
+        ("workers.run=fail", ErrorKind::NoMemory),
+        ("workers.job#0=panic", ErrorKind::Internal),
+        ("workers.job#2=panic", ErrorKind::Internal),
+    ] {
+        fault::arm(text).unwrap();
+        assert_eq!(workers.run(&|_| ()).unwrap_err().kind(), kind, "{text}");
+        workers.run(&|_| ()).unwrap();
+    }
+
+    let queue = Queue::new(4, "test", |_: u32| Ok(())).unwrap();
+    for (text, kind) in [("queue.run=fail", ErrorKind::NoMemory), ("queue.run=panic", ErrorKind::Internal)] {
+        fault::arm(text).unwrap();
+        for n in 0..3 {
+            queue.push(n, Duration::from_secs(20)).unwrap();
+        }
+        assert_eq!(queue.synchronize().unwrap_err().kind(), kind, "{text}");
+        queue.synchronize().unwrap();
+    }
+
+    fault::arm("host_buffer.new=fail@1").unwrap();
+    HostBuffer::new(64).unwrap();
+    assert_eq!(HostBuffer::new(64).unwrap_err().kind(), ErrorKind::NoMemory);
+    HostBuffer::new(64).unwrap();
+
+    fault::arm("host_buffer.new=fail*all").unwrap();
+    assert!(HostBuffer::new(64).is_err() && HostBuffer::new(64).is_err());
+    fault::disarm();
+    HostBuffer::new(64).unwrap();
+}
