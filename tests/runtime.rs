@@ -200,7 +200,8 @@ fn every_difference_of_descriptors_is_named_on_every_rank() {
 fn a_rank_that_cannot_make_its_plan_tells_the_others() {
     let (_runtime, comms) = group(2, &quick(Duration::from_secs(20)));
     let bad = AttentionDesc { reproducibility: Reproducibility::Canonical, ..shape() };
-    let errors = on_threads(2, |r| Plan::create(&comms[r], if r == 1 { &bad } else { &shape() }).err().unwrap());
+    let good = shape();
+    let errors = on_threads(2, |r| Plan::create(&comms[r], if r == 1 { &bad } else { &good }).err().unwrap());
     assert_eq!(errors[0].kind(), ErrorKind::Mismatch);
     assert!(errors[0].message().contains("rank 1") && errors[0].message().contains("reproducibility"), "{}", errors[0]);
     assert_eq!(errors[1].kind(), ErrorKind::Unsupported);
