@@ -1,0 +1,27 @@
+//! The CPU backend: exact attention over one rank's shard on the rank's workers.
+//!
+//! [`CpuBackend`] turns a step into partials. `sequences` reads and checks what the step says, `partition` cuts the flat
+//! line of (sequence, rows, kv heads, tiles) into equal slices, `worker` takes a slice tile by tile (`rows`: where keys
+//! and values lie; `tile`: the kernel, over the vectors of `simd`, compiled once an instruction set by `kernels`), and
+//! `state` holds unfinished partials and the order in which they meet. Depends on `attention`, `partial` and `device`
+//! only; knows nothing of other ranks.
+//!
+//! Unfinished partials keep numerator and denominator apart, over a power of two, so that meeting costs one rounding a
+//! sum and nothing for the rescale; they become (o, lse) once, at the end.
+
+mod backend;
+mod isa;
+mod kernels;
+mod partition;
+mod rows;
+mod sequences;
+mod simd;
+mod state;
+mod tile;
+mod worker;
+
+#[cfg(test)]
+mod tests;
+
+pub use backend::{CpuBackend, supported};
+pub use isa::{ENVIRONMENT, Isa, isa};

@@ -1,0 +1,57 @@
+//! Where the keys and values of a tile lie: one pointer a key, from strides or through page tables.
+
+use super::sequences::Sequence;
+use super::tile::TILE;
+use crate::attention::{AttentionDesc, KvLayout, Step};
+
+/// Pointers to kv head 0 of each key and value of a tile; past the last key, up to a multiple of 16, they repeat it.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows {
+    /// Keys.
+    pub k: [*const u8; TILE],
+    /// Values.
+    pub v: [*const u8; TILE],
+}
+
+impl Rows {
+    /// No rows.
+    pub const EMPTY: Rows = Rows { k: [std::ptr::null(); TILE], v: [std::ptr::null(); TILE] };
+
+    /// Points at slots `slot` to `slot + keys` of sequence `b`, `keys` from 1 to TILE, all within its checked length.
+    pub fn fill(&mut self, desc: &AttentionDesc, step: &Step, b: usize, sequence: &Sequence, slot: usize, keys: usize) {
+        let args = &step.args;
+        let (k_data, v_data) = (args.k.data.cast::<u8>().cast_const(), args.v.data.cast::<u8>().cast_const());
+        let (ks, vs) = (&step.k_stride, &step.v_stride);
+        if desc.kv_layout == KvLayout::Strided {
+            let at = |s: &[i64; 4]| (b as i64 * s[0] + slot as i64 * s[1]) as isize;
+            self.run(0, keys, k_data.wrapping_offset(at(ks)), v_data.wrapping_offset(at(vs)), ks[1], vs[1]);
+        } else {
+            let table =
+                if desc.kv_layout == KvLayout::BlockTable { args.block_table } else { args.page_indices };
+            let page_size = desc.page_size as usize;
+            let (mut entry, mut inside, mut t) = (slot / page_size, slot % page_size, 0);
+            while t < keys {
+                let run = (page_size - inside).min(keys - t);
+                // SAFETY: the entry belongs to a slot within the sequence's checked length.
+                let page = unsafe { *table.offset((sequence.first_page + entry as i64) as isize) };
+                // Checked before; the clamp keeps the address inside should the table change under us.
+                let page = i64::from(page.clamp(0, args.num_pages - 1));
+                let at = |s: &[i64; 4]| (page * s[0] + inside as i64 * s[1]) as isize;
+                self.run(t, run, k_data.wrapping_offset(at(ks)), v_data.wrapping_offset(at(vs)), ks[1], vs[1]);
+                (t, entry, inside) = (t + run, entry + 1, 0);
+            }
+        }
+        for t in keys..keys.next_multiple_of(16) {
+            (self.k[t], self.v[t]) = (self.k[keys - 1], self.v[keys - 1]);
+        }
+    }
+
+    #[inline(always)]
+    fn run(&mut self, from: usize, n: usize, k: *const u8, v: *const u8, k_step: i64, v_step: i64) {
+        let targets = self.k[from..from + n].iter_mut().zip(&mut self.v[from..from + n]);
+        for (i, (to_k, to_v)) in targets.enumerate() {
+            *to_k = k.wrapping_offset(i as isize * k_step as isize);
+            *to_v = v.wrapping_offset(i as isize * v_step as isize);
+        }
+    }
+}

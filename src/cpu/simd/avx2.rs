@@ -1,0 +1,114 @@
+//! AVX2 with FMA and F16C: 8 lanes.
+
+use std::arch::x86_64::*;
+
+use super::{Simd, exp2_fraction};
+
+/// AVX2, FMA, F16C.
+#[derive(Clone, Copy)]
+pub struct Avx2;
+
+// SAFETY: the entry points that reach this are chosen only where the features are.
+unsafe impl Simd for Avx2 {
+    type V = __m256;
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m256 {
+        unsafe { _mm256_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> __m256 {
+        unsafe { _mm256_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: __m256) {
+        unsafe { _mm256_storeu_ps(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u8) -> __m256 {
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u8) -> __m256 {
+        unsafe {
+            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn div(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_div_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
+        unsafe { _mm256_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_max_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn max_lane(v: __m256) -> f32 {
+        unsafe {
+            let m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+            _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn exp2_unless_hidden(x: __m256, score: __m256) -> __m256 {
+        unsafe {
+            let live = _mm256_cmp_ps::<_CMP_NEQ_UQ>(score, _mm256_set1_ps(f32::NEG_INFINITY));
+            let enough = _mm256_cmp_ps::<_CMP_NLT_UQ>(x, _mm256_set1_ps(-126.0));
+            // A NaN passes: max gives its second operand then.
+            let x = _mm256_max_ps(_mm256_set1_ps(-126.0), x);
+            let whole = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+            let y = exp2_fraction::<Avx2>(_mm256_sub_ps(x, whole));
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
+            let power = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent));
+            _mm256_and_ps(_mm256_mul_ps(y, power), _mm256_and_ps(live, enough))
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum_lanes<const RQ: usize, const RT: usize>(acc: &[[__m256; RT]; RQ], out: *mut f32, stride: usize) {
+        const { assert!(RQ * RT == 8) };
+        unsafe {
+            let at = |i: usize| acc[i / RT][i % RT];
+            let quad = |j: usize| {
+                let (ab, cd) =
+                    (_mm256_hadd_ps(at(4 * j), at(4 * j + 1)), _mm256_hadd_ps(at(4 * j + 2), at(4 * j + 3)));
+                _mm256_hadd_ps(ab, cd)
+            };
+            let (low, high) = (quad(0), quad(1));
+            let sums =
+                _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(low, high), _mm256_permute2f128_ps::<0x31>(low, high));
+            if RT == 8 {
+                _mm256_storeu_ps(out, sums);
+            } else if RT == 4 {
+                _mm_storeu_ps(out, _mm256_castps256_ps128(sums));
+                _mm_storeu_ps(out.add(stride), _mm256_extractf128_ps::<1>(sums));
+            } else {
+                const { assert!(RT == 2 || RT == 4 || RT == 8) };
+                let low = _mm_castps_pd(_mm256_castps256_ps128(sums));
+                let high = _mm_castps_pd(_mm256_extractf128_ps::<1>(sums));
+                _mm_storel_pd(out.cast(), low);
+                _mm_storeh_pd(out.add(stride).cast(), low);
+                _mm_storel_pd(out.add(2 * stride).cast(), high);
+                _mm_storeh_pd(out.add(3 * stride).cast(), high);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+}

@@ -1,0 +1,113 @@
+//! AVX-512 F, BW, DQ, VL: 16 lanes.
+
+use std::arch::x86_64::*;
+
+use super::{Simd, exp2_fraction};
+
+/// AVX-512.
+#[derive(Clone, Copy)]
+pub struct Avx512;
+
+// SAFETY: the entry points that reach this are chosen only where the features are.
+unsafe impl Simd for Avx512 {
+    type V = __m512;
+    const LANES: usize = 16;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: __m512) {
+        unsafe { _mm512_storeu_ps(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u8) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u8) -> __m512 {
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn div(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn max_lane(v: __m512) -> f32 {
+        unsafe { _mm512_reduce_max_ps(v) }
+    }
+    #[inline(always)]
+    unsafe fn exp2_unless_hidden(x: __m512, score: __m512) -> __m512 {
+        unsafe {
+            let live = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(score, _mm512_set1_ps(f32::NEG_INFINITY));
+            let whole = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+            let y = exp2_fraction::<Avx512>(_mm512_sub_ps(x, whole));
+            let enough = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(-126.0));
+            _mm512_maskz_scalef_ps(live & enough, y, whole)
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum_lanes<const RQ: usize, const RT: usize>(acc: &[[__m512; RT]; RQ], out: *mut f32, stride: usize) {
+        const { assert!(RQ * RT == 16) };
+        unsafe {
+            let at = |i: usize| acc[i / RT][i % RT];
+            // Four by four: lane group g of quad[j] holds the four partial sums of accumulators 4j to 4j + 3.
+            let quad: [__m512; 4] = std::array::from_fn(|j| {
+                let (a, b, c, d) = (at(4 * j), at(4 * j + 1), at(4 * j + 2), at(4 * j + 3));
+                let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+                let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+                let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+                let (low, high) = (_mm512_unpacklo_pd(ab, cd), _mm512_unpackhi_pd(ab, cd));
+                _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
+            });
+            let half = |a: __m512, b: __m512| {
+                _mm512_add_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(a, b), _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b))
+            };
+            let (low, high) = (half(quad[0], quad[1]), half(quad[2], quad[3]));
+            let sums = _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0b10_00_10_00>(low, high),
+                _mm512_shuffle_f32x4::<0b11_01_11_01>(low, high),
+            );
+            if RT == 16 {
+                _mm512_storeu_ps(out, sums);
+            } else if RT == 8 {
+                _mm256_storeu_ps(out, _mm512_castps512_ps256(sums));
+                _mm256_storeu_ps(out.add(stride), _mm512_extractf32x8_ps::<1>(sums));
+            } else {
+                const { assert!(RT == 4 || RT == 8 || RT == 16) };
+                _mm_storeu_ps(out, _mm512_castps512_ps128(sums));
+                _mm_storeu_ps(out.add(stride), _mm512_extractf32x4_ps::<1>(sums));
+                _mm_storeu_ps(out.add(2 * stride), _mm512_extractf32x4_ps::<2>(sums));
+                _mm_storeu_ps(out.add(3 * stride), _mm512_extractf32x4_ps::<3>(sums));
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+}

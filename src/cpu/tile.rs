@@ -1,0 +1,395 @@
+//! The tile kernel: scores of a tile of keys, their weights, and the weighted values, written once over [`Simd`].
+//!
+//! A tile is up to [`TILE`] keys of one kv head against the rows (query token x query head of the group) of one row
+//! block. Weights are 2^(score * scale * log2 e - m) with m a running maximum rounded up to an integer, so that every
+//! rescale is by a power of two and exact. Everything here is `#[inline(always)]` and reached through `kernels`.
+
+use super::simd::{Element, Simd};
+
+/// Keys a tile.
+pub const TILE: usize = 64;
+/// Keys whose weighted values meet in registers before they are added to the accumulator: bounds the rounding of
+/// equal-sign sums.
+const RUN: usize = 16;
+/// Elements of q.k that meet in one set of accumulators: bounds the rounding of long dot products.
+const DOT: usize = 256;
+/// Floats that hold a row's sum of weights, one a lane of the widest vector.
+pub const SUM_LANES: usize = 16;
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Rows of memory to ask for while a tile is worked on.
+#[derive(Clone, Copy, Debug)]
+pub struct Ahead {
+    /// One pointer a key, TILE of them.
+    pub rows: *const *const u8,
+    /// Added to each.
+    pub offset: usize,
+    /// Bytes of a row; 0: ask for nothing.
+    pub bytes: usize,
+}
+
+/// Arguments of [`scores`].
+#[derive(Clone, Copy, Debug)]
+pub struct ScoreArgs {
+    /// Queries, f32 [rows, dim].
+    pub q: *const f32,
+    /// Query rows.
+    pub rows: usize,
+    /// Elements of a row, padded to a multiple of 16.
+    pub dim: usize,
+    /// One pointer a key, valid up to the next multiple of 16 above `keys`.
+    pub k: *const *const u8,
+    /// Bytes added to each pointer.
+    pub offset: usize,
+    /// Keys.
+    pub keys: usize,
+    /// Scores, f32 [rows, TILE]; written up to the next multiple of 16 above `keys`.
+    pub scores: *mut f32,
+    /// What to ask for meanwhile.
+    pub ahead: Ahead,
+}
+
+/// Arguments of [`weigh`].
+#[derive(Clone, Copy, Debug)]
+pub struct WeighArgs {
+    /// In: scores, -inf where hidden and past the last key. Out: weights. f32 [rows, TILE].
+    pub scores: *mut f32,
+    /// Query rows.
+    pub rows: usize,
+    /// Keys.
+    pub keys: usize,
+    /// scale * log2 e as a sum of two floats, above 0.
+    pub factor: [f32; 2],
+    /// Running maximum of each row, an integer or -inf.
+    pub max: *mut f32,
+    /// Sums of weights, f32 [rows, SUM_LANES].
+    pub sum: *mut f32,
+    /// Accumulators, f32 [rows, dim].
+    pub acc: *mut f32,
+    /// Elements of an accumulator row, padded to a multiple of 16.
+    pub dim: usize,
+}
+
+/// Arguments of [`values`].
+#[derive(Clone, Copy, Debug)]
+pub struct ValueArgs {
+    /// Weights, f32 [rows, TILE].
+    pub weights: *const f32,
+    /// Query rows.
+    pub rows: usize,
+    /// Elements of a row, padded to a multiple of 16.
+    pub dim: usize,
+    /// One pointer a key.
+    pub v: *const *const u8,
+    /// Bytes added to each pointer.
+    pub offset: usize,
+    /// Keys.
+    pub keys: usize,
+    /// Accumulators, f32 [rows, dim].
+    pub acc: *mut f32,
+    /// What to ask for meanwhile.
+    pub ahead: Ahead,
+}
+
+/// Arguments of [`widen`].
+#[derive(Clone, Copy, Debug)]
+pub struct WidenArgs {
+    /// One pointer a key.
+    pub rows: *const *const u8,
+    /// Bytes added to each pointer.
+    pub offset: usize,
+    /// Keys.
+    pub keys: usize,
+    /// Elements of a row.
+    pub dim: usize,
+    /// Bytes between elements.
+    pub stride: i64,
+    /// f32 [keys, dim padded to a multiple of 16], zero past `dim`.
+    pub out: *mut f32,
+}
+
+/// Arguments of [`fold`].
+#[derive(Clone, Copy, Debug)]
+pub struct FoldArgs {
+    /// Accumulators, sums and maxima that take the others in.
+    pub to: [*mut f32; 3],
+    /// Those taken in.
+    pub from: [*const f32; 3],
+    /// Rows.
+    pub rows: usize,
+    /// Elements of an accumulator row, padded to a multiple of 16.
+    pub dim: usize,
+}
+
+#[inline(always)]
+unsafe fn ask<S: Simd>(ahead: &Ahead, from: usize, to: usize) {
+    unsafe {
+        if ahead.bytes > 0 {
+            for t in from..to {
+                let row = (*ahead.rows.add(t)).wrapping_add(ahead.offset);
+                for line in (0..ahead.bytes).step_by(LINE) {
+                    S::prefetch(row.wrapping_add(line));
+                }
+            }
+        }
+    }
+}
+
+/// Scores of RQ rows with 16 keys, RT keys at a time.
+#[inline(always)]
+unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize>(a: &ScoreArgs, row: usize, key: usize) {
+    unsafe {
+        let q = a.q.add(row * a.dim);
+        for t in (key..key + 16).step_by(RT) {
+            let k: [*const u8; RT] = std::array::from_fn(|i| *a.k.add(t + i));
+            let out = a.scores.add(row * TILE + t);
+            for begin in (0..a.dim).step_by(DOT) {
+                let end = a.dim.min(begin + DOT);
+                let mut acc = [[S::splat(0.0); RT]; RQ];
+                let mut d = begin;
+                while d < end {
+                    let kv: [S::V; RT] = std::array::from_fn(|i| E::load::<S>(k[i].add(a.offset + d * E::SIZE)));
+                    for (i, acc) in acc.iter_mut().enumerate() {
+                        let qv = S::load(q.add(i * a.dim + d));
+                        for (acc, &kv) in acc.iter_mut().zip(&kv) {
+                            *acc = S::fma(qv, kv, *acc);
+                        }
+                    }
+                    d += S::LANES;
+                }
+                if begin == 0 {
+                    S::sum_lanes(&acc, out, TILE);
+                } else {
+                    let mut sums = [[0.0f32; RT]; RQ];
+                    S::sum_lanes(&acc, sums.as_mut_ptr().cast(), RT);
+                    for (i, sums) in sums.iter().enumerate() {
+                        for (j, sum) in sums.iter().enumerate() {
+                            *out.add(i * TILE + j) += sum;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// scores[r][t] = q[r] . k[t]. T4, T2, T1: keys at a time for 4, 2 and 1 rows.
+///
+/// # Safety
+/// The arguments describe valid memory; the instruction set of `S` is there.
+#[inline(always)]
+pub unsafe fn scores<S: Simd, E: Element, const T4: usize, const T2: usize, const T1: usize>(a: &ScoreArgs) {
+    unsafe {
+        for key in (0..a.keys).step_by(16) {
+            ask::<S>(&a.ahead, key, key + 16);
+            let mut row = 0;
+            while row + 4 <= a.rows {
+                score_block::<S, E, 4, T4>(a, row, key);
+                row += 4;
+            }
+            if a.rows - row >= 2 {
+                score_block::<S, E, 2, T2>(a, row, key);
+                row += 2;
+            }
+            if a.rows > row {
+                score_block::<S, E, 1, T1>(a, row, key);
+            }
+        }
+    }
+}
+
+/// 2^d for an integer d <= 0, or NaN.
+#[inline(always)]
+fn power_of_two(d: f32) -> f32 {
+    if d >= -126.0 { f32::from_bits(((d as i32 + 127) as u32) << 23) } else { 0.0 * d.abs() }
+}
+
+#[inline(always)]
+unsafe fn rescale<S: Simd>(p: *mut f32, n: usize, factor: f32) {
+    unsafe {
+        let f = S::splat(factor);
+        for i in (0..n).step_by(S::LANES) {
+            S::store(p.add(i), S::mul(S::load(p.add(i)), f));
+        }
+    }
+}
+
+/// Turns scores into weights, raises the running maxima and adds to the sums of weights.
+///
+/// # Safety
+/// As [`scores`].
+#[inline(always)]
+pub unsafe fn weigh<S: Simd>(a: &WeighArgs) {
+    unsafe {
+        let n = a.keys.next_multiple_of(16);
+        let (high, low) = (S::splat(a.factor[0]), S::splat(a.factor[1]));
+        for r in 0..a.rows {
+            let row = a.scores.add(r * TILE);
+            let sum = a.sum.add(r * SUM_LANES);
+            let mut top = S::load(row);
+            for t in (S::LANES..n).step_by(S::LANES) {
+                top = S::max(top, S::load(row.add(t)));
+            }
+            let before = *a.max.add(r);
+            let max = before.max((S::max_lane(top) * a.factor[0]).ceil());
+            if max > before {
+                let factor = if before == f32::NEG_INFINITY { 0.0 } else { power_of_two(before - max) };
+                rescale::<S>(a.acc.add(r * a.dim), a.dim, factor);
+                rescale::<S>(sum, S::LANES, factor);
+                *a.max.add(r) = max;
+            }
+            // Nothing visible yet: every score is -inf (or NaN), and no maximum to subtract.
+            let base = S::splat(if max == f32::NEG_INFINITY { 0.0 } else { -max });
+            let mut total = S::load(sum);
+            for t in (0..n).step_by(S::LANES) {
+                let score = S::load(row.add(t));
+                let x = S::fma(score, high, S::fma(score, low, base));
+                let weight = S::exp2_unless_hidden(x, score);
+                S::store(row.add(t), weight);
+                total = S::add(total, weight);
+            }
+            S::store(sum, total);
+        }
+    }
+}
+
+/// RQ rows, ND vectors of elements from `d` on, of keys `key` to `end`.
+#[inline(always)]
+unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize>(
+    a: &ValueArgs,
+    row: usize,
+    key: usize,
+    end: usize,
+    d: usize,
+) {
+    unsafe {
+        let mut acc = [[S::splat(0.0); ND]; RQ];
+        let weights = a.weights.add(row * TILE);
+        let from = a.offset + d * E::SIZE;
+        for t in key..end {
+            let v = (*a.v.add(t)).add(from);
+            let vv: [S::V; ND] = std::array::from_fn(|i| E::load::<S>(v.add(i * S::LANES * E::SIZE)));
+            for (i, acc) in acc.iter_mut().enumerate() {
+                let w = S::splat(*weights.add(i * TILE + t));
+                for (acc, &vv) in acc.iter_mut().zip(&vv) {
+                    *acc = S::fma(w, vv, *acc);
+                }
+            }
+        }
+        for (i, acc) in acc.iter().enumerate() {
+            for (j, &acc) in acc.iter().enumerate() {
+                let p = a.acc.add((row + i) * a.dim + d + j * S::LANES);
+                S::store(p, S::add(S::load(p), acc));
+            }
+        }
+    }
+}
+
+/// All elements of RQ rows: WIDE vectors at a time, then one by one.
+#[inline(always)]
+unsafe fn value_rows<S: Simd, E: Element, const RQ: usize, const WIDE: usize>(
+    a: &ValueArgs,
+    row: usize,
+    key: usize,
+    end: usize,
+) {
+    unsafe {
+        let mut d = 0;
+        while d + WIDE * S::LANES <= a.dim {
+            value_block::<S, E, RQ, WIDE>(a, row, key, end, d);
+            d += WIDE * S::LANES;
+        }
+        while d < a.dim {
+            value_block::<S, E, RQ, 1>(a, row, key, end, d);
+            d += S::LANES;
+        }
+    }
+}
+
+/// acc[r] += sum over keys of weights[r][t] v[t]. W4 and W1: vectors at a time for 4 (and 3, 2) rows and for 1.
+///
+/// # Safety
+/// As [`scores`].
+#[inline(always)]
+pub unsafe fn values<S: Simd, E: Element, const W4: usize, const W1: usize>(a: &ValueArgs) {
+    unsafe {
+        for key in (0..a.keys).step_by(RUN) {
+            let end = a.keys.min(key + RUN);
+            ask::<S>(&a.ahead, key, key + RUN);
+            let mut row = 0;
+            while row + 4 <= a.rows {
+                value_rows::<S, E, 4, W4>(a, row, key, end);
+                row += 4;
+            }
+            match a.rows - row {
+                3 => value_rows::<S, E, 3, W4>(a, row, key, end),
+                2 => value_rows::<S, E, 2, W4>(a, row, key, end),
+                1 => value_rows::<S, E, 1, W1>(a, row, key, end),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Widens rows to packed f32, zero-padded to a multiple of 16 elements. Serves any element stride.
+///
+/// # Safety
+/// As [`scores`].
+#[inline(always)]
+pub unsafe fn widen<S: Simd, E: Element>(a: &WidenArgs) {
+    unsafe {
+        let padded = a.dim.next_multiple_of(16);
+        for t in 0..a.keys {
+            let from = (*a.rows.add(t)).add(a.offset);
+            let to = a.out.add(t * padded);
+            let mut d = 0;
+            if a.stride == E::SIZE as i64 {
+                while d + S::LANES <= a.dim {
+                    S::store(to.add(d), E::load::<S>(from.add(d * E::SIZE)));
+                    d += S::LANES;
+                }
+            }
+            while d < a.dim {
+                *to.add(d) = E::load_one(from.offset(d as isize * a.stride as isize));
+                d += 1;
+            }
+            while d < padded {
+                *to.add(d) = 0.0;
+                d += 1;
+            }
+        }
+    }
+}
+
+/// Takes one set of states into another: the merge, on numerators and denominators over a power of two.
+///
+/// # Safety
+/// As [`scores`].
+#[inline(always)]
+pub unsafe fn fold<S: Simd>(a: &FoldArgs) {
+    unsafe {
+        for r in 0..a.rows {
+            let (ours, theirs) = (*a.to[2].add(r), *a.from[2].add(r));
+            let max = ours.max(theirs);
+            let factor = |m: f32| {
+                if m == max {
+                    1.0
+                } else if m == f32::NEG_INFINITY {
+                    0.0
+                } else {
+                    power_of_two(m - max)
+                }
+            };
+            *a.to[2].add(r) = max;
+            let (to_factor, from_factor) = (S::splat(factor(ours)), S::splat(factor(theirs)));
+            for (lane, width) in [(0, a.dim), (1, SUM_LANES)] {
+                let (to, from) = (a.to[lane].add(r * width), a.from[lane].add(r * width));
+                for i in (0..width).step_by(S::LANES) {
+                    let sum = S::fma(S::load(from.add(i)), from_factor, S::mul(S::load(to.add(i)), to_factor));
+                    S::store(to.add(i), sum);
+                }
+            }
+        }
+    }
+}
