@@ -1,11 +1,28 @@
-//! libtreeattn.
+//! libtreeattn: exact decode attention over a KV cache that is sharded along the sequence.
+//!
+//! Each rank (a GPU, a set of CPU workers, a process) attends its own shard and yields a partial, (output,
+//! log-sum-exp); partials meet by an associative merge, so they meet in a tree (Tree Attention, arXiv 2408.04093).
+//! Also known as decode context parallelism; not the tree *mask* of speculative decoding.
+//!
+//! The house, from the roof down; each floor may use those below it:
+//!
+//! | module | holds |
+//! |---|---|
+//! | `ffi` | the C ABI, one file a section of `include/treeattn.h` |
+//! | [`runtime`] | runtimes, streams, buffers, communicators, plans: the Rust API |
+//! | [`cpu`], `comm` | the backend that attends a shard; the exchanges between ranks |
+//! | [`device`] | devices, worker threads, queues, host memory |
+//! | [`partial`] | the monoid of partials and the epoch protocol |
+//! | [`attention`] | shapes, tensors, steps, placement, the float64 reference |
+//! | [`error`], [`fault`] | the one error type; named points at which tests inject faults |
+
 pub mod attention;
-#[allow(dead_code, unused_imports)] // until the runtime is part of the crate
-pub mod comm;
+pub(crate) mod comm;
 pub mod cpu;
 pub mod device;
 pub mod error;
 pub mod fault;
 pub mod partial;
+pub mod runtime;
 
 pub use error::{Error, ErrorKind, Result};
