@@ -128,6 +128,12 @@ pub(crate) struct Slot<W> {
 }
 
 impl<W: Word64> Slot<W> {
+    /// A slot of these words, all 0.
+    #[cfg(all(test, loom))]
+    pub(crate) fn of(words: [W; HEADER_WORDS]) -> Self {
+        Slot { words }
+    }
+
     /// Publishes the header, and with it everything written before.
     pub(crate) fn publish(&self, epoch: Epoch, header: Header) {
         for (to, word) in self.words.iter().zip(header.encode(epoch)) {

@@ -6,6 +6,8 @@
 
 #[allow(dead_code)] // until the runtime is part of the crate
 pub(crate) mod epoch;
+#[cfg(all(test, loom))]
+mod epoch_model;
 mod merge;
 
 pub use merge::{PartialRows, merge_into, merge_ranks};
