@@ -4,7 +4,6 @@
 //! [`merge_ranks`]; the order is fixed by the caller. `epoch` holds the rules of an exchange of partials, whatever
 //! carries it. Depends on nothing but plain data.
 
-#[allow(dead_code)] // until the runtime is part of the crate
 pub(crate) mod epoch;
 #[cfg(all(test, loom))]
 mod epoch_model;
