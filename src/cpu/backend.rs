@@ -178,12 +178,12 @@ impl CpuBackend {
             let main = worker(first);
             // SAFETY: the workers are done; first and last are workers with scratch of this layout.
             unsafe {
-                let states = self.layout.split(main.scratch, &self.shape, 1);
+                let total = self.layout.split(main.scratch, &self.shape, 1);
                 for w in (first + 1..=last).filter(|&w| line.has_rest(w)) {
                     let rest = self.layout.split(worker(w).scratch, &self.shape, 0);
-                    states.fold(&self.kernels, &rest, item.rows * item.heads);
+                    total.meet(&self.kernels, &rest, item.rows * item.heads);
                 }
-                main.write(item, &states);
+                main.write(item, &total);
             }
         });
         Ok(())

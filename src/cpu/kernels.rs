@@ -3,7 +3,7 @@
 use super::isa::Isa;
 use super::simd::scalar::Scalar;
 use super::simd::{Bf16, F16, F32};
-use super::tile::{self, FoldArgs, ScoreArgs, ValueArgs, WeighArgs, WidenArgs};
+use super::tile::{self, MeetArgs, ScoreArgs, ValueArgs, WeighArgs, WidenArgs};
 use crate::attention::Dtype;
 
 /// The kernels of one instruction set. By element type: index [`element`].
@@ -19,8 +19,8 @@ pub struct Kernels {
     pub values: [unsafe fn(&ValueArgs); 3],
     /// [`tile::widen`] by element type.
     pub widen: [unsafe fn(&WidenArgs); 3],
-    /// [`tile::fold`].
-    pub fold: unsafe fn(&FoldArgs),
+    /// [`tile::meet`].
+    pub meet: unsafe fn(&MeetArgs),
 }
 
 /// The index of a float type in [`Kernels`].
@@ -56,14 +56,14 @@ macro_rules! kernels {
             entry!(widen_f32, WidenArgs, tile::widen::<$simd, F32>);
             entry!(widen_f16, WidenArgs, tile::widen::<$simd, F16>);
             entry!(widen_bf16, WidenArgs, tile::widen::<$simd, Bf16>);
-            entry!(fold, FoldArgs, tile::fold::<$simd>);
+            entry!(meet, MeetArgs, tile::meet::<$simd>);
 
             pub const KERNELS: Kernels = Kernels {
                 scores: [scores_f32, scores_f16, scores_bf16],
                 weigh,
                 values: [values_f32, values_f16, values_bf16],
                 widen: [widen_f32, widen_f16, widen_bf16],
-                fold,
+                meet,
             };
         }
     };

@@ -3,11 +3,11 @@
 //! [`CpuBackend`] turns a step into partials. `sequences` reads and checks what the step says, `partition` cuts the flat
 //! line of (sequence, rows, kv heads, tiles) into equal slices, `worker` takes a slice tile by tile (`rows`: where keys
 //! and values lie; `tile`: the kernel, over the vectors of `simd`, compiled once an instruction set by `kernels`), and
-//! `state` holds unfinished partials and the order in which they meet. Depends on `attention`, `partial` and `device`
+//! `state` holds unfinished partials. Depends on `attention`, `partial` and `device`
 //! only; knows nothing of other ranks.
 //!
-//! Unfinished partials keep numerator and denominator apart, over a power of two, so that meeting costs one rounding a
-//! sum and nothing for the rescale; they become (o, lse) once, at the end.
+//! Unfinished partials keep numerator and denominator apart, over a power of two, so that no rescale rounds; they become
+//! (o, lse) once, at the end.
 
 mod backend;
 mod isa;

@@ -3,16 +3,18 @@
 //!
 //! The line runs over sequences, then row blocks (query token x query head of the group), then blocks of kv heads, then
 //! tiles of keys; one kv head of one tile counts 1. A cut falls on a tile border. An *item* is one row block of one block
-//! of kv heads; a *piece* is the part of an item that one worker has. Pieces of an item meet in the order of the workers;
-//! inside a piece, leaves of [`LEAF_TILES`] tiles meet in binary-counter order.
+//! of kv heads; a *piece* is the part of an item that one worker has. Inside a piece, leaves of [`leaf`] keys meet in
+//! order; pieces of an item meet in the order of the workers. What has met is kept in two parts ([`Total`]
+//! (super::state::Total)), so that the order costs no accuracy at any length.
 
 use super::sequences::Sequence;
 use super::tile::TILE;
 
-/// Tiles that add up in one accumulator before it is closed.
-pub const LEAF_TILES: usize = 2;
-/// Levels of the binary counter; the last one takes in everything above it.
-pub const LEVELS: usize = 16;
+/// Keys of a leaf: how many add up before they are closed into the total of their piece, given the keys of the piece.
+/// Rounding averages out over leaves, so few keys are cut finer.
+pub fn leaf(keys: usize) -> usize {
+    if keys <= TILE { 4 } else { TILE }
+}
 
 /// How a step's work is laid out in a line.
 #[derive(Clone, Copy, Debug)]
@@ -195,8 +197,7 @@ mod tests {
                     .map(|(i, &keys)| Sequence { keys, tokens: if i == 4 { 0 } else { 1 + i }, ..Sequence::default() })
                     .collect();
                 let total = Line::lay(&mut sequences, 4, 3, 8);
-                let line =
-                    Line { sequences: &sequences, total, workers, heads: 4, head_block, group: 3, row_block: 8 };
+                let line = Line { sequences: &sequences, total, workers, heads: 4, head_block, group: 3, row_block: 8 };
                 let mut seen = HashMap::new();
                 let mut partial = HashMap::new();
                 for w in 0..workers {

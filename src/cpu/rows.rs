@@ -26,8 +26,7 @@ impl Rows {
             let at = |s: &[i64; 4]| (b as i64 * s[0] + slot as i64 * s[1]) as isize;
             self.run(0, keys, k_data.wrapping_offset(at(ks)), v_data.wrapping_offset(at(vs)), ks[1], vs[1]);
         } else {
-            let table =
-                if desc.kv_layout == KvLayout::BlockTable { args.block_table } else { args.page_indices };
+            let table = if desc.kv_layout == KvLayout::BlockTable { args.block_table } else { args.page_indices };
             let page_size = desc.page_size as usize;
             let (mut entry, mut inside, mut t) = (slot / page_size, slot % page_size, 0);
             while t < keys {

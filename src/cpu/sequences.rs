@@ -106,8 +106,7 @@ impl Reader<'_> {
             KvLayout::Strided => {}
             KvLayout::BlockTable => out.first_page = b * i64::from(args.max_pages),
             KvLayout::CsrPages => {
-                let (begin, end) =
-                    (i64::from(read(args.page_indptr, b)), i64::from(read(args.page_indptr, b + 1)));
+                let (begin, end) = (i64::from(read(args.page_indptr, b)), i64::from(read(args.page_indptr, b + 1)));
                 if begin < 0 || end < begin || end > args.num_page_indices {
                     return Err(DataFaultCause::PageRow);
                 }

@@ -119,7 +119,8 @@ impl Case {
         let shard = Shard { rank: r.below(world as usize) as i32, world };
         let batch = r.pick(&[1, 1, 2, 3, 6]);
         let longest = r.pick(&[1, 5, 64, 65, 130, 400, 1500]) / if desc.head_dim_qk > 200 { 4 } else { 1 } + 1;
-        let lengths: Vec<i32> = (0..batch).map(|_| if r.below(6) == 0 { 0 } else { 1 + r.below(longest) as i32 }).collect();
+        let lengths: Vec<i32> =
+            (0..batch).map(|_| if r.below(6) == 0 { 0 } else { 1 + r.below(longest) as i32 }).collect();
         let mut starts = vec![r.below(2) as i32];
         for _ in 0..batch {
             starts.push(starts[starts.len() - 1] + r.pick(&[1, 1, 1, 0, 2, 5, 13]));
@@ -167,8 +168,7 @@ impl Case {
         let k_shape = [outer[0], outer[1], heads, desc.head_dim_qk as usize];
         let v_shape = [outer[0], outer[1], heads, desc.head_dim_v as usize];
         let q_shape = [1, tokens, desc.q_heads as usize, desc.head_dim_qk as usize];
-        let (k_stride, v_stride) =
-            (strides(r, k_shape, desc.k_dtype.size()), strides(r, v_shape, desc.v_dtype.size()));
+        let (k_stride, v_stride) = (strides(r, k_shape, desc.k_dtype.size()), strides(r, v_shape, desc.v_dtype.size()));
         let q_stride = strides(r, q_shape, desc.q_dtype.size());
         let globals: Vec<i32> = (0..batch)
             .map(|b| {
@@ -228,9 +228,7 @@ impl Case {
                 let row = self.table.len() / self.lengths.len();
                 [self.table[b * row + slot / page] as usize, slot % page, h, d]
             }
-            KvLayout::CsrPages => {
-                [self.table[self.indptr[b] as usize + slot / page] as usize, slot % page, h, d]
-            }
+            KvLayout::CsrPages => [self.table[self.indptr[b] as usize + slot / page] as usize, slot % page, h, d],
         }
     }
 
@@ -268,7 +266,11 @@ impl Case {
             num_page_indices: self.table.len() as i64,
             ..DecodeArgs::default()
         };
-        if by_last { args.last_page_len = self.last.as_ptr() } else { args.kv_length = self.lengths.as_ptr() }
+        if by_last {
+            args.last_page_len = self.last.as_ptr()
+        } else {
+            args.kv_length = self.lengths.as_ptr()
+        }
         // The backend does not write out itself; any memory of the right size will do.
         let floats = self.tokens() * self.desc.q_heads as usize * self.desc.head_dim_v as usize;
         let mut out = vec![0f32; floats];
@@ -333,6 +335,11 @@ impl Case {
                     let ulp = wanted.abs().max(size).max(1.0) as f32;
                     let ulp = f64::from(f32::from_bits(ulp.to_bits() + 1) - ulp);
                     worst = worst.max((f64::from(lse[row]) - wanted).abs() / (4.0 * ulp));
+                    assert!(
+                        worst <= 1.0,
+                        "{what} sequence {b} token {token} head {head}: lse {} {wanted} size {size}",
+                        lse[row]
+                    );
                     let bound = (4.0 + 2.0 * size) / f64::from(1 << 24);
                     for d in 0..dim {
                         let (mut exact, mut absolute) = (0.0, 0.0);
@@ -346,7 +353,11 @@ impl Case {
                         let part = if error == 0.0 { 0.0 } else { error / (bound * absolute) };
                         worst = if part.is_nan() { f64::INFINITY } else { worst.max(part) };
                     }
-                    assert!(worst <= 1.0, "{what} sequence {b} token {token} head {head}: {worst} of what is allowed");
+                    assert!(
+                        worst <= 1.0,
+                        "{what} sequence {b} token {token} head {head}: {worst} of what is allowed ({} keys, size {size})",
+                        slots.len()
+                    );
                 }
             }
         }
@@ -403,7 +414,12 @@ fn nan_stays_where_it_is_seen() {
                 for row in 0..6 {
                     let of = |v: &[f32]| bits(&v[row * 16..(row + 1) * 16]);
                     if !sees.contains(&(row / 2)) {
-                        assert_eq!((of(&o), lse[row].to_bits()), (of(&clean.0), clean.1[row].to_bits()), "{}", isa.name());
+                        assert_eq!(
+                            (of(&o), lse[row].to_bits()),
+                            (of(&clean.0), clean.1[row].to_bits()),
+                            "{}",
+                            isa.name()
+                        );
                     } else if !in_k {
                         assert!(!o[row * 16 + 3].is_finite(), "{} slot {slot}", isa.name());
                         assert_eq!(lse[row].to_bits(), clean.1[row].to_bits());
@@ -423,8 +439,7 @@ fn bad_data_is_nan_in_its_own_sequence() {
         (desc.max_batch, desc.max_query_tokens, desc.causal) = (3, 8, true);
         (desc.kv_layout, desc.page_size) = (KvLayout::BlockTable, 16);
         let taste = Taste { q: 1.0, v_offset: 0.0 };
-        let mut case =
-            Case::fill(&mut Random(5), desc, Shard::ALONE, vec![40, 70, 100], vec![0, 2, 5, 6], taste);
+        let mut case = Case::fill(&mut Random(5), desc, Shard::ALONE, vec![40, 70, 100], vec![0, 2, 5, 6], taste);
         case.kv_starts.fill(0);
         case.globals = case.lengths.clone();
         case
@@ -442,11 +457,12 @@ fn bad_data_is_nan_in_its_own_sequence() {
         (|c, _| c.starts[2] = 99, DataFaultCause::QueryStart),
     ];
     for isa in [Isa::Scalar, Isa::best()] {
-        let good = base().run(isa, 3);
+        // One worker: a sequence that drops out moves the borders of the others' slices.
+        let good = base().run(isa, 1);
         for (i, (broken, cause)) in breaks.iter().enumerate() {
             let mut case = base();
             broken(&mut case, row);
-            let (o, lse, fault) = case.run(isa, 3);
+            let (o, lse, fault) = case.run(isa, 1);
             let sequence = 1;
             assert_eq!(fault, Some(DataFault { sequence, cause: *cause }), "{i}");
             let dead = if *cause == DataFaultCause::QueryStart { 4..12 } else { 4..10 };
@@ -489,14 +505,7 @@ fn a_million_keys_keep_the_bound() {
     for (q, v_offset) in [(0.0, 1.0), (1.0, 0.0), (30.0, 1.0)] {
         let mut desc = AttentionDesc::new(1, 1, 16, 1 << 20);
         (desc.k_dtype, desc.v_dtype) = (Dtype::F16, Dtype::Bf16);
-        let case = Case::fill(
-            &mut Random(9),
-            desc,
-            Shard::ALONE,
-            vec![1 << 20],
-            vec![0, 1],
-            Taste { q, v_offset },
-        );
+        let case = Case::fill(&mut Random(9), desc, Shard::ALONE, vec![1 << 20], vec![0, 1], Taste { q, v_offset });
         for isa in [Isa::best(), Isa::Scalar] {
             let (o, lse, _) = case.run(isa, 2);
             let worst = case.check(&o, &lse, isa.name());

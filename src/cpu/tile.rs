@@ -2,7 +2,8 @@
 //!
 //! A tile is up to [`TILE`] keys of one kv head against the rows (query token x query head of the group) of one row
 //! block. Weights are 2^(score * scale * log2 e - m) with m a running maximum rounded up to an integer, so that every
-//! rescale is by a power of two and exact. Everything here is `#[inline(always)]` and reached through `kernels`.
+//! rescale is by a power of two and exact. Everything here is `#[inline(always)]` and reached through `kernels`; plain
+//! loops fill the arrays of vectors, because a closure handed to the standard library is not compiled for the features.
 
 use super::simd::{Element, Simd};
 
@@ -10,7 +11,7 @@ use super::simd::{Element, Simd};
 pub const TILE: usize = 64;
 /// Keys whose weighted values meet in registers before they are added to the accumulator: bounds the rounding of
 /// equal-sign sums.
-const RUN: usize = 16;
+const RUN: usize = 8;
 /// Elements of q.k that meet in one set of accumulators: bounds the rounding of long dot products.
 const DOT: usize = 256;
 /// Floats that hold a row's sum of weights, one a lane of the widest vector.
@@ -27,6 +28,16 @@ pub struct Ahead {
     pub offset: usize,
     /// Bytes of a row; 0: ask for nothing.
     pub bytes: usize,
+}
+
+impl Ahead {
+    /// Nothing to ask for.
+    pub const NOTHING: Ahead = Ahead { rows: std::ptr::null(), offset: 0, bytes: 0 };
+
+    /// The rows from `key` on.
+    pub fn from(self, key: usize) -> Ahead {
+        Ahead { rows: self.rows.wrapping_add(key), ..self }
+    }
 }
 
 /// Arguments of [`scores`].
@@ -63,11 +74,9 @@ pub struct WeighArgs {
     pub factor: [f32; 2],
     /// Running maximum of each row, an integer or -inf.
     pub max: *mut f32,
-    /// Sums of weights, f32 [rows, SUM_LANES].
-    pub sum: *mut f32,
-    /// Accumulators, f32 [rows, dim].
-    pub acc: *mut f32,
-    /// Elements of an accumulator row, padded to a multiple of 16.
+    /// Open sums, f32 [rows, dim + SUM_LANES]: weighted values, then weights lane by lane.
+    pub open: *mut f32,
+    /// Elements of a value, padded to a multiple of 16.
     pub dim: usize,
 }
 
@@ -86,8 +95,8 @@ pub struct ValueArgs {
     pub offset: usize,
     /// Keys.
     pub keys: usize,
-    /// Accumulators, f32 [rows, dim].
-    pub acc: *mut f32,
+    /// Open sums, f32 [rows, dim + SUM_LANES].
+    pub open: *mut f32,
     /// What to ask for meanwhile.
     pub ahead: Ahead,
 }
@@ -109,17 +118,21 @@ pub struct WidenArgs {
     pub out: *mut f32,
 }
 
-/// Arguments of [`fold`].
+/// Arguments of [`meet`].
 #[derive(Clone, Copy, Debug)]
-pub struct FoldArgs {
-    /// Accumulators, sums and maxima that take the others in.
-    pub to: [*mut f32; 3],
-    /// Those taken in.
-    pub from: [*const f32; 3],
+pub struct MeetArgs {
+    /// The sums that take the others in, f32 [rows, width]: their high and low parts.
+    pub to: [*mut f32; 2],
+    /// Running maximum of each row.
+    pub to_max: *mut f32,
+    /// The sums taken in: high parts and, unless null, low parts.
+    pub from: [*const f32; 2],
+    /// Their running maxima.
+    pub from_max: *const f32,
     /// Rows.
     pub rows: usize,
-    /// Elements of an accumulator row, padded to a multiple of 16.
-    pub dim: usize,
+    /// Elements of a row, a multiple of 16.
+    pub width: usize,
 }
 
 #[inline(always)]
@@ -142,14 +155,20 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize>(a: 
     unsafe {
         let q = a.q.add(row * a.dim);
         for t in (key..key + 16).step_by(RT) {
-            let k: [*const u8; RT] = std::array::from_fn(|i| *a.k.add(t + i));
+            let mut k = [std::ptr::null::<u8>(); RT];
+            for (i, k) in k.iter_mut().enumerate() {
+                *k = *a.k.add(t + i);
+            }
             let out = a.scores.add(row * TILE + t);
             for begin in (0..a.dim).step_by(DOT) {
                 let end = a.dim.min(begin + DOT);
                 let mut acc = [[S::splat(0.0); RT]; RQ];
                 let mut d = begin;
                 while d < end {
-                    let kv: [S::V; RT] = std::array::from_fn(|i| E::load::<S>(k[i].add(a.offset + d * E::SIZE)));
+                    let mut kv = [S::splat(0.0); RT];
+                    for (i, kv) in kv.iter_mut().enumerate() {
+                        *kv = E::load::<S>(k[i].add(a.offset + d * E::SIZE));
+                    }
                     for (i, acc) in acc.iter_mut().enumerate() {
                         let qv = S::load(q.add(i * a.dim + d));
                         for (acc, &kv) in acc.iter_mut().zip(&kv) {
@@ -226,7 +245,8 @@ pub unsafe fn weigh<S: Simd>(a: &WeighArgs) {
         let (high, low) = (S::splat(a.factor[0]), S::splat(a.factor[1]));
         for r in 0..a.rows {
             let row = a.scores.add(r * TILE);
-            let sum = a.sum.add(r * SUM_LANES);
+            let open = a.open.add(r * (a.dim + SUM_LANES));
+            let sum = open.add(a.dim);
             let mut top = S::load(row);
             for t in (S::LANES..n).step_by(S::LANES) {
                 top = S::max(top, S::load(row.add(t)));
@@ -234,9 +254,7 @@ pub unsafe fn weigh<S: Simd>(a: &WeighArgs) {
             let before = *a.max.add(r);
             let max = before.max((S::max_lane(top) * a.factor[0]).ceil());
             if max > before {
-                let factor = if before == f32::NEG_INFINITY { 0.0 } else { power_of_two(before - max) };
-                rescale::<S>(a.acc.add(r * a.dim), a.dim, factor);
-                rescale::<S>(sum, S::LANES, factor);
+                rescale::<S>(open, a.dim + SUM_LANES, factor(before, max));
                 *a.max.add(r) = max;
             }
             // Nothing visible yet: every score is -inf (or NaN), and no maximum to subtract.
@@ -269,7 +287,10 @@ unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize>(
         let from = a.offset + d * E::SIZE;
         for t in key..end {
             let v = (*a.v.add(t)).add(from);
-            let vv: [S::V; ND] = std::array::from_fn(|i| E::load::<S>(v.add(i * S::LANES * E::SIZE)));
+            let mut vv = [S::splat(0.0); ND];
+            for (i, vv) in vv.iter_mut().enumerate() {
+                *vv = E::load::<S>(v.add(i * S::LANES * E::SIZE));
+            }
             for (i, acc) in acc.iter_mut().enumerate() {
                 let w = S::splat(*weights.add(i * TILE + t));
                 for (acc, &vv) in acc.iter_mut().zip(&vv) {
@@ -279,7 +300,7 @@ unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize>(
         }
         for (i, acc) in acc.iter().enumerate() {
             for (j, &acc) in acc.iter().enumerate() {
-                let p = a.acc.add((row + i) * a.dim + d + j * S::LANES);
+                let p = a.open.add((row + i) * (a.dim + SUM_LANES) + d + j * S::LANES);
                 S::store(p, S::add(S::load(p), acc));
             }
         }
@@ -307,7 +328,7 @@ unsafe fn value_rows<S: Simd, E: Element, const RQ: usize, const WIDE: usize>(
     }
 }
 
-/// acc[r] += sum over keys of weights[r][t] v[t]. W4 and W1: vectors at a time for 4 (and 3, 2) rows and for 1.
+/// open[r] += sum over keys of weights[r][t] v[t]. W4 and W1: vectors at a time for 4 (and 3, 2) rows and for 1.
 ///
 /// # Safety
 /// As [`scores`].
@@ -362,34 +383,62 @@ pub unsafe fn widen<S: Simd, E: Element>(a: &WidenArgs) {
     }
 }
 
-/// Takes one set of states into another: the merge, on numerators and denominators over a power of two.
+/// Takes sums into others: the merge, on numerators and denominators over a power of two, with the rounding error of
+/// each sum kept in its low part.
 ///
 /// # Safety
 /// As [`scores`].
 #[inline(always)]
-pub unsafe fn fold<S: Simd>(a: &FoldArgs) {
+pub unsafe fn meet<S: Simd>(a: &MeetArgs) {
     unsafe {
         for r in 0..a.rows {
-            let (ours, theirs) = (*a.to[2].add(r), *a.from[2].add(r));
+            let (ours, theirs) = (*a.to_max.add(r), *a.from_max.add(r));
             let max = ours.max(theirs);
-            let factor = |m: f32| {
-                if m == max {
-                    1.0
-                } else if m == f32::NEG_INFINITY {
-                    0.0
-                } else {
-                    power_of_two(m - max)
+            *a.to_max.add(r) = max;
+            let at = r * a.width;
+            if ours == theirs && a.from[1].is_null() {
+                // The usual case: the maximum stood still.
+                for i in (at..at + a.width).step_by(S::LANES) {
+                    let (sum, lost) = exact_sum::<S>(S::load(a.to[0].add(i)), S::load(a.from[0].add(i)));
+                    S::store(a.to[0].add(i), sum);
+                    S::store(a.to[1].add(i), S::add(S::load(a.to[1].add(i)), lost));
                 }
-            };
-            *a.to[2].add(r) = max;
-            let (to_factor, from_factor) = (S::splat(factor(ours)), S::splat(factor(theirs)));
-            for (lane, width) in [(0, a.dim), (1, SUM_LANES)] {
-                let (to, from) = (a.to[lane].add(r * width), a.from[lane].add(r * width));
-                for i in (0..width).step_by(S::LANES) {
-                    let sum = S::fma(S::load(from.add(i)), from_factor, S::mul(S::load(to.add(i)), to_factor));
-                    S::store(to.add(i), sum);
+                continue;
+            }
+            let (f, g) = (S::splat(factor(ours, max)), S::splat(factor(theirs, max)));
+            for i in (at..at + a.width).step_by(S::LANES) {
+                let (x, y) = (S::mul(S::load(a.to[0].add(i)), f), S::mul(S::load(a.from[0].add(i)), g));
+                let (sum, lost) = exact_sum::<S>(x, y);
+                let mut rest = S::fma(S::load(a.to[1].add(i)), f, lost);
+                if !a.from[1].is_null() {
+                    rest = S::fma(S::load(a.from[1].add(i)), g, rest);
                 }
+                S::store(a.to[0].add(i), sum);
+                S::store(a.to[1].add(i), rest);
             }
         }
+    }
+}
+
+/// x + y, and what rounding took from it.
+#[inline(always)]
+unsafe fn exact_sum<S: Simd>(x: S::V, y: S::V) -> (S::V, S::V) {
+    unsafe {
+        let sum = S::add(x, y);
+        let y_in = S::sub(sum, x);
+        let x_in = S::sub(sum, y_in);
+        (sum, S::add(S::sub(x, x_in), S::sub(y, y_in)))
+    }
+}
+
+/// What sums over 2^m become over 2^max.
+#[inline(always)]
+fn factor(m: f32, max: f32) -> f32 {
+    if m == max {
+        1.0
+    } else if m == f32::NEG_INFINITY {
+        0.0
+    } else {
+        power_of_two(m - max)
     }
 }

@@ -1,10 +1,10 @@
 //! What one worker does: its pieces of the line, tile by tile.
 
 use super::kernels::Kernels;
-use super::partition::{LEAF_TILES, LEVELS, Line, Piece};
+use super::partition::{Line, Piece, leaf};
 use super::rows::Rows;
 use super::sequences::{Reader, Sequence, low_bits};
-use super::state::{Counter, StateShape, States};
+use super::state::{Open, StateShape, Total};
 use super::tile::{Ahead, ScoreArgs, TILE, ValueArgs, WeighArgs, WidenArgs};
 
 /// What every worker knows about the plan.
@@ -59,8 +59,9 @@ pub struct Layout {
     packed: usize,
     wide_k: usize,
     wide_v: usize,
-    states: usize,
-    set: usize,
+    open: usize,
+    /// Three totals: of the piece at work, and of the two pieces that may be split off.
+    totals: [usize; 3],
     /// Floats of one worker.
     pub floats: usize,
 }
@@ -75,16 +76,16 @@ impl Layout {
             Some(at)
         };
         let rows = shape.head_block.checked_mul(shape.row_block)?;
-        let set = shape.states().floats()?;
         let q = take(rows.checked_mul(shape.padded_qk()))?;
         let scores = take(shape.row_block.checked_mul(TILE))?;
         let packed = take(shape.row_block.checked_mul(TILE))?;
         let wide_k = take(TILE.checked_mul(shape.padded_qk()))?;
         let wide_v = take(TILE.checked_mul(shape.padded_v()))?;
-        // The accumulators, the counter, and the two pieces that may be split off.
-        let states = take(set.checked_mul(LEVELS + 3))?;
+        let open = take(shape.states().open_floats())?;
+        let mut total = || take(shape.states().total_floats());
+        let totals = [total()?, total()?, total()?];
         // Workers must not share a line, nor meet at the same cache sets.
-        Some(Layout { q, scores, packed, wide_k, wide_v, states, set, floats: next.checked_add(1024 + 16)? })
+        Some(Layout { q, scores, packed, wide_k, wide_v, open, totals, floats: next.checked_add(1024 + 16)? })
     }
 
     /// The piece of a split item that worker scratch `base` keeps: 0 the rest of an item begun before, 1 the beginning
@@ -92,9 +93,9 @@ impl Layout {
     ///
     /// # Safety
     /// `base` points at `floats` floats of scratch.
-    pub unsafe fn split(&self, base: *mut f32, shape: &Shape, which: usize) -> States {
-        // SAFETY: the last two sets.
-        unsafe { States::at(base.add(self.states + (LEVELS + 1 + which) * self.set), shape.states()) }
+    pub unsafe fn split(&self, base: *mut f32, shape: &Shape, which: usize) -> Total {
+        // SAFETY: the total lies within the scratch.
+        unsafe { Total::at(base.add(self.totals[1 + which]), shape.states()) }
     }
 }
 
@@ -142,6 +143,19 @@ struct Sight {
     any: bool,
 }
 
+/// Where weighted values go.
+#[derive(Clone, Copy)]
+struct Sums<'a> {
+    open: &'a Open,
+    total: &'a Total,
+    /// First row of both.
+    first: usize,
+    /// Keys of a leaf.
+    leaf: usize,
+    /// Index of the values' element type among the kernels.
+    element: usize,
+}
+
 impl Worker<'_> {
     /// Does worker `w`'s slice.
     ///
@@ -155,40 +169,33 @@ impl Worker<'_> {
     }
 
     unsafe fn piece(&self, piece: &Piece) {
-        let (shape, states_shape) = (self.shape, self.shape.states());
+        let shape = self.shape;
         let sequence = &self.line.sequences[piece.sequence];
-        let all = piece.rows * piece.heads;
         // SAFETY: the layout's places are disjoint parts of the scratch.
         unsafe {
-            let sets = self.scratch.add(self.layout.states);
-            let states = States::at(sets, states_shape);
-            let mut counter = Counter::new(sets.add(self.layout.set), states_shape);
-            states.clear(all, false);
+            let total = if piece.whole {
+                Total::at(self.scratch.add(self.layout.totals[0]), shape.states())
+            } else {
+                self.layout.split(self.scratch, shape, usize::from(piece.begin == 0))
+            };
+            let open = Open::at(self.scratch.add(self.layout.open), shape.states());
+            total.clear(piece.rows * piece.heads);
+            open.clear(piece.rows * piece.heads);
             for h in 0..piece.heads {
                 self.load_q(piece, sequence, h);
             }
             let mut rows = [Rows::EMPTY; 2];
             self.fill(&mut rows[0], piece.sequence, sequence, piece.begin);
-            let mut leaf = 0;
             for tile in piece.begin..piece.end {
-                let (now, next) = (tile & 1 ^ piece.begin & 1, !(tile ^ piece.begin) & 1);
+                let now = (tile ^ piece.begin) & 1;
                 let more = tile + 1 < piece.end;
                 if more {
-                    self.fill(&mut rows[next], piece.sequence, sequence, tile + 1);
+                    self.fill(&mut rows[1 - now], piece.sequence, sequence, tile + 1);
                 }
-                self.tile(piece, sequence, tile, &rows[now], more.then_some(&rows[next]), &states);
-                leaf += 1;
-                if leaf == LEAF_TILES && more {
-                    counter.close(self.kernels, &states, all);
-                    leaf = 0;
-                }
+                self.tile(piece, sequence, tile, &rows[now], more.then_some(&rows[1 - now]), &open, &total);
             }
-            counter.finish(self.kernels, &states, all);
             if piece.whole {
-                self.write(piece, &states);
-            } else {
-                let which = usize::from(piece.begin == 0);
-                self.layout.split(self.scratch, shape, which).copy_from(&states, all);
+                self.write(piece, &total);
             }
         }
     }
@@ -196,19 +203,18 @@ impl Worker<'_> {
     /// Writes the rows of a finished item.
     ///
     /// # Safety
-    /// `states` are those of the item, complete.
-    pub unsafe fn write(&self, piece: &Piece, states: &States) {
+    /// `total` is that of the item, complete.
+    pub unsafe fn write(&self, piece: &Piece, total: &Total) {
         let (group, dim) = (self.shape.group, self.output.dim);
         let sequence = &self.line.sequences[piece.sequence];
         for h in 0..piece.heads {
             for r in 0..piece.rows {
                 let (token, g) = ((piece.first_row + r) / group, (piece.first_row + r) % group);
-                let row =
-                    (sequence.first_token + token) * self.shape.q_heads + (piece.first_head + h) * group + g;
+                let row = (sequence.first_token + token) * self.shape.q_heads + (piece.first_head + h) * group + g;
                 // SAFETY: the row is this item's; the output holds every row of the step.
                 unsafe {
                     let o = std::slice::from_raw_parts_mut(self.output.o.add(row * dim), dim);
-                    *self.output.lse.add(row) = states.finish(h * piece.rows + r, o);
+                    *self.output.lse.add(row) = total.finish(h * piece.rows + r, o);
                 }
             }
         }
@@ -277,7 +283,8 @@ impl Worker<'_> {
         tile: usize,
         rows: &Rows,
         next: Option<&Rows>,
-        states: &States,
+        open: &Open,
+        total: &Total,
     ) {
         let (shape, step, layout) = (self.shape, self.reader.step, self.layout);
         let held = self.keys_of(sequence, tile);
@@ -285,8 +292,10 @@ impl Worker<'_> {
         if !sight.any {
             return;
         }
+        let held_by_piece = (piece.end * TILE).min(sequence.keys) - piece.begin * TILE;
         let keys = if sight.uniform { sight.masks[0].count_ones() as usize } else { held };
         let (dim_k, dim_v) = (shape.padded_qk(), shape.padded_v());
+        let width = shape.states().width();
         let plain = [step.k_stride[3] == shape.size[0] as i64, step.v_stride[3] == shape.size[1] as i64];
         let many = piece.rows > shape.widen_above;
         let widen_k = !plain[0] || dim_k != shape.dim_qk || (many && shape.element[1] != 0);
@@ -304,15 +313,15 @@ impl Worker<'_> {
             for h in 0..piece.heads {
                 let head = (piece.first_head + h) as i64;
                 let offset = [(head * step.k_stride[2]) as usize, (head * step.v_stride[2]) as usize];
-                let (ahead_rows, ahead_head) = if h + 1 < piece.heads {
-                    (Some(rows), head + 1)
-                } else {
-                    (next, piece.first_head as i64)
-                };
-                let ahead = |which: usize| Ahead {
-                    rows: ahead_rows.map_or(std::ptr::null(), |r| if which == 0 { r.k.as_ptr() } else { r.v.as_ptr() }),
-                    offset: (ahead_head * if which == 0 { step.k_stride[2] } else { step.v_stride[2] }) as usize,
-                    bytes: if ahead_rows.is_some() && plain[which] { row_bytes[which] } else { 0 },
+                let (ahead_rows, ahead_head) =
+                    if h + 1 < piece.heads { (Some(rows), head + 1) } else { (next, piece.first_head as i64) };
+                let ahead = |which: usize| match ahead_rows {
+                    Some(rows) if plain[which] => Ahead {
+                        rows: if which == 0 { rows.k.as_ptr() } else { rows.v.as_ptr() },
+                        offset: (ahead_head * if which == 0 { step.k_stride[2] } else { step.v_stride[2] }) as usize,
+                        bytes: row_bytes[which],
+                    },
+                    _ => Ahead::NOTHING,
                 };
                 let first = h * piece.rows;
                 let mut score = ScoreArgs {
@@ -337,9 +346,8 @@ impl Worker<'_> {
                     rows: piece.rows,
                     keys,
                     factor: shape.factor,
-                    max: states.max.add(first),
-                    sum: states.sum.add(first * super::tile::SUM_LANES),
-                    acc: states.acc.add(first * dim_v),
+                    max: open.max.add(first),
+                    open: open.sums.add(first * width),
                     dim: dim_v,
                 });
                 let mut value = ValueArgs {
@@ -349,7 +357,7 @@ impl Worker<'_> {
                     v: rows.v.as_ptr(),
                     offset: offset[1],
                     keys,
-                    acc: states.acc.add(first * dim_v),
+                    open: open.sums.add(first * width),
                     ahead: ahead(1),
                 };
                 let mut v_element = shape.element[2];
@@ -357,19 +365,36 @@ impl Worker<'_> {
                     self.widen(rows.v.as_ptr(), offset[1], keys, 1, wide[1]);
                     (value.v, value.offset, v_element) = (wide_v.as_ptr(), 0, 0);
                 }
+                let sums = Sums { open, total, first, leaf: leaf(held_by_piece), element: v_element };
                 if sight.uniform {
-                    (self.kernels.values[v_element])(&value);
+                    self.values(&value, &sums);
                 } else {
-                    self.values_by_token(piece, &sight, value, v_element);
+                    self.values_by_token(piece, &sight, &value, &sums);
                 }
+            }
+        }
+    }
+
+    /// Adds weighted values up, leaf by leaf.
+    unsafe fn values(&self, all: &ValueArgs, sums: &Sums<'_>) {
+        for key in (0..all.keys).step_by(sums.leaf) {
+            // SAFETY: the caller's arguments, key by key.
+            unsafe {
+                (self.kernels.values[sums.element])(&ValueArgs {
+                    weights: all.weights.add(key),
+                    v: all.v.add(key),
+                    keys: sums.leaf.min(all.keys - key),
+                    ahead: all.ahead.from(key),
+                    ..*all
+                });
+                sums.total.close(self.kernels, sums.open, sums.first, all.rows);
             }
         }
     }
 
     unsafe fn widen(&self, rows: *const *const u8, offset: usize, keys: usize, which: usize, out: *mut f32) {
         let (shape, step) = (self.shape, self.reader.step);
-        let (dim, stride) =
-            if which == 0 { (shape.dim_qk, step.k_stride[3]) } else { (shape.dim_v, step.v_stride[3]) };
+        let (dim, stride) = if which == 0 { (shape.dim_qk, step.k_stride[3]) } else { (shape.dim_v, step.v_stride[3]) };
         // SAFETY: the caller's rows are a tile's, within the checked extents of k and v.
         unsafe { (self.kernels.widen[shape.element[1 + which]])(&WidenArgs { rows, offset, keys, dim, stride, out }) }
     }
@@ -395,7 +420,7 @@ impl Worker<'_> {
 
     /// The values of a tile whose query tokens see different keys: each token takes the keys that it sees and reads no
     /// other, so that what is hidden from it cannot reach it, not even as 0 * NaN.
-    unsafe fn values_by_token(&self, piece: &Piece, sight: &Sight, all: ValueArgs, element: usize) {
+    unsafe fn values_by_token(&self, piece: &Piece, sight: &Sight, all: &ValueArgs, sums: &Sums<'_>) {
         let group = self.shape.group;
         let first = piece.first_row / group;
         let mut r = 0;
@@ -415,15 +440,16 @@ impl Worker<'_> {
                     }
                     keys += 1;
                 }
-                (self.kernels.values[element])(&ValueArgs {
+                let mine = ValueArgs {
                     weights: packed,
                     rows,
                     v: pointers.as_ptr(),
                     keys,
-                    acc: all.acc.add(r * all.dim),
-                    ahead: Ahead { bytes: 0, ..all.ahead },
-                    ..all
-                });
+                    open: all.open.add(r * self.shape.states().width()),
+                    ahead: Ahead::NOTHING,
+                    ..*all
+                };
+                self.values(&mine, &Sums { first: sums.first + r, ..*sums });
             }
             r += rows;
         }

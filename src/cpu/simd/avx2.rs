@@ -41,12 +41,12 @@ unsafe impl Simd for Avx2 {
         unsafe { _mm256_add_ps(a, b) }
     }
     #[inline(always)]
-    unsafe fn mul(a: __m256, b: __m256) -> __m256 {
-        unsafe { _mm256_mul_ps(a, b) }
+    unsafe fn sub(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_sub_ps(a, b) }
     }
     #[inline(always)]
-    unsafe fn div(a: __m256, b: __m256) -> __m256 {
-        unsafe { _mm256_div_ps(a, b) }
+    unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_mul_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
@@ -84,8 +84,7 @@ unsafe impl Simd for Avx2 {
         unsafe {
             let at = |i: usize| acc[i / RT][i % RT];
             let quad = |j: usize| {
-                let (ab, cd) =
-                    (_mm256_hadd_ps(at(4 * j), at(4 * j + 1)), _mm256_hadd_ps(at(4 * j + 2), at(4 * j + 3)));
+                let (ab, cd) = (_mm256_hadd_ps(at(4 * j), at(4 * j + 1)), _mm256_hadd_ps(at(4 * j + 2), at(4 * j + 3)));
                 _mm256_hadd_ps(ab, cd)
             };
             let (low, high) = (quad(0), quad(1));

@@ -41,12 +41,12 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_add_ps(a, b) }
     }
     #[inline(always)]
-    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_mul_ps(a, b) }
+    unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_sub_ps(a, b) }
     }
     #[inline(always)]
-    unsafe fn div(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_div_ps(a, b) }
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
@@ -74,16 +74,17 @@ unsafe impl Simd for Avx512 {
     unsafe fn sum_lanes<const RQ: usize, const RT: usize>(acc: &[[__m512; RT]; RQ], out: *mut f32, stride: usize) {
         const { assert!(RQ * RT == 16) };
         unsafe {
-            let at = |i: usize| acc[i / RT][i % RT];
             // Four by four: lane group g of quad[j] holds the four partial sums of accumulators 4j to 4j + 3.
-            let quad: [__m512; 4] = std::array::from_fn(|j| {
-                let (a, b, c, d) = (at(4 * j), at(4 * j + 1), at(4 * j + 2), at(4 * j + 3));
+            let mut quad = [_mm512_setzero_ps(); 4];
+            for (j, quad) in quad.iter_mut().enumerate() {
+                let (a, b) = (acc[4 * j / RT][4 * j % RT], acc[(4 * j + 1) / RT][(4 * j + 1) % RT]);
+                let (c, d) = (acc[(4 * j + 2) / RT][(4 * j + 2) % RT], acc[(4 * j + 3) / RT][(4 * j + 3) % RT]);
                 let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
                 let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
                 let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
                 let (low, high) = (_mm512_unpacklo_pd(ab, cd), _mm512_unpackhi_pd(ab, cd));
-                _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
-            });
+                *quad = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+            }
             let half = |a: __m512, b: __m512| {
                 _mm512_add_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(a, b), _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b))
             };

@@ -33,10 +33,10 @@ pub unsafe trait Simd: Copy {
     unsafe fn load_bf16(p: *const u8) -> Self::V;
     /// a + b.
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    /// a - b.
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     /// a * b.
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
-    /// a / b.
-    unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
     /// a * b + c, rounded once where the machine can.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The larger; either where one is NaN.

@@ -48,12 +48,12 @@ unsafe impl Simd for Scalar {
         zip(a, b, |a, b| a + b)
     }
     #[inline(always)]
-    unsafe fn mul(a: [f32; N], b: [f32; N]) -> [f32; N] {
-        zip(a, b, |a, b| a * b)
+    unsafe fn sub(a: [f32; N], b: [f32; N]) -> [f32; N] {
+        zip(a, b, |a, b| a - b)
     }
     #[inline(always)]
-    unsafe fn div(a: [f32; N], b: [f32; N]) -> [f32; N] {
-        zip(a, b, |a, b| a / b)
+    unsafe fn mul(a: [f32; N], b: [f32; N]) -> [f32; N] {
+        zip(a, b, |a, b| a * b)
     }
     #[inline(always)]
     unsafe fn fma(a: [f32; N], b: [f32; N], c: [f32; N]) -> [f32; N] {
