@@ -50,6 +50,11 @@ impl Open {
         Open { sums: memory, max, width: shape.width() }
     }
 
+    /// The sums of row `r`.
+    pub fn row(&self, r: usize) -> *mut f32 {
+        self.sums.wrapping_add(r * self.width)
+    }
+
     /// Empties the first `rows`.
     ///
     /// # Safety

@@ -1,0 +1,269 @@
+//! A piece at work: scores, weights and values of its tiles.
+
+use super::partition::{Piece, leaf};
+use super::rows::Rows;
+use super::sequences::{Sequence, low_bits};
+use super::state::{Open, Total};
+use super::tile::{Ahead, ScoreArgs, TILE, ValueArgs, WeighArgs, WidenArgs};
+use super::worker::Worker;
+
+/// A piece with everything that stays the same over its tiles.
+pub struct Task<'a> {
+    /// What the piece has summed up.
+    pub total: Total,
+    open: Open,
+    worker: &'a Worker<'a>,
+    piece: &'a Piece,
+    sequence: &'a Sequence,
+    /// Keys of a leaf.
+    leaf: usize,
+    /// Keys and values, each: whether a tile is widened to f32 before it is used.
+    widen: [bool; 2],
+    /// Bytes of a row to ask for ahead of time.
+    ahead: [usize; 2],
+    /// Strides between kv heads.
+    head_stride: [i64; 2],
+    /// Rows of the widened tiles.
+    wide: [[*const u8; TILE]; 2],
+}
+
+/// Which keys of a tile the query tokens of a row block see.
+struct Sight {
+    /// One mask a query token of the row block.
+    masks: [u64; TILE],
+    /// Whether all see exactly the same first keys of the tile.
+    uniform: bool,
+    /// Whether any key is seen.
+    any: bool,
+}
+
+impl<'a> Task<'a> {
+    /// Begins a piece: empty sums.
+    ///
+    /// # Safety
+    /// The worker's scratch is its alone and has its layout.
+    pub unsafe fn new(worker: &'a Worker<'a>, piece: &'a Piece) -> Task<'a> {
+        let (shape, layout, step) = (worker.shape, worker.layout, worker.reader.step);
+        let sequence = &worker.line.sequences[piece.sequence];
+        // SAFETY: the layout's places are disjoint parts of the scratch.
+        let (open, total) = unsafe {
+            let total = if piece.whole {
+                Total::at(worker.scratch.add(layout.totals[0]), shape.states())
+            } else {
+                layout.split(worker.scratch, shape, usize::from(piece.begin == 0))
+            };
+            let open = Open::at(worker.scratch.add(layout.open), shape.states());
+            total.clear(piece.rows * piece.heads);
+            open.clear(piece.rows * piece.heads);
+            (open, total)
+        };
+        let dims = [(shape.dim_qk, shape.padded_qk()), (shape.dim_v, shape.padded_v())];
+        let strides = [step.k_stride, step.v_stride];
+        let mut task = Task {
+            total,
+            open,
+            worker,
+            piece,
+            sequence,
+            leaf: leaf((piece.end * TILE).min(sequence.keys) - piece.begin * TILE),
+            widen: [false; 2],
+            ahead: [0; 2],
+            head_stride: [step.k_stride[2], step.v_stride[2]],
+            wide: [[std::ptr::null(); TILE]; 2],
+        };
+        for i in 0..2 {
+            let packed = strides[i][3] == shape.size[i] as i64;
+            let many = piece.rows > shape.widen_above && shape.element[1 + i] != 0;
+            task.widen[i] = !packed || dims[i].0 != dims[i].1 || many;
+            task.ahead[i] = if packed { dims[i].0 * shape.size[i] } else { 0 };
+            for (t, row) in task.wide[i].iter_mut().enumerate() {
+                *row = worker.scratch.wrapping_add(layout.wide[i] + t * dims[i].1).cast::<u8>().cast_const();
+            }
+        }
+        task
+    }
+
+    /// One tile for every kv head of the piece; `next` is the tile to come.
+    ///
+    /// # Safety
+    /// The rows are those of the tile; the step's memory is what its fields say.
+    pub unsafe fn tile(&self, tile: usize, rows: &Rows, next: Option<&Rows>) {
+        let held = self.worker.keys_of(self.sequence, tile);
+        let sight = self.sight(tile, held);
+        if !sight.any {
+            return;
+        }
+        let keys = if sight.uniform { sight.masks[0].count_ones() as usize } else { held };
+        for h in 0..self.piece.heads {
+            let ahead = if h + 1 < self.piece.heads { (Some(rows), h + 1) } else { (next, 0) };
+            // SAFETY: the caller's.
+            unsafe {
+                self.weigh(h, keys, &sight, rows, ahead);
+                self.sum(h, keys, &sight, rows, ahead);
+            }
+        }
+    }
+
+    fn sight(&self, tile: usize, keys: usize) -> Sight {
+        let (piece, group) = (self.piece, self.worker.shape.group);
+        let (first, last) = (piece.first_row / group, (piece.first_row + piece.rows - 1) / group);
+        let mut sight = Sight { masks: [0; TILE], uniform: true, any: false };
+        let masks = &mut sight.masks[..last - first + 1];
+        let mut union = 0;
+        for (i, mask) in masks.iter_mut().enumerate() {
+            *mask = self.worker.reader.visible(piece.sequence, self.sequence, first + i, tile * TILE, keys);
+            union |= *mask;
+        }
+        sight.uniform = union & union.wrapping_add(1) == 0 && masks.iter().all(|&m| m == union);
+        sight.any = union != 0;
+        sight
+    }
+
+    /// Bytes from kv head 0 to kv head `h` of the piece, in keys (0) or values (1).
+    fn offset(&self, which: usize, h: usize) -> usize {
+        ((self.piece.first_head + h) as i64 * self.head_stride[which]) as usize
+    }
+
+    fn ahead(&self, which: usize, (rows, h): (Option<&Rows>, usize)) -> Ahead {
+        let Some(rows) = rows else { return Ahead::NOTHING };
+        let rows = if which == 0 { rows.k.as_ptr() } else { rows.v.as_ptr() };
+        Ahead { rows, offset: self.offset(which, h), bytes: self.ahead[which] }
+    }
+
+    /// The rows to work on, the bytes to add, and the index of their element type: as they lie, or widened.
+    unsafe fn source(&self, which: usize, h: usize, keys: usize, rows: &Rows) -> (*const *const u8, usize, usize) {
+        let (shape, step) = (self.worker.shape, self.worker.reader.step);
+        let raw = if which == 0 { rows.k.as_ptr() } else { rows.v.as_ptr() };
+        let (offset, element) = (self.offset(which, h), shape.element[1 + which]);
+        if !self.widen[which] {
+            return (raw, offset, element);
+        }
+        let (dim, stride) = if which == 0 { (shape.dim_qk, step.k_stride[3]) } else { (shape.dim_v, step.v_stride[3]) };
+        let out = self.worker.scratch.wrapping_add(self.worker.layout.wide[which]);
+        // SAFETY: the rows are a tile's, within the checked extents of k and v; the layout has room for a wide tile.
+        unsafe { (self.worker.kernels.widen[element])(&WidenArgs { rows: raw, offset, keys, dim, stride, out }) };
+        (self.wide[which].as_ptr(), 0, 0)
+    }
+
+    /// Scores, then weights, of a tile for kv head `h`.
+    unsafe fn weigh(&self, h: usize, keys: usize, sight: &Sight, rows: &Rows, ahead: (Option<&Rows>, usize)) {
+        let (worker, piece) = (self.worker, self.piece);
+        let first = h * piece.rows;
+        // SAFETY: the layout's places are disjoint parts of the scratch, sized for these rows, keys and dimensions.
+        unsafe {
+            let scores = worker.scratch.add(worker.layout.scores);
+            let (k, offset, element) = self.source(0, h, keys, rows);
+            (worker.kernels.scores[element])(&ScoreArgs {
+                q: worker.q(piece, h),
+                rows: piece.rows,
+                dim: worker.shape.padded_qk(),
+                k,
+                offset,
+                keys,
+                scores,
+                ahead: self.ahead(0, ahead),
+            });
+            self.hide(sight, keys, scores);
+            (worker.kernels.weigh)(&WeighArgs {
+                scores,
+                rows: piece.rows,
+                keys,
+                factor: worker.shape.factor,
+                max: self.open.max.add(first),
+                open: self.open.row(first),
+                dim: worker.shape.padded_v(),
+            });
+        }
+    }
+
+    /// Sets the scores of hidden keys, and of the places past the last key, to -inf.
+    unsafe fn hide(&self, sight: &Sight, keys: usize, scores: *mut f32) {
+        let padded = keys.next_multiple_of(16);
+        if sight.uniform && keys == padded {
+            return;
+        }
+        let (first_row, group) = (self.piece.first_row, self.worker.shape.group);
+        for r in 0..self.piece.rows {
+            let mask = sight.masks[(first_row + r) / group - first_row / group] & low_bits(keys);
+            // SAFETY: a row of scores holds TILE floats.
+            let row = unsafe { std::slice::from_raw_parts_mut(scores.add(r * TILE), padded) };
+            for (t, score) in row.iter_mut().enumerate() {
+                if mask >> t & 1 == 0 {
+                    *score = f32::NEG_INFINITY;
+                }
+            }
+        }
+    }
+
+    /// Weighted values of a tile for kv head `h`.
+    unsafe fn sum(&self, h: usize, keys: usize, sight: &Sight, rows: &Rows, ahead: (Option<&Rows>, usize)) {
+        let (worker, piece) = (self.worker, self.piece);
+        let first = h * piece.rows;
+        // SAFETY: as in `weigh`.
+        unsafe {
+            let (v, offset, element) = self.source(1, h, keys, rows);
+            let all = ValueArgs {
+                weights: worker.scratch.add(worker.layout.scores),
+                rows: piece.rows,
+                dim: worker.shape.padded_v(),
+                v,
+                offset,
+                keys,
+                open: self.open.row(first),
+                ahead: self.ahead(1, ahead),
+            };
+            if sight.uniform {
+                self.sum_leaves(&all, element, first);
+            } else {
+                self.sum_by_token(&all, element, first, sight);
+            }
+        }
+    }
+
+    /// Weighted values leaf by leaf; the rows begin at `first`.
+    unsafe fn sum_leaves(&self, all: &ValueArgs, element: usize, first: usize) {
+        for key in (0..all.keys).step_by(self.leaf) {
+            // SAFETY: the caller's arguments, key by key.
+            unsafe {
+                (self.worker.kernels.values[element])(&ValueArgs {
+                    weights: all.weights.add(key),
+                    v: all.v.add(key),
+                    keys: self.leaf.min(all.keys - key),
+                    ahead: all.ahead.from(key),
+                    ..*all
+                });
+                self.total.close(self.worker.kernels, &self.open, first, all.rows);
+            }
+        }
+    }
+
+    /// The values of a tile whose query tokens see different keys: each token takes the keys that it sees and reads no
+    /// other, so that what is hidden from it cannot reach it, not even as 0 * NaN.
+    unsafe fn sum_by_token(&self, all: &ValueArgs, element: usize, first: usize, sight: &Sight) {
+        let (piece, group) = (self.piece, self.worker.shape.group);
+        let mut r = 0;
+        while r < piece.rows {
+            let token = (piece.first_row + r) / group;
+            let rows = ((token + 1) * group - piece.first_row - r).min(piece.rows - r);
+            let mask = sight.masks[token - piece.first_row / group];
+            let mut v = [std::ptr::null(); TILE];
+            // SAFETY: `packed` has the size of the scores; only pointers and weights of the tile's keys are read.
+            unsafe {
+                let packed = self.worker.scratch.add(self.worker.layout.packed);
+                let mut keys = 0;
+                for t in (0..all.keys).filter(|t| mask >> t & 1 == 1) {
+                    v[keys] = *all.v.add(t);
+                    for i in 0..rows {
+                        *packed.add(i * TILE + keys) = *all.weights.add((r + i) * TILE + t);
+                    }
+                    keys += 1;
+                }
+                let open = self.open.row(first + r);
+                let mine =
+                    ValueArgs { weights: packed, rows, v: v.as_ptr(), keys, open, ahead: Ahead::NOTHING, ..*all };
+                self.sum_leaves(&mine, element, first + r);
+            }
+            r += rows;
+        }
+    }
+}
