@@ -369,11 +369,15 @@ fn rounds_allocate_nothing() {
 }
 
 #[test]
-fn a_thousand_groups_leave_nothing_behind() {
+fn a_thousand_groups_with_threads_leave_nothing_behind() {
     let (threads, maps) = (proc_count("task"), proc_lines("maps"));
     let mut after = (0, 0);
     for cycle in 0..1000 {
         let ranks = local_group(3, &config(LONG)).unwrap();
+        let workers = crate::device::Workers::new(3, "test", cycle % 2 == 0).unwrap();
+        workers.run(&|_| ()).unwrap();
+        let queue = crate::device::Queue::new(4, "test", |()| Ok(())).unwrap();
+        queue.push((), LONG).unwrap();
         if cycle % 50 == 0 {
             on_threads(ranks, |rank| checked_round(&rank, 0, 64).unwrap());
         }
