@@ -1,0 +1,204 @@
+//! The error bounds that the library promises, and how an output is held against them.
+
+use std::ops::Range;
+
+use super::Reference;
+use super::inputs::load_row;
+use crate::attention::descriptor::AttentionDesc;
+use crate::attention::dtype::Dtype;
+use crate::attention::step::Step;
+
+/// The element types that limit an output's precision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Precision {
+    /// The output's.
+    pub out: Dtype,
+    /// That of partials on the wire; f32 where nothing is exchanged.
+    pub wire: Dtype,
+}
+
+/// What a comparison found. Several outputs may be added up in one.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Comparison {
+    /// Output elements compared.
+    pub elements: u64,
+    /// Those equal to the reference rounded to the output's type.
+    pub correctly_rounded: u64,
+    /// The largest error of an output element, as a part of its bound; above 1 it is broken.
+    pub worst: f64,
+    /// The same for the lse.
+    pub worst_lse: f64,
+    /// The first broken bound, in words.
+    pub failure: Option<String>,
+}
+
+impl Comparison {
+    /// The part of elements that are correctly rounded; 1 of none.
+    pub fn rounded_share(&self) -> f64 {
+        if self.elements == 0 { 1.0 } else { self.correctly_rounded as f64 / self.elements as f64 }
+    }
+
+    /// Adds what another comparison found.
+    pub fn add(&mut self, other: &Comparison) {
+        self.elements += other.elements;
+        self.correctly_rounded += other.correctly_rounded;
+        self.worst = self.worst.max(other.worst);
+        self.worst_lse = self.worst_lse.max(other.worst_lse);
+        self.failure = self.failure.take().or_else(|| other.failure.clone());
+    }
+
+    fn fail(&mut self, message: impl FnOnce() -> String) {
+        self.failure.get_or_insert_with(message);
+    }
+}
+
+impl Reference {
+    /// How far element `d` of row `row` may lie from the reference: 2^-24 (4 + 2 score) A, what the wire rounds off,
+    /// 1 ulp of a 16-bit output, and what underflow may take (a weight below 2^-126 counts as none); never so far that
+    /// an average would leave the range of the values.
+    pub fn bound(&self, row: usize, d: usize, precision: Precision) -> f64 {
+        let at = row * self.dim + d;
+        let (o, weighted, largest) = (self.o[at].abs(), self.weighted[at], self.largest[at]);
+        if largest == 0.0 {
+            return 0.0;
+        }
+        let terms = self.keys[row] as f64 + 64.0;
+        let underflow = terms * (2f64.powi(-126) * largest + 2f64.powi(-149));
+        let mut bound = 2f64.powi(-24) * (4.0 + 2.0 * self.score[row]) * weighted + underflow;
+        bound = bound.min(o + 1.0001 * largest);
+        if precision.wire != Dtype::F32 {
+            bound += 2.0 * ulp(weighted, precision.wire);
+        }
+        if precision.out != Dtype::F32 {
+            bound += ulp(o, precision.out);
+        }
+        bound
+    }
+
+    /// How far the lse of row `row` may lie from the reference: 4 ulp of max(1, |lse|, score).
+    pub fn lse_bound(&self, row: usize) -> f64 {
+        4.0 * ulp(self.score[row].max(self.lse[row].abs()).max(1.0), Dtype::F32)
+    }
+
+    /// Holds row `row` of an output (widened to f32, which is exact) against its bounds.
+    pub fn compare_row(&self, row: usize, o: &[f32], lse: Option<f32>, precision: Precision, to: &mut Comparison) {
+        if let Some(lse) = lse {
+            self.compare_lse(row, lse, to);
+        }
+        for (d, (&found, &wanted)) in o.iter().zip(self.row(row)).enumerate() {
+            let found = f64::from(found);
+            to.elements += 1;
+            if found == round_to(wanted, precision.out) || (found.is_nan() && wanted.is_nan()) {
+                to.correctly_rounded += 1;
+                continue;
+            }
+            let bound = self.bound(row, d, precision);
+            let part = error_part(found, wanted, bound, precision.out);
+            to.worst = to.worst.max(part);
+            if part > 1.0 {
+                let (a, score, keys) = (self.weighted[row * self.dim + d], self.score[row], self.keys[row]);
+                to.fail(|| {
+                    format!(
+                        "o[row {row}, {d}]: found {found:e}, wanted {wanted:e} within {bound:e} (A {a:e}, score \
+                         {score:e}, {keys} keys)"
+                    )
+                });
+            }
+        }
+    }
+
+    fn compare_lse(&self, row: usize, found: f32, to: &mut Comparison) {
+        let (found, wanted) = (f64::from(found), self.lse[row]);
+        if found == wanted || (found.is_nan() && wanted.is_nan()) {
+            return;
+        }
+        let (error, bound) = ((found - wanted).abs(), self.lse_bound(row));
+        to.worst_lse = to.worst_lse.max(if error.is_finite() { error / bound } else { f64::INFINITY });
+        // NaN is never within the bound.
+        let within = error <= bound;
+        if !within {
+            let (score, keys) = (self.score[row], self.keys[row]);
+            to.fail(|| {
+                format!(
+                    "lse[row {row}]: found {found:e}, wanted {wanted:e} within {bound:e} (score {score:e}, {keys} keys)"
+                )
+            });
+        }
+    }
+
+    /// Holds the output that a step wrote, over heads `heads` (those of the rank's output), against the bounds.
+    ///
+    /// # Safety
+    /// `step` was made from `desc` for that many heads; out and lse are host memory as large as its fields say and the
+    /// step is done.
+    pub unsafe fn compare(&self, desc: &AttentionDesc, step: &Step, heads: Range<usize>) -> Comparison {
+        let precision = Precision { out: desc.out_dtype, wire: desc.wire_dtype };
+        let mut found = Comparison::default();
+        let mut wide = vec![0.0; self.dim];
+        let mut lse = [0.0];
+        for token in 0..step.args.query_tokens as i64 {
+            for (n, head) in heads.clone().enumerate() {
+                let n = n as i64;
+                let at = token * step.out_stride[0] + n * step.out_stride[1];
+                load_row(&step.args.out, desc.out_dtype, at, step.out_stride[2], &mut wide);
+                let row: Vec<f32> = wide.iter().map(|&x| x as f32).collect();
+                let wanted = token as usize * desc.q_heads as usize + head;
+                let with_lse = !step.args.lse.data.is_null();
+                if with_lse {
+                    let at = token * step.lse_stride[0] + n * step.lse_stride[1];
+                    load_row(&step.args.lse, Dtype::F32, at, 0, &mut lse);
+                }
+                self.compare_row(wanted, &row, with_lse.then_some(lse[0] as f32), precision, &mut found);
+            }
+        }
+        found
+    }
+}
+
+/// An error as a part of its bound; infinite where no bound can allow it.
+fn error_part(found: f64, wanted: f64, bound: f64, dtype: Dtype) -> f64 {
+    let allowed = if wanted.is_infinite() {
+        !found.is_finite()
+    } else if found.is_infinite() {
+        // Rounding up may leave the type.
+        round_to(wanted + found.signum() * bound, dtype) == found
+    } else if wanted.is_finite() && found.is_finite() {
+        return if found == wanted { 0.0 } else { (found - wanted).abs() / bound };
+    } else {
+        false
+    };
+    if allowed { 0.0 } else { f64::INFINITY }
+}
+
+/// Bits of the significand, and the exponent of the smallest normal number, of a float type.
+fn format_of(dtype: Dtype) -> (i32, i32) {
+    match dtype {
+        Dtype::F16 => (11, -14),
+        Dtype::Bf16 => (8, -126),
+        _ => (24, -126),
+    }
+}
+
+/// The largest finite number of a float type (f32, f16, bf16).
+fn top(dtype: Dtype) -> f64 {
+    let (bits, lowest) = format_of(dtype);
+    (2.0 - 2f64.powi(1 - bits)) * 2f64.powi(1 - lowest)
+}
+
+/// The spacing of numbers of a float type (f32, f16, bf16) around `x`; that of subnormals near 0.
+pub fn ulp(x: f64, dtype: Dtype) -> f64 {
+    let (bits, lowest) = format_of(dtype);
+    // The exponent field; f64 subnormals and 0 fall below every `lowest`.
+    let exponent = ((x.abs().to_bits() >> 52) as i32 - 1023).min(127);
+    2f64.powi(exponent.max(lowest) - bits + 1)
+}
+
+/// `x` rounded once, to nearest even, to a float type (f32, f16, bf16).
+pub fn round_to(x: f64, dtype: Dtype) -> f64 {
+    if !x.is_finite() {
+        return x;
+    }
+    let spacing = ulp(x, dtype);
+    let rounded = (x / spacing).round_ties_even() * spacing;
+    if rounded.abs() > top(dtype) { f64::INFINITY.copysign(x) } else { rounded }
+}

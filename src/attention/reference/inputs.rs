@@ -1,0 +1,192 @@
+//! What a step's memory says, one value at a time: lengths, tables, positions, and rows of q, k and v.
+
+use half::{bf16, f16};
+
+use crate::attention::descriptor::{AttentionDesc, KvLayout};
+use crate::attention::dtype::Dtype;
+use crate::attention::placement::{Placement, Shard};
+use crate::attention::step::Step;
+use crate::attention::tensor::Tensor;
+use crate::partial::DataFaultCause;
+
+/// The inputs of one rank's step.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Inputs<'a> {
+    pub desc: &'a AttentionDesc,
+    pub shard: Shard,
+    pub step: &'a Step,
+}
+
+/// One sequence as its lengths and starts describe it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sequence {
+    /// Its number in the batch.
+    pub index: usize,
+    pub first_token: usize,
+    pub tokens: usize,
+    /// Keys on this rank.
+    pub keys: usize,
+    /// Its first entry in the page table.
+    first_page: i64,
+    pub fault: Option<DataFaultCause>,
+}
+
+impl Inputs<'_> {
+    /// Reads and checks sequence `b`. `taken` is the end of the query tokens that sequences before it own.
+    pub fn sequence(&self, b: usize, taken: &mut i64) -> Sequence {
+        let args = &self.step.args;
+        let all = i64::from(args.query_tokens);
+        let (begin, end) = if args.query_start.is_null() {
+            let each = all / i64::from(args.batch);
+            (b as i64 * each, (b as i64 + 1) * each)
+        } else {
+            (read(args.query_start, b as i64), read(args.query_start, b as i64 + 1))
+        };
+        let ordered = *taken <= begin && begin <= end && end <= all;
+        let (first, last) = (begin.clamp(*taken, all), end.clamp(*taken, all));
+        *taken = last;
+        let mut sequence = Sequence {
+            index: b,
+            first_token: first as usize,
+            tokens: (last - first).max(0) as usize,
+            keys: 0,
+            first_page: 0,
+            fault: None,
+        };
+        let checked = if ordered { self.check(&mut sequence) } else { Err(DataFaultCause::QueryStart) };
+        if let Err(cause) = checked {
+            sequence.keys = 0;
+            sequence.fault = Some(cause);
+        }
+        sequence
+    }
+
+    /// Reads the length, and checks all that would be used for it.
+    fn check(&self, sequence: &mut Sequence) -> Result<(), DataFaultCause> {
+        let (args, b) = (&self.step.args, sequence.index as i64);
+        let page_size = i64::from(self.desc.page_size);
+        let mut room = self.step.kv_capacity;
+        let mut length = None;
+        match self.desc.kv_layout {
+            KvLayout::Strided => {}
+            KvLayout::BlockTable => sequence.first_page = b * i64::from(args.max_pages),
+            KvLayout::CsrPages => {
+                let (begin, end) = (read(args.page_indptr, b), read(args.page_indptr, b + 1));
+                if !(0 <= begin && begin <= end && end <= args.num_page_indices) {
+                    return Err(DataFaultCause::PageRow);
+                }
+                sequence.first_page = begin;
+                let pages = end - begin;
+                if args.last_page_len.is_null() {
+                    room = room.min(pages * page_size);
+                } else if pages == 0 {
+                    length = Some(0);
+                } else {
+                    let last = read(args.last_page_len, b);
+                    if !(1..=page_size).contains(&last) {
+                        return Err(DataFaultCause::PageRow);
+                    }
+                    length = Some((pages - 1) * page_size + last);
+                }
+            }
+        }
+        let length = length.unwrap_or_else(|| read(args.kv_length, b));
+        if !(0..=room).contains(&length) {
+            return Err(DataFaultCause::KvLength);
+        }
+        if length == 0 || sequence.tokens == 0 {
+            return Ok(());
+        }
+        sequence.keys = length as usize;
+        if self.desc.kv_layout != KvLayout::Strided {
+            let pages = 0..(length + page_size - 1) / page_size;
+            if pages.into_iter().any(|n| !(0..i64::from(args.num_pages)).contains(&self.page(sequence, n))) {
+                return Err(DataFaultCause::Page);
+            }
+        }
+        let positions = 0..=i64::from(i32::MAX);
+        let queries_fit = || (0..sequence.tokens).all(|i| self.query_position(sequence, i) >= 0);
+        let keys_fit = || (0..sequence.keys).all(|slot| positions.contains(&self.key_position(sequence, slot)));
+        if self.desc.causal && !(queries_fit() && keys_fit()) {
+            return Err(DataFaultCause::Position);
+        }
+        Ok(())
+    }
+
+    /// Whether query token `token` of the sequence sees the key in `slot`.
+    pub fn sees(&self, sequence: &Sequence, token: usize, slot: usize) -> bool {
+        !self.desc.causal || self.key_position(sequence, slot) <= self.query_position(sequence, token)
+    }
+
+    fn query_position(&self, sequence: &Sequence, token: usize) -> i64 {
+        let args = &self.step.args;
+        if args.query_position.is_null() {
+            read(args.global_length, sequence.index as i64) - sequence.tokens as i64 + token as i64
+        } else {
+            read(args.query_position, (sequence.first_token + token) as i64)
+        }
+    }
+
+    fn key_position(&self, sequence: &Sequence, slot: usize) -> i64 {
+        let (args, b, slot) = (&self.step.args, sequence.index as i64, slot as i64);
+        match self.desc.placement {
+            Placement::Contiguous if args.kv_start.is_null() => slot,
+            Placement::Contiguous => read(args.kv_start, b) + slot,
+            Placement::Interleaved { run } => {
+                let (run, world, rank) = (i64::from(run), i64::from(self.shard.world), i64::from(self.shard.rank));
+                (slot / run) * run * world + rank * run + slot % run
+            }
+            Placement::Explicit => read(args.kv_position, b * self.step.kv_position_stride(self.desc) + slot),
+        }
+    }
+
+    fn page(&self, sequence: &Sequence, n: i64) -> i64 {
+        let args = &self.step.args;
+        let table = if self.desc.kv_layout == KvLayout::BlockTable { args.block_table } else { args.page_indices };
+        read(table, sequence.first_page + n)
+    }
+
+    /// Byte offset of the key in `slot`.
+    pub fn key(&self, sequence: &Sequence, slot: usize, kv_head: usize) -> i64 {
+        self.offset(&self.step.k_stride, sequence, slot, kv_head)
+    }
+
+    /// Byte offset of the value in `slot`.
+    pub fn value(&self, sequence: &Sequence, slot: usize, kv_head: usize) -> i64 {
+        self.offset(&self.step.v_stride, sequence, slot, kv_head)
+    }
+
+    fn offset(&self, stride: &[i64; 4], sequence: &Sequence, slot: usize, kv_head: usize) -> i64 {
+        let slot = slot as i64;
+        let (outer, inner) = if self.desc.kv_layout == KvLayout::Strided {
+            (sequence.index as i64, slot)
+        } else {
+            let page_size = i64::from(self.desc.page_size);
+            (self.page(sequence, slot / page_size), slot % page_size)
+        };
+        outer * stride[0] + inner * stride[1] + kv_head as i64 * stride[2]
+    }
+}
+
+/// Reads entry `index` of an int32 input.
+fn read(pointer: *const i32, index: i64) -> i64 {
+    // SAFETY: `Step::new` refused a null pointer where this one is read, and every index here is one that the step's
+    // fields promise; the caller of `attend` vouches for the memory.
+    i64::from(unsafe { *pointer.offset(index as isize) })
+}
+
+/// Loads a row of `out.len()` elements that begins `offset` bytes into the tensor.
+pub(super) fn load_row(tensor: &Tensor, dtype: Dtype, offset: i64, stride: i64, out: &mut [f64]) {
+    let row = tensor.data.cast::<u8>().cast_const().wrapping_offset(offset as isize);
+    for (i, out) in out.iter_mut().enumerate() {
+        let element = row.wrapping_offset(i as isize * stride as isize);
+        // SAFETY: the element lies within the extent that `Step::new` checked, at a slot within the checked length.
+        *out = unsafe {
+            match dtype {
+                Dtype::F16 => element.cast::<f16>().read_unaligned().to_f64(),
+                Dtype::Bf16 => element.cast::<bf16>().read_unaligned().to_f64(),
+                _ => f64::from(element.cast::<f32>().read_unaligned()),
+            }
+        };
+    }
+}
