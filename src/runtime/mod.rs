@@ -14,6 +14,7 @@ mod execute;
 mod merge;
 mod output;
 mod plan;
+mod selfcheck;
 mod stream;
 
 pub use crate::comm::CommConfig;
@@ -23,4 +24,5 @@ pub use communicator::{CommStatus, Communicator};
 pub use context::{LogCallback, LogLevel, Runtime, RuntimeConfig};
 pub use merge::{MergeArgs, merge_partials};
 pub use plan::{Plan, PlanMemory, PlanStats, attention_supported};
+pub use selfcheck::{SelfcheckConfig, SelfcheckReport, selfcheck};
 pub use stream::Stream;

@@ -1,0 +1,175 @@
+//! Random inputs of a self-check: what the sequences hold, and which rank holds what of them.
+
+use half::{bf16, f16};
+
+use super::SelfcheckConfig;
+use crate::attention::placement::{global_position, local_length};
+use crate::attention::{AttentionDesc, Dtype, Placement, Shard};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Keys of the longest sequence where the caller leaves the choice.
+const DEFAULT_KEYS: i32 = 1000;
+/// Ranks where the caller leaves the choice.
+const DEFAULT_RANKS: i32 = 2;
+
+/// The sizes of a self-check, every default filled in.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    pub ranks: usize,
+    pub batch: usize,
+    /// Query tokens of each sequence.
+    pub tokens: usize,
+    /// Keys of the first sequence; the others have at most as many.
+    pub keys: usize,
+    pub seed: u64,
+}
+
+impl Shape {
+    pub fn resolve(desc: &AttentionDesc, config: &SelfcheckConfig) -> Result<Shape> {
+        let pick = |name: &str, value: i32, default: i32, most: i32, limit: &str| match value {
+            0 => Ok(default.clamp(1, most.max(1)) as usize),
+            value if value < 0 || value > most => {
+                Err(Error::invalid(name, value, format!("0 for the default, or 1 to {limit} = {most}")))
+            }
+            value => Ok(value as usize),
+        };
+        let ranks = pick("ranks", config.ranks, DEFAULT_RANKS, i32::MAX, "the largest int32")?;
+        let most = desc.max_batch.min(desc.max_query_tokens);
+        let batch = pick("batch", config.batch, 2, most, "the smaller of max_batch and max_query_tokens")?;
+        let most = desc.max_query_tokens / batch as i32;
+        let tokens = pick("query_tokens", config.query_tokens, 1, most, "max_query_tokens / batch")?;
+        let default = DEFAULT_KEYS.min(desc.max_kv_length).max(tokens as i32);
+        let keys = pick("kv_length", config.kv_length, default, i32::MAX, "the largest int32")?;
+        if desc.causal && keys < tokens {
+            let wanted = format!("at least query_tokens = {tokens} with causal");
+            return Err(Error::invalid("kv_length", keys, wanted));
+        }
+        Ok(Shape { ranks, batch, tokens, keys, seed: config.seed })
+    }
+}
+
+/// One sequence in whole: its keys and values by global position, as the element types hold them.
+#[derive(Debug)]
+pub(super) struct Sequence {
+    pub keys: usize,
+    /// [position, kv head, dim].
+    pub k: Vec<f32>,
+    /// [position, kv head, dim].
+    pub v: Vec<f32>,
+    /// For each rank the global positions of its local slots.
+    pub slots: Vec<Vec<usize>>,
+}
+
+/// Everything that a self-check's step is about.
+#[derive(Debug)]
+pub(super) struct Inputs {
+    pub shape: Shape,
+    /// [query token of all sequences, q head, dim].
+    pub q: Vec<f32>,
+    pub sequences: Vec<Sequence>,
+}
+
+impl Inputs {
+    pub fn random(desc: &AttentionDesc, shape: Shape) -> Result<Inputs> {
+        let mut random = Random(shape.seed);
+        let (dim_qk, dim_v) = (desc.head_dim_qk as usize, desc.head_dim_v as usize);
+        let (q_heads, kv_heads) = (desc.q_heads as usize, desc.kv_heads as usize);
+        let q = random.normals(shape.batch * shape.tokens * q_heads * dim_qk, desc.q_dtype)?;
+        let fewest = if desc.causal { shape.tokens } else { 0 };
+        let mut sequences = Vec::with_capacity(shape.batch);
+        for b in 0..shape.batch {
+            let keys = if b == 0 { shape.keys } else { fewest + random.below(shape.keys - fewest + 1) };
+            let slots = place(desc.placement, shape.ranks, keys, &mut random)?;
+            let longest = slots.iter().map(Vec::len).max().unwrap_or(0);
+            if longest > desc.max_kv_length as usize {
+                let wanted =
+                    format!("a length of which every rank gets at most max_kv_length = {}", desc.max_kv_length);
+                return Err(Error::invalid("kv_length", keys, wanted));
+            }
+            let k = random.normals(keys * kv_heads * dim_qk, desc.k_dtype)?;
+            let v = random.normals(keys * kv_heads * dim_v, desc.v_dtype)?;
+            sequences.push(Sequence { keys, k, v, slots });
+        }
+        Ok(Inputs { shape, q, sequences })
+    }
+}
+
+/// The global positions that each rank holds, in the order of its local slots.
+fn place(placement: Placement, ranks: usize, keys: usize, random: &mut Random) -> Result<Vec<Vec<usize>>> {
+    let mut slots = vec![Vec::new(); ranks];
+    if placement == Placement::Explicit {
+        // Any owner, in any order.
+        for position in 0..keys {
+            slots[random.below(ranks)].push(position);
+        }
+        for positions in &mut slots {
+            for last in (1..positions.len()).rev() {
+                positions.swap(last, random.below(last + 1));
+            }
+        }
+        return Ok(slots);
+    }
+    for (rank, positions) in slots.iter_mut().enumerate() {
+        let shard = Shard { rank: rank as i32, world: ranks as i32 };
+        for slot in 0..local_length(placement, shard, keys as i32)? {
+            positions.push(global_position(placement, shard, keys as i32, slot)? as usize);
+        }
+    }
+    Ok(slots)
+}
+
+/// `x` as an element of `dtype` holds it.
+fn round(x: f32, dtype: Dtype) -> f32 {
+    match dtype {
+        Dtype::F16 => f16::from_f32(x).to_f32(),
+        Dtype::Bf16 => bf16::from_f32(x).to_f32(),
+        _ => x,
+    }
+}
+
+/// Writes `x` as an element of `dtype` at byte `at`.
+pub(super) fn put(bytes: &mut [u8], at: usize, x: f32, dtype: Dtype) {
+    match dtype {
+        Dtype::F16 => bytes[at..at + 2].copy_from_slice(&f16::from_f32(x).to_ne_bytes()),
+        Dtype::Bf16 => bytes[at..at + 2].copy_from_slice(&bf16::from_f32(x).to_ne_bytes()),
+        _ => bytes[at..at + 4].copy_from_slice(&x.to_ne_bytes()),
+    }
+}
+
+/// SplitMix64.
+#[derive(Debug)]
+pub(super) struct Random(pub u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `n`, or 0.
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.next() % n.max(1) as u64) as usize
+    }
+
+    /// Nearly normal numbers of variance 1 (four uniform ones summed), as `dtype` holds them.
+    fn normals(&mut self, n: usize, dtype: Dtype) -> Result<Vec<f32>> {
+        let one = |word: u64| {
+            let sum: u64 = (0..4).map(|i| (word >> (16 * i)) & 0xffff).sum();
+            (sum as f32 / 65536.0 - 2.0) * 3f32.sqrt()
+        };
+        let mut numbers = room(n)?;
+        numbers.extend((0..n).map(|_| round(one(self.next()), dtype)));
+        Ok(numbers)
+    }
+}
+
+/// An empty vector with room for `n` values.
+pub(super) fn room<T>(n: usize) -> Result<Vec<T>> {
+    let mut values = Vec::new();
+    values.try_reserve_exact(n).map_err(|_| {
+        Error::new(ErrorKind::NoMemory, format!("selfcheck: {n} values wanted, the system has no memory to give"))
+    })?;
+    Ok(values)
+}

@@ -1,0 +1,218 @@
+//! The self-check: a shape run on this machine and held against the float64 reference.
+//!
+//! `inputs` makes random sequences and says which rank holds what, `shard` lays a rank's part out in memory as the
+//! descriptor says, `judge` compares.
+
+mod inputs;
+mod judge;
+mod shard;
+
+use self::inputs::{Inputs, Shape};
+use self::judge::{Expected, Tally};
+use self::shard::ShardBuffers;
+use super::communicator::Communicator;
+use super::context::Runtime;
+use super::plan::{Plan, attention_supported};
+use super::stream::Stream;
+use crate::attention::{AttentionDesc, OutputMode, Shard, head_range};
+use crate::comm::CommConfig;
+use crate::device::Device;
+use crate::error::{Error, Result};
+
+/// The sizes of a self-check. 0 is the default of every field.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SelfcheckConfig {
+    /// Local ranks that the sequences are sharded over. Default: 2.
+    pub ranks: i32,
+    /// Sequences, at most the descriptor's `max_batch`. The first has `kv_length` keys, the others random lengths up to
+    /// that. Default: 2 where the descriptor has room.
+    pub batch: i32,
+    /// Query tokens of each sequence; `batch` x `query_tokens` is at most the descriptor's `max_query_tokens`.
+    /// Default: 1.
+    pub query_tokens: i32,
+    /// Keys of the first sequence on all ranks together; each rank's part is at most the descriptor's `max_kv_length`.
+    /// Default: 1,000 or the descriptor's `max_kv_length`, the smaller.
+    pub kv_length: i32,
+    /// Seed of the random inputs.
+    pub seed: u64,
+}
+
+/// What a self-check found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SelfcheckReport {
+    /// Whether every output is within its bounds and all bits repeat.
+    pub passed: bool,
+    /// Output rows (query token x head, of every rank) compared.
+    pub rows: u64,
+    /// The largest error of an output element over the bound of that element; at most 1 in a check that passes.
+    pub max_error_ratio: f64,
+    /// The same for the log-sum-exps.
+    pub max_lse_error_ratio: f64,
+    /// Share of the outputs that are the reference correctly rounded; 1 for f32 outputs, where it is not asked.
+    pub correctly_rounded: f64,
+    /// Root of the summed squared errors over that of the summed squared outputs.
+    pub relative_l2: f64,
+    /// Whether a second run gave the same bits, and all ranks hold the same where all hold the whole output.
+    pub same_bits: bool,
+    /// The first thing found wrong, or a line that says what passed.
+    pub message: String,
+}
+
+/// Makes random inputs for the shape of `desc`, shards them over local ranks of `device` as the descriptor places them,
+/// decodes twice and compares every output with float64 sums.
+///
+/// The bounds, with A = sum_j w_j |v_j| of an element and R = max_j scale sum_i |q_i k_ij| of its row: an output errs by
+/// at most 2^-24 (4 + 2 R) A, plus 1 ulp of a 16-bit output (and one rounding of a 16-bit wire); at least 99 % (bf16) or
+/// 98 % (f16) of the outputs are correctly rounded, with four standard deviations of slack where they are few; the lse
+/// errs by at most 4 ulp of max(1, |lse|, R). Dead memory (slots past a length, unused pages) holds NaN.
+///
+/// A check that fails is a report with `passed` false, not an error. Errors: `InvalidArgument` for sizes that the
+/// descriptor has no room for, `Unsupported` as plan creation, `NoMemory`, and whatever the steps themselves return.
+/// Blocks; takes time proportional to rows x keys. Starts and joins its own threads. May be called from any thread.
+pub fn selfcheck(
+    runtime: &Runtime,
+    device: Device,
+    desc: &AttentionDesc,
+    config: &SelfcheckConfig,
+) -> Result<SelfcheckReport> {
+    attention_supported(runtime, device, desc)?;
+    if desc.is_merge_only() {
+        return Err(Error::invalid("kv_heads", 0, "at least 1 (a merge-only plan has no attention to check)"));
+    }
+    let shape = Shape::resolve(desc, config)?;
+    let inputs = Inputs::random(desc, shape)?;
+    let (first, second) = run_twice(runtime, device, desc, &inputs)?;
+
+    let mut tally = Tally::new(desc, shape.ranks);
+    let whole = if desc.output == OutputMode::Local { None } else { Some(Expected::new(desc, &inputs, None)?) };
+    for rank in 0..shape.ranks {
+        let own = if whole.is_none() { Some(Expected::new(desc, &inputs, Some(rank))?) } else { None };
+        if let Some(expected) = whole.as_ref().or(own.as_ref()) {
+            tally.rank(rank, heads(desc, rank, shape.ranks)?, &first[rank], expected);
+        }
+        if let Some(byte) = first_difference(&first[rank], &second[rank]) {
+            tally.differs(format!("a second run on rank {rank} differs from byte {byte} on"));
+        }
+        if desc.output == OutputMode::Replicated
+            && let Some(byte) = first_difference(&first[0], &first[rank])
+        {
+            tally.differs(format!("rank {rank} differs from rank 0 from byte {byte} on"));
+        }
+    }
+    Ok(tally.report())
+}
+
+/// Bytes of out and lse of one rank.
+type Results = (Vec<u8>, Vec<u8>);
+
+/// Shards, decodes twice, and gives each run's results rank by rank.
+fn run_twice(
+    runtime: &Runtime,
+    device: Device,
+    desc: &AttentionDesc,
+    inputs: &Inputs,
+) -> Result<(Vec<Results>, Vec<Results>)> {
+    let ranks = inputs.shape.ranks;
+    // Declared before the streams, which on every way out finish their work before the buffers go.
+    let mut shards = Vec::with_capacity(ranks);
+    for rank in 0..ranks {
+        let out_heads = heads(desc, rank, ranks)?.len();
+        shards.push(ShardBuffers::new(runtime, device, desc, inputs, rank, out_heads)?);
+    }
+    let comms = Communicator::create_local(runtime, &vec![device; ranks], &CommConfig::default())?;
+    let plans = Plan::create_all(&comms.iter().collect::<Vec<_>>(), desc)?;
+    let streams = (0..ranks).map(|_| Stream::new(runtime, device)).collect::<Result<Vec<_>>>()?;
+    let step = || -> Result<Vec<Results>> {
+        for shard in &shards {
+            shard.poison()?;
+        }
+        for ((plan, shard), stream) in plans.iter().zip(&shards).zip(&streams) {
+            // SAFETY: the shard's buffers outlive the streams, and nobody touches them before the streams are done.
+            unsafe { plan.decode(&shard.args, Some(stream)) }?;
+        }
+        for stream in &streams {
+            stream.synchronize()?;
+        }
+        shards.iter().map(ShardBuffers::results).collect()
+    };
+    let results = step().and_then(|first| Ok((first, step()?)));
+    if results.is_err() {
+        // Ranks that wait for one whose step was refused need not wait for the deadline.
+        comms[0].abort()?;
+    }
+    results
+}
+
+/// The heads in the output of `rank`.
+fn heads(desc: &AttentionDesc, rank: usize, ranks: usize) -> Result<std::ops::Range<usize>> {
+    match desc.output {
+        OutputMode::Scattered => {
+            let heads = head_range(desc.q_heads, Shard { rank: rank as i32, world: ranks as i32 })?;
+            Ok(heads.start as usize..heads.end as usize)
+        }
+        OutputMode::Replicated | OutputMode::Local => Ok(0..desc.q_heads as usize),
+    }
+}
+
+/// The first byte in which two results differ, out before lse.
+fn first_difference(a: &Results, b: &Results) -> Option<usize> {
+    let differs = |a: &[u8], b: &[u8]| a.iter().zip(b).position(|(a, b)| a != b);
+    differs(&a.0, &b.0).or_else(|| Some(a.0.len() + differs(&a.1, &b.1)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::{Dtype, KvLayout, Placement};
+    use crate::error::ErrorKind;
+    use crate::runtime::RuntimeConfig;
+
+    #[test]
+    fn shapes_of_every_kind_pass() {
+        let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+        let mut desc = AttentionDesc::new(6, 2, 24, 500);
+        (desc.max_batch, desc.max_query_tokens) = (3, 9);
+        let placements = [Placement::Contiguous, Placement::Interleaved { run: 3 }, Placement::Explicit];
+        let layouts = [KvLayout::Strided, KvLayout::BlockTable, KvLayout::CsrPages];
+        let outputs = [OutputMode::Replicated, OutputMode::Scattered, OutputMode::Local];
+        let dtypes = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+        for seed in 0..27 {
+            let at = |power: usize| seed / power % 3;
+            (desc.placement, desc.kv_layout, desc.output) = (placements[at(1)], layouts[at(3)], outputs[at(9)]);
+            desc.page_size = if desc.kv_layout == KvLayout::Strided { 0 } else { 7 };
+            (desc.k_dtype, desc.out_dtype) = (dtypes[at(1)], dtypes[(at(3) + at(1)) % 3]);
+            desc.causal = seed % 2 == 0;
+            let config = SelfcheckConfig {
+                ranks: 1 + (seed % 4) as i32,
+                batch: 3,
+                query_tokens: 1 + (seed % 3) as i32,
+                kv_length: 3 + 8 * seed as i32,
+                seed: seed as u64,
+            };
+            let report = selfcheck(&runtime, Device::CPU, &desc, &config).unwrap();
+            assert!(report.passed, "seed {seed}: {}", report.message);
+            assert!(report.rows > 0 && report.max_lse_error_ratio > 0.0, "seed {seed}: {report:?}");
+        }
+    }
+
+    #[test]
+    fn sizes_without_room_are_named() {
+        let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+        let desc = AttentionDesc::new(2, 2, 8, 10);
+        let check = |config: SelfcheckConfig| selfcheck(&runtime, Device::CPU, &desc, &config);
+        assert!(check(SelfcheckConfig::default()).unwrap().passed);
+        for (name, config) in [
+            ("ranks", SelfcheckConfig { ranks: -1, ..Default::default() }),
+            ("batch", SelfcheckConfig { batch: 2, ..Default::default() }),
+            ("query_tokens", SelfcheckConfig { query_tokens: 2, ..Default::default() }),
+            ("kv_length", SelfcheckConfig { kv_length: 21, ..Default::default() }),
+        ] {
+            let error = check(config).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+            assert!(error.message().starts_with(name), "{error}");
+        }
+        let merge_only = AttentionDesc { kv_heads: 0, ..desc };
+        let error = selfcheck(&runtime, Device::CPU, &merge_only, &SelfcheckConfig::default()).unwrap_err();
+        assert!(error.message().starts_with("kv_heads"), "{error}");
+    }
+}

@@ -1,0 +1,234 @@
+//! One rank's buffers of a self-check: the shard in the descriptor's layout, with NaN wherever no live data is.
+
+use super::inputs::{Inputs, Random, Sequence, put, room};
+use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, Tensor};
+use crate::error::Result;
+use crate::runtime::{Buffer, Device, Runtime};
+
+/// Every byte of dead memory: NaN in f32, f16 and bf16.
+const POISON: u8 = 0xff;
+
+/// The buffers behind the arguments of one rank's step.
+pub(super) struct ShardBuffers {
+    pub args: DecodeArgs,
+    pub out: Buffer,
+    pub lse: Buffer,
+    /// Kept alive for `args`.
+    _inputs: Vec<Buffer>,
+}
+
+/// int32 inputs of a step, packed into one buffer.
+#[derive(Default)]
+struct Integers {
+    words: Vec<i32>,
+}
+
+impl Integers {
+    /// Appends an array and gives where it begins.
+    fn push(&mut self, words: &[i32]) -> usize {
+        let begin = self.words.len();
+        self.words.extend_from_slice(words);
+        begin
+    }
+}
+
+impl ShardBuffers {
+    /// Rank `rank`'s shard of `inputs`; its output holds `out_heads` heads.
+    pub fn new(
+        runtime: &Runtime,
+        device: Device,
+        desc: &AttentionDesc,
+        inputs: &Inputs,
+        rank: usize,
+        out_heads: usize,
+    ) -> Result<ShardBuffers> {
+        let shape = &inputs.shape;
+        let tokens = shape.batch * shape.tokens;
+        let map = SlotMap::new(desc, inputs, rank);
+        let (dim_qk, dim_v) = (desc.head_dim_qk as usize, desc.head_dim_v as usize);
+        let load = |bytes: &[u8]| -> Result<Buffer> {
+            let buffer = Buffer::alloc(runtime, device, bytes.len())?;
+            buffer.upload(0, bytes)?;
+            Ok(buffer)
+        };
+        let size = desc.q_dtype.size();
+        let mut bytes = vec![0; inputs.q.len() * size];
+        for (i, &x) in inputs.q.iter().enumerate() {
+            put(&mut bytes, i * size, x, desc.q_dtype);
+        }
+        let q = load(&bytes)?;
+        let k = load(&map.fill(inputs, rank, desc, dim_qk, desc.k_dtype, |s| &s.k)?)?;
+        let v = load(&map.fill(inputs, rank, desc, dim_v, desc.v_dtype, |s| &s.v)?)?;
+
+        let mut words = Integers::default();
+        let lengths: Vec<i32> = inputs.sequences.iter().map(|s| s.slots[rank].len() as i32).collect();
+        let globals: Vec<i32> = inputs.sequences.iter().map(|s| s.keys as i32).collect();
+        let starts: Vec<i32> =
+            inputs.sequences.iter().map(|s| s.slots[rank].first().map_or(0, |&p| p as i32)).collect();
+        let queries: Vec<i32> = (0..=shape.batch).map(|b| (b * shape.tokens) as i32).collect();
+        let (lengths, globals) = (words.push(&lengths), words.push(&globals));
+        let (starts, queries) = (words.push(&starts), words.push(&queries));
+        let positions = words.push(&map.positions(inputs, rank));
+        let table = words.push(&map.table);
+        let indptr = words.push(&map.indptr);
+        let integers = Buffer::alloc(runtime, device, words.words.len() * 4)?;
+        let bytes: Vec<u8> = words.words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        integers.upload(0, &bytes)?;
+
+        // A rank without heads of its own still needs a buffer to point at.
+        let out = Buffer::alloc(runtime, device, (tokens * out_heads * dim_v * desc.out_dtype.size()).max(4))?;
+        let lse = Buffer::alloc(runtime, device, (tokens * out_heads * 4).max(4))?;
+        let at = |begin: usize| integers.data().cast::<i32>().wrapping_add(begin).cast_const();
+        let mut args = DecodeArgs {
+            batch: shape.batch as i32,
+            query_tokens: tokens as i32,
+            q: tensor(&q),
+            k: tensor(&k).with_strides(map.strides(dim_qk, desc.k_dtype)),
+            v: tensor(&v).with_strides(map.strides(dim_v, desc.v_dtype)),
+            out: tensor(&out),
+            lse: tensor(&lse),
+            query_start: at(queries),
+            kv_length: at(lengths),
+            global_length: at(globals),
+            kv_start: at(starts),
+            kv_position: at(positions),
+            kv_position_stride: map.capacity as i64,
+            ..DecodeArgs::default()
+        };
+        match desc.kv_layout {
+            KvLayout::Strided => {}
+            KvLayout::BlockTable => {
+                args.block_table = at(table);
+                args.max_pages = map.max_pages as i32;
+                args.num_pages = map.pages as i32;
+            }
+            KvLayout::CsrPages => {
+                args.page_indptr = at(indptr);
+                args.page_indices = at(table);
+                args.num_page_indices = map.table.len() as i64;
+                args.num_pages = map.pages as i32;
+            }
+        }
+        Ok(ShardBuffers { args, out, lse, _inputs: vec![q, k, v, integers] })
+    }
+
+    /// Fills the outputs with NaN, so that an element nobody writes shows.
+    pub fn poison(&self) -> Result<()> {
+        for buffer in [&self.out, &self.lse] {
+            buffer.upload(0, &vec![POISON; buffer.bytes()])?;
+        }
+        Ok(())
+    }
+
+    /// The bytes of out and lse.
+    pub fn results(&self) -> Result<(Vec<u8>, Vec<u8>)> {
+        let (mut out, mut lse) = (vec![0; self.out.bytes()], vec![0; self.lse.bytes()]);
+        self.out.download(0, &mut out)?;
+        self.lse.download(0, &mut lse)?;
+        Ok((out, lse))
+    }
+}
+
+fn tensor(buffer: &Buffer) -> Tensor {
+    Tensor { data: buffer.data(), bytes: buffer.bytes() as u64, stride: [0; 4] }
+}
+
+/// Where a rank's local slots lie in its cache.
+struct SlotMap {
+    kv_heads: usize,
+    /// Slots of a page, or of a sequence of a strided cache.
+    page: usize,
+    /// Pages, or sequences of a strided cache.
+    pages: usize,
+    /// Most local slots of a sequence, at least 1.
+    capacity: usize,
+    /// Pages of each sequence: a block table's rows, or compressed rows; the sequences of a strided cache.
+    table: Vec<i32>,
+    indptr: Vec<i32>,
+    /// Entries of a row of a block table.
+    max_pages: usize,
+    /// Where each sequence's row begins in `table`.
+    begins: Vec<usize>,
+}
+
+impl SlotMap {
+    fn new(desc: &AttentionDesc, inputs: &Inputs, rank: usize) -> SlotMap {
+        let lengths: Vec<usize> = inputs.sequences.iter().map(|s| s.slots[rank].len()).collect();
+        let capacity = lengths.iter().copied().max().unwrap_or(0).max(1);
+        let strided = desc.kv_layout == KvLayout::Strided;
+        let page = if strided { capacity } else { desc.page_size as usize };
+        let used = |length: usize| if strided { 1 } else { length.div_ceil(page) };
+        let total: usize = lengths.iter().map(|&length| used(length)).sum();
+        // Pages in any order, one more than are used; a strided cache has its sequences in order.
+        let pages = if strided { total } else { total + 1 };
+        let mut order: Vec<i32> = (0..pages as i32).collect();
+        if !strided {
+            let mut random = Random(inputs.shape.seed ^ rank as u64);
+            for last in (1..pages).rev() {
+                order.swap(last, random.below(last + 1));
+            }
+        }
+        let max_pages = lengths.iter().map(|&length| used(length)).max().unwrap_or(0) + 1;
+        let (mut table, mut indptr, mut begins) = (Vec::new(), vec![0], Vec::new());
+        let mut next = order.into_iter();
+        for &length in &lengths {
+            begins.push(table.len());
+            table.extend(next.by_ref().take(used(length)));
+            if desc.kv_layout == KvLayout::BlockTable {
+                // Entries past the length are never used.
+                table.resize(begins.len() * max_pages, -1);
+            }
+            indptr.push(table.len() as i32);
+        }
+        SlotMap { kv_heads: desc.kv_heads as usize, page, pages, capacity, table, indptr, max_pages, begins }
+    }
+
+    /// Byte strides: page, slot, kv head, dim.
+    fn strides(&self, dim: usize, dtype: Dtype) -> [i64; 4] {
+        let size = dtype.size();
+        let row = size * dim;
+        [row * self.kv_heads * self.page, row * self.kv_heads, row, size].map(|stride| stride as i64)
+    }
+
+    /// The cache of keys or values: live rows in their slots, poison elsewhere.
+    fn fill(
+        &self,
+        inputs: &Inputs,
+        rank: usize,
+        desc: &AttentionDesc,
+        dim: usize,
+        dtype: Dtype,
+        data: impl Fn(&Sequence) -> &Vec<f32>,
+    ) -> Result<Vec<u8>> {
+        let size = dtype.size();
+        let row = self.kv_heads * dim;
+        let all = self.pages.max(1) * self.page * row * size;
+        let mut bytes = room(all)?;
+        bytes.resize(all, POISON);
+        for (b, sequence) in inputs.sequences.iter().enumerate() {
+            for (slot, &position) in sequence.slots[rank].iter().enumerate() {
+                let page = match desc.kv_layout {
+                    KvLayout::Strided => b,
+                    _ => self.table[self.begins[b] + slot / self.page] as usize,
+                };
+                let to = (page * self.page + slot % self.page) * row;
+                let from = &data(sequence)[position * row..(position + 1) * row];
+                for (i, &x) in from.iter().enumerate() {
+                    put(&mut bytes, (to + i) * size, x, dtype);
+                }
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// Global positions [sequence, slot]; -1 where no slot is.
+    fn positions(&self, inputs: &Inputs, rank: usize) -> Vec<i32> {
+        let mut positions = vec![-1; inputs.sequences.len() * self.capacity];
+        for (b, sequence) in inputs.sequences.iter().enumerate() {
+            for (slot, &position) in sequence.slots[rank].iter().enumerate() {
+                positions[b * self.capacity + slot] = position as i32;
+            }
+        }
+        positions
+    }
+}
