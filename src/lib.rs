@@ -22,6 +22,7 @@ pub mod cpu;
 pub mod device;
 pub mod error;
 pub mod fault;
+pub mod ffi;
 pub mod partial;
 pub mod runtime;
 

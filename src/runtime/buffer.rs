@@ -49,7 +49,7 @@ impl Buffer {
         Ok(())
     }
 
-    fn check_range(&self, offset: usize, len: usize) -> Result<()> {
+    pub(crate) fn check_range(&self, offset: usize, len: usize) -> Result<()> {
         self.runtime.check_open()?;
         if offset.checked_add(len).is_none_or(|end| end > self.bytes()) {
             let wanted = format!("offset + bytes of at most {}", self.bytes());

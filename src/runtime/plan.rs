@@ -54,6 +54,8 @@ pub struct PlanStats {
     pub algorithm: Algorithm,
     /// Why it was chosen.
     pub reason: String,
+    /// This rank.
+    pub rank: i32,
 }
 
 pub(super) struct PlanCore {
@@ -225,6 +227,7 @@ impl Plan {
             peak_memory: core.memory.workspace + core.memory.window,
             algorithm: core.algorithm,
             reason: core.reason.into(),
+            rank: core.shard.rank,
         })
     }
 

@@ -1,0 +1,206 @@
+//! Codes: int32 types with their values. Newtypes, never enums, so that a value the library does not know is no
+//! undefined behaviour. Values are never reused.
+
+/// Outcome of a call: `TREEATTN_OK` or a positive `TREEATTN_ERROR_` code.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub struct treeattn_status_t(pub i32);
+
+/// The call did what it says.
+pub const TREEATTN_OK: treeattn_status_t = treeattn_status_t(0);
+/// An argument is outside what the call accepts.
+pub const TREEATTN_ERROR_INVALID_ARGUMENT: treeattn_status_t = treeattn_status_t(1);
+/// A handle is NULL, foreign, destroyed or of another type.
+pub const TREEATTN_ERROR_BAD_HANDLE: treeattn_status_t = treeattn_status_t(2);
+/// The object that this one was made from has been destroyed. Destroying this one still works.
+pub const TREEATTN_ERROR_PARENT_DESTROYED: treeattn_status_t = treeattn_status_t(3);
+/// A valid request for something that this build does not do; the message names the field.
+pub const TREEATTN_ERROR_UNSUPPORTED: treeattn_status_t = treeattn_status_t(4);
+/// A library or device that the request needs is not on this machine.
+pub const TREEATTN_ERROR_UNAVAILABLE: treeattn_status_t = treeattn_status_t(5);
+/// The ranks passed different descriptors to a collective creation; the message names the field and the ranks.
+pub const TREEATTN_ERROR_MISMATCH: treeattn_status_t = treeattn_status_t(6);
+/// The ranks issued different exchanging calls. The communicator is broken.
+pub const TREEATTN_ERROR_DESYNC: treeattn_status_t = treeattn_status_t(7);
+/// A rank did not come before the deadline. The communicator is broken (unless the wait was for a full stream).
+pub const TREEATTN_ERROR_TIMEOUT: treeattn_status_t = treeattn_status_t(8);
+/// A rank was seen to leave. The communicator is broken.
+pub const TREEATTN_ERROR_PEER_LOST: treeattn_status_t = treeattn_status_t(9);
+/// The communicator was aborted. It is broken.
+pub const TREEATTN_ERROR_ABORTED: treeattn_status_t = treeattn_status_t(10);
+/// A length, position or table entry read during the step is out of range. The outputs of that sequence are NaN on
+/// every rank, all others are good, and the communicator stays usable.
+pub const TREEATTN_ERROR_INVALID_DATA: treeattn_status_t = treeattn_status_t(11);
+/// Host memory could not be had.
+pub const TREEATTN_ERROR_NO_MEMORY: treeattn_status_t = treeattn_status_t(12);
+/// Device memory could not be had.
+pub const TREEATTN_ERROR_NO_DEVICE_MEMORY: treeattn_status_t = treeattn_status_t(13);
+/// The call cannot be made while a stream is being captured; the capture is intact.
+pub const TREEATTN_ERROR_CAPTURING: treeattn_status_t = treeattn_status_t(14);
+/// A CUDA call failed.
+pub const TREEATTN_ERROR_CUDA: treeattn_status_t = treeattn_status_t(15);
+/// The CUDA context is lost; only destroy calls still work on its objects.
+pub const TREEATTN_ERROR_CUDA_FATAL: treeattn_status_t = treeattn_status_t(16);
+/// An asynchronous CUDA error was pending before the call.
+pub const TREEATTN_ERROR_CUDA_PRIOR: treeattn_status_t = treeattn_status_t(17);
+/// An NCCL call failed.
+pub const TREEATTN_ERROR_NCCL: treeattn_status_t = treeattn_status_t(18);
+/// A callback of the engine's transport failed.
+pub const TREEATTN_ERROR_TRANSPORT: treeattn_status_t = treeattn_status_t(19);
+/// The operating system refused something (a thread, a file).
+pub const TREEATTN_ERROR_SYSTEM: treeattn_status_t = treeattn_status_t(20);
+/// A defect of the library, caught at its border. The process goes on; please report it.
+pub const TREEATTN_ERROR_INTERNAL: treeattn_status_t = treeattn_status_t(21);
+/// The object is in use by another call that must end first.
+pub const TREEATTN_ERROR_BUSY: treeattn_status_t = treeattn_status_t(22);
+
+/// A device: kind * 65536 + ordinal. Make it with `TREEATTN_CPU(n)`, `TREEATTN_CUDA(n)` or `TREEATTN_DEVICE(kind, n)`.
+pub type treeattn_device_t = i32;
+
+/// What kind of device.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct treeattn_device_kind_t(pub i32);
+
+/// The processors of this machine, together one device with ordinal 0.
+pub const TREEATTN_DEVICE_CPU: treeattn_device_kind_t = treeattn_device_kind_t(0);
+/// A CUDA GPU, by the driver's ordinal.
+pub const TREEATTN_DEVICE_CUDA: treeattn_device_kind_t = treeattn_device_kind_t(1);
+
+/// How weighty a log line is.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct treeattn_log_level_t(pub i32);
+
+/// Something failed.
+pub const TREEATTN_LOG_ERROR: treeattn_log_level_t = treeattn_log_level_t(1);
+/// Something works, but not as asked.
+pub const TREEATTN_LOG_WARNING: treeattn_log_level_t = treeattn_log_level_t(2);
+/// A choice that the library made.
+pub const TREEATTN_LOG_INFO: treeattn_log_level_t = treeattn_log_level_t(3);
+
+/// Element type of a tensor. 0 is no type: where a field has a default, 0 selects it, elsewhere it is refused.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct treeattn_dtype_t(pub i32);
+
+/// IEEE binary32, 4 bytes.
+pub const TREEATTN_DTYPE_F32: treeattn_dtype_t = treeattn_dtype_t(1);
+/// IEEE binary16, 2 bytes.
+pub const TREEATTN_DTYPE_F16: treeattn_dtype_t = treeattn_dtype_t(2);
+/// bfloat16, 2 bytes.
+pub const TREEATTN_DTYPE_BF16: treeattn_dtype_t = treeattn_dtype_t(3);
+/// OCP fp8 with 4 exponent bits and no infinities, 1 byte. Keys and values.
+pub const TREEATTN_DTYPE_F8_E4M3: treeattn_dtype_t = treeattn_dtype_t(4);
+/// OCP fp8 with 5 exponent bits, 1 byte. Keys and values.
+pub const TREEATTN_DTYPE_F8_E5M2: treeattn_dtype_t = treeattn_dtype_t(5);
+/// ggml blocks of 32 values: an f16 scale and 32 int8, 34 bytes. Keys and values.
+pub const TREEATTN_DTYPE_Q8_0: treeattn_dtype_t = treeattn_dtype_t(6);
+/// ggml blocks of 32 values: an f16 scale and 32 times 4 bits, 18 bytes. Keys and values.
+pub const TREEATTN_DTYPE_Q4_0: treeattn_dtype_t = treeattn_dtype_t(7);
+
+/// How keys and values are laid out in memory.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct treeattn_kv_layout_t(pub i32);
+
+/// Tensors [sequence, token, kv head, dim] with any byte strides. The default.
+pub const TREEATTN_KV_LAYOUT_STRIDED: treeattn_kv_layout_t = treeattn_kv_layout_t(0);
+/// Pages [page, slot, kv head, dim] named by a table int32 [batch, max_pages], as in vLLM.
+pub const TREEATTN_KV_LAYOUT_BLOCK_TABLE: treeattn_kv_layout_t = treeattn_kv_layout_t(1);
+/// Pages [page, slot, kv head, dim] named by compressed rows (indptr, indices, last_page_len), as in FlashInfer.
+pub const TREEATTN_KV_LAYOUT_CSR_PAGES: treeattn_kv_layout_t = treeattn_kv_layout_t(2);
+
+/// Which rank holds which token.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct treeattn_placement_kind_t(pub i32);
+
+/// Each rank holds one run of consecutive tokens; where it begins comes with each step (`kv_start`). The default.
+pub const TREEATTN_PLACEMENT_CONTIGUOUS: treeattn_placement_kind_t = treeattn_placement_kind_t(0);
+/// Runs of `interleave` tokens go to the ranks in turn; 1 is round robin.
+pub const TREEATTN_PLACEMENT_INTERLEAVED: treeattn_placement_kind_t = treeattn_placement_kind_t(1);
+/// Every local slot carries its own global position (`kv_position`).
+pub const TREEATTN_PLACEMENT_EXPLICIT: treeattn_placement_kind_t = treeattn_placement_kind_t(2);
+
+/// Who gets the merged output.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct treeattn_output_t(pub i32);
+
+/// Every rank, all heads, the same bits. The default.
+pub const TREEATTN_OUTPUT_REPLICATED: treeattn_output_t = treeattn_output_t(0);
+/// Each rank, its own heads only (see `treeattn_head_range`): for a tensor-parallel output projection.
+pub const TREEATTN_OUTPUT_SCATTERED: treeattn_output_t = treeattn_output_t(1);
+/// No exchange: each rank gets the output over its own shard.
+pub const TREEATTN_OUTPUT_LOCAL: treeattn_output_t = treeattn_output_t(2);
+
+/// What each rank passes as q.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct treeattn_query_input_t(pub i32);
+
+/// All heads on every rank. The default.
+pub const TREEATTN_QUERY_INPUT_REPLICATED: treeattn_query_input_t = treeattn_query_input_t(0);
+/// Each rank its own heads (see `treeattn_head_range`).
+pub const TREEATTN_QUERY_INPUT_SCATTERED: treeattn_query_input_t = treeattn_query_input_t(1);
+
+/// How partials meet. All are exact.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct treeattn_algorithm_t(pub i32);
+
+/// The library chooses; `treeattn_plan_stats` says which and why. The default.
+pub const TREEATTN_ALGORITHM_AUTO: treeattn_algorithm_t = treeattn_algorithm_t(0);
+/// Every rank sends its partial to every rank, each merges all, in one step.
+pub const TREEATTN_ALGORITHM_ONE_SHOT: treeattn_algorithm_t = treeattn_algorithm_t(1);
+/// Each rank merges its own heads, then the merged heads are spread.
+pub const TREEATTN_ALGORITHM_TWO_SHOT: treeattn_algorithm_t = treeattn_algorithm_t(2);
+/// A tree over groups of ranks.
+pub const TREEATTN_ALGORITHM_TREE: treeattn_algorithm_t = treeattn_algorithm_t(3);
+/// The paper's three reductions (a maximum, two sums): a baseline.
+pub const TREEATTN_ALGORITHM_ALLREDUCE3: treeattn_algorithm_t = treeattn_algorithm_t(4);
+/// Keys and values passed round: a baseline.
+pub const TREEATTN_ALGORITHM_RING: treeattn_algorithm_t = treeattn_algorithm_t(5);
+
+/// Which bits are promised to be the same.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct treeattn_reproducibility_t(pub i32);
+
+/// Same plan, same inputs: same bits, every run, on every rank. The default.
+pub const TREEATTN_REPRODUCIBILITY_REPEATABLE: treeattn_reproducibility_t = treeattn_reproducibility_t(0);
+/// A row's bits do not depend on its neighbours in the batch.
+pub const TREEATTN_REPRODUCIBILITY_BATCH_INVARIANT: treeattn_reproducibility_t = treeattn_reproducibility_t(1);
+/// The same bits for any number of ranks.
+pub const TREEATTN_REPRODUCIBILITY_CANONICAL: treeattn_reproducibility_t = treeattn_reproducibility_t(2);
+
+/// What an additional mask holds.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct treeattn_mask_kind_t(pub i32);
+
+/// No mask. The default.
+pub const TREEATTN_MASK_NONE: treeattn_mask_kind_t = treeattn_mask_kind_t(0);
+/// Added to the scaled scores; -inf hides.
+pub const TREEATTN_MASK_ADDITIVE: treeattn_mask_kind_t = treeattn_mask_kind_t(1);
+/// Bytes; non-zero is visible.
+pub const TREEATTN_MASK_BOOLEAN: treeattn_mask_kind_t = treeattn_mask_kind_t(2);
+
+/// Flag of `treeattn_attention_desc_t`: keys and values older than the step's own tokens do not change while earlier
+/// work of the stream runs, so that a step may read them early.
+pub const TREEATTN_ATTENTION_KV_STABLE: u32 = 1;
+
+/// Flag of `treeattn_merge_args_t`: an incoming lse of +inf means an empty partial, as -inf does.
+pub const TREEATTN_MERGE_PLUS_INF_IS_EMPTY: u32 = 1;
+
+/// Version of the header, to compare with `treeattn_version`.
+pub const TREEATTN_VERSION_MAJOR: i32 = 0;
+/// See `TREEATTN_VERSION_MAJOR`.
+pub const TREEATTN_VERSION_MINOR: i32 = 1;
+/// See `TREEATTN_VERSION_MAJOR`.
+pub const TREEATTN_VERSION_PATCH: i32 = 0;
+/// Version of the binary interface, to compare with `treeattn_abi_version`. It grows when something is added;
+/// nothing is taken away within one soname.
+pub const TREEATTN_ABI_VERSION: i32 = 1;

@@ -1,0 +1,46 @@
+//! The border: panics become `INTERNAL`, errors a status and the thread's last message.
+
+use std::cell::RefCell;
+use std::ffi::{CString, c_char};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use super::codes::{TREEATTN_ERROR_INTERNAL, TREEATTN_OK, treeattn_status_t};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fault;
+
+thread_local! {
+    static LAST_ERROR: RefCell<CString> = RefCell::default();
+}
+
+/// Runs the body of export `name`. Nothing unwinds past it, and the body writes its outputs last, so that they are
+/// untouched on error. `name` is also the point at which tests inject faults.
+pub fn guard(name: &'static str, body: impl FnOnce() -> Result<()>) -> treeattn_status_t {
+    // What unwinds half-way is dropped; shared state is behind locks that outlive a panic.
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        fault::point(name)?;
+        body()
+    }));
+    let error = match result {
+        Ok(Ok(())) => return TREEATTN_OK,
+        Ok(Err(error)) => error,
+        Err(payload) => {
+            let text = payload.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("no message");
+            Error::new(ErrorKind::Internal, format!("a defect of the library was caught: {text}"))
+        }
+    };
+    // Keeping the message may itself panic where memory is out; the status still holds.
+    let kept = catch_unwind(AssertUnwindSafe(|| keep(name, &error)));
+    if kept.is_ok() { treeattn_status_t(error.kind().code()) } else { TREEATTN_ERROR_INTERNAL }
+}
+
+fn keep(name: &str, error: &Error) {
+    let message = format!("{name}: {}", error.message()).replace('\0', " ");
+    // A thread that is going down has no message to keep.
+    let _ = LAST_ERROR.try_with(|last| *last.borrow_mut() = CString::new(message).unwrap_or_default());
+}
+
+/// The calling thread's last message; empty before its first error.
+pub fn last_error() -> *const c_char {
+    LAST_ERROR.try_with(|last| last.borrow().as_ptr()).unwrap_or(c"".as_ptr())
+}

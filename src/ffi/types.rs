@@ -1,0 +1,384 @@
+//! Structs: every one starts with `struct_size`, but for those that others hold by value, which are frozen. No struct
+//! has implicit padding; the assertions at the end hold sizes and offsets.
+
+use std::ffi::{c_char, c_void};
+
+use super::codes::*;
+
+/// A process's use of the library. Made by `treeattn_runtime_create`.
+pub struct treeattn_runtime_t {
+    _private: [u8; 0],
+}
+
+/// An in-order queue of steps on one device. Made by `treeattn_stream_create`.
+pub struct treeattn_stream_t {
+    _private: [u8; 0],
+}
+
+/// Memory of a device, a convenience. Made by `treeattn_buffer_alloc`.
+pub struct treeattn_buffer_t {
+    _private: [u8; 0],
+}
+
+/// One rank's end of a communicator. Made by `treeattn_comm_create_local`.
+pub struct treeattn_comm_t {
+    _private: [u8; 0],
+}
+
+/// A shape made ready on one rank. Made by `treeattn_plan_create`.
+pub struct treeattn_plan_t {
+    _private: [u8; 0],
+}
+
+/// Receives log lines. Called from any thread, also the library's own, with a text that is valid during the call; must
+/// not call the library, unwind or jump out.
+pub type treeattn_log_callback_t =
+    Option<unsafe extern "C" fn(level: treeattn_log_level_t, message: *const c_char, user_data: *mut c_void)>;
+
+/// What `treeattn_runtime_create` takes.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct treeattn_runtime_config_t {
+    /// sizeof(treeattn_runtime_config_t).
+    pub struct_size: usize,
+    /// Instruction set of the CPU backend: "scalar", "avx2", "avx512" or "neon". NULL: the environment variable
+    /// TREEATTN_CPU_ISA, else the best that the machine has.
+    pub cpu_isa: *const c_char,
+}
+
+/// What a device is. Filled by `treeattn_runtime_device_info`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct treeattn_device_info_t {
+    /// sizeof(treeattn_device_info_t).
+    pub struct_size: usize,
+    /// The device.
+    pub device: treeattn_device_t,
+    /// Processor cores that this process may use, or streaming multiprocessors.
+    pub units: i32,
+    /// Its memory in bytes.
+    pub memory: u64,
+    /// Its maker's name for it; cut where it is longer.
+    pub name: [c_char; 128],
+    /// The instruction set in use, and why where it was asked for; or the compute capability. Cut where it is longer.
+    pub isa: [c_char; 256],
+}
+
+/// How a communicator waits and what it may use. The same on every rank.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct treeattn_comm_config_t {
+    /// sizeof(treeattn_comm_config_t).
+    pub struct_size: usize,
+    /// How long creating the communicator and its plans may wait for the other ranks, in nanoseconds. 0: 30 s.
+    pub setup_timeout: i64,
+    /// How long a step may wait for the other ranks, in nanoseconds. 0: 10 s.
+    pub step_timeout: i64,
+    /// Worker threads of a CPU rank, the calling thread among them. 0: the cores over the local ranks, at least 1.
+    pub threads_per_rank: i32,
+    /// Ranks of the same group count as one node.
+    pub node_group: i32,
+    /// Path of the NCCL library to load. NULL: looked for.
+    pub nccl_path: *const c_char,
+}
+
+/// The health of a communicator. Filled by `treeattn_comm_status`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct treeattn_comm_status_t {
+    /// sizeof(treeattn_comm_status_t).
+    pub struct_size: usize,
+    /// TREEATTN_OK, why the communicator is broken, or TREEATTN_ERROR_INVALID_DATA of a step.
+    pub code: treeattn_status_t,
+    /// The rank that the error is about, -1 if none.
+    pub rank: i32,
+    /// Exchange steps that this rank completed.
+    pub step: u64,
+    /// The plan of the last step by its number on the communicator (from 1; see `treeattn_plan_stats_t`), 0 before the
+    /// first; with INVALID_DATA the plan that met it.
+    pub plan: u64,
+    /// The first sequence that bad data was found in, -1 if none.
+    pub sequence: i32,
+    /// 1: no exchange will succeed any more; destroy the communicator and make a new one.
+    pub broken: i32,
+    /// The message that goes with `code`; empty if there is none, cut where it is longer.
+    pub message: [c_char; 512],
+}
+
+/// A caller's buffer with byte strides; what the dimensions are is said where the tensor is used. Frozen: no
+/// struct_size.
+///
+/// All strides zero means packed, row-major. Otherwise every stride is taken as it is, so that a zero broadcasts
+/// (inputs only). The library touches nothing outside `bytes` bytes from `data`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct treeattn_tensor_t {
+    /// First element, on the plan's device. Aligned to the element (to 4 bytes at most).
+    pub data: *mut c_void,
+    /// Bytes from `data` that the library may touch.
+    pub bytes: u64,
+    /// Byte strides, outermost dimension first; those past the last dimension are ignored.
+    pub stride: [i64; 4],
+}
+
+/// Which rank holds which token. Frozen: no struct_size.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct treeattn_placement_t {
+    /// The kind.
+    pub kind: treeattn_placement_kind_t,
+    /// Tokens a run with TREEATTN_PLACEMENT_INTERLEAVED, at least 1; else 0.
+    pub interleave: i32,
+}
+
+/// An attention shape: what stays the same from step to step, and is the same on every rank.
+///
+/// `kv_heads` = 0 describes a merge-only plan: the engine makes the partials, and only `q_heads`, `head_dim_v`,
+/// `max_query_tokens`, `out_dtype`, `wire_dtype`, `output` and `algorithm` count. A field whose capability this build
+/// lacks is TREEATTN_ERROR_UNSUPPORTED, by name.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct treeattn_attention_desc_t {
+    /// sizeof(treeattn_attention_desc_t).
+    pub struct_size: usize,
+    /// Query heads, at least 1.
+    pub q_heads: i32,
+    /// Key and value heads, a divisor of `q_heads`. 0: a merge-only plan.
+    pub kv_heads: i32,
+    /// Dimension of q and k, 1 to 1024.
+    pub head_dim_qk: i32,
+    /// Dimension of v and of the output, 1 to 1024. May differ from `head_dim_qk`.
+    pub head_dim_v: i32,
+    /// Element type of q: f32, f16 or bf16.
+    pub q_dtype: treeattn_dtype_t,
+    /// Element type of k.
+    pub k_dtype: treeattn_dtype_t,
+    /// Element type of v.
+    pub v_dtype: treeattn_dtype_t,
+    /// Element type of the output: f32, f16 or bf16.
+    pub out_dtype: treeattn_dtype_t,
+    /// Layout of k and v.
+    pub kv_layout: treeattn_kv_layout_t,
+    /// Tokens a page, at least 1; 0 for the strided layout.
+    pub page_size: i32,
+    /// Which rank holds which token.
+    pub placement: treeattn_placement_t,
+    /// Most sequences in a step, at least 1.
+    pub max_batch: i32,
+    /// Most query tokens in a step, all sequences together, at least 1.
+    pub max_query_tokens: i32,
+    /// Most tokens of one sequence on one rank, at least 1. Costs no memory.
+    pub max_kv_length: i32,
+    /// Multiplies q.k; 0: 1/sqrt(head_dim_qk).
+    pub scale: f32,
+    /// 1: a query does not see keys at later global positions. Its own token is a key like the others: put it into the
+    /// cache first.
+    pub causal: i32,
+    /// Sliding window: keys visible to a query, by global position, its own included. 0: all.
+    pub window: i32,
+    /// Scores become softcap * tanh(score / softcap). 0: off.
+    pub softcap: f32,
+    /// 1: per-head slopes times the global distance are subtracted from the scores (`alibi_slopes`).
+    pub alibi: i32,
+    /// 1: per-head sinks join the softmax denominator, once and not per rank (`sinks`).
+    pub sinks: i32,
+    /// An additional mask.
+    pub mask: treeattn_mask_kind_t,
+    /// Element type of an additive mask; 0 with none and with a boolean one.
+    pub mask_dtype: treeattn_dtype_t,
+    /// What each rank passes as q.
+    pub query_input: treeattn_query_input_t,
+    /// Who gets the merged output.
+    pub output: treeattn_output_t,
+    /// How partials meet.
+    pub algorithm: treeattn_algorithm_t,
+    /// Which bits are promised to be the same.
+    pub reproducibility: treeattn_reproducibility_t,
+    /// Element type of partial outputs on their way between ranks: f32, f16 or bf16. 0: f32. The lse always travels as
+    /// f32.
+    pub wire_dtype: treeattn_dtype_t,
+    /// TREEATTN_ATTENTION_ flags.
+    pub flags: u32,
+    /// Zero; keeps the size a multiple of 8.
+    pub reserved: u32,
+}
+
+/// The arguments of one decode step on one rank. Pointers are to memory of the plan's device.
+///
+/// Lengths, starts, positions and tables are read while the step runs, and checked there before any address is formed
+/// from them: what is out of range gives NaN for that sequence and TREEATTN_ERROR_INVALID_DATA. A row with no queries
+/// or no keys is valid padding.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct treeattn_decode_args_t {
+    /// sizeof(treeattn_decode_args_t).
+    pub struct_size: usize,
+    /// Sequences in this step, 0 to `max_batch`.
+    pub batch: i32,
+    /// Query tokens of all sequences together, 0 to `max_query_tokens`: an upper bound of `query_start[batch]`.
+    pub query_tokens: i32,
+    /// Queries [token, query head, dim].
+    pub q: treeattn_tensor_t,
+    /// Keys [sequence, token, kv head, dim], or [page, slot, kv head, dim].
+    pub k: treeattn_tensor_t,
+    /// Values, as the keys. May be a view of the keys.
+    pub v: treeattn_tensor_t,
+    /// Output [token, query head, dim]; with a scattered output the rank's own heads only. Shares no byte with inputs.
+    pub out: treeattn_tensor_t,
+    /// Natural log-sum-exp of the scaled scores, f32 [token, query head], heads as `out`. data NULL: not wanted.
+    pub lse: treeattn_tensor_t,
+    /// int32 [batch + 1]: first query token of each sequence, ascending from 0. NULL: query_tokens / batch tokens each.
+    pub query_start: *const i32,
+    /// int32 [batch]: tokens of each sequence on this rank, 0 to `max_kv_length`. NULL only for CSR pages with
+    /// `last_page_len`.
+    pub kv_length: *const i32,
+    /// int32 [batch]: tokens of each sequence on all ranks together, this step's query tokens included. Required where
+    /// global positions matter (causal, window, ALiBi) and `query_position` is NULL.
+    pub global_length: *const i32,
+    /// int32 [batch], contiguous placement: global position of local slot 0. NULL: 0, with one rank.
+    pub kv_start: *const i32,
+    /// int32, explicit placement: global position of each local slot; row b begins at element b * kv_position_stride.
+    pub kv_position: *const i32,
+    /// Elements between the rows of `kv_position`. 0: `max_kv_length`.
+    pub kv_position_stride: i64,
+    /// int32 [query_tokens]: global position of each query token. NULL: the last of the sequence, in order.
+    pub query_position: *const i32,
+    /// int32 [batch, max_pages], block table layout: the pages of each sequence. Entries past its length are not used.
+    pub block_table: *const i32,
+    /// Entries of a row of `block_table`.
+    pub max_pages: i32,
+    /// Pages that exist in k and v.
+    pub num_pages: i32,
+    /// int32 [batch + 1], CSR pages: first entry of each sequence in `page_indices`.
+    pub page_indptr: *const i32,
+    /// int32 [num_page_indices], CSR pages: the pages, sequence after sequence.
+    pub page_indices: *const i32,
+    /// Entries of `page_indices`.
+    pub num_page_indices: i64,
+    /// int32 [batch], CSR pages: tokens in each sequence's last page, 1 to page_size. NULL: `kv_length` counts.
+    pub last_page_len: *const i32,
+    /// f32 scales of fp8 keys, [sequence or page, token or slot, kv head]. Here all strides zero is one scale for all.
+    pub k_scale: treeattn_tensor_t,
+    /// f32 scales of fp8 values, as `k_scale`.
+    pub v_scale: treeattn_tensor_t,
+    /// f32 [query head].
+    pub alibi_slopes: treeattn_tensor_t,
+    /// f32 [query head]: logits that join the denominator.
+    pub sinks: treeattn_tensor_t,
+    /// Mask [sequence, head, query, local slot] of `mask_dtype`. Strides are taken as they are: 0 broadcasts.
+    pub mask: treeattn_tensor_t,
+}
+
+/// Partials to merge and where the result goes.
+///
+/// For `treeattn_merge_partials` o is [partial, token, head, dim] and lse [partial, token, head]; for
+/// `treeattn_plan_merge` each rank passes its own partial, o [token, head, dim] and lse [token, head].
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct treeattn_merge_args_t {
+    /// sizeof(treeattn_merge_args_t).
+    pub struct_size: usize,
+    /// Query tokens.
+    pub query_tokens: i32,
+    /// Heads of the partials. 0: the plan's `q_heads`.
+    pub heads: i32,
+    /// Elements of a row. 0: the plan's `head_dim_v`.
+    pub head_dim: i32,
+    /// Element type of `o`: f32, f16 or bf16.
+    pub o_dtype: treeattn_dtype_t,
+    /// Element type of `out`. 0: the plan's `out_dtype`; for `treeattn_merge_partials` that of `o`.
+    pub out_dtype: treeattn_dtype_t,
+    /// Base of the incoming lse: 0 for e, or 2. The outgoing lse is always natural.
+    pub lse_base: i32,
+    /// TREEATTN_MERGE_ flags.
+    pub flags: u32,
+    /// Zero; keeps what follows aligned.
+    pub reserved: u32,
+    /// Normalised outputs of the partials. A row whose lse says empty (-inf) is never read.
+    pub o: treeattn_tensor_t,
+    /// Log-sum-exps of the partials, f32.
+    pub lse: treeattn_tensor_t,
+    /// Merged output [token, head, dim]; with a scattered plan the rank's own heads. Shares no byte with inputs.
+    pub out: treeattn_tensor_t,
+    /// Merged natural log-sum-exp, f32 [token, head]. data NULL: not wanted.
+    pub out_lse: treeattn_tensor_t,
+}
+
+/// Memory that a plan holds, in bytes. None of it depends on the length of the cache. Filled by
+/// `treeattn_plan_memory`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct treeattn_plan_memory_t {
+    /// sizeof(treeattn_plan_memory_t).
+    pub struct_size: usize,
+    /// Scratch of the backend and this rank's partials.
+    pub workspace: u64,
+    /// This rank's window, shared by all plans of the communicator.
+    pub window: u64,
+}
+
+/// What a plan has done so far. Filled by `treeattn_plan_stats`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct treeattn_plan_stats_t {
+    /// sizeof(treeattn_plan_stats_t).
+    pub struct_size: usize,
+    /// The number of this plan on its communicator, from 1.
+    pub plan: u64,
+    /// Steps run.
+    pub steps: u64,
+    /// Exchange rounds; a step larger than the window takes several.
+    pub rounds: u64,
+    /// Messages sent to peers.
+    pub messages: u64,
+    /// Bytes of partials sent to peers, each peer counted.
+    pub bytes_sent: u64,
+    /// The most bytes held at once, workspace and window.
+    pub peak_memory: u64,
+    /// The exchange algorithm in use.
+    pub algorithm: treeattn_algorithm_t,
+    /// Element type of partial outputs between ranks.
+    pub wire_dtype: treeattn_dtype_t,
+    /// First head of this rank's merged output.
+    pub head_begin: i32,
+    /// One past its last head.
+    pub head_end: i32,
+    /// Why the algorithm was chosen; cut where it is longer.
+    pub reason: [c_char; 256],
+}
+
+/// The engine's own way to exchange small blobs (MPI, gloo, sockets).
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct treeattn_transport_t {
+    /// sizeof(treeattn_transport_t).
+    pub struct_size: usize,
+    /// Passed to every callback.
+    pub ctx: *mut c_void,
+    /// Gathers `bytes` bytes from every rank into `recv` (world * bytes), in rank order, in host memory. Returns 0 when
+    /// done, else anything. Gives up after `timeout_ns`, or as soon as `*abort` is not 0 (read it as a volatile).
+    pub allgather: Option<
+        unsafe extern "C" fn(
+            ctx: *mut c_void,
+            send: *const c_void,
+            recv: *mut c_void,
+            bytes: usize,
+            timeout_ns: i64,
+            abort: *const i32,
+        ) -> i32,
+    >,
+    /// Sends to rank `to` and receives from rank `from` at once; otherwise as `allgather`. May be NULL.
+    pub sendrecv: Option<
+        unsafe extern "C" fn(
+            ctx: *mut c_void,
+            send: *const c_void,
+            send_bytes: usize,
+            to: i32,
+            recv: *mut c_void,
+            recv_bytes: usize,
+            from: i32,
+            timeout_ns: i64,
+            abort: *const i32,
+        ) -> i32,
+    >,
+}
