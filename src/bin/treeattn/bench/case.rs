@@ -1,0 +1,273 @@
+//! What is timed: the rows of the standard run, those of a run by axes, and the targets.
+
+use serde::{Serialize, Serializer};
+use treeattn::attention::Dtype;
+use treeattn::cpu::Isa;
+
+/// One decode shape, how it is spread, and what runs it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Case {
+    pub q_heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// Element type of q, k, v and out.
+    #[serde(serialize_with = "dtype_name")]
+    pub dtype: Dtype,
+    pub batch: usize,
+    /// Keys of each sequence, all ranks together.
+    pub keys: usize,
+    pub ranks: usize,
+    pub threads_per_rank: usize,
+    #[serde(serialize_with = "isa_name")]
+    pub isa: Isa,
+    /// Tokens a page of a shuffled block table; 0: a strided cache.
+    pub page_size: usize,
+    /// Whether the same cache is read again and again; else it comes from memory.
+    pub cached: bool,
+}
+
+fn dtype_name<S: Serializer>(dtype: &Dtype, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(dtype.name())
+}
+
+fn isa_name<S: Serializer>(isa: &Isa, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(isa.name())
+}
+
+impl Case {
+    /// Bytes of k and v that a step reads on all ranks.
+    pub fn kv_bytes(&self) -> usize {
+        2 * self.batch * self.keys * self.token_bytes()
+    }
+
+    /// Bytes of one token's keys.
+    pub fn token_bytes(&self) -> usize {
+        self.kv_heads * self.head_dim * self.dtype.size()
+    }
+
+    /// Multiplications and additions of a step, q.k and w.v.
+    pub fn flops(&self) -> f64 {
+        4.0 * (self.batch * self.q_heads * self.head_dim) as f64 * self.keys as f64
+    }
+
+    /// The case in words, without its element type and instruction set.
+    pub fn shape(&self) -> String {
+        let mut text = format!("{}/{}x{} {}x{}", self.q_heads, self.kv_heads, self.head_dim, self.batch, self.keys);
+        if self.page_size > 0 {
+            text.push_str(&format!(" pages of {}", self.page_size));
+        }
+        if self.cached {
+            text.push_str(" cached");
+        }
+        text
+    }
+}
+
+/// The shape that most rows are about: one Llama-3.1-8B layer, one sequence of 32,768 keys, all cores in one rank.
+fn base(cores: usize) -> Case {
+    Case {
+        q_heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        dtype: Dtype::F16,
+        batch: 1,
+        keys: 32_768,
+        ranks: 1,
+        threads_per_rank: cores,
+        isa: treeattn::cpu::isa(),
+        page_size: 0,
+        cached: false,
+    }
+}
+
+fn over(ranks: usize, cores: usize, case: Case) -> Case {
+    Case { ranks, threads_per_rank: (cores / ranks).max(1), ..case }
+}
+
+/// The rows of the standard run; `quick` keeps their kinds and cuts their lengths.
+pub fn standard(cores: usize, quick: bool) -> Vec<Case> {
+    let shorter = if quick { 8 } else { 1 };
+    let base = Case { keys: base(cores).keys / shorter, ..base(cores) };
+    let cached = Case { keys: 2048, cached: true, ..base };
+    let mut cases = Vec::new();
+    for dtype in [Dtype::F16, Dtype::Bf16, Dtype::F32] {
+        cases.push(Case { dtype, ..base });
+        cases.push(Case { dtype, ..cached });
+    }
+    cases.extend([
+        Case { kv_heads: 16, q_heads: 16, ..base },
+        Case { batch: 8, keys: base.keys / 8, ..base },
+        Case { page_size: 16, ..base },
+        Case { keys: base.keys / 32, ..base },
+        Case { keys: base.keys / 8, ..base },
+        Case { keys: base.keys * 4, ..base },
+        Case { threads_per_rank: 1, ..base },
+        over(2, cores, base),
+        over(4, cores, base),
+    ]);
+    if base.isa != Isa::Avx2 && Isa::Avx2.is_available() {
+        cases.extend([Case { isa: Isa::Avx2, ..base }, Case { isa: Isa::Avx2, ..cached }]);
+    }
+    let mut seen: Vec<Case> = Vec::new();
+    for case in cases {
+        if !seen.contains(&case) {
+            seen.push(case);
+        }
+    }
+    seen
+}
+
+/// The axes of a run of one's own; an empty one keeps the base's value.
+#[derive(Clone, Debug, Default)]
+pub struct Axes {
+    pub heads: Vec<Heads>,
+    pub dtypes: Vec<Dtype>,
+    pub lengths: Vec<usize>,
+    pub batches: Vec<usize>,
+    pub ranks: Vec<usize>,
+    pub isas: Vec<Isa>,
+    pub pages: Vec<usize>,
+    pub threads: Option<usize>,
+}
+
+impl Axes {
+    pub fn is_empty(&self) -> bool {
+        self.heads.is_empty()
+            && self.dtypes.is_empty()
+            && self.lengths.is_empty()
+            && self.batches.is_empty()
+            && self.ranks.is_empty()
+            && self.isas.is_empty()
+            && self.pages.is_empty()
+            && self.threads.is_none()
+    }
+
+    /// Every combination.
+    pub fn cases(&self, cores: usize) -> Vec<Case> {
+        let vary = |cases: Vec<Case>, count: usize, set: &dyn Fn(&mut Case, usize)| -> Vec<Case> {
+            let all = cases.iter().flat_map(|case| {
+                (0..count.max(1)).map(move |n| {
+                    let mut case = *case;
+                    if count > 0 {
+                        set(&mut case, n);
+                    }
+                    case
+                })
+            });
+            all.collect()
+        };
+        let mut cases = vec![base(cores)];
+        cases = vary(cases, self.heads.len(), &|case, n| {
+            Heads { q_heads: case.q_heads, kv_heads: case.kv_heads, head_dim: case.head_dim } = self.heads[n];
+        });
+        cases = vary(cases, self.dtypes.len(), &|case, n| case.dtype = self.dtypes[n]);
+        cases = vary(cases, self.isas.len(), &|case, n| case.isa = self.isas[n]);
+        cases = vary(cases, self.batches.len(), &|case, n| case.batch = self.batches[n]);
+        cases = vary(cases, self.lengths.len(), &|case, n| case.keys = self.lengths[n]);
+        cases = vary(cases, self.pages.len(), &|case, n| case.page_size = self.pages[n]);
+        cases = vary(cases, self.ranks.len(), &|case, n| *case = over(self.ranks[n], cores, *case));
+        for case in &mut cases {
+            case.threads_per_rank = self.threads.unwrap_or(case.threads_per_rank);
+        }
+        cases
+    }
+}
+
+/// Heads and their dimension, as in "32/8x128".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    pub q_heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+impl std::str::FromStr for Heads {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Heads, String> {
+        let parse = || {
+            let (heads, dim) = text.split_once('x')?;
+            let (q, kv) = heads.split_once('/')?;
+            Some(Heads { q_heads: q.parse().ok()?, kv_heads: kv.parse().ok()?, head_dim: dim.parse().ok()? })
+        };
+        parse().ok_or_else(|| format!("{text}: wanted QUERY_HEADS/KV_HEADSxDIM, such as 32/8x128"))
+    }
+}
+
+/// A number that the library aims for, and the rows that show it.
+pub enum Target {
+    /// A row's time over bytes / read bandwidth.
+    Ceiling { case: Case, most: f64 },
+    /// A row's share of the FMA limit.
+    Fma { case: Case, least: f64 },
+    /// A row's time per byte over another's.
+    PerByte { name: &'static str, case: Case, than: Case, most: f64 },
+    /// An exchange's time in microseconds.
+    Exchange { ranks: usize, most: f64 },
+}
+
+/// The targets of the standard run on a machine like the one they were set for (AVX-512, 2 cores).
+pub fn targets(cores: usize) -> Vec<Target> {
+    let base = base(cores);
+    let cached = Case { keys: 2048, cached: true, ..base };
+    let mut targets = vec![
+        Target::Ceiling { case: base, most: 1.15 },
+        Target::Ceiling { case: Case { dtype: Dtype::Bf16, ..base }, most: 1.15 },
+        Target::Ceiling { case: Case { kv_heads: 16, q_heads: 16, ..base }, most: 1.10 },
+        Target::Fma { case: cached, least: 0.5 },
+        Target::Fma { case: Case { dtype: Dtype::Bf16, ..cached }, least: 0.5 },
+        Target::PerByte {
+            name: "batch 8 x 4,096 keys over 1 x 32,768, per byte",
+            case: Case { batch: 8, keys: base.keys / 8, ..base },
+            than: base,
+            // No slower, but for the noise of two measurements.
+            most: 1.02,
+        },
+        Target::PerByte {
+            name: "4 ranks of 1 thread over 1 rank of all cores",
+            case: over(4, cores, base),
+            than: base,
+            most: 1.15,
+        },
+        Target::Exchange { ranks: 2, most: 10.0 },
+        Target::Exchange { ranks: 4, most: 40.0 },
+    ];
+    if base.isa == Isa::Avx512 {
+        let case = Case { isa: Isa::Avx2, ..base };
+        targets.push(Target::PerByte { name: "AVX2 over AVX-512", case, than: base, most: 1.5 });
+    }
+    targets
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_target_has_its_rows() {
+        for cores in [1, 2, 8] {
+            let rows = standard(cores, false);
+            for target in targets(cores) {
+                match target {
+                    Target::Ceiling { case, .. } | Target::Fma { case, .. } => assert!(rows.contains(&case)),
+                    Target::PerByte { case, than, .. } => assert!(rows.contains(&case) && rows.contains(&than)),
+                    Target::Exchange { .. } => {}
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn axes_multiply() {
+        let axes = Axes {
+            heads: vec!["16/16x64".parse().unwrap()],
+            lengths: vec![10, 20],
+            ranks: vec![1, 4],
+            ..Axes::default()
+        };
+        let cases = axes.cases(2);
+        assert_eq!(cases.len(), 4);
+        assert_eq!((cases[3].keys, cases[3].ranks, cases[3].threads_per_rank, cases[3].head_dim), (20, 4, 1, 64));
+        assert!("32x128".parse::<Heads>().is_err());
+    }
+}

@@ -1,0 +1,171 @@
+//! Times decode steps of one case over the pool.
+
+use half::{bf16, f16};
+use treeattn::attention::placement::local_length;
+use treeattn::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, Placement, Shard, Tensor};
+use treeattn::device::HostBuffer;
+use treeattn::runtime::{CommConfig, Communicator, Device, Plan, Runtime, RuntimeConfig};
+
+use super::case::Case;
+use super::pool::{Pool, Random};
+use super::ranks;
+use super::samples::Samples;
+use crate::Outcome;
+
+/// Most turns of a block.
+const MOST_TURNS: usize = 2000;
+/// Fewest.
+const FEWEST_TURNS: usize = 3;
+
+/// A case made ready, and the times of its steps so far, in seconds.
+pub struct Decode<'a> {
+    pub case: Case,
+    pub times: Samples,
+    pool: &'a Pool,
+    ranks: Vec<Rank>,
+    /// Caches that fit the pool, and the distance between them.
+    slots: (usize, usize),
+    /// Steps so far: the next slot.
+    turn: usize,
+    /// Keeps the ranks together.
+    _comms: Vec<Communicator>,
+}
+
+/// What one rank's steps use.
+struct Rank {
+    plan: Plan,
+    q: HostBuffer,
+    out: HostBuffer,
+    lengths: Vec<i32>,
+    table: Vec<i32>,
+    /// Keys of each sequence that the shard has room for.
+    room: usize,
+    /// Where the shard begins in a slot, bytes.
+    begin: usize,
+}
+
+impl<'a> Decode<'a> {
+    pub fn new(case: Case, pool: &'a Pool) -> Outcome<Decode<'a>> {
+        let runtime = Runtime::new(RuntimeConfig { cpu_isa: Some(case.isa.name().to_string()) })?;
+        let config = CommConfig { threads_per_rank: case.threads_per_rank, ..CommConfig::default() };
+        let comms = Communicator::create_local(&runtime, &vec![Device::CPU; case.ranks], &config)?;
+        let plans = Plan::create_all(&comms.iter().collect::<Vec<_>>(), &describe(&case)?)?;
+        let mut ranks = Vec::with_capacity(case.ranks);
+        let mut begin = 0;
+        for (rank, plan) in plans.into_iter().enumerate() {
+            let rank = Rank::new(&case, rank, plan, begin)?;
+            begin += 2 * case.batch * rank.room * case.token_bytes();
+            ranks.push(rank);
+        }
+        let slots = pool.slots(begin);
+        if slots.0 == 0 {
+            return Err(format!("{}: a cache of {begin} bytes needs a larger --pool-mib", case.shape()).into());
+        }
+        Ok(Decode { case, times: Samples::default(), pool, ranks, slots, turn: 0, _comms: comms })
+    }
+
+    /// Times steps for about `seconds`, after one that is not counted.
+    pub fn block(&mut self, seconds: f64) -> Outcome<()> {
+        let known = self.times.median();
+        let typical = if known > 0.0 { known } else { self.steps(2)?[1] };
+        let turns = ((seconds / typical) as usize).clamp(FEWEST_TURNS, MOST_TURNS);
+        let times = self.steps(turns + 1)?;
+        self.times.extend(times.into_iter().skip(1));
+        Ok(())
+    }
+
+    fn steps(&mut self, turns: usize) -> Outcome<Vec<f64>> {
+        let (count, stride) = self.slots;
+        let first = self.turn;
+        self.turn += turns;
+        let slot = |turn: usize| if self.case.cached { 0 } else { (first + turn) % count * stride };
+        let step = |rank: usize, turn: usize| {
+            let rank = &self.ranks[rank];
+            let args = rank.args(&self.case, self.pool, slot(turn));
+            // SAFETY: the pool, the rank's buffers and its vectors outlive the step, which blocks.
+            unsafe { rank.plan.decode(&args, None) }
+        };
+        ranks::time(self.case.ranks, turns, &step)
+    }
+}
+
+fn describe(case: &Case) -> Outcome<AttentionDesc> {
+    let mut desc = AttentionDesc::new(
+        i32::try_from(case.q_heads)?,
+        i32::try_from(case.kv_heads)?,
+        i32::try_from(case.head_dim)?,
+        i32::try_from(case.keys)?,
+    );
+    (desc.q_dtype, desc.k_dtype, desc.v_dtype, desc.out_dtype) = (case.dtype, case.dtype, case.dtype, case.dtype);
+    desc.max_batch = i32::try_from(case.batch)?;
+    desc.max_query_tokens = desc.max_batch;
+    if case.page_size > 0 {
+        (desc.kv_layout, desc.page_size) = (KvLayout::BlockTable, i32::try_from(case.page_size)?);
+    }
+    Ok(desc)
+}
+
+impl Rank {
+    fn new(case: &Case, rank: usize, plan: Plan, begin: usize) -> Outcome<Rank> {
+        let shard = Shard { rank: i32::try_from(rank)?, world: i32::try_from(case.ranks)? };
+        let keys = local_length(Placement::Contiguous, shard, i32::try_from(case.keys)?)?;
+        let room = (keys as usize).next_multiple_of(case.page_size.max(1));
+        let elements = case.batch * case.q_heads * case.head_dim;
+        let q = HostBuffer::new(elements * case.dtype.size())?;
+        let mut random = Random(1 + rank as u64);
+        for i in 0..elements {
+            // Scores with a spread of about 1, as real ones have.
+            let x = 3.0 * random.float();
+            // SAFETY: element i of a buffer made for them, which nobody else has.
+            unsafe {
+                match case.dtype {
+                    Dtype::F16 => q.as_mut_ptr().cast::<f16>().add(i).write(f16::from_f32(x)),
+                    Dtype::Bf16 => q.as_mut_ptr().cast::<bf16>().add(i).write(bf16::from_f32(x)),
+                    _ => q.as_mut_ptr().cast::<f32>().add(i).write(x),
+                }
+            }
+        }
+        let out = HostBuffer::new(elements * case.dtype.size())?;
+        let pages = (case.batch * room).checked_div(case.page_size).unwrap_or(0);
+        let mut table: Vec<i32> = (0..i32::try_from(pages)?).collect();
+        for last in (1..pages).rev() {
+            let other = ((random.float() + 1.0) / 2.0 * (last + 1) as f32) as usize;
+            table.swap(last, other.min(last));
+        }
+        Ok(Rank { plan, q, out, lengths: vec![keys; case.batch], table, room, begin })
+    }
+
+    /// The step over the cache `slot` bytes into the pool.
+    fn args(&self, case: &Case, pool: &Pool, slot: usize) -> DecodeArgs {
+        let token = case.token_bytes();
+        let bytes = case.batch * self.room * token;
+        let row = case.head_dim * case.dtype.size();
+        // Strided: sequence, token, head, element. Paged: page, slot, head, element.
+        let outer = if case.page_size > 0 { case.page_size } else { self.room } * token;
+        let stride = [outer, token, row, case.dtype.size()].map(|stride| stride as i64);
+        let tensor = |data: *const u8, bytes: usize| Tensor {
+            data: data.cast_mut().cast(),
+            bytes: bytes as u64,
+            stride: [0; 4],
+        };
+        let cache = |at: usize| tensor(pool.data().wrapping_add(slot + at), bytes).with_strides(stride);
+        DecodeArgs {
+            batch: case.batch as i32,
+            query_tokens: case.batch as i32,
+            q: tensor(self.q.as_ptr(), self.q.len()),
+            k: cache(self.begin),
+            v: cache(self.begin + bytes),
+            out: tensor(self.out.as_mut_ptr(), self.out.len()),
+            kv_length: self.lengths.as_ptr(),
+            block_table: self.table.as_ptr(),
+            max_pages: (self.table.len() / case.batch) as i32,
+            num_pages: self.table.len() as i32,
+            ..DecodeArgs::default()
+        }
+    }
+}
+
+/// The bytes of the pool that a case takes at least.
+pub fn least_pool(case: &Case) -> usize {
+    case.kv_bytes() + 2 * case.batch * case.ranks * case.page_size * case.token_bytes()
+}

@@ -1,0 +1,220 @@
+//! `treeattn bench`: decode steps and exchanges on CPU ranks, beside what the machine can do at most.
+//!
+//! `case` says what is timed, `pool` holds the memory, `ceiling` and `limit` measure the machine in the same run,
+//! `decode` and `exchange` time the library (`ranks` releases all ranks at once, by `barrier`), `samples` sums up and
+//! `report` tells. Rows, ceiling and limits take turns in short blocks, so that a noise that comes and goes meets all of
+//! them alike.
+
+mod barrier;
+mod case;
+mod ceiling;
+mod decode;
+mod exchange;
+mod limit;
+mod pool;
+mod ranks;
+mod report;
+mod samples;
+
+use std::path::PathBuf;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use treeattn::attention::Dtype;
+use treeattn::cpu::Isa;
+use treeattn::device::available_cores;
+use treeattn::runtime::{Runtime, RuntimeConfig};
+
+use self::case::{Axes, Case, Heads, Target};
+pub use self::ceiling::Ceiling;
+use self::decode::{Decode, least_pool};
+use self::limit::Limit;
+pub use self::pool::Pool;
+use self::report::{CeilingReport, LimitReport, Report, Row};
+use crate::machine::{Machine, Usage};
+use crate::{Outcome, print};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// A few seconds, with short caches: shows that everything runs, not how fast.
+    #[arg(long)]
+    quick: bool,
+    /// Heads and dimensions to time, such as 32/8x128,16/16x128. Any of these axes replaces the standard rows.
+    #[arg(long, value_delimiter = ',')]
+    heads: Vec<Heads>,
+    /// Element types: f16, bf16, f32.
+    #[arg(long, value_delimiter = ',', value_parser = dtype)]
+    dtype: Vec<Dtype>,
+    /// Keys of each sequence, all ranks together.
+    #[arg(long, value_delimiter = ',', value_parser = size)]
+    lengths: Vec<usize>,
+    /// Sequences.
+    #[arg(long, value_delimiter = ',', value_parser = size)]
+    batch: Vec<usize>,
+    /// Ranks that the keys are sharded over; exchanges are timed for those above 1.
+    #[arg(long, value_delimiter = ',', value_parser = size)]
+    ranks: Vec<usize>,
+    /// Kernels: scalar, avx2, avx512, neon.
+    #[arg(long, value_delimiter = ',', value_parser = isa)]
+    isa: Vec<Isa>,
+    /// Tokens a page of a block table; 0: a strided cache.
+    #[arg(long, value_delimiter = ',')]
+    page_size: Vec<usize>,
+    /// Threads of each rank. Default: the cores over the ranks.
+    #[arg(long, value_parser = size)]
+    threads: Option<usize>,
+    /// Memory to read from, MiB; grows to twice the largest cache.
+    #[arg(long, value_parser = size)]
+    pool_mib: Option<usize>,
+    /// Leaves the exchanges out.
+    #[arg(long)]
+    no_exchange: bool,
+    /// Writes everything found to this file.
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+fn dtype(name: &str) -> Result<Dtype, String> {
+    let found = [Dtype::F16, Dtype::Bf16, Dtype::F32].into_iter().find(|dtype| dtype.name() == name);
+    found.ok_or_else(|| "wanted f16, bf16 or f32".to_string())
+}
+
+fn isa(name: &str) -> Result<Isa, String> {
+    Isa::by_name("--isa", name).map_err(|error| error.message().to_string())
+}
+
+fn size(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&n| n >= 1).ok_or_else(|| "wanted a whole number of at least 1".to_string())
+}
+
+/// How long everything is measured.
+struct Pace {
+    /// Turns of all rows, ceiling and limits.
+    rounds: usize,
+    /// Seconds of a row in a round.
+    block: f64,
+    exchanges: usize,
+    pool_mib: usize,
+}
+
+const FULL: Pace = Pace { rounds: 12, block: 0.08, exchanges: 10_000, pool_mib: 1024 };
+const QUICK: Pace = Pace { rounds: 2, block: 0.02, exchanges: 500, pool_mib: 256 };
+
+pub fn run(args: &Args) -> Outcome<()> {
+    let pace = if args.quick { QUICK } else { FULL };
+    let cores = available_cores();
+    let axes = Axes {
+        heads: args.heads.clone(),
+        dtypes: args.dtype.clone(),
+        lengths: args.lengths.clone(),
+        batches: args.batch.clone(),
+        ranks: args.ranks.clone(),
+        isas: args.isa.clone(),
+        pages: args.page_size.clone(),
+        threads: args.threads,
+    };
+    let cases = if axes.is_empty() { case::standard(cores, args.quick) } else { axes.cases(cores) };
+    let targets: Vec<Target> = if axes.is_empty() && !args.quick { case::targets(cores) } else { Vec::new() };
+    let largest = cases.iter().map(least_pool).max().unwrap_or(0);
+    let pool_mib = args.pool_mib.unwrap_or(pace.pool_mib);
+    let pool_bytes = pool_mib.checked_mul(1 << 20).ok_or("--pool-mib: too large")?.max(2 * largest);
+
+    let exchanges = match (args.no_exchange, &args.ranks[..]) {
+        (true, _) => Vec::new(),
+        (false, []) => vec![2, 4],
+        (false, ranks) => ranks.iter().copied().filter(|&ranks| ranks > 1).collect(),
+    };
+    let progress = progress(pace.rounds * cases.len() + exchanges.len());
+    progress.set_message("read bandwidth");
+    let before = Usage::now();
+    let pool = Pool::new(pool_bytes)?;
+    let mut ceiling = Ceiling::measure(&pool)?;
+    let mut limits = Limit::all();
+    let mut rows = decode_rows(&cases, &pool, &mut ceiling, &mut limits, &pace, &progress)?;
+    rows.sort_by_key(|(place, _)| *place);
+
+    let mut found = Vec::new();
+    for ranks in exchanges {
+        progress.set_message(format!("exchange, {ranks} ranks"));
+        found.push(exchange::time(ranks, pace.exchanges)?);
+        progress.inc(1);
+    }
+    progress.finish_and_clear();
+
+    let read = (ceiling.median(), ceiling.peak());
+    let fma = |isa| limits.iter().find(|limit| limit.is_fma_of(isa)).map(Limit::median);
+    let rows: Vec<Row> =
+        rows.into_iter().map(|(_, (case, seconds))| Row::new(case, seconds, read, fma(case.isa))).collect();
+    let mut report = Report {
+        version: env!("CARGO_PKG_VERSION"),
+        command: std::env::args().collect(),
+        machine: Machine::find(&Runtime::new(RuntimeConfig::default())?)?,
+        pool_bytes: pool.bytes(),
+        ceiling: CeilingReport {
+            kernel: ceiling.kernel(),
+            median: ceiling.median(),
+            peak: ceiling.peak(),
+            kernels: ceiling.kernels.clone(),
+        },
+        limits: limits
+            .iter()
+            .map(|limit| LimitReport { name: limit.name(), median: limit.median(), peak: limit.peak() })
+            .collect(),
+        contaminated: rows.iter().any(|row| row.contaminated),
+        rows,
+        exchanges: found,
+        targets: Vec::new(),
+        others_share: before.zip(Usage::now()).and_then(|(before, after)| before.others(&after)),
+    };
+    report.targets = report.judge(&targets);
+    if let Some(path) = &args.json {
+        let text = serde_json::to_string_pretty(&report)? + "\n";
+        std::fs::write(path, text).map_err(|error| format!("--json {}: {error}", path.display()))?;
+    }
+    print(&report.text())
+}
+
+/// A row's place among the cases, the case, and the seconds of a step.
+type Timed = (usize, (Case, samples::Summary));
+
+/// Times all cases, those of one element type together, since the pool holds one at a time.
+fn decode_rows(
+    cases: &[Case],
+    pool: &Pool,
+    ceiling: &mut Ceiling,
+    limits: &mut [Limit],
+    pace: &Pace,
+    progress: &ProgressBar,
+) -> Outcome<Vec<Timed>> {
+    let mut rows = Vec::new();
+    for dtype in [Dtype::F16, Dtype::Bf16, Dtype::F32] {
+        let mine: Vec<usize> = (0..cases.len()).filter(|&place| cases[place].dtype == dtype).collect();
+        if mine.is_empty() {
+            continue;
+        }
+        progress.set_message(format!("writing {} MiB of {}", pool.bytes() >> 20, dtype.name()));
+        pool.fill(dtype)?;
+        let mut decodes = mine.iter().map(|&place| Decode::new(cases[place], pool)).collect::<Outcome<Vec<_>>>()?;
+        for _ in 0..pace.rounds {
+            ceiling.sample(pool)?;
+            for limit in limits.iter_mut() {
+                limit.sample(&pool.workers)?;
+            }
+            for decode in &mut decodes {
+                progress.set_message(format!("{} {}", decode.case.shape(), dtype.name()));
+                decode.block(pace.block)?;
+                progress.inc(1);
+            }
+        }
+        rows.extend(mine.into_iter().zip(decodes.into_iter().map(|decode| (decode.case, decode.times.summary()))));
+    }
+    Ok(rows)
+}
+
+/// A bar on standard error, where that is a terminal.
+fn progress(steps: usize) -> ProgressBar {
+    let bar = ProgressBar::new(steps as u64);
+    if let Ok(style) = ProgressStyle::with_template("{elapsed_precise} {bar:30} {percent}% {msg}") {
+        bar.set_style(style);
+    }
+    bar
+}

@@ -1,0 +1,226 @@
+//! What a run found: the JSON file and the tables.
+
+use serde::Serialize;
+
+use super::case::{Case, Target};
+use super::exchange::Exchange;
+use super::samples::Summary;
+use crate::machine::Machine;
+use crate::table::Table;
+
+/// A run may be this much faster than the fastest pass of the read kernels before it counts as contaminated.
+const TOLERANCE: f64 = 0.02;
+/// The share of the cores that others may use before the tables say so.
+const QUIET: f64 = 0.05;
+
+#[derive(Serialize)]
+pub struct Report {
+    pub version: &'static str,
+    pub command: Vec<String>,
+    pub machine: Machine,
+    pub pool_bytes: usize,
+    pub ceiling: CeilingReport,
+    pub limits: Vec<LimitReport>,
+    pub rows: Vec<Row>,
+    pub exchanges: Vec<Exchange>,
+    pub targets: Vec<TargetReport>,
+    /// The share of the cores that others used meanwhile; none where the system does not say.
+    pub others_share: Option<f64>,
+    /// Whether a row was faster than the machine can be: something was read from a cache, or the ceiling is wrong.
+    pub contaminated: bool,
+}
+
+/// Read bandwidth, bytes a second, all cores.
+#[derive(Serialize)]
+pub struct CeilingReport {
+    pub kernel: &'static str,
+    pub median: f64,
+    pub peak: f64,
+    pub kernels: Vec<(&'static str, f64)>,
+}
+
+/// Arithmetic, operations a second, all cores.
+#[derive(Serialize)]
+pub struct LimitReport {
+    pub name: &'static str,
+    pub median: f64,
+    pub peak: f64,
+}
+
+#[derive(Serialize)]
+pub struct Row {
+    #[serde(flatten)]
+    pub case: Case,
+    pub kv_bytes: usize,
+    pub seconds: Summary,
+    pub bytes_per_second: f64,
+    /// Time over bytes / read bandwidth. None for caches read again and again.
+    pub over_ceiling: Option<f64>,
+    /// The fastest step over bytes / the fastest pass of the read kernels.
+    pub best_over_ceiling: Option<f64>,
+    pub flops_per_second: f64,
+    /// Share of the fp32 FMA limit of the instruction set.
+    pub share_of_fma: Option<f64>,
+    pub contaminated: bool,
+}
+
+#[derive(Serialize)]
+pub struct TargetReport {
+    pub name: String,
+    pub wanted: String,
+    pub found: String,
+    pub met: bool,
+}
+
+impl Row {
+    /// `read`: median and peak read bandwidth. `fma`: the median fp32 limit of the case's instruction set.
+    pub fn new(case: Case, seconds: Summary, read: (f64, f64), fma: Option<f64>) -> Row {
+        let bytes_per_second = case.kv_bytes() as f64 / seconds.median;
+        let flops_per_second = case.flops() / seconds.median;
+        Row {
+            case,
+            kv_bytes: case.kv_bytes(),
+            seconds,
+            bytes_per_second,
+            over_ceiling: (!case.cached).then_some(read.0 / bytes_per_second),
+            best_over_ceiling: (!case.cached).then_some(read.1 * seconds.minimum / case.kv_bytes() as f64),
+            flops_per_second,
+            share_of_fma: fma.map(|limit| flops_per_second / limit),
+            contaminated: !case.cached && bytes_per_second > read.1 * (1.0 + TOLERANCE),
+        }
+    }
+}
+
+impl Report {
+    pub fn judge(&self, targets: &[Target]) -> Vec<TargetReport> {
+        let row = |case: &Case| self.rows.iter().find(|row| row.case == *case);
+        let judge = |target: &Target| match target {
+            Target::Ceiling { case, most } => {
+                let found = row(case)?.over_ceiling?;
+                let name = format!("{} {} over bytes / bandwidth", case.shape(), case.dtype.name());
+                Some(verdict(name, format!("<= {most:.2} x"), format!("{found:.2} x"), found <= *most))
+            }
+            Target::Fma { case, least } => {
+                let found = row(case)?.share_of_fma?;
+                let name = format!("{} {}, share of the FMA limit", case.shape(), case.dtype.name());
+                let (wanted, shown) = (format!(">= {:.0} %", 100.0 * least), format!("{:.1} %", 100.0 * found));
+                Some(verdict(name, wanted, shown, found >= *least))
+            }
+            Target::PerByte { name, case, than, most } => {
+                let found = row(than)?.bytes_per_second / row(case)?.bytes_per_second;
+                Some(verdict(name.to_string(), format!("<= {most:.2} x"), format!("{found:.2} x"), found <= *most))
+            }
+            Target::Exchange { ranks, most } => {
+                let found = self.exchanges.iter().find(|e| e.ranks == *ranks)?.seconds.median * 1e6;
+                let name = format!("exchange of 32 x 128 f32, {ranks} ranks");
+                Some(verdict(name, format!("<= {most:.0} us"), format!("{found:.1} us"), found <= *most))
+            }
+        };
+        targets.iter().filter_map(judge).collect()
+    }
+
+    /// The tables.
+    pub fn text(&self) -> String {
+        let machine = &self.machine;
+        let mut text = format!(
+            "{}, {} cores; read bandwidth {:.1} GB/s (best of {} kernels over {} MiB: {}), at most {:.1}\n",
+            machine.processor,
+            machine.cores,
+            self.ceiling.median / 1e9,
+            self.ceiling.kernels.len(),
+            self.pool_bytes >> 20,
+            self.ceiling.kernel,
+            self.ceiling.peak / 1e9,
+        );
+        let limits: Vec<String> =
+            self.limits.iter().map(|limit| format!("{} {:.0}", limit.name, limit.median / 1e9)).collect();
+        text.push_str(&format!("arithmetic limits, GFLOP/s: {}\n\n", limits.join(", ")));
+        if !self.rows.is_empty() {
+            text.push_str(&self.decode_table());
+        }
+        if !self.exchanges.is_empty() {
+            let mut table = Table::new(&["exchange", "ranks", "turns", "median us", "min", "p90"]);
+            for e in &self.exchanges {
+                let us = |seconds: f64| format!("{:.1}", seconds * 1e6);
+                table.row(vec![
+                    format!("{} x {} f32 partials", e.heads, e.head_dim),
+                    e.ranks.to_string(),
+                    e.seconds.count.to_string(),
+                    us(e.seconds.median),
+                    us(e.seconds.minimum),
+                    us(e.seconds.p90),
+                ]);
+            }
+            text.push_str(&format!("\n{}", table.render()));
+        }
+        if !self.targets.is_empty() {
+            let mut table = Table::new(&["target", "wanted", "found", ""]);
+            for t in &self.targets {
+                let met = if t.met { "met" } else { "MISSED" };
+                table.row(vec![t.name.clone(), t.wanted.clone(), t.found.clone(), met.to_string()]);
+            }
+            text.push_str(&format!("\n{}", table.render()));
+        }
+        text.push_str(&self.footnotes());
+        text
+    }
+
+    fn decode_table(&self) -> String {
+        let mut table = Table::new(&[
+            "decode",
+            "dtype",
+            "isa",
+            "ranks x threads",
+            "MB",
+            "median ms",
+            "min",
+            "p90",
+            "GB/s",
+            "x ceiling",
+            "best",
+            "GFLOP/s",
+            "% FMA",
+        ]);
+        for row in &self.rows {
+            let ms = |seconds: f64| format!("{:.3}", seconds * 1e3);
+            let mark = if row.contaminated { " !" } else { "" };
+            table.row(vec![
+                row.case.shape(),
+                row.case.dtype.name().to_string(),
+                row.case.isa.name().to_string(),
+                format!("{} x {}", row.case.ranks, row.case.threads_per_rank),
+                format!("{:.1}", row.kv_bytes as f64 / 1e6),
+                ms(row.seconds.median),
+                ms(row.seconds.minimum),
+                ms(row.seconds.p90),
+                format!("{:.1}", row.bytes_per_second / 1e9),
+                row.over_ceiling.map_or("-".to_string(), |ratio| format!("{ratio:.2}{mark}")),
+                row.best_over_ceiling.map_or("-".to_string(), |ratio| format!("{ratio:.2}")),
+                format!("{:.0}", row.flops_per_second / 1e9),
+                row.share_of_fma.map_or("-".to_string(), |share| format!("{:.0}", 100.0 * share)),
+            ]);
+        }
+        table.render()
+    }
+
+    fn footnotes(&self) -> String {
+        let mut text = String::from(
+            "\nheads q/kv x dim, sequences x keys; x ceiling: time over bytes / read bandwidth (best: the \
+             fastest over the fastest); caches come from memory unless they are cached\n",
+        );
+        if self.contaminated {
+            text.push_str("! faster than memory can be read: this run is CONTAMINATED, do not quote it\n");
+        }
+        if let Some(share) = self.others_share.filter(|&share| share > QUIET) {
+            text.push_str(&format!(
+                "others used {:.0} % of the cores meanwhile: the times are too long, run again on a quiet machine\n",
+                100.0 * share
+            ));
+        }
+        text
+    }
+}
+
+fn verdict(name: String, wanted: String, found: String, met: bool) -> TargetReport {
+    TargetReport { name, wanted, found, met }
+}

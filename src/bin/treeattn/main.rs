@@ -1,0 +1,59 @@
+//! The command line: what the library finds on this machine (`info`), whether it is right here (`verify`), and how fast
+//! (`bench`). Thin over the library's public API.
+
+mod bench;
+mod info;
+mod machine;
+mod table;
+mod verify;
+
+use std::io::{ErrorKind, Write};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// What a command may fail with.
+type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+
+/// Exact decode attention over a KV cache sharded along the sequence.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Prints the version, the devices and what was chosen for them.
+    Info(info::Args),
+    /// Checks a grid of shapes against float64 sums on this machine, a line each; fails if one does.
+    Verify(verify::Args),
+    /// Times decode steps and exchanges on CPU ranks, beside the machine's read bandwidth and FMA limit.
+    Bench(bench::Args),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Info(args) => info::run(&args).map(|()| true),
+        Command::Verify(args) => verify::run(&args),
+        Command::Bench(args) => bench::run(&args).map(|()| true),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("treeattn: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Prints text to standard output at once. A reader that has left ends the program quietly.
+fn print(text: &str) -> Outcome<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+        result => Ok(result?),
+    }
+}
