@@ -13,7 +13,11 @@ use super::tile::TILE;
 /// Keys of a leaf: how many add up before they are closed into the total of their piece, given the keys of the piece.
 /// Rounding averages out over leaves, so few keys are cut finer.
 pub fn leaf(keys: usize) -> usize {
-    if keys <= TILE { 4 } else { TILE }
+    match keys {
+        ..=64 => 4,
+        65..=2048 => 64,
+        _ => 128,
+    }
 }
 
 /// How a step's work is laid out in a line.

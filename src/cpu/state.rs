@@ -114,14 +114,13 @@ impl Total {
             let args = MeetArgs {
                 to: [self.high.add(first * width), self.low.add(first * width)],
                 to_max: self.max.add(first),
-                from: [sums.cast_const(), std::ptr::null()],
+                from: [sums, std::ptr::null_mut()],
                 from_max: open.max.add(first).cast_const(),
                 rows,
                 width,
             };
-            (kernels.meet)(&args);
             // The maximum stays: the next sums begin over it.
-            sums.write_bytes(0, rows * width);
+            (kernels.meet)(&args);
         }
     }
 
@@ -133,7 +132,7 @@ impl Total {
         let args = MeetArgs {
             to: [self.high, self.low],
             to_max: self.max,
-            from: [from.high.cast_const(), from.low.cast_const()],
+            from: [from.high, from.low],
             from_max: from.max.cast_const(),
             rows,
             width: self.shape.width(),

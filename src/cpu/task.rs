@@ -100,8 +100,21 @@ impl<'a> Task<'a> {
             unsafe {
                 self.weigh(h, keys, &sight, rows, ahead);
                 self.sum(h, keys, &sight, rows, ahead);
+                if (tile + 1 - self.piece.begin) * TILE % self.leaf == 0 {
+                    let rows = self.piece.rows;
+                    self.total.close(self.worker.kernels, &self.open, h * rows, rows);
+                }
             }
         }
+    }
+
+    /// Ends the piece: `total` is complete.
+    ///
+    /// # Safety
+    /// As [`tile`](Self::tile).
+    pub unsafe fn finish(&self) {
+        // SAFETY: the piece's own rows.
+        unsafe { self.total.close(self.worker.kernels, &self.open, 0, self.piece.rows * self.piece.heads) }
     }
 
     fn sight(&self, tile: usize, keys: usize) -> Sight {
@@ -220,8 +233,12 @@ impl<'a> Task<'a> {
         }
     }
 
-    /// Weighted values leaf by leaf; the rows begin at `first`.
+    /// Weighted values; where a leaf is shorter than a tile, leaf by leaf. The rows begin at `first`.
     unsafe fn sum_leaves(&self, all: &ValueArgs, element: usize, first: usize) {
+        if self.leaf >= TILE {
+            // SAFETY: the caller's arguments.
+            return unsafe { (self.worker.kernels.values[element])(all) };
+        }
         for key in (0..all.keys).step_by(self.leaf) {
             // SAFETY: the caller's arguments, key by key.
             unsafe {

@@ -125,8 +125,8 @@ pub struct MeetArgs {
     pub to: [*mut f32; 2],
     /// Running maximum of each row.
     pub to_max: *mut f32,
-    /// The sums taken in: high parts and, unless null, low parts.
-    pub from: [*const f32; 2],
+    /// The sums taken in: high parts and low parts; open sums have no low parts (null) and are emptied.
+    pub from: [*mut f32; 2],
     /// Their running maxima.
     pub from_max: *const f32,
     /// Rows.
@@ -135,16 +135,13 @@ pub struct MeetArgs {
     pub width: usize,
 }
 
+/// Asks for bytes `from` to `to` of row `t`.
 #[inline(always)]
-unsafe fn ask<S: Simd>(ahead: &Ahead, from: usize, to: usize) {
+unsafe fn ask<S: Simd>(ahead: &Ahead, t: usize, from: usize, to: usize) {
     unsafe {
-        if ahead.bytes > 0 {
-            for t in from..to {
-                let row = (*ahead.rows.add(t)).wrapping_add(ahead.offset);
-                for line in (0..ahead.bytes).step_by(LINE) {
-                    S::prefetch(row.wrapping_add(line));
-                }
-            }
+        let row = (*ahead.rows.add(t)).wrapping_add(ahead.offset);
+        for line in (from..to).step_by(LINE) {
+            S::prefetch(row.wrapping_add(line));
         }
     }
 }
@@ -155,6 +152,9 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize>(a: 
     unsafe {
         let q = a.q.add(row * a.dim);
         for t in (key..key + 16).step_by(RT) {
+            // Spread over the elements, so that asking never holds up the work.
+            let (mut asked, asks) = if row == 0 && a.ahead.bytes > 0 { (t, t + RT) } else { (0, 0) };
+            let each = (RT * S::LANES).div_ceil(a.dim);
             let mut k = [std::ptr::null::<u8>(); RT];
             for (i, k) in k.iter_mut().enumerate() {
                 *k = *a.k.add(t + i);
@@ -165,6 +165,12 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize>(a: 
                 let mut acc = [[S::splat(0.0); RT]; RQ];
                 let mut d = begin;
                 while d < end {
+                    if asked < asks {
+                        for t in asked..asked + each {
+                            ask::<S>(&a.ahead, t, 0, a.ahead.bytes);
+                        }
+                        asked += each;
+                    }
                     let mut kv = [S::splat(0.0); RT];
                     for (i, kv) in kv.iter_mut().enumerate() {
                         *kv = E::load::<S>(k[i].add(a.offset + d * E::SIZE));
@@ -201,7 +207,6 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize>(a: 
 pub unsafe fn scores<S: Simd, E: Element, const T4: usize, const T2: usize, const T1: usize>(a: &ScoreArgs) {
     unsafe {
         for key in (0..a.keys).step_by(16) {
-            ask::<S>(&a.ahead, key, key + 16);
             let mut row = 0;
             while row + 4 <= a.rows {
                 score_block::<S, E, 4, T4>(a, row, key);
@@ -285,7 +290,12 @@ unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize>(
         let mut acc = [[S::splat(0.0); ND]; RQ];
         let weights = a.weights.add(row * TILE);
         let from = a.offset + d * E::SIZE;
+        let (ask_from, ask_to) = (d * E::SIZE, (d + ND * S::LANES) * E::SIZE);
+        let asking = row == 0 && ask_to <= a.ahead.bytes;
         for t in key..end {
+            if asking {
+                ask::<S>(&a.ahead, t, ask_from, ask_to);
+            }
             let v = (*a.v.add(t)).add(from);
             let mut vv = [S::splat(0.0); ND];
             for (i, vv) in vv.iter_mut().enumerate() {
@@ -337,7 +347,6 @@ pub unsafe fn values<S: Simd, E: Element, const W4: usize, const W1: usize>(a: &
     unsafe {
         for key in (0..a.keys).step_by(RUN) {
             let end = a.keys.min(key + RUN);
-            ask::<S>(&a.ahead, key, key + RUN);
             let mut row = 0;
             while row + 4 <= a.rows {
                 value_rows::<S, E, 4, W4>(a, row, key, end);
@@ -402,6 +411,7 @@ pub unsafe fn meet<S: Simd>(a: &MeetArgs) {
                     let (sum, lost) = exact_sum::<S>(S::load(a.to[0].add(i)), S::load(a.from[0].add(i)));
                     S::store(a.to[0].add(i), sum);
                     S::store(a.to[1].add(i), S::add(S::load(a.to[1].add(i)), lost));
+                    S::store(a.from[0].add(i), S::splat(0.0));
                 }
                 continue;
             }
@@ -410,7 +420,9 @@ pub unsafe fn meet<S: Simd>(a: &MeetArgs) {
                 let (x, y) = (S::mul(S::load(a.to[0].add(i)), f), S::mul(S::load(a.from[0].add(i)), g));
                 let (sum, lost) = exact_sum::<S>(x, y);
                 let mut rest = S::fma(S::load(a.to[1].add(i)), f, lost);
-                if !a.from[1].is_null() {
+                if a.from[1].is_null() {
+                    S::store(a.from[0].add(i), S::splat(0.0));
+                } else {
                     rest = S::fma(S::load(a.from[1].add(i)), g, rest);
                 }
                 S::store(a.to[0].add(i), sum);

@@ -165,6 +165,7 @@ impl Worker<'_> {
                 }
                 task.tile(tile, &rows[now], more.then_some(&rows[1 - now]));
             }
+            task.finish();
             if piece.whole {
                 self.write(piece, &task.total);
             }
