@@ -100,7 +100,7 @@ impl<'a> Task<'a> {
             unsafe {
                 self.weigh(h, keys, &sight, rows, ahead);
                 self.sum(h, keys, &sight, rows, ahead);
-                if (tile + 1 - self.piece.begin) * TILE % self.leaf == 0 {
+                if ((tile + 1 - self.piece.begin) * TILE).is_multiple_of(self.leaf) {
                     let rows = self.piece.rows;
                     self.total.close(self.worker.kernels, &self.open, h * rows, rows);
                 }
