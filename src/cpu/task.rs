@@ -4,7 +4,7 @@ use super::partition::{Piece, leaf};
 use super::rows::Rows;
 use super::sequences::{Sequence, low_bits};
 use super::state::{Open, Total};
-use super::tile::{Ahead, ScoreArgs, TILE, ValueArgs, WeighArgs, WidenArgs};
+use super::tile::{Ahead, Lines, ScoreArgs, TILE, ValueArgs, WeighArgs, WidenArgs};
 use super::worker::Worker;
 
 /// A piece with everything that stays the same over its tiles.
@@ -21,10 +21,19 @@ pub struct Task<'a> {
     widen: [bool; 2],
     /// Bytes of a row to ask for ahead of time.
     ahead: [usize; 2],
+    /// How many keys ahead to ask: the fewer, the more kv heads are walked together.
+    distance: usize,
     /// Strides between kv heads.
     head_stride: [i64; 2],
     /// Rows of the widened tiles.
     wide: [[*const u8; TILE]; 2],
+}
+
+/// kv heads of a piece.
+#[derive(Clone, Copy)]
+struct Heads {
+    first: usize,
+    count: usize,
 }
 
 /// Which keys of a tile the query tokens of a row block see.
@@ -68,6 +77,7 @@ impl<'a> Task<'a> {
             leaf: leaf((piece.end * TILE).min(sequence.keys) - piece.begin * TILE),
             widen: [false; 2],
             ahead: [0; 2],
+            distance: (TILE / piece.heads).clamp(16, TILE),
             head_stride: [step.k_stride[2], step.v_stride[2]],
             wide: [[std::ptr::null(); TILE]; 2],
         };
@@ -94,15 +104,17 @@ impl<'a> Task<'a> {
             return;
         }
         let keys = if sight.uniform { sight.masks[0].count_ones() as usize } else { held };
-        for h in 0..self.piece.heads {
-            let ahead = if h + 1 < self.piece.heads { (Some(rows), h + 1) } else { (next, 0) };
+        // A wide tile is made for one kv head at a time.
+        let together = if self.widen[0] || self.widen[1] { 1 } else { self.piece.heads };
+        for h in (0..self.piece.heads).step_by(together) {
+            let heads = Heads { first: h, count: together };
             // SAFETY: the caller's.
             unsafe {
-                self.weigh(h, keys, &sight, rows, ahead);
-                self.sum(h, keys, &sight, rows, ahead);
+                self.weigh(heads, keys, &sight, rows);
+                self.sum(heads, keys, &sight, rows, next);
                 if ((tile + 1 - self.piece.begin) * TILE).is_multiple_of(self.leaf) {
                     let rows = self.piece.rows;
-                    self.total.close(self.worker.kernels, &self.open, h * rows, rows);
+                    self.total.close(self.worker.kernels, &self.open, h * rows, together * rows);
                 }
             }
         }
@@ -137,10 +149,21 @@ impl<'a> Task<'a> {
         ((self.piece.first_head + h) as i64 * self.head_stride[which]) as usize
     }
 
-    fn ahead(&self, which: usize, (rows, h): (Option<&Rows>, usize)) -> Ahead {
-        let Some(rows) = rows else { return Ahead::NOTHING };
-        let rows = if which == 0 { rows.k.as_ptr() } else { rows.v.as_ptr() };
-        Ahead { rows, offset: self.offset(which, h), bytes: self.ahead[which] }
+    /// The rows to ask for from key `from` on.
+    fn lines(&self, which: usize, heads: Heads, rows: Option<&Rows>, from: usize) -> Lines {
+        let Some(rows) = rows else { return Lines::NOTHING };
+        let rows = if which == 0 { rows.k[from..].as_ptr() } else { rows.v[from..].as_ptr() };
+        let (head, bytes) = (self.head_stride[which] as usize, self.ahead[which]);
+        Lines { rows, offset: self.offset(which, heads.first), head, bytes }
+    }
+
+    /// What to ask for in the keys (0) or values (1) of a tile of `keys` keys: the rows `distance` keys on, those of
+    /// the values after the keys, and of the next tile's keys after the values.
+    fn ahead(&self, which: usize, heads: Heads, keys: usize, rows: &Rows, next: Option<&Rows>) -> Ahead {
+        let split = keys.saturating_sub(self.distance);
+        let near = if split > 0 { self.lines(which, heads, Some(rows), self.distance) } else { Lines::NOTHING };
+        let far = self.lines(1 - which, heads, if which == 0 { Some(rows) } else { next }, 0);
+        Ahead { near, far, split }
     }
 
     /// The rows to work on, the bytes to add, and the index of their element type: as they lie, or widened.
@@ -158,28 +181,32 @@ impl<'a> Task<'a> {
         (self.wide[which].as_ptr(), 0, 0)
     }
 
-    /// Scores, then weights, of a tile for kv head `h`.
-    unsafe fn weigh(&self, h: usize, keys: usize, sight: &Sight, rows: &Rows, ahead: (Option<&Rows>, usize)) {
+    /// Scores, then weights, of a tile.
+    unsafe fn weigh(&self, heads: Heads, keys: usize, sight: &Sight, rows: &Rows) {
         let (worker, piece) = (self.worker, self.piece);
-        let first = h * piece.rows;
+        let first = heads.first * piece.rows;
         // SAFETY: the layout's places are disjoint parts of the scratch, sized for these rows, keys and dimensions.
         unsafe {
             let scores = worker.scratch.add(worker.layout.scores);
-            let (k, offset, element) = self.source(0, h, keys, rows);
+            let (k, offset, element) = self.source(0, heads.first, keys, rows);
             (worker.kernels.scores[element])(&ScoreArgs {
-                q: worker.q(piece, h),
+                q: worker.q(piece, heads.first),
+                heads: heads.count,
                 rows: piece.rows,
                 dim: worker.shape.padded_qk(),
                 k,
                 offset,
+                head: self.head_stride[0] as usize,
                 keys,
                 scores,
-                ahead: self.ahead(0, ahead),
+                ahead: self.ahead(0, heads, keys, rows, None),
             });
-            self.hide(sight, keys, scores);
+            for h in 0..heads.count {
+                self.hide(sight, keys, scores.add(h * piece.rows * TILE));
+            }
             (worker.kernels.weigh)(&WeighArgs {
                 scores,
-                rows: piece.rows,
+                rows: heads.count * piece.rows,
                 keys,
                 factor: worker.shape.factor,
                 max: self.open.max.add(first),
@@ -208,27 +235,36 @@ impl<'a> Task<'a> {
         }
     }
 
-    /// Weighted values of a tile for kv head `h`.
-    unsafe fn sum(&self, h: usize, keys: usize, sight: &Sight, rows: &Rows, ahead: (Option<&Rows>, usize)) {
+    /// Weighted values of a tile.
+    unsafe fn sum(&self, heads: Heads, keys: usize, sight: &Sight, rows: &Rows, next: Option<&Rows>) {
         let (worker, piece) = (self.worker, self.piece);
-        let first = h * piece.rows;
+        let first = heads.first * piece.rows;
         // SAFETY: as in `weigh`.
         unsafe {
-            let (v, offset, element) = self.source(1, h, keys, rows);
+            let (v, offset, element) = self.source(1, heads.first, keys, rows);
             let all = ValueArgs {
                 weights: worker.scratch.add(worker.layout.scores),
+                heads: heads.count,
                 rows: piece.rows,
                 dim: worker.shape.padded_v(),
                 v,
                 offset,
+                head: self.head_stride[1] as usize,
                 keys,
                 open: self.open.row(first),
-                ahead: self.ahead(1, ahead),
+                ahead: self.ahead(1, heads, keys, rows, next),
             };
             if sight.uniform {
-                self.sum_leaves(&all, element, first);
-            } else {
-                self.sum_by_token(&all, element, first, sight);
+                return self.sum_leaves(&all, element, first);
+            }
+            for h in 0..heads.count {
+                let one = ValueArgs {
+                    weights: all.weights.add(h * piece.rows * TILE),
+                    heads: 1,
+                    offset: offset + h * all.head,
+                    ..all
+                };
+                self.sum_by_token(&one, element, first + h * piece.rows, sight);
             }
         }
     }
@@ -246,10 +282,10 @@ impl<'a> Task<'a> {
                     weights: all.weights.add(key),
                     v: all.v.add(key),
                     keys: self.leaf.min(all.keys - key),
-                    ahead: all.ahead.from(key),
+                    ahead: Ahead::NOTHING,
                     ..*all
                 });
-                self.total.close(self.worker.kernels, &self.open, first, all.rows);
+                self.total.close(self.worker.kernels, &self.open, first, all.heads * all.rows);
             }
         }
     }

@@ -19,43 +19,60 @@ pub const SUM_LANES: usize = 16;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Rows of memory to ask for while a tile is worked on.
+/// Rows of memory that will be wanted soon: as many rows further on in the order in which the worker walks memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Ahead {
-    /// One pointer a key, TILE of them.
+    /// For the first `split` keys: the rows of the same tensor, some keys on.
+    pub near: Lines,
+    /// For the keys from `split` on: the first rows of what comes next.
+    pub far: Lines,
+    /// Keys for which `near` is asked.
+    pub split: usize,
+}
+
+/// Rows of several kv heads.
+#[derive(Clone, Copy, Debug)]
+pub struct Lines {
+    /// One pointer a key.
     pub rows: *const *const u8,
-    /// Added to each.
+    /// Bytes added to each for the first kv head.
     pub offset: usize,
+    /// Bytes between kv heads.
+    pub head: usize,
     /// Bytes of a row; 0: ask for nothing.
     pub bytes: usize,
 }
 
+impl Lines {
+    /// Nothing to ask for.
+    pub const NOTHING: Lines = Lines { rows: std::ptr::null(), offset: 0, head: 0, bytes: 0 };
+}
+
 impl Ahead {
     /// Nothing to ask for.
-    pub const NOTHING: Ahead = Ahead { rows: std::ptr::null(), offset: 0, bytes: 0 };
-
-    /// The rows from `key` on.
-    pub fn from(self, key: usize) -> Ahead {
-        Ahead { rows: self.rows.wrapping_add(key), ..self }
-    }
+    pub const NOTHING: Ahead = Ahead { near: Lines::NOTHING, far: Lines::NOTHING, split: 0 };
 }
 
 /// Arguments of [`scores`].
 #[derive(Clone, Copy, Debug)]
 pub struct ScoreArgs {
-    /// Queries, f32 [rows, dim].
+    /// Queries, f32 [heads, rows, dim].
     pub q: *const f32,
-    /// Query rows.
+    /// kv heads.
+    pub heads: usize,
+    /// Query rows of a kv head.
     pub rows: usize,
     /// Elements of a row, padded to a multiple of 16.
     pub dim: usize,
     /// One pointer a key, valid up to the next multiple of 16 above `keys`.
     pub k: *const *const u8,
-    /// Bytes added to each pointer.
+    /// Bytes added to each pointer for the first kv head.
     pub offset: usize,
+    /// Bytes between kv heads.
+    pub head: usize,
     /// Keys.
     pub keys: usize,
-    /// Scores, f32 [rows, TILE]; written up to the next multiple of 16 above `keys`.
+    /// Scores, f32 [heads, rows, TILE]; written up to the next multiple of 16 above `keys`.
     pub scores: *mut f32,
     /// What to ask for meanwhile.
     pub ahead: Ahead,
@@ -83,19 +100,23 @@ pub struct WeighArgs {
 /// Arguments of [`values`].
 #[derive(Clone, Copy, Debug)]
 pub struct ValueArgs {
-    /// Weights, f32 [rows, TILE].
+    /// Weights, f32 [heads, rows, TILE].
     pub weights: *const f32,
-    /// Query rows.
+    /// kv heads.
+    pub heads: usize,
+    /// Query rows of a kv head.
     pub rows: usize,
     /// Elements of a row, padded to a multiple of 16.
     pub dim: usize,
     /// One pointer a key.
     pub v: *const *const u8,
-    /// Bytes added to each pointer.
+    /// Bytes added to each pointer for the first kv head.
     pub offset: usize,
+    /// Bytes between kv heads.
+    pub head: usize,
     /// Keys.
     pub keys: usize,
-    /// Open sums, f32 [rows, dim + SUM_LANES].
+    /// Open sums, f32 [heads, rows, dim + SUM_LANES].
     pub open: *mut f32,
     /// What to ask for meanwhile.
     pub ahead: Ahead,
@@ -135,31 +156,40 @@ pub struct MeetArgs {
     pub width: usize,
 }
 
-/// Asks for bytes `from` to `to` of row `t`.
+/// Asks for what key `t` of kv head `head` stands for.
 #[inline(always)]
-unsafe fn ask<S: Simd>(ahead: &Ahead, t: usize, from: usize, to: usize) {
+unsafe fn ask<S: Simd>(ahead: &Ahead, t: usize, head: usize) {
     unsafe {
-        let row = (*ahead.rows.add(t)).wrapping_add(ahead.offset);
-        for line in (from..to).step_by(LINE) {
-            S::prefetch(row.wrapping_add(line));
+        let (lines, t) = if t < ahead.split { (&ahead.near, t) } else { (&ahead.far, t - ahead.split) };
+        if lines.bytes > 0 {
+            let row = (*lines.rows.add(t)).wrapping_add(lines.offset + head * lines.head);
+            for line in (0..lines.bytes).step_by(LINE) {
+                S::prefetch(row.wrapping_add(line));
+            }
         }
     }
 }
 
-/// Scores of RQ rows with 16 keys, RT keys at a time.
+/// Scores of RQ rows of a kv head with 16 keys, RT keys at a time.
 #[inline(always)]
-unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize>(a: &ScoreArgs, row: usize, key: usize) {
+unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize>(
+    a: &ScoreArgs,
+    head: usize,
+    row: usize,
+    key: usize,
+) {
     unsafe {
-        let q = a.q.add(row * a.dim);
+        let q = a.q.add((head * a.rows + row) * a.dim);
+        let offset = a.offset + head * a.head;
         for t in (key..key + 16).step_by(RT) {
             // Spread over the elements, so that asking never holds up the work.
-            let (mut asked, asks) = if row == 0 && a.ahead.bytes > 0 { (t, t + RT) } else { (0, 0) };
+            let (mut asked, asks) = if row == 0 { (t, t + RT) } else { (0, 0) };
             let each = (RT * S::LANES).div_ceil(a.dim);
             let mut k = [std::ptr::null::<u8>(); RT];
             for (i, k) in k.iter_mut().enumerate() {
-                *k = *a.k.add(t + i);
+                *k = (*a.k.add(t + i)).add(offset);
             }
-            let out = a.scores.add(row * TILE + t);
+            let out = a.scores.add((head * a.rows + row) * TILE + t);
             for begin in (0..a.dim).step_by(DOT) {
                 let end = a.dim.min(begin + DOT);
                 let mut acc = [[S::splat(0.0); RT]; RQ];
@@ -167,13 +197,13 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize>(a: 
                 while d < end {
                     if asked < asks {
                         for t in asked..asked + each {
-                            ask::<S>(&a.ahead, t, 0, a.ahead.bytes);
+                            ask::<S>(&a.ahead, t, head);
                         }
                         asked += each;
                     }
                     let mut kv = [S::splat(0.0); RT];
                     for (i, kv) in kv.iter_mut().enumerate() {
-                        *kv = E::load::<S>(k[i].add(a.offset + d * E::SIZE));
+                        *kv = E::load::<S>(k[i].add(d * E::SIZE));
                     }
                     for (i, acc) in acc.iter_mut().enumerate() {
                         let qv = S::load(q.add(i * a.dim + d));
@@ -199,7 +229,8 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize>(a: 
     }
 }
 
-/// scores[r][t] = q[r] . k[t]. T4, T2, T1: keys at a time for 4, 2 and 1 rows.
+/// scores[h][r][t] = q[h][r] . k[t][h]. T4, T2, T1: keys at a time for 4, 2 and 1 rows. Walks the keys first and the kv
+/// heads of a few keys next, which is how most caches lie in memory.
 ///
 /// # Safety
 /// The arguments describe valid memory; the instruction set of `S` is there.
@@ -207,17 +238,19 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize>(a: 
 pub unsafe fn scores<S: Simd, E: Element, const T4: usize, const T2: usize, const T1: usize>(a: &ScoreArgs) {
     unsafe {
         for key in (0..a.keys).step_by(16) {
-            let mut row = 0;
-            while row + 4 <= a.rows {
-                score_block::<S, E, 4, T4>(a, row, key);
-                row += 4;
-            }
-            if a.rows - row >= 2 {
-                score_block::<S, E, 2, T2>(a, row, key);
-                row += 2;
-            }
-            if a.rows > row {
-                score_block::<S, E, 1, T1>(a, row, key);
+            for head in 0..a.heads {
+                let mut row = 0;
+                while row + 4 <= a.rows {
+                    score_block::<S, E, 4, T4>(a, head, row, key);
+                    row += 4;
+                }
+                if a.rows - row >= 2 {
+                    score_block::<S, E, 2, T2>(a, head, row, key);
+                    row += 2;
+                }
+                if a.rows > row {
+                    score_block::<S, E, 1, T1>(a, head, row, key);
+                }
             }
         }
     }
@@ -277,24 +310,27 @@ pub unsafe fn weigh<S: Simd>(a: &WeighArgs) {
     }
 }
 
-/// RQ rows, ND vectors of elements from `d` on, of keys `key` to `end`.
-#[inline(always)]
-unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize>(
-    a: &ValueArgs,
+/// Where a block of weighted values lies: kv head, first row, first and last key.
+#[derive(Clone, Copy)]
+struct Block {
+    head: usize,
     row: usize,
     key: usize,
     end: usize,
-    d: usize,
-) {
+}
+
+/// RQ rows, ND vectors of elements from `d` on.
+#[inline(always)]
+unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize>(a: &ValueArgs, b: Block, d: usize) {
     unsafe {
         let mut acc = [[S::splat(0.0); ND]; RQ];
+        let row = b.head * a.rows + b.row;
         let weights = a.weights.add(row * TILE);
-        let from = a.offset + d * E::SIZE;
-        let (ask_from, ask_to) = (d * E::SIZE, (d + ND * S::LANES) * E::SIZE);
-        let asking = row == 0 && ask_to <= a.ahead.bytes;
-        for t in key..end {
+        let from = a.offset + b.head * a.head + d * E::SIZE;
+        let asking = b.row == 0 && d == 0;
+        for t in b.key..b.end {
             if asking {
-                ask::<S>(&a.ahead, t, ask_from, ask_to);
+                ask::<S>(&a.ahead, t, b.head);
             }
             let v = (*a.v.add(t)).add(from);
             let mut vv = [S::splat(0.0); ND];
@@ -319,26 +355,22 @@ unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize>(
 
 /// All elements of RQ rows: WIDE vectors at a time, then one by one.
 #[inline(always)]
-unsafe fn value_rows<S: Simd, E: Element, const RQ: usize, const WIDE: usize>(
-    a: &ValueArgs,
-    row: usize,
-    key: usize,
-    end: usize,
-) {
+unsafe fn value_rows<S: Simd, E: Element, const RQ: usize, const WIDE: usize>(a: &ValueArgs, b: Block) {
     unsafe {
         let mut d = 0;
         while d + WIDE * S::LANES <= a.dim {
-            value_block::<S, E, RQ, WIDE>(a, row, key, end, d);
+            value_block::<S, E, RQ, WIDE>(a, b, d);
             d += WIDE * S::LANES;
         }
         while d < a.dim {
-            value_block::<S, E, RQ, 1>(a, row, key, end, d);
+            value_block::<S, E, RQ, 1>(a, b, d);
             d += S::LANES;
         }
     }
 }
 
-/// open[r] += sum over keys of weights[r][t] v[t]. W4 and W1: vectors at a time for 4 (and 3, 2) rows and for 1.
+/// open[h][r] += sum over keys of weights[h][r][t] v[t][h]. W4 and W1: vectors at a time for 4 (and 3, 2) rows and for 1.
+/// Walks memory as [`scores`] does.
 ///
 /// # Safety
 /// As [`scores`].
@@ -347,16 +379,18 @@ pub unsafe fn values<S: Simd, E: Element, const W4: usize, const W1: usize>(a: &
     unsafe {
         for key in (0..a.keys).step_by(RUN) {
             let end = a.keys.min(key + RUN);
-            let mut row = 0;
-            while row + 4 <= a.rows {
-                value_rows::<S, E, 4, W4>(a, row, key, end);
-                row += 4;
-            }
-            match a.rows - row {
-                3 => value_rows::<S, E, 3, W4>(a, row, key, end),
-                2 => value_rows::<S, E, 2, W4>(a, row, key, end),
-                1 => value_rows::<S, E, 1, W1>(a, row, key, end),
-                _ => {}
+            for head in 0..a.heads {
+                let mut b = Block { head, row: 0, key, end };
+                while b.row + 4 <= a.rows {
+                    value_rows::<S, E, 4, W4>(a, b);
+                    b.row += 4;
+                }
+                match a.rows - b.row {
+                    3 => value_rows::<S, E, 3, W4>(a, b),
+                    2 => value_rows::<S, E, 2, W4>(a, b),
+                    1 => value_rows::<S, E, 1, W1>(a, b),
+                    _ => {}
+                }
             }
         }
     }

@@ -82,7 +82,7 @@ impl Layout {
         };
         let rows = shape.head_block.checked_mul(shape.row_block)?;
         let q = take(rows.checked_mul(shape.padded_qk()))?;
-        let scores = take(shape.row_block.checked_mul(TILE))?;
+        let scores = take(rows.checked_mul(TILE))?;
         let packed = take(shape.row_block.checked_mul(TILE))?;
         let wide = [take(TILE.checked_mul(shape.padded_qk()))?, take(TILE.checked_mul(shape.padded_v()))?];
         let open = take(shape.states().open_floats())?;
