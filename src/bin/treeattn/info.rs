@@ -3,6 +3,7 @@
 use serde::Serialize;
 use treeattn::cpu::{ENVIRONMENT, Isa};
 use treeattn::device::DeviceKind;
+use treeattn::ffi::codes::TREEATTN_ABI_VERSION;
 use treeattn::runtime::{Device, Runtime, RuntimeConfig};
 
 use crate::bench::{Ceiling, Pool};
@@ -25,6 +26,7 @@ pub struct Args {
 #[derive(Serialize)]
 struct Info {
     version: &'static str,
+    abi_version: i32,
     machine: Machine,
     isa: String,
     isa_available: Vec<&'static str>,
@@ -62,6 +64,7 @@ pub fn run(args: &Args) -> Outcome<()> {
     };
     let info = Info {
         version: env!("CARGO_PKG_VERSION"),
+        abi_version: TREEATTN_ABI_VERSION,
         machine: Machine::find(&runtime)?,
         isa: runtime.cpu_isa().describe(),
         isa_available: Isa::available().map(Isa::name).collect(),
@@ -74,7 +77,7 @@ pub fn run(args: &Args) -> Outcome<()> {
 fn text(info: &Info) -> String {
     let machine = &info.machine;
     let mut lines = vec![
-        format!("treeattn {}", info.version),
+        format!("treeattn {}, ABI version {}", info.version, info.abi_version),
         format!("cpu:0: {}, {} cores, {:.0} GiB", machine.processor, machine.cores, gib(machine.memory_bytes)),
         format!("  features: {}", machine.features),
         format!("  kernels: {} (of {}; {ENVIRONMENT} overrides)", info.isa, info.isa_available.join(", ")),

@@ -8,7 +8,7 @@ use crate::attention::{AttentionDesc, Dtype, Placement, Shard};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Keys of the longest sequence where the caller leaves the choice.
-const DEFAULT_KEYS: i32 = 1000;
+const DEFAULT_KEYS: i32 = 300;
 /// Ranks where the caller leaves the choice.
 const DEFAULT_RANKS: i32 = 2;
 

@@ -31,7 +31,7 @@ pub struct SelfcheckConfig {
     /// Default: 1.
     pub query_tokens: i32,
     /// Keys of the first sequence on all ranks together; each rank's part is at most the descriptor's `max_kv_length`.
-    /// Default: 1,000 or the descriptor's `max_kv_length`, the smaller.
+    /// Default: 300 or the descriptor's `max_kv_length`, the smaller.
     pub kv_length: i32,
     /// Seed of the random inputs.
     pub seed: u64,

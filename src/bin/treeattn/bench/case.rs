@@ -37,7 +37,7 @@ fn isa_name<S: Serializer>(isa: &Isa, to: S) -> Result<S::Ok, S::Error> {
 impl Case {
     /// Bytes of k and v that a step reads on all ranks.
     pub fn kv_bytes(&self) -> usize {
-        2 * self.batch * self.keys * self.token_bytes()
+        self.batch.saturating_mul(self.keys).saturating_mul(2 * self.token_bytes())
     }
 
     /// Bytes of one token's keys.
@@ -173,6 +173,9 @@ impl Axes {
     }
 }
 
+/// Most heads, and the largest dimension, that are looked at; the library has limits of its own.
+const MAX_HEADS: usize = 65_536;
+
 /// Heads and their dimension, as in "32/8x128".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {
@@ -188,7 +191,8 @@ impl std::str::FromStr for Heads {
         let parse = || {
             let (heads, dim) = text.split_once('x')?;
             let (q, kv) = heads.split_once('/')?;
-            Some(Heads { q_heads: q.parse().ok()?, kv_heads: kv.parse().ok()?, head_dim: dim.parse().ok()? })
+            let count = |text: &str| text.parse().ok().filter(|n| (1..=MAX_HEADS).contains(n));
+            Some(Heads { q_heads: count(q)?, kv_heads: count(kv)?, head_dim: count(dim)? })
         };
         parse().ok_or_else(|| format!("{text}: wanted QUERY_HEADS/KV_HEADSxDIM, such as 32/8x128"))
     }

@@ -49,10 +49,11 @@ impl Ceiling {
         Ok(Ceiling { kernel, kernels, samples })
     }
 
-    /// One more pass of the best kernel.
-    pub fn sample(&mut self, pool: &Pool) -> Outcome<()> {
-        self.samples.push(pass(pool, &self.kernel)?);
-        Ok(())
+    /// One more pass of the best kernel; bytes a second.
+    pub fn sample(&mut self, pool: &Pool) -> Outcome<f64> {
+        let found = pass(pool, &self.kernel)?;
+        self.samples.push(found);
+        Ok(found)
     }
 
     /// The best kernel.

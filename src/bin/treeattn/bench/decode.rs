@@ -64,14 +64,15 @@ impl<'a> Decode<'a> {
         Ok(Decode { case, times: Samples::default(), pool, ranks, slots, turn: 0, _comms: comms })
     }
 
-    /// Times steps for about `seconds`, after one that is not counted.
-    pub fn block(&mut self, seconds: f64) -> Outcome<()> {
+    /// Times steps for about `seconds`, after one that is not counted. Gives their median.
+    pub fn block(&mut self, seconds: f64) -> Outcome<f64> {
         let known = self.times.median();
         let typical = if known > 0.0 { known } else { self.steps(2)?[1] };
         let turns = ((seconds / typical) as usize).clamp(FEWEST_TURNS, MOST_TURNS);
-        let times = self.steps(turns + 1)?;
-        self.times.extend(times.into_iter().skip(1));
-        Ok(())
+        let times = Samples::from(self.steps(turns + 1)?.split_off(1));
+        let median = times.median();
+        self.times.append(times);
+        Ok(median)
     }
 
     fn steps(&mut self, turns: usize) -> Outcome<Vec<f64>> {
@@ -167,5 +168,6 @@ impl Rank {
 
 /// The bytes of the pool that a case takes at least.
 pub fn least_pool(case: &Case) -> usize {
-    case.kv_bytes() + 2 * case.batch * case.ranks * case.page_size * case.token_bytes()
+    let spare = case.batch.saturating_mul(case.ranks).saturating_mul(case.page_size);
+    case.kv_bytes().saturating_add(spare.saturating_mul(2 * case.token_bytes()))
 }

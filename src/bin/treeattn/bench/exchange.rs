@@ -40,9 +40,7 @@ pub fn time(ranks: usize, turns: usize) -> Outcome<Exchange> {
         // SAFETY: the partials outlive the merge, which blocks, and each rank has its own.
         unsafe { plans[rank].merge(&args, None) }
     };
-    let times = ranks::time(ranks, turns + WARM_UP, &step)?;
-    let mut samples = Samples::default();
-    samples.extend(times.into_iter().skip(WARM_UP));
+    let samples = Samples::from(ranks::time(ranks, turns + WARM_UP, &step)?.split_off(WARM_UP));
     Ok(Exchange { ranks, heads: HEADS, head_dim: DIM, seconds: samples.summary() })
 }
 

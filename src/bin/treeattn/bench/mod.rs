@@ -30,6 +30,7 @@ use self::decode::{Decode, least_pool};
 use self::limit::Limit;
 pub use self::pool::Pool;
 use self::report::{CeilingReport, LimitReport, Report, Row};
+use self::samples::Samples;
 use crate::machine::{Machine, Usage};
 use crate::{Outcome, print};
 
@@ -57,7 +58,7 @@ pub struct Args {
     #[arg(long, value_delimiter = ',', value_parser = isa)]
     isa: Vec<Isa>,
     /// Tokens a page of a block table; 0: a strided cache.
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_delimiter = ',', value_parser = page)]
     page_size: Vec<usize>,
     /// Threads of each rank. Default: the cores over the ranks.
     #[arg(long, value_parser = size)]
@@ -83,7 +84,12 @@ fn isa(name: &str) -> Result<Isa, String> {
 }
 
 fn size(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|&n| n >= 1).ok_or_else(|| "wanted a whole number of at least 1".to_string())
+    let fits = |&n: &usize| n >= 1 && n <= i32::MAX as usize;
+    text.parse().ok().filter(fits).ok_or_else(|| format!("wanted a whole number from 1 to {}", i32::MAX))
+}
+
+fn page(text: &str) -> Result<usize, String> {
+    if text == "0" { Ok(0) } else { size(text) }
 }
 
 /// How long everything is measured.
@@ -116,7 +122,12 @@ pub fn run(args: &Args) -> Outcome<()> {
     let targets: Vec<Target> = if axes.is_empty() && !args.quick { case::targets(cores) } else { Vec::new() };
     let largest = cases.iter().map(least_pool).max().unwrap_or(0);
     let pool_mib = args.pool_mib.unwrap_or(pace.pool_mib);
-    let pool_bytes = pool_mib.checked_mul(1 << 20).ok_or("--pool-mib: too large")?.max(2 * largest);
+    let pool_bytes = pool_mib.saturating_mul(1 << 20).max(largest.saturating_mul(2));
+    let machine = Machine::find(&Runtime::new(RuntimeConfig::default())?)?;
+    if pool_bytes as u64 > machine.memory_bytes / 4 * 3 {
+        let has = machine.memory_bytes >> 20;
+        return Err(format!("memory to read from: {} MiB wanted, this machine has {has} MiB", pool_bytes >> 20).into());
+    }
 
     let exchanges = match (args.no_exchange, &args.ranks[..]) {
         (true, _) => Vec::new(),
@@ -130,7 +141,7 @@ pub fn run(args: &Args) -> Outcome<()> {
     let mut ceiling = Ceiling::measure(&pool)?;
     let mut limits = Limit::all();
     let mut rows = decode_rows(&cases, &pool, &mut ceiling, &mut limits, &pace, &progress)?;
-    rows.sort_by_key(|(place, _)| *place);
+    rows.sort_by_key(|row| row.place);
 
     let mut found = Vec::new();
     for ranks in exchanges {
@@ -140,14 +151,17 @@ pub fn run(args: &Args) -> Outcome<()> {
     }
     progress.finish_and_clear();
 
-    let read = (ceiling.median(), ceiling.peak());
+    let peak = ceiling.peak();
     let fma = |isa| limits.iter().find(|limit| limit.is_fma_of(isa)).map(Limit::median);
-    let rows: Vec<Row> =
-        rows.into_iter().map(|(_, (case, seconds))| Row::new(case, seconds, read, fma(case.isa))).collect();
+    let row = |timed: Timed| {
+        let beside = timed.beside.map(|beside| (beside.ceiling.median(), beside.over.median()));
+        Row::new(timed.case, timed.seconds, beside, peak, fma(timed.case.isa))
+    };
+    let rows: Vec<Row> = rows.into_iter().map(row).collect();
     let mut report = Report {
         version: env!("CARGO_PKG_VERSION"),
         command: std::env::args().collect(),
-        machine: Machine::find(&Runtime::new(RuntimeConfig::default())?)?,
+        machine,
         pool_bytes: pool.bytes(),
         ceiling: CeilingReport {
             kernel: ceiling.kernel(),
@@ -173,8 +187,22 @@ pub fn run(args: &Args) -> Outcome<()> {
     print(&report.text())
 }
 
-/// A row's place among the cases, the case, and the seconds of a step.
-type Timed = (usize, (Case, samples::Summary));
+/// What the blocks of one case gave.
+struct Timed {
+    /// Its place among the cases.
+    place: usize,
+    case: Case,
+    seconds: samples::Summary,
+    /// Where the case reads from memory.
+    beside: Option<Beside>,
+}
+
+/// The read bandwidth just before each block of a case, bytes a second, and the block's time over bytes / bandwidth.
+#[derive(Clone, Debug, Default)]
+struct Beside {
+    ceiling: Samples,
+    over: Samples,
+}
 
 /// Times all cases, those of one element type together, since the pool holds one at a time.
 fn decode_rows(
@@ -194,18 +222,29 @@ fn decode_rows(
         progress.set_message(format!("writing {} MiB of {}", pool.bytes() >> 20, dtype.name()));
         pool.fill(dtype)?;
         let mut decodes = mine.iter().map(|&place| Decode::new(cases[place], pool)).collect::<Outcome<Vec<_>>>()?;
+        let mut beside = vec![Beside::default(); decodes.len()];
         for _ in 0..pace.rounds {
-            ceiling.sample(pool)?;
             for limit in limits.iter_mut() {
                 limit.sample(&pool.workers)?;
             }
-            for decode in &mut decodes {
+            for (decode, beside) in decodes.iter_mut().zip(&mut beside) {
                 progress.set_message(format!("{} {}", decode.case.shape(), dtype.name()));
-                decode.block(pace.block)?;
+                if decode.case.cached {
+                    decode.block(pace.block)?;
+                } else {
+                    let read = ceiling.sample(pool)?;
+                    beside.ceiling.push(read);
+                    beside.over.push(decode.block(pace.block)? * read / decode.case.kv_bytes() as f64);
+                }
                 progress.inc(1);
             }
         }
-        rows.extend(mine.into_iter().zip(decodes.into_iter().map(|decode| (decode.case, decode.times.summary()))));
+        rows.extend(mine.into_iter().zip(decodes.iter().zip(beside)).map(|(place, (decode, beside))| Timed {
+            place,
+            case: decode.case,
+            seconds: decode.times.summary(),
+            beside: (!decode.case.cached).then_some(beside),
+        }));
     }
     Ok(rows)
 }

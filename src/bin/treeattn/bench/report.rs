@@ -54,10 +54,11 @@ pub struct Row {
     pub kv_bytes: usize,
     pub seconds: Summary,
     pub bytes_per_second: f64,
-    /// Time over bytes / read bandwidth. None for caches read again and again.
+    /// Read bandwidth, the median of the passes between this row's blocks, bytes a second. None for caches read again
+    /// and again.
+    pub ceiling: Option<f64>,
+    /// Time over bytes / that bandwidth, block by block; the median.
     pub over_ceiling: Option<f64>,
-    /// The fastest step over bytes / the fastest pass of the read kernels.
-    pub best_over_ceiling: Option<f64>,
     pub flops_per_second: f64,
     /// Share of the fp32 FMA limit of the instruction set.
     pub share_of_fma: Option<f64>,
@@ -73,8 +74,10 @@ pub struct TargetReport {
 }
 
 impl Row {
-    /// `read`: median and peak read bandwidth. `fma`: the median fp32 limit of the case's instruction set.
-    pub fn new(case: Case, seconds: Summary, read: (f64, f64), fma: Option<f64>) -> Row {
+    /// `beside`: the medians of the read bandwidth beside this row's blocks and of the blocks' times over bytes / that
+    /// bandwidth, where it reads from memory. `peak`: the fastest pass of the
+    /// whole run. `fma`: the median fp32 limit of the case's instruction set.
+    pub fn new(case: Case, seconds: Summary, beside: Option<(f64, f64)>, peak: f64, fma: Option<f64>) -> Row {
         let bytes_per_second = case.kv_bytes() as f64 / seconds.median;
         let flops_per_second = case.flops() / seconds.median;
         Row {
@@ -82,11 +85,11 @@ impl Row {
             kv_bytes: case.kv_bytes(),
             seconds,
             bytes_per_second,
-            over_ceiling: (!case.cached).then_some(read.0 / bytes_per_second),
-            best_over_ceiling: (!case.cached).then_some(read.1 * seconds.minimum / case.kv_bytes() as f64),
+            ceiling: beside.map(|beside| beside.0),
+            over_ceiling: beside.map(|beside| beside.1),
             flops_per_second,
             share_of_fma: fma.map(|limit| flops_per_second / limit),
-            contaminated: !case.cached && bytes_per_second > read.1 * (1.0 + TOLERANCE),
+            contaminated: !case.cached && bytes_per_second > peak * (1.0 + TOLERANCE),
         }
     }
 }
@@ -176,8 +179,8 @@ impl Report {
             "min",
             "p90",
             "GB/s",
+            "ceiling",
             "x ceiling",
-            "best",
             "GFLOP/s",
             "% FMA",
         ]);
@@ -194,8 +197,8 @@ impl Report {
                 ms(row.seconds.minimum),
                 ms(row.seconds.p90),
                 format!("{:.1}", row.bytes_per_second / 1e9),
+                row.ceiling.map_or("-".to_string(), |read| format!("{:.1}", read / 1e9)),
                 row.over_ceiling.map_or("-".to_string(), |ratio| format!("{ratio:.2}{mark}")),
-                row.best_over_ceiling.map_or("-".to_string(), |ratio| format!("{ratio:.2}")),
                 format!("{:.0}", row.flops_per_second / 1e9),
                 row.share_of_fma.map_or("-".to_string(), |share| format!("{:.0}", 100.0 * share)),
             ]);
@@ -205,8 +208,8 @@ impl Report {
 
     fn footnotes(&self) -> String {
         let mut text = String::from(
-            "\nheads q/kv x dim, sequences x keys; x ceiling: time over bytes / read bandwidth (best: the \
-             fastest over the fastest); caches come from memory unless they are cached\n",
+            "\nheads q/kv x dim, sequences x keys; ceiling: read bandwidth of all cores between the \
+             row's blocks, GB/s; x ceiling: time over bytes / ceiling; caches come from memory unless they are cached\n",
         );
         if self.contaminated {
             text.push_str("! faster than memory can be read: this run is CONTAMINATED, do not quote it\n");

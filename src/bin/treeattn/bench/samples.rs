@@ -16,13 +16,19 @@ pub struct Summary {
     pub p90: f64,
 }
 
+impl From<Vec<f64>> for Samples {
+    fn from(samples: Vec<f64>) -> Samples {
+        Samples(samples)
+    }
+}
+
 impl Samples {
     pub fn push(&mut self, sample: f64) {
         self.0.push(sample);
     }
 
-    pub fn extend(&mut self, samples: impl IntoIterator<Item = f64>) {
-        self.0.extend(samples);
+    pub fn append(&mut self, other: Samples) {
+        self.0.extend(other.0);
     }
 
     pub fn median(&self) -> f64 {
@@ -53,7 +59,7 @@ mod tests {
     fn summaries() {
         let mut samples = Samples::default();
         assert_eq!(samples.summary(), Summary::default());
-        samples.extend([3.0, 1.0, 2.0]);
+        samples.append(vec![3.0, 1.0, 2.0].into());
         samples.push(10.0);
         samples.push(4.0);
         assert_eq!(samples.summary(), Summary { count: 5, minimum: 1.0, median: 3.0, p90: 10.0 });

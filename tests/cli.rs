@@ -1,0 +1,65 @@
+//! The command line, as a user runs it.
+
+use std::process::{Command, Output};
+
+fn treeattn(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_treeattn")).args(args).output().unwrap()
+}
+
+fn stdout(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).unwrap()
+}
+
+#[test]
+fn info_names_the_version_and_the_kernels() {
+    let output = treeattn(&["info"]);
+    assert!(output.status.success(), "{output:?}");
+    let text = stdout(&output);
+    assert!(text.starts_with(concat!("treeattn ", env!("CARGO_PKG_VERSION"))), "{text}");
+    assert!(text.contains("\ncpu:0: ") && text.contains("\n  kernels: "), "{text}");
+    let json: serde_json::Value = serde_json::from_str(stdout(&treeattn(&["info", "--json"]))).unwrap();
+    assert!(json["machine"]["cores"].as_i64().unwrap() >= 1);
+}
+
+#[test]
+fn verify_passes_on_the_scalar_kernels() {
+    let output = treeattn(&["verify", "--isa", "scalar", "--seed", "7"]);
+    assert!(output.status.success(), "{}", stdout(&output));
+    let text = stdout(&output);
+    assert!(text.lines().filter(|line| line.starts_with("ok ")).count() > 50, "{text}");
+    assert!(text.contains(" shapes passed, 0 failed"), "{text}");
+}
+
+#[test]
+fn bench_writes_its_table_and_json() {
+    let path = std::env::temp_dir().join(format!("treeattn-bench-{}.json", std::process::id()));
+    let file = path.to_str().unwrap();
+    let axes = ["--heads", "4/2x32,3/3x16", "--lengths", "100,333", "--ranks", "1,3", "--page-size", "0,16"];
+    let args = [&["bench", "--quick", "--pool-mib", "8", "--dtype", "f16,f32", "--json", file], &axes[..]].concat();
+    let output = treeattn(&args);
+    let text = std::fs::read_to_string(&path);
+    let _ = std::fs::remove_file(&path);
+    assert!(output.status.success(), "{output:?}");
+    let json: serde_json::Value = serde_json::from_str(&text.unwrap()).unwrap();
+    let rows = json["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 2 * 2 * 2 * 2 * 2);
+    assert!(rows.iter().all(|row| row["seconds"]["median"].as_f64().unwrap() > 0.0));
+    assert_eq!(json["exchanges"][0]["ranks"], 3);
+    assert!(json["ceiling"]["median"].as_f64().unwrap() > 0.0);
+    assert!(stdout(&output).contains("4/2x32 1x333 pages of 16"), "{}", stdout(&output));
+}
+
+#[test]
+fn bad_words_are_named() {
+    for (args, word) in [
+        (&["verify", "--isa", "sse9"][..], "sse9"),
+        (&["bench", "--heads", "32x128"], "32x128"),
+        (&["bench", "--quick", "--lengths", "0"], "--lengths"),
+        (&["bench", "--quick", "--lengths", "2147483647", "--batch", "2147483647"], "memory to read from"),
+        (&["bench", "--quick", "--pool-mib", "8", "--heads", "5/2x8", "--no-exchange"], "kv_heads"),
+    ] {
+        let output = treeattn(args);
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains(word), "{args:?}: {output:?}");
+    }
+}
