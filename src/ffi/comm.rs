@@ -7,11 +7,8 @@ use super::convert;
 use super::guard::guard;
 use super::handle;
 use super::types::*;
-use crate::error::{Error, Result};
+use crate::error::{ErrorKind, Result};
 use crate::runtime::{Communicator, Device, Runtime};
-
-/// Most ranks that one call creates.
-const MAX_RANKS: i32 = 1 << 16;
 
 /// Creates one communicator a device, all in this process: comms[r] is rank r. A device may appear several times.
 ///
@@ -34,15 +31,12 @@ pub unsafe extern "C" fn treeattn_comm_create_local(
 ) -> treeattn_status_t {
     guard("treeattn_comm_create_local", || {
         let runtime = handle::get::<Runtime>("runtime", runtime)?;
-        if !(1..=MAX_RANKS).contains(&n) {
-            return Err(Error::invalid("n", n, format!("1 to {MAX_RANKS}")));
-        }
         // SAFETY: as the caller vouches.
         let (codes, config) =
-            unsafe { (convert::array("devices", devices, n)?, convert::read_or_default("config", config)?) };
+            unsafe { (convert::ranks("devices", devices, n)?, convert::read_or_default("config", config)?) };
         convert::output("comms", comms)?;
-        let devices: Vec<Device> =
-            codes.iter().map(|&code| Device::from_code("devices", code)).collect::<Result<_>>()?;
+        let device = |(rank, &code)| Device::from_code(&format!("devices[{rank}]"), code);
+        let devices: Vec<Device> = codes.iter().enumerate().map(device).collect::<Result<_>>()?;
         // SAFETY: its strings are terminated, as the caller vouches.
         let config = unsafe { convert::comm_config(&config) }?;
         let created = Communicator::create_local(&runtime, &devices, &config)?;
@@ -83,6 +77,7 @@ pub(super) unsafe fn insert_all<T: handle::Object>(objects: Vec<T>, out: *mut *m
 pub unsafe extern "C" fn treeattn_comm_rank(comm: *mut treeattn_comm_t, rank: *mut i32) -> treeattn_status_t {
     guard("treeattn_comm_rank", || {
         let comm = handle::get::<Communicator>("comm", comm)?;
+        comm.check_open()?;
         convert::output("rank", rank)?;
         // SAFETY: checked; writable as the caller vouches.
         unsafe { *rank = comm.rank() };
@@ -100,6 +95,7 @@ pub unsafe extern "C" fn treeattn_comm_rank(comm: *mut treeattn_comm_t, rank: *m
 pub unsafe extern "C" fn treeattn_comm_world(comm: *mut treeattn_comm_t, world: *mut i32) -> treeattn_status_t {
     guard("treeattn_comm_world", || {
         let comm = handle::get::<Communicator>("comm", comm)?;
+        comm.check_open()?;
         convert::output("world", world)?;
         // SAFETY: checked; writable as the caller vouches.
         unsafe { *world = comm.world() };
@@ -152,7 +148,7 @@ pub unsafe extern "C" fn treeattn_comm_status(
             step: found.step,
             plan: found.plan,
             sequence: found.sequence,
-            broken: i32::from(found.error.is_some() && found.sequence < 0),
+            broken: i32::from(found.error.as_ref().is_some_and(|error| error.kind() != ErrorKind::InvalidData)),
             message: convert::fixed(found.error.as_ref().map_or("", |error| error.message())),
         };
         // SAFETY: checked above.

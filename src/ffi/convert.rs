@@ -27,14 +27,6 @@ pub unsafe fn read<T: Copy>(name: &str, from: *const T) -> Result<T> {
         let mut value = MaybeUninit::<T>::zeroed();
         let known = size.min(size_of::<T>());
         std::ptr::copy_nonoverlapping(from.cast::<u8>(), value.as_mut_ptr().cast::<u8>(), known);
-        for offset in known..size {
-            let byte = *from.cast::<u8>().add(offset);
-            if byte != 0 {
-                let found = format!("{size} with byte {offset} set");
-                let wanted = format!("zeros past the {} bytes that this version knows", size_of::<T>());
-                return Err(Error::invalid(format_args!("{name}.struct_size"), found, wanted));
-            }
-        }
         Ok(value.assume_init())
     }
 }
@@ -52,7 +44,7 @@ pub unsafe fn read_or_default<T: Copy>(name: &str, from: *const T) -> Result<T> 
     unsafe { read(name, from) }
 }
 
-/// Checks an output struct before the work, so that nothing fails after it.
+/// Checks an output struct before the work, so that nothing fails after it. Its size is taken as that of an input.
 ///
 /// # Safety
 /// As [`read`].
@@ -78,10 +70,10 @@ pub unsafe fn write<T: Copy>(to: *mut T, value: &T) {
     }
 }
 
-/// The size that a struct says it has.
+/// The size that a struct says it has, if what lies past the bytes that this version knows is zero.
 ///
 /// # Safety
-/// `from` is null or points at a readable `struct_size`.
+/// As [`read`].
 unsafe fn struct_size<T>(name: &str, from: *const T) -> Result<usize> {
     /// No struct of this library comes near it; garbage does.
     const LARGEST: usize = 1 << 16;
@@ -94,9 +86,18 @@ unsafe fn struct_size<T>(name: &str, from: *const T) -> Result<usize> {
     }
     // SAFETY: as the caller vouches.
     let size = unsafe { from.cast::<usize>().read() };
-    if !(size_of::<usize>()..=LARGEST).contains(&size) {
+    // Every version's size is a multiple of 8; another one would cut a field in two.
+    if !(size_of::<usize>()..=LARGEST).contains(&size) || !size.is_multiple_of(8) {
         let wanted = format!("sizeof of the struct, {} in this version", size_of::<T>());
         return Err(Error::invalid(format_args!("{name}.struct_size"), size, wanted));
+    }
+    for offset in size_of::<T>()..size {
+        // SAFETY: the struct has `size` bytes, as it says.
+        if unsafe { from.cast::<u8>().add(offset).read() } != 0 {
+            let found = format!("{size} with byte {offset} set");
+            let wanted = format!("zeros past the {} bytes that this version knows", size_of::<T>());
+            return Err(Error::invalid(format_args!("{name}.struct_size"), found, wanted));
+        }
     }
     Ok(size)
 }
@@ -113,21 +114,25 @@ pub fn output<T>(name: &str, to: *mut T) -> Result<()> {
     Ok(())
 }
 
-/// A caller's array.
+/// A caller's array with one value a rank. `n` is bounded before anything is read.
 ///
 /// # Safety
 /// `data` is null or points at `n` readable values.
-pub unsafe fn array<'a, T>(name: &str, data: *const T, n: i32) -> Result<&'a [T]> {
-    let count = usize::try_from(n).map_err(|_| Error::invalid("n", n, "at least 0"))?;
-    if count == 0 {
-        return Ok(&[]);
+pub unsafe fn ranks<'a, T>(name: &str, data: *const T, n: i32) -> Result<&'a [T]> {
+    /// Most ranks that one process holds.
+    const MOST: i32 = 1024;
+    if !(1..=MOST).contains(&n) {
+        return Err(Error::invalid("n", n, format_args!("1 to {MOST} ranks")));
     }
-    if data.is_null() || !data.is_aligned() {
-        let wanted = format!("an aligned pointer to {n} values");
+    if data.is_null() {
+        return Err(Error::invalid(name, "NULL", format_args!("a pointer to {n} values")));
+    }
+    if !data.is_aligned() {
+        let wanted = format_args!("a pointer aligned to {} bytes", align_of::<T>());
         return Err(Error::invalid(name, format_args!("{data:p}"), wanted));
     }
     // SAFETY: as the caller vouches.
-    Ok(unsafe { std::slice::from_raw_parts(data, count) })
+    Ok(unsafe { std::slice::from_raw_parts(data, n as usize) })
 }
 
 /// A caller's string; null is none.
@@ -169,6 +174,9 @@ pub unsafe fn text(value: &str, buf: *mut c_char, cap: usize, needed: *mut usize
     }
     if buf.is_null() && needed.is_null() {
         return Err(Error::invalid("needed", "NULL", "a pointer where buf is NULL"));
+    }
+    if !needed.is_null() {
+        output("needed", needed)?;
     }
     // SAFETY: as the caller vouches.
     unsafe {
@@ -260,11 +268,11 @@ pub fn attention_desc(d: &treeattn_attention_desc_t) -> Result<AttentionDesc> {
         max_query_tokens: d.max_query_tokens,
         max_kv_length: d.max_kv_length,
         scale: d.scale,
-        causal: d.causal != 0,
+        causal: yes_or_no("causal", d.causal)?,
         window: d.window,
         softcap: d.softcap,
-        alibi: d.alibi != 0,
-        sinks: d.sinks != 0,
+        alibi: yes_or_no("alibi", d.alibi)?,
+        sinks: yes_or_no("sinks", d.sinks)?,
         mask: MaskKind::from_code("mask", d.mask.0)?,
         mask_dtype: if d.mask_dtype.0 == 0 { None } else { Some(Dtype::from_code("mask_dtype", d.mask_dtype.0)?) },
         query_input: QueryInput::from_code("query_input", d.query_input.0)?,
@@ -274,6 +282,14 @@ pub fn attention_desc(d: &treeattn_attention_desc_t) -> Result<AttentionDesc> {
         wire_dtype: dtype("wire_dtype", d.wire_dtype, false)?,
         kv_stable: d.flags & TREEATTN_ATTENTION_KV_STABLE != 0,
     })
+}
+
+fn yes_or_no(name: &str, value: i32) -> Result<bool> {
+    match value {
+        0 => Ok(false),
+        1 => Ok(true),
+        _ => Err(Error::invalid(name, value, "0 or 1")),
+    }
 }
 
 fn reserved(value: u32) -> Result<()> {
@@ -338,7 +354,7 @@ pub fn merge_args(a: &treeattn_merge_args_t) -> Result<MergeArgs> {
         o_dtype: Dtype::from_code("o_dtype", a.o_dtype.0)?,
         lse: tensor(&a.lse),
         lse_base: a.lse_base,
-        plus_inf_is_empty: a.flags != 0,
+        plus_inf_is_empty: a.flags & TREEATTN_MERGE_PLUS_INF_IS_EMPTY != 0,
         out: tensor(&a.out),
         out_dtype: if a.out_dtype.0 == 0 { None } else { Some(Dtype::from_code("out_dtype", a.out_dtype.0)?) },
         out_lse: tensor(&a.out_lse),

@@ -26,12 +26,26 @@ pub fn guard(name: &'static str, body: impl FnOnce() -> Result<()>) -> treeattn_
         Err(payload) => {
             let text = payload.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("no message");
-            Error::new(ErrorKind::Internal, format!("a defect of the library was caught: {text}"))
+            let error = Error::new(ErrorKind::Internal, format!("a defect of the library was caught: {text}"));
+            // Dropping what a panic carries may itself panic.
+            std::mem::forget(payload);
+            error
         }
     };
     // Keeping the message may itself panic where memory is out; the status still holds.
     let kept = catch_unwind(AssertUnwindSafe(|| keep(name, &error)));
     if kept.is_ok() { treeattn_status_t(error.kind().code()) } else { TREEATTN_ERROR_INTERNAL }
+}
+
+/// As [`guard`] for a getter: gives what `body` gives, or `fallback` where it panics.
+pub fn guard_value<T>(name: &'static str, fallback: T, body: impl FnOnce() -> T) -> T {
+    let mut value = fallback;
+    // The getter has no status; the message is kept all the same.
+    let _ = guard(name, || {
+        value = body();
+        Ok(())
+    });
+    value
 }
 
 fn keep(name: &str, error: &Error) {

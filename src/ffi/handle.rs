@@ -1,7 +1,8 @@
 //! Handles: opaque values that name objects in a table, never addresses.
 //!
 //! A handle is odd and holds a tag, the object's type, its index in the table and a generation, so that a destroyed,
-//! foreign or wrong-typed one is always `BadHandle`. A lookup pins the object until the call is over.
+//! foreign or wrong-typed one is always `BadHandle`. Half of the tag differs from one loaded copy of the library to the
+//! next. A slot whose generations are used up is never used again. A lookup pins the object until the call is over.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -14,8 +15,8 @@ use super::types::{treeattn_buffer_t, treeattn_comm_t, treeattn_plan_t, treeattn
 use crate::error::{Error, ErrorKind, Result};
 use crate::runtime::{Buffer, Communicator, Plan, Runtime, Stream};
 
-/// Bits 48 to 63: not a canonical address, so that a handle used as a pointer faults at once.
-const TAG: usize = 0x7ee5;
+/// Bits 56 to 63: not a canonical address, so that a handle used as a pointer faults at once.
+const TAG: usize = 0x7e;
 const INDEX_BITS: u32 = 20;
 const GENERATION_BITS: u32 = 23;
 const _: () = assert!(usize::BITS == 64, "handles need 64 bits");
@@ -49,6 +50,13 @@ objects! {
     Plan, treeattn_plan_t, 5, "plan";
 }
 
+/// Bits 48 to 63: the tag, and a hash of where this copy of the library is loaded.
+fn mark() -> usize {
+    static HERE: u8 = 0;
+    let page = (&raw const HERE).addr() >> 12;
+    TAG << 8 | page.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56
+}
+
 struct Slot {
     generation: usize,
     kind: usize,
@@ -66,23 +74,25 @@ static TABLE: Lazy<RwLock<Table>> = Lazy::new(RwLock::default);
 
 /// Puts an object into the table and gives its handle.
 pub fn insert<T: Object>(object: T) -> Result<*mut T::C> {
+    // Before the lock: where there is no room, what the object's end does is not done under it.
+    let object: Arc<dyn Any + Send + Sync> = Arc::new(object);
     let mut table = TABLE.write();
-    let object: Option<Arc<dyn Any + Send + Sync>> = Some(Arc::new(object));
     let index = match table.free.pop_front() {
         Some(index) => index,
-        None if table.slots.len() < 1 << INDEX_BITS => {
+        None if table.slots.len() < 1 << INDEX_BITS && table.slots.try_reserve(1).is_ok() => {
             table.slots.push(Slot { generation: 0, kind: 0, object: None });
             table.slots.len() - 1
         }
         None => {
-            let message = format!("handles: found {} objects, wanted fewer than {}", 1 << INDEX_BITS, 1 << INDEX_BITS);
+            let found = table.slots.len();
+            let message = format!("handles: found {found} slots in use, wanted room for one more");
             return Err(Error::new(ErrorKind::NoMemory, message));
         }
     };
     let slot = &mut table.slots[index];
     slot.kind = T::TYPE;
-    slot.object = object;
-    let value = TAG << 48 | slot.generation << (5 + INDEX_BITS) | T::TYPE << (1 + INDEX_BITS) | index << 1 | 1;
+    slot.object = Some(object);
+    let value = mark() << 48 | slot.generation << (5 + INDEX_BITS) | T::TYPE << (1 + INDEX_BITS) | index << 1 | 1;
     Ok(std::ptr::without_provenance_mut(value))
 }
 
@@ -102,9 +112,13 @@ pub fn remove<T: Object>(argument: &str, handle: *mut T::C) -> Result<Option<Arc
     let mut table = TABLE.write();
     let index = locate::<T>(&table, argument, handle.addr())?;
     let slot = &mut table.slots[index];
-    slot.generation = (slot.generation + 1) % (1 << GENERATION_BITS);
+    slot.generation += 1;
+    let reusable = slot.generation < 1 << GENERATION_BITS;
     let object = slot.object.take();
-    table.free.push_back(index);
+    // Without memory for the list the slot is lost, and nothing else.
+    if reusable && table.free.try_reserve(1).is_ok() {
+        table.free.push_back(index);
+    }
     drop(table);
     Ok(object.and_then(|object| object.downcast().ok()))
 }
@@ -113,7 +127,7 @@ fn locate<T: Object>(table: &Table, argument: &str, value: usize) -> Result<usiz
     if value == 0 {
         return Err(bad::<T>(argument, value, "NULL"));
     }
-    if value >> 48 != TAG || value & 1 == 0 {
+    if value >> 48 != mark() || value & 1 == 0 {
         return Err(bad::<T>(argument, value, "no handle of this library"));
     }
     let kind = value >> (1 + INDEX_BITS) & 0xf;
@@ -153,11 +167,27 @@ mod tests {
         assert!(get::<Runtime>("runtime", handle).err().unwrap().message().contains("destroyed"));
         assert!(remove::<Runtime>("runtime", handle).is_err());
         drop(pinned);
-        for value in [1usize, 8, usize::MAX, TAG << 48 | 1, TAG << 48 | 1 << 21 | 0xfffff << 1 | 1] {
+        for value in [1usize, 8, usize::MAX, mark() << 48 | 1, mark() << 48 | 1 << 21 | 0xfffff << 1 | 1] {
             let handle = std::ptr::without_provenance_mut(value);
             assert_eq!(get::<Runtime>("runtime", handle).err().unwrap().kind(), ErrorKind::BadHandle, "{value:#x}");
         }
         assert!(remove::<Runtime>("runtime", std::ptr::null_mut()).unwrap().is_none());
+        // As another copy of the library would make it.
+        let here = insert(Runtime::new(RuntimeConfig::default()).unwrap()).unwrap();
+        assert!(get::<Runtime>("runtime", here.map_addr(|value| value ^ 1 << 50)).is_err());
+        remove::<Runtime>("runtime", here).unwrap();
+    }
+
+    #[test]
+    fn a_slot_is_given_up_before_its_generations_come_round() {
+        let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+        let first = insert(runtime.clone()).unwrap();
+        let index = first.addr() >> 1 & ((1 << INDEX_BITS) - 1);
+        TABLE.write().slots[index].generation = (1 << GENERATION_BITS) - 1;
+        let last = first.map_addr(|value| value | ((1 << GENERATION_BITS) - 1) << (5 + INDEX_BITS));
+        assert!(remove::<Runtime>("runtime", last).unwrap().is_some());
+        assert!(!TABLE.read().free.contains(&index));
+        assert!(get::<Runtime>("runtime", last).is_err() && get::<Runtime>("runtime", first).is_err());
     }
 
     #[test]

@@ -78,9 +78,9 @@ pub unsafe extern "C" fn treeattn_plan_create_all(
 ) -> treeattn_status_t {
     guard("treeattn_plan_create_all", || {
         // SAFETY: as the caller vouches.
-        let handles = unsafe { convert::array("comms", comms, n) }?;
-        let comms: Vec<_> =
-            handles.iter().map(|&comm| handle::get::<Communicator>("comms", comm)).collect::<Result<_>>()?;
+        let handles = unsafe { convert::ranks("comms", comms, n) }?;
+        let comm = |(i, &comm)| handle::get::<Communicator>(&format!("comms[{i}]"), comm);
+        let comms: Vec<_> = handles.iter().enumerate().map(comm).collect::<Result<_>>()?;
         // SAFETY: as the caller vouches.
         let desc = convert::attention_desc(&unsafe { convert::read("desc", desc) }?)?;
         convert::output("plans", plans)?;

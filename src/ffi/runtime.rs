@@ -45,6 +45,8 @@ pub unsafe extern "C" fn treeattn_runtime_create(
 pub unsafe extern "C" fn treeattn_runtime_destroy(runtime: *mut treeattn_runtime_t) -> treeattn_status_t {
     guard("treeattn_runtime_destroy", || {
         if let Some(runtime) = handle::remove::<Runtime>("runtime", runtime)? {
+            // What lives on must not call the engine back: `user_data` may go after this.
+            runtime.set_log_callback(None)?;
             runtime.close();
         }
         Ok(())
@@ -224,6 +226,7 @@ pub unsafe extern "C" fn treeattn_buffer_data(
 ) -> treeattn_status_t {
     guard("treeattn_buffer_data", || {
         let buffer = handle::get::<Buffer>("buffer", buffer)?;
+        buffer.check_open()?;
         convert::output("data", data)?;
         // SAFETY: checked; writable as the caller vouches.
         unsafe { *data = buffer.data() };

@@ -49,8 +49,13 @@ impl Buffer {
         Ok(())
     }
 
+    /// Whether the runtime that the buffer was made from is still there.
+    pub(crate) fn check_open(&self) -> Result<()> {
+        self.runtime.check_open()
+    }
+
     pub(crate) fn check_range(&self, offset: usize, len: usize) -> Result<()> {
-        self.runtime.check_open()?;
+        self.check_open()?;
         if offset.checked_add(len).is_none_or(|end| end > self.bytes()) {
             let wanted = format!("offset + bytes of at most {}", self.bytes());
             return Err(Error::invalid("offset, bytes", format!("{offset} and {len}"), wanted));

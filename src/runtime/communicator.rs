@@ -154,6 +154,11 @@ impl Communicator {
         Ok(())
     }
 
+    /// Whether this rank has not left, and the runtime is still there.
+    pub(crate) fn check_open(&self) -> Result<()> {
+        self.core.check_open()
+    }
+
     /// Leaves the group: peers that still wait for this rank get `PeerLost`; plans return `ParentDestroyed`.
     pub fn close(&self) {
         if !self.core.closed.swap(true, Ordering::AcqRel) {
