@@ -1,42 +1,89 @@
 /*
  * libtreeattn: exact decode attention over a KV cache that is sharded along the sequence.
  *
- * Generated from src/ffi by cbindgen; do not edit. SPDX-License-Identifier: MIT OR Apache-2.0
+ * SPDX-License-Identifier: MIT OR Apache-2.0
+ * Generated from src/ffi; do not edit.
  *
- * What it does. An engine holds a KV cache that is too large or too slow for one device, split along the sequence over
- * ranks. For each decode step every rank passes the queries and its own shard of keys and values; every rank gets back
- * the exact attention output. A rank turns its shard into a partial, (output, log-sum-exp), and partials meet by an
- * associative merge, in a tree (Tree Attention, arXiv 2408.04093; also: decode context parallelism). It is not the tree
- * mask of speculative decoding.
+ * WHAT IT DOES
  *
- * Objects. A runtime is a process's use of the library. A communicator is one rank's end of a group of ranks. A plan is
- * an attention shape made ready on one rank: it allocates once, and serves every layer of that shape. A stream is an
- * in-order queue of steps. Buffers are a convenience. Handles are opaque and never addresses: a destroyed, foreign or
- * wrong-typed handle is always TREEATTN_ERROR_BAD_HANDLE. Destroying NULL is fine. Parents may go first; their children
- * then return TREEATTN_ERROR_PARENT_DESTROYED and can still be destroyed.
+ * An inference engine holds a KV cache that is too large, or too slow to read, for one device, split along the sequence
+ * over ranks (CPU workers, GPUs). For each decode step it hands every rank the queries and the rank's own shard of keys
+ * and values. Each rank attends its shard, which gives a partial: a normalised output and the log-sum-exp (lse) of its
+ * scores. Partials merge by an associative operation, so they merge in a tree, and every rank gets the output that
+ * attention over the whole cache would give (Tree Attention, arXiv 2408.04093). This is also known as decode context
+ * parallelism. It is not the tree mask of speculative decoding.
  *
- * A step, on each rank:
+ * OBJECTS
  *
- *   treeattn_attention_desc_t desc = TREEATTN_ATTENTION_DESC_INIT;    // then q_heads, kv_heads, dims, dtypes, limits
- *   treeattn_plan_create(comm, &desc, &plan);                         // once; collective
- *   treeattn_decode_args_t args = TREEATTN_DECODE_ARGS_INIT;          // then batch, q, k, v, out, kv_length, ...
- *   treeattn_plan_decode(plan, &args, stream);                        // every layer, every step
- *   treeattn_stream_synchronize(stream);
+ *   treeattn_runtime_t   what a process sets up once
+ *   treeattn_comm_t      one rank's end of a communicator; a rank has a device and a shard
+ *   treeattn_plan_t      a shape made ready on one rank: allocates everything, serves all layers of that shape
+ *   treeattn_stream_t    an in-order queue of steps
+ *   treeattn_buffer_t    memory of a device; a convenience, every call takes raw pointers
  *
- * Structs. struct_size comes first: start from the TREEATTN_..._INIT value of the struct. Zero means default in every
- * other field. A program compiled with an older, shorter struct works; a longer one works where its new fields are zero.
- * treeattn_tensor_t and treeattn_placement_t are frozen and have no struct_size. Strides are in bytes.
+ * Objects are handles, not addresses. A handle that was destroyed, or is of another type or no handle at all, is
+ * TREEATTN_ERROR_BAD_HANDLE and never a crash. Destroying NULL does nothing. Objects may be destroyed in any order: one
+ * whose parent is gone returns TREEATTN_ERROR_PARENT_DESTROYED, and can still be destroyed.
  *
- * Errors. Every function but the string and version getters returns treeattn_status_t. Outputs come last and are
- * untouched on error. treeattn_last_error_message() names the argument, the value found and the value wanted. The library
- * never aborts, traps, or waits without a deadline; it opens no sockets, installs no signal handlers and prints nothing.
+ * A STEP
  *
- * Pointers. Each must be NULL or valid for what its parameter says. Tensors and index arrays of a step are the caller's,
- * in memory of the plan's device, valid and unchanged until the step is done; structs of arguments are copied at once.
+ *   treeattn_runtime_t *runtime;
+ *   treeattn_comm_t *comms[2];
+ *   treeattn_plan_t *plans[2];
+ *   treeattn_device_t devices[2] = {TREEATTN_CPU(0), TREEATTN_CPU(0)};
+ *   treeattn_attention_desc_t desc = TREEATTN_ATTENTION_DESC_INIT;
+ *   treeattn_decode_args_t args = TREEATTN_DECODE_ARGS_INIT;
  *
- * Threads. Calls that exchange on one communicator and its plans are serialised by the caller, and all ranks issue them in
- * the same order. treeattn_comm_abort(), treeattn_comm_status() and treeattn_last_error_message() may be called from any
- * thread at any time. Several ranks of one process need a thread or a stream each.
+ *   treeattn_runtime_create(NULL, &runtime);
+ *   treeattn_comm_create_local(runtime, 2, devices, NULL, comms);
+ *   desc.q_heads = 32; desc.kv_heads = 8; desc.head_dim_qk = desc.head_dim_v = 128;
+ *   desc.q_dtype = desc.k_dtype = desc.v_dtype = desc.out_dtype = TREEATTN_DTYPE_F16;
+ *   desc.max_batch = desc.max_query_tokens = 1;
+ *   desc.max_kv_length = 65536;                              // tokens of a sequence on one rank; costs no memory
+ *   treeattn_plan_create_all(2, comms, &desc, plans);
+ *
+ *   // then, on a thread of its own for each rank r, once a layer and token:
+ *   args.batch = args.query_tokens = 1;
+ *   args.q.data = q;        args.q.bytes = q_bytes;          // [token, query head, dim], packed: all strides are zero
+ *   args.k.data = k[r];     args.k.bytes = kv_bytes;         // [sequence, token, kv head, dim]: this rank's tokens
+ *   args.v.data = v[r];     args.v.bytes = kv_bytes;
+ *   args.out.data = out[r]; args.out.bytes = out_bytes;      // [token, query head, dim]: the same bits on every rank
+ *   args.kv_length = &length[r];
+ *   if (treeattn_plan_decode(plans[r], &args, NULL) != TREEATTN_OK)
+ *       fputs(treeattn_last_error_message(), stderr);
+ *
+ * THREADS
+ *
+ * Calls on one communicator and its plans are the caller's to serialise; treeattn_comm_abort, treeattn_comm_status and
+ * treeattn_last_error_message may come from any thread at any time. All ranks issue the exchanging calls (plan creation,
+ * decode, merge) of one communicator in the same order. With a NULL stream a step of a CPU plan runs on the calling
+ * thread and waits there for the other ranks, so each local rank needs a thread of its own. With a stream it is only
+ * enqueued, so one thread can drive them all: step k on every rank before step k + 1 on any. A plan is in flight on one
+ * stream at a time. The library's own threads block all signals, and end with the object that they serve.
+ *
+ * ERRORS
+ *
+ * Calls return a status; treeattn_last_error_message() names the argument, the value found and the value wanted.
+ * Outputs come last and are untouched where a call fails. What the host can see is checked before anything is enqueued.
+ * What only the device sees (lengths, positions, tables) is checked during the step, before any address is formed from
+ * it: such a sequence gets NaN, the status is TREEATTN_ERROR_INVALID_DATA, everything else is good. Every wait for other
+ * ranks has a deadline; one that expires breaks the communicator on all ranks (TREEATTN_ERROR_TIMEOUT), and a new one
+ * can be made in the same process. No call aborts, exits or traps. A defect of the library comes back as
+ * TREEATTN_ERROR_INTERNAL (after the usual panic line on stderr: the library installs no panic hook).
+ *
+ * POINTERS
+ *
+ * Each is NULL or valid for what its parameter says. Tensors and index arrays of a step are the caller's, in memory of
+ * the plan's device, valid and unchanged until the step is done; structs of arguments are copied at once. NULL and
+ * misaligned pointers are refused; that others are good is the caller's word.
+ *
+ * STRUCTS
+ *
+ * Every struct starts with struct_size, but for those held by value in others (treeattn_tensor_t,
+ * treeattn_placement_t), which never change. Set one up with its TREEATTN_..._INIT macro, in C and in C++: zero is the
+ * default of every other field. Structs grow at their end: a library that is newer than the header takes the shorter
+ * struct; an older one takes the longer, if the fields it does not know are zero, and else refuses it.
+ * Of a longer struct that the library fills, the fields that it does not know stay as they are.
  */
 
 #ifndef TREEATTN_H
@@ -54,6 +101,9 @@
 #define TREEATTN_CPU(n) TREEATTN_DEVICE(TREEATTN_DEVICE_CPU, n)
 /** CUDA device n, by the driver's ordinal. */
 #define TREEATTN_CUDA(n) TREEATTN_DEVICE(TREEATTN_DEVICE_CUDA, n)
+
+/** The header's version as one number that grows: 10203 is 1.2.3. */
+#define TREEATTN_VERSION (TREEATTN_VERSION_MAJOR * 10000 + TREEATTN_VERSION_MINOR * 100 + TREEATTN_VERSION_PATCH)
 
 /*
  * Initial values: struct_size set, everything else 0. In C they are initialisers, in C++ values.
@@ -80,9 +130,9 @@ inline T sized() {
 #define TREEATTN_MERGE_ARGS_INIT TREEATTN_INIT_(treeattn_merge_args_t)
 #define TREEATTN_PLAN_MEMORY_INIT TREEATTN_INIT_(treeattn_plan_memory_t)
 #define TREEATTN_PLAN_STATS_INIT TREEATTN_INIT_(treeattn_plan_stats_t)
+#define TREEATTN_TRANSPORT_INIT TREEATTN_INIT_(treeattn_transport_t)
 #define TREEATTN_SELFCHECK_CONFIG_INIT TREEATTN_INIT_(treeattn_selfcheck_config_t)
 #define TREEATTN_SELFCHECK_REPORT_INIT TREEATTN_INIT_(treeattn_selfcheck_report_t)
-
 
 /**
  * Flag of `treeattn_attention_desc_t`: keys and values older than the step's own tokens do not change while earlier
@@ -90,24 +140,16 @@ inline T sized() {
  */
 #define TREEATTN_ATTENTION_KV_STABLE 1
 
-/**
- * Flag of `treeattn_merge_args_t`: an incoming lse of +inf means an empty partial, as -inf does.
- */
+/** Flag of `treeattn_merge_args_t`: an incoming lse of +inf means an empty partial, as -inf does. */
 #define TREEATTN_MERGE_PLUS_INF_IS_EMPTY 1
 
-/**
- * Version of the header, to compare with `treeattn_version`.
- */
+/** Version of the header, to compare with `treeattn_version`. */
 #define TREEATTN_VERSION_MAJOR 0
 
-/**
- * See `TREEATTN_VERSION_MAJOR`.
- */
+/** See `TREEATTN_VERSION_MAJOR`. */
 #define TREEATTN_VERSION_MINOR 1
 
-/**
- * See `TREEATTN_VERSION_MAJOR`.
- */
+/** See `TREEATTN_VERSION_MAJOR`. */
 #define TREEATTN_VERSION_PATCH 0
 
 /**
@@ -116,95 +158,146 @@ inline T sized() {
  */
 #define TREEATTN_ABI_VERSION 1
 
-/**
- * Memory of a device, a convenience. Made by `treeattn_buffer_alloc`.
- */
+/** Memory of a device, a convenience. Made by `treeattn_buffer_alloc`. */
 typedef struct treeattn_buffer_t treeattn_buffer_t;
 
-/**
- * One rank's end of a communicator. Made by `treeattn_comm_create_local`.
- */
+/** One rank's end of a communicator. Made by `treeattn_comm_create_local`. */
 typedef struct treeattn_comm_t treeattn_comm_t;
 
-/**
- * A shape made ready on one rank. Made by `treeattn_plan_create`.
- */
+/** A shape made ready on one rank. Made by `treeattn_plan_create`. */
 typedef struct treeattn_plan_t treeattn_plan_t;
 
-/**
- * A process's use of the library. Made by `treeattn_runtime_create`.
- */
+/** A process's use of the library. Made by `treeattn_runtime_create`. */
 typedef struct treeattn_runtime_t treeattn_runtime_t;
 
-/**
- * An in-order queue of steps on one device. Made by `treeattn_stream_create`.
- */
+/** An in-order queue of steps on one device. Made by `treeattn_stream_create`. */
 typedef struct treeattn_stream_t treeattn_stream_t;
 
-/**
- * Outcome of a call: `TREEATTN_OK` or a positive `TREEATTN_ERROR_` code.
- */
+/** Outcome of a call: `TREEATTN_OK` or a positive `TREEATTN_ERROR_` code. */
 typedef int32_t treeattn_status_t;
 
+/** The call did what it says. */
+#define TREEATTN_OK 0
+
+/** An argument is outside what the call accepts. */
+#define TREEATTN_ERROR_INVALID_ARGUMENT 1
+
+/** A handle is NULL, foreign, destroyed or of another type. */
+#define TREEATTN_ERROR_BAD_HANDLE 2
+
+/** The object that this one was made from has been destroyed. Destroying this one still works. */
+#define TREEATTN_ERROR_PARENT_DESTROYED 3
+
+/** A valid request for something that this build does not do; the message names the field. */
+#define TREEATTN_ERROR_UNSUPPORTED 4
+
+/** A library or device that the request needs is not on this machine. */
+#define TREEATTN_ERROR_UNAVAILABLE 5
+
+/** The ranks passed different descriptors to a collective creation; the message names the field and the ranks. */
+#define TREEATTN_ERROR_MISMATCH 6
+
+/** The ranks issued different exchanging calls. The communicator is broken. */
+#define TREEATTN_ERROR_DESYNC 7
+
+/** A rank did not come before the deadline. The communicator is broken (unless the wait was for a full stream). */
+#define TREEATTN_ERROR_TIMEOUT 8
+
+/** A rank was seen to leave. The communicator is broken. */
+#define TREEATTN_ERROR_PEER_LOST 9
+
+/** The communicator was aborted. It is broken. */
+#define TREEATTN_ERROR_ABORTED 10
+
 /**
- * What `treeattn_runtime_create` takes.
+ * A length, position or table entry read during the step is out of range. The outputs of that sequence are NaN on
+ * every rank, all others are good, and the communicator stays usable.
  */
-typedef struct {
-  /**
-   * sizeof(treeattn_runtime_config_t).
-   */
-  size_t struct_size;
-  /**
-   * Instruction set of the CPU backend: "scalar", "avx2", "avx512" or "neon". NULL: the environment variable
-   * TREEATTN_CPU_ISA, else the best that the machine has.
-   */
-  const char *cpu_isa;
+#define TREEATTN_ERROR_INVALID_DATA 11
+
+/** Host memory could not be had. */
+#define TREEATTN_ERROR_NO_MEMORY 12
+
+/** Device memory could not be had. */
+#define TREEATTN_ERROR_NO_DEVICE_MEMORY 13
+
+/** The call cannot be made while a stream is being captured; the capture is intact. */
+#define TREEATTN_ERROR_CAPTURING 14
+
+/** A CUDA call failed. */
+#define TREEATTN_ERROR_CUDA 15
+
+/** The CUDA context is lost; only destroy calls still work on its objects. */
+#define TREEATTN_ERROR_CUDA_FATAL 16
+
+/** An asynchronous CUDA error was pending before the call. */
+#define TREEATTN_ERROR_CUDA_PRIOR 17
+
+/** An NCCL call failed. */
+#define TREEATTN_ERROR_NCCL 18
+
+/** A callback of the engine's transport failed. */
+#define TREEATTN_ERROR_TRANSPORT 19
+
+/** The operating system refused something (a thread, a file). */
+#define TREEATTN_ERROR_SYSTEM 20
+
+/** A defect of the library, caught at its border. The process goes on; please report it. */
+#define TREEATTN_ERROR_INTERNAL 21
+
+/** The object is in use by another call that must end first. */
+#define TREEATTN_ERROR_BUSY 22
+
+/** What `treeattn_runtime_create` takes. */
+typedef struct treeattn_runtime_config_t {
+    /** sizeof(treeattn_runtime_config_t). */
+    size_t struct_size;
+    /**
+     * Instruction set of the CPU backend: "scalar", "avx2", "avx512" or "neon". NULL: the environment variable
+     * TREEATTN_CPU_ISA, else the best that the machine has.
+     */
+    const char *cpu_isa;
 } treeattn_runtime_config_t;
 
-/**
- * What kind of device.
- */
+/** What kind of device. */
 typedef int32_t treeattn_device_kind_t;
 
-/**
- * A device: kind * 65536 + ordinal. Make it with `TREEATTN_CPU(n)`, `TREEATTN_CUDA(n)` or `TREEATTN_DEVICE(kind, n)`.
- */
+/** The processors of this machine, together one device with ordinal 0. */
+#define TREEATTN_DEVICE_CPU 0
+
+/** A CUDA GPU, by the driver's ordinal. */
+#define TREEATTN_DEVICE_CUDA 1
+
+/** A device: kind * 65536 + ordinal. Make it with `TREEATTN_CPU(n)`, `TREEATTN_CUDA(n)` or `TREEATTN_DEVICE(kind, n)`. */
 typedef int32_t treeattn_device_t;
 
-/**
- * What a device is. Filled by `treeattn_runtime_device_info`.
- */
-typedef struct {
-  /**
-   * sizeof(treeattn_device_info_t).
-   */
-  size_t struct_size;
-  /**
-   * The device.
-   */
-  treeattn_device_t device;
-  /**
-   * Processor cores that this process may use, or streaming multiprocessors.
-   */
-  int32_t units;
-  /**
-   * Its memory in bytes.
-   */
-  uint64_t memory;
-  /**
-   * Its maker's name for it; cut where it is longer.
-   */
-  char name[128];
-  /**
-   * The instruction set in use, and why where it was asked for; or the compute capability. Cut where it is longer.
-   */
-  char isa[256];
+/** What a device is. Filled by `treeattn_runtime_device_info`. */
+typedef struct treeattn_device_info_t {
+    /** sizeof(treeattn_device_info_t). */
+    size_t struct_size;
+    /** The device. */
+    treeattn_device_t device;
+    /** Processor cores that this process may use, or streaming multiprocessors. */
+    int32_t units;
+    /** Its memory in bytes. */
+    uint64_t memory;
+    /** Its maker's name for it; cut where it is longer. */
+    char name[128];
+    /** The instruction set in use, and why where it was asked for; or the compute capability. Cut where it is longer. */
+    char isa[256];
 } treeattn_device_info_t;
 
-/**
- * How weighty a log line is.
- */
+/** How weighty a log line is. */
 typedef int32_t treeattn_log_level_t;
+
+/** Something failed. */
+#define TREEATTN_LOG_ERROR 1
+
+/** Something works, but not as asked. */
+#define TREEATTN_LOG_WARNING 2
+
+/** A choice that the library made. */
+#define TREEATTN_LOG_INFO 3
 
 /**
  * Receives log lines. Called from any thread, also the library's own, with a text that is valid during the call; must
@@ -212,128 +305,166 @@ typedef int32_t treeattn_log_level_t;
  */
 typedef void (*treeattn_log_callback_t)(treeattn_log_level_t level, const char *message, void *user_data);
 
-/**
- * How a communicator waits and what it may use. The same on every rank.
- */
-typedef struct {
-  /**
-   * sizeof(treeattn_comm_config_t).
-   */
-  size_t struct_size;
-  /**
-   * How long creating the communicator and its plans may wait for the other ranks, in nanoseconds. 0: 30 s.
-   */
-  int64_t setup_timeout;
-  /**
-   * How long a step may wait for the other ranks, in nanoseconds. 0: 10 s.
-   */
-  int64_t step_timeout;
-  /**
-   * Worker threads of a CPU rank, the calling thread among them. 0: the cores over the local ranks, at least 1.
-   */
-  int32_t threads_per_rank;
-  /**
-   * Ranks of the same group count as one node.
-   */
-  int32_t node_group;
-  /**
-   * Path of the NCCL library to load. NULL: looked for.
-   */
-  const char *nccl_path;
+/** How a communicator waits and what it may use. The same on every rank. */
+typedef struct treeattn_comm_config_t {
+    /** sizeof(treeattn_comm_config_t). */
+    size_t struct_size;
+    /** How long creating the communicator and its plans may wait for the other ranks, in nanoseconds. 0: 30 s. */
+    int64_t setup_timeout;
+    /** How long a step may wait for the other ranks, in nanoseconds. 0: 10 s. */
+    int64_t step_timeout;
+    /** Worker threads of a CPU rank, the calling thread among them. 0: the cores over the local ranks, at least 1. */
+    int32_t threads_per_rank;
+    /** Ranks of the same group count as one node. */
+    int32_t node_group;
+    /** Path of the NCCL library to load. NULL: looked for. */
+    const char *nccl_path;
 } treeattn_comm_config_t;
 
-/**
- * The health of a communicator. Filled by `treeattn_comm_status`.
- */
-typedef struct {
-  /**
-   * sizeof(treeattn_comm_status_t).
-   */
-  size_t struct_size;
-  /**
-   * TREEATTN_OK, why the communicator is broken, or TREEATTN_ERROR_INVALID_DATA of a step.
-   */
-  treeattn_status_t code;
-  /**
-   * The rank that the error is about, -1 if none.
-   */
-  int32_t rank;
-  /**
-   * Exchange steps that this rank completed.
-   */
-  uint64_t step;
-  /**
-   * The plan of the last step by its number on the communicator (from 1; see `treeattn_plan_stats_t`), 0 before the
-   * first; with INVALID_DATA the plan that met it.
-   */
-  uint64_t plan;
-  /**
-   * The first sequence that bad data was found in, -1 if none.
-   */
-  int32_t sequence;
-  /**
-   * 1: no exchange will succeed any more; destroy the communicator and make a new one.
-   */
-  int32_t broken;
-  /**
-   * The message that goes with `code`; empty if there is none, cut where it is longer.
-   */
-  char message[512];
+/** The health of a communicator. Filled by `treeattn_comm_status`. */
+typedef struct treeattn_comm_status_t {
+    /** sizeof(treeattn_comm_status_t). */
+    size_t struct_size;
+    /** TREEATTN_OK, why the communicator is broken, or TREEATTN_ERROR_INVALID_DATA of a step. */
+    treeattn_status_t code;
+    /** The rank that the error is about, -1 if none. */
+    int32_t rank;
+    /** Exchange steps that this rank completed. */
+    uint64_t step;
+    /**
+     * The plan of the last step by its number on the communicator (from 1; see `treeattn_plan_stats_t`), 0 before the
+     * first; with INVALID_DATA the plan that met it.
+     */
+    uint64_t plan;
+    /** The first sequence that bad data was found in, -1 if none. */
+    int32_t sequence;
+    /** 1: no exchange will succeed any more; destroy the communicator and make a new one. */
+    int32_t broken;
+    /** The message that goes with `code`; empty if there is none, cut where it is longer. */
+    char message[512];
 } treeattn_comm_status_t;
 
-/**
- * Element type of a tensor. 0 is no type: where a field has a default, 0 selects it, elsewhere it is refused.
- */
+/** Element type of a tensor. 0 is no type: where a field has a default, 0 selects it, elsewhere it is refused. */
 typedef int32_t treeattn_dtype_t;
 
-/**
- * How keys and values are laid out in memory.
- */
+/** IEEE binary32, 4 bytes. */
+#define TREEATTN_DTYPE_F32 1
+
+/** IEEE binary16, 2 bytes. */
+#define TREEATTN_DTYPE_F16 2
+
+/** bfloat16, 2 bytes. */
+#define TREEATTN_DTYPE_BF16 3
+
+/** OCP fp8 with 4 exponent bits and no infinities, 1 byte. Keys and values. */
+#define TREEATTN_DTYPE_F8_E4M3 4
+
+/** OCP fp8 with 5 exponent bits, 1 byte. Keys and values. */
+#define TREEATTN_DTYPE_F8_E5M2 5
+
+/** ggml blocks of 32 values: an f16 scale and 32 int8, 34 bytes. Keys and values. */
+#define TREEATTN_DTYPE_Q8_0 6
+
+/** ggml blocks of 32 values: an f16 scale and 32 times 4 bits, 18 bytes. Keys and values. */
+#define TREEATTN_DTYPE_Q4_0 7
+
+/** How keys and values are laid out in memory. */
 typedef int32_t treeattn_kv_layout_t;
 
-/**
- * Which rank holds which token.
- */
+/** Tensors [sequence, token, kv head, dim] with any byte strides. The default. */
+#define TREEATTN_KV_LAYOUT_STRIDED 0
+
+/** Pages [page, slot, kv head, dim] named by a table int32 [batch, max_pages], as in vLLM. */
+#define TREEATTN_KV_LAYOUT_BLOCK_TABLE 1
+
+/** Pages [page, slot, kv head, dim] named by compressed rows (indptr, indices, last_page_len), as in FlashInfer. */
+#define TREEATTN_KV_LAYOUT_CSR_PAGES 2
+
+/** Which rank holds which token. */
 typedef int32_t treeattn_placement_kind_t;
 
-/**
- * Which rank holds which token. Frozen: no struct_size.
- */
-typedef struct {
-  /**
-   * The kind.
-   */
-  treeattn_placement_kind_t kind;
-  /**
-   * Tokens a run with TREEATTN_PLACEMENT_INTERLEAVED, at least 1; else 0.
-   */
-  int32_t interleave;
+/** Each rank holds one run of consecutive tokens; where it begins comes with each step (`kv_start`). The default. */
+#define TREEATTN_PLACEMENT_CONTIGUOUS 0
+
+/** Runs of `interleave` tokens go to the ranks in turn; 1 is round robin. */
+#define TREEATTN_PLACEMENT_INTERLEAVED 1
+
+/** Every local slot carries its own global position (`kv_position`). */
+#define TREEATTN_PLACEMENT_EXPLICIT 2
+
+/** Which rank holds which token. Frozen: no struct_size. */
+typedef struct treeattn_placement_t {
+    /** The kind. */
+    treeattn_placement_kind_t kind;
+    /** Tokens a run with TREEATTN_PLACEMENT_INTERLEAVED, at least 1; else 0. */
+    int32_t interleave;
 } treeattn_placement_t;
 
-/**
- * What an additional mask holds.
- */
+/** What an additional mask holds. */
 typedef int32_t treeattn_mask_kind_t;
 
-/**
- * What each rank passes as q.
- */
+/** No mask. The default. */
+#define TREEATTN_MASK_NONE 0
+
+/** Added to the scaled scores; -inf hides. */
+#define TREEATTN_MASK_ADDITIVE 1
+
+/** Bytes; non-zero is visible. */
+#define TREEATTN_MASK_BOOLEAN 2
+
+/** What each rank passes as q. */
 typedef int32_t treeattn_query_input_t;
 
-/**
- * Who gets the merged output.
- */
+/** All heads on every rank. The default. */
+#define TREEATTN_QUERY_INPUT_REPLICATED 0
+
+/** Each rank its own heads (see `treeattn_head_range`). */
+#define TREEATTN_QUERY_INPUT_SCATTERED 1
+
+/** Who gets the merged output. */
 typedef int32_t treeattn_output_t;
 
-/**
- * How partials meet. All are exact.
- */
+/** Every rank, all heads, the same bits. The default. */
+#define TREEATTN_OUTPUT_REPLICATED 0
+
+/** Each rank, its own heads only (see `treeattn_head_range`): for a tensor-parallel output projection. */
+#define TREEATTN_OUTPUT_SCATTERED 1
+
+/** No exchange: each rank gets the output over its own shard. */
+#define TREEATTN_OUTPUT_LOCAL 2
+
+/** How partials meet. All are exact. */
 typedef int32_t treeattn_algorithm_t;
 
-/**
- * Which bits are promised to be the same.
- */
+/** The library chooses; `treeattn_plan_stats` says which and why. The default. */
+#define TREEATTN_ALGORITHM_AUTO 0
+
+/** Every rank sends its partial to every rank, each merges all, in one step. */
+#define TREEATTN_ALGORITHM_ONE_SHOT 1
+
+/** Each rank merges its own heads, then the merged heads are spread. */
+#define TREEATTN_ALGORITHM_TWO_SHOT 2
+
+/** A tree over groups of ranks. */
+#define TREEATTN_ALGORITHM_TREE 3
+
+/** The paper's three reductions (a maximum, two sums): a baseline. */
+#define TREEATTN_ALGORITHM_ALLREDUCE3 4
+
+/** Keys and values passed round: a baseline. */
+#define TREEATTN_ALGORITHM_RING 5
+
+/** Which bits are promised to be the same. */
 typedef int32_t treeattn_reproducibility_t;
+
+/** Same plan, same inputs: same bits, every run, on every rank. The default. */
+#define TREEATTN_REPRODUCIBILITY_REPEATABLE 0
+
+/** A row's bits do not depend on its neighbours in the batch. */
+#define TREEATTN_REPRODUCIBILITY_BATCH_INVARIANT 1
+
+/** The same bits for any number of ranks. */
+#define TREEATTN_REPRODUCIBILITY_CANONICAL 2
 
 /**
  * An attention shape: what stays the same from step to step, and is the same on every rank.
@@ -342,129 +473,73 @@ typedef int32_t treeattn_reproducibility_t;
  * `max_query_tokens`, `out_dtype`, `wire_dtype`, `output` and `algorithm` count. A field whose capability this build
  * lacks is TREEATTN_ERROR_UNSUPPORTED, by name.
  */
-typedef struct {
-  /**
-   * sizeof(treeattn_attention_desc_t).
-   */
-  size_t struct_size;
-  /**
-   * Query heads, at least 1.
-   */
-  int32_t q_heads;
-  /**
-   * Key and value heads, a divisor of `q_heads`. 0: a merge-only plan.
-   */
-  int32_t kv_heads;
-  /**
-   * Dimension of q and k, 1 to 1024.
-   */
-  int32_t head_dim_qk;
-  /**
-   * Dimension of v and of the output, 1 to 1024. May differ from `head_dim_qk`.
-   */
-  int32_t head_dim_v;
-  /**
-   * Element type of q: f32, f16 or bf16.
-   */
-  treeattn_dtype_t q_dtype;
-  /**
-   * Element type of k.
-   */
-  treeattn_dtype_t k_dtype;
-  /**
-   * Element type of v.
-   */
-  treeattn_dtype_t v_dtype;
-  /**
-   * Element type of the output: f32, f16 or bf16.
-   */
-  treeattn_dtype_t out_dtype;
-  /**
-   * Layout of k and v.
-   */
-  treeattn_kv_layout_t kv_layout;
-  /**
-   * Tokens a page, at least 1; 0 for the strided layout.
-   */
-  int32_t page_size;
-  /**
-   * Which rank holds which token.
-   */
-  treeattn_placement_t placement;
-  /**
-   * Most sequences in a step, at least 1.
-   */
-  int32_t max_batch;
-  /**
-   * Most query tokens in a step, all sequences together, at least 1.
-   */
-  int32_t max_query_tokens;
-  /**
-   * Most tokens of one sequence on one rank, at least 1. Costs no memory.
-   */
-  int32_t max_kv_length;
-  /**
-   * Multiplies q.k; 0: 1/sqrt(head_dim_qk).
-   */
-  float scale;
-  /**
-   * 1: a query does not see keys at later global positions. Its own token is a key like the others: put it into the
-   * cache first.
-   */
-  int32_t causal;
-  /**
-   * Sliding window: keys visible to a query, by global position, its own included. 0: all.
-   */
-  int32_t window;
-  /**
-   * Scores become softcap * tanh(score / softcap). 0: off.
-   */
-  float softcap;
-  /**
-   * 1: per-head slopes times the global distance are subtracted from the scores (`alibi_slopes`).
-   */
-  int32_t alibi;
-  /**
-   * 1: per-head sinks join the softmax denominator, once and not per rank (`sinks`).
-   */
-  int32_t sinks;
-  /**
-   * An additional mask.
-   */
-  treeattn_mask_kind_t mask;
-  /**
-   * Element type of an additive mask; 0 with none and with a boolean one.
-   */
-  treeattn_dtype_t mask_dtype;
-  /**
-   * What each rank passes as q.
-   */
-  treeattn_query_input_t query_input;
-  /**
-   * Who gets the merged output.
-   */
-  treeattn_output_t output;
-  /**
-   * How partials meet.
-   */
-  treeattn_algorithm_t algorithm;
-  /**
-   * Which bits are promised to be the same.
-   */
-  treeattn_reproducibility_t reproducibility;
-  /**
-   * Element type of partial outputs on their way between ranks: f32, f16 or bf16. 0: f32. The lse always travels as
-   * f32.
-   */
-  treeattn_dtype_t wire_dtype;
-  /**
-   * TREEATTN_ATTENTION_ flags.
-   */
-  uint32_t flags;
-  /**
-   * Zero; keeps the size a multiple of 8.
-   */
-  uint32_t reserved;
+typedef struct treeattn_attention_desc_t {
+    /** sizeof(treeattn_attention_desc_t). */
+    size_t struct_size;
+    /** Query heads, at least 1. */
+    int32_t q_heads;
+    /** Key and value heads, a divisor of `q_heads`. 0: a merge-only plan. */
+    int32_t kv_heads;
+    /** Dimension of q and k, 1 to 1024. */
+    int32_t head_dim_qk;
+    /** Dimension of v and of the output, 1 to 1024. May differ from `head_dim_qk`. */
+    int32_t head_dim_v;
+    /** Element type of q: f32, f16 or bf16. */
+    treeattn_dtype_t q_dtype;
+    /** Element type of k. */
+    treeattn_dtype_t k_dtype;
+    /** Element type of v. */
+    treeattn_dtype_t v_dtype;
+    /** Element type of the output: f32, f16 or bf16. */
+    treeattn_dtype_t out_dtype;
+    /** Layout of k and v. */
+    treeattn_kv_layout_t kv_layout;
+    /** Tokens a page, at least 1; 0 for the strided layout. */
+    int32_t page_size;
+    /** Which rank holds which token. */
+    struct treeattn_placement_t placement;
+    /** Most sequences in a step, at least 1. */
+    int32_t max_batch;
+    /** Most query tokens in a step, all sequences together, at least 1. */
+    int32_t max_query_tokens;
+    /** Most tokens of one sequence on one rank, at least 1. Costs no memory. */
+    int32_t max_kv_length;
+    /** Multiplies q.k; 0: 1/sqrt(head_dim_qk). */
+    float scale;
+    /**
+     * 1: a query does not see keys at later global positions. Its own token is a key like the others: put it into the
+     * cache first.
+     */
+    int32_t causal;
+    /** Keys visible before a query, by global position. 0: all. */
+    int32_t window;
+    /** Scores become softcap * tanh(score / softcap). 0: off. */
+    float softcap;
+    /** 1: per-head slopes times the global distance are subtracted from the scores (`alibi_slopes`). */
+    int32_t alibi;
+    /** 1: per-head sinks join the softmax denominator, once and not per rank (`sinks`). */
+    int32_t sinks;
+    /** An additional mask. */
+    treeattn_mask_kind_t mask;
+    /** Element type of an additive mask; 0 with none and with a boolean one. */
+    treeattn_dtype_t mask_dtype;
+    /** What each rank passes as q. */
+    treeattn_query_input_t query_input;
+    /** Who gets the merged output. */
+    treeattn_output_t output;
+    /** How partials meet. */
+    treeattn_algorithm_t algorithm;
+    /** Which bits are promised to be the same. */
+    treeattn_reproducibility_t reproducibility;
+    /**
+     * Element type of partial outputs on their way between ranks: f32, f16 or bf16. 0: f32. The lse always travels as
+     * f32.
+     */
+    treeattn_dtype_t wire_dtype;
+    /** TREEATTN_ATTENTION_ flags. */
+    uint32_t flags;
+    /** Zero; keeps the size a multiple of 8. */
+    uint32_t reserved;
 } treeattn_attention_desc_t;
 
 /**
@@ -474,19 +549,13 @@ typedef struct {
  * All strides zero means packed, row-major. Otherwise every stride is taken as it is, so that a zero broadcasts
  * (inputs only). The library touches nothing outside `bytes` bytes from `data`.
  */
-typedef struct {
-  /**
-   * First element, on the plan's device. Aligned to the element (to 4 bytes at most).
-   */
-  void *data;
-  /**
-   * Bytes from `data` that the library may touch.
-   */
-  uint64_t bytes;
-  /**
-   * Byte strides, outermost dimension first; those past the last dimension are ignored.
-   */
-  int64_t stride[4];
+typedef struct treeattn_tensor_t {
+    /** First element, on the plan's device. Aligned to the element (to 4 bytes at most). */
+    void *data;
+    /** Bytes from `data` that the library may touch. */
+    uint64_t bytes;
+    /** Byte strides, outermost dimension first; those past the last dimension are ignored. */
+    int64_t stride[4];
 } treeattn_tensor_t;
 
 /**
@@ -496,117 +565,67 @@ typedef struct {
  * from them: what is out of range gives NaN for that sequence and TREEATTN_ERROR_INVALID_DATA. A row with no queries
  * or no keys is valid padding.
  */
-typedef struct {
-  /**
-   * sizeof(treeattn_decode_args_t).
-   */
-  size_t struct_size;
-  /**
-   * Sequences in this step, 0 to `max_batch`.
-   */
-  int32_t batch;
-  /**
-   * Query tokens of all sequences together, 0 to `max_query_tokens`: an upper bound of `query_start[batch]`.
-   */
-  int32_t query_tokens;
-  /**
-   * Queries [token, query head, dim].
-   */
-  treeattn_tensor_t q;
-  /**
-   * Keys [sequence, token, kv head, dim], or [page, slot, kv head, dim].
-   */
-  treeattn_tensor_t k;
-  /**
-   * Values, as the keys. May be a view of the keys.
-   */
-  treeattn_tensor_t v;
-  /**
-   * Output [token, query head, dim]; with a scattered output the rank's own heads only. Shares no byte with inputs.
-   */
-  treeattn_tensor_t out;
-  /**
-   * Natural log-sum-exp of the scaled scores, f32 [token, query head], heads as `out`. data NULL: not wanted.
-   */
-  treeattn_tensor_t lse;
-  /**
-   * int32 [batch + 1]: first query token of each sequence, ascending from 0. NULL: query_tokens / batch tokens each.
-   */
-  const int32_t *query_start;
-  /**
-   * int32 [batch]: tokens of each sequence on this rank, 0 to `max_kv_length`. NULL only for CSR pages with
-   * `last_page_len`.
-   */
-  const int32_t *kv_length;
-  /**
-   * int32 [batch]: tokens of each sequence on all ranks together, this step's query tokens included. Required where
-   * global positions matter (causal, window, ALiBi) and `query_position` is NULL.
-   */
-  const int32_t *global_length;
-  /**
-   * int32 [batch], contiguous placement: global position of local slot 0. NULL: 0, with one rank.
-   */
-  const int32_t *kv_start;
-  /**
-   * int32, explicit placement: global position of each local slot; row b begins at element b * kv_position_stride.
-   */
-  const int32_t *kv_position;
-  /**
-   * Elements between the rows of `kv_position`. 0: `max_kv_length`.
-   */
-  int64_t kv_position_stride;
-  /**
-   * int32 [query_tokens]: global position of each query token. NULL: the last of the sequence, in order.
-   */
-  const int32_t *query_position;
-  /**
-   * int32 [batch, max_pages], block table layout: the pages of each sequence. Entries past its length are not used.
-   */
-  const int32_t *block_table;
-  /**
-   * Entries of a row of `block_table`.
-   */
-  int32_t max_pages;
-  /**
-   * Pages that exist in k and v.
-   */
-  int32_t num_pages;
-  /**
-   * int32 [batch + 1], CSR pages: first entry of each sequence in `page_indices`.
-   */
-  const int32_t *page_indptr;
-  /**
-   * int32 [num_page_indices], CSR pages: the pages, sequence after sequence.
-   */
-  const int32_t *page_indices;
-  /**
-   * Entries of `page_indices`.
-   */
-  int64_t num_page_indices;
-  /**
-   * int32 [batch], CSR pages: tokens in each sequence's last page, 1 to page_size. NULL: `kv_length` counts.
-   */
-  const int32_t *last_page_len;
-  /**
-   * f32 scales of fp8 keys, [sequence or page, token or slot, kv head]. Here all strides zero is one scale for all.
-   */
-  treeattn_tensor_t k_scale;
-  /**
-   * f32 scales of fp8 values, as `k_scale`.
-   */
-  treeattn_tensor_t v_scale;
-  /**
-   * f32 [query head].
-   */
-  treeattn_tensor_t alibi_slopes;
-  /**
-   * f32 [query head]: logits that join the denominator.
-   */
-  treeattn_tensor_t sinks;
-  /**
-   * Mask [sequence, head, query, local slot] of `mask_dtype`. Strides are taken as they are: 0 broadcasts.
-   */
-  treeattn_tensor_t mask;
+typedef struct treeattn_decode_args_t {
+    /** sizeof(treeattn_decode_args_t). */
+    size_t struct_size;
+    /** Sequences in this step, 0 to `max_batch`. */
+    int32_t batch;
+    /** Query tokens of all sequences together, 0 to `max_query_tokens`: an upper bound of `query_start[batch]`. */
+    int32_t query_tokens;
+    /** Queries [token, query head, dim]. */
+    struct treeattn_tensor_t q;
+    /** Keys [sequence, token, kv head, dim], or [page, slot, kv head, dim]. */
+    struct treeattn_tensor_t k;
+    /** Values, as the keys. May be a view of the keys. */
+    struct treeattn_tensor_t v;
+    /** Output [token, query head, dim]; with a scattered output the rank's own heads only. Shares no byte with inputs. */
+    struct treeattn_tensor_t out;
+    /** Natural log-sum-exp of the scaled scores, f32 [token, query head], heads as `out`. data NULL: not wanted. */
+    struct treeattn_tensor_t lse;
+    /** int32 [batch + 1]: first query token of each sequence, ascending from 0. NULL: query_tokens / batch tokens each. */
+    const int32_t *query_start;
+    /**
+     * int32 [batch]: tokens of each sequence on this rank, 0 to `max_kv_length`. NULL only for CSR pages with
+     * `last_page_len`.
+     */
+    const int32_t *kv_length;
+    /**
+     * int32 [batch]: tokens of each sequence on all ranks together, this step's query tokens included. Required where
+     * global positions matter (causal, window, ALiBi) and `query_position` is NULL.
+     */
+    const int32_t *global_length;
+    /** int32 [batch], contiguous placement: global position of local slot 0. NULL: 0, with one rank. */
+    const int32_t *kv_start;
+    /** int32, explicit placement: global position of each local slot; row b begins at element b * kv_position_stride. */
+    const int32_t *kv_position;
+    /** Elements between the rows of `kv_position`. 0: `max_kv_length`. */
+    int64_t kv_position_stride;
+    /** int32 [query_tokens]: global position of each query token. NULL: the last of the sequence, in order. */
+    const int32_t *query_position;
+    /** int32 [batch, max_pages], block table layout: the pages of each sequence. Entries past its length are not used. */
+    const int32_t *block_table;
+    /** Entries of a row of `block_table`. */
+    int32_t max_pages;
+    /** Pages that exist in k and v. */
+    int32_t num_pages;
+    /** int32 [batch + 1], CSR pages: first entry of each sequence in `page_indices`. */
+    const int32_t *page_indptr;
+    /** int32 [num_page_indices], CSR pages: the pages, sequence after sequence. */
+    const int32_t *page_indices;
+    /** Entries of `page_indices`. */
+    int64_t num_page_indices;
+    /** int32 [batch], CSR pages: tokens in each sequence's last page, 1 to page_size. NULL: `kv_length` counts. */
+    const int32_t *last_page_len;
+    /** f32 scales of fp8 keys, [sequence or page, token or slot, kv head]. Here all strides zero is one scale for all. */
+    struct treeattn_tensor_t k_scale;
+    /** f32 scales of fp8 values, as `k_scale`. */
+    struct treeattn_tensor_t v_scale;
+    /** f32 [query head]. */
+    struct treeattn_tensor_t alibi_slopes;
+    /** f32 [query head]: logits that join the denominator. */
+    struct treeattn_tensor_t sinks;
+    /** Mask [sequence, head, query, local slot] of `mask_dtype`. Strides are taken as they are: 0 broadcasts. */
+    struct treeattn_tensor_t mask;
 } treeattn_decode_args_t;
 
 /**
@@ -615,953 +634,708 @@ typedef struct {
  * For `treeattn_merge_partials` o is [partial, token, head, dim] and lse [partial, token, head]; for
  * `treeattn_plan_merge` each rank passes its own partial, o [token, head, dim] and lse [token, head].
  */
-typedef struct {
-  /**
-   * sizeof(treeattn_merge_args_t).
-   */
-  size_t struct_size;
-  /**
-   * Query tokens.
-   */
-  int32_t query_tokens;
-  /**
-   * Heads of the partials. 0: the plan's `q_heads`.
-   */
-  int32_t heads;
-  /**
-   * Elements of a row. 0: the plan's `head_dim_v`.
-   */
-  int32_t head_dim;
-  /**
-   * Element type of `o`: f32, f16 or bf16.
-   */
-  treeattn_dtype_t o_dtype;
-  /**
-   * Element type of `out`. 0: the plan's `out_dtype`; for `treeattn_merge_partials` that of `o`.
-   */
-  treeattn_dtype_t out_dtype;
-  /**
-   * Base of the incoming lse: 0 for e, or 2. The outgoing lse is always natural.
-   */
-  int32_t lse_base;
-  /**
-   * TREEATTN_MERGE_ flags.
-   */
-  uint32_t flags;
-  /**
-   * Zero; keeps what follows aligned.
-   */
-  uint32_t reserved;
-  /**
-   * Normalised outputs of the partials. A row whose lse says empty (-inf) is never read.
-   */
-  treeattn_tensor_t o;
-  /**
-   * Log-sum-exps of the partials, f32.
-   */
-  treeattn_tensor_t lse;
-  /**
-   * Merged output [token, head, dim]; with a scattered plan the rank's own heads. Shares no byte with inputs.
-   */
-  treeattn_tensor_t out;
-  /**
-   * Merged natural log-sum-exp, f32 [token, head]. data NULL: not wanted.
-   */
-  treeattn_tensor_t out_lse;
+typedef struct treeattn_merge_args_t {
+    /** sizeof(treeattn_merge_args_t). */
+    size_t struct_size;
+    /** Query tokens. */
+    int32_t query_tokens;
+    /** Heads of the partials. 0: the plan's `q_heads`. */
+    int32_t heads;
+    /** Elements of a row. 0: the plan's `head_dim_v`. */
+    int32_t head_dim;
+    /** Element type of `o`: f32, f16 or bf16. */
+    treeattn_dtype_t o_dtype;
+    /** Element type of `out`. 0: the plan's `out_dtype`; for `treeattn_merge_partials` that of `o`. */
+    treeattn_dtype_t out_dtype;
+    /** Base of the incoming lse: 0 for e, or 2. The outgoing lse is always natural. */
+    int32_t lse_base;
+    /** TREEATTN_MERGE_ flags. */
+    uint32_t flags;
+    /** Zero; keeps what follows aligned. */
+    uint32_t reserved;
+    /** Normalised outputs of the partials. A row whose lse says empty (-inf) is never read. */
+    struct treeattn_tensor_t o;
+    /** Log-sum-exps of the partials, f32. */
+    struct treeattn_tensor_t lse;
+    /** Merged output [token, head, dim]; with a scattered plan the rank's own heads. Shares no byte with inputs. */
+    struct treeattn_tensor_t out;
+    /** Merged natural log-sum-exp, f32 [token, head]. data NULL: not wanted. */
+    struct treeattn_tensor_t out_lse;
 } treeattn_merge_args_t;
 
 /**
  * Memory that a plan holds, in bytes. None of it depends on the length of the cache. Filled by
  * `treeattn_plan_memory`.
  */
-typedef struct {
-  /**
-   * sizeof(treeattn_plan_memory_t).
-   */
-  size_t struct_size;
-  /**
-   * Scratch of the backend and this rank's partials.
-   */
-  uint64_t workspace;
-  /**
-   * This rank's window, shared by all plans of the communicator.
-   */
-  uint64_t window;
+typedef struct treeattn_plan_memory_t {
+    /** sizeof(treeattn_plan_memory_t). */
+    size_t struct_size;
+    /** Scratch of the backend and this rank's partials. */
+    uint64_t workspace;
+    /** This rank's window, shared by all plans of the communicator. */
+    uint64_t window;
 } treeattn_plan_memory_t;
 
-/**
- * What a plan has done so far. Filled by `treeattn_plan_stats`.
- */
-typedef struct {
-  /**
-   * sizeof(treeattn_plan_stats_t).
-   */
-  size_t struct_size;
-  /**
-   * The number of this plan on its communicator, from 1.
-   */
-  uint64_t plan;
-  /**
-   * Steps run.
-   */
-  uint64_t steps;
-  /**
-   * Exchange rounds; a step larger than the window takes several.
-   */
-  uint64_t rounds;
-  /**
-   * Messages sent to peers.
-   */
-  uint64_t messages;
-  /**
-   * Bytes of partials sent to peers, each peer counted.
-   */
-  uint64_t bytes_sent;
-  /**
-   * The most bytes held at once, workspace and window.
-   */
-  uint64_t peak_memory;
-  /**
-   * The exchange algorithm in use.
-   */
-  treeattn_algorithm_t algorithm;
-  /**
-   * Element type of partial outputs between ranks.
-   */
-  treeattn_dtype_t wire_dtype;
-  /**
-   * First head of this rank's merged output.
-   */
-  int32_t head_begin;
-  /**
-   * One past its last head.
-   */
-  int32_t head_end;
-  /**
-   * Why the algorithm was chosen; cut where it is longer.
-   */
-  char reason[256];
+/** What a plan has done so far. Filled by `treeattn_plan_stats`. */
+typedef struct treeattn_plan_stats_t {
+    /** sizeof(treeattn_plan_stats_t). */
+    size_t struct_size;
+    /** The number of this plan on its communicator, from 1. */
+    uint64_t plan;
+    /** Steps run. */
+    uint64_t steps;
+    /** Exchange rounds; a step larger than the window takes several. */
+    uint64_t rounds;
+    /** Messages sent to peers. */
+    uint64_t messages;
+    /** Bytes of partials sent to peers, each peer counted. */
+    uint64_t bytes_sent;
+    /** The most bytes held at once, workspace and window. */
+    uint64_t peak_memory;
+    /** The exchange algorithm in use. */
+    treeattn_algorithm_t algorithm;
+    /** Element type of partial outputs between ranks. */
+    treeattn_dtype_t wire_dtype;
+    /** First head of this rank's merged output. */
+    int32_t head_begin;
+    /** One past its last head. */
+    int32_t head_end;
+    /** Why the algorithm was chosen; cut where it is longer. */
+    char reason[256];
 } treeattn_plan_stats_t;
 
-/**
- * What a self-check runs. Zero means default.
- */
-typedef struct {
-  /**
-   * sizeof(treeattn_selfcheck_config_t).
-   */
-  size_t struct_size;
-  /**
-   * Local ranks; 0: 2.
-   */
-  int32_t ranks;
-  /**
-   * Sequences; 0: 2.
-   */
-  int32_t batch;
-  /**
-   * Query tokens of each sequence; 0: 1.
-   */
-  int32_t query_tokens;
-  /**
-   * Tokens of each sequence on all ranks together; 0: 300.
-   */
-  int32_t kv_length;
-  /**
-   * Seed of the random inputs.
-   */
-  uint64_t seed;
+/** The sizes of a self-check. 0 is the default of every field. */
+typedef struct treeattn_selfcheck_config_t {
+    /** sizeof(treeattn_selfcheck_config_t). */
+    size_t struct_size;
+    /** Local ranks that the sequences are sharded over. 0: 2. */
+    int32_t ranks;
+    /**
+     * Sequences, at most the descriptor's `max_batch`. The first has `kv_length` keys, the others random lengths up to
+     * that. 0: 2 where the descriptor has room.
+     */
+    int32_t batch;
+    /** Query tokens of each sequence; batch * query_tokens is at most the descriptor's `max_query_tokens`. 0: 1. */
+    int32_t query_tokens;
+    /**
+     * Keys of the first sequence on all ranks together; each rank's part is at most the descriptor's `max_kv_length`.
+     * 0: 1,000, or `max_kv_length` where that is less.
+     */
+    int32_t kv_length;
+    /** Seed of the random inputs. */
+    uint64_t seed;
 } treeattn_selfcheck_config_t;
 
-/**
- * What a self-check found. Output: set struct_size before the call.
- */
-typedef struct {
-  /**
-   * sizeof(treeattn_selfcheck_report_t).
-   */
-  size_t struct_size;
-  /**
-   * Non-zero: every bound held.
-   */
-  int32_t passed;
-  /**
-   * Non-zero: all ranks and a second run gave the same bits.
-   */
-  int32_t same_bits;
-  /**
-   * Rows compared.
-   */
-  uint64_t rows;
-  /**
-   * Largest |error| of an output over its bound; at most 1 where the bound holds.
-   */
-  double max_error_ratio;
-  /**
-   * Largest |error| of an lse over its bound.
-   */
-  double max_lse_error_ratio;
-  /**
-   * Share of outputs that are the correctly rounded exact value.
-   */
-  double correctly_rounded;
-  /**
-   * ||error|| / ||exact|| over all outputs.
-   */
-  double relative_l2;
-  /**
-   * The finding in words; cut to fit, terminated.
-   */
-  char message[256];
+/** What a self-check found. Filled by `treeattn_selfcheck`. */
+typedef struct treeattn_selfcheck_report_t {
+    /** sizeof(treeattn_selfcheck_report_t). */
+    size_t struct_size;
+    /** 1: every output is within its bounds and all bits repeat. */
+    int32_t passed;
+    /** 1: a second run gave the same bits, and all ranks hold the same where all hold the whole output. */
+    int32_t same_bits;
+    /** Output rows (query token x head, of every rank) compared. */
+    uint64_t rows;
+    /** The largest error of an output element over the bound of that element; at most 1 in a check that passes. */
+    double max_error_ratio;
+    /** The same for the log-sum-exps. */
+    double max_lse_error_ratio;
+    /** Share of the outputs that are the float64 answer correctly rounded; 1 for f32 outputs, where it is not asked. */
+    double correctly_rounded;
+    /** Root of the summed squared errors over that of the summed squared outputs. */
+    double relative_l2;
+    /** The first thing found wrong, or a line that says what passed; cut where it is longer. */
+    char message[256];
 } treeattn_selfcheck_report_t;
 
-/**
- * The call did what it says.
- */
-#define TREEATTN_OK 0
-
-/**
- * An argument is outside what the call accepts.
- */
-#define TREEATTN_ERROR_INVALID_ARGUMENT 1
-
-/**
- * A handle is NULL, foreign, destroyed or of another type.
- */
-#define TREEATTN_ERROR_BAD_HANDLE 2
-
-/**
- * The object that this one was made from has been destroyed. Destroying this one still works.
- */
-#define TREEATTN_ERROR_PARENT_DESTROYED 3
-
-/**
- * A valid request for something that this build does not do; the message names the field.
- */
-#define TREEATTN_ERROR_UNSUPPORTED 4
-
-/**
- * A library or device that the request needs is not on this machine.
- */
-#define TREEATTN_ERROR_UNAVAILABLE 5
-
-/**
- * The ranks passed different descriptors to a collective creation; the message names the field and the ranks.
- */
-#define TREEATTN_ERROR_MISMATCH 6
-
-/**
- * The ranks issued different exchanging calls. The communicator is broken.
- */
-#define TREEATTN_ERROR_DESYNC 7
-
-/**
- * A rank did not come before the deadline. The communicator is broken (unless the wait was for a full stream).
- */
-#define TREEATTN_ERROR_TIMEOUT 8
-
-/**
- * A rank was seen to leave. The communicator is broken.
- */
-#define TREEATTN_ERROR_PEER_LOST 9
-
-/**
- * The communicator was aborted. It is broken.
- */
-#define TREEATTN_ERROR_ABORTED 10
-
-/**
- * A length, position or table entry read during the step is out of range. The outputs of that sequence are NaN on
- * every rank, all others are good, and the communicator stays usable.
- */
-#define TREEATTN_ERROR_INVALID_DATA 11
-
-/**
- * Host memory could not be had.
- */
-#define TREEATTN_ERROR_NO_MEMORY 12
-
-/**
- * Device memory could not be had.
- */
-#define TREEATTN_ERROR_NO_DEVICE_MEMORY 13
-
-/**
- * The call cannot be made while a stream is being captured; the capture is intact.
- */
-#define TREEATTN_ERROR_CAPTURING 14
-
-/**
- * A CUDA call failed.
- */
-#define TREEATTN_ERROR_CUDA 15
-
-/**
- * The CUDA context is lost; only destroy calls still work on its objects.
- */
-#define TREEATTN_ERROR_CUDA_FATAL 16
-
-/**
- * An asynchronous CUDA error was pending before the call.
- */
-#define TREEATTN_ERROR_CUDA_PRIOR 17
-
-/**
- * An NCCL call failed.
- */
-#define TREEATTN_ERROR_NCCL 18
-
-/**
- * A callback of the engine's transport failed.
- */
-#define TREEATTN_ERROR_TRANSPORT 19
-
-/**
- * The operating system refused something (a thread, a file).
- */
-#define TREEATTN_ERROR_SYSTEM 20
-
-/**
- * A defect of the library, caught at its border. The process goes on; please report it.
- */
-#define TREEATTN_ERROR_INTERNAL 21
-
-/**
- * The object is in use by another call that must end first.
- */
-#define TREEATTN_ERROR_BUSY 22
-
-/**
- * The processors of this machine, together one device with ordinal 0.
- */
-#define TREEATTN_DEVICE_CPU 0
-
-/**
- * A CUDA GPU, by the driver's ordinal.
- */
-#define TREEATTN_DEVICE_CUDA 1
-
-/**
- * Something failed.
- */
-#define TREEATTN_LOG_ERROR 1
-
-/**
- * Something works, but not as asked.
- */
-#define TREEATTN_LOG_WARNING 2
-
-/**
- * A choice that the library made.
- */
-#define TREEATTN_LOG_INFO 3
-
-/**
- * IEEE binary32, 4 bytes.
- */
-#define TREEATTN_DTYPE_F32 1
-
-/**
- * IEEE binary16, 2 bytes.
- */
-#define TREEATTN_DTYPE_F16 2
-
-/**
- * bfloat16, 2 bytes.
- */
-#define TREEATTN_DTYPE_BF16 3
-
-/**
- * OCP fp8 with 4 exponent bits and no infinities, 1 byte. Keys and values.
- */
-#define TREEATTN_DTYPE_F8_E4M3 4
-
-/**
- * OCP fp8 with 5 exponent bits, 1 byte. Keys and values.
- */
-#define TREEATTN_DTYPE_F8_E5M2 5
-
-/**
- * ggml blocks of 32 values: an f16 scale and 32 int8, 34 bytes. Keys and values.
- */
-#define TREEATTN_DTYPE_Q8_0 6
-
-/**
- * ggml blocks of 32 values: an f16 scale and 32 times 4 bits, 18 bytes. Keys and values.
- */
-#define TREEATTN_DTYPE_Q4_0 7
-
-/**
- * Tensors [sequence, token, kv head, dim] with any byte strides. The default.
- */
-#define TREEATTN_KV_LAYOUT_STRIDED 0
-
-/**
- * Pages [page, slot, kv head, dim] named by a table int32 [batch, max_pages], as in vLLM.
- */
-#define TREEATTN_KV_LAYOUT_BLOCK_TABLE 1
-
-/**
- * Pages [page, slot, kv head, dim] named by compressed rows (indptr, indices, last_page_len), as in FlashInfer.
- */
-#define TREEATTN_KV_LAYOUT_CSR_PAGES 2
-
-/**
- * Each rank holds one run of consecutive tokens; where it begins comes with each step (`kv_start`). The default.
- */
-#define TREEATTN_PLACEMENT_CONTIGUOUS 0
-
-/**
- * Runs of `interleave` tokens go to the ranks in turn; 1 is round robin.
- */
-#define TREEATTN_PLACEMENT_INTERLEAVED 1
-
-/**
- * Every local slot carries its own global position (`kv_position`).
- */
-#define TREEATTN_PLACEMENT_EXPLICIT 2
-
-/**
- * Every rank, all heads, the same bits. The default.
- */
-#define TREEATTN_OUTPUT_REPLICATED 0
-
-/**
- * Each rank, its own heads only (see `treeattn_head_range`): for a tensor-parallel output projection.
- */
-#define TREEATTN_OUTPUT_SCATTERED 1
-
-/**
- * No exchange: each rank gets the output over its own shard.
- */
-#define TREEATTN_OUTPUT_LOCAL 2
-
-/**
- * All heads on every rank. The default.
- */
-#define TREEATTN_QUERY_INPUT_REPLICATED 0
-
-/**
- * Each rank its own heads (see `treeattn_head_range`).
- */
-#define TREEATTN_QUERY_INPUT_SCATTERED 1
-
-/**
- * The library chooses; `treeattn_plan_stats` says which and why. The default.
- */
-#define TREEATTN_ALGORITHM_AUTO 0
-
-/**
- * Every rank sends its partial to every rank, each merges all, in one step.
- */
-#define TREEATTN_ALGORITHM_ONE_SHOT 1
-
-/**
- * Each rank merges its own heads, then the merged heads are spread.
- */
-#define TREEATTN_ALGORITHM_TWO_SHOT 2
-
-/**
- * A tree over groups of ranks.
- */
-#define TREEATTN_ALGORITHM_TREE 3
-
-/**
- * The paper's three reductions (a maximum, two sums): a baseline.
- */
-#define TREEATTN_ALGORITHM_ALLREDUCE3 4
-
-/**
- * Keys and values passed round: a baseline.
- */
-#define TREEATTN_ALGORITHM_RING 5
-
-/**
- * Same plan, same inputs: same bits, every run, on every rank. The default.
- */
-#define TREEATTN_REPRODUCIBILITY_REPEATABLE 0
-
-/**
- * A row's bits do not depend on its neighbours in the batch.
- */
-#define TREEATTN_REPRODUCIBILITY_BATCH_INVARIANT 1
-
-/**
- * The same bits for any number of ranks.
- */
-#define TREEATTN_REPRODUCIBILITY_CANONICAL 2
-
-/**
- * No mask. The default.
- */
-#define TREEATTN_MASK_NONE 0
-
-/**
- * Added to the scaled scores; -inf hides.
- */
-#define TREEATTN_MASK_ADDITIVE 1
-
-/**
- * Bytes; non-zero is visible.
- */
-#define TREEATTN_MASK_BOOLEAN 2
+/** The engine's own way to exchange small blobs (MPI, gloo, sockets). */
+typedef struct treeattn_transport_t {
+    /** sizeof(treeattn_transport_t). */
+    size_t struct_size;
+    /** Passed to every callback. */
+    void *ctx;
+    /**
+     * Gathers `bytes` bytes from every rank into `recv` (world * bytes), in rank order, in host memory. Returns 0 when
+     * done, else anything. Gives up after `timeout_ns`, or as soon as `*abort` is not 0 (read it as a volatile).
+     */
+    int32_t (*allgather)(void *ctx, const void *send, void *recv, size_t bytes, int64_t timeout_ns, const int32_t *abort);
+    /** Sends to rank `to` and receives from rank `from` at once; otherwise as `allgather`. May be NULL. */
+    int32_t (*sendrecv)(void *ctx,
+                        const void *send,
+                        size_t send_bytes,
+                        int32_t to,
+                        void *recv,
+                        size_t recv_bytes,
+                        int32_t from,
+                        int64_t timeout_ns,
+                        const int32_t *abort);
+} treeattn_transport_t;
 
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
 
+/* Version and error text ------------------------------------------------------------------------------------------- */
+
 /**
- * The library's version, "MAJOR.MINOR.PATCH". Compare with TREEATTN_VERSION_ of the header.
+ * The version of the library that is loaded, for example "0.1.0".
  *
- * **Returns** a static string; never NULL.
- * **Threads**: any. Never blocks. Capture-safe. **Since** 0.1.
+ * @return a text that is never freed; never NULL.
+ *
+ * Ownership: the library's. Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
  */
 const char *treeattn_version(void);
 
 /**
- * The library's TREEATTN_ABI_VERSION. An engine works with a library whose number is the one it was compiled with.
+ * The version of the binary interface of the library that is loaded.
  *
- * **Threads**: any. Never blocks. Capture-safe. **Since** 0.1.
+ * A program made with a header whose TREEATTN_ABI_VERSION is higher than this uses calls or fields that the library
+ * may not have.
+ *
+ * @return the number, at least 1.
+ *
+ * Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
  */
 int32_t treeattn_abi_version(void);
 
 /**
- * The name of a status code, such as "INVALID_ARGUMENT"; "UNKNOWN" for any other number.
+ * The name of a status code, for example "TIMEOUT" for TREEATTN_ERROR_TIMEOUT.
  *
- * **Returns** a static string; never NULL.
- * **Threads**: any. Never blocks. Capture-safe. **Since** 0.1.
+ * @param status any value.
+ * @return a text that is never freed; "UNKNOWN" for a value that is no code of this version; never NULL.
+ *
+ * Ownership: the library's. Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
  */
 const char *treeattn_status_string(treeattn_status_t status);
 
 /**
- * What the last failed call on this thread found and wanted: the function, the argument, both values.
+ * Why the calling thread's last failing call failed: the call, the argument, the value found and the value wanted.
  *
- * **Returns** a string of this thread, "" before its first failure; never NULL.
- * **Ownership**: the library's; valid until the next failed call on this thread, or the thread's end.
- * **Threads**: any; each has its own. Never blocks. Capture-safe. **Since** 0.1.
+ * Calls that succeed leave it as it is. Errors of enqueued work are told by `treeattn_stream_synchronize` and
+ * `treeattn_comm_status`.
+ *
+ * @return a text, empty before the first failure; never NULL.
+ *
+ * Ownership: the library's; valid until the next call of this thread that fails, or the thread's end. Thread safety:
+ * any thread, any time; each sees its own. Does not block; capture-safe. Since 0.1.
  */
 const char *treeattn_last_error_message(void);
 
+/* Runtimes, devices, logging, streams and buffers ------------------------------------------------------------------ */
+
 /**
- * Creates a runtime: a process's use of the library. Several may exist.
+ * Creates a runtime: what a process sets up once, before anything else.
  *
- * @param config NULL for defaults.
- * @param runtime receives the handle.
- * @return OK; INVALID_ARGUMENT; UNAVAILABLE where the machine lacks the instruction set asked for.
+ * @param config  NULL for defaults. Read during the call only.
+ * @param runtime where the handle goes.
+ * @return TREEATTN_OK; INVALID_ARGUMENT (a word that names no instruction set); UNAVAILABLE (an instruction set that
+ *         this machine lacks); NO_MEMORY.
  *
- * **Ownership**: the caller's, until treeattn_runtime_destroy().
- * **Threads**: any. Blocks briefly. Not during stream capture. **Since** 0.1.
+ * Ownership: the caller destroys the runtime. It may be destroyed before the objects made from it.
+ * Thread safety: any thread; the runtime may be used by all threads at once. Does not block. Since 0.1.
  */
-treeattn_status_t treeattn_runtime_create(const treeattn_runtime_config_t *config, treeattn_runtime_t **runtime);
+treeattn_status_t treeattn_runtime_create(const struct treeattn_runtime_config_t *config,
+                                          struct treeattn_runtime_t **runtime);
 
 /**
  * Destroys a runtime. Objects made from it return PARENT_DESTROYED from now on and can still be destroyed.
  *
- * @param runtime NULL is fine.
- * @return OK; BAD_HANDLE.
+ * The log callback is not called any more when this returns.
  *
- * **Threads**: any. Does not block. **Since** 0.1.
+ * @param runtime NULL is fine.
+ * @return TREEATTN_OK; BAD_HANDLE.
+ *
+ * Thread safety: any thread. Waits for a log call that is under way. Not capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_runtime_destroy(treeattn_runtime_t *runtime);
+treeattn_status_t treeattn_runtime_destroy(struct treeattn_runtime_t *runtime);
 
 /**
- * How many devices of a kind there are. Without a driver there are 0 CUDA devices.
+ * How many devices of a kind this build can use on this machine.
  *
- * @param count receives the number.
- * @return OK; INVALID_ARGUMENT; BAD_HANDLE.
+ * @param runtime the runtime.
+ * @param kind    TREEATTN_DEVICE_CPU (always one device) or TREEATTN_DEVICE_CUDA (0 without a driver).
+ * @param count   where the number goes.
+ * @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT.
  *
- * **Threads**: any. Does not block. **Since** 0.1.
+ * Thread safety: any thread. Does not block; capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_runtime_device_count(treeattn_runtime_t *runtime,
+treeattn_status_t treeattn_runtime_device_count(struct treeattn_runtime_t *runtime,
                                                 treeattn_device_kind_t kind,
                                                 int32_t *count);
 
 /**
- * What a device is.
+ * Tells what a device is.
  *
- * @param info set info->struct_size first.
- * @return OK; INVALID_ARGUMENT; BAD_HANDLE; UNAVAILABLE where there is no such device, naming the driver library.
+ * @param runtime the runtime.
+ * @param device  TREEATTN_CPU(0), TREEATTN_CUDA(n).
+ * @param info    set up with TREEATTN_DEVICE_INFO_INIT; filled.
+ * @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNAVAILABLE (no such GPU, or no driver; the message names what is
+ *         missing).
  *
- * **Threads**: any. Does not block. **Since** 0.1.
+ * Thread safety: any thread. Does not block; capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_runtime_device_info(treeattn_runtime_t *runtime,
+treeattn_status_t treeattn_runtime_device_info(struct treeattn_runtime_t *runtime,
                                                treeattn_device_t device,
-                                               treeattn_device_info_t *info);
+                                               struct treeattn_device_info_t *info);
 
 /**
- * Sets who receives log lines; NULL for nobody. The library writes no output of its own.
+ * Sets the receiver of log lines, or removes it.
  *
- * @param callback called from any thread, also during other calls; must not call the library nor unwind.
- * @param user_data passed on; must stay valid until the callback is replaced.
- * @return OK; BAD_HANDLE; PARENT_DESTROYED.
+ * The library logs what it chose and what went wrong, never on the way of a step that goes well, and nowhere else: it
+ * touches no global logger and no stream of the process.
  *
- * **Threads**: any. Blocks until calls of the former callback are over. **Since** 0.1.
+ * @param runtime   the runtime.
+ * @param callback  NULL removes. Called from any thread, several at once; must not call the library, unwind or jump.
+ * @param user_data passed to the callback.
+ * @return TREEATTN_OK; BAD_HANDLE.
+ *
+ * Ownership: user_data stays the caller's and has to live until another callback is set or the runtime is destroyed.
+ * Thread safety: any thread. Waits until no call of the former callback is under way. Not capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_runtime_set_log_callback(treeattn_runtime_t *runtime,
+treeattn_status_t treeattn_runtime_set_log_callback(struct treeattn_runtime_t *runtime,
                                                     treeattn_log_callback_t callback,
                                                     void *user_data);
 
 /**
- * Creates a stream: an in-order queue of steps on one device. On the CPU it has a thread of its own, and holds up to 1,024
- * steps before enqueueing waits for room.
+ * Creates a stream: an in-order queue of steps on a device.
  *
- * @param stream receives the handle.
- * @return OK; INVALID_ARGUMENT; BAD_HANDLE; UNAVAILABLE; SYSTEM where no thread could be started.
+ * On the CPU it has a thread of its own, so that one thread of the engine can drive several ranks: enqueue the step on
+ * every rank's stream, then synchronise them. It holds 1,024 steps; enqueueing into a full one waits.
  *
- * **Ownership**: the caller's, until treeattn_stream_destroy().
- * **Threads**: any. Blocks briefly. Not during stream capture. **Since** 0.1.
+ * @param runtime the runtime.
+ * @param device  the device.
+ * @param stream  where the handle goes.
+ * @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNAVAILABLE; NO_MEMORY; SYSTEM (no thread to be had).
+ *
+ * Ownership: the caller destroys the stream. Thread safety: any thread; a stream may be used by several threads.
+ * Does not block. Not capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_stream_create(treeattn_runtime_t *runtime,
+treeattn_status_t treeattn_stream_create(struct treeattn_runtime_t *runtime,
                                          treeattn_device_t device,
-                                         treeattn_stream_t **stream);
+                                         struct treeattn_stream_t **stream);
 
 /**
- * Waits until everything enqueued so far is done, at most as long as its steps' deadlines allow.
+ * Waits until everything enqueued so far is done.
  *
- * @return OK, or the first error of a step since the last call, which is then forgotten: TIMEOUT, DESYNC, PEER_LOST,
- * ABORTED, INVALID_DATA, INTERNAL; BAD_HANDLE; PARENT_DESTROYED.
+ * @param stream the stream.
+ * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; or the first error of a step since the last call, which is then
+ *         forgotten (a broken communicator stays broken, and its later calls say so).
  *
- * **Threads**: any. Blocks. Not during stream capture. **Since** 0.1.
+ * Thread safety: any thread. Blocks; every step that it waits for has a deadline. Not capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_stream_synchronize(treeattn_stream_t *stream);
+treeattn_status_t treeattn_stream_synchronize(struct treeattn_stream_t *stream);
 
 /**
- * Destroys a stream when its enqueued steps are done (each is bounded by its deadline).
+ * Destroys a stream when everything enqueued is done. A wrapped CUDA stream lives on.
  *
  * @param stream NULL is fine.
- * @return OK; BAD_HANDLE.
+ * @return TREEATTN_OK; BAD_HANDLE.
  *
- * **Threads**: any. Blocks. Not during stream capture. **Since** 0.1.
+ * Thread safety: any thread but the library's own. Blocks; every step that it waits for has a deadline. Not
+ * capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_stream_destroy(treeattn_stream_t *stream);
+treeattn_status_t treeattn_stream_destroy(struct treeattn_stream_t *stream);
 
 /**
- * Allocates zeroed memory on a device, aligned to 64 bytes. A convenience: every call takes raw pointers.
+ * Allocates zeroed memory of a device, aligned to 64 bytes. A convenience: every call takes raw pointers.
  *
- * @param bytes at least 1.
- * @param buffer receives the handle.
- * @return OK; INVALID_ARGUMENT; BAD_HANDLE; UNAVAILABLE; NO_MEMORY.
+ * @param runtime the runtime.
+ * @param device  the device.
+ * @param bytes   how many, at least 1.
+ * @param buffer  where the handle goes.
+ * @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNAVAILABLE; NO_MEMORY; NO_DEVICE_MEMORY.
  *
- * **Ownership**: the caller's, until treeattn_buffer_destroy().
- * **Threads**: any. Blocks briefly. Not during stream capture. **Since** 0.1.
+ * Ownership: the caller destroys the buffer. Thread safety: any thread. May block on the device's allocator. Not
+ * capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_buffer_alloc(treeattn_runtime_t *runtime,
+treeattn_status_t treeattn_buffer_alloc(struct treeattn_runtime_t *runtime,
                                         treeattn_device_t device,
                                         size_t bytes,
-                                        treeattn_buffer_t **buffer);
+                                        struct treeattn_buffer_t **buffer);
 
 /**
  * The address of a buffer's first byte, on its device.
  *
- * @param data receives the address; valid until the buffer is destroyed.
- * @return OK; INVALID_ARGUMENT; BAD_HANDLE.
+ * @param buffer the buffer.
+ * @param data   where the address goes.
+ * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
  *
- * **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+ * Ownership: the memory is the buffer's, valid until it is destroyed. Thread safety: any thread. Does not block;
+ * capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_buffer_data(treeattn_buffer_t *buffer, void **data);
+treeattn_status_t treeattn_buffer_data(struct treeattn_buffer_t *buffer, void **data);
 
 /**
- * Copies host memory into a buffer, from byte `offset` on.
+ * Copies host memory into a buffer.
  *
- * @return OK; INVALID_ARGUMENT where the range leaves the buffer; BAD_HANDLE; PARENT_DESTROYED.
+ * @param buffer the buffer.
+ * @param offset first byte in the buffer.
+ * @param source host memory; NULL only with 0 bytes. May overlap the buffer.
+ * @param bytes  how many; offset + bytes is at most the buffer's size.
+ * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT, with nothing copied.
  *
- * **Threads**: any. Blocks. Not during stream capture. **Since** 0.1.
+ * Thread safety: any thread; who else uses the bytes meanwhile is the caller's affair. Blocks until copied. Not
+ * capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_buffer_upload(treeattn_buffer_t *buffer, size_t offset, const void *source, size_t bytes);
+treeattn_status_t treeattn_buffer_upload(struct treeattn_buffer_t *buffer,
+                                         size_t offset,
+                                         const void *source,
+                                         size_t bytes);
 
 /**
- * Copies a buffer's bytes, from byte `offset` on, into host memory.
+ * Copies from a buffer to host memory.
  *
- * @return OK; INVALID_ARGUMENT where the range leaves the buffer; BAD_HANDLE; PARENT_DESTROYED.
+ * @param buffer the buffer.
+ * @param offset first byte in the buffer.
+ * @param target host memory; NULL only with 0 bytes. May overlap the buffer.
+ * @param bytes  how many; offset + bytes is at most the buffer's size.
+ * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT, with nothing copied.
  *
- * **Threads**: any. Blocks. Not during stream capture. **Since** 0.1.
+ * Thread safety: any thread; work that still writes the bytes is not waited for: synchronise its stream first. Blocks
+ * until copied. Not capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_buffer_download(treeattn_buffer_t *buffer, size_t offset, void *target, size_t bytes);
+treeattn_status_t treeattn_buffer_download(struct treeattn_buffer_t *buffer, size_t offset, void *target, size_t bytes);
 
 /**
- * Destroys a buffer. No step may use it any more.
+ * Destroys a buffer and frees its memory. Enqueued work that uses it is not waited for.
  *
  * @param buffer NULL is fine.
- * @return OK; BAD_HANDLE.
+ * @return TREEATTN_OK; BAD_HANDLE.
  *
- * **Threads**: any. Does not block. Not during stream capture. **Since** 0.1.
+ * Thread safety: any thread. May block on the device's allocator. Not capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_buffer_destroy(treeattn_buffer_t *buffer);
+treeattn_status_t treeattn_buffer_destroy(struct treeattn_buffer_t *buffer);
+
+/* Communicators ---------------------------------------------------------------------------------------------------- */
 
 /**
- * Creates one communicator a device, all in this process: comms[r] is rank r. A device may appear several times.
+ * Creates a communicator whose ranks all live in this process, and gives every rank's end of it.
  *
- * @param n ranks, at least 1.
- * @param devices [n], rank by rank.
- * @param config NULL for defaults.
- * @param comms [n], receives the handles; all of them or, on error, none.
- * @return OK; INVALID_ARGUMENT; BAD_HANDLE; PARENT_DESTROYED; UNAVAILABLE; UNSUPPORTED (a CUDA device in this
- * version); NO_MEMORY; SYSTEM.
+ * @param runtime the runtime.
+ * @param n       number of ranks, 1 to 1,024.
+ * @param devices each rank's device; a device may appear several times.
+ * @param config  NULL for defaults.
+ * @param comms   where the n handles go, rank by rank.
+ * @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNSUPPORTED; UNAVAILABLE; NO_MEMORY; SYSTEM (no thread to be
+ *         had). On an error no communicator is left.
  *
- * **Ownership**: the caller's, each until its treeattn_comm_destroy().
- * **Threads**: any. Blocks briefly. Not during stream capture. **Since** 0.1.
+ * Ownership: the caller destroys each of the n. Thread safety: any thread. Does not block. Not capture-safe.
+ * Since 0.1.
  */
-treeattn_status_t treeattn_comm_create_local(treeattn_runtime_t *runtime,
+treeattn_status_t treeattn_comm_create_local(struct treeattn_runtime_t *runtime,
                                              int32_t n,
                                              const treeattn_device_t *devices,
-                                             const treeattn_comm_config_t *config,
-                                             treeattn_comm_t **comms);
+                                             const struct treeattn_comm_config_t *config,
+                                             struct treeattn_comm_t **comms);
 
 /**
- * This rank, 0 to world - 1.
+ * Which rank a communicator is.
  *
- * @param rank receives it.
- * @return OK; INVALID_ARGUMENT; BAD_HANDLE.
+ * @param comm the communicator.
+ * @param rank where the number goes, 0 to world - 1.
+ * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
  *
- * **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+ * Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_comm_rank(treeattn_comm_t *comm, int32_t *rank);
+treeattn_status_t treeattn_comm_rank(struct treeattn_comm_t *comm, int32_t *rank);
 
 /**
- * The number of ranks.
+ * How many ranks a communicator has.
  *
- * @param world receives it.
- * @return OK; INVALID_ARGUMENT; BAD_HANDLE.
+ * @param comm  the communicator.
+ * @param world where the number goes.
+ * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
  *
- * **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+ * Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_comm_world(treeattn_comm_t *comm, int32_t *world);
+treeattn_status_t treeattn_comm_world(struct treeattn_comm_t *comm, int32_t *world);
 
 /**
- * Links, capacities and the algorithm table, as JSON.
+ * Describes a communicator as JSON: ranks, links, capacities, the algorithm table.
  *
- * @param buf receives the text, cut to cap and terminated; NULL with cap = 0 to ask for the size.
- * @param needed receives the bytes of the whole text with its terminator; may be NULL where buf is not.
- * @return OK, also where the text was cut; INVALID_ARGUMENT; BAD_HANDLE; PARENT_DESTROYED.
+ * As snprintf: the text is cut where cap is too small, and always ended where cap is not 0.
  *
- * **Threads**: any. Does not block. **Since** 0.1.
+ * @param comm   the communicator.
+ * @param buf    where the text goes; NULL with cap = 0 to ask for the size only.
+ * @param cap    size of buf in bytes.
+ * @param needed where the size of the whole text goes, its end included; NULL if not wanted.
+ * @return TREEATTN_OK, also where the text was cut; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
+ *
+ * Thread safety: any thread, any time. Does not block. Since 0.1.
  */
-treeattn_status_t treeattn_comm_describe(treeattn_comm_t *comm, char *buf, size_t cap, size_t *needed);
+treeattn_status_t treeattn_comm_describe(struct treeattn_comm_t *comm, char *buf, size_t cap, size_t *needed);
 
 /**
- * The health of a communicator: whether it is broken and by whom, or which sequence of a step had bad data. Execution
- * errors of enqueued steps are found here. Reading takes a pending INVALID_DATA; a broken communicator stays broken.
+ * Tells the health of a communicator: whether it is broken and why, or which bad data a step met.
  *
- * @param status set status->struct_size first.
- * @return OK where the status could be read (look at status->code); INVALID_ARGUMENT; BAD_HANDLE; PARENT_DESTROYED.
+ * Reading takes a pending INVALID_DATA, so that the next call does not tell it again; a broken communicator stays
+ * broken.
  *
- * **Threads**: any, at any time. Never blocks nor synchronises. Capture-safe. **Since** 0.1.
+ * @param comm   the communicator.
+ * @param status set up with TREEATTN_COMM_STATUS_INIT; filled.
+ * @return TREEATTN_OK, whatever `status->code` is; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
+ *
+ * Thread safety: any thread, any time, also while another waits in a step. Never blocks or synchronises; capture-safe.
+ * Since 0.1.
  */
-treeattn_status_t treeattn_comm_status(treeattn_comm_t *comm, treeattn_comm_status_t *status);
+treeattn_status_t treeattn_comm_status(struct treeattn_comm_t *comm, struct treeattn_comm_status_t *status);
 
 /**
- * Ends every wait on this communicator at once, on all ranks; they return ABORTED from now on.
+ * Breaks a communicator: every wait on it ends at once, on all ranks, with ABORTED, and so does every later call.
  *
- * @return OK; BAD_HANDLE; PARENT_DESTROYED.
+ * @param comm the communicator.
+ * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED.
  *
- * **Threads**: any, at any time. Does not block. **Since** 0.1.
+ * Thread safety: any thread, any time, also while another waits in a step. Does not block. Since 0.1.
  */
-treeattn_status_t treeattn_comm_abort(treeattn_comm_t *comm);
+treeattn_status_t treeattn_comm_abort(struct treeattn_comm_t *comm);
 
 /**
- * Destroys a communicator. Local, never collective: peers that still wait for this rank get PEER_LOST; its plans return
- * PARENT_DESTROYED and can still be destroyed.
+ * Leaves a communicator and destroys this rank's end. Peers that need this rank from now on get PEER_LOST; plans made
+ * from it return PARENT_DESTROYED and can still be destroyed.
  *
  * @param comm NULL is fine.
- * @return OK; BAD_HANDLE.
+ * @return TREEATTN_OK; BAD_HANDLE.
  *
- * **Threads**: any. Does not wait for peers. Not during stream capture. **Since** 0.1.
+ * Thread safety: any thread. A step of this rank that is under way ends with an error. Does not wait for the other
+ * ranks. Not capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_comm_destroy(treeattn_comm_t *comm);
+treeattn_status_t treeattn_comm_destroy(struct treeattn_comm_t *comm);
+
+/* Plans: support queries, creation, steps, reports ----------------------------------------------------------------- */
 
 /**
- * Whether a device serves a shape. Local: no communicator is needed.
+ * Tells whether a device serves a shape. Local: asks no other rank, makes nothing.
  *
- * @return OK where it does; UNSUPPORTED naming the field that it does not serve; INVALID_ARGUMENT naming the field that
- * makes no sense; BAD_HANDLE; UNAVAILABLE.
+ * @param runtime the runtime.
+ * @param device  the device.
+ * @param desc    the shape. Read during the call only.
+ * @return TREEATTN_OK: a plan can be made; UNSUPPORTED: the message names the field; INVALID_ARGUMENT: the shape makes
+ *         no sense anywhere; BAD_HANDLE; UNAVAILABLE.
  *
- * **Threads**: any. Does not block. **Since** 0.1.
+ * Thread safety: any thread. Does not block; capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_attention_supported(treeattn_runtime_t *runtime,
+treeattn_status_t treeattn_attention_supported(struct treeattn_runtime_t *runtime,
                                                treeattn_device_t device,
-                                               const treeattn_attention_desc_t *desc);
+                                               const struct treeattn_attention_desc_t *desc);
 
 /**
- * Makes a shape ready on this rank: allocates everything that steps need. Collective: every rank of the communicator calls
- * it, local ranks from a thread each (or see treeattn_plan_create_all()).
+ * Creates a plan: everything that a shape needs on one rank, allocated once. Its memory does not depend on the length
+ * of the cache, and one plan serves all layers of a shape.
  *
- * @param plan receives the handle.
- * @return OK; MISMATCH on every rank where descriptors differ, naming field and ranks; TIMEOUT where a rank does not
- * come before the setup deadline; INVALID_ARGUMENT; UNSUPPORTED naming the field; BAD_HANDLE; PARENT_DESTROYED; NO_MEMORY;
- * what broke the communicator.
+ * Collective: every rank calls it, with the same descriptor, each from a thread or process of its own. Where one
+ * thread holds all local ranks, see `treeattn_plan_create_all`.
  *
- * **Ownership**: the caller's, until treeattn_plan_destroy().
- * **Threads**: any, serialised with other calls on the communicator. Blocks until all ranks have come. Not during stream
- * capture. **Since** 0.1.
+ * @param comm this rank's end of the communicator.
+ * @param desc the shape. Read during the call only.
+ * @param plan where the handle goes.
+ * @return TREEATTN_OK; INVALID_ARGUMENT or UNSUPPORTED, by field; MISMATCH: the ranks' descriptors differ, or one could
+ *         not make its plan; TIMEOUT: a rank did not come before the setup deadline; NO_MEMORY; BAD_HANDLE;
+ *         PARENT_DESTROYED; or what broke the communicator.
+ *
+ * Ownership: the caller destroys the plan, before or after the communicator. Thread safety: calls on one communicator
+ * are the caller's to serialise. Blocks until all ranks have come, at most the setup deadline. During a capture:
+ * CAPTURING. Since 0.1.
  */
-treeattn_status_t treeattn_plan_create(treeattn_comm_t *comm,
-                                       const treeattn_attention_desc_t *desc,
-                                       treeattn_plan_t **plan);
+treeattn_status_t treeattn_plan_create(struct treeattn_comm_t *comm,
+                                       const struct treeattn_attention_desc_t *desc,
+                                       struct treeattn_plan_t **plan);
 
 /**
- * treeattn_plan_create() for all ranks of a local group, from one thread.
+ * Creates the plans of all ranks of a local communicator from one thread.
  *
- * @param n the group's ranks.
- * @param comms [n], every rank of one group, once; plans[i] belongs to comms[i].
- * @param plans [n], receives the handles; all of them or, on error, none.
- * @return as treeattn_plan_create(), without TIMEOUT.
+ * @param n     number of ranks, all of the communicator.
+ * @param comms every rank's end, each once.
+ * @param desc  the shape. Read during the call only.
+ * @param plans where the n handles go, in the order of comms.
+ * @return as `treeattn_plan_create`. On an error no plan is left.
  *
- * **Ownership**: the caller's, each until its treeattn_plan_destroy().
- * **Threads**: any, serialised with other calls on the communicators. Blocks briefly. Not during stream capture. **Since** 0.1.
+ * Ownership: the caller destroys each of the n. Thread safety: as `treeattn_plan_create`. Does not wait for anybody.
+ * During a capture: CAPTURING. Since 0.1.
  */
 treeattn_status_t treeattn_plan_create_all(int32_t n,
-                                           treeattn_comm_t *const *comms,
-                                           const treeattn_attention_desc_t *desc,
-                                           treeattn_plan_t **plans);
+                                           struct treeattn_comm_t *const *comms,
+                                           const struct treeattn_attention_desc_t *desc,
+                                           struct treeattn_plan_t **plans);
 
 /**
- * One decode step on this rank: attends the shard, exchanges the partials with the other ranks, writes the merged output.
- * Allocates nothing. All ranks issue the exchanging calls of a communicator in the same order.
+ * One step: attends this rank's shard, exchanges the partials, and writes the exact output over all ranks' keys.
  *
- * @param stream enqueues there; NULL (CPU plans only) runs the step on the calling thread, so that every local rank then
- * needs a thread of its own.
- * @return enqueued: OK, INVALID_ARGUMENT, UNSUPPORTED, BAD_HANDLE, PARENT_DESTROYED, or what broke the communicator
- * before; nothing was written unless OK. What goes wrong in the step comes from treeattn_stream_synchronize() and
- * treeattn_comm_status(). With a NULL stream also: INVALID_DATA (outputs written, NaN for the sequence named), TIMEOUT,
- * DESYNC, PEER_LOST, ABORTED (outputs NaN).
+ * Collective: all ranks of the communicator issue the same steps in the same order, with the same `batch` and
+ * `query_tokens`. A thread that drives several ranks enqueues a step on all of them before the next one on any.
+ * Allocates nothing.
  *
- * **Ownership**: the caller's buffers stay valid and unchanged until the step is done; `args` itself is copied.
- * **Threads**: any, serialised with other calls on the communicator. Enqueues; blocks with a NULL stream, and where a CPU
- * stream already holds 1,024 steps. Capture-safe on CUDA streams. **Since** 0.1.
+ * @param plan   the plan; in flight on one stream at a time.
+ * @param args   the step. The struct is read during the call; what it points to has to stay valid, and unchanged by
+ *               others, until the step is done.
+ * @param stream where to enqueue. NULL on a CPU plan: the step runs on the calling thread, and each local rank then
+ *               needs a thread of its own.
+ * @return TREEATTN_OK; INVALID_ARGUMENT or UNSUPPORTED, by field, with nothing enqueued or written; BAD_HANDLE;
+ *         PARENT_DESTROYED; what broke the communicator (TIMEOUT, DESYNC, PEER_LOST, ABORTED, ...), with NaN in the
+ *         output; BUSY. With a NULL stream also INVALID_DATA: the output is written, with NaN in the sequence that the
+ *         message names. With a stream these come from `treeattn_stream_synchronize` or `treeattn_comm_status`.
+ *
+ * Thread safety: calls on one communicator are the caller's to serialise. With a stream it enqueues (and waits only
+ * for room in a full one); with NULL it blocks, at most the step deadline. Capture-safe on CUDA streams. Since 0.1.
  */
-treeattn_status_t treeattn_plan_decode(treeattn_plan_t *plan,
-                                       const treeattn_decode_args_t *args,
-                                       treeattn_stream_t *stream);
+treeattn_status_t treeattn_plan_decode(struct treeattn_plan_t *plan,
+                                       const struct treeattn_decode_args_t *args,
+                                       struct treeattn_stream_t *stream);
 
 /**
- * This rank's partial alone: output and lse over its own shard, all heads, no exchange. Merge it with an own exchange, or
- * with treeattn_plan_merge() and treeattn_merge_partials().
+ * This rank's partial alone: the output and lse over its own shard, all heads. No exchange.
  *
- * @param args out is [token, q head, dim] and lse [token, q head], whatever the plan's output mode.
- * @return as treeattn_plan_decode().
+ * @param plan   the plan, with any output mode.
+ * @param args   as for `treeattn_plan_decode`; `out` and `lse` hold all query heads.
+ * @param stream as for `treeattn_plan_decode`.
+ * @return as `treeattn_plan_decode`, without the errors of an exchange.
  *
- * **Ownership**, **Threads**: as treeattn_plan_decode(). **Since** 0.1.
+ * Thread safety, blocking, capture: as `treeattn_plan_decode`; waits for no other rank. Since 0.1.
  */
-treeattn_status_t treeattn_plan_partial(treeattn_plan_t *plan,
-                                        const treeattn_decode_args_t *args,
-                                        treeattn_stream_t *stream);
+treeattn_status_t treeattn_plan_partial(struct treeattn_plan_t *plan,
+                                        const struct treeattn_decode_args_t *args,
+                                        struct treeattn_stream_t *stream);
 
 /**
- * Exchanges and merges partials that the engine made with a kernel of its own: every rank passes its own partial. Any plan
- * serves; one with kv_heads = 0 does nothing else.
+ * The exchange alone: every rank passes a partial that the engine made and gets the merged output.
  *
- * @param args o is [token, head, dim], lse [token, head] in base e or 2.
- * @return as treeattn_plan_decode().
+ * Collective, as `treeattn_plan_decode`. Serves plans of any shape; one with kv_heads = 0 can do nothing else.
  *
- * **Ownership**, **Threads**: as treeattn_plan_decode(). **Since** 0.1.
+ * @param plan   the plan.
+ * @param args   the rank's own partial, o [token, head, dim] and lse [token, head], all query heads; kept valid until
+ *               the step is done.
+ * @param stream as for `treeattn_plan_decode`.
+ * @return as `treeattn_plan_decode`, without INVALID_DATA.
+ *
+ * Thread safety, blocking, capture: as `treeattn_plan_decode`. Since 0.1.
  */
-treeattn_status_t treeattn_plan_merge(treeattn_plan_t *plan,
-                                      const treeattn_merge_args_t *args,
-                                      treeattn_stream_t *stream);
+treeattn_status_t treeattn_plan_merge(struct treeattn_plan_t *plan,
+                                      const struct treeattn_merge_args_t *args,
+                                      struct treeattn_stream_t *stream);
 
 /**
- * Memory that a plan holds; none of it depends on the length of the cache.
+ * Tells the memory that a plan holds.
  *
- * @param memory set memory->struct_size first.
- * @return OK; INVALID_ARGUMENT; BAD_HANDLE; PARENT_DESTROYED.
+ * @param plan   the plan.
+ * @param memory set up with TREEATTN_PLAN_MEMORY_INIT; filled.
+ * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
  *
- * **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+ * Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_plan_memory(treeattn_plan_t *plan, treeattn_plan_memory_t *memory);
+treeattn_status_t treeattn_plan_memory(struct treeattn_plan_t *plan, struct treeattn_plan_memory_t *memory);
 
 /**
- * What a plan has done so far: steps, rounds, messages, bytes, the algorithm and why.
+ * Tells what a plan has done so far, which algorithm it uses and why.
  *
- * @param stats set stats->struct_size first.
- * @return OK; INVALID_ARGUMENT; BAD_HANDLE; PARENT_DESTROYED.
+ * @param plan  the plan.
+ * @param stats set up with TREEATTN_PLAN_STATS_INIT; filled.
+ * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
  *
- * **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+ * Thread safety: any thread, any time. Does not block or synchronise; capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_plan_stats(treeattn_plan_t *plan, treeattn_plan_stats_t *stats);
+treeattn_status_t treeattn_plan_stats(struct treeattn_plan_t *plan, struct treeattn_plan_stats_t *stats);
 
 /**
- * Destroys a plan. Waits until its enqueued steps are done, at most the communicator's step deadline.
+ * Destroys a plan when its enqueued work is done, waiting for it at most the step deadline.
  *
  * @param plan NULL is fine.
- * @return OK; BAD_HANDLE; TIMEOUT where steps were still enqueued (they run on and keep their memory; the handle is
- * dead all the same).
+ * @return TREEATTN_OK; BAD_HANDLE; TIMEOUT: work is still under way; the handle is gone, but what that work points to
+ *         has to stay valid until its stream is synchronised.
  *
- * **Threads**: any. Blocks. Not during stream capture. **Since** 0.1.
+ * Thread safety: any thread. Blocks, at most the step deadline. During a capture: CAPTURING. Since 0.1.
  */
-treeattn_status_t treeattn_plan_destroy(treeattn_plan_t *plan);
+treeattn_status_t treeattn_plan_destroy(struct treeattn_plan_t *plan);
+
+/* Calls that need no communicator: merging in one place, and the helpers of placement ------------------------------ */
 
 /**
- * Merges n partials of one place, in order, into one: o [partial, token, head, dim], lse [partial, token, head].
+ * Merges n partials that lie in one place (splits of a cache, passes of a kernel) into one. No communicator.
  *
- * @param args heads and head_dim must be set.
- * @param n partials, at least 1.
- * @param stream enqueues there; NULL (CPU) runs on the calling thread.
- * @return OK; INVALID_ARGUMENT; BAD_HANDLE; PARENT_DESTROYED; UNAVAILABLE.
+ * @param runtime the runtime.
+ * @param device  where the tensors are.
+ * @param args    o [partial, token, head, dim] and lse [partial, token, head]; `heads` and `head_dim` are required.
+ *                What it points to has to stay valid until the merge is done.
+ * @param n       number of partials, at least 1.
+ * @param stream  where to enqueue. NULL on the CPU: runs on the calling thread.
+ * @return TREEATTN_OK; INVALID_ARGUMENT or UNSUPPORTED, by field, with nothing enqueued or written; BAD_HANDLE;
+ *         UNAVAILABLE; TIMEOUT: the stream was full.
  *
- * **Ownership**: the caller's buffers stay valid and unchanged until the merge is done; `args` itself is copied.
- * **Threads**: any. Enqueues; blocks with a NULL stream. Capture-safe on CUDA streams. **Since** 0.1.
+ * Thread safety: any thread. With a stream it enqueues, with NULL it blocks until done; waits for nobody.
+ * Capture-safe on CUDA streams. Since 0.1.
  */
-treeattn_status_t treeattn_merge_partials(treeattn_runtime_t *runtime,
+treeattn_status_t treeattn_merge_partials(struct treeattn_runtime_t *runtime,
                                           treeattn_device_t device,
-                                          const treeattn_merge_args_t *args,
+                                          const struct treeattn_merge_args_t *args,
                                           int32_t n,
-                                          treeattn_stream_t *stream);
+                                          struct treeattn_stream_t *stream);
 
 /**
- * The heads that a rank owns in a scattered output: floor(rank * heads / world) up to floor((rank + 1) * heads / world),
- * possibly none.
+ * The heads that a rank owns in a scattered output: floor(rank * heads / world) up to floor((rank + 1) * heads /
+ * world), possibly none.
  *
- * @param first receives the first head.
- * @param count receives the number of heads.
- * @return OK; INVALID_ARGUMENT.
+ * @param heads number of heads, at least 0.
+ * @param world number of ranks, at least 1.
+ * @param rank  0 to world - 1.
+ * @param first where the first head goes.
+ * @param count where the number of heads goes.
+ * @return TREEATTN_OK; INVALID_ARGUMENT.
  *
- * **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+ * Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_head_range(int32_t heads,
-                                      int32_t world,
-                                      int32_t rank,
-                                      int32_t *first,
-                                      int32_t *count);
+treeattn_status_t treeattn_head_range(int32_t heads, int32_t world, int32_t rank, int32_t *first, int32_t *count);
 
 /**
- * The rank that holds global position `position` of a sequence of `global_length` tokens. Contiguous placement here means
- * the even split: rank r holds floor(r L / world) up to floor((r + 1) L / world).
+ * The rank that holds a global position.
  *
- * @param owner receives the rank.
- * @return OK; INVALID_ARGUMENT, also with explicit placement.
+ * Contiguous placement here means the even split: rank r holds positions floor(r * L / world) up to floor((r + 1) * L
+ * / world). An engine that cuts elsewhere knows its own cuts.
  *
- * **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+ * @param placement     contiguous or interleaved.
+ * @param world         number of ranks, at least 1.
+ * @param global_length tokens of the sequence on all ranks.
+ * @param position      0 to global_length - 1.
+ * @param owner         where the number goes.
+ * @return TREEATTN_OK; INVALID_ARGUMENT.
+ *
+ * Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_placement_owner(const treeattn_placement_t *placement,
+treeattn_status_t treeattn_placement_owner(const struct treeattn_placement_t *placement,
                                            int32_t world,
                                            int32_t global_length,
                                            int32_t position,
                                            int32_t *owner);
 
 /**
- * How many tokens of a sequence of `global_length` tokens a rank holds. Note that the length of a sequence without its last
- * k tokens is not this one less k: ask again.
+ * How many tokens of a sequence a rank holds. Note that local(L - k) is not local(L) - k: always ask.
  *
- * @param length receives the number.
- * @return OK; INVALID_ARGUMENT, also with explicit placement.
+ * @param placement     as for `treeattn_placement_owner`.
+ * @param world         number of ranks, at least 1.
+ * @param rank          0 to world - 1.
+ * @param global_length tokens of the sequence on all ranks.
+ * @param length        where the number goes.
+ * @return TREEATTN_OK; INVALID_ARGUMENT.
  *
- * **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+ * Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_placement_local_length(const treeattn_placement_t *placement,
+treeattn_status_t treeattn_placement_local_length(const struct treeattn_placement_t *placement,
                                                   int32_t world,
                                                   int32_t rank,
                                                   int32_t global_length,
                                                   int32_t *length);
 
 /**
- * The local slot in which the owner of `position` holds it.
+ * The slot in which the owner of a global position holds it.
  *
- * @param slot receives the slot.
- * @return OK; INVALID_ARGUMENT, also with explicit placement.
+ * @param placement     as for `treeattn_placement_owner`.
+ * @param world         number of ranks, at least 1.
+ * @param global_length tokens of the sequence on all ranks.
+ * @param position      0 to global_length - 1.
+ * @param slot          where the number goes.
+ * @return TREEATTN_OK; INVALID_ARGUMENT.
  *
- * **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+ * Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_placement_local_slot(const treeattn_placement_t *placement,
+treeattn_status_t treeattn_placement_local_slot(const struct treeattn_placement_t *placement,
                                                 int32_t world,
                                                 int32_t global_length,
                                                 int32_t position,
@@ -1570,35 +1344,45 @@ treeattn_status_t treeattn_placement_local_slot(const treeattn_placement_t *plac
 /**
  * The global position of a rank's local slot.
  *
- * @param position receives the position.
- * @return OK; INVALID_ARGUMENT, also with explicit placement.
+ * @param placement     as for `treeattn_placement_owner`.
+ * @param world         number of ranks, at least 1.
+ * @param rank          0 to world - 1.
+ * @param global_length tokens of the sequence on all ranks.
+ * @param slot          0 to the rank's local length - 1.
+ * @param position      where the number goes.
+ * @return TREEATTN_OK; INVALID_ARGUMENT.
  *
- * **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+ * Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_placement_global_position(const treeattn_placement_t *placement,
+treeattn_status_t treeattn_placement_global_position(const struct treeattn_placement_t *placement,
                                                      int32_t world,
                                                      int32_t rank,
                                                      int32_t global_length,
                                                      int32_t slot,
                                                      int32_t *position);
 
+/* The self-check --------------------------------------------------------------------------------------------------- */
+
 /**
- * Runs a shape on this machine: random inputs, sharded over local ranks, decoded, compared with a float64 reference under
+ * Runs a shape on this machine: random inputs, sharded over local ranks, decoded twice, and held against float64 under
  * the library's error bounds.
  *
- * @param config NULL for defaults.
- * @param report set report->struct_size first.
- * @return OK where the check could be run (look at report->passed); UNSUPPORTED naming the field; INVALID_ARGUMENT;
- * BAD_HANDLE; UNAVAILABLE; NO_MEMORY.
+ * @param runtime the runtime.
+ * @param device  where the ranks live.
+ * @param desc    the shape. Read during the call only.
+ * @param config  the sizes; NULL for defaults.
+ * @param report  set up with TREEATTN_SELFCHECK_REPORT_INIT; filled.
+ * @return TREEATTN_OK where the check could be run (look at `report->passed`); INVALID_ARGUMENT or UNSUPPORTED, by
+ *         field; BAD_HANDLE; UNAVAILABLE; NO_MEMORY; SYSTEM (no thread to be had); or what a step returned.
  *
- * **Threads**: any. Blocks: about (kv_length x q_heads x head_dim) multiply-adds in float64. Not during stream capture.
- * **Since** 0.1.
+ * Thread safety: any thread. Blocks, for a time in proportion to query rows x keys: the reference is float64. Starts
+ * and joins its own threads. Not capture-safe. Since 0.1.
  */
-treeattn_status_t treeattn_selfcheck(treeattn_runtime_t *runtime,
+treeattn_status_t treeattn_selfcheck(struct treeattn_runtime_t *runtime,
                                      treeattn_device_t device,
-                                     const treeattn_attention_desc_t *desc,
-                                     const treeattn_selfcheck_config_t *config,
-                                     treeattn_selfcheck_report_t *report);
+                                     const struct treeattn_attention_desc_t *desc,
+                                     const struct treeattn_selfcheck_config_t *config,
+                                     struct treeattn_selfcheck_report_t *report);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -14,16 +14,98 @@ fn library() -> PathBuf {
     test.parent().unwrap().join("libtreeattn.so")
 }
 
+/// The files of `src/ffi` that make the header, in its order.
+const SECTIONS: &[&str] = &["codes", "types", "version", "runtime", "comm", "plan", "local", "selfcheck"];
+
+fn path(section: &str) -> PathBuf {
+    root().join("src/ffi").join(section).with_extension("rs")
+}
+
+fn source(section: &str) -> String {
+    std::fs::read_to_string(path(section)).unwrap()
+}
+
+/// What cbindgen makes of the sources, arranged for readers.
 fn generate() -> String {
     let config = cbindgen::Config::from_file(root().join("cbindings/cbindgen.toml")).unwrap();
     let mut builder = cbindgen::Builder::new().with_config(config);
-    // File by file, in the order of the header; nothing outside the C ABI is read.
-    for file in ["codes", "types", "version", "runtime", "comm", "plan", "local", "selfcheck"] {
-        builder = builder.with_src(root().join(format!("src/ffi/{file}.rs")));
+    // File by file; nothing outside the C ABI is read.
+    for section in SECTIONS {
+        builder = builder.with_src(path(section));
     }
     let mut text = Vec::new();
     builder.generate().unwrap().write(&mut text);
-    String::from_utf8(text).unwrap()
+    arrange(&String::from_utf8(text).unwrap())
+}
+
+/// Moves every code behind its type, which cbindgen puts at the end, and sets a heading before each section of calls.
+fn arrange(header: &str) -> String {
+    let codes = source("codes");
+    let type_of = |constant: &str| {
+        let line = codes.lines().find(|line| line.starts_with(&format!("pub const {constant}: ")))?;
+        Some(line.split_once(": ")?.1.split_once(" =")?.0.to_string()).filter(|t| t.starts_with("treeattn_"))
+    };
+    let headings: Vec<(String, String)> = SECTIONS
+        .iter()
+        .filter_map(|section| {
+            let text = source(section);
+            let title = text.strip_prefix("//! ")?.split_once(".\n")?.0.replace("\n//!", "");
+            let first = text.split_once("extern \"C\" fn ")?.1.split_once('(')?.0.to_string();
+            text.contains("no_mangle").then_some((first, title))
+        })
+        .collect();
+    let (moved, stay): (Vec<&str>, Vec<&str>) =
+        header.split("\n\n").partition(|block| defined(block).and_then(type_of).is_some());
+    let mut blocks: Vec<String> = Vec::new();
+    for block in stay {
+        if let Some((_, title)) =
+            headings.iter().find(|(first, _)| block.ends_with(");") && block.contains(&format!("{first}(")))
+        {
+            let rule = "-".repeat(113usize.saturating_sub(title.len()));
+            blocks.push(format!("/* {title} {rule} */"));
+        }
+        blocks.push(block.trim_start_matches('\n').to_string());
+        if let Some(name) = block.lines().last().and_then(|line| line.strip_prefix("typedef int32_t ")) {
+            let name = name.trim_end_matches(';');
+            blocks.extend(
+                moved
+                    .iter()
+                    .filter(|block| defined(block).and_then(type_of).as_deref() == Some(name))
+                    .map(|block| block.trim_start_matches('\n').to_string()),
+            );
+        }
+    }
+    one_line_docs(&blocks.join("\n\n"))
+}
+
+/// Sets a doc comment of one line on one line.
+fn one_line_docs(header: &str) -> String {
+    let lines: Vec<&str> = header.lines().collect();
+    let mut out = String::with_capacity(header.len());
+    let mut at = 0;
+    while at < lines.len() {
+        let text = match lines[at..] {
+            [open, text, close, ..] if open.trim() == "/**" && close.trim() == "*/" => text.trim().strip_prefix("* "),
+            _ => None,
+        };
+        match text {
+            Some(text) => {
+                out.push_str(&lines[at].replace("/**", &format!("/** {text} */")));
+                at += 3;
+            }
+            None => {
+                out.push_str(lines[at]);
+                at += 1;
+            }
+        }
+        out.push('\n');
+    }
+    out
+}
+
+/// The constant that a block of the header defines.
+fn defined(block: &str) -> Option<&str> {
+    block.lines().last()?.strip_prefix("#define ")?.split(' ').next()
 }
 
 fn functions(header: &str) -> BTreeSet<String> {
@@ -82,17 +164,47 @@ fn header_library_and_list_name_the_same_functions() {
     assert_eq!(exported, listed, "the library's symbols and cbindings/symbols.txt differ");
 }
 
+/// What a comment says and what it does not: the header is the manual.
+#[test]
+fn every_function_is_documented() {
+    let header = generate();
+    for name in functions(&header) {
+        let (before, after) = header.rsplit_once(&format!("{name}(")).unwrap();
+        let declaration = after.split_once(");").unwrap().0;
+        let comment = before.rsplit_once("/**").unwrap().1;
+        assert!(comment.trim_end().lines().count() > 3 && comment.contains("*/\n"), "{name} has no comment");
+        for parameter in declaration.split(',').filter(|text| text.trim() != "void") {
+            let parameter = parameter.rsplit([' ', '*']).next().unwrap();
+            assert!(comment.contains(&format!("@param {parameter} ")), "{name} does not say what {parameter} is");
+        }
+        for word in ["@return", "Thread safety", "Since 0."] {
+            assert!(comment.contains(word), "{name} has no {word}");
+        }
+        // Whether it blocks or enqueues.
+        assert!(
+            ["lock", "nqueue", "Waits", "wait"].iter().any(|word| comment.contains(word)),
+            "{name} does not say whether it blocks"
+        );
+        if name.contains("create") || name.contains("alloc") {
+            assert!(comment.contains("Ownership: "), "{name} does not say who owns what it makes");
+        }
+    }
+}
+
+/// Every type, field and constant has a comment of its own.
 #[test]
 fn every_declaration_is_documented() {
     let header = generate();
     let lines: Vec<&str> = header.lines().collect();
-    for name in functions(&header) {
-        let at =
-            lines.iter().position(|line| line.contains(&format!("{name}(")) && !line.starts_with([' ', '/'])).unwrap();
-        assert_eq!(lines[at - 1].trim(), "*/", "{name} has no comment");
-        let start = lines[..at].iter().rposition(|line| line.trim() == "/**").unwrap();
-        let comment = lines[start..at].join("\n");
-        assert!(comment.contains("**Since**"), "{name} does not say since when");
-        assert!(comment.contains("**Threads**"), "{name} does not say which threads may call it");
+    let body = lines.iter().position(|line| line.contains("_INIT_(type)")).unwrap();
+    let mut checked = 0;
+    for (at, line) in lines.iter().enumerate().skip(body) {
+        let constant = line.starts_with("#define TREEATTN_") && !line.contains("INIT");
+        let field = line.starts_with("    ") && line.ends_with(';') && !lines[at - 1].ends_with(',');
+        if constant || field || line.starts_with("typedef ") {
+            checked += 1;
+            assert!(lines[at - 1].trim_end().ends_with("*/"), "line {} has no comment: {line}", at + 1);
+        }
     }
+    assert!(checked > 200, "only {checked} declarations were found");
 }

@@ -10,17 +10,18 @@ use super::types::*;
 use crate::error::{ErrorKind, Result};
 use crate::runtime::{Communicator, Device, Runtime};
 
-/// Creates one communicator a device, all in this process: comms[r] is rank r. A device may appear several times.
+/// Creates a communicator whose ranks all live in this process, and gives every rank's end of it.
 ///
-/// @param n ranks, at least 1.
-/// @param devices [n], rank by rank.
-/// @param config NULL for defaults.
-/// @param comms [n], receives the handles; all of them or, on error, none.
-/// @return OK; INVALID_ARGUMENT; BAD_HANDLE; PARENT_DESTROYED; UNAVAILABLE; UNSUPPORTED (a CUDA device in this
-/// version); NO_MEMORY; SYSTEM.
+/// @param runtime the runtime.
+/// @param n       number of ranks, 1 to 1,024.
+/// @param devices each rank's device; a device may appear several times.
+/// @param config  NULL for defaults.
+/// @param comms   where the n handles go, rank by rank.
+/// @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNSUPPORTED; UNAVAILABLE; NO_MEMORY; SYSTEM (no thread to be
+///         had). On an error no communicator is left.
 ///
-/// **Ownership**: the caller's, each until its treeattn_comm_destroy().
-/// **Threads**: any. Blocks briefly. Not during stream capture. **Since** 0.1.
+/// Ownership: the caller destroys each of the n. Thread safety: any thread. Does not block. Not capture-safe.
+/// Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_create_local(
     runtime: *mut treeattn_runtime_t,
@@ -67,12 +68,13 @@ pub(super) unsafe fn insert_all<T: handle::Object>(objects: Vec<T>, out: *mut *m
     Ok(())
 }
 
-/// This rank, 0 to world - 1.
+/// Which rank a communicator is.
 ///
-/// @param rank receives it.
-/// @return OK; INVALID_ARGUMENT; BAD_HANDLE.
+/// @param comm the communicator.
+/// @param rank where the number goes, 0 to world - 1.
+/// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
 ///
-/// **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+/// Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_rank(comm: *mut treeattn_comm_t, rank: *mut i32) -> treeattn_status_t {
     guard("treeattn_comm_rank", || {
@@ -85,12 +87,13 @@ pub unsafe extern "C" fn treeattn_comm_rank(comm: *mut treeattn_comm_t, rank: *m
     })
 }
 
-/// The number of ranks.
+/// How many ranks a communicator has.
 ///
-/// @param world receives it.
-/// @return OK; INVALID_ARGUMENT; BAD_HANDLE.
+/// @param comm  the communicator.
+/// @param world where the number goes.
+/// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
 ///
-/// **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+/// Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_world(comm: *mut treeattn_comm_t, world: *mut i32) -> treeattn_status_t {
     guard("treeattn_comm_world", || {
@@ -103,13 +106,17 @@ pub unsafe extern "C" fn treeattn_comm_world(comm: *mut treeattn_comm_t, world: 
     })
 }
 
-/// Links, capacities and the algorithm table, as JSON.
+/// Describes a communicator as JSON: ranks, links, capacities, the algorithm table.
 ///
-/// @param buf receives the text, cut to cap and terminated; NULL with cap = 0 to ask for the size.
-/// @param needed receives the bytes of the whole text with its terminator; may be NULL where buf is not.
-/// @return OK, also where the text was cut; INVALID_ARGUMENT; BAD_HANDLE; PARENT_DESTROYED.
+/// As snprintf: the text is cut where cap is too small, and always ended where cap is not 0.
 ///
-/// **Threads**: any. Does not block. **Since** 0.1.
+/// @param comm   the communicator.
+/// @param buf    where the text goes; NULL with cap = 0 to ask for the size only.
+/// @param cap    size of buf in bytes.
+/// @param needed where the size of the whole text goes, its end included; NULL if not wanted.
+/// @return TREEATTN_OK, also where the text was cut; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
+///
+/// Thread safety: any thread, any time. Does not block. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_describe(
     comm: *mut treeattn_comm_t,
@@ -124,13 +131,17 @@ pub unsafe extern "C" fn treeattn_comm_describe(
     })
 }
 
-/// The health of a communicator: whether it is broken and by whom, or which sequence of a step had bad data. Execution
-/// errors of enqueued steps are found here. Reading takes a pending INVALID_DATA; a broken communicator stays broken.
+/// Tells the health of a communicator: whether it is broken and why, or which bad data a step met.
 ///
-/// @param status set status->struct_size first.
-/// @return OK where the status could be read (look at status->code); INVALID_ARGUMENT; BAD_HANDLE; PARENT_DESTROYED.
+/// Reading takes a pending INVALID_DATA, so that the next call does not tell it again; a broken communicator stays
+/// broken.
 ///
-/// **Threads**: any, at any time. Never blocks nor synchronises. Capture-safe. **Since** 0.1.
+/// @param comm   the communicator.
+/// @param status set up with TREEATTN_COMM_STATUS_INIT; filled.
+/// @return TREEATTN_OK, whatever `status->code` is; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
+///
+/// Thread safety: any thread, any time, also while another waits in a step. Never blocks or synchronises; capture-safe.
+/// Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_status(
     comm: *mut treeattn_comm_t,
@@ -157,23 +168,25 @@ pub unsafe extern "C" fn treeattn_comm_status(
     })
 }
 
-/// Ends every wait on this communicator at once, on all ranks; they return ABORTED from now on.
+/// Breaks a communicator: every wait on it ends at once, on all ranks, with ABORTED, and so does every later call.
 ///
-/// @return OK; BAD_HANDLE; PARENT_DESTROYED.
+/// @param comm the communicator.
+/// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED.
 ///
-/// **Threads**: any, at any time. Does not block. **Since** 0.1.
+/// Thread safety: any thread, any time, also while another waits in a step. Does not block. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_abort(comm: *mut treeattn_comm_t) -> treeattn_status_t {
     guard("treeattn_comm_abort", || handle::get::<Communicator>("comm", comm)?.abort())
 }
 
-/// Destroys a communicator. Local, never collective: peers that still wait for this rank get PEER_LOST; its plans return
-/// PARENT_DESTROYED and can still be destroyed.
+/// Leaves a communicator and destroys this rank's end. Peers that need this rank from now on get PEER_LOST; plans made
+/// from it return PARENT_DESTROYED and can still be destroyed.
 ///
 /// @param comm NULL is fine.
-/// @return OK; BAD_HANDLE.
+/// @return TREEATTN_OK; BAD_HANDLE.
 ///
-/// **Threads**: any. Does not wait for peers. Not during stream capture. **Since** 0.1.
+/// Thread safety: any thread. A step of this rank that is under way ends with an error. Does not wait for the other
+/// ranks. Not capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_destroy(comm: *mut treeattn_comm_t) -> treeattn_status_t {
     guard("treeattn_comm_destroy", || {

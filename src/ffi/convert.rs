@@ -27,6 +27,14 @@ pub unsafe fn read<T: Copy>(name: &str, from: *const T) -> Result<T> {
         let mut value = MaybeUninit::<T>::zeroed();
         let known = size.min(size_of::<T>());
         std::ptr::copy_nonoverlapping(from.cast::<u8>(), value.as_mut_ptr().cast::<u8>(), known);
+        for offset in known..size {
+            let byte = *from.cast::<u8>().add(offset);
+            if byte != 0 {
+                let found = format!("{size} with byte {offset} set");
+                let wanted = format!("zeros past the {} bytes that this version knows", size_of::<T>());
+                return Err(Error::invalid(format_args!("{name}.struct_size"), found, wanted));
+            }
+        }
         Ok(value.assume_init())
     }
 }
@@ -44,7 +52,8 @@ pub unsafe fn read_or_default<T: Copy>(name: &str, from: *const T) -> Result<T> 
     unsafe { read(name, from) }
 }
 
-/// Checks an output struct before the work, so that nothing fails after it. Its size is taken as that of an input.
+/// Checks an output struct before the work, so that nothing fails after it. What lies past the bytes that this version
+/// knows is neither read nor written.
 ///
 /// # Safety
 /// As [`read`].
@@ -70,10 +79,10 @@ pub unsafe fn write<T: Copy>(to: *mut T, value: &T) {
     }
 }
 
-/// The size that a struct says it has, if what lies past the bytes that this version knows is zero.
+/// The size that a struct says it has.
 ///
 /// # Safety
-/// As [`read`].
+/// `from` is null or points at a readable `struct_size`.
 unsafe fn struct_size<T>(name: &str, from: *const T) -> Result<usize> {
     /// No struct of this library comes near it; garbage does.
     const LARGEST: usize = 1 << 16;
@@ -90,14 +99,6 @@ unsafe fn struct_size<T>(name: &str, from: *const T) -> Result<usize> {
     if !(size_of::<usize>()..=LARGEST).contains(&size) || !size.is_multiple_of(8) {
         let wanted = format!("sizeof of the struct, {} in this version", size_of::<T>());
         return Err(Error::invalid(format_args!("{name}.struct_size"), size, wanted));
-    }
-    for offset in size_of::<T>()..size {
-        // SAFETY: the struct has `size` bytes, as it says.
-        if unsafe { from.cast::<u8>().add(offset).read() } != 0 {
-            let found = format!("{size} with byte {offset} set");
-            let wanted = format!("zeros past the {} bytes that this version knows", size_of::<T>());
-            return Err(Error::invalid(format_args!("{name}.struct_size"), found, wanted));
-        }
     }
     Ok(size)
 }

@@ -10,15 +10,19 @@ use crate::attention::{Shard, head_range};
 use crate::error::{Error, Result};
 use crate::runtime::{Runtime, Stream, merge_partials};
 
-/// Merges n partials of one place, in order, into one: o [partial, token, head, dim], lse [partial, token, head].
+/// Merges n partials that lie in one place (splits of a cache, passes of a kernel) into one. No communicator.
 ///
-/// @param args heads and head_dim must be set.
-/// @param n partials, at least 1.
-/// @param stream enqueues there; NULL (CPU) runs on the calling thread.
-/// @return OK; INVALID_ARGUMENT; BAD_HANDLE; PARENT_DESTROYED; UNAVAILABLE.
+/// @param runtime the runtime.
+/// @param device  where the tensors are.
+/// @param args    o [partial, token, head, dim] and lse [partial, token, head]; `heads` and `head_dim` are required.
+///                What it points to has to stay valid until the merge is done.
+/// @param n       number of partials, at least 1.
+/// @param stream  where to enqueue. NULL on the CPU: runs on the calling thread.
+/// @return TREEATTN_OK; INVALID_ARGUMENT or UNSUPPORTED, by field, with nothing enqueued or written; BAD_HANDLE;
+///         UNAVAILABLE; TIMEOUT: the stream was full.
 ///
-/// **Ownership**: the caller's buffers stay valid and unchanged until the merge is done; `args` itself is copied.
-/// **Threads**: any. Enqueues; blocks with a NULL stream. Capture-safe on CUDA streams. **Since** 0.1.
+/// Thread safety: any thread. With a stream it enqueues, with NULL it blocks until done; waits for nobody.
+/// Capture-safe on CUDA streams. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_merge_partials(
     runtime: *mut treeattn_runtime_t,
@@ -38,14 +42,17 @@ pub unsafe extern "C" fn treeattn_merge_partials(
     })
 }
 
-/// The heads that a rank owns in a scattered output: floor(rank * heads / world) up to floor((rank + 1) * heads / world),
-/// possibly none.
+/// The heads that a rank owns in a scattered output: floor(rank * heads / world) up to floor((rank + 1) * heads /
+/// world), possibly none.
 ///
-/// @param first receives the first head.
-/// @param count receives the number of heads.
-/// @return OK; INVALID_ARGUMENT.
+/// @param heads number of heads, at least 0.
+/// @param world number of ranks, at least 1.
+/// @param rank  0 to world - 1.
+/// @param first where the first head goes.
+/// @param count where the number of heads goes.
+/// @return TREEATTN_OK; INVALID_ARGUMENT.
 ///
-/// **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+/// Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_head_range(
     heads: i32,
@@ -67,13 +74,19 @@ pub unsafe extern "C" fn treeattn_head_range(
     })
 }
 
-/// The rank that holds global position `position` of a sequence of `global_length` tokens. Contiguous placement here means
-/// the even split: rank r holds floor(r L / world) up to floor((r + 1) L / world).
+/// The rank that holds a global position.
 ///
-/// @param owner receives the rank.
-/// @return OK; INVALID_ARGUMENT, also with explicit placement.
+/// Contiguous placement here means the even split: rank r holds positions floor(r * L / world) up to floor((r + 1) * L
+/// / world). An engine that cuts elsewhere knows its own cuts.
 ///
-/// **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+/// @param placement     contiguous or interleaved.
+/// @param world         number of ranks, at least 1.
+/// @param global_length tokens of the sequence on all ranks.
+/// @param position      0 to global_length - 1.
+/// @param owner         where the number goes.
+/// @return TREEATTN_OK; INVALID_ARGUMENT.
+///
+/// Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_placement_owner(
     placement: *const treeattn_placement_t,
@@ -90,13 +103,16 @@ pub unsafe extern "C" fn treeattn_placement_owner(
     })
 }
 
-/// How many tokens of a sequence of `global_length` tokens a rank holds. Note that the length of a sequence without its last
-/// k tokens is not this one less k: ask again.
+/// How many tokens of a sequence a rank holds. Note that local(L - k) is not local(L) - k: always ask.
 ///
-/// @param length receives the number.
-/// @return OK; INVALID_ARGUMENT, also with explicit placement.
+/// @param placement     as for `treeattn_placement_owner`.
+/// @param world         number of ranks, at least 1.
+/// @param rank          0 to world - 1.
+/// @param global_length tokens of the sequence on all ranks.
+/// @param length        where the number goes.
+/// @return TREEATTN_OK; INVALID_ARGUMENT.
 ///
-/// **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+/// Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_placement_local_length(
     placement: *const treeattn_placement_t,
@@ -114,12 +130,16 @@ pub unsafe extern "C" fn treeattn_placement_local_length(
     })
 }
 
-/// The local slot in which the owner of `position` holds it.
+/// The slot in which the owner of a global position holds it.
 ///
-/// @param slot receives the slot.
-/// @return OK; INVALID_ARGUMENT, also with explicit placement.
+/// @param placement     as for `treeattn_placement_owner`.
+/// @param world         number of ranks, at least 1.
+/// @param global_length tokens of the sequence on all ranks.
+/// @param position      0 to global_length - 1.
+/// @param slot          where the number goes.
+/// @return TREEATTN_OK; INVALID_ARGUMENT.
 ///
-/// **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+/// Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_placement_local_slot(
     placement: *const treeattn_placement_t,
@@ -138,10 +158,15 @@ pub unsafe extern "C" fn treeattn_placement_local_slot(
 
 /// The global position of a rank's local slot.
 ///
-/// @param position receives the position.
-/// @return OK; INVALID_ARGUMENT, also with explicit placement.
+/// @param placement     as for `treeattn_placement_owner`.
+/// @param world         number of ranks, at least 1.
+/// @param rank          0 to world - 1.
+/// @param global_length tokens of the sequence on all ranks.
+/// @param slot          0 to the rank's local length - 1.
+/// @param position      where the number goes.
+/// @return TREEATTN_OK; INVALID_ARGUMENT.
 ///
-/// **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+/// Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_placement_global_position(
     placement: *const treeattn_placement_t,

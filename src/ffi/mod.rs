@@ -4,7 +4,6 @@
 //! body is one [`guard::guard`]: it turns panics into `INTERNAL`, keeps the thread's last error message and maps
 //! [`Error`](crate::error::Error) to a status. `codes` and `types` are the data of the ABI, `convert` turns them into
 //! the runtime's types, `handle` keeps objects behind opaque values. Uses `runtime` and what lies below it.
-
 //!
 //! Safety of every export is the header's: each pointer is null or valid for what its parameter says, for as long as it
 //! says; handles may be any value. The essay in the header states it once, so the functions do not repeat it.

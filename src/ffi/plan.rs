@@ -11,12 +11,15 @@ use super::types::*;
 use crate::error::{Error, ErrorKind, Result};
 use crate::runtime::{self, Communicator, Plan, Runtime, Stream};
 
-/// Whether a device serves a shape. Local: no communicator is needed.
+/// Tells whether a device serves a shape. Local: asks no other rank, makes nothing.
 ///
-/// @return OK where it does; UNSUPPORTED naming the field that it does not serve; INVALID_ARGUMENT naming the field that
-/// makes no sense; BAD_HANDLE; UNAVAILABLE.
+/// @param runtime the runtime.
+/// @param device  the device.
+/// @param desc    the shape. Read during the call only.
+/// @return TREEATTN_OK: a plan can be made; UNSUPPORTED: the message names the field; INVALID_ARGUMENT: the shape makes
+///         no sense anywhere; BAD_HANDLE; UNAVAILABLE.
 ///
-/// **Threads**: any. Does not block. **Since** 0.1.
+/// Thread safety: any thread. Does not block; capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_attention_supported(
     runtime: *mut treeattn_runtime_t,
@@ -31,17 +34,22 @@ pub unsafe extern "C" fn treeattn_attention_supported(
     })
 }
 
-/// Makes a shape ready on this rank: allocates everything that steps need. Collective: every rank of the communicator calls
-/// it, local ranks from a thread each (or see treeattn_plan_create_all()).
+/// Creates a plan: everything that a shape needs on one rank, allocated once. Its memory does not depend on the length
+/// of the cache, and one plan serves all layers of a shape.
 ///
-/// @param plan receives the handle.
-/// @return OK; MISMATCH on every rank where descriptors differ, naming field and ranks; TIMEOUT where a rank does not
-/// come before the setup deadline; INVALID_ARGUMENT; UNSUPPORTED naming the field; BAD_HANDLE; PARENT_DESTROYED; NO_MEMORY;
-/// what broke the communicator.
+/// Collective: every rank calls it, with the same descriptor, each from a thread or process of its own. Where one
+/// thread holds all local ranks, see `treeattn_plan_create_all`.
 ///
-/// **Ownership**: the caller's, until treeattn_plan_destroy().
-/// **Threads**: any, serialised with other calls on the communicator. Blocks until all ranks have come. Not during stream
-/// capture. **Since** 0.1.
+/// @param comm this rank's end of the communicator.
+/// @param desc the shape. Read during the call only.
+/// @param plan where the handle goes.
+/// @return TREEATTN_OK; INVALID_ARGUMENT or UNSUPPORTED, by field; MISMATCH: the ranks' descriptors differ, or one could
+///         not make its plan; TIMEOUT: a rank did not come before the setup deadline; NO_MEMORY; BAD_HANDLE;
+///         PARENT_DESTROYED; or what broke the communicator.
+///
+/// Ownership: the caller destroys the plan, before or after the communicator. Thread safety: calls on one communicator
+/// are the caller's to serialise. Blocks until all ranks have come, at most the setup deadline. During a capture:
+/// CAPTURING. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_create(
     comm: *mut treeattn_comm_t,
@@ -60,15 +68,16 @@ pub unsafe extern "C" fn treeattn_plan_create(
     })
 }
 
-/// treeattn_plan_create() for all ranks of a local group, from one thread.
+/// Creates the plans of all ranks of a local communicator from one thread.
 ///
-/// @param n the group's ranks.
-/// @param comms [n], every rank of one group, once; plans[i] belongs to comms[i].
-/// @param plans [n], receives the handles; all of them or, on error, none.
-/// @return as treeattn_plan_create(), without TIMEOUT.
+/// @param n     number of ranks, all of the communicator.
+/// @param comms every rank's end, each once.
+/// @param desc  the shape. Read during the call only.
+/// @param plans where the n handles go, in the order of comms.
+/// @return as `treeattn_plan_create`. On an error no plan is left.
 ///
-/// **Ownership**: the caller's, each until its treeattn_plan_destroy().
-/// **Threads**: any, serialised with other calls on the communicators. Blocks briefly. Not during stream capture. **Since** 0.1.
+/// Ownership: the caller destroys each of the n. Thread safety: as `treeattn_plan_create`. Does not wait for anybody.
+/// During a capture: CAPTURING. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_create_all(
     n: i32,
@@ -95,19 +104,24 @@ fn stream(handle: *mut treeattn_stream_t) -> Result<Option<Arc<Stream>>> {
     if handle.is_null() { Ok(None) } else { handle::get("stream", handle).map(Some) }
 }
 
-/// One decode step on this rank: attends the shard, exchanges the partials with the other ranks, writes the merged output.
-/// Allocates nothing. All ranks issue the exchanging calls of a communicator in the same order.
+/// One step: attends this rank's shard, exchanges the partials, and writes the exact output over all ranks' keys.
 ///
-/// @param stream enqueues there; NULL (CPU plans only) runs the step on the calling thread, so that every local rank then
-/// needs a thread of its own.
-/// @return enqueued: OK, INVALID_ARGUMENT, UNSUPPORTED, BAD_HANDLE, PARENT_DESTROYED, or what broke the communicator
-/// before; nothing was written unless OK. What goes wrong in the step comes from treeattn_stream_synchronize() and
-/// treeattn_comm_status(). With a NULL stream also: INVALID_DATA (outputs written, NaN for the sequence named), TIMEOUT,
-/// DESYNC, PEER_LOST, ABORTED (outputs NaN).
+/// Collective: all ranks of the communicator issue the same steps in the same order, with the same `batch` and
+/// `query_tokens`. A thread that drives several ranks enqueues a step on all of them before the next one on any.
+/// Allocates nothing.
 ///
-/// **Ownership**: the caller's buffers stay valid and unchanged until the step is done; `args` itself is copied.
-/// **Threads**: any, serialised with other calls on the communicator. Enqueues; blocks with a NULL stream, and where a CPU
-/// stream already holds 1,024 steps. Capture-safe on CUDA streams. **Since** 0.1.
+/// @param plan   the plan; in flight on one stream at a time.
+/// @param args   the step. The struct is read during the call; what it points to has to stay valid, and unchanged by
+///               others, until the step is done.
+/// @param stream where to enqueue. NULL on a CPU plan: the step runs on the calling thread, and each local rank then
+///               needs a thread of its own.
+/// @return TREEATTN_OK; INVALID_ARGUMENT or UNSUPPORTED, by field, with nothing enqueued or written; BAD_HANDLE;
+///         PARENT_DESTROYED; what broke the communicator (TIMEOUT, DESYNC, PEER_LOST, ABORTED, ...), with NaN in the
+///         output; BUSY. With a NULL stream also INVALID_DATA: the output is written, with NaN in the sequence that the
+///         message names. With a stream these come from `treeattn_stream_synchronize` or `treeattn_comm_status`.
+///
+/// Thread safety: calls on one communicator are the caller's to serialise. With a stream it enqueues (and waits only
+/// for room in a full one); with NULL it blocks, at most the step deadline. Capture-safe on CUDA streams. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_decode(
     plan: *mut treeattn_plan_t,
@@ -124,13 +138,14 @@ pub unsafe extern "C" fn treeattn_plan_decode(
     })
 }
 
-/// This rank's partial alone: output and lse over its own shard, all heads, no exchange. Merge it with an own exchange, or
-/// with treeattn_plan_merge() and treeattn_merge_partials().
+/// This rank's partial alone: the output and lse over its own shard, all heads. No exchange.
 ///
-/// @param args out is [token, q head, dim] and lse [token, q head], whatever the plan's output mode.
-/// @return as treeattn_plan_decode().
+/// @param plan   the plan, with any output mode.
+/// @param args   as for `treeattn_plan_decode`; `out` and `lse` hold all query heads.
+/// @param stream as for `treeattn_plan_decode`.
+/// @return as `treeattn_plan_decode`, without the errors of an exchange.
 ///
-/// **Ownership**, **Threads**: as treeattn_plan_decode(). **Since** 0.1.
+/// Thread safety, blocking, capture: as `treeattn_plan_decode`; waits for no other rank. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_partial(
     plan: *mut treeattn_plan_t,
@@ -147,13 +162,17 @@ pub unsafe extern "C" fn treeattn_plan_partial(
     })
 }
 
-/// Exchanges and merges partials that the engine made with a kernel of its own: every rank passes its own partial. Any plan
-/// serves; one with kv_heads = 0 does nothing else.
+/// The exchange alone: every rank passes a partial that the engine made and gets the merged output.
 ///
-/// @param args o is [token, head, dim], lse [token, head] in base e or 2.
-/// @return as treeattn_plan_decode().
+/// Collective, as `treeattn_plan_decode`. Serves plans of any shape; one with kv_heads = 0 can do nothing else.
 ///
-/// **Ownership**, **Threads**: as treeattn_plan_decode(). **Since** 0.1.
+/// @param plan   the plan.
+/// @param args   the rank's own partial, o [token, head, dim] and lse [token, head], all query heads; kept valid until
+///               the step is done.
+/// @param stream as for `treeattn_plan_decode`.
+/// @return as `treeattn_plan_decode`, without INVALID_DATA.
+///
+/// Thread safety, blocking, capture: as `treeattn_plan_decode`. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_merge(
     plan: *mut treeattn_plan_t,
@@ -170,12 +189,13 @@ pub unsafe extern "C" fn treeattn_plan_merge(
     })
 }
 
-/// Memory that a plan holds; none of it depends on the length of the cache.
+/// Tells the memory that a plan holds.
 ///
-/// @param memory set memory->struct_size first.
-/// @return OK; INVALID_ARGUMENT; BAD_HANDLE; PARENT_DESTROYED.
+/// @param plan   the plan.
+/// @param memory set up with TREEATTN_PLAN_MEMORY_INIT; filled.
+/// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
 ///
-/// **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+/// Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_memory(
     plan: *mut treeattn_plan_t,
@@ -193,12 +213,13 @@ pub unsafe extern "C" fn treeattn_plan_memory(
     })
 }
 
-/// What a plan has done so far: steps, rounds, messages, bytes, the algorithm and why.
+/// Tells what a plan has done so far, which algorithm it uses and why.
 ///
-/// @param stats set stats->struct_size first.
-/// @return OK; INVALID_ARGUMENT; BAD_HANDLE; PARENT_DESTROYED.
+/// @param plan  the plan.
+/// @param stats set up with TREEATTN_PLAN_STATS_INIT; filled.
+/// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
 ///
-/// **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+/// Thread safety: any thread, any time. Does not block or synchronise; capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_stats(
     plan: *mut treeattn_plan_t,
@@ -229,13 +250,13 @@ pub unsafe extern "C" fn treeattn_plan_stats(
     })
 }
 
-/// Destroys a plan. Waits until its enqueued steps are done, at most the communicator's step deadline.
+/// Destroys a plan when its enqueued work is done, waiting for it at most the step deadline.
 ///
 /// @param plan NULL is fine.
-/// @return OK; BAD_HANDLE; TIMEOUT where steps were still enqueued (they run on and keep their memory; the handle is
-/// dead all the same).
+/// @return TREEATTN_OK; BAD_HANDLE; TIMEOUT: work is still under way; the handle is gone, but what that work points to
+///         has to stay valid until its stream is synchronised.
 ///
-/// **Threads**: any. Blocks. Not during stream capture. **Since** 0.1.
+/// Thread safety: any thread. Blocks, at most the step deadline. During a capture: CAPTURING. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_destroy(plan: *mut treeattn_plan_t) -> treeattn_status_t {
     guard("treeattn_plan_destroy", || {

@@ -10,14 +10,15 @@ use super::types::*;
 use crate::error::{Error, Result};
 use crate::runtime::{Buffer, DeviceKind, LogCallback, Runtime, RuntimeConfig, Stream};
 
-/// Creates a runtime: a process's use of the library. Several may exist.
+/// Creates a runtime: what a process sets up once, before anything else.
 ///
-/// @param config NULL for defaults.
-/// @param runtime receives the handle.
-/// @return OK; INVALID_ARGUMENT; UNAVAILABLE where the machine lacks the instruction set asked for.
+/// @param config  NULL for defaults. Read during the call only.
+/// @param runtime where the handle goes.
+/// @return TREEATTN_OK; INVALID_ARGUMENT (a word that names no instruction set); UNAVAILABLE (an instruction set that
+///         this machine lacks); NO_MEMORY.
 ///
-/// **Ownership**: the caller's, until treeattn_runtime_destroy().
-/// **Threads**: any. Blocks briefly. Not during stream capture. **Since** 0.1.
+/// Ownership: the caller destroys the runtime. It may be destroyed before the objects made from it.
+/// Thread safety: any thread; the runtime may be used by all threads at once. Does not block. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_runtime_create(
     config: *const treeattn_runtime_config_t,
@@ -37,10 +38,12 @@ pub unsafe extern "C" fn treeattn_runtime_create(
 
 /// Destroys a runtime. Objects made from it return PARENT_DESTROYED from now on and can still be destroyed.
 ///
-/// @param runtime NULL is fine.
-/// @return OK; BAD_HANDLE.
+/// The log callback is not called any more when this returns.
 ///
-/// **Threads**: any. Does not block. **Since** 0.1.
+/// @param runtime NULL is fine.
+/// @return TREEATTN_OK; BAD_HANDLE.
+///
+/// Thread safety: any thread. Waits for a log call that is under way. Not capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_runtime_destroy(runtime: *mut treeattn_runtime_t) -> treeattn_status_t {
     guard("treeattn_runtime_destroy", || {
@@ -53,12 +56,14 @@ pub unsafe extern "C" fn treeattn_runtime_destroy(runtime: *mut treeattn_runtime
     })
 }
 
-/// How many devices of a kind there are. Without a driver there are 0 CUDA devices.
+/// How many devices of a kind this build can use on this machine.
 ///
-/// @param count receives the number.
-/// @return OK; INVALID_ARGUMENT; BAD_HANDLE.
+/// @param runtime the runtime.
+/// @param kind    TREEATTN_DEVICE_CPU (always one device) or TREEATTN_DEVICE_CUDA (0 without a driver).
+/// @param count   where the number goes.
+/// @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT.
 ///
-/// **Threads**: any. Does not block. **Since** 0.1.
+/// Thread safety: any thread. Does not block; capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_runtime_device_count(
     runtime: *mut treeattn_runtime_t,
@@ -76,12 +81,15 @@ pub unsafe extern "C" fn treeattn_runtime_device_count(
     })
 }
 
-/// What a device is.
+/// Tells what a device is.
 ///
-/// @param info set info->struct_size first.
-/// @return OK; INVALID_ARGUMENT; BAD_HANDLE; UNAVAILABLE where there is no such device, naming the driver library.
+/// @param runtime the runtime.
+/// @param device  TREEATTN_CPU(0), TREEATTN_CUDA(n).
+/// @param info    set up with TREEATTN_DEVICE_INFO_INIT; filled.
+/// @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNAVAILABLE (no such GPU, or no driver; the message names what is
+///         missing).
 ///
-/// **Threads**: any. Does not block. **Since** 0.1.
+/// Thread safety: any thread. Does not block; capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_runtime_device_info(
     runtime: *mut treeattn_runtime_t,
@@ -113,13 +121,18 @@ unsafe impl Send for UserData {}
 // SAFETY: as above.
 unsafe impl Sync for UserData {}
 
-/// Sets who receives log lines; NULL for nobody. The library writes no output of its own.
+/// Sets the receiver of log lines, or removes it.
 ///
-/// @param callback called from any thread, also during other calls; must not call the library nor unwind.
-/// @param user_data passed on; must stay valid until the callback is replaced.
-/// @return OK; BAD_HANDLE; PARENT_DESTROYED.
+/// The library logs what it chose and what went wrong, never on the way of a step that goes well, and nowhere else: it
+/// touches no global logger and no stream of the process.
 ///
-/// **Threads**: any. Blocks until calls of the former callback are over. **Since** 0.1.
+/// @param runtime   the runtime.
+/// @param callback  NULL removes. Called from any thread, several at once; must not call the library, unwind or jump.
+/// @param user_data passed to the callback.
+/// @return TREEATTN_OK; BAD_HANDLE.
+///
+/// Ownership: user_data stays the caller's and has to live until another callback is set or the runtime is destroyed.
+/// Thread safety: any thread. Waits until no call of the former callback is under way. Not capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_runtime_set_log_callback(
     runtime: *mut treeattn_runtime_t,
@@ -142,14 +155,18 @@ pub unsafe extern "C" fn treeattn_runtime_set_log_callback(
     })
 }
 
-/// Creates a stream: an in-order queue of steps on one device. On the CPU it has a thread of its own, and holds up to 1,024
-/// steps before enqueueing waits for room.
+/// Creates a stream: an in-order queue of steps on a device.
 ///
-/// @param stream receives the handle.
-/// @return OK; INVALID_ARGUMENT; BAD_HANDLE; UNAVAILABLE; SYSTEM where no thread could be started.
+/// On the CPU it has a thread of its own, so that one thread of the engine can drive several ranks: enqueue the step on
+/// every rank's stream, then synchronise them. It holds 1,024 steps; enqueueing into a full one waits.
 ///
-/// **Ownership**: the caller's, until treeattn_stream_destroy().
-/// **Threads**: any. Blocks briefly. Not during stream capture. **Since** 0.1.
+/// @param runtime the runtime.
+/// @param device  the device.
+/// @param stream  where the handle goes.
+/// @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNAVAILABLE; NO_MEMORY; SYSTEM (no thread to be had).
+///
+/// Ownership: the caller destroys the stream. Thread safety: any thread; a stream may be used by several threads.
+/// Does not block. Not capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_stream_create(
     runtime: *mut treeattn_runtime_t,
@@ -166,36 +183,40 @@ pub unsafe extern "C" fn treeattn_stream_create(
     })
 }
 
-/// Waits until everything enqueued so far is done, at most as long as its steps' deadlines allow.
+/// Waits until everything enqueued so far is done.
 ///
-/// @return OK, or the first error of a step since the last call, which is then forgotten: TIMEOUT, DESYNC, PEER_LOST,
-/// ABORTED, INVALID_DATA, INTERNAL; BAD_HANDLE; PARENT_DESTROYED.
+/// @param stream the stream.
+/// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; or the first error of a step since the last call, which is then
+///         forgotten (a broken communicator stays broken, and its later calls say so).
 ///
-/// **Threads**: any. Blocks. Not during stream capture. **Since** 0.1.
+/// Thread safety: any thread. Blocks; every step that it waits for has a deadline. Not capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_stream_synchronize(stream: *mut treeattn_stream_t) -> treeattn_status_t {
     guard("treeattn_stream_synchronize", || handle::get::<Stream>("stream", stream)?.synchronize())
 }
 
-/// Destroys a stream when its enqueued steps are done (each is bounded by its deadline).
+/// Destroys a stream when everything enqueued is done. A wrapped CUDA stream lives on.
 ///
 /// @param stream NULL is fine.
-/// @return OK; BAD_HANDLE.
+/// @return TREEATTN_OK; BAD_HANDLE.
 ///
-/// **Threads**: any. Blocks. Not during stream capture. **Since** 0.1.
+/// Thread safety: any thread but the library's own. Blocks; every step that it waits for has a deadline. Not
+/// capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_stream_destroy(stream: *mut treeattn_stream_t) -> treeattn_status_t {
     guard("treeattn_stream_destroy", || handle::remove::<Stream>("stream", stream).map(drop))
 }
 
-/// Allocates zeroed memory on a device, aligned to 64 bytes. A convenience: every call takes raw pointers.
+/// Allocates zeroed memory of a device, aligned to 64 bytes. A convenience: every call takes raw pointers.
 ///
-/// @param bytes at least 1.
-/// @param buffer receives the handle.
-/// @return OK; INVALID_ARGUMENT; BAD_HANDLE; UNAVAILABLE; NO_MEMORY.
+/// @param runtime the runtime.
+/// @param device  the device.
+/// @param bytes   how many, at least 1.
+/// @param buffer  where the handle goes.
+/// @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNAVAILABLE; NO_MEMORY; NO_DEVICE_MEMORY.
 ///
-/// **Ownership**: the caller's, until treeattn_buffer_destroy().
-/// **Threads**: any. Blocks briefly. Not during stream capture. **Since** 0.1.
+/// Ownership: the caller destroys the buffer. Thread safety: any thread. May block on the device's allocator. Not
+/// capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_buffer_alloc(
     runtime: *mut treeattn_runtime_t,
@@ -215,10 +236,12 @@ pub unsafe extern "C" fn treeattn_buffer_alloc(
 
 /// The address of a buffer's first byte, on its device.
 ///
-/// @param data receives the address; valid until the buffer is destroyed.
-/// @return OK; INVALID_ARGUMENT; BAD_HANDLE.
+/// @param buffer the buffer.
+/// @param data   where the address goes.
+/// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
 ///
-/// **Threads**: any. Does not block. Capture-safe. **Since** 0.1.
+/// Ownership: the memory is the buffer's, valid until it is destroyed. Thread safety: any thread. Does not block;
+/// capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_buffer_data(
     buffer: *mut treeattn_buffer_t,
@@ -234,11 +257,16 @@ pub unsafe extern "C" fn treeattn_buffer_data(
     })
 }
 
-/// Copies host memory into a buffer, from byte `offset` on.
+/// Copies host memory into a buffer.
 ///
-/// @return OK; INVALID_ARGUMENT where the range leaves the buffer; BAD_HANDLE; PARENT_DESTROYED.
+/// @param buffer the buffer.
+/// @param offset first byte in the buffer.
+/// @param source host memory; NULL only with 0 bytes. May overlap the buffer.
+/// @param bytes  how many; offset + bytes is at most the buffer's size.
+/// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT, with nothing copied.
 ///
-/// **Threads**: any. Blocks. Not during stream capture. **Since** 0.1.
+/// Thread safety: any thread; who else uses the bytes meanwhile is the caller's affair. Blocks until copied. Not
+/// capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_buffer_upload(
     buffer: *mut treeattn_buffer_t,
@@ -257,11 +285,16 @@ pub unsafe extern "C" fn treeattn_buffer_upload(
     })
 }
 
-/// Copies a buffer's bytes, from byte `offset` on, into host memory.
+/// Copies from a buffer to host memory.
 ///
-/// @return OK; INVALID_ARGUMENT where the range leaves the buffer; BAD_HANDLE; PARENT_DESTROYED.
+/// @param buffer the buffer.
+/// @param offset first byte in the buffer.
+/// @param target host memory; NULL only with 0 bytes. May overlap the buffer.
+/// @param bytes  how many; offset + bytes is at most the buffer's size.
+/// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT, with nothing copied.
 ///
-/// **Threads**: any. Blocks. Not during stream capture. **Since** 0.1.
+/// Thread safety: any thread; work that still writes the bytes is not waited for: synchronise its stream first. Blocks
+/// until copied. Not capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_buffer_download(
     buffer: *mut treeattn_buffer_t,
@@ -280,12 +313,12 @@ pub unsafe extern "C" fn treeattn_buffer_download(
     })
 }
 
-/// Destroys a buffer. No step may use it any more.
+/// Destroys a buffer and frees its memory. Enqueued work that uses it is not waited for.
 ///
 /// @param buffer NULL is fine.
-/// @return OK; BAD_HANDLE.
+/// @return TREEATTN_OK; BAD_HANDLE.
 ///
-/// **Threads**: any. Does not block. Not during stream capture. **Since** 0.1.
+/// Thread safety: any thread. May block on the device's allocator. Not capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_buffer_destroy(buffer: *mut treeattn_buffer_t) -> treeattn_status_t {
     guard("treeattn_buffer_destroy", || handle::remove::<Buffer>("buffer", buffer).map(drop))

@@ -9,61 +9,66 @@ use super::handle;
 use super::types::*;
 use crate::runtime::{self, Runtime};
 
-/// What a self-check runs. Zero means default.
+/// The sizes of a self-check. 0 is the default of every field.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct treeattn_selfcheck_config_t {
     /// sizeof(treeattn_selfcheck_config_t).
     pub struct_size: usize,
-    /// Local ranks; 0: 2.
+    /// Local ranks that the sequences are sharded over. 0: 2.
     pub ranks: i32,
-    /// Sequences; 0: 2.
+    /// Sequences, at most the descriptor's `max_batch`. The first has `kv_length` keys, the others random lengths up to
+    /// that. 0: 2 where the descriptor has room.
     pub batch: i32,
-    /// Query tokens of each sequence; 0: 1.
+    /// Query tokens of each sequence; batch * query_tokens is at most the descriptor's `max_query_tokens`. 0: 1.
     pub query_tokens: i32,
-    /// Tokens of each sequence on all ranks together; 0: 300.
+    /// Keys of the first sequence on all ranks together; each rank's part is at most the descriptor's `max_kv_length`.
+    /// 0: 1,000, or `max_kv_length` where that is less.
     pub kv_length: i32,
     /// Seed of the random inputs.
     pub seed: u64,
 }
 
-/// What a self-check found. Output: set struct_size before the call.
+/// What a self-check found. Filled by `treeattn_selfcheck`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct treeattn_selfcheck_report_t {
     /// sizeof(treeattn_selfcheck_report_t).
     pub struct_size: usize,
-    /// Non-zero: every bound held.
+    /// 1: every output is within its bounds and all bits repeat.
     pub passed: i32,
-    /// Non-zero: all ranks and a second run gave the same bits.
+    /// 1: a second run gave the same bits, and all ranks hold the same where all hold the whole output.
     pub same_bits: i32,
-    /// Rows compared.
+    /// Output rows (query token x head, of every rank) compared.
     pub rows: u64,
-    /// Largest |error| of an output over its bound; at most 1 where the bound holds.
+    /// The largest error of an output element over the bound of that element; at most 1 in a check that passes.
     pub max_error_ratio: f64,
-    /// Largest |error| of an lse over its bound.
+    /// The same for the log-sum-exps.
     pub max_lse_error_ratio: f64,
-    /// Share of outputs that are the correctly rounded exact value.
+    /// Share of the outputs that are the float64 answer correctly rounded; 1 for f32 outputs, where it is not asked.
     pub correctly_rounded: f64,
-    /// ||error|| / ||exact|| over all outputs.
+    /// Root of the summed squared errors over that of the summed squared outputs.
     pub relative_l2: f64,
-    /// The finding in words; cut to fit, terminated.
+    /// The first thing found wrong, or a line that says what passed; cut where it is longer.
     pub message: [c_char; 256],
 }
 
 const _: () = assert!(size_of::<treeattn_selfcheck_config_t>() == 32);
 const _: () = assert!(size_of::<treeattn_selfcheck_report_t>() == 312);
 
-/// Runs a shape on this machine: random inputs, sharded over local ranks, decoded, compared with a float64 reference under
+/// Runs a shape on this machine: random inputs, sharded over local ranks, decoded twice, and held against float64 under
 /// the library's error bounds.
 ///
-/// @param config NULL for defaults.
-/// @param report set report->struct_size first.
-/// @return OK where the check could be run (look at report->passed); UNSUPPORTED naming the field; INVALID_ARGUMENT;
-/// BAD_HANDLE; UNAVAILABLE; NO_MEMORY.
+/// @param runtime the runtime.
+/// @param device  where the ranks live.
+/// @param desc    the shape. Read during the call only.
+/// @param config  the sizes; NULL for defaults.
+/// @param report  set up with TREEATTN_SELFCHECK_REPORT_INIT; filled.
+/// @return TREEATTN_OK where the check could be run (look at `report->passed`); INVALID_ARGUMENT or UNSUPPORTED, by
+///         field; BAD_HANDLE; UNAVAILABLE; NO_MEMORY; SYSTEM (no thread to be had); or what a step returned.
 ///
-/// **Threads**: any. Blocks: about (kv_length x q_heads x head_dim) multiply-adds in float64. Not during stream capture.
-/// **Since** 0.1.
+/// Thread safety: any thread. Blocks, for a time in proportion to query rows x keys: the reference is float64. Starts
+/// and joins its own threads. Not capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_selfcheck(
     runtime: *mut treeattn_runtime_t,

@@ -174,7 +174,7 @@ pub struct treeattn_attention_desc_t {
     /// 1: a query does not see keys at later global positions. Its own token is a key like the others: put it into the
     /// cache first.
     pub causal: i32,
-    /// Sliding window: keys visible to a query, by global position, its own included. 0: all.
+    /// Keys visible before a query, by global position. 0: all.
     pub window: i32,
     /// Scores become softcap * tanh(score / softcap). 0: off.
     pub softcap: f32,

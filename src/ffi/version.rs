@@ -6,28 +6,36 @@ use super::codes::*;
 use super::guard::{guard_value, last_error};
 use crate::error::ErrorKind;
 
-/// The library's version, "MAJOR.MINOR.PATCH". Compare with TREEATTN_VERSION_ of the header.
+/// The version of the library that is loaded, for example "0.1.0".
 ///
-/// **Returns** a static string; never NULL.
-/// **Threads**: any. Never blocks. Capture-safe. **Since** 0.1.
+/// @return a text that is never freed; never NULL.
+///
+/// Ownership: the library's. Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub extern "C" fn treeattn_version() -> *const c_char {
     const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");
     guard_value("treeattn_version", VERSION.as_ptr().cast(), || VERSION.as_ptr().cast())
 }
 
-/// The library's TREEATTN_ABI_VERSION. An engine works with a library whose number is the one it was compiled with.
+/// The version of the binary interface of the library that is loaded.
 ///
-/// **Threads**: any. Never blocks. Capture-safe. **Since** 0.1.
+/// A program made with a header whose TREEATTN_ABI_VERSION is higher than this uses calls or fields that the library
+/// may not have.
+///
+/// @return the number, at least 1.
+///
+/// Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub extern "C" fn treeattn_abi_version() -> i32 {
     guard_value("treeattn_abi_version", TREEATTN_ABI_VERSION, || TREEATTN_ABI_VERSION)
 }
 
-/// The name of a status code, such as "INVALID_ARGUMENT"; "UNKNOWN" for any other number.
+/// The name of a status code, for example "TIMEOUT" for TREEATTN_ERROR_TIMEOUT.
 ///
-/// **Returns** a static string; never NULL.
-/// **Threads**: any. Never blocks. Capture-safe. **Since** 0.1.
+/// @param status any value.
+/// @return a text that is never freed; "UNKNOWN" for a value that is no code of this version; never NULL.
+///
+/// Ownership: the library's. Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub extern "C" fn treeattn_status_string(status: treeattn_status_t) -> *const c_char {
     guard_value("treeattn_status_string", c"UNKNOWN".as_ptr(), || name(status).as_ptr())
@@ -64,11 +72,15 @@ fn name(status: treeattn_status_t) -> &'static CStr {
     }
 }
 
-/// What the last failed call on this thread found and wanted: the function, the argument, both values.
+/// Why the calling thread's last failing call failed: the call, the argument, the value found and the value wanted.
 ///
-/// **Returns** a string of this thread, "" before its first failure; never NULL.
-/// **Ownership**: the library's; valid until the next failed call on this thread, or the thread's end.
-/// **Threads**: any; each has its own. Never blocks. Capture-safe. **Since** 0.1.
+/// Calls that succeed leave it as it is. Errors of enqueued work are told by `treeattn_stream_synchronize` and
+/// `treeattn_comm_status`.
+///
+/// @return a text, empty before the first failure; never NULL.
+///
+/// Ownership: the library's; valid until the next call of this thread that fails, or the thread's end. Thread safety:
+/// any thread, any time; each sees its own. Does not block; capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub extern "C" fn treeattn_last_error_message() -> *const c_char {
     guard_value("treeattn_last_error_message", c"".as_ptr(), last_error)
