@@ -160,7 +160,7 @@ impl<'a> Task<'a> {
     /// What to ask for in the keys (0) or values (1) of a tile of `keys` keys: the rows `distance` keys on, those of
     /// the values after the keys, and of the next tile's keys after the values.
     fn ahead(&self, which: usize, heads: Heads, keys: usize, rows: &Rows, next: Option<&Rows>) -> Ahead {
-        let split = keys.saturating_sub(self.distance);
+        let split = keys.saturating_sub(self.distance) / 16 * 16;
         let near = if split > 0 { self.lines(which, heads, Some(rows), self.distance) } else { Lines::NOTHING };
         let far = self.lines(1 - which, heads, if which == 0 { Some(rows) } else { next }, 0);
         Ahead { near, far, split }

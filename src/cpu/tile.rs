@@ -26,7 +26,7 @@ pub struct Ahead {
     pub near: Lines,
     /// For the keys from `split` on: the first rows of what comes next.
     pub far: Lines,
-    /// Keys for which `near` is asked.
+    /// Keys for which `near` is asked, a multiple of 16.
     pub split: usize,
 }
 
@@ -156,15 +156,44 @@ pub struct MeetArgs {
     pub width: usize,
 }
 
-/// Asks for what key `t` of kv head `head` stands for.
-#[inline(always)]
-unsafe fn ask<S: Simd>(ahead: &Ahead, t: usize, head: usize) {
-    unsafe {
-        let (lines, t) = if t < ahead.split { (&ahead.near, t) } else { (&ahead.far, t - ahead.split) };
-        if lines.bytes > 0 {
-            let row = (*lines.rows.add(t)).wrapping_add(lines.offset + head * lines.head);
-            for line in (0..lines.bytes).step_by(LINE) {
-                S::prefetch(row.wrapping_add(line));
+/// Rows to ask for, one for each key of a block.
+#[derive(Clone, Copy)]
+struct Asking {
+    rows: *const *const u8,
+    offset: usize,
+    bytes: usize,
+}
+
+impl Asking {
+    /// For the block that begins at key `key`; `split` never falls inside a block.
+    #[inline(always)]
+    fn of(ahead: &Ahead, key: usize, head: usize) -> Asking {
+        let (lines, skip) = if key < ahead.split { (&ahead.near, 0) } else { (&ahead.far, ahead.split) };
+        Asking {
+            rows: lines.rows.wrapping_add(key - skip),
+            offset: lines.offset.wrapping_add(head * lines.head),
+            bytes: lines.bytes,
+        }
+    }
+
+    /// Asks for row `i` of the block.
+    #[inline(always)]
+    unsafe fn ask<S: Simd>(&self, i: usize) {
+        unsafe {
+            let mut line = (*self.rows.add(i)).wrapping_add(self.offset);
+            let mut left = self.bytes;
+            while left >= 4 * LINE {
+                S::prefetch(line);
+                S::prefetch(line.wrapping_add(LINE));
+                S::prefetch(line.wrapping_add(2 * LINE));
+                S::prefetch(line.wrapping_add(3 * LINE));
+                line = line.wrapping_add(4 * LINE);
+                left -= 4 * LINE;
+            }
+            while left > 0 {
+                S::prefetch(line);
+                line = line.wrapping_add(LINE);
+                left = left.saturating_sub(LINE);
             }
         }
     }
@@ -183,7 +212,8 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize>(
         let offset = a.offset + head * a.head;
         for t in (key..key + 16).step_by(RT) {
             // Spread over the elements, so that asking never holds up the work.
-            let (mut asked, asks) = if row == 0 { (t, t + RT) } else { (0, 0) };
+            let asking = Asking::of(&a.ahead, key, head);
+            let (mut asked, asks) = if row == 0 && asking.bytes > 0 { (t - key, t - key + RT) } else { (0, 0) };
             let each = (RT * S::LANES).div_ceil(a.dim);
             let mut k = [std::ptr::null::<u8>(); RT];
             for (i, k) in k.iter_mut().enumerate() {
@@ -196,8 +226,8 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize>(
                 let mut d = begin;
                 while d < end {
                     if asked < asks {
-                        for t in asked..asked + each {
-                            ask::<S>(&a.ahead, t, head);
+                        for i in asked..asked + each {
+                            asking.ask::<S>(i);
                         }
                         asked += each;
                     }
@@ -327,10 +357,11 @@ unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize>(a: 
         let row = b.head * a.rows + b.row;
         let weights = a.weights.add(row * TILE);
         let from = a.offset + b.head * a.head + d * E::SIZE;
-        let asking = b.row == 0 && d == 0;
+        let asking = Asking::of(&a.ahead, b.key, b.head);
+        let asks = b.row == 0 && d == 0 && asking.bytes > 0;
         for t in b.key..b.end {
-            if asking {
-                ask::<S>(&a.ahead, t, b.head);
+            if asks {
+                asking.ask::<S>(t - b.key);
             }
             let v = (*a.v.add(t)).add(from);
             let mut vv = [S::splat(0.0); ND];
