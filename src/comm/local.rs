@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{CommConfig, Exchange, RoundHeader, verdict};
+use super::{CommConfig, Exchange, Round, RoundHeader, verdict};
 use crate::attention::Shard;
 use crate::device::{Bell, HostBuffer, available_cores};
 use crate::error::{Error, ErrorKind, Result};
@@ -73,22 +73,20 @@ struct Rank {
     error: Mutex<Option<Error>>,
 }
 
-/// The payloads of one round, readable until `take` returns.
-pub(crate) struct Round<'a> {
+/// The payloads of one round, in the windows.
+struct LocalRound<'a> {
     group: &'a Group,
     epoch: Epoch,
     bytes: usize,
 }
 
-impl Round<'_> {
-    /// What `rank` sent. Panics if there is no such rank.
-    pub(crate) fn payload(&self, rank: usize) -> &[u8] {
+impl Round for LocalRound<'_> {
+    fn payload(&self, rank: usize) -> &[u8] {
         // SAFETY: the epoch is complete, and no rank writes this slot before this rank has consumed it.
         unsafe { self.group.payload(rank, self.epoch.slot(), self.bytes) }
     }
 
-    /// The packed fault that `rank` sent, 0 for none. Panics if there is no such rank.
-    pub(crate) fn fault(&self, rank: usize) -> u64 {
+    fn fault(&self, rank: usize) -> u64 {
         self.group.header(rank, self.epoch).map_or(0, |header| header.fault)
     }
 }
@@ -240,7 +238,7 @@ impl LocalExchange {
         header: RoundHeader,
         bytes: usize,
         fill: &mut dyn FnMut(&mut [u8]),
-        take: &mut dyn FnMut(&Round<'_>),
+        take: &mut dyn FnMut(&dyn Round),
     ) -> Result<()> {
         let (group, own, world) = (&*self.group, self.own(), self.group.ranks.len());
         if bytes > group.capacity {
@@ -280,7 +278,7 @@ impl LocalExchange {
         if let Some(error) = verdict::desync(number, self.rank, world, fingerprint) {
             return Err(error);
         }
-        take(&Round { group, epoch, bytes });
+        take(&LocalRound { group, epoch, bytes });
         own.cursor.consume(epoch);
         own.rounds.store(number, Ordering::Relaxed);
         Ok(())
@@ -329,7 +327,7 @@ impl Exchange for LocalExchange {
         header: RoundHeader,
         bytes: usize,
         fill: &mut dyn FnMut(&mut [u8]),
-        take: &mut dyn FnMut(&Round<'_>),
+        take: &mut dyn FnMut(&dyn Round),
     ) -> Result<()> {
         let turn = self.enter()?;
         let result = self.exchange(header, bytes, fill, take);

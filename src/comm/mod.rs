@@ -1,20 +1,23 @@
 //! Communicators: how the ranks of a group exchange partials, and how they fail together.
 //!
 //! [`Exchange`] is what the runtime sees of one rank's end. `local` is the group within one process (shared memory,
-//! epochs of [`crate::partial::epoch`]); `verdict` words what ranks say when they fail. Depends on `device` and
+//! epochs of [`crate::partial::epoch`]), `transport` a rank whose peers the engine reaches (MPI, gloo); `verdict` words what ranks say when they fail. Depends on `device` and
 //! `partial`; knows nothing of attention and of backends.
 //!
 //! A communicator that has failed is broken: every later call on any rank returns the error that broke it.
 
 mod config;
 mod local;
+mod transport;
 mod verdict;
 
 #[cfg(test)]
 mod tests;
 
 pub use config::CommConfig;
-pub(crate) use local::{Round, local_group};
+pub(crate) use local::local_group;
+pub(crate) use transport::TransportExchange;
+pub use transport::{AllgatherCallback, SendrecvCallback, Transport};
 
 use crate::attention::Shard;
 use crate::error::{Error, Result};
@@ -26,6 +29,15 @@ pub(crate) struct RoundHeader {
     pub(crate) fingerprint: u64,
     /// Bad data that the rank met, packed; 0 for none.
     pub(crate) fault: u64,
+}
+
+/// What all ranks sent in one round; readable until `take` returns.
+pub(crate) trait Round: Sync {
+    /// What `rank` sent, aligned to 64 bytes. Panics if there is no such rank.
+    fn payload(&self, rank: usize) -> &[u8];
+
+    /// The packed fault that `rank` sent, 0 for none. Panics if there is no such rank.
+    fn fault(&self, rank: usize) -> u64;
 }
 
 /// One rank's end of a group. Calls are serialised by the caller, except `abort`, `leave`, `status`, `step` and
@@ -51,7 +63,7 @@ pub(crate) trait Exchange: Send + Sync {
         header: RoundHeader,
         bytes: usize,
         fill: &mut dyn FnMut(&mut [u8]),
-        take: &mut dyn FnMut(&Round<'_>),
+        take: &mut dyn FnMut(&dyn Round),
     ) -> Result<()>;
 
     /// Why the communicator is broken, if it is.
@@ -71,4 +83,9 @@ pub(crate) trait Exchange: Send + Sync {
 
     /// Ranks, links, capacity and algorithms, as JSON.
     fn describe(&self) -> String;
+
+    /// Whether rounds may run on a stream's thread.
+    fn serves_streams(&self) -> bool {
+        true
+    }
 }

@@ -73,7 +73,7 @@ fn checked_round(rank: &LocalExchange, round: u64, bytes: usize) -> Result<()> {
         }
     };
     let mut read = 0;
-    let mut take = |all: &Round<'_>| {
+    let mut take = |all: &dyn Round| {
         for peer in 0..world {
             assert_eq!(all.fault(peer), peer as u64 ^ round, "fault of rank {peer} in round {round}");
             for (at, value) in words(all.payload(peer)).enumerate() {

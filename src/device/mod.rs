@@ -17,6 +17,7 @@ pub use buffer::HostBuffer;
 pub use float_state::FloatState;
 pub use host::available_cores;
 pub use queue::Queue;
+pub(crate) use thread::spawn;
 pub use workers::Workers;
 
 use crate::error::{Error, ErrorKind, Result};

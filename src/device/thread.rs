@@ -6,7 +6,7 @@ use super::FloatState;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Starts a thread. `System` where the machine gives none.
-pub(super) fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+pub(crate) fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
     let blocked = SignalsBlocked::enter();
     let thread = Builder::new().name(name.clone()).spawn(move || {
         // A new thread inherits its maker's control register.

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 
 use super::context::{LogLevel, Runtime};
 use crate::attention::Shard;
-use crate::comm::{CommConfig, Exchange, local_group};
+use crate::comm::{CommConfig, Exchange, Transport, TransportExchange, local_group};
 use crate::device::{Device, DeviceKind, Workers, available_cores};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::DataFault;
@@ -103,6 +103,54 @@ impl Communicator {
         Ok(ranks)
     }
 
+    /// One rank of a group whose ranks the engine connects (MPI, gloo, sockets): `rank` of `world`. Collective: blocks
+    /// until the engine's allgather has connected all ranks, at most the setup deadline. `threads_per_rank` = 0 is the
+    /// cores of the machine over its ranks.
+    ///
+    /// The callbacks are called only from threads that call the library, and from the threads of CPU streams where the
+    /// transport allows it. `abort` is local here: peers notice by their deadlines.
+    ///
+    /// # Safety
+    /// The callbacks do what [`Transport`] says, and `ctx` stays valid until the last clone and plan are gone.
+    pub unsafe fn create_from_transport(
+        runtime: &Runtime,
+        transport: Transport,
+        world: i32,
+        rank: i32,
+        device: Device,
+        config: &CommConfig,
+    ) -> Result<Communicator> {
+        runtime.check_device(device)?;
+        if device.kind != DeviceKind::Cpu {
+            return Err(Error::unsupported("device", device, "CPU devices"));
+        }
+        let exchange = TransportExchange::new(transport, Shard { rank, world }, config)?;
+        let here = exchange.allgather(boot_id().as_bytes())?;
+        let local = here.iter().filter(|id| **id == here[rank as usize]).count();
+        let threads = match config.threads_per_rank {
+            0 => (available_cores() / local).max(1),
+            threads => threads,
+        };
+        let spin = threads.saturating_mul(local) <= available_cores();
+        runtime
+            .log(LogLevel::Info, &format!("rank {rank} of {world}, {local} on this machine, {threads} threads each"));
+        Ok(Communicator {
+            core: Arc::new(CommCore {
+                runtime: runtime.clone(),
+                device,
+                config: config.clone(),
+                workers: Workers::new(threads, &format!("treeattn-{rank}"), spin)?,
+                exchange: Box::new(exchange),
+                group: 0,
+                plans: AtomicU64::new(0),
+                calls: AtomicU64::new(0),
+                last_plan: AtomicU64::new(0),
+                pending: Mutex::new(None),
+                closed: AtomicBool::new(false),
+            }),
+        })
+    }
+
     /// This rank.
     pub fn rank(&self) -> i32 {
         self.core.shard().rank
@@ -165,6 +213,11 @@ impl Communicator {
             self.core.exchange.leave();
         }
     }
+}
+
+/// Tells machines apart; empty where the system does not say, which counts all ranks as local.
+fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
 }
 
 impl CommCore {

@@ -153,7 +153,7 @@ fn exchange(
         let mut fill = |slot: &mut [u8]| {
             fill_payload(&plan.chunks, slot, &o[first * dim..(first + n) * dim], &lse[first..first + n]);
         };
-        let mut take = |round: &Round<'_>| {
+        let mut take = |round: &dyn Round| {
             found = found
                 .or_else(|| (0..world).find_map(|rank| Some((rank as i32, DataFault::unpack(round.fault(rank))?))));
             failed = merge_chunk(plan, round, first, n, output, spare).err();
@@ -175,7 +175,7 @@ fn exchange(
 /// Merges rows `first..first + n` of a round, in rank order, and writes those of this rank's heads.
 fn merge_chunk(
     plan: &PlanCore,
-    round: &Round<'_>,
+    round: &dyn Round,
     first: usize,
     n: usize,
     output: &Output,

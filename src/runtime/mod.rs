@@ -17,7 +17,7 @@ mod plan;
 mod selfcheck;
 mod stream;
 
-pub use crate::comm::CommConfig;
+pub use crate::comm::{AllgatherCallback, CommConfig, SendrecvCallback, Transport};
 pub use crate::device::{Device, DeviceInfo, DeviceKind};
 pub use buffer::Buffer;
 pub use communicator::{CommStatus, Communicator};

@@ -270,6 +270,10 @@ impl Plan {
             return now().map_err(explain_timeout);
         };
         stream.check_kind(self.core.comm.device.kind)?;
+        if !self.core.comm.exchange.serves_streams() {
+            let wanted = "none: this transport's callbacks run on calling threads only";
+            return Err(Error::invalid("stream", "a stream", wanted));
+        }
         self.core.begin();
         let pushed = stream.push(job(Arc::clone(&self.core)), self.core.comm.config.step_timeout);
         if pushed.is_err() {
@@ -318,7 +322,10 @@ impl PlanCore {
             (OutputMode::Local, ..) => "local output: nothing to exchange",
             (_, 1, _) => "one rank: nothing to exchange",
             (_, _, Algorithm::OneShot) => "asked for",
-            (OutputMode::Scattered, ..) => "ranks share memory: each reads its own heads of every partial in place",
+            (OutputMode::Scattered, ..) if comm.group != 0 => {
+                "ranks share memory: each reads its own heads of every partial in place"
+            }
+            _ if comm.group == 0 => "one allgather of the engine's transport has the fewest steps",
             _ => "ranks share memory: every partial is read in place, so one round has the fewest steps",
         };
         Ok(PlanCore {
