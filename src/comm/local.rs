@@ -19,7 +19,7 @@ use crate::fault;
 use crate::partial::epoch::{Arrivals, Cursor, Epoch, Header, MAX_PAYLOAD, MAX_WINDOWS, SLOTS, Slot};
 
 /// Most ranks of a local group.
-const MAX_RANKS: usize = 1024;
+pub(crate) const MAX_RANKS: usize = 1024;
 /// Alignment of payloads, bytes.
 const ALIGN: usize = 64;
 /// How long past its deadline a wait gives a rank that has published but not yet counted itself.

@@ -15,7 +15,7 @@ mod verdict;
 mod tests;
 
 pub use config::CommConfig;
-pub(crate) use local::local_group;
+pub(crate) use local::{MAX_RANKS, local_group};
 pub(crate) use transport::TransportExchange;
 pub use transport::{AllgatherCallback, SendrecvCallback, Transport};
 

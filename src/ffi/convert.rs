@@ -364,13 +364,11 @@ pub fn merge_args(a: &treeattn_merge_args_t) -> Result<MergeArgs> {
 
 /// A self-check's configuration.
 pub fn selfcheck_config(c: &treeattn_selfcheck_config_t) -> SelfcheckConfig {
-    let or = |value: i32, default: i32| if value == 0 { default } else { value };
-    let default = SelfcheckConfig::default();
     SelfcheckConfig {
-        ranks: or(c.ranks, default.ranks),
-        batch: or(c.batch, default.batch),
-        query_tokens: or(c.query_tokens, default.query_tokens),
-        kv_length: or(c.kv_length, default.kv_length),
+        ranks: c.ranks,
+        batch: c.batch,
+        query_tokens: c.query_tokens,
+        kv_length: c.kv_length,
         seed: c.seed,
     }
 }

@@ -5,6 +5,8 @@ use half::{bf16, f16};
 use super::SelfcheckConfig;
 use crate::attention::placement::{global_position, local_length};
 use crate::attention::{AttentionDesc, Dtype, Placement, Shard};
+use crate::comm::MAX_RANKS;
+use crate::device::{Device, device_info};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Keys of the longest sequence where the caller leaves the choice.
@@ -33,18 +35,39 @@ impl Shape {
             }
             value => Ok(value as usize),
         };
-        let ranks = pick("ranks", config.ranks, DEFAULT_RANKS, i32::MAX, "the largest int32")?;
+        let ranks = pick("ranks", config.ranks, DEFAULT_RANKS, MAX_RANKS as i32, "the most of a local group")?;
         let most = desc.max_batch.min(desc.max_query_tokens);
         let batch = pick("batch", config.batch, 2, most, "the smaller of max_batch and max_query_tokens")?;
         let most = desc.max_query_tokens / batch as i32;
         let tokens = pick("query_tokens", config.query_tokens, 1, most, "max_query_tokens / batch")?;
         let default = DEFAULT_KEYS.min(desc.max_kv_length).max(tokens as i32);
-        let keys = pick("kv_length", config.kv_length, default, i32::MAX, "the largest int32")?;
+        let most = desc.max_kv_length.saturating_mul(ranks as i32);
+        let keys = pick("kv_length", config.kv_length, default, most, "ranks x max_kv_length")?;
         if desc.causal && keys < tokens {
             let wanted = format!("at least query_tokens = {tokens} with causal");
             return Err(Error::invalid("kv_length", keys, wanted));
         }
-        Ok(Shape { ranks, batch, tokens, keys, seed: config.seed })
+        let shape = Shape { ranks, batch, tokens, keys, seed: config.seed };
+        let (found, most) = (shape.footprint(desc), u128::from(device_info(Device::CPU)?.memory / 2));
+        if found > most {
+            let message =
+                format!("selfcheck: found sizes that take {found} bytes, wanted at most {most}, half the memory");
+            return Err(Error::new(ErrorKind::NoMemory, message));
+        }
+        Ok(shape)
+    }
+
+    /// Bytes that a self-check of this shape takes, at most: it is refused before anything is allocated, for a failed
+    /// allocation would end the process.
+    fn footprint(&self, desc: &AttentionDesc) -> u128 {
+        let wide = |n: i32| n.max(0) as u128;
+        let (ranks, batch, keys) = (self.ranks as u128, self.batch as u128, self.keys as u128);
+        let (dim_qk, dim_v) = (wide(desc.head_dim_qk), wide(desc.head_dim_v));
+        let rows = batch * self.tokens as u128 * wide(desc.q_heads);
+        // A page in part for every sequence and one for none; a strided cache has room for its longest everywhere.
+        let slots = batch * keys.max(wide(desc.page_size)) + wide(desc.page_size);
+        let cache = slots * wide(desc.kv_heads) * (dim_qk + dim_v) + batch * keys;
+        16 * ranks * (rows * (dim_qk + 2 * dim_v + 2) + cache)
     }
 }
 
@@ -76,7 +99,7 @@ impl Inputs {
         let (q_heads, kv_heads) = (desc.q_heads as usize, desc.kv_heads as usize);
         let q = random.normals(shape.batch * shape.tokens * q_heads * dim_qk, desc.q_dtype)?;
         let fewest = if desc.causal { shape.tokens } else { 0 };
-        let mut sequences = Vec::with_capacity(shape.batch);
+        let mut sequences = room(shape.batch)?;
         for b in 0..shape.batch {
             let keys = if b == 0 { shape.keys } else { fewest + random.below(shape.keys - fewest + 1) };
             let slots = place(desc.placement, shape.ranks, keys, &mut random)?;

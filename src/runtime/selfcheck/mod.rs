@@ -206,10 +206,21 @@ mod tests {
             ("batch", SelfcheckConfig { batch: 2, ..Default::default() }),
             ("query_tokens", SelfcheckConfig { query_tokens: 2, ..Default::default() }),
             ("kv_length", SelfcheckConfig { kv_length: 21, ..Default::default() }),
+            ("kv_length", SelfcheckConfig { kv_length: i32::MAX, ..Default::default() }),
+            ("ranks", SelfcheckConfig { ranks: i32::MAX, ..Default::default() }),
         ] {
             let error = check(config).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidArgument);
             assert!(error.message().starts_with(name), "{error}");
+        }
+        let large = AttentionDesc { max_kv_length: i32::MAX, max_batch: i32::MAX, max_query_tokens: i32::MAX, ..desc };
+        for config in [
+            SelfcheckConfig { kv_length: i32::MAX, ..Default::default() },
+            SelfcheckConfig { batch: i32::MAX, ..Default::default() },
+            SelfcheckConfig { query_tokens: i32::MAX / 2, ..Default::default() },
+        ] {
+            let error = selfcheck(&runtime, Device::CPU, &large, &config).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::NoMemory, "{error}");
         }
         let merge_only = AttentionDesc { kv_heads: 0, ..desc };
         let error = selfcheck(&runtime, Device::CPU, &merge_only, &SelfcheckConfig::default()).unwrap_err();
