@@ -1,0 +1,379 @@
+/*
+ * treeattn_attention_supported, treeattn_plan_create, treeattn_plan_create_all, treeattn_plan_memory,
+ * treeattn_plan_stats, treeattn_plan_destroy: what a descriptor may say, who may pass which handle, what plans report.
+ */
+#include "problem.h"
+
+static treeattn_runtime_t *runtime;
+static treeattn_comm_t *one;
+static treeattn_comm_t *two[2];
+static problem_t problem;
+
+/* Every call that takes a descriptor refuses this one alike, and makes nothing. */
+static void refused_with(const treeattn_attention_desc_t *desc, treeattn_status_t status, const char *text) {
+  treeattn_plan_t *plan = CHECK_NO_HANDLE(treeattn_plan_t);
+  treeattn_plan_t *plans[3];
+  CHECK_STATUS(treeattn_attention_supported(runtime, TREEATTN_CPU(0), desc), status, text);
+  CHECK_STATUS(treeattn_plan_create(one, desc, &plan), status, text);
+  CHECK(plan == CHECK_NO_HANDLE(treeattn_plan_t));
+  check_fill(plans, sizeof(plans));
+  CHECK_STATUS(treeattn_plan_create_all(2, two, desc, plans), status, text);
+  CHECK(check_untouched(plans, sizeof(plans)));
+}
+
+#define INVALID(field, value, text)                                  \
+  do {                                                               \
+    treeattn_attention_desc_t desc = base;                           \
+    desc.field = (value);                                            \
+    refused_with(&desc, TREEATTN_ERROR_INVALID_ARGUMENT, text);      \
+  } while (0)
+#define UNSUPPORTED(field, value, text)                              \
+  do {                                                               \
+    treeattn_attention_desc_t desc = base;                           \
+    desc.field = (value);                                            \
+    refused_with(&desc, TREEATTN_ERROR_UNSUPPORTED, text);           \
+  } while (0)
+
+static void sizes(void) {
+  const treeattn_attention_desc_t base = problem_desc();
+  const int32_t not_positive[] = {0, -1, INT32_MIN};
+  for (int i = 0; i < 3; i++) {
+    INVALID(q_heads, not_positive[i], "q_heads: found");
+    INVALID(head_dim_qk, not_positive[i], "head_dim_qk: found");
+    INVALID(head_dim_v, not_positive[i], "head_dim_v: found");
+    INVALID(max_batch, not_positive[i], "max_batch: found");
+    INVALID(max_query_tokens, not_positive[i], "max_query_tokens: found");
+    INVALID(max_kv_length, not_positive[i], "max_kv_length: found");
+  }
+  INVALID(kv_heads, -1, "kv_heads: found -1");
+  INVALID(kv_heads, 3, "kv_heads: found 3, wanted a divisor of q_heads = 4");
+  INVALID(kv_heads, INT32_MAX, "kv_heads: found 2147483647");
+  INVALID(head_dim_qk, 1025, "head_dim_qk: found 1025, wanted 1 to 1024");
+  INVALID(head_dim_v, INT32_MAX, "head_dim_v: found 2147483647");
+  INVALID(page_size, 16, "page_size: found 16, wanted 0 with kv_layout STRIDED");
+  INVALID(window, -1, "window: found -1");
+  INVALID(scale, INFINITY, "scale: found inf");
+  INVALID(scale, NAN, "scale: found NaN");
+  INVALID(softcap, -1.0f, "softcap: found -1");
+  INVALID(softcap, NAN, "softcap: found NaN");
+  INVALID(flags, 2, "flags: found 0x2");
+  INVALID(flags, UINT32_MAX, "flags: found 0xffffffff");
+  INVALID(reserved, 1, "reserved: found 1");
+  const int32_t no_answer[] = {-1, 2, INT32_MAX};
+  for (int i = 0; i < 3; i++) {
+    INVALID(causal, no_answer[i], "causal: found");
+    INVALID(alibi, no_answer[i], "alibi: found");
+    INVALID(sinks, no_answer[i], "sinks: found");
+  }
+  for (int layout = TREEATTN_KV_LAYOUT_BLOCK_TABLE; layout <= TREEATTN_KV_LAYOUT_CSR_PAGES; layout++) {
+    for (int i = 0; i < 3; i++) {
+      treeattn_attention_desc_t desc = base;
+      desc.kv_layout = layout;
+      desc.page_size = not_positive[i];
+      refused_with(&desc, TREEATTN_ERROR_INVALID_ARGUMENT, "page_size: found");
+    }
+  }
+  for (int i = 0; i < 3; i++) {
+    treeattn_attention_desc_t desc = base;
+    desc.placement.kind = TREEATTN_PLACEMENT_INTERLEAVED;
+    desc.placement.interleave = not_positive[i];
+    refused_with(&desc, TREEATTN_ERROR_INVALID_ARGUMENT, "placement.interleave: found");
+  }
+  INVALID(placement.interleave, 4, "placement.interleave: found 4, wanted 0 unless placement.kind is INTERLEAVED");
+}
+
+static void codes(void) {
+  const treeattn_attention_desc_t base = problem_desc();
+  const int32_t no_dtype[] = {-1, 8, INT32_MAX, INT32_MIN};
+  for (int i = 0; i < 4; i++) {
+    INVALID(q_dtype, no_dtype[i], "q_dtype: found");
+    INVALID(k_dtype, no_dtype[i], "k_dtype: found");
+    INVALID(v_dtype, no_dtype[i], "v_dtype: found");
+    INVALID(out_dtype, no_dtype[i], "out_dtype: found");
+    INVALID(wire_dtype, no_dtype[i], "wire_dtype: found");
+    INVALID(mask_dtype, no_dtype[i], "mask_dtype: found");
+    INVALID(kv_layout, no_dtype[i], "kv_layout: found");
+    INVALID(placement.kind, no_dtype[i], "placement.kind: found");
+    INVALID(mask, no_dtype[i], "mask: found");
+    INVALID(query_input, no_dtype[i], "query_input: found");
+    INVALID(output, no_dtype[i], "output: found");
+    INVALID(algorithm, no_dtype[i], "algorithm: found");
+    INVALID(reproducibility, no_dtype[i], "reproducibility: found");
+  }
+  INVALID(q_dtype, 0, "q_dtype: found 0");
+  INVALID(k_dtype, 0, "k_dtype: found 0");
+  INVALID(v_dtype, 0, "v_dtype: found 0");
+  INVALID(out_dtype, 0, "out_dtype: found 0");
+  for (int quantised = TREEATTN_DTYPE_F8_E4M3; quantised <= TREEATTN_DTYPE_Q4_0; quantised++) {
+    INVALID(q_dtype, quantised, "q_dtype: found");
+    INVALID(out_dtype, quantised, "out_dtype: found");
+    INVALID(wire_dtype, quantised, "wire_dtype: found");
+    UNSUPPORTED(k_dtype, quantised, "k_dtype: found");
+    UNSUPPORTED(v_dtype, quantised, "v_dtype: found");
+  }
+}
+
+static void later_capabilities(void) {
+  const treeattn_attention_desc_t base = problem_desc();
+  UNSUPPORTED(window, 128, "window: found 128");
+  UNSUPPORTED(softcap, 30.0f, "softcap: found 30");
+  UNSUPPORTED(alibi, 1, "alibi: found");
+  UNSUPPORTED(sinks, 1, "sinks: found");
+  UNSUPPORTED(mask, TREEATTN_MASK_ADDITIVE, "mask: found ADDITIVE");
+  UNSUPPORTED(mask, TREEATTN_MASK_BOOLEAN, "mask: found BOOLEAN");
+  UNSUPPORTED(query_input, TREEATTN_QUERY_INPUT_SCATTERED, "query_input: found SCATTERED");
+  UNSUPPORTED(reproducibility, TREEATTN_REPRODUCIBILITY_BATCH_INVARIANT, "reproducibility: found BATCH_INVARIANT");
+  UNSUPPORTED(reproducibility, TREEATTN_REPRODUCIBILITY_CANONICAL, "reproducibility: found CANONICAL");
+  UNSUPPORTED(algorithm, TREEATTN_ALGORITHM_TWO_SHOT, "algorithm: found TWO_SHOT");
+  UNSUPPORTED(algorithm, TREEATTN_ALGORITHM_TREE, "algorithm: found TREE");
+  UNSUPPORTED(algorithm, TREEATTN_ALGORITHM_ALLREDUCE3, "algorithm: found ALLREDUCE3");
+  UNSUPPORTED(algorithm, TREEATTN_ALGORITHM_RING, "algorithm: found RING");
+}
+
+static void structs(void) {
+  struct {
+    treeattn_attention_desc_t known;
+    unsigned char tail[24];
+  } longer;
+  memset(&longer, 0, sizeof(longer));
+  longer.known = problem_desc();
+  longer.known.struct_size = sizeof(longer);
+  treeattn_plan_t *plan = NULL;
+  CHECK_OK(treeattn_attention_supported(runtime, TREEATTN_CPU(0), &longer.known));
+  CHECK_OK(treeattn_plan_create(one, &longer.known, &plan));
+  CHECK_OK(treeattn_plan_destroy(plan));
+  longer.tail[23] = 1;
+  refused_with(&longer.known, TREEATTN_ERROR_INVALID_ARGUMENT, "desc.struct_size: found 152 with byte 151 set");
+  treeattn_attention_desc_t shorter = problem_desc();
+  shorter.struct_size = offsetof(treeattn_attention_desc_t, causal);
+  memset((unsigned char *)&shorter + shorter.struct_size, 0xff, sizeof(shorter) - shorter.struct_size);
+  CHECK_OK(treeattn_attention_supported(runtime, TREEATTN_CPU(0), &shorter));
+  CHECK_OK(treeattn_plan_create(one, &shorter, &plan));
+  CHECK_OK(treeattn_plan_destroy(plan));
+  shorter.struct_size = offsetof(treeattn_attention_desc_t, max_batch);
+  refused_with(&shorter, TREEATTN_ERROR_INVALID_ARGUMENT, "max_query_tokens: found 0");
+  const size_t bad[] = {0, 1, 124, (size_t)1 << 20, SIZE_MAX};
+  for (int i = 0; i < 5; i++) {
+    shorter.struct_size = bad[i];
+    refused_with(&shorter, TREEATTN_ERROR_INVALID_ARGUMENT, "desc.struct_size: found");
+  }
+  refused_with(NULL, TREEATTN_ERROR_INVALID_ARGUMENT, "desc: found NULL");
+  refused_with((const treeattn_attention_desc_t *)(const void *)((const char *)&shorter + 4),
+               TREEATTN_ERROR_INVALID_ARGUMENT, "desc: found 0x");
+}
+
+static void supported(void) {
+  treeattn_attention_desc_t desc = problem_desc();
+  const treeattn_dtype_t dtypes[] = {TREEATTN_DTYPE_F32, TREEATTN_DTYPE_F16, TREEATTN_DTYPE_BF16};
+  for (int i = 0; i < 81; i++) {
+    desc.q_dtype = dtypes[i % 3];
+    desc.k_dtype = dtypes[i / 3 % 3];
+    desc.v_dtype = dtypes[i / 9 % 3];
+    desc.out_dtype = dtypes[i / 27];
+    CHECK_OK(treeattn_attention_supported(runtime, TREEATTN_CPU(0), &desc));
+  }
+  desc.q_heads = 24;
+  desc.kv_heads = 8;
+  desc.head_dim_qk = 1024;
+  desc.head_dim_v = 1;
+  desc.causal = 1;
+  desc.output = TREEATTN_OUTPUT_SCATTERED;
+  desc.flags = TREEATTN_ATTENTION_KV_STABLE;
+  desc.max_kv_length = INT32_MAX;
+  CHECK_OK(treeattn_attention_supported(runtime, TREEATTN_CPU(0), &desc));
+  CHECK_INVALID(treeattn_attention_supported(runtime, TREEATTN_CPU(1), &desc), "device: found cpu:1");
+  CHECK_INVALID(treeattn_attention_supported(runtime, -1, &desc), "device: found -1");
+  CHECK_INVALID(treeattn_attention_supported(runtime, INT32_MAX, &desc), "device: found 2147483647");
+  CHECK_STATUS(treeattn_attention_supported(runtime, TREEATTN_CUDA(65535), &desc), TREEATTN_ERROR_UNAVAILABLE,
+               "device: found cuda:65535");
+  treeattn_runtime_t *dead = runtime_make();
+  CHECK_OK(treeattn_runtime_destroy(dead));
+  CHECK_BAD_HANDLES(treeattn_runtime_t, 0, dead, one, "runtime: found",
+                    treeattn_attention_supported(handle, TREEATTN_CPU(0), &desc));
+}
+
+static void overflowing_sizes(void) {
+  treeattn_attention_desc_t desc = problem_desc();
+  desc.q_heads = INT32_MAX;
+  desc.kv_heads = 1;
+  desc.max_query_tokens = INT32_MAX;
+  treeattn_plan_t *plan = CHECK_NO_HANDLE(treeattn_plan_t);
+  treeattn_status_t found = treeattn_plan_create(one, &desc, &plan);
+  CHECK(found == TREEATTN_ERROR_INVALID_ARGUMENT || found == TREEATTN_ERROR_NO_MEMORY);
+  CHECK(strstr(treeattn_last_error_message(), "q_heads") != NULL);
+  /* Sizes that are in range, but more than any machine has. */
+  desc.q_heads = 1 << 20;
+  desc.max_query_tokens = 2047;
+  desc.head_dim_v = 1024;
+  CHECK_STATUS(treeattn_plan_create(one, &desc, &plan), TREEATTN_ERROR_NO_MEMORY, "");
+  CHECK(plan == CHECK_NO_HANDLE(treeattn_plan_t));
+}
+
+static void creation(void) {
+  treeattn_attention_desc_t desc = problem_desc();
+  treeattn_plan_t *plan = CHECK_NO_HANDLE(treeattn_plan_t);
+  treeattn_plan_t *plans[3];
+  treeattn_comm_t *dead[1];
+  group_make(runtime, 1, 0, 0, dead);
+  CHECK_OK(treeattn_comm_destroy(dead[0]));
+  CHECK_BAD_HANDLES(treeattn_comm_t, 0, dead[0], runtime, "comm: found", treeattn_plan_create(handle, &desc, &plan));
+  CHECK_INVALID(treeattn_plan_create(one, &desc, NULL), "plan: found NULL");
+  CHECK_INVALID(treeattn_plan_create(one, &desc, (treeattn_plan_t **)(void *)((char *)plans + 4)), "plan: found 0x");
+  CHECK(plan == CHECK_NO_HANDLE(treeattn_plan_t));
+
+  check_fill(plans, sizeof(plans));
+  treeattn_comm_t *mixed[3] = {two[0], NULL, two[1]};
+  CHECK_BAD_HANDLES(treeattn_comm_t, 0, dead[0], runtime, "comms[1]: found",
+                    (mixed[1] = handle, treeattn_plan_create_all(2, mixed, &desc, plans)));
+  CHECK_INVALID(treeattn_plan_create_all(0, two, &desc, plans), "n: found 0");
+  CHECK_INVALID(treeattn_plan_create_all(-1, two, &desc, plans), "n: found -1");
+  CHECK_INVALID(treeattn_plan_create_all(INT32_MIN, two, &desc, plans), "n: found -2147483648");
+  CHECK_INVALID(treeattn_plan_create_all(1, two, &desc, plans), "n: found 1, wanted 2");
+  CHECK_INVALID(treeattn_plan_create_all(2, NULL, &desc, plans), "comms: found NULL");
+  CHECK_INVALID(treeattn_plan_create_all(2, (treeattn_comm_t *const *)(const void *)((const char *)two + 4), &desc,
+                                         plans), "comms: found 0x");
+  CHECK_INVALID(treeattn_plan_create_all(2, two, &desc, NULL), "plans: found NULL");
+  CHECK_INVALID(treeattn_plan_create_all(2, two, &desc, (treeattn_plan_t **)(void *)((char *)plans + 4)),
+                "plans: found 0x");
+  mixed[1] = two[0];
+  CHECK_INVALID(treeattn_plan_create_all(2, mixed, &desc, plans), "comms: found");
+  mixed[1] = one;
+  CHECK_INVALID(treeattn_plan_create_all(2, mixed, &desc, plans), "comms: found");
+  CHECK(check_untouched(plans, sizeof(plans)));
+
+  /* In any order; plans[i] belongs to comms[i]. */
+  mixed[0] = two[1];
+  mixed[1] = two[0];
+  CHECK_OK(treeattn_plan_create_all(2, mixed, &desc, plans));
+  CHECK(check_untouched(&plans[2], sizeof(plans[2])));
+  desc.output = TREEATTN_OUTPUT_SCATTERED;
+  treeattn_plan_t *scattered[2];
+  CHECK_OK(treeattn_plan_create_all(2, mixed, &desc, scattered));
+  treeattn_plan_stats_t stats = TREEATTN_PLAN_STATS_INIT;
+  CHECK_OK(treeattn_plan_stats(scattered[0], &stats));
+  CHECK(stats.plan == 2 && stats.head_begin == 2 && stats.head_end == 4);
+  for (int i = 0; i < 2; i++) {
+    CHECK_OK(treeattn_plan_destroy(plans[i]));
+    CHECK_OK(treeattn_plan_destroy(scattered[i]));
+  }
+}
+
+static void reports(void) {
+  static shard_t shard;
+  shard_make(&shard, &problem, 1, 0);
+  treeattn_attention_desc_t desc = problem_desc();
+  treeattn_plan_t *plan = NULL, *dead = NULL;
+  CHECK_OK(treeattn_plan_create(one, &desc, &plan));
+  CHECK_OK(treeattn_plan_create(one, &desc, &dead));
+  CHECK_OK(treeattn_plan_destroy(dead));
+  for (int i = 0; i < 3; i++) {
+    CHECK_OK(treeattn_plan_decode(plan, &shard.args, NULL));
+  }
+  treeattn_plan_stats_t stats = TREEATTN_PLAN_STATS_INIT;
+  CHECK_OK(treeattn_plan_stats(plan, &stats));
+  CHECK(stats.struct_size == sizeof(stats) && stats.steps == 3 && stats.bytes_sent == 0 && stats.messages == 0);
+  CHECK(stats.head_begin == 0 && stats.head_end == Q_HEADS && stats.wire_dtype == TREEATTN_DTYPE_F32);
+  CHECK(stats.algorithm == TREEATTN_ALGORITHM_ONE_SHOT && strstr(stats.reason, "one rank") != NULL);
+  treeattn_plan_memory_t memory = TREEATTN_PLAN_MEMORY_INIT;
+  CHECK_OK(treeattn_plan_memory(plan, &memory));
+  CHECK(memory.struct_size == sizeof(memory) && memory.workspace > 0);
+  CHECK(stats.peak_memory == memory.workspace + memory.window);
+
+  /* None of it depends on the length of the cache. */
+  desc.max_kv_length = INT32_MAX;
+  treeattn_plan_t *longest = NULL;
+  CHECK_OK(treeattn_plan_create(one, &desc, &longest));
+  treeattn_plan_memory_t same = TREEATTN_PLAN_MEMORY_INIT;
+  CHECK_OK(treeattn_plan_memory(longest, &same));
+  CHECK(same.workspace == memory.workspace && same.window == memory.window);
+  CHECK_OK(treeattn_plan_destroy(longest));
+
+  CHECK_BAD_HANDLES(treeattn_plan_t, 0, dead, runtime, "plan: found", treeattn_plan_memory(handle, &memory));
+  CHECK_BAD_HANDLES(treeattn_plan_t, 0, dead, runtime, "plan: found", treeattn_plan_stats(handle, &stats));
+  CHECK_BAD_HANDLES(treeattn_plan_t, 1, dead, runtime, "plan: found", treeattn_plan_destroy(handle));
+  CHECK_INVALID(treeattn_plan_memory(plan, NULL), "memory: found NULL");
+  CHECK_INVALID(treeattn_plan_stats(plan, NULL), "stats: found NULL");
+  struct {
+    size_t struct_size;
+    unsigned char rest[512];
+  } raw;
+  const size_t bad[] = {0, 7, (size_t)1 << 30, SIZE_MAX};
+  for (int i = 0; i < 4; i++) {
+    check_fill(&raw, sizeof(raw));
+    raw.struct_size = bad[i];
+    CHECK_INVALID(treeattn_plan_memory(plan, (treeattn_plan_memory_t *)(void *)&raw), "memory.struct_size: found");
+    CHECK_INVALID(treeattn_plan_stats(plan, (treeattn_plan_stats_t *)(void *)&raw), "stats.struct_size: found");
+    CHECK(check_untouched(raw.rest, sizeof(raw.rest)));
+  }
+  /* A shorter struct gets what it has room for, a longer one what there is. */
+  raw.struct_size = 16;
+  CHECK_OK(treeattn_plan_memory(plan, (treeattn_plan_memory_t *)(void *)&raw));
+  CHECK(memcmp(raw.rest, &memory.workspace, 8) == 0 && check_untouched(raw.rest + 8, sizeof(raw.rest) - 8));
+  raw.struct_size = sizeof(raw);
+  CHECK_OK(treeattn_plan_stats(plan, (treeattn_plan_stats_t *)(void *)&raw));
+  CHECK(memcmp(raw.rest, &stats.plan, sizeof(stats) - 8) == 0);
+  CHECK(check_untouched(raw.rest + sizeof(stats) - 8, sizeof(raw.rest) - (sizeof(stats) - 8)));
+  CHECK(raw.struct_size == sizeof(raw));
+
+  CHECK_OK(treeattn_plan_destroy(NULL));
+  CHECK_OK(treeattn_plan_destroy(plan));
+}
+
+/* Parents may go first: their plans answer PARENT_DESTROYED, write nothing, and can still be destroyed. */
+static void orphans(void) {
+  static shard_t shard;
+  for (int which = 0; which < 2; which++) {
+    treeattn_runtime_t *own = runtime_make();
+    treeattn_comm_t *comm = NULL;
+    treeattn_plan_t *plan = NULL, *late = CHECK_NO_HANDLE(treeattn_plan_t);
+    treeattn_attention_desc_t desc = problem_desc();
+    group_make(own, 1, 0, 0, &comm);
+    CHECK_OK(treeattn_plan_create(comm, &desc, &plan));
+    shard_make(&shard, &problem, 1, 0);
+    const char *who = which == 0 ? "communicator: found destroyed" : "runtime: found destroyed";
+    CHECK_OK(which == 0 ? treeattn_comm_destroy(comm) : treeattn_runtime_destroy(own));
+    CHECK_PARENT_DESTROYED(treeattn_plan_decode(plan, &shard.args, NULL), who);
+    CHECK_PARENT_DESTROYED(treeattn_plan_partial(plan, &shard.args, NULL), who);
+    treeattn_merge_args_t merge = TREEATTN_MERGE_ARGS_INIT;
+    merge.o_dtype = TREEATTN_DTYPE_F32;
+    CHECK_PARENT_DESTROYED(treeattn_plan_merge(plan, &merge, NULL), who);
+    unsigned char report[sizeof(treeattn_plan_stats_t)];
+    check_fill(report, sizeof(report));
+    treeattn_plan_memory_t memory = TREEATTN_PLAN_MEMORY_INIT;
+    treeattn_plan_stats_t stats = TREEATTN_PLAN_STATS_INIT;
+    CHECK_PARENT_DESTROYED(treeattn_plan_memory(plan, &memory), who);
+    CHECK_PARENT_DESTROYED(treeattn_plan_stats(plan, &stats), who);
+    CHECK(memory.workspace == 0 && stats.plan == 0);
+    CHECK(shard_untouched(&shard));
+    if (which == 1) {
+      CHECK_PARENT_DESTROYED(treeattn_plan_create(comm, &desc, &late), who);
+      CHECK_PARENT_DESTROYED(treeattn_plan_create_all(1, &comm, &desc, &late), who);
+      CHECK_OK(treeattn_comm_destroy(comm));
+    } else {
+      CHECK_OK(treeattn_runtime_destroy(own));
+    }
+    CHECK(late == CHECK_NO_HANDLE(treeattn_plan_t));
+    CHECK_OK(treeattn_plan_destroy(plan));
+  }
+}
+
+int main(void) {
+  problem_make(&problem, 2);
+  runtime = runtime_make();
+  group_make(runtime, 1, 0, 0, &one);
+  group_make(runtime, 2, 0, 0, two);
+  sizes();
+  codes();
+  later_capabilities();
+  structs();
+  supported();
+  overflowing_sizes();
+  creation();
+  reports();
+  orphans();
+  CHECK_OK(treeattn_comm_destroy(one));
+  CHECK_OK(treeattn_comm_destroy(two[0]));
+  CHECK_OK(treeattn_comm_destroy(two[1]));
+  CHECK_OK(treeattn_runtime_destroy(runtime));
+  return check_report("plan");
+}
