@@ -261,12 +261,11 @@ impl Plan {
     fn submit(
         &self,
         stream: Option<&Stream>,
-        job: impl FnOnce(PlanRef) -> Job,
+        job: impl FnOnce(InFlight) -> Job,
         now: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         let Some(stream) = stream else {
-            self.core.begin();
-            let _guard = InFlight(&self.core);
+            let _counted = InFlight::new(&self.core);
             return now().map_err(explain_timeout);
         };
         stream.check_kind(self.core.comm.device.kind)?;
@@ -274,21 +273,31 @@ impl Plan {
             let wanted = "none: this transport's callbacks run on calling threads only";
             return Err(Error::invalid("stream", "a stream", wanted));
         }
-        self.core.begin();
-        let pushed = stream.push(job(Arc::clone(&self.core)), self.core.comm.config.step_timeout);
-        if pushed.is_err() {
-            self.core.end();
-        }
-        pushed
+        stream.push(job(InFlight::new(&self.core)), self.core.comm.config.step_timeout)
     }
 }
 
-/// A step that was counted; uncounts it, also where it panics.
-struct InFlight<'a>(&'a PlanCore);
+/// A step that is counted as in flight for as long as this lives: run, refused, dropped or panicked.
+pub(super) struct InFlight(PlanRef);
 
-impl Drop for InFlight<'_> {
+impl InFlight {
+    fn new(plan: &PlanRef) -> InFlight {
+        *plan.in_flight.lock() += 1;
+        InFlight(Arc::clone(plan))
+    }
+
+    pub fn plan(&self) -> &PlanCore {
+        &self.0
+    }
+}
+
+impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.end();
+        let mut count = self.0.in_flight.lock();
+        *count -= 1;
+        if *count == 0 {
+            self.0.idle.notify_all();
+        }
     }
 }
 
@@ -344,24 +353,6 @@ impl PlanCore {
             in_flight: Mutex::new(0),
             idle: Condvar::new(),
         })
-    }
-
-    /// Runs a step that was counted when it was enqueued.
-    pub fn run_enqueued(&self, step: impl FnOnce(&PlanCore) -> Result<()>) -> Result<()> {
-        let _guard = InFlight(self);
-        step(self)
-    }
-
-    fn begin(&self) {
-        *self.in_flight.lock() += 1;
-    }
-
-    fn end(&self) {
-        let mut count = self.in_flight.lock();
-        *count -= 1;
-        if *count == 0 {
-            self.idle.notify_all();
-        }
     }
 }
 

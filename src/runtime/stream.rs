@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::context::Runtime;
 use super::execute;
 use super::merge::{self, MergeInput};
-use super::plan::PlanRef;
+use super::plan::InFlight;
 use crate::attention::Step;
 use crate::device::{Device, DeviceKind, Queue};
 use crate::error::{Error, Result};
@@ -16,9 +16,9 @@ const QUEUE_CAPACITY: usize = 1024;
 /// One piece of work on a stream, by value, so that enqueueing allocates nothing.
 #[allow(clippy::large_enum_variant)] // boxing would allocate on every step
 pub(super) enum Job {
-    Decode { plan: PlanRef, step: Step },
-    Partial { plan: PlanRef, step: Step },
-    Merge { plan: PlanRef, input: MergeInput },
+    Decode { plan: InFlight, step: Step },
+    Partial { plan: InFlight, step: Step },
+    Merge { plan: InFlight, input: MergeInput },
     MergePartials { input: MergeInput, count: usize },
 }
 
@@ -64,9 +64,9 @@ impl Stream {
 
 fn run(job: Job) -> Result<()> {
     match job {
-        Job::Decode { plan, step } => plan.run_enqueued(|plan| execute::decode(plan, &step)),
-        Job::Partial { plan, step } => plan.run_enqueued(|plan| execute::partial(plan, &step)),
-        Job::Merge { plan, input } => plan.run_enqueued(|plan| execute::merge(plan, &input)),
+        Job::Decode { plan, step } => execute::decode(plan.plan(), &step),
+        Job::Partial { plan, step } => execute::partial(plan.plan(), &step),
+        Job::Merge { plan, input } => execute::merge(plan.plan(), &input),
         Job::MergePartials { input, count } => merge::run_partials(&input, count),
     }
 }
