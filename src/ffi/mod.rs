@@ -14,6 +14,8 @@
 pub mod codes;
 pub mod comm;
 mod convert;
+#[cfg(feature = "fault-injection")]
+pub mod fault;
 mod guard;
 mod handle;
 mod layout;

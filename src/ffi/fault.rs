@@ -1,0 +1,23 @@
+//! Faults from C. Only with the feature `fault-injection`, and in no header: a test declares it itself.
+
+use std::ffi::c_char;
+
+use super::codes::treeattn_status_t;
+use super::convert;
+use super::guard::guard;
+use crate::fault;
+
+/// Arms faults by a text (see [`fault`]); NULL disarms all. Every export is a point of its own name.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn treeattn_fault_arm(text: *const c_char) -> treeattn_status_t {
+    guard("treeattn_fault_arm", || {
+        // SAFETY: as the caller vouches.
+        match unsafe { convert::string("text", text) }? {
+            Some(text) => fault::arm(&text),
+            None => {
+                fault::disarm();
+                Ok(())
+            }
+        }
+    })
+}
