@@ -110,6 +110,7 @@ programs! {
     decode,
     faults,
     local,
+    merge,
     pages,
     plan,
     runtime,
