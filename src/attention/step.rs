@@ -1,5 +1,7 @@
 //! What changes from step to step: the arguments of a decode, checked as far as the host can see.
 
+use std::ffi::c_void;
+
 use super::descriptor::{AttentionDesc, KvLayout};
 use super::dtype::Dtype;
 use super::placement::{Placement, Shard};
@@ -186,7 +188,7 @@ impl Step {
         aligned("kv_position", args.kv_position)?;
         at_least("kv_position_stride", args.kv_position_stride, 0)?;
         let step = Step { args: *args, q_stride, k_stride, v_stride, out_stride, lse_stride, kv_capacity };
-        step.check_aliasing()?;
+        step.check_aliasing(desc)?;
         Ok(step)
     }
 
@@ -196,14 +198,43 @@ impl Step {
     }
 
     /// Refuses outputs that overlap inputs or each other.
-    fn check_aliasing(&self) -> Result<()> {
+    fn check_aliasing(&self, desc: &AttentionDesc) -> Result<()> {
         let a = &self.args;
         for (out_name, out) in [("out", &a.out), ("lse", &a.lse)] {
             for (in_name, input) in [("q", &a.q), ("k", &a.k), ("v", &a.v)] {
                 disjoint(out_name, out, in_name, input)?;
             }
+            for (in_name, data, elements) in self.arrays(desc) {
+                let bytes = u64::try_from(elements).unwrap_or(0).saturating_mul(4);
+                disjoint(out_name, out, in_name, &Tensor { data: data as *mut c_void, bytes, stride: [0; 4] })?;
+            }
         }
         disjoint("out", &a.out, "lse", &a.lse)
+    }
+
+    /// The int32 arrays that a step of this shape reads, with their elements; what a shape has no use for may be
+    /// anything.
+    fn arrays(&self, desc: &AttentionDesc) -> [(&'static str, *const i32, i64); 10] {
+        let a = &self.args;
+        let batch = i64::from(a.batch);
+        let when = |used: bool, elements: i64| if used { elements } else { 0 };
+        let table = desc.kv_layout == KvLayout::BlockTable;
+        let csr = desc.kv_layout == KvLayout::CsrPages;
+        let positions = desc.needs_positions();
+        // Of the last row only its beginning is known to exist.
+        let rows = self.kv_position_stride(desc).saturating_mul((batch - 1).max(0)).saturating_add(1);
+        [
+            ("query_start", a.query_start, batch + 1),
+            ("kv_length", a.kv_length, batch),
+            ("global_length", a.global_length, when(positions, batch)),
+            ("kv_start", a.kv_start, when(positions && desc.placement == Placement::Contiguous, batch)),
+            ("kv_position", a.kv_position, when(positions && desc.placement == Placement::Explicit, rows)),
+            ("query_position", a.query_position, when(positions, i64::from(a.query_tokens))),
+            ("block_table", a.block_table, when(table, batch * i64::from(a.max_pages))),
+            ("page_indptr", a.page_indptr, when(csr, batch + 1)),
+            ("page_indices", a.page_indices, when(csr, a.num_page_indices)),
+            ("last_page_len", a.last_page_len, when(csr, batch)),
+        ]
     }
 }
 
@@ -211,7 +242,8 @@ impl Step {
 pub(crate) fn disjoint(a_name: &str, a: &Tensor, b_name: &str, b: &Tensor) -> Result<()> {
     let range = |t: &Tensor| (t.data as u64, (t.data as u64).saturating_add(t.bytes));
     let ((a0, a1), (b0, b1)) = (range(a), range(b));
-    if a.data.is_null() || b.data.is_null() || a1 <= b0 || b1 <= a0 {
+    let empty = a.data.is_null() || b.data.is_null() || a.bytes == 0 || b.bytes == 0;
+    if empty || a1 <= b0 || b1 <= a0 {
         return Ok(());
     }
     let found = format!("bytes {a0:#x} to {a1:#x}, which overlap {b_name} at {b0:#x} to {b1:#x}");
