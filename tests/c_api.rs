@@ -57,10 +57,10 @@ fn c_compiler(standard: &str) -> Command {
     command
 }
 
-/// Compiles tests/c/`name`.c as C11 and as C99, and links the latter.
-fn build(name: &str) -> PathBuf {
+/// Compiles tests/c/`name`.c as C11 and as C99, and links the latter into `program`.
+fn build_as(name: &str, program: &str) -> PathBuf {
     let source = root().join(format!("tests/c/{name}.c"));
-    let program = libraries().join(name);
+    let program = libraries().join(program);
     succeed(c_compiler("c11").arg("-fsyntax-only").arg(&source));
     let mut link = c_compiler("c99");
     link.args(["-O1", "-g"]).arg(&source).arg("-o").arg(&program).arg("-L").arg(libraries());
@@ -91,7 +91,7 @@ fn run(command: &mut Command, log: &Path) {
 }
 
 fn build_and_run(name: &str) {
-    let program = build(name);
+    let program = build_as(name, name);
     run(&mut Command::new(&program), &program.with_extension("log"));
 }
 
@@ -148,6 +148,21 @@ fn every_symbol_is_called() {
         .filter(|symbol| !sources.iter().any(|(_, text)| text.contains(&format!("{symbol}("))))
         .collect();
     assert!(missing.is_empty(), "no program of tests/c calls {missing:?}");
+}
+
+/// Memory that the library touches is memory that the caller gave or that it got itself. Valgrind knows no AVX-512.
+#[test]
+fn steps_are_clean_under_valgrind() {
+    if !Command::new("valgrind").arg("--version").output().is_ok_and(|output| output.status.success()) {
+        println!("skipped: no valgrind here");
+        return;
+    }
+    for name in ["decode", "pages"] {
+        let program = build_as(name, &format!("{name}_valgrind"));
+        let mut command = Command::new("valgrind");
+        command.args(["--quiet", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite"]);
+        run(command.arg(&program).env("TREEATTN_CPU_ISA", "avx2"), &program.with_extension("log"));
+    }
 }
 
 #[test]

@@ -166,6 +166,24 @@ static void aliases(void) {
   a = shard.args;
   a.q.data = &shard.outputs.out[0][0][0];
   refused(a, "shares no byte with q");
+  /* The integers, too, as far as this shape reads them. */
+  int32_t *inside = (int32_t *)(void *)&shard.outputs.out[1][0][0];
+  a = shard.args;
+  a.kv_length = inside;
+  refused(a, "shares no byte with kv_length");
+  a.kv_length = (int32_t *)(void *)&shard.outputs.lse[1][3];
+  refused(a, "lse: found bytes");
+  a = shard.args;
+  a.query_start = inside;
+  refused(a, "shares no byte with query_start");
+  a = shard.args;
+  a.block_table = inside;
+  a.page_indices = inside;
+  a.query_position = inside;
+  a.kv_position = inside;
+  shard_reset(&shard);
+  CHECK_OK(treeattn_plan_decode(plan, &a, NULL));
+  CHECK(shard_matches(&shard, &problem));
 }
 
 static void arrays(void) {

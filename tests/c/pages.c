@@ -119,6 +119,7 @@ static void block_tables(void) {
   FIELD(block_table, NULL, "block_table: found NULL");
   FIELD(block_table, (int32_t *)(void *)((char *)table + 2), "block_table: found 0x");
   FIELD(kv_length, NULL, "kv_length: found NULL");
+  FIELD(block_table, (int32_t *)(void *)shard.outputs.out, "shares no byte with block_table");
   const int32_t pages[] = {-1, PAGES, INT32_MAX, INT32_MIN};
   for (int i = 0; i < 4; i++) {
     for (int b = 0; b < BATCH; b++) {
@@ -163,6 +164,9 @@ static void csr_pages(void) {
   FIELD(page_indptr, (int32_t *)(void *)((char *)indptr + 1), "page_indptr: found 0x");
   FIELD(page_indices, (int32_t *)(void *)((char *)indices + 2), "page_indices: found 0x");
   FIELD(last_page_len, (int32_t *)(void *)((char *)last + 3), "last_page_len: found 0x");
+  FIELD(page_indptr, (int32_t *)(void *)shard.outputs.out, "shares no byte with page_indptr");
+  FIELD(page_indices, (int32_t *)(void *)shard.outputs.lse, "shares no byte with page_indices");
+  FIELD(last_page_len, (int32_t *)(void *)shard.outputs.lse, "shares no byte with last_page_len");
   FIELD(num_page_indices, -1, "num_page_indices: found -1");
   FIELD(num_page_indices, INT64_MIN, "num_page_indices: found");
   FIELD(last_page_len, NULL, "kv_length, last_page_len: found neither");
@@ -321,6 +325,19 @@ static void positions(void) {
       a.kv_position = (int32_t *)(void *)((char *)position + 1);
       refused(plan, &a, "kv_position: found 0x");
     }
+    a = shard.args;
+    a.global_length = (int32_t *)(void *)outputs.out;
+    refused(plan, &a, "shares no byte with global_length");
+    a = shard.args;
+    a.query_position = (int32_t *)(void *)&outputs.out[2][3][7];
+    refused(plan, &a, "shares no byte with query_position");
+    a = shard.args;
+    if (explicit_positions) {
+      a.kv_position = (int32_t *)(void *)outputs.out;
+    } else {
+      a.kv_start = (int32_t *)(void *)outputs.out;
+    }
+    refused(plan, &a, explicit_positions ? "shares no byte with kv_position" : "shares no byte with kv_start");
     CHECK(check_untouched(&outputs, sizeof(outputs)));
     const int32_t lengths[] = {-1, 1, INT32_MIN};
     for (int i = 0; i < 3; i++) {
