@@ -48,7 +48,9 @@ fn a_panic_in_every_export_is_a_status() {
     compile.args(["-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror", "-g"]);
     compile.arg("-I").arg(root().join("include")).arg(root().join("tests/fault/exports.c")).arg("-o").arg(&program);
     succeed(compile.arg("-L").arg(&folder).arg("-ltreeattn"));
-    let said = succeed(Command::new(&program).env("LD_LIBRARY_PATH", &folder).env_remove("TREEATTN_FAULTS").env("RUST_BACKTRACE", "0"));
+    let said = succeed(
+        Command::new(&program).env("LD_LIBRARY_PATH", &folder).env_remove("TREEATTN_FAULTS").env("RUST_BACKTRACE", "0"),
+    );
     assert!(said.contains("exports: ok"), "{said}");
 }
 
@@ -59,7 +61,8 @@ fn no_export_is_left_out() {
     let symbols: Vec<&str> = symbols.lines().filter(|line| line.starts_with("treeattn_")).collect();
     assert!(symbols.len() > 30);
     for symbol in symbols {
-        let forced = [format!("PANICS({symbol}("), format!("PANICS_THEN_WORKS({symbol}("), format!("arm(\"{symbol}\")")];
+        let forced =
+            [format!("PANICS({symbol}("), format!("PANICS_THEN_WORKS({symbol}("), format!("arm(\"{symbol}\")")];
         assert!(forced.iter().any(|text| program.contains(text)), "exports.c forces no panic in {symbol}");
     }
 }
