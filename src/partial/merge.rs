@@ -65,27 +65,29 @@ pub fn merge_ranks<'a>(
         out.fill(0.0);
         return max;
     }
-    let mut sum = 0.0f32;
+    // Weights and their sum in f64: they are a few a row, and their rounding would meet every element of it.
+    let mut sum = 0.0f64;
     for r in (0..count).filter(|&r| lse(r) != f32::NEG_INFINITY) {
         let row = o(r, scratch).unwrap_or(scratch);
         if live == 1 {
             out.copy_from_slice(row);
             return max;
         }
-        let w = (lse(r) - max).exp();
+        let weight = (f64::from(lse(r)) - f64::from(max)).exp();
         if sum == 0.0 {
             out.fill(0.0);
         }
+        sum += weight;
+        let w = weight as f32;
         for (acc, &x) in out.iter_mut().zip(row) {
             *acc += w * x;
         }
-        sum += w;
     }
     let scale = 1.0 / sum;
     for acc in out.iter_mut() {
-        *acc *= scale;
+        *acc = (f64::from(*acc) * scale) as f32;
     }
-    max + sum.ln()
+    (f64::from(max) + sum.ln()) as f32
 }
 
 #[cfg(test)]
