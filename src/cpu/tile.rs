@@ -14,6 +14,9 @@ pub const TILE: usize = 64;
 const RUN: usize = 8;
 /// Elements of q.k that meet in one set of accumulators: bounds the rounding of long dot products.
 const DOT: usize = 256;
+/// Maxima from here on have no fraction to round up; the product with a score must then be rounded just as the maximum
+/// was, or what is left of the largest score would be rounding alone, and any power of two.
+const FAR: f32 = 4_194_304.0;
 /// Floats that hold a row's sum of weights, one a lane of the widest vector.
 pub const SUM_LANES: usize = 16;
 /// Bytes of a cache line.
@@ -327,10 +330,15 @@ pub unsafe fn weigh<S: Simd>(a: &WeighArgs) {
             }
             // Nothing visible yet: every score is -inf (or NaN), and no maximum to subtract.
             let base = S::splat(if max == f32::NEG_INFINITY { 0.0 } else { -max });
+            let far = max.abs() >= FAR;
             let mut total = S::load(sum);
             for t in (0..n).step_by(S::LANES) {
                 let score = S::load(row.add(t));
-                let x = S::fma(score, high, S::fma(score, low, base));
+                let x = if far {
+                    S::add(S::mul(score, high), base)
+                } else {
+                    S::fma(score, low, S::fma(score, high, base))
+                };
                 let weight = S::exp2_unless_hidden(x, score);
                 S::store(row.add(t), weight);
                 total = S::add(total, weight);
