@@ -1,0 +1,9 @@
+//! Tests of numbers: every answer is held against float64 under the bounds that the library promises.
+//!
+//! `TREEATTN_SEED` sets the seed of the random cases, `TREEATTN_CASE` runs one case alone, `TREEATTN_TEST=full` runs the
+//! acceptance counts.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod random;

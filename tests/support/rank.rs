@@ -1,0 +1,536 @@
+//! One rank's memory for a case: inputs where its layout puts them, everything else poisoned.
+
+use half::{bf16, f16};
+use treeattn::attention::{DecodeArgs, Dtype, KvLayout, OutputMode, Placement, Tensor, head_range};
+
+use super::case::Case;
+use super::memory::Memory;
+use super::rng::Rng;
+
+/// A tensor in memory: byte strides, outermost dimension first, and the bytes it spans.
+#[derive(Clone, Debug, Default)]
+pub struct View {
+    pub stride: [i64; 4],
+    pub shape: Vec<usize>,
+    pub bytes: usize,
+}
+
+impl View {
+    /// The byte offset of an element.
+    pub fn at(&self, index: [usize; 4]) -> usize {
+        self.shape.iter().zip(index).zip(self.stride).map(|((_, i), s)| i * s as usize).sum()
+    }
+
+    fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// Lays a tensor out: dimensions in `order`, innermost first, `pad` percent of them followed by a gap, those to be
+/// broadcast with a stride of 0.
+fn lay(r: &mut Rng, shape: &[usize], order: &[usize], size: usize, pad: u64, broadcast: &[bool]) -> View {
+    let mut stride = [0i64; 4];
+    let (mut next, mut bytes) = (size, size);
+    for &dim in order {
+        if broadcast.get(dim) == Some(&true) {
+            continue;
+        }
+        let gap = if r.chance(pad) { r.range(1, 9) * size } else { 0 };
+        let step = next + gap;
+        stride[dim] = step as i64;
+        bytes += step * shape[dim].saturating_sub(1);
+        next = step * shape[dim].max(1);
+    }
+    if shape.contains(&0) {
+        bytes = 0;
+    }
+    if stride[..shape.len()].iter().all(|&s| s == 0) {
+        // All zero would mean packed.
+        let last = shape.len() - 1;
+        stride[last] = size as i64;
+        bytes = size * shape[last];
+        if shape.contains(&0) {
+            bytes = 0;
+        }
+    }
+    for (dim, &n) in shape.iter().enumerate() {
+        // The stride of a dimension of one is never used.
+        if n == 1 && r.chance(pad / 4) {
+            stride[dim] = 1 << 45;
+        }
+    }
+    View { stride, shape: shape.to_vec(), bytes }
+}
+
+/// One rank's memory.
+pub struct Rank {
+    pub q: Memory,
+    pub k: Memory,
+    /// None: V lies in `k`'s memory.
+    pub v: Option<Memory>,
+    pub out: Memory,
+    pub lse: Memory,
+    pub query_start: Memory,
+    pub query_position: Memory,
+    pub kv_length: Memory,
+    pub global_length: Memory,
+    pub kv_start: Memory,
+    pub kv_position: Memory,
+    pub block_table: Memory,
+    pub page_indptr: Memory,
+    pub page_indices: Memory,
+    pub last_page_len: Memory,
+    pub args: DecodeArgs,
+    pub out_view: View,
+    pub lse_view: View,
+    /// The heads of the output.
+    pub heads: std::ops::Range<usize>,
+}
+
+/// An int32 input by name, to be changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ints {
+    QueryStart,
+    QueryPosition,
+    KvLength,
+    GlobalLength,
+    KvStart,
+    KvPosition,
+    BlockTable,
+    PageIndptr,
+    PageIndices,
+    LastPageLen,
+}
+
+impl Rank {
+    /// The memory of one rank of a case.
+    pub fn new(case: &Case, rank: usize) -> Rank {
+        Builder { case, rank, r: Rng::new(Rng::derive(case.seed, 1000 + rank as u64)), wild: case.wild }.build()
+    }
+
+    /// Changes entry `index` of an int32 input.
+    pub fn set(&mut self, which: Ints, index: usize, value: i32) {
+        let memory = match which {
+            Ints::QueryStart => &mut self.query_start,
+            Ints::QueryPosition => &mut self.query_position,
+            Ints::KvLength => &mut self.kv_length,
+            Ints::GlobalLength => &mut self.global_length,
+            Ints::KvStart => &mut self.kv_start,
+            Ints::KvPosition => &mut self.kv_position,
+            Ints::BlockTable => &mut self.block_table,
+            Ints::PageIndptr => &mut self.page_indptr,
+            Ints::PageIndices => &mut self.page_indices,
+            Ints::LastPageLen => &mut self.last_page_len,
+        };
+        memory.thaw();
+        memory.bytes_mut()[index * 4..][..4].copy_from_slice(&value.to_ne_bytes());
+        memory.freeze();
+    }
+
+    /// Fills out and lse, gaps too, so that a later look tells what was written.
+    pub fn prefill(&mut self, byte: u8) {
+        self.out.bytes_mut().fill(byte);
+        self.lse.bytes_mut().fill(byte);
+    }
+
+    /// Bytes of out or lse that belong to no element and are not `byte` any more.
+    pub fn strays(&self, case: &Case, byte: u8) -> usize {
+        let mut strays = 0;
+        let out = (&self.out, &self.out_view, case.desc.out_dtype.size(), true);
+        for (memory, view, size, written) in [out, (&self.lse, &self.lse_view, 4, case.want_lse)] {
+            let mut live = vec![false; memory.len()];
+            if written {
+                each(&view.shape, |index| live[view.at(index)..][..size].fill(true));
+            }
+            strays += memory.bytes().iter().zip(&live).filter(|&(&b, &live)| !live && b != byte).count();
+        }
+        strays
+    }
+
+    /// The output's row for one of its heads, widened to f32, and the raw bits.
+    pub fn row(&self, case: &Case, token: usize, head: usize) -> (Vec<f32>, Vec<u32>) {
+        let dtype = case.desc.out_dtype;
+        (0..case.desc.head_dim_v as usize)
+            .map(|d| load(&self.out, self.out_view.at([token, head - self.heads.start, d, 0]), dtype))
+            .unzip()
+    }
+
+    /// The lse of a row, where it was wanted.
+    pub fn lse_of(&self, case: &Case, token: usize, head: usize) -> Option<f32> {
+        case.want_lse.then(|| load(&self.lse, self.lse_view.at([token, head - self.heads.start, 0, 0]), Dtype::F32).0)
+    }
+
+    /// All bits that a step wrote.
+    pub fn bits(&self, case: &Case) -> Vec<u32> {
+        let mut bits = Vec::new();
+        for token in 0..case.tokens {
+            for head in self.heads.clone() {
+                bits.extend(self.row(case, token, head).1);
+                bits.extend(self.lse_of(case, token, head).map(f32::to_bits));
+            }
+        }
+        bits
+    }
+}
+
+struct Builder<'a> {
+    case: &'a Case,
+    rank: usize,
+    r: Rng,
+    wild: bool,
+}
+
+/// Where the tokens of each sequence lie: outer index (sequence or page) and inner index of each slot.
+struct Pages {
+    /// Pages of each sequence, in order.
+    of: Vec<Vec<usize>>,
+    count: usize,
+}
+
+impl Builder<'_> {
+    fn build(mut self) -> Rank {
+        let case = self.case;
+        let desc = &case.desc;
+        let batch = case.sequences.len();
+        let held: Vec<&[usize]> = case.sequences.iter().map(|s| &s.held[self.rank][..]).collect();
+        let mut args = DecodeArgs { batch: batch as i32, query_tokens: case.tokens as i32, ..DecodeArgs::default() };
+
+        let q = self.queries(&mut args);
+        let pages = self.pages(&held);
+        let (k, v) = self.cache(&held, &pages, &mut args);
+        let heads = match desc.output {
+            OutputMode::Scattered => {
+                let range = head_range(desc.q_heads, case.shard(self.rank)).expect("a rank of the world");
+                range.start as usize..range.end as usize
+            }
+            _ => 0..desc.q_heads as usize,
+        };
+        let pad = if self.wild { 30 } else { 0 };
+        let size = desc.out_dtype.size();
+        let out_view = self.any_order(&[case.tokens, heads.len(), desc.head_dim_v as usize], size, pad);
+        let lse_view = self.any_order(&[case.tokens, heads.len()], 4, pad);
+        let (out, lse) = (self.memory(out_view.bytes), self.memory(lse_view.bytes));
+        args.out = Tensor { data: out.ptr(), bytes: out.len() as u64, stride: out_view.stride };
+        if case.want_lse {
+            args.lse = Tensor { data: lse.ptr(), bytes: lse.len() as u64, stride: lse_view.stride };
+        }
+
+        let mut rank = Rank {
+            q,
+            k,
+            v,
+            out,
+            lse,
+            query_start: Memory::of_ints(&self.query_start()),
+            query_position: Memory::of_ints(case.query_position.as_deref().unwrap_or_default()),
+            kv_length: Memory::of_ints(&held.iter().map(|slots| slots.len() as i32).collect::<Vec<_>>()),
+            global_length: Memory::of_ints(&case.sequences.iter().map(|s| s.keys as i32).collect::<Vec<_>>()),
+            kv_start: self.starts(&held),
+            kv_position: Memory::of_ints(&[]),
+            block_table: Memory::of_ints(&[]),
+            page_indptr: Memory::of_ints(&[]),
+            page_indices: Memory::of_ints(&[]),
+            last_page_len: Memory::of_ints(&[]),
+            args,
+            out_view,
+            lse_view,
+            heads,
+        };
+        self.positions(&held, &mut rank);
+        self.tables(&held, &pages, &mut rank);
+        rank
+    }
+
+    fn memory(&mut self, bytes: usize) -> Memory {
+        let at_end = self.r.chance(70);
+        Memory::new(bytes, at_end)
+    }
+
+    fn any_order(&mut self, shape: &[usize], size: usize, pad: u64) -> View {
+        let mut order: Vec<usize> = (0..shape.len()).rev().collect();
+        if self.wild && self.r.chance(30) {
+            self.r.shuffle(&mut order);
+        }
+        lay(&mut self.r, shape, &order, size, pad, &[])
+    }
+
+    fn queries(&mut self, args: &mut DecodeArgs) -> Memory {
+        let (case, desc) = (self.case, &self.case.desc);
+        let shape = [case.tokens, desc.q_heads as usize, desc.head_dim_qk as usize];
+        let (mut order, pad) = (vec![2, 1, 0], if self.wild { 25 } else { 0 });
+        if self.wild && self.r.chance(25) {
+            self.r.shuffle(&mut order);
+        }
+        let view = lay(&mut self.r, &shape, &order, desc.q_dtype.size(), pad, &case.q_broadcast);
+        let mut memory = self.memory(view.bytes);
+        if view.elements() > 0 {
+            each(&shape, |i @ [token, head, d, _]| {
+                put(&mut memory, view.at(i), desc.q_dtype, case.q[(token * shape[1] + head) * shape[2] + d]);
+            });
+        }
+        memory.freeze();
+        args.q = Tensor { data: memory.ptr(), bytes: memory.len() as u64, stride: view.stride };
+        memory
+    }
+
+    /// Gives every sequence its pages: shuffled, with spare ones between, where the case is wild.
+    fn pages(&mut self, held: &[&[usize]]) -> Pages {
+        let desc = &self.case.desc;
+        if desc.kv_layout == KvLayout::Strided {
+            return Pages { of: Vec::new(), count: 0 };
+        }
+        let page_size = desc.page_size as usize;
+        let needed: usize = held.iter().map(|slots| slots.len().div_ceil(page_size)).sum();
+        let count = needed + if self.wild { self.r.range(0, 3) } else { 0 };
+        let mut all: Vec<usize> = (0..count).collect();
+        if self.wild {
+            self.r.shuffle(&mut all);
+        }
+        let of = held.iter().map(|slots| all.drain(..slots.len().div_ceil(page_size)).collect()).collect();
+        Pages { of, count }
+    }
+
+    /// Lays out k and v and writes the live tokens.
+    fn cache(&mut self, held: &[&[usize]], pages: &Pages, args: &mut DecodeArgs) -> (Memory, Option<Memory>) {
+        let (case, desc) = (self.case, &self.case.desc);
+        let strided = desc.kv_layout == KvLayout::Strided;
+        let longest = held.iter().map(|slots| slots.len()).max().unwrap_or(0);
+        let (dim_qk, dim_v) = (desc.head_dim_qk as usize, desc.head_dim_v as usize);
+        let kv_heads = desc.kv_heads as usize;
+        let plain = case.k_broadcast == [false; 4] && case.v_broadcast == [false; 4];
+        let packed = strided && plain && !case.v_in_k && (!self.wild || self.r.chance(15));
+        let (outer, inner) = if packed {
+            (case.sequences.len(), desc.max_kv_length as usize)
+        } else if strided {
+            // Room for the longest, sometimes for more than the plan allows.
+            let room = longest + if self.wild && self.r.chance(40) { self.r.range(0, 20) } else { 0 };
+            (case.sequences.len(), room)
+        } else {
+            (pages.count, desc.page_size as usize)
+        };
+        if strided && longest == 0 || outer == 0 {
+            // An empty shard needs no cache.
+            return (Memory::new(0, true), Some(Memory::new(0, true)));
+        }
+        let (k_shape, v_shape) = ([outer, inner, kv_heads, dim_qk], [outer, inner, kv_heads, dim_v]);
+        let (k_size, v_size) = (desc.k_dtype.size(), desc.v_dtype.size());
+        let mut order = vec![3, 2, 1, 0];
+        if self.wild && !packed {
+            match self.r.range(0, 9) {
+                0..=4 => {}
+                // HND, and ggml's view of it with heads outermost.
+                5..=6 => order = vec![3, 1, 2, 0],
+                7 => order = vec![3, 1, 0, 2],
+                _ => self.r.shuffle(&mut order),
+            }
+        }
+        let pad = if self.wild && !packed { self.r.pick(&[0, 0, 30]) } else { 0 };
+        let joined =
+            !case.v_in_k && self.wild && plain && !packed && (k_size, dim_qk) == (v_size, dim_v) && self.r.chance(20);
+        let mut k_view = lay(&mut self.r, &k_shape, &order, k_size, pad, &case.k_broadcast);
+        let mut v_view = if case.v_in_k || joined {
+            View { shape: v_shape.to_vec(), ..k_view.clone() }
+        } else {
+            lay(&mut self.r, &v_shape, &order, v_size, pad, &case.v_broadcast)
+        };
+        if packed {
+            // The last sequence may end where its tokens do.
+            k_view.bytes -= (inner - longest) * kv_heads * dim_qk * k_size;
+            v_view.bytes -= (inner - longest) * kv_heads * dim_v * v_size;
+        }
+        let mut v_offset = 0;
+        if joined {
+            // One block for both: K of a token, page or sequence, then its V.
+            let dim = self.r.pick(&order[1..]);
+            let place = order.iter().position(|&d| d == dim).expect("one of the four");
+            let wide = lay(&mut self.r, &k_shape, &order, k_size, 0, &[]);
+            v_offset = wide.stride[dim] as usize;
+            let mut stride = wide.stride;
+            order[place..].iter().for_each(|&d| stride[d] *= 2);
+            // Strides of dimensions of one may be anything; they are as they come here.
+            let span = |shape: &[usize; 4]| -> usize {
+                k_size + (0..4).map(|d| (shape[d] - 1) * stride[d] as usize).sum::<usize>()
+            };
+            k_view = View { stride, shape: k_shape.to_vec(), bytes: span(&k_shape) };
+            v_view = View { stride, shape: v_shape.to_vec(), bytes: span(&v_shape) };
+        }
+        let mut k = self.memory(if joined { k_view.bytes + v_offset } else { k_view.bytes });
+        let mut own_v = (!case.v_in_k && !joined).then(|| self.memory(v_view.bytes));
+        for (b, slots) in held.iter().enumerate() {
+            let sequence = &case.sequences[b];
+            for (slot, &position) in slots.iter().enumerate() {
+                let (o, i) = if strided { (b, slot) } else { (pages.of[b][slot / inner], slot % inner) };
+                for h in 0..kv_heads {
+                    let k_row = &sequence.k[(position * kv_heads + h) * dim_qk..][..dim_qk];
+                    for (d, &x) in k_row.iter().enumerate() {
+                        put(&mut k, k_view.at([o, i, h, d]), desc.k_dtype, x);
+                    }
+                    let v_row = &sequence.v[(position * kv_heads + h) * dim_v..][..dim_v];
+                    for (d, &x) in v_row.iter().enumerate() {
+                        let memory = own_v.as_mut().unwrap_or(&mut k);
+                        put(memory, v_offset + v_view.at([o, i, h, d]), desc.v_dtype, x);
+                    }
+                }
+            }
+        }
+        k.freeze();
+        if packed {
+            (k_view.stride, v_view.stride) = ([0; 4], [0; 4]);
+        }
+        let k_bytes = if joined { k_view.bytes } else { k.len() };
+        args.k = Tensor { data: k.ptr(), bytes: k_bytes as u64, stride: k_view.stride };
+        args.v = match &mut own_v {
+            Some(v) => {
+                v.freeze();
+                Tensor { data: v.ptr(), bytes: v.len() as u64, stride: v_view.stride }
+            }
+            None => {
+                let data = k.ptr().wrapping_byte_add(v_offset);
+                Tensor { data, bytes: (k.len() - v_offset) as u64, stride: v_view.stride }
+            }
+        };
+        args.num_pages = pages.count as i32;
+        (k, own_v)
+    }
+
+    fn query_start(&self) -> Vec<i32> {
+        let mut starts: Vec<i32> = self.case.sequences.iter().map(|s| s.first_token as i32).collect();
+        starts.push(self.case.sequences.last().map_or(0, |s| (s.first_token + s.tokens) as i32));
+        starts
+    }
+
+    /// Global position of slot 0 of each sequence; a rank that holds none of it may say anything.
+    fn starts(&mut self, held: &[&[usize]]) -> Memory {
+        let dead = if self.wild { self.r.pick(&[0, -1, i32::MAX]) } else { 0 };
+        let starts: Vec<i32> = held.iter().map(|slots| slots.first().map_or(dead, |&p| p as i32)).collect();
+        Memory::of_ints(&starts)
+    }
+
+    /// Passes what tells positions, and what may be left out only where it is not needed.
+    fn positions(&mut self, held: &[&[usize]], rank: &mut Rank) {
+        let (case, desc) = (self.case, &self.case.desc);
+        let needless = |r: &mut Rng| self.wild && r.chance(50);
+        if case.query_start {
+            rank.args.query_start = rank.query_start.ints();
+        }
+        rank.args.kv_length = rank.kv_length.ints();
+        if case.query_position.is_some() {
+            rank.args.query_position = rank.query_position.ints();
+        }
+        if desc.causal && case.query_position.is_none() || needless(&mut self.r) {
+            rank.args.global_length = rank.global_length.ints();
+        }
+        let alone = case.world == 1 && held.iter().all(|slots| slots.first().is_none_or(|&p| p == 0));
+        if desc.placement == Placement::Contiguous && (desc.causal && !alone || needless(&mut self.r)) {
+            rank.args.kv_start = rank.kv_start.ints();
+        }
+        if desc.placement == Placement::Explicit {
+            let limit = desc.max_kv_length as usize;
+            let longest = held.iter().map(|slots| slots.len()).max().unwrap_or(0);
+            // Rows may be narrower than the plan's longest sequence, but not than what is held.
+            let own = self.wild && self.r.chance(50) && longest > 0;
+            let stride = if own { longest + self.r.range(0, 3) } else { limit };
+            let dead = self.r.pick(&[-1, i32::MAX, i32::MIN]);
+            let mut table = vec![dead; stride * held.len()];
+            for (row, slots) in table.chunks_exact_mut(stride).zip(held) {
+                row.iter_mut().zip(*slots).for_each(|(to, &position)| *to = position as i32);
+            }
+            rank.kv_position = Memory::of_ints(&table);
+            if desc.causal || needless(&mut self.r) {
+                rank.args.kv_position = rank.kv_position.ints();
+                rank.args.kv_position_stride = if own { stride as i64 } else { 0 };
+            }
+        }
+    }
+
+    fn tables(&mut self, held: &[&[usize]], pages: &Pages, rank: &mut Rank) {
+        let desc = &self.case.desc;
+        let page_size = desc.page_size as usize;
+        let dead = self.r.pick(&[-1, i32::MAX, pages.count as i32]);
+        match desc.kv_layout {
+            KvLayout::Strided => {}
+            KvLayout::BlockTable => {
+                let longest = pages.of.iter().map(Vec::len).max().unwrap_or(0);
+                let width = longest + if self.wild { self.r.range(0, 2) } else { 0 };
+                let mut table = vec![dead; width * held.len()];
+                if width > 0 {
+                    for (row, pages) in table.chunks_exact_mut(width).zip(&pages.of) {
+                        row.iter_mut().zip(pages).for_each(|(to, &page)| *to = page as i32);
+                    }
+                }
+                rank.block_table = Memory::of_ints(&table);
+                rank.args.block_table = rank.block_table.ints();
+                rank.args.max_pages = width as i32;
+            }
+            KvLayout::CsrPages => {
+                let by_last_page = self.wild && self.r.chance(50);
+                let lead = if self.wild { self.r.range(0, 2) } else { 0 };
+                let mut indices = vec![dead; lead];
+                let (mut indptr, mut last) = (vec![lead as i32], Vec::new());
+                for (slots, pages) in held.iter().zip(&pages.of) {
+                    indices.extend(pages.iter().map(|&page| page as i32));
+                    if !by_last_page && self.wild && self.r.chance(30) {
+                        indices.push(dead);
+                    }
+                    indptr.push(indices.len() as i32);
+                    last.push(if slots.is_empty() { dead } else { ((slots.len() - 1) % page_size + 1) as i32 });
+                }
+                if self.wild && self.r.chance(30) {
+                    indices.push(dead);
+                }
+                rank.page_indptr = Memory::of_ints(&indptr);
+                rank.page_indices = Memory::of_ints(&indices);
+                rank.last_page_len = Memory::of_ints(&last);
+                rank.args.page_indptr = rank.page_indptr.ints();
+                rank.args.page_indices = rank.page_indices.ints();
+                rank.args.num_page_indices = indices.len() as i64;
+                if by_last_page {
+                    rank.args.last_page_len = rank.last_page_len.ints();
+                    rank.args.kv_length = std::ptr::null();
+                }
+            }
+        }
+    }
+}
+
+/// Calls `visit` with every index of a shape of up to four dimensions.
+pub fn each(shape: &[usize], mut visit: impl FnMut([usize; 4])) {
+    let n = |dim: usize| shape.get(dim).copied().unwrap_or(1);
+    for a in 0..n(0) {
+        for b in 0..n(1) {
+            for c in 0..n(2) {
+                for d in 0..n(3) {
+                    visit([a, b, c, d]);
+                }
+            }
+        }
+    }
+}
+
+/// Writes an element; `x` is exact in the type, or NaN.
+pub fn put(memory: &mut Memory, at: usize, dtype: Dtype, x: f32) {
+    match dtype {
+        Dtype::F16 => memory.bytes_mut()[at..at + 2].copy_from_slice(&f16::from_f32(x).to_ne_bytes()),
+        Dtype::Bf16 => memory.bytes_mut()[at..at + 2].copy_from_slice(&bf16::from_f32(x).to_ne_bytes()),
+        _ => memory.bytes_mut()[at..at + 4].copy_from_slice(&x.to_ne_bytes()),
+    }
+}
+
+fn load(memory: &Memory, at: usize, dtype: Dtype) -> (f32, u32) {
+    let two = || [memory.bytes()[at], memory.bytes()[at + 1]];
+    match dtype {
+        Dtype::F16 => {
+            let x = f16::from_ne_bytes(two());
+            (x.to_f32(), u32::from(x.to_bits()))
+        }
+        Dtype::Bf16 => {
+            let x = bf16::from_ne_bytes(two());
+            (x.to_f32(), u32::from(x.to_bits()))
+        }
+        _ => {
+            let b = memory.bytes();
+            let x = f32::from_ne_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]]);
+            (x, x.to_bits())
+        }
+    }
+}
