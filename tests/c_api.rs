@@ -109,6 +109,7 @@ programs! {
     comm,
     decode,
     faults,
+    handles,
     local,
     merge,
     pages,
