@@ -334,11 +334,8 @@ pub unsafe fn weigh<S: Simd>(a: &WeighArgs) {
             let mut total = S::load(sum);
             for t in (0..n).step_by(S::LANES) {
                 let score = S::load(row.add(t));
-                let x = if far {
-                    S::add(S::mul(score, high), base)
-                } else {
-                    S::fma(score, low, S::fma(score, high, base))
-                };
+                let x =
+                    if far { S::add(S::mul(score, high), base) } else { S::fma(score, low, S::fma(score, high, base)) };
                 let weight = S::exp2_unless_hidden(x, score);
                 S::store(row.add(t), weight);
                 total = S::add(total, weight);
