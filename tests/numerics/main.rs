@@ -6,4 +6,12 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bad_data;
+mod engine_partials;
+mod exact;
+mod failures_of_peers;
+mod long;
+mod minilm;
+mod nan;
+mod placement;
 mod random;

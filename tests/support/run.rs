@@ -159,6 +159,23 @@ impl Pool {
         }
     }
 
+    /// Runs one step of a case over memory as it stands, after filling the outputs with 0xff.
+    pub fn step(&mut self, case: &Case, ranks: &mut [Rank], call: Call) -> Vec<Result<()>> {
+        let group = self.group(&case.isa, case.world, case.threads);
+        let plans = group.plans(&case.desc).expect("plans of a shape that is served");
+        ranks.iter_mut().for_each(|rank| rank.prefill(0xff));
+        step(group, &plans, ranks, case.streams, call)
+    }
+
+    /// The same over fresh memory, for a case that all ranks are to finish.
+    pub fn answers(&mut self, case: &Case) -> Vec<Rank> {
+        let mut ranks: Vec<Rank> = (0..case.world).map(|rank| Rank::new(case, rank)).collect();
+        for result in self.step(case, &mut ranks, Call::Decode) {
+            result.unwrap_or_else(|error| panic!("{error}\n{}", case.describe()));
+        }
+        ranks
+    }
+
     /// The same, for batches that go on after a failure.
     pub fn try_check(&mut self, case: &Case) -> std::result::Result<(), String> {
         let told = |what| format!("{what}\n{}\nTREEATTN_CASE={} runs this case alone", case.describe(), case.seed);

@@ -1,0 +1,177 @@
+//! Lengths, starts, tables and positions out of range: NaN for that sequence on every rank, and nothing else.
+
+use treeattn::attention::{AttentionDesc, KvLayout, Placement};
+
+use crate::support::case::Case;
+use crate::support::rank::{Ints, Rank};
+use crate::support::run::{Call, Group, Pool, assert_bad_data, shard_reference, step};
+use crate::support::values::Values;
+
+const LAST: usize = 2;
+const HEADS: usize = 4;
+
+fn case(layout: KvLayout, placement: Placement, causal: bool, world: usize) -> Case {
+    let mut desc = AttentionDesc::new(HEADS as i32, 2, 32, 64);
+    (desc.kv_layout, desc.page_size) = (layout, if layout == KvLayout::Strided { 0 } else { 8 });
+    (desc.placement, desc.causal) = (placement, causal);
+    Case::plain(desc, world, &[(60, 1), (90, 2), (75, 1)], Values::Normal, 77)
+}
+
+/// Sets one value on one rank and asserts what comes of it: `bad` are NaN on all ranks, the first of them named.
+fn check(pool: &mut Pool, case: &Case, at: (usize, Ints, usize, i32), bad: &[usize], argument: &str) {
+    check_with(pool, case, at, bad, argument, |_| {});
+}
+
+fn check_with(
+    pool: &mut Pool,
+    case: &Case,
+    (rank, which, index, value): (usize, Ints, usize, i32),
+    bad: &[usize],
+    argument: &str,
+    prepare: impl Fn(&mut Rank),
+) {
+    let what = format!("rank {rank} {which:?}[{index}] = {value}\n{}", case.describe());
+    let clean = pool.answers(case);
+    let mut ranks: Vec<Rank> = (0..case.world).map(|rank| Rank::new(case, rank)).collect();
+    ranks.iter_mut().for_each(&prepare);
+    ranks[rank].set(which, index, value);
+    let results = pool.step(case, &mut ranks, Call::Decode);
+    assert_bad_data(&results, bad[0], argument);
+    for (memory, clean) in ranks.iter().zip(&clean) {
+        for token in 0..case.tokens {
+            let is_bad = case.owner(token).is_some_and(|b| bad.contains(&b));
+            for head in 0..HEADS {
+                let (row, bits) = memory.row(case, token, head);
+                let lse = memory.lse_of(case, token, head).expect("an lse");
+                if is_bad {
+                    assert!(row.iter().all(|x| x.is_nan()) && lse.is_nan(), "token {token}: {what}");
+                } else {
+                    assert_eq!(bits, clean.row(case, token, head).1, "token {token}: {what}");
+                    assert_eq!(Some(lse), clean.lse_of(case, token, head), "token {token}: {what}");
+                }
+            }
+        }
+    }
+    let fault = shard_reference(case, &ranks, rank).fault.expect("the reference finds it, too");
+    assert_eq!((fault.sequence as usize, fault.cause.argument().contains(argument)), (bad[0], true), "{what}");
+}
+
+#[test]
+fn lengths() {
+    let mut pool = Pool::default();
+    for layout in [KvLayout::Strided, KvLayout::BlockTable, KvLayout::CsrPages] {
+        for world in [1, 3] {
+            let case = case(layout, Placement::Contiguous, false, world);
+            let most = case.desc.max_kv_length;
+            for value in [-1, i32::MIN, i32::MAX, most + 1] {
+                check(&mut pool, &case, (world - 1, Ints::KvLength, 1, value), &[1], "kv_length");
+            }
+        }
+    }
+}
+
+#[test]
+fn block_tables() {
+    let mut pool = Pool::default();
+    for world in [1, 2] {
+        let case = case(KvLayout::BlockTable, Placement::Interleaved { run: 8 }, false, world);
+        let probe = Rank::new(&case, 0);
+        let (width, pages) = (probe.args.max_pages as usize, probe.args.num_pages);
+        for value in [-1, pages, i32::MAX, i32::MIN] {
+            // The first and the last page in use of the sequence in the middle.
+            let used = case.sequences[1].held[0].len().div_ceil(8);
+            for page in [0, used - 1] {
+                check(&mut pool, &case, (0, Ints::BlockTable, width + page, value), &[1], "block_table");
+            }
+        }
+    }
+}
+
+#[test]
+fn csr_pages() {
+    let mut pool = Pool::default();
+    let case = case(KvLayout::CsrPages, Placement::Contiguous, false, 2);
+    for value in [-1, 1 << 20, i32::MAX] {
+        check(&mut pool, &case, (1, Ints::PageIndices, 0, value), &[0], "page_indices");
+        check(&mut pool, &case, (1, Ints::PageIndptr, LAST + 1, value), &[LAST], "page_indptr");
+    }
+    check(&mut pool, &case, (0, Ints::PageIndptr, 0, -1), &[0], "page_indptr");
+    let by_last_page = |rank: &mut Rank| {
+        rank.args.last_page_len = rank.last_page_len.ints();
+        rank.args.kv_length = std::ptr::null();
+    };
+    for value in [0, -1, 9, i32::MAX] {
+        check_with(&mut pool, &case, (1, Ints::LastPageLen, 1, value), &[1], "last_page_len", by_last_page);
+    }
+}
+
+#[test]
+fn query_starts() {
+    let mut pool = Pool::default();
+    let case = case(KvLayout::Strided, Placement::Contiguous, false, 2);
+    // Sequence 1 would end before it begins; sequence 2 would begin inside it.
+    let mut ranks: Vec<Rank> = (0..2).map(|rank| Rank::new(&case, rank)).collect();
+    ranks.iter_mut().for_each(|rank| rank.set(Ints::QueryStart, 2, 0));
+    let clean = pool.answers(&case);
+    let results = pool.step(&case, &mut ranks, Call::Decode);
+    assert_bad_data(&results, 1, "query_start");
+    for (memory, clean) in ranks.iter().zip(&clean) {
+        for head in 0..HEADS {
+            assert_eq!(memory.row(&case, 0, head).1, clean.row(&case, 0, head).1);
+        }
+    }
+    for value in [-1, 5, i32::MAX, i32::MIN] {
+        let mut ranks: Vec<Rank> = (0..2).map(|rank| Rank::new(&case, rank)).collect();
+        ranks.iter_mut().for_each(|rank| rank.set(Ints::QueryStart, LAST + 1, value));
+        let results = pool.step(&case, &mut ranks, Call::Decode);
+        assert_bad_data(&results, LAST, "query_start");
+        for (memory, clean) in ranks.iter().zip(&clean) {
+            for (token, head) in (0..3).flat_map(|t| (0..HEADS).map(move |h| (t, h))) {
+                assert_eq!(memory.row(&case, token, head).1, clean.row(&case, token, head).1, "{value}");
+            }
+        }
+    }
+}
+
+#[test]
+fn positions() {
+    let mut pool = Pool::default();
+    let contiguous = case(KvLayout::Strided, Placement::Contiguous, true, 2);
+    for value in [-1, i32::MIN, i32::MAX] {
+        check(&mut pool, &contiguous, (1, Ints::KvStart, 1, value), &[1], "kv_start");
+    }
+    for value in [1, -1, i32::MIN] {
+        check(&mut pool, &contiguous, (0, Ints::GlobalLength, 1, value), &[1], "global_length");
+    }
+    let explicit = case(KvLayout::BlockTable, Placement::Explicit, true, 2);
+    let row = explicit.desc.max_kv_length as usize;
+    check(&mut pool, &explicit, (0, Ints::KvPosition, row + 3, -1), &[1], "kv_position");
+    let mut given = contiguous.clone();
+    given.query_position = Some(vec![59, 88, 89, 74]);
+    check(&mut pool, &given, (1, Ints::QueryPosition, 1, -1), &[1], "query_position");
+}
+
+#[test]
+fn the_first_of_several_is_named_and_the_group_goes_on() {
+    let case = case(KvLayout::Strided, Placement::Contiguous, false, 2);
+    let group = Group::new(&case.isa, 2, 1);
+    let plans = group.plans(&case.desc).expect("plans");
+    let mut ranks: Vec<Rank> = (0..2).map(|rank| Rank::new(&case, rank)).collect();
+    ranks[0].set(Ints::KvLength, 2, -5);
+    ranks[1].set(Ints::KvLength, 1, -5);
+    ranks[1].set(Ints::KvLength, 2, 1 << 30);
+    // The lowest rank that found some speaks for all.
+    assert_bad_data(&step(&group, &plans, &ranks, false, Call::Decode), 2, "kv_length");
+    for comm in &group.ranks {
+        let status = comm.status().expect("a live communicator");
+        assert_eq!((status.sequence, status.rank, status.error.is_some()), (2, 0, true));
+        assert!(comm.status().expect("a live communicator").error.is_none(), "reading takes it");
+    }
+    let mut good: Vec<Rank> = (0..2).map(|rank| Rank::new(&case, rank)).collect();
+    good.iter_mut().for_each(|rank| rank.prefill(0xff));
+    for result in step(&group, &plans, &good, false, Call::Decode) {
+        result.expect("the communicator stays usable");
+    }
+    let (first, second) = (good[0].bits(&case), good[1].bits(&case));
+    assert_eq!(first, second);
+}
