@@ -6,6 +6,7 @@ use super::isa::Isa;
 use super::kernels::{Kernels, element};
 use super::partition::Line;
 use super::sequences::{Reader, Sequence};
+use super::tile::TILE;
 use super::worker::{Layout, Output, Shape, Worker};
 use crate::attention::{AttentionDesc, KvLayout, MaskKind, QueryInput, Reproducibility, Shard, Step};
 use crate::device::{HostBuffer, Workers};
@@ -14,6 +15,7 @@ use crate::partial::{DataFault, PartialRows};
 
 /// Most rows of a row block.
 const ROW_BLOCK: usize = 32;
+const _: () = assert!(ROW_BLOCK <= TILE);
 /// Most rows of a row block for which k and v are widened in every row group instead of once.
 const WIDEN_ABOVE: usize = 8;
 /// Bytes of accumulators that one worker keeps going at a time.

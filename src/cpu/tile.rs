@@ -159,130 +159,199 @@ pub struct MeetArgs {
     pub width: usize,
 }
 
-/// Rows to ask for, one for each key of a block.
+/// What to ask for while a block of keys is worked on, in the order in which it lies in memory: row after row, kv head
+/// after kv head.
 #[derive(Clone, Copy)]
 struct Asking {
     rows: *const *const u8,
-    offset: usize,
-    bytes: usize,
+    lines: Lines,
+    heads: usize,
+    head: usize,
 }
 
 impl Asking {
     /// For the block that begins at key `key`; `split` never falls inside a block.
     #[inline(always)]
-    fn of(ahead: &Ahead, key: usize, head: usize) -> Asking {
+    fn of(ahead: &Ahead, key: usize, heads: usize) -> Asking {
         let (lines, skip) = if key < ahead.split { (&ahead.near, 0) } else { (&ahead.far, ahead.split) };
-        Asking {
-            rows: lines.rows.wrapping_add(key - skip),
-            offset: lines.offset.wrapping_add(head * lines.head),
-            bytes: lines.bytes,
-        }
+        Asking { rows: lines.rows.wrapping_add(key - skip), lines: *lines, heads, head: 0 }
     }
 
-    /// Asks for row `i` of the block.
+    /// Asks for the next `n` rows of a kv head each.
     #[inline(always)]
-    unsafe fn ask<S: Simd>(&self, i: usize) {
-        unsafe {
-            let mut line = (*self.rows.add(i)).wrapping_add(self.offset);
-            let mut left = self.bytes;
-            while left >= 4 * LINE {
-                S::prefetch(line);
-                S::prefetch(line.wrapping_add(LINE));
-                S::prefetch(line.wrapping_add(2 * LINE));
-                S::prefetch(line.wrapping_add(3 * LINE));
-                line = line.wrapping_add(4 * LINE);
-                left -= 4 * LINE;
+    unsafe fn next<S: Simd>(&mut self, n: usize) {
+        if self.lines.bytes == 0 {
+            return;
+        }
+        for _ in 0..n {
+            unsafe {
+                let mut line = (*self.rows).wrapping_add(self.lines.offset + self.head * self.lines.head);
+                let mut left = self.lines.bytes;
+                while left >= 4 * LINE {
+                    S::prefetch(line);
+                    S::prefetch(line.wrapping_add(LINE));
+                    S::prefetch(line.wrapping_add(2 * LINE));
+                    S::prefetch(line.wrapping_add(3 * LINE));
+                    line = line.wrapping_add(4 * LINE);
+                    left -= 4 * LINE;
+                }
+                while left > 0 {
+                    S::prefetch(line);
+                    line = line.wrapping_add(LINE);
+                    left = left.saturating_sub(LINE);
+                }
             }
-            while left > 0 {
-                S::prefetch(line);
-                line = line.wrapping_add(LINE);
-                left = left.saturating_sub(LINE);
+            self.head += 1;
+            if self.head == self.heads {
+                (self.rows, self.head) = (self.rows.wrapping_add(1), 0);
             }
         }
     }
 }
 
-/// Scores of RQ rows of a kv head with 16 keys, RT keys at a time.
-#[inline(always)]
-unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize>(
-    a: &ScoreArgs,
+/// A block of scores: first kv head, first row, first key.
+#[derive(Clone, Copy)]
+struct ScoreBlock {
     head: usize,
     row: usize,
     key: usize,
+}
+
+/// Scores of RQ rows with RT keys: keys are widened once for all rows.
+#[inline(always)]
+unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize>(
+    a: &ScoreArgs,
+    b: ScoreBlock,
+    asking: &mut Asking,
 ) {
     unsafe {
-        let q = a.q.add((head * a.rows + row) * a.dim);
-        let offset = a.offset + head * a.head;
-        for t in (key..key + 16).step_by(RT) {
-            // Spread over the elements, so that asking never holds up the work.
-            let asking = Asking::of(&a.ahead, key, head);
-            let (mut asked, asks) = if row == 0 && asking.bytes > 0 { (t - key, t - key + RT) } else { (0, 0) };
-            let each = (RT * S::LANES).div_ceil(a.dim);
-            let mut k = [std::ptr::null::<u8>(); RT];
-            for (i, k) in k.iter_mut().enumerate() {
-                *k = (*a.k.add(t + i)).add(offset);
+        if b.row == 0 {
+            asking.next::<S>(RT);
+        }
+        let row = b.head * a.rows + b.row;
+        let q = a.q.add(row * a.dim);
+        let mut k = [std::ptr::null::<u8>(); RT];
+        for (i, k) in k.iter_mut().enumerate() {
+            *k = (*a.k.add(b.key + i)).add(a.offset + b.head * a.head);
+        }
+        let out = a.scores.add(row * TILE + b.key);
+        for begin in (0..a.dim).step_by(DOT) {
+            let end = a.dim.min(begin + DOT);
+            let mut acc = [[S::splat(0.0); RT]; RQ];
+            let mut d = begin;
+            while d < end {
+                let mut kv = [S::splat(0.0); RT];
+                for (i, kv) in kv.iter_mut().enumerate() {
+                    *kv = E::load::<S>(k[i].add(d * E::SIZE));
+                }
+                for (i, acc) in acc.iter_mut().enumerate() {
+                    let qv = S::load(q.add(i * a.dim + d));
+                    for (acc, &kv) in acc.iter_mut().zip(&kv) {
+                        *acc = S::fma(qv, kv, *acc);
+                    }
+                }
+                d += S::LANES;
             }
-            let out = a.scores.add((head * a.rows + row) * TILE + t);
-            for begin in (0..a.dim).step_by(DOT) {
-                let end = a.dim.min(begin + DOT);
-                let mut acc = [[S::splat(0.0); RT]; RQ];
-                let mut d = begin;
-                while d < end {
-                    if asked < asks {
-                        for i in asked..asked + each {
-                            asking.ask::<S>(i);
-                        }
-                        asked += each;
-                    }
-                    let mut kv = [S::splat(0.0); RT];
-                    for (i, kv) in kv.iter_mut().enumerate() {
-                        *kv = E::load::<S>(k[i].add(d * E::SIZE));
-                    }
-                    for (i, acc) in acc.iter_mut().enumerate() {
-                        let qv = S::load(q.add(i * a.dim + d));
-                        for (acc, &kv) in acc.iter_mut().zip(&kv) {
-                            *acc = S::fma(qv, kv, *acc);
-                        }
-                    }
-                    d += S::LANES;
+            add_lanes::<S, RQ, RT>(&acc, out, TILE, begin == 0);
+        }
+    }
+}
+
+/// Scores of one row of each of RH kv heads with RT keys. Nothing is shared between them, so memory is read in its
+/// order: key after key, head after head.
+#[inline(always)]
+unsafe fn score_heads<S: Simd, E: Element, const RH: usize, const RT: usize>(
+    a: &ScoreArgs,
+    b: ScoreBlock,
+    asking: &mut Asking,
+) {
+    unsafe {
+        let mut acc = [[S::splat(0.0); RT]; RH];
+        for i in 0..RT {
+            let k = (*a.k.add(b.key + i)).add(a.offset + b.head * a.head);
+            for (h, acc) in acc.iter_mut().enumerate() {
+                if b.row == 0 {
+                    asking.next::<S>(1);
                 }
-                if begin == 0 {
-                    S::sum_lanes(&acc, out, TILE);
-                } else {
-                    let mut sums = [[0.0f32; RT]; RQ];
-                    S::sum_lanes(&acc, sums.as_mut_ptr().cast(), RT);
-                    for (i, sums) in sums.iter().enumerate() {
-                        for (j, sum) in sums.iter().enumerate() {
-                            *out.add(i * TILE + j) += sum;
-                        }
+                let (q, k) = (a.q.add(((b.head + h) * a.rows + b.row) * a.dim), k.add(h * a.head));
+                for begin in (0..a.dim).step_by(DOT) {
+                    let end = a.dim.min(begin + DOT);
+                    let mut sum = S::splat(0.0);
+                    let mut d = begin;
+                    while d < end {
+                        sum = S::fma(S::load(q.add(d)), E::load::<S>(k.add(d * E::SIZE)), sum);
+                        d += S::LANES;
                     }
+                    acc[i] = S::add(acc[i], sum);
                 }
+            }
+        }
+        S::sum_lanes(&acc, a.scores.add((b.head * a.rows + b.row) * TILE + b.key), a.rows * TILE);
+    }
+}
+
+/// Sums lanes into `out`, or onto it.
+#[inline(always)]
+unsafe fn add_lanes<S: Simd, const RQ: usize, const RT: usize>(
+    acc: &[[S::V; RT]; RQ],
+    out: *mut f32,
+    stride: usize,
+    first: bool,
+) {
+    unsafe {
+        if first {
+            return S::sum_lanes(acc, out, stride);
+        }
+        let mut sums = [[0.0f32; RT]; RQ];
+        S::sum_lanes(acc, sums.as_mut_ptr().cast(), RT);
+        for (i, sums) in sums.iter().enumerate() {
+            for (j, sum) in sums.iter().enumerate() {
+                *out.add(i * stride + j) += sum;
             }
         }
     }
 }
 
-/// scores[h][r][t] = q[h][r] . k[t][h]. T4, T2, T1: keys at a time for 4, 2 and 1 rows. Walks the keys first and the kv
-/// heads of a few keys next, which is how most caches lie in memory.
+/// scores[h][r][t] = q[h][r] . k[t][h]. T4, T2, T1: keys at a time for 4, 2 and 1 rows. Walks a few keys, then their kv
+/// heads, which is how most caches lie in memory.
 ///
 /// # Safety
 /// The arguments describe valid memory; the instruction set of `S` is there.
 #[inline(always)]
 pub unsafe fn scores<S: Simd, E: Element, const T4: usize, const T2: usize, const T1: usize>(a: &ScoreArgs) {
     unsafe {
-        for key in (0..a.keys).step_by(16) {
-            for head in 0..a.heads {
-                let mut row = 0;
-                while row + 4 <= a.rows {
-                    score_block::<S, E, 4, T4>(a, head, row, key);
-                    row += 4;
+        let fours = a.rows / 4 * 4;
+        for block in (0..a.keys).step_by(16) {
+            let keys = block..block + 16;
+            if a.rows == 1 && a.heads.is_multiple_of(4) {
+                for key in keys.step_by(T4) {
+                    let mut asking = Asking::of(&a.ahead, key, a.heads);
+                    for head in (0..a.heads).step_by(4) {
+                        score_heads::<S, E, 4, T4>(a, ScoreBlock { head, row: 0, key }, &mut asking);
+                    }
                 }
+                continue;
+            }
+            let mut asking = Asking::of(&a.ahead, block, a.heads);
+            for head in 0..a.heads {
+                if fours > 0 {
+                    for key in keys.clone().step_by(T4) {
+                        for row in (0..fours).step_by(4) {
+                            score_block::<S, E, 4, T4>(a, ScoreBlock { head, row, key }, &mut asking);
+                        }
+                    }
+                }
+                let mut row = fours;
                 if a.rows - row >= 2 {
-                    score_block::<S, E, 2, T2>(a, head, row, key);
+                    for key in keys.clone().step_by(T2) {
+                        score_block::<S, E, 2, T2>(a, ScoreBlock { head, row, key }, &mut asking);
+                    }
                     row += 2;
                 }
                 if a.rows > row {
-                    score_block::<S, E, 1, T1>(a, head, row, key);
+                    for key in keys.clone().step_by(T1) {
+                        score_heads::<S, E, 1, T1>(a, ScoreBlock { head, row, key }, &mut asking);
+                    }
                 }
             }
         }
@@ -362,12 +431,7 @@ unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize>(a: 
         let row = b.head * a.rows + b.row;
         let weights = a.weights.add(row * TILE);
         let from = a.offset + b.head * a.head + d * E::SIZE;
-        let asking = Asking::of(&a.ahead, b.key, b.head);
-        let asks = b.row == 0 && d == 0 && asking.bytes > 0;
         for t in b.key..b.end {
-            if asks {
-                asking.ask::<S>(t - b.key);
-            }
             let v = (*a.v.add(t)).add(from);
             let mut vv = [S::splat(0.0); ND];
             for (i, vv) in vv.iter_mut().enumerate() {
@@ -391,13 +455,24 @@ unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize>(a: 
 
 /// All elements of RQ rows: WIDE vectors at a time, then one by one.
 #[inline(always)]
-unsafe fn value_rows<S: Simd, E: Element, const RQ: usize, const WIDE: usize>(a: &ValueArgs, b: Block) {
+unsafe fn value_rows<S: Simd, E: Element, const RQ: usize, const WIDE: usize>(
+    a: &ValueArgs,
+    b: Block,
+    asking: &mut Asking,
+) {
     unsafe {
+        // Asking is spread over the blocks of the first rows.
+        let mut left = if b.row == 0 { b.end - b.key } else { 0 };
+        let each = if a.dim > WIDE * S::LANES { RUN / 2 } else { RUN };
         let mut d = 0;
         while d + WIDE * S::LANES <= a.dim {
+            let now = left.min(each);
+            left -= now;
+            asking.next::<S>(now);
             value_block::<S, E, RQ, WIDE>(a, b, d);
             d += WIDE * S::LANES;
         }
+        asking.next::<S>(left);
         while d < a.dim {
             value_block::<S, E, RQ, 1>(a, b, d);
             d += S::LANES;
@@ -415,16 +490,17 @@ pub unsafe fn values<S: Simd, E: Element, const W4: usize, const W1: usize>(a: &
     unsafe {
         for key in (0..a.keys).step_by(RUN) {
             let end = a.keys.min(key + RUN);
+            let mut asking = Asking::of(&a.ahead, key, a.heads);
             for head in 0..a.heads {
                 let mut b = Block { head, row: 0, key, end };
                 while b.row + 4 <= a.rows {
-                    value_rows::<S, E, 4, W4>(a, b);
+                    value_rows::<S, E, 4, W4>(a, b, &mut asking);
                     b.row += 4;
                 }
                 match a.rows - b.row {
-                    3 => value_rows::<S, E, 3, W4>(a, b),
-                    2 => value_rows::<S, E, 2, W4>(a, b),
-                    1 => value_rows::<S, E, 1, W1>(a, b),
+                    3 => value_rows::<S, E, 3, W4>(a, b, &mut asking),
+                    2 => value_rows::<S, E, 2, W4>(a, b, &mut asking),
+                    1 => value_rows::<S, E, 1, W1>(a, b, &mut asking),
                     _ => {}
                 }
             }
