@@ -214,6 +214,16 @@ class Stream : public detail::Handle<treeattn_stream_t, treeattn_stream_destroy>
     return try_create(runtime, device).value();
   }
 
+  /// The caller's own CUDA stream, which must outlive this object.
+  static Result<Stream> try_wrap_cuda(const Runtime& runtime, treeattn_device_t device, void* cuda_stream) noexcept {
+    treeattn_stream_t* stream = nullptr;
+    Status status(treeattn_stream_wrap_cuda(runtime.get(), device, cuda_stream, &stream));
+    return status ? Result<Stream>(Stream(stream)) : Result<Stream>(std::move(status));
+  }
+  static Stream wrap_cuda(const Runtime& runtime, treeattn_device_t device, void* cuda_stream) {
+    return try_wrap_cuda(runtime, device, cuda_stream).value();
+  }
+
   Status try_synchronize() const noexcept { return Status(treeattn_stream_synchronize(get())); }
   void synchronize() const { try_synchronize().check(); }
 };

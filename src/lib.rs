@@ -10,8 +10,8 @@
 //! |---|---|
 //! | `ffi` | the C ABI, one file a section of `include/treeattn.h` |
 //! | [`runtime`] | runtimes, streams, buffers, communicators, plans: the Rust API |
-//! | [`cpu`], `comm` | the backend that attends a shard; the exchanges between ranks |
-//! | [`device`] | devices, worker threads, queues, host memory |
+//! | [`cpu`], `cuda`, `comm` | the two backends that attend a shard; the exchanges between ranks |
+//! | [`device`] | devices, worker threads, queues, host memory; the CUDA driver |
 //! | [`partial`] | the monoid of partials and the epoch protocol |
 //! | [`attention`] | shapes, tensors, steps, placement, the float64 reference |
 //! | [`error`], [`fault`] | the one error type; named points at which tests inject faults |
@@ -19,6 +19,7 @@
 pub mod attention;
 pub(crate) mod comm;
 pub mod cpu;
+pub(crate) mod cuda;
 pub mod device;
 pub mod error;
 pub mod fault;

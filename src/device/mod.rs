@@ -2,10 +2,11 @@
 //!
 //! `host` says what the machine has, `buffer` holds aligned memory, `workers` a rank's threads, `queue` the in-order
 //! queue behind a CPU stream, `bell` the one place that spins and parks, `thread` the one place that starts threads,
-//! `float_state` the guard of the floating-point control register.
+//! `float_state` the guard of the floating-point control register, `cuda` the GPUs.
 
 mod bell;
 mod buffer;
+pub(crate) mod cuda;
 mod float_state;
 mod host;
 mod queue;
@@ -20,7 +21,7 @@ pub use queue::Queue;
 pub(crate) use thread::spawn;
 pub use workers::Workers;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 
 /// What kind of device. The discriminant is the kind's code at the C ABI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -101,7 +102,7 @@ pub struct DeviceInfo {
 pub fn device_count(kind: DeviceKind) -> i32 {
     match kind {
         DeviceKind::Cpu => 1,
-        DeviceKind::Cuda => 0,
+        DeviceKind::Cuda => cuda::count(),
     }
 }
 
@@ -110,16 +111,14 @@ pub fn device_info(device: Device) -> Result<DeviceInfo> {
     match device.kind {
         DeviceKind::Cpu if device.ordinal == 0 => Ok(host::info()),
         DeviceKind::Cpu => Err(Error::invalid("device", device, "cpu:0 (all processors are one device)")),
-        DeviceKind::Cuda => Err(Error::new(
-            ErrorKind::Unavailable,
-            format!("device: found {device}, but this build drives no CUDA device (it does not load libcuda.so.1)"),
-        )),
+        DeviceKind::Cuda => cuda::info(device),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
 
     #[test]
     fn codes_go_round_and_foreign_ones_are_refused() {
@@ -140,7 +139,7 @@ mod tests {
         assert!(info.memory > 1 << 20 && info.units >= 1 && !info.name.is_empty() && !info.isa.is_empty(), "{info:?}");
         let second = device_info(Device { kind: DeviceKind::Cpu, ordinal: 1 }).unwrap_err();
         assert_eq!(second.kind(), ErrorKind::InvalidArgument);
-        let gpu = device_info(Device { kind: DeviceKind::Cuda, ordinal: 0 }).unwrap_err();
+        let gpu = device_info(Device { kind: DeviceKind::Cuda, ordinal: 65535 }).unwrap_err();
         assert_eq!((gpu.kind(), gpu.message().contains("libcuda")), (ErrorKind::Unavailable, true));
     }
 }

@@ -123,6 +123,18 @@ pub fn remove<T: Object>(argument: &str, handle: *mut T::C) -> Result<Option<Arc
     Ok(object.and_then(|object| object.downcast().ok()))
 }
 
+/// As [`remove`], unless `check` says that the object cannot go now: the handle then stays alive.
+pub fn remove_if<T: Object>(
+    argument: &str,
+    handle: *mut T::C,
+    check: impl FnOnce(&T) -> Result<()>,
+) -> Result<Option<Arc<T>>> {
+    if !handle.is_null() {
+        check(&*get::<T>(argument, handle)?)?;
+    }
+    remove(argument, handle)
+}
+
 fn locate<T: Object>(table: &Table, argument: &str, value: usize) -> Result<usize> {
     if value == 0 {
         return Err(bad::<T>(argument, value, "NULL"));

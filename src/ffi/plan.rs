@@ -260,7 +260,7 @@ pub unsafe extern "C" fn treeattn_plan_stats(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_destroy(plan: *mut treeattn_plan_t) -> treeattn_status_t {
     guard("treeattn_plan_destroy", || {
-        let Some(plan) = handle::remove::<Plan>("plan", plan)? else {
+        let Some(plan) = handle::remove_if("plan", plan, Plan::check_destroy)? else {
             return Ok(());
         };
         if plan.wait(plan.deadline()) {

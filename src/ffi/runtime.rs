@@ -158,12 +158,14 @@ pub unsafe extern "C" fn treeattn_runtime_set_log_callback(
 /// Creates a stream: an in-order queue of steps on a device.
 ///
 /// On the CPU it has a thread of its own, so that one thread of the engine can drive several ranks: enqueue the step on
-/// every rank's stream, then synchronise them. It holds 1,024 steps; enqueueing into a full one waits.
+/// every rank's stream, then synchronise them. It holds 1,024 steps; enqueueing into a full one waits. On a GPU it is a
+/// CUDA stream that does not wait for the legacy default stream.
 ///
 /// @param runtime the runtime.
 /// @param device  the device.
 /// @param stream  where the handle goes.
-/// @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNAVAILABLE; NO_MEMORY; SYSTEM (no thread to be had).
+/// @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNAVAILABLE; NO_MEMORY; SYSTEM (no thread to be had); CUDA,
+///         CUDA_PRIOR, CUDA_FATAL; CAPTURING.
 ///
 /// Ownership: the caller destroys the stream. Thread safety: any thread; a stream may be used by several threads.
 /// Does not block. Not capture-safe. Since 0.1.
@@ -183,11 +185,42 @@ pub unsafe extern "C" fn treeattn_stream_create(
     })
 }
 
+/// Makes a stream of a CUDA stream of the caller's, on which steps are then enqueued.
+///
+/// @param runtime     the runtime.
+/// @param device      the CUDA device of the stream.
+/// @param cuda_stream a cudaStream_t or CUstream of the device's primary context, which is that of the CUDA runtime API;
+///                    NULL is the legacy default stream.
+/// @param stream      where the handle goes.
+/// @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT (no CUDA device; a stream of another context); UNAVAILABLE; CUDA,
+///         CUDA_PRIOR, CUDA_FATAL.
+///
+/// Ownership: the caller destroys the stream; cuda_stream stays the caller's and has to live as long. Thread safety: any
+/// thread. Does not block. Capture-safe: also while cuda_stream is captured. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn treeattn_stream_wrap_cuda(
+    runtime: *mut treeattn_runtime_t,
+    device: treeattn_device_t,
+    cuda_stream: *mut c_void,
+    stream: *mut *mut treeattn_stream_t,
+) -> treeattn_status_t {
+    guard("treeattn_stream_wrap_cuda", || {
+        let runtime = handle::get::<Runtime>("runtime", runtime)?;
+        convert::output("stream", stream)?;
+        // SAFETY: as the caller vouches.
+        let created = unsafe { Stream::wrap_cuda(&runtime, convert::device(device)?, cuda_stream)? };
+        // SAFETY: checked; writable as the caller vouches.
+        unsafe { *stream = handle::insert(created)? };
+        Ok(())
+    })
+}
+
 /// Waits until everything enqueued so far is done.
 ///
 /// @param stream the stream.
 /// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; or the first error of a step since the last call, which is then
-///         forgotten (a broken communicator stays broken, and its later calls say so).
+///         forgotten (a broken communicator stays broken, and its later calls say so). On a GPU: CUDA, CUDA_FATAL;
+///         CAPTURING; what steps found in their data comes from treeattn_comm_status().
 ///
 /// Thread safety: any thread. Blocks; every step that it waits for has a deadline. Not capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
@@ -198,13 +231,13 @@ pub unsafe extern "C" fn treeattn_stream_synchronize(stream: *mut treeattn_strea
 /// Destroys a stream when everything enqueued is done. A wrapped CUDA stream lives on.
 ///
 /// @param stream NULL is fine.
-/// @return TREEATTN_OK; BAD_HANDLE.
+/// @return TREEATTN_OK; BAD_HANDLE; CAPTURING, and the stream lives on.
 ///
 /// Thread safety: any thread but the library's own. Blocks; every step that it waits for has a deadline. Not
 /// capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_stream_destroy(stream: *mut treeattn_stream_t) -> treeattn_status_t {
-    guard("treeattn_stream_destroy", || handle::remove::<Stream>("stream", stream).map(drop))
+    guard("treeattn_stream_destroy", || handle::remove_if("stream", stream, Stream::check_destroy).map(drop))
 }
 
 /// Allocates zeroed memory of a device, aligned to 64 bytes. A convenience: every call takes raw pointers.
@@ -213,7 +246,8 @@ pub unsafe extern "C" fn treeattn_stream_destroy(stream: *mut treeattn_stream_t)
 /// @param device  the device.
 /// @param bytes   how many, at least 1.
 /// @param buffer  where the handle goes.
-/// @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNAVAILABLE; NO_MEMORY; NO_DEVICE_MEMORY.
+/// @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNAVAILABLE; NO_MEMORY; NO_DEVICE_MEMORY; CUDA, CUDA_PRIOR,
+///         CUDA_FATAL; CAPTURING.
 ///
 /// Ownership: the caller destroys the buffer. Thread safety: any thread. May block on the device's allocator. Not
 /// capture-safe. Since 0.1.
@@ -263,7 +297,8 @@ pub unsafe extern "C" fn treeattn_buffer_data(
 /// @param offset first byte in the buffer.
 /// @param source host memory; NULL only with 0 bytes. May overlap the buffer.
 /// @param bytes  how many; offset + bytes is at most the buffer's size.
-/// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT, with nothing copied.
+/// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT, with nothing copied; CUDA, CUDA_PRIOR,
+///         CUDA_FATAL; CAPTURING.
 ///
 /// Thread safety: any thread; who else uses the bytes meanwhile is the caller's affair. Blocks until copied. Not
 /// capture-safe. Since 0.1.
@@ -291,7 +326,8 @@ pub unsafe extern "C" fn treeattn_buffer_upload(
 /// @param offset first byte in the buffer.
 /// @param target host memory; NULL only with 0 bytes. May overlap the buffer.
 /// @param bytes  how many; offset + bytes is at most the buffer's size.
-/// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT, with nothing copied.
+/// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT, with nothing copied; CUDA, CUDA_PRIOR,
+///         CUDA_FATAL; CAPTURING.
 ///
 /// Thread safety: any thread; work that still writes the bytes is not waited for: synchronise its stream first. Blocks
 /// until copied. Not capture-safe. Since 0.1.
@@ -313,15 +349,16 @@ pub unsafe extern "C" fn treeattn_buffer_download(
     })
 }
 
-/// Destroys a buffer and frees its memory. Enqueued work that uses it is not waited for.
+/// Destroys a buffer and frees its memory. On the CPU enqueued work that uses it is not waited for; on a GPU it is, at
+/// most 10 seconds (what is not done by then is freed when it is).
 ///
 /// @param buffer NULL is fine.
-/// @return TREEATTN_OK; BAD_HANDLE.
+/// @return TREEATTN_OK; BAD_HANDLE; CAPTURING, and the buffer lives on.
 ///
 /// Thread safety: any thread. May block on the device's allocator. Not capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_buffer_destroy(buffer: *mut treeattn_buffer_t) -> treeattn_status_t {
-    guard("treeattn_buffer_destroy", || handle::remove::<Buffer>("buffer", buffer).map(drop))
+    guard("treeattn_buffer_destroy", || handle::remove_if("buffer", buffer, Buffer::check_destroy).map(drop))
 }
 
 /// Checks a copy before a slice is made of the caller's pointer.

@@ -3,13 +3,22 @@
 use std::ffi::c_void;
 
 use super::context::Runtime;
-use crate::device::{Device, HostBuffer};
+use crate::device::cuda::{CudaDevice, Holdings, PATIENCE};
+use crate::device::{Device, DeviceKind, HostBuffer};
 use crate::error::{Error, Result};
 
 /// Zeroed memory of a device, 64-byte aligned, freed on drop. Uploads and downloads may come from any thread.
+///
+/// On a GPU, dropping waits for the work that may use the memory (at most 10 seconds; what is not done by then is freed
+/// later), and `Capturing` is what allocating and copying return during a capture.
 pub struct Buffer {
     runtime: Runtime,
-    memory: HostBuffer,
+    memory: Memory,
+}
+
+enum Memory {
+    Cpu(HostBuffer),
+    Cuda { holdings: Holdings, address: u64, bytes: usize },
 }
 
 impl Buffer {
@@ -19,33 +28,67 @@ impl Buffer {
         if bytes == 0 {
             return Err(Error::invalid("bytes", 0, "at least 1"));
         }
-        Ok(Buffer { runtime: runtime.clone(), memory: HostBuffer::new(bytes)? })
+        let memory = match device.kind {
+            DeviceKind::Cpu => Memory::Cpu(HostBuffer::new(bytes)?),
+            DeviceKind::Cuda => {
+                let mut holdings = Holdings::new(&CudaDevice::get(device)?, PATIENCE);
+                let address = holdings.memory(bytes)?;
+                Memory::Cuda { holdings, address, bytes }
+            }
+        };
+        Ok(Buffer { runtime: runtime.clone(), memory })
     }
 
     /// The address of the first byte, on the buffer's device.
     pub fn data(&self) -> *mut c_void {
-        self.memory.as_mut_ptr().cast()
+        match &self.memory {
+            Memory::Cpu(memory) => memory.as_mut_ptr().cast(),
+            Memory::Cuda { address, .. } => *address as *mut c_void,
+        }
+    }
+
+    /// `Capturing` while a capture forbids destroying the buffer.
+    pub fn check_destroy(&self) -> Result<()> {
+        match &self.memory {
+            Memory::Cpu(_) => Ok(()),
+            Memory::Cuda { holdings, .. } => holdings.device().check_change(),
+        }
     }
 
     /// The size in bytes.
     pub fn bytes(&self) -> usize {
-        self.memory.len()
+        match &self.memory {
+            Memory::Cpu(memory) => memory.len(),
+            Memory::Cuda { bytes, .. } => *bytes,
+        }
     }
 
-    /// Copies `source` to byte `offset`. Blocks.
+    /// Copies `source` to byte `offset`. Blocks. Not ordered after the work of streams: synchronise them first.
     pub fn upload(&self, offset: usize, source: &[u8]) -> Result<()> {
         self.check_range(offset, source.len())?;
         // SAFETY: the range was checked against the allocation; who else uses the bytes meanwhile is the caller's affair,
         // as with every buffer of a step.
-        unsafe { std::ptr::copy(source.as_ptr(), self.memory.as_mut_ptr().add(offset), source.len()) };
+        unsafe {
+            match &self.memory {
+                Memory::Cpu(memory) => std::ptr::copy(source.as_ptr(), memory.as_mut_ptr().add(offset), source.len()),
+                Memory::Cuda { holdings, address, .. } => holdings.device().upload(address + offset as u64, source)?,
+            }
+        }
         Ok(())
     }
 
-    /// Copies from byte `offset` to `target`. Blocks.
+    /// Copies from byte `offset` to `target`. Blocks. Not ordered after the work of streams: synchronise them first.
     pub fn download(&self, offset: usize, target: &mut [u8]) -> Result<()> {
         self.check_range(offset, target.len())?;
         // SAFETY: as in `upload`.
-        unsafe { std::ptr::copy(self.memory.as_ptr().add(offset), target.as_mut_ptr(), target.len()) };
+        unsafe {
+            match &self.memory {
+                Memory::Cpu(memory) => std::ptr::copy(memory.as_ptr().add(offset), target.as_mut_ptr(), target.len()),
+                Memory::Cuda { holdings, address, .. } => {
+                    holdings.device().download(address + offset as u64, target)?
+                }
+            }
+        }
         Ok(())
     }
 

@@ -1,13 +1,15 @@
 //! Communicators: one rank's end of a group, with its worker threads and its status.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
 use super::context::{LogLevel, Runtime};
 use crate::attention::Shard;
 use crate::comm::{CommConfig, Exchange, Transport, TransportExchange, local_group};
+use crate::cuda::CudaBackend;
+use crate::device::cuda::CudaDevice;
 use crate::device::{Device, DeviceKind, Workers, available_cores};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::DataFault;
@@ -45,6 +47,10 @@ struct PendingFault {
 pub(super) struct CommCore {
     pub runtime: Runtime,
     pub device: Device,
+    /// The GPU of a CUDA rank.
+    pub cuda: Option<Arc<CudaDevice>>,
+    /// Plans of a CUDA rank, whose bad data `status` reads, by their numbers.
+    cuda_plans: Mutex<Vec<(u64, Weak<CudaBackend>)>>,
     pub config: CommConfig,
     pub workers: Workers,
     pub exchange: Box<dyn Exchange>,
@@ -70,11 +76,12 @@ impl Communicator {
         for &device in devices {
             runtime.check_device(device)?;
         }
-        if let Some(device) = devices.iter().find(|d| d.kind != DeviceKind::Cpu) {
-            return Err(Error::unsupported("devices", device, "CPU devices"));
+        if let Some(odd) = devices.iter().find(|device| device.kind != devices[0].kind) {
+            return Err(Error::unsupported("devices", format!("{} and {odd}", devices[0]), "devices of one kind"));
         }
         let cores = available_cores();
         let threads = match config.threads_per_rank {
+            _ if devices[0].kind == DeviceKind::Cuda => 1,
             0 => (cores / devices.len()).max(1),
             threads => threads,
         };
@@ -86,6 +93,8 @@ impl Communicator {
                 core: Arc::new(CommCore {
                     runtime: runtime.clone(),
                     device,
+                    cuda: if device.kind == DeviceKind::Cuda { Some(CudaDevice::get(device)?) } else { None },
+                    cuda_plans: Mutex::new(Vec::new()),
                     config: config.clone(),
                     workers: Workers::new(threads, &format!("treeattn-{rank}"), spin)?,
                     exchange: Box::new(exchange),
@@ -138,6 +147,8 @@ impl Communicator {
             core: Arc::new(CommCore {
                 runtime: runtime.clone(),
                 device,
+                cuda: None,
+                cuda_plans: Mutex::new(Vec::new()),
                 config: config.clone(),
                 workers: Workers::new(threads, &format!("treeattn-{rank}"), spin)?,
                 exchange: Box::new(exchange),
@@ -177,6 +188,7 @@ impl Communicator {
     pub fn status(&self) -> Result<CommStatus> {
         self.core.check_open()?;
         let core = &self.core;
+        core.collect_faults();
         let mut status = CommStatus {
             error: core.exchange.status(),
             rank: -1,
@@ -239,6 +251,22 @@ impl CommCore {
         match self.exchange.status() {
             Some(error) => Err(error),
             None => Ok(()),
+        }
+    }
+
+    /// Remembers a CUDA plan, to report the bad data that its steps meet.
+    pub fn watch(&self, plan: u64, backend: &Arc<CudaBackend>) {
+        let mut plans = self.cuda_plans.lock();
+        plans.retain(|(_, backend)| backend.strong_count() > 0);
+        plans.push((plan, Arc::downgrade(backend)));
+    }
+
+    /// Takes what steps on a GPU have found since the last time. Does not wait for them.
+    fn collect_faults(&self) {
+        for (plan, backend) in &*self.cuda_plans.lock() {
+            if let Some(fault) = backend.upgrade().and_then(|backend| backend.take_fault()) {
+                self.report(self.shard().rank, *plan, fault);
+            }
         }
     }
 

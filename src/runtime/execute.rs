@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 use super::merge::MergeInput;
 use super::output::Output;
-use super::plan::{PlanCore, Scratch};
+use super::plan::{Backend, PlanCore, Scratch};
 use crate::attention::{Dtype, OutputMode, Step};
 use crate::comm::{Round, RoundHeader};
 use crate::device::FloatState;
@@ -47,8 +47,7 @@ pub(super) fn decode(plan: &PlanCore, step: &Step) -> Result<()> {
     let tokens = step.args.query_tokens as usize;
     let output = step_output(plan, step);
     let attended = attend(plan, step, &mut scratch);
-    plan.counters.steps.fetch_add(1, Ordering::Relaxed);
-    plan.comm.set_last_plan(plan.id);
+    plan.count_step();
     if plan.desc.output == OutputMode::Local || plan.shard.world == 1 {
         let fault = attended?;
         write_own(plan, &scratch, tokens, &output);
@@ -84,8 +83,7 @@ pub(super) fn merge(plan: &PlanCore, input: &MergeInput) -> Result<()> {
             input.load(0, row, lse[row], to);
         }
     }
-    plan.counters.steps.fetch_add(1, Ordering::Relaxed);
-    plan.comm.set_last_plan(plan.id);
+    plan.count_step();
     if plan.desc.output == OutputMode::Local || plan.shard.world == 1 {
         write_own(plan, &scratch, input.tokens, &input.output);
         return Ok(());
@@ -108,8 +106,8 @@ fn step_output(plan: &PlanCore, step: &Step) -> Output {
 
 /// Turns the shard into partials in the plan's scratch.
 fn attend(plan: &PlanCore, step: &Step, scratch: &mut Scratch) -> Result<Option<DataFault>> {
-    let Some(backend) = &plan.backend else {
-        return Err(Error::new(ErrorKind::Internal, "plan: a step of a merge-only plan"));
+    let Backend::Cpu(Some(backend)) = &plan.backend else {
+        return Err(Error::new(ErrorKind::Internal, "plan: a CPU step of a plan without a CPU backend"));
     };
     let dim = plan.desc.head_dim_v as usize;
     let rows = step.args.query_tokens as usize * plan.desc.q_heads as usize;

@@ -7,6 +7,7 @@ use super::output::Output;
 use super::stream::{Job, Stream};
 use crate::attention::step::{disjoint, no_broadcast};
 use crate::attention::{AttentionDesc, Dtype, MAX_HEAD_DIM, Tensor};
+use crate::cuda::MergeStep;
 use crate::device::{Device, DeviceKind, FloatState};
 use crate::error::{Error, Result};
 use crate::partial::merge_ranks;
@@ -62,7 +63,8 @@ pub(super) struct MergeInput {
 
 /// Merges `count` partials in order into one, on `device`.
 ///
-/// Enqueues on the stream; with none (CPU) it runs here.
+/// Enqueues on the stream; with none (CPU) it runs here. A CUDA stream that was made during a capture
+/// loads the kernel at its first merge, which is `Capturing` until the capture is over.
 ///
 /// # Safety
 /// The buffers that `args` describes stay valid, and unchanged by others, until the merge is done.
@@ -73,9 +75,11 @@ pub unsafe fn merge_partials(
     count: usize,
     stream: Option<&Stream>,
 ) -> Result<()> {
-    runtime.check_device(device)?;
-    if device.kind != DeviceKind::Cpu {
-        return Err(Error::unsupported("device", device, "CPU devices"));
+    if device.kind == DeviceKind::Cuda && stream.is_some() {
+        // The stream is of a device that is there.
+        runtime.check_open()?;
+    } else {
+        runtime.check_device(device)?;
     }
     if args.heads < 1 {
         return Err(Error::invalid("heads", args.heads, "at least 1"));
@@ -91,12 +95,12 @@ pub unsafe fn merge_partials(
     let lse_stride = args.lse.resolve("lse", Dtype::F32, &shape[..3])?;
     let out_dtype = args.out_dtype.unwrap_or(args.o_dtype);
     let input = MergeInput::new(args, args.heads as usize, args.head_dim as usize, o_stride, lse_stride, out_dtype)?;
+    if device.kind == DeviceKind::Cuda {
+        return Stream::merge(stream, device, &input.on_device(count));
+    }
     match stream {
         None => run_partials(&input, count),
-        Some(stream) => {
-            stream.check_kind(device.kind)?;
-            stream.push(Job::MergePartials { input, count }, ENQUEUE_TIMEOUT)
-        }
+        Some(stream) => stream.push(Job::MergePartials { input, count }, ENQUEUE_TIMEOUT),
     }
 }
 
@@ -196,6 +200,28 @@ impl MergeInput {
                 dim,
             },
         })
+    }
+
+    /// The same for a GPU, over `count` partials.
+    pub fn on_device(&self, count: usize) -> MergeStep {
+        MergeStep {
+            count: count as i32,
+            tokens: self.tokens as i32,
+            heads: self.heads as i32,
+            dim: self.dim as i32,
+            o: self.o,
+            o_stride: self.o_stride,
+            o_dtype: self.o_dtype,
+            lse: self.lse,
+            lse_stride: self.lse_stride,
+            to_natural: self.to_natural,
+            plus_inf_is_empty: self.plus_inf_is_empty,
+            out: self.output.o,
+            out_stride: self.output.o_stride,
+            out_dtype: self.output.dtype,
+            out_lse: self.output.lse,
+            out_lse_stride: self.output.lse_stride,
+        }
     }
 
     /// The natural lse of a row.

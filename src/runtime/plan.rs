@@ -14,6 +14,7 @@ use super::merge::{MergeArgs, MergeInput};
 use super::stream::{Job, Stream};
 use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, OutputMode, Shard, Step, head_range};
 use crate::cpu::{self, CpuBackend};
+use crate::cuda::{self, CudaBackend};
 use crate::device::{Device, DeviceKind};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault;
@@ -65,8 +66,7 @@ pub(super) struct PlanCore {
     pub id: u64,
     /// Heads that this rank's merged output holds.
     pub heads: Range<usize>,
-    /// None for a merge-only plan.
-    pub backend: Option<CpuBackend>,
+    pub backend: Backend,
     pub chunks: Chunks,
     pub scratch: Mutex<Scratch>,
     pub counters: Counters,
@@ -75,6 +75,15 @@ pub(super) struct PlanCore {
     memory: PlanMemory,
     in_flight: Mutex<usize>,
     idle: Condvar,
+}
+
+/// What turns a shard into partials, where the plan's rank is.
+#[allow(clippy::large_enum_variant)] // one a plan, never moved about
+pub(super) enum Backend {
+    /// A CPU rank; none for a merge-only plan.
+    Cpu(Option<CpuBackend>),
+    /// A CUDA rank; a merge-only plan only merges.
+    Cuda(Arc<CudaBackend>),
 }
 
 /// This rank's partials, and two rows a worker: a received row made f32, and the merged one.
@@ -102,7 +111,7 @@ pub fn attention_supported(runtime: &Runtime, device: Device, desc: &AttentionDe
     }
     match device.kind {
         DeviceKind::Cpu => cpu::supported(desc),
-        DeviceKind::Cuda => Err(Error::unsupported("device", device, "CPU devices")),
+        DeviceKind::Cuda => cuda::supported(desc),
     }
 }
 
@@ -157,6 +166,9 @@ impl Plan {
 
     fn commit(core: PlanCore) -> Plan {
         core.comm.plans.store(core.id, Ordering::Relaxed);
+        if let Backend::Cuda(backend) = &core.backend {
+            core.comm.watch(core.id, backend);
+        }
         Plan { core: Arc::new(core) }
     }
 
@@ -173,6 +185,11 @@ impl Plan {
             core.comm.check_whole()?;
         }
         let step = Step::new(&core.desc, core.shard, args, core.heads.len() as i32)?;
+        if let Backend::Cuda(backend) = &core.backend {
+            backend.decode(&step, Stream::cuda(stream, core.comm.device)?)?;
+            core.count_step();
+            return Ok(());
+        }
         self.submit(stream, |plan| Job::Decode { plan, step }, || execute::decode(core, &step))
     }
 
@@ -183,6 +200,9 @@ impl Plan {
     pub unsafe fn partial(&self, args: &DecodeArgs, stream: Option<&Stream>) -> Result<()> {
         let core = self.enter(args)?;
         let step = Step::new(&core.desc, core.shard, args, core.desc.q_heads)?;
+        if let Backend::Cuda(backend) = &core.backend {
+            return backend.decode(&step, Stream::cuda(stream, core.comm.device)?);
+        }
         self.submit(stream, |plan| Job::Partial { plan, step }, || execute::partial(core, &step))
     }
 
@@ -195,6 +215,11 @@ impl Plan {
         core.comm.check_open()?;
         core.comm.check_whole()?;
         let input = MergeInput::for_plan(args, &core.desc, core.heads.len())?;
+        if let Backend::Cuda(backend) = &core.backend {
+            backend.merge(&input.on_device(1), Stream::cuda(stream, core.comm.device)?)?;
+            core.count_step();
+            return Ok(());
+        }
         self.submit(stream, |plan| Job::Merge { plan, input }, || execute::merge(core, &input))
     }
 
@@ -243,6 +268,14 @@ impl Plan {
         true
     }
 
+    /// `Capturing` while a capture forbids destroying the plan.
+    pub fn check_destroy(&self) -> Result<()> {
+        match &self.core.backend {
+            Backend::Cpu(_) => Ok(()),
+            Backend::Cuda(backend) => backend.check_destroy(),
+        }
+    }
+
     /// How long destroying this plan may wait for its enqueued work.
     pub fn deadline(&self) -> Duration {
         self.core.comm.config.step_timeout
@@ -251,7 +284,7 @@ impl Plan {
     fn enter(&self, _args: &DecodeArgs) -> Result<&PlanCore> {
         let core = &*self.core;
         core.comm.check_open()?;
-        if core.backend.is_none() {
+        if core.desc.is_merge_only() {
             let wanted = "a plan with kv_heads of at least 1 (this one is merge-only)";
             return Err(Error::invalid("plan", "kv_heads = 0", wanted));
         }
@@ -268,7 +301,6 @@ impl Plan {
             let _counted = InFlight::new(&self.core);
             return now().map_err(explain_timeout);
         };
-        stream.check_kind(self.core.comm.device.kind)?;
         if !self.core.comm.exchange.serves_streams() {
             let wanted = "none: this transport's callbacks run on calling threads only";
             return Err(Error::invalid("stream", "a stream", wanted));
@@ -309,20 +341,33 @@ impl PlanCore {
             OutputMode::Scattered => head_range(desc.q_heads, shard)?,
             OutputMode::Replicated | OutputMode::Local => 0..desc.q_heads,
         };
-        let backend = if desc.is_merge_only() {
-            None
-        } else {
-            Some(CpuBackend::new(desc, shard, comm.workers.threads(), comm.runtime.cpu_isa())?)
+        let backend = match &comm.cuda {
+            Some(_) if desc.output != OutputMode::Local && shard.world > 1 => {
+                let found = format!("{} over {} ranks", desc.output.name(), shard.world);
+                return Err(Error::unsupported("output", found, "LOCAL for several CUDA ranks"));
+            }
+            Some(device) => Backend::Cuda(Arc::new(CudaBackend::new(device, desc, shard, comm.config.step_timeout)?)),
+            None if desc.is_merge_only() => Backend::Cpu(None),
+            None => {
+                let (threads, isa) = (comm.workers.threads(), comm.runtime.cpu_isa());
+                Backend::Cpu(Some(CpuBackend::new(desc, shard, threads, isa)?))
+            }
         };
         let rows = product("max_query_tokens x q_heads", desc.max_query_tokens, desc.q_heads)?;
         let dim = desc.head_dim_v as usize;
-        let scratch = Scratch {
-            o: zeroed("max_query_tokens x q_heads x head_dim_v", rows.checked_mul(dim))?,
-            lse: zeroed("max_query_tokens x q_heads", Some(rows))?,
-            rows: zeroed("workers x head_dim_v", comm.workers.threads().checked_mul(2 * dim))?,
+        let scratch = match &backend {
+            Backend::Cpu(_) => Scratch {
+                o: zeroed("max_query_tokens x q_heads x head_dim_v", rows.checked_mul(dim))?,
+                lse: zeroed("max_query_tokens x q_heads", Some(rows))?,
+                rows: zeroed("workers x head_dim_v", comm.workers.threads().checked_mul(2 * dim))?,
+            },
+            Backend::Cuda(_) => Scratch { o: Vec::new(), lse: Vec::new(), rows: Vec::new() },
         };
         let chunks = Chunks::new(comm.exchange.capacity(), dim, desc.wire_dtype);
-        let backend_bytes = backend.as_ref().map_or(0, CpuBackend::memory);
+        let backend_bytes = match &backend {
+            Backend::Cpu(backend) => backend.as_ref().map_or(0, CpuBackend::memory),
+            Backend::Cuda(backend) => backend.memory(),
+        };
         let memory = PlanMemory {
             workspace: (backend_bytes + 4 * (scratch.o.len() + scratch.lse.len() + scratch.rows.len())) as u64,
             window: comm.exchange.window_bytes() as u64,
@@ -353,6 +398,12 @@ impl PlanCore {
             in_flight: Mutex::new(0),
             idle: Condvar::new(),
         })
+    }
+
+    /// Counts a step of this plan.
+    pub fn count_step(&self) {
+        self.counters.steps.fetch_add(1, Ordering::Relaxed);
+        self.comm.set_last_plan(self.id);
     }
 }
 

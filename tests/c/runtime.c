@@ -1,6 +1,6 @@
 /*
  * treeattn_runtime_create, _destroy, _device_count, _device_info, _set_log_callback; treeattn_stream_create,
- * _synchronize, _destroy; treeattn_buffer_alloc, _data, _upload, _download, _destroy.
+ * _wrap_cuda, _synchronize, _destroy; treeattn_buffer_alloc, _data, _upload, _download, _destroy.
  */
 #include "problem.h"
 
@@ -158,6 +158,13 @@ static void streams(void) {
   CHECK_INVALID(treeattn_stream_create(runtime, -5, &made), "device: found -5");
   CHECK_STATUS(treeattn_stream_create(runtime, TREEATTN_CUDA(65535), &made), TREEATTN_ERROR_UNAVAILABLE, "device");
   CHECK_BAD_HANDLES(treeattn_runtime_t, 0, dead, comm, "runtime: found", treeattn_stream_create(handle, 0, &made));
+  CHECK_INVALID(treeattn_stream_wrap_cuda(runtime, TREEATTN_CUDA(0), NULL, NULL), "stream: found NULL");
+  CHECK_INVALID(treeattn_stream_wrap_cuda(runtime, TREEATTN_CPU(0), NULL, &made), "device: found cpu:0");
+  CHECK_INVALID(treeattn_stream_wrap_cuda(runtime, -5, NULL, &made), "device: found -5");
+  CHECK_STATUS(treeattn_stream_wrap_cuda(runtime, TREEATTN_CUDA(65535), NULL, &made), TREEATTN_ERROR_UNAVAILABLE,
+               "libcuda.so.1");
+  CHECK_BAD_HANDLES(treeattn_runtime_t, 0, dead, comm, "runtime: found",
+                    treeattn_stream_wrap_cuda(handle, TREEATTN_CUDA(0), NULL, &made));
   CHECK(made == CHECK_NO_HANDLE(treeattn_stream_t));
   CHECK_OK(treeattn_stream_create(runtime, TREEATTN_CPU(0), &made));
   CHECK_OK(treeattn_stream_synchronize(made));

@@ -190,6 +190,7 @@ static void plans(treeattn_runtime_t *runtime, treeattn_comm_t *comm) {
   EXPECT(treeattn_plan_destroy(plan) == TREEATTN_OK);
   EXPECT(treeattn_plan_create(comm, &desc, &plan) == TREEATTN_OK);
 
+  PANICS(treeattn_stream_wrap_cuda(runtime, TREEATTN_CUDA(0), NULL, &stream));
   PANICS(treeattn_stream_create(runtime, TREEATTN_CPU(0), &stream));
   EXPECT(stream == NULL);
   EXPECT(treeattn_stream_create(runtime, TREEATTN_CPU(0), &stream) == TREEATTN_OK);

@@ -16,13 +16,13 @@ use super::plan::{Plan, attention_supported};
 use super::stream::Stream;
 use crate::attention::{AttentionDesc, OutputMode, Shard, head_range};
 use crate::comm::CommConfig;
-use crate::device::Device;
+use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
 
 /// The sizes of a self-check. 0 is the default of every field.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SelfcheckConfig {
-    /// Local ranks that the sequences are sharded over. Default: 2.
+    /// Local ranks that the sequences are sharded over. Default: 2 on a CPU, 1 on a GPU.
     pub ranks: i32,
     /// Sequences, at most the descriptor's `max_batch`. The first has `kv_length` keys, the others random lengths up to
     /// that. Default: 2 where the descriptor has room.
@@ -79,7 +79,11 @@ pub fn selfcheck(
     if desc.is_merge_only() {
         return Err(Error::invalid("kv_heads", 0, "at least 1 (a merge-only plan has no attention to check)"));
     }
-    let shape = Shape::resolve(desc, config)?;
+    let mut config = *config;
+    if config.ranks == 0 && device.kind == DeviceKind::Cuda {
+        config.ranks = 1;
+    }
+    let shape = Shape::resolve(desc, &config)?;
     let inputs = Inputs::random(desc, shape)?;
     let (first, second) = run_twice(runtime, device, desc, &inputs)?;
 

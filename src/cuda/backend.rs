@@ -1,0 +1,393 @@
+//! A plan on a GPU.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::merge::{Merge, MergeStep};
+use super::params::{self, DecodeParams, ExchangeView, KernelShape, Workspace};
+use crate::attention::{AttentionDesc, Dtype, KvLayout, MaskKind, Placement, QueryInput, Reproducibility, Shard, Step};
+use crate::device::cuda::{CudaDevice, CudaStream, Entered, Holdings, Image, Kernel, PointerCheck, Words};
+use crate::error::{Error, ErrorKind, Result};
+use crate::partial::{DataFault, DataFaultCause};
+
+/// The head dimensions that kernels are compiled for, (qk, v): a shape runs in the first class that holds it.
+const CLASSES: [(i32, i32); 5] = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)];
+/// Partials that a block leaves room for: of its first and its last item, and of the merges' first level.
+const PARTIALS_A_BLOCK: usize = 4;
+/// Counters of a block.
+const COUNTERS_A_BLOCK: usize = 4;
+/// How parts of the workspace are aligned, bytes.
+const ALIGN: usize = 256;
+
+/// `Unsupported` by field name for what the CUDA backend does not serve.
+pub(crate) fn supported(desc: &AttentionDesc) -> Result<()> {
+    let refuse = |field: &str, found: String, wanted: &str| Err(Error::unsupported(field, found, wanted));
+    let on = |flag: bool| i32::from(flag).to_string();
+    let half = |dtype: Dtype| matches!(dtype, Dtype::F16 | Dtype::Bf16);
+    if desc.is_merge_only() {
+        return Ok(());
+    }
+    if !half(desc.k_dtype) {
+        return refuse("k_dtype", desc.k_dtype.name().into(), "f16 and bf16 on a GPU");
+    }
+    if !half(desc.v_dtype) {
+        return refuse("v_dtype", desc.v_dtype.name().into(), "f16 and bf16 on a GPU");
+    }
+    for (field, dim) in [("head_dim_qk", desc.head_dim_qk), ("head_dim_v", desc.head_dim_v)] {
+        if dim % 8 != 0 || dim > 256 {
+            return refuse(field, dim.to_string(), "multiples of 8 up to 256 on a GPU");
+        }
+    }
+    if desc.window != 0 {
+        return refuse("window", desc.window.to_string(), "0");
+    }
+    if desc.softcap != 0.0 {
+        return refuse("softcap", desc.softcap.to_string(), "0");
+    }
+    if desc.alibi {
+        return refuse("alibi", on(desc.alibi), "0");
+    }
+    if desc.sinks {
+        return refuse("sinks", on(desc.sinks), "0");
+    }
+    if desc.mask != MaskKind::None {
+        return refuse("mask", desc.mask.name().into(), "NONE");
+    }
+    if desc.query_input != QueryInput::Replicated {
+        return refuse("query_input", desc.query_input.name().into(), "REPLICATED");
+    }
+    if desc.reproducibility != Reproducibility::Repeatable {
+        return refuse("reproducibility", desc.reproducibility.name().into(), "REPEATABLE");
+    }
+    Ok(())
+}
+
+/// A decode kernel with its grid.
+struct Decode {
+    kernel: Kernel,
+    shape: KernelShape,
+    grid: u32,
+}
+
+impl Decode {
+    fn new(image: &Image, name: &str) -> Result<Decode> {
+        let mut bytes = [0; size_of::<KernelShape>()];
+        image.constant(&format!("{name}_shape"), &mut bytes)?;
+        let shape = KernelShape::from_bytes(bytes);
+        let kernel = image.kernel(name, shape.threads as u32, shape.dynamic_smem as u32)?;
+        let grid = image.device().units * shape.blocks_per_sm;
+        if grid < 1 || shape.partial_bytes < 1 {
+            return Err(Error::new(ErrorKind::Internal, format!("{name}: found {shape:?} in the image")));
+        }
+        Ok(Decode { kernel, shape, grid: grid as u32 })
+    }
+
+    /// Bytes of its split partials.
+    fn partials(&self) -> usize {
+        PARTIALS_A_BLOCK * self.grid as usize * self.shape.partial_bytes as usize
+    }
+}
+
+/// The kernels of a plan, by the packed query rows of a sequence: heads of a group x query tokens.
+struct Kernels {
+    /// Up to 2 rows.
+    fma: Option<Decode>,
+    /// Up to 16 rows, and any number where there is no wider kernel.
+    narrow: Option<Decode>,
+    /// More.
+    wide: Option<Decode>,
+}
+
+impl Kernels {
+    /// Loads those that the plan's steps can need.
+    fn new(image: &Image, desc: &AttentionDesc) -> Result<Kernels> {
+        let fits = |&&(qk, v): &&(i32, i32)| desc.head_dim_qk <= qk && desc.head_dim_v <= v;
+        let Some(&(qk, v)) = CLASSES.iter().find(fits) else {
+            let found = format!("{} and {}", desc.head_dim_qk, desc.head_dim_v);
+            return Err(Error::unsupported("head_dim_qk, head_dim_v", found, "at most 256 on a GPU"));
+        };
+        let group = i64::from(desc.group());
+        let load = |wanted: bool, name: String| if wanted { Decode::new(image, &name).map(Some) } else { Ok(None) };
+        let fma = format!("treeattn_decode_fma_d{qk}x{v}_r2");
+        let has_fma = group <= 2 && image.has(&fma)?;
+        let most = group * i64::from(desc.max_query_tokens);
+        let has_wide = (qk, v) != (256, 256);
+        Ok(Kernels {
+            fma: load(has_fma, fma)?,
+            narrow: load(
+                (most > 2 || !has_fma) && (group <= 16 || !has_wide),
+                format!("treeattn_decode_mma_d{qk}x{v}_r16"),
+            )?,
+            wide: load(most > 16 && has_wide, format!("treeattn_decode_mma_d{qk}x{v}_r32"))?,
+        })
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Decode> {
+        [&self.fma, &self.narrow, &self.wide].into_iter().flatten()
+    }
+
+    /// The kernel for sequences of about `rows` rows; each is right for any number.
+    fn choose(&self, rows: i64) -> Option<&Decode> {
+        match rows {
+            ..=2 => self.fma.as_ref().or(self.narrow.as_ref()).or(self.wide.as_ref()),
+            3..=16 => self.narrow.as_ref().or(self.wide.as_ref()).or(self.fma.as_ref()),
+            _ => self.wide.as_ref().or(self.narrow.as_ref()).or(self.fma.as_ref()),
+        }
+    }
+}
+
+/// What a plan with keys attends with.
+struct Attention {
+    kernels: Kernels,
+    /// What is the same in every step.
+    fixed: DecodeParams,
+}
+
+/// Attention over one rank's shard on a GPU.
+pub(crate) struct CudaBackend {
+    device: Arc<CudaDevice>,
+    desc: AttentionDesc,
+    /// None for a merge-only plan.
+    attention: Option<Attention>,
+    merge: Merge,
+    pointers: PointerCheck,
+    status: Words,
+    dependent: bool,
+    bytes: usize,
+    /// Dropped last: gives the memory back once the device is done with it.
+    _holdings: Holdings,
+}
+
+impl CudaBackend {
+    /// Makes every kernel of a plan resident and allocates its workspace. Blocks; `Capturing` during a capture.
+    /// Dropping waits for the steps that are enqueued, at most `patience`.
+    pub fn new(
+        device: &Arc<CudaDevice>,
+        desc: &AttentionDesc,
+        shard: Shard,
+        patience: Duration,
+    ) -> Result<CudaBackend> {
+        supported(desc)?;
+        let image = Image::new(device)?;
+        let merge = Merge::new(device)?;
+        let mut holdings = Holdings::new(device, patience);
+        let status = holdings.words(1)?;
+        let (mut attention, mut bytes) = (None, 0);
+        if !desc.is_merge_only() {
+            let kernels = Kernels::new(&image, desc)?;
+            let partials = kernels.all().map(Decode::partials).max().unwrap_or(0).next_multiple_of(ALIGN);
+            let counters = kernels.all().map(|decode| COUNTERS_A_BLOCK * decode.grid as usize * 4).max().unwrap_or(0);
+            bytes = partials + counters;
+            let memory = holdings.memory(bytes)?;
+            // A fault is rare, so that its word may lie in host memory for good: it is then read and reset by the
+            // host alone, without the device.
+            let workspace = Workspace {
+                partials: memory,
+                counters: memory + partials as u64,
+                status: status.address(),
+                host_status: 0,
+            };
+            attention = Some(Attention { kernels, fixed: fixed(desc, shard, workspace) });
+        }
+        Ok(CudaBackend {
+            device: Arc::clone(device),
+            desc: *desc,
+            attention,
+            merge,
+            pointers: PointerCheck::new(),
+            status,
+            dependent: device.dependent_launches(),
+            bytes,
+            _holdings: holdings,
+        })
+    }
+
+    /// Enqueues a step. Allocates nothing, waits for nothing, may be captured.
+    pub fn decode(&self, step: &Step, stream: &CudaStream) -> Result<()> {
+        let Some(attention) = &self.attention else {
+            return Err(Error::new(ErrorKind::Internal, "plan: a step of a merge-only plan"));
+        };
+        let entered = self.device.enter()?;
+        self.check_pointers(step, &entered)?;
+        if step.args.query_tokens == 0 {
+            return Ok(());
+        }
+        // How many tokens each sequence has is known to the device only; the mean is known here.
+        let each = (step.args.query_tokens as u32).div_ceil(step.args.batch.max(1) as u32);
+        let Some(decode) = attention.kernels.choose(i64::from(self.desc.group()) * i64::from(each)) else {
+            return Err(Error::new(ErrorKind::Internal, "plan: found no kernel"));
+        };
+        let parameters = self.parameters(&attention.fixed, step);
+        // SAFETY: what the kernel takes; the workspace lives as long as `self`, and the caller of the step vouches for
+        // the rest.
+        unsafe { decode.kernel.launch(&entered, stream, decode.grid, &parameters, self.dependent) }
+    }
+
+    /// Refuses memory that is not the device's.
+    fn check_pointers(&self, step: &Step, _entered: &Entered<'_>) -> Result<()> {
+        let args = &step.args;
+        // Tensors without bytes are never read, whatever they point to.
+        let tensors = [
+            ("q.data", args.q),
+            ("k.data", args.k),
+            ("v.data", args.v),
+            ("out.data", args.out),
+            ("lse.data", args.lse),
+        ];
+        for (name, tensor) in tensors.into_iter().filter(|(_, tensor)| tensor.bytes > 0) {
+            self.pointers.check(&self.device, name, tensor.data)?;
+        }
+        let ints = [
+            ("query_start", args.query_start),
+            ("kv_length", args.kv_length),
+            ("global_length", args.global_length),
+            ("kv_start", args.kv_start),
+            ("kv_position", args.kv_position),
+            ("query_position", args.query_position),
+            ("block_table", args.block_table),
+            ("page_indptr", args.page_indptr),
+            ("page_indices", args.page_indices),
+            ("last_page_len", args.last_page_len),
+        ];
+        for (name, pointer) in ints {
+            self.pointers.check(&self.device, name, pointer.cast())?;
+        }
+        Ok(())
+    }
+
+    fn parameters(&self, fixed: &DecodeParams, step: &Step) -> DecodeParams {
+        let args = &step.args;
+        let three = |s: [i64; 4]| [s[0], s[1], s[2]];
+        let ints = |pointer: *const i32| pointer as u64;
+        let no_bulk = if self.bulk(step) { 0 } else { params::NO_BULK };
+        DecodeParams {
+            q: args.q.data as u64,
+            k: args.k.data as u64,
+            v: args.v.data as u64,
+            out: args.out.data as u64,
+            lse: args.lse.data as u64,
+            q_stride: three(step.q_stride),
+            k_stride: step.k_stride,
+            v_stride: step.v_stride,
+            out_stride: three(step.out_stride),
+            lse_stride: [step.lse_stride[0], step.lse_stride[1]],
+            query_start: ints(args.query_start),
+            kv_length: ints(args.kv_length),
+            global_length: ints(args.global_length),
+            kv_start: ints(args.kv_start),
+            kv_position: ints(args.kv_position),
+            query_position: ints(args.query_position),
+            block_table: ints(args.block_table),
+            page_indptr: ints(args.page_indptr),
+            page_indices: ints(args.page_indices),
+            last_page_len: ints(args.last_page_len),
+            kv_position_stride: step.kv_position_stride(&self.desc),
+            block_table_stride: i64::from(args.max_pages),
+            num_page_indices: args.num_page_indices,
+            kv_capacity: step.kv_capacity,
+            batch: args.batch,
+            query_tokens: args.query_tokens,
+            num_pages: args.num_pages,
+            flags: fixed.flags | no_bulk,
+            ..*fixed
+        }
+    }
+
+    /// Whether every row of k and v is dense and begins at a multiple of 16 bytes.
+    fn bulk(&self, step: &Step) -> bool {
+        let outer = if self.desc.kv_layout == KvLayout::Strided { step.args.batch } else { step.args.num_pages };
+        let tokens = if self.desc.kv_layout == KvLayout::Strided { i32::MAX } else { self.desc.page_size };
+        // The stride of a dimension of one is never used.
+        let extents = [outer, tokens, self.desc.kv_heads];
+        [(step.args.k.data as usize, step.k_stride), (step.args.v.data as usize, step.v_stride)].iter().all(
+            |(address, stride)| {
+                let aligned = |(&n, &s): (&i32, &i64)| n <= 1 || s % 16 == 0;
+                address % 16 == 0 && stride[3] == 2 && extents.iter().zip(&stride[..3]).all(aligned)
+            },
+        )
+    }
+
+    /// Enqueues the merge of given partials; as [`CudaBackend::decode`].
+    pub fn merge(&self, step: &MergeStep, stream: &CudaStream) -> Result<()> {
+        self.merge.enqueue(step, stream)
+    }
+
+    /// The bad data that steps have met since the last time, if any: that of the first sequence. Waits for nothing.
+    pub fn take_fault(&self) -> Option<DataFault> {
+        // SAFETY: the holdings live as long as `self`.
+        let word = unsafe { self.status.take(0) };
+        let cause = DataFaultCause::from_code(word as u8)?;
+        Some(DataFault { sequence: (u32::MAX - (word >> 32) as u32) as i32, cause })
+    }
+
+    /// `Capturing` while a capture forbids giving the workspace back.
+    pub fn check_destroy(&self) -> Result<()> {
+        self.device.check_change()
+    }
+
+    /// Bytes of device memory.
+    pub fn memory(&self) -> usize {
+        self.bytes
+    }
+}
+
+/// The parameters that are the same in every step of a plan.
+fn fixed(desc: &AttentionDesc, shard: Shard, workspace: Workspace) -> DecodeParams {
+    let (placement, interleave) = match desc.placement {
+        Placement::Contiguous => (0, 1),
+        Placement::Interleaved { run } => (1, run),
+        Placement::Explicit => (2, 1),
+    };
+    let flag = |on: bool, flag: u32| if on { flag } else { 0 };
+    DecodeParams {
+        q: 0,
+        k: 0,
+        v: 0,
+        out: 0,
+        lse: 0,
+        q_stride: [0; 3],
+        k_stride: [0; 4],
+        v_stride: [0; 4],
+        out_stride: [0; 3],
+        lse_stride: [0; 2],
+        query_start: 0,
+        kv_length: 0,
+        global_length: 0,
+        kv_start: 0,
+        kv_position: 0,
+        query_position: 0,
+        block_table: 0,
+        page_indptr: 0,
+        page_indices: 0,
+        last_page_len: 0,
+        kv_position_stride: 0,
+        block_table_stride: 0,
+        num_page_indices: 0,
+        kv_capacity: 0,
+        batch: 0,
+        query_tokens: 0,
+        q_heads: desc.q_heads,
+        kv_heads: desc.kv_heads,
+        group: desc.group(),
+        head_dim_qk: desc.head_dim_qk,
+        head_dim_v: desc.head_dim_v,
+        q_dtype: desc.q_dtype as i32,
+        k_dtype: desc.k_dtype as i32,
+        v_dtype: desc.v_dtype as i32,
+        out_dtype: desc.out_dtype as i32,
+        kv_layout: desc.kv_layout as i32,
+        page_size: desc.page_size,
+        num_pages: 0,
+        placement,
+        interleave,
+        rank: shard.rank,
+        world: shard.world,
+        scale: desc.effective_scale(),
+        flags: flag(desc.causal, params::CAUSAL) | flag(desc.kv_stable, params::KV_STABLE),
+        // Two 16-bit terms carry a 16-bit output; an f32 one takes three.
+        weight_parts: if desc.out_dtype == Dtype::F32 { 3 } else { 2 },
+        min_tiles: 0,
+        workspace,
+        exchange: ExchangeView { reserved: [0; 32] },
+    }
+}

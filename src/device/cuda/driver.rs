@@ -1,0 +1,171 @@
+//! The CUDA driver library: found at run time, its calls looked up by name, its errors turned into ours.
+//!
+//! The types are cudarc's. Its functions are not used: they panic where the library or a symbol is missing, and
+//! return an enum, which an error code newer than the bindings would make undefined. Here a missing symbol is an
+//! error, and a status a number.
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::sync::OnceLock;
+
+use cudarc::driver::sys;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// What a call of the driver returns; 0 is success.
+pub(crate) type Status = u32;
+
+/// Names in error messages and to the loader.
+const LIBRARY: &str = "libcuda.so.1";
+
+macro_rules! driver {
+    ($($name:ident: $symbol:literal ($($arg:ty),* $(,)?);)*) => {
+        /// The calls of the driver that the library makes. All are thread-safe.
+        pub(crate) struct Driver {
+            $(pub $name: unsafe extern "C" fn($($arg),*) -> Status,)*
+        }
+
+        impl Driver {
+            /// Looks up every call; the error is the name of one that is missing.
+            fn load() -> std::result::Result<Driver, &'static str> {
+                // SAFETY: the caller saw that the library is there; the signatures are those of cuda.h.
+                unsafe {
+                    let library = sys::culib();
+                    Ok(Driver {
+                        $($name: *library.get(concat!($symbol, "\0").as_bytes()).map_err(|_| $symbol)?,)*
+                    })
+                }
+            }
+        }
+    };
+}
+
+driver! {
+    init: "cuInit"(c_uint);
+    driver_get_version: "cuDriverGetVersion"(*mut c_int);
+    get_error_name: "cuGetErrorName"(Status, *mut *const c_char);
+    get_error_string: "cuGetErrorString"(Status, *mut *const c_char);
+    device_get: "cuDeviceGet"(*mut sys::CUdevice, c_int);
+    device_get_count: "cuDeviceGetCount"(*mut c_int);
+    device_get_name: "cuDeviceGetName"(*mut c_char, c_int, sys::CUdevice);
+    device_total_mem: "cuDeviceTotalMem_v2"(*mut usize, sys::CUdevice);
+    device_get_attribute: "cuDeviceGetAttribute"(*mut c_int, sys::CUdevice_attribute, sys::CUdevice);
+    primary_ctx_retain: "cuDevicePrimaryCtxRetain"(*mut sys::CUcontext, sys::CUdevice);
+    primary_ctx_release: "cuDevicePrimaryCtxRelease_v2"(sys::CUdevice);
+    ctx_get_current: "cuCtxGetCurrent"(*mut sys::CUcontext);
+    ctx_push_current: "cuCtxPushCurrent_v2"(sys::CUcontext);
+    ctx_pop_current: "cuCtxPopCurrent_v2"(*mut sys::CUcontext);
+    thread_exchange_capture_mode: "cuThreadExchangeStreamCaptureMode"(*mut sys::CUstreamCaptureMode);
+    mem_alloc: "cuMemAlloc_v2"(*mut sys::CUdeviceptr, usize);
+    mem_free: "cuMemFree_v2"(sys::CUdeviceptr);
+    mem_host_alloc: "cuMemHostAlloc"(*mut *mut c_void, usize, c_uint);
+    mem_free_host: "cuMemFreeHost"(*mut c_void);
+    mem_host_get_device_pointer: "cuMemHostGetDevicePointer_v2"(*mut sys::CUdeviceptr, *mut c_void, c_uint);
+    memset_d8_async: "cuMemsetD8Async"(sys::CUdeviceptr, u8, usize, sys::CUstream);
+    memcpy_htod_async: "cuMemcpyHtoDAsync_v2"(sys::CUdeviceptr, *const c_void, usize, sys::CUstream);
+    memcpy_dtoh_async: "cuMemcpyDtoHAsync_v2"(*mut c_void, sys::CUdeviceptr, usize, sys::CUstream);
+    pointer_get_attributes: "cuPointerGetAttributes"(
+        c_uint,
+        *mut sys::CUpointer_attribute,
+        *mut *mut c_void,
+        sys::CUdeviceptr,
+    );
+    stream_create: "cuStreamCreate"(*mut sys::CUstream, c_uint);
+    stream_destroy: "cuStreamDestroy_v2"(sys::CUstream);
+    stream_synchronize: "cuStreamSynchronize"(sys::CUstream);
+    stream_is_capturing: "cuStreamIsCapturing"(sys::CUstream, *mut c_uint);
+    stream_get_ctx: "cuStreamGetCtx"(sys::CUstream, *mut sys::CUcontext);
+    module_load_data: "cuModuleLoadData"(*mut sys::CUmodule, *const c_void);
+    module_unload: "cuModuleUnload"(sys::CUmodule);
+    module_get_global: "cuModuleGetGlobal_v2"(*mut sys::CUdeviceptr, *mut usize, sys::CUmodule, *const c_char);
+    module_get_function: "cuModuleGetFunction"(*mut sys::CUfunction, sys::CUmodule, *const c_char);
+    func_set_attribute: "cuFuncSetAttribute"(sys::CUfunction, sys::CUfunction_attribute, c_int);
+    occupancy: "cuOccupancyMaxActiveBlocksPerMultiprocessor"(*mut c_int, sys::CUfunction, c_int, usize);
+    launch_kernel_ex: "cuLaunchKernelEx"(
+        *const sys::CUlaunchConfig,
+        sys::CUfunction,
+        *mut *mut c_void,
+        *mut *mut c_void,
+    );
+}
+
+/// What a status means to us.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Fate {
+    /// The call failed and nothing else.
+    Call(ErrorKind),
+    /// The context is lost: an asynchronous error, or somebody destroyed it.
+    Context,
+}
+
+/// Sorts statuses by what is left to do after them.
+pub(super) fn fate(status: Status) -> Fate {
+    match status {
+        2 => Fate::Call(ErrorKind::NoDeviceMemory),
+        // Shut down, unusable or destroyed contexts, and errors that a kernel or the hardware left behind. None of the
+        // calls that the library makes can cause one by its arguments.
+        4 | 46 | 201 | 214 | 220 | 700 | 702 | 709 | 710 | 714..=719 | 721 | 999 => Fate::Context,
+        900..=908 => Fate::Call(ErrorKind::Capturing),
+        _ => Fate::Call(ErrorKind::Cuda),
+    }
+}
+
+/// The driver, initialised; or `Unavailable` naming the library, and what it said.
+pub(crate) fn driver() -> Result<&'static Driver> {
+    static DRIVER: OnceLock<std::result::Result<Driver, String>> = OnceLock::new();
+    let driver = DRIVER.get_or_init(|| {
+        // SAFETY: loading the driver runs its initialisers, as every user of the GPU does.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(format!("{LIBRARY}: not found, so there are no CUDA devices; the NVIDIA driver brings it"));
+        }
+        let driver = Driver::load().map_err(|symbol| {
+            format!("{LIBRARY}: found no {symbol}; a driver for CUDA 12.0 (525) or later is needed")
+        })?;
+        // SAFETY: the first call, as cuda.h asks.
+        match unsafe { (driver.init)(0) } {
+            0 => Ok(driver),
+            status => Err(format!("{LIBRARY}: cuInit gave {}", driver.describe(status))),
+        }
+    });
+    driver.as_ref().map_err(|message| Error::new(ErrorKind::Unavailable, message.clone()))
+}
+
+impl Driver {
+    /// The version of CUDA that the driver was made for, as (major, minor).
+    pub fn version(&self) -> (i32, i32) {
+        let mut version = 0;
+        // SAFETY: writes one int.
+        unsafe { (self.driver_get_version)(&mut version) };
+        (version / 1000, version % 1000 / 10)
+    }
+
+    /// The name and meaning of a status.
+    pub fn describe(&self, status: Status) -> String {
+        let text = |get: unsafe extern "C" fn(Status, *mut *const c_char) -> Status| {
+            let mut text = std::ptr::null();
+            // SAFETY: gives a string that lives as long as the library, or null.
+            unsafe {
+                (get(status, &mut text) == 0 && !text.is_null())
+                    .then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
+            }
+        };
+        match (text(self.get_error_name), text(self.get_error_string)) {
+            (Some(name), Some(meaning)) => format!("{name} ({status}: {meaning})"),
+            _ => format!("error {status}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statuses_are_sorted_by_what_is_left() {
+        assert_eq!(fate(2), Fate::Call(ErrorKind::NoDeviceMemory));
+        assert_eq!(fate(1), Fate::Call(ErrorKind::Cuda));
+        assert_eq!(fate(900), Fate::Call(ErrorKind::Capturing));
+        for lost in [700, 709, 719] {
+            assert_eq!(fate(lost), Fate::Context);
+        }
+    }
+}

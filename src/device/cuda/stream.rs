@@ -1,0 +1,92 @@
+//! CUDA streams: ours, or borrowed from the caller.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::driver::sys;
+
+use super::context::{CudaDevice, capturing};
+use crate::error::{Error, Result};
+
+/// Handles up to here are no pointers: the default stream (0), and its legacy and per-thread kinds (1 and 2).
+const SPECIAL: usize = 2;
+
+/// A stream of a device's primary context.
+pub(crate) struct CudaStream {
+    device: Arc<CudaDevice>,
+    stream: sys::CUstream,
+    owned: bool,
+}
+
+// SAFETY: the driver takes a stream from any thread.
+unsafe impl Send for CudaStream {}
+// SAFETY: as above.
+unsafe impl Sync for CudaStream {}
+
+impl CudaStream {
+    /// A stream of our own, which does not wait for the legacy default stream. `Capturing` during a capture.
+    pub fn new(device: &Arc<CudaDevice>) -> Result<CudaStream> {
+        let stream = device.enter_to_change()?.new_stream()?;
+        device.know(stream);
+        Ok(CudaStream { device: Arc::clone(device), stream, owned: true })
+    }
+
+    /// The caller's stream (null: the legacy default stream). It may be captured, before or later.
+    ///
+    /// # Safety
+    /// `stream` is a `CUstream` or `cudaStream_t` that stays alive as long as this object.
+    pub unsafe fn wrap(device: &Arc<CudaDevice>, stream: *mut c_void) -> Result<CudaStream> {
+        let entered = device.enter()?;
+        let stream = stream as sys::CUstream;
+        if stream as usize > SPECIAL {
+            let mut context = std::ptr::null_mut();
+            // SAFETY: writes one handle; the caller vouches for the stream.
+            device.check(unsafe { (device.driver.stream_get_ctx)(stream, &mut context) }, "cuStreamGetCtx")?;
+            if context != device.context() {
+                let wanted = format!("a stream of the primary context of {}", device.device());
+                return Err(Error::invalid("cuda_stream", format_args!("{stream:p}, of another context"), wanted));
+            }
+        }
+        drop(entered);
+        device.know(stream);
+        Ok(CudaStream { device: Arc::clone(device), stream, owned: false })
+    }
+
+    /// The stream's device.
+    pub fn device(&self) -> &Arc<CudaDevice> {
+        &self.device
+    }
+
+    /// The driver's handle.
+    pub fn handle(&self) -> sys::CUstream {
+        self.stream
+    }
+
+    /// Waits until everything enqueued so far is done. `Capturing` during a capture of this stream, left intact.
+    pub fn synchronize(&self) -> Result<()> {
+        let entered = self.device.enter()?;
+        if entered.is_capturing(self.stream)? {
+            return Err(capturing("waiting for the stream"));
+        }
+        // SAFETY: the stream is alive: ours, or vouched for by who wrapped it.
+        self.device.check_wait(unsafe { (self.device.driver.stream_synchronize)(self.stream) }, "cuStreamSynchronize")
+    }
+
+    /// Whether destroying this stream must wait for the end of a capture.
+    pub fn check_destroy(&self) -> Result<()> {
+        if self.owned { self.device.check_change() } else { Ok(()) }
+    }
+}
+
+impl Drop for CudaStream {
+    fn drop(&mut self) {
+        self.device.forget(self.stream);
+        if self.owned
+            && let Ok(entered) = self.device.enter()
+        {
+            // SAFETY: our own stream, destroyed once; the driver lets its work end.
+            unsafe { (self.device.driver.stream_destroy)(self.stream) };
+            drop(entered);
+        }
+    }
+}
