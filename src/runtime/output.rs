@@ -1,5 +1,6 @@
 //! Where merged rows go: rounded once, into the caller's strides and element type.
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::attention::{Dtype, Tensor};
@@ -28,6 +29,7 @@ impl Output {
         unsafe {
             let row = self.o.data.cast::<u8>().offset(offset as isize);
             match self.dtype {
+                Dtype::F16 if s_dim == 2 => packed::<f16>(row, o.len()).convert_from_f32_slice(o),
                 Dtype::F32 => scatter(row.cast::<f32>(), s_dim, o, |x| x),
                 Dtype::F16 => scatter(row.cast::<f16>(), s_dim, o, f16::from_f32),
                 Dtype::Bf16 => scatter(row.cast::<bf16>(), s_dim, o, bf16::from_f32),
@@ -54,6 +56,15 @@ impl Output {
             }
         }
     }
+}
+
+/// A packed row as a slice, for conversions that take several elements at once.
+///
+/// # Safety
+/// `row` is aligned and valid for writes of `len` elements that nothing else uses meanwhile.
+unsafe fn packed<'a, T>(row: *mut u8, len: usize) -> &'a mut [T] {
+    // SAFETY: as the caller vouches; every bit pattern of the 16-bit floats is a value.
+    unsafe { std::slice::from_raw_parts_mut(row.cast(), len) }
 }
 
 /// Stores a converted row with a byte stride.
