@@ -158,10 +158,16 @@ inline T sized() {
  */
 #define TREEATTN_ABI_VERSION 1
 
+/**
+ * Flag of `treeattn_transport_t`: callbacks may also come from the threads of CPU streams, so that steps of this
+ * communicator may be enqueued. Without it a step with a stream is refused.
+ */
+#define TREEATTN_TRANSPORT_STREAM_THREADS 1
+
 /** Memory of a device, a convenience. Made by `treeattn_buffer_alloc`. */
 typedef struct treeattn_buffer_t treeattn_buffer_t;
 
-/** One rank's end of a communicator. Made by `treeattn_comm_create_local`. */
+/** One rank's end of a communicator. Made by `treeattn_comm_create_local` or `treeattn_comm_create_from_transport`. */
 typedef struct treeattn_comm_t treeattn_comm_t;
 
 /** A shape made ready on one rank. Made by `treeattn_plan_create`. */
@@ -320,6 +326,57 @@ typedef struct treeattn_comm_config_t {
     /** Path of the NCCL library to load. NULL: looked for. */
     const char *nccl_path;
 } treeattn_comm_config_t;
+
+/**
+ * The engine's own way to exchange small blobs in host memory (MPI, gloo, sockets): what
+ * `treeattn_comm_create_from_transport` takes.
+ *
+ * Threads: a callback runs on the thread that called the library, inside that call, and on the threads of CPU streams
+ * only with TREEATTN_TRANSPORT_STREAM_THREADS. One callback of a communicator runs at a time; those of two
+ * communicators may meet. It may block, must not call the library but for `treeattn_comm_abort` and
+ * `treeattn_comm_status`, and must not unwind or jump out.
+ *
+ * Deadline: `timeout_ns` is what is left of the step's or the setup's time; `*abort` becomes 1 on an abort from any
+ * thread, and by the library's own clock once the time is over. A callback returns, with anything but 0, when either
+ * has come: it looks at both at least every 100 ms, `*abort` as a volatile or an atomic. So no call outlasts its
+ * deadline by more than a second; one that waits for neither holds its caller for as long as it waits.
+ *
+ * Memory: `send` and `recv` are the library's, of any alignment, and do not overlap; `recv` may hold anything after a
+ * callback that failed. Both are gone when it has returned: an operation that cannot be cancelled (an MPI request)
+ * needs buffers of its own.
+ */
+typedef struct treeattn_transport_t {
+    /** sizeof(treeattn_transport_t). */
+    size_t struct_size;
+    /**
+     * Passed to every callback. Stays valid until the communicator and all its plans are destroyed, and the steps
+     * enqueued on them are done.
+     */
+    void *ctx;
+    /**
+     * Gathers `bytes` bytes (at least 1, the same on every rank) from every rank into `recv` (world * bytes), in rank
+     * order. Returns 0 when done, else anything: the call then fails with TREEATTN_ERROR_TRANSPORT, TIMEOUT or
+     * ABORTED, and the communicator is broken on this rank. Required.
+     */
+    int32_t (*allgather)(void *ctx, const void *send, void *recv, size_t bytes, int64_t timeout_ns, const int32_t *abort);
+    /**
+     * Sends `send_bytes` bytes to rank `to` and receives `recv_bytes` from rank `from` at once; otherwise as
+     * `allgather`. NULL: algorithms that need it are TREEATTN_ERROR_UNSUPPORTED.
+     */
+    int32_t (*sendrecv)(void *ctx,
+                        const void *send,
+                        size_t send_bytes,
+                        int32_t to,
+                        void *recv,
+                        size_t recv_bytes,
+                        int32_t from,
+                        int64_t timeout_ns,
+                        const int32_t *abort);
+    /** TREEATTN_TRANSPORT_ flags. */
+    uint32_t flags;
+    /** Zero; keeps the size a multiple of 8. */
+    uint32_t reserved;
+} treeattn_transport_t;
 
 /** The health of a communicator. Filled by `treeattn_comm_status`. */
 typedef struct treeattn_comm_status_t {
@@ -748,29 +805,6 @@ typedef struct treeattn_selfcheck_report_t {
     char message[256];
 } treeattn_selfcheck_report_t;
 
-/** The engine's own way to exchange small blobs (MPI, gloo, sockets). */
-typedef struct treeattn_transport_t {
-    /** sizeof(treeattn_transport_t). */
-    size_t struct_size;
-    /** Passed to every callback. */
-    void *ctx;
-    /**
-     * Gathers `bytes` bytes from every rank into `recv` (world * bytes), in rank order, in host memory. Returns 0 when
-     * done, else anything. Gives up after `timeout_ns`, or as soon as `*abort` is not 0 (read it as a volatile).
-     */
-    int32_t (*allgather)(void *ctx, const void *send, void *recv, size_t bytes, int64_t timeout_ns, const int32_t *abort);
-    /** Sends to rank `to` and receives from rank `from` at once; otherwise as `allgather`. May be NULL. */
-    int32_t (*sendrecv)(void *ctx,
-                        const void *send,
-                        size_t send_bytes,
-                        int32_t to,
-                        void *recv,
-                        size_t recv_bytes,
-                        int32_t from,
-                        int64_t timeout_ns,
-                        const int32_t *abort);
-} treeattn_transport_t;
-
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -1055,6 +1089,35 @@ treeattn_status_t treeattn_comm_create_local(struct treeattn_runtime_t *runtime,
                                              struct treeattn_comm_t **comms);
 
 /**
+ * Creates this rank's end of a communicator whose ranks the engine connects: other processes, other machines.
+ *
+ * Collective: every rank calls it, in its own process or on a thread of its own, with the same world and config.
+ *
+ * @param runtime   the runtime.
+ * @param callbacks the engine's allgather and, if it has one, its sendrecv; set up with TREEATTN_TRANSPORT_INIT. The
+ *                  struct is read during the call; what `ctx` points to outlives the communicator and its plans.
+ * @param world     number of ranks, 1 to 4,096.
+ * @param rank      this rank, 0 to world - 1: its place in what the allgather gathers.
+ * @param device    this rank's device; a CPU device in this version.
+ * @param config    NULL for defaults. `threads_per_rank` = 0 is the cores of the machine over its ranks.
+ * @param comm      where the handle goes.
+ * @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNSUPPORTED; UNAVAILABLE; MISMATCH: the allgather brings other
+ *         ranks, or another world, than the arguments say; DESYNC: a rank uses another version of the library;
+ *         TRANSPORT: a callback failed; TIMEOUT: it did not end before the setup deadline; NO_MEMORY; SYSTEM. An error
+ *         is of this rank; peers that still wait for it end by their deadlines.
+ *
+ * Ownership: the caller destroys the communicator. Thread safety: any thread; callbacks run on this one. Blocks until
+ * all ranks have come, at most the setup deadline and 1 s. Not capture-safe. Since 0.1.
+ */
+treeattn_status_t treeattn_comm_create_from_transport(struct treeattn_runtime_t *runtime,
+                                                      const struct treeattn_transport_t *callbacks,
+                                                      int32_t world,
+                                                      int32_t rank,
+                                                      treeattn_device_t device,
+                                                      const struct treeattn_comm_config_t *config,
+                                                      struct treeattn_comm_t **comm);
+
+/**
  * Which rank a communicator is.
  *
  * @param comm the communicator.
@@ -1107,7 +1170,8 @@ treeattn_status_t treeattn_comm_describe(struct treeattn_comm_t *comm, char *buf
 treeattn_status_t treeattn_comm_status(struct treeattn_comm_t *comm, struct treeattn_comm_status_t *status);
 
 /**
- * Breaks a communicator: every wait on it ends at once, on all ranks, with ABORTED, and so does every later call.
+ * Breaks a communicator: every wait on it ends at once, on all ranks, with ABORTED, and so does every later call. Over
+ * an engine's transport it reaches this rank only, and ends its callback; the peers end by their deadlines.
  *
  * @param comm the communicator.
  * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED.
@@ -1117,8 +1181,9 @@ treeattn_status_t treeattn_comm_status(struct treeattn_comm_t *comm, struct tree
 treeattn_status_t treeattn_comm_abort(struct treeattn_comm_t *comm);
 
 /**
- * Leaves a communicator and destroys this rank's end. Peers that need this rank from now on get PEER_LOST; plans made
- * from it return PARENT_DESTROYED and can still be destroyed.
+ * Leaves a communicator and destroys this rank's end. Peers that need this rank from now on get PEER_LOST (over an
+ * engine's transport what the transport gives, or TIMEOUT); plans made from it return PARENT_DESTROYED and can still be
+ * destroyed.
  *
  * @param comm NULL is fine.
  * @return TREEATTN_OK; BAD_HANDLE.

@@ -290,6 +290,22 @@ class Communicator : public detail::Handle<treeattn_comm_t, treeattn_comm_destro
     return try_create_local(runtime, devices, config).value();
   }
 
+  /// This rank's end of a group that the engine connects. Collective; what `callbacks.ctx` points to outlives this
+  /// object and its plans.
+  static Result<Communicator> try_create_from_transport(const Runtime& runtime, const treeattn_transport_t& callbacks,
+                                                        std::int32_t world, std::int32_t rank, treeattn_device_t device,
+                                                        const treeattn_comm_config_t* config = nullptr) noexcept {
+    treeattn_comm_t* comm = nullptr;
+    Status status(
+        treeattn_comm_create_from_transport(runtime.get(), &callbacks, world, rank, device, config, &comm));
+    return status ? Result<Communicator>(Communicator(comm)) : Result<Communicator>(std::move(status));
+  }
+  static Communicator create_from_transport(const Runtime& runtime, const treeattn_transport_t& callbacks,
+                                            std::int32_t world, std::int32_t rank, treeattn_device_t device,
+                                            const treeattn_comm_config_t* config = nullptr) {
+    return try_create_from_transport(runtime, callbacks, world, rank, device, config).value();
+  }
+
   std::int32_t rank() const {
     std::int32_t rank = 0;
     Status(treeattn_comm_rank(get(), &rank)).check();

@@ -116,6 +116,7 @@ programs! {
     plan,
     runtime,
     selfcheck,
+    transport,
     version,
 }
 

@@ -279,6 +279,11 @@ impl TransportExchange {
         Ok(())
     }
 
+    fn left(&self) -> Error {
+        let message = format!("communicator: rank {} has left it", self.shard.rank);
+        Error::new(ErrorKind::ParentDestroyed, message).with_rank(self.shard.rank)
+    }
+
     /// Breaks this end with the first error.
     fn latch(&self, error: &Error) {
         let mut latched = lock(&self.error);
@@ -338,8 +343,7 @@ impl Exchange for TransportExchange {
         take: &mut dyn FnMut(&dyn Round),
     ) -> Result<()> {
         if self.gone.load(Ordering::Acquire) {
-            let message = format!("communicator: rank {} has left it", self.shard.rank);
-            return Err(Error::new(ErrorKind::ParentDestroyed, message));
+            return Err(self.left());
         }
         self.exchange(header, bytes, fill, take).inspect_err(|error| self.latch(error))
     }
@@ -362,6 +366,8 @@ impl Exchange for TransportExchange {
 
     fn leave(&self) {
         self.gone.store(true, Ordering::Release);
+        // Ends a callback that runs.
+        self.latch(&self.left());
     }
 
     fn describe(&self) -> String {

@@ -204,3 +204,7 @@ pub const TREEATTN_VERSION_PATCH: i32 = 0;
 /// Version of the binary interface, to compare with `treeattn_abi_version`. It grows when something is added;
 /// nothing is taken away within one soname.
 pub const TREEATTN_ABI_VERSION: i32 = 1;
+
+/// Flag of `treeattn_transport_t`: callbacks may also come from the threads of CPU streams, so that steps of this
+/// communicator may be enqueued. Without it a step with a stream is refused.
+pub const TREEATTN_TRANSPORT_STREAM_THREADS: u32 = 1;

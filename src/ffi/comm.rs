@@ -46,6 +46,54 @@ pub unsafe extern "C" fn treeattn_comm_create_local(
     })
 }
 
+/// Creates this rank's end of a communicator whose ranks the engine connects: other processes, other machines.
+///
+/// Collective: every rank calls it, in its own process or on a thread of its own, with the same world and config.
+///
+/// @param runtime   the runtime.
+/// @param callbacks the engine's allgather and, if it has one, its sendrecv; set up with TREEATTN_TRANSPORT_INIT. The
+///                  struct is read during the call; what `ctx` points to outlives the communicator and its plans.
+/// @param world     number of ranks, 1 to 4,096.
+/// @param rank      this rank, 0 to world - 1: its place in what the allgather gathers.
+/// @param device    this rank's device; a CPU device in this version.
+/// @param config    NULL for defaults. `threads_per_rank` = 0 is the cores of the machine over its ranks.
+/// @param comm      where the handle goes.
+/// @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNSUPPORTED; UNAVAILABLE; MISMATCH: the allgather brings other
+///         ranks, or another world, than the arguments say; DESYNC: a rank uses another version of the library;
+///         TRANSPORT: a callback failed; TIMEOUT: it did not end before the setup deadline; NO_MEMORY; SYSTEM. An error
+///         is of this rank; peers that still wait for it end by their deadlines.
+///
+/// Ownership: the caller destroys the communicator. Thread safety: any thread; callbacks run on this one. Blocks until
+/// all ranks have come, at most the setup deadline and 1 s. Not capture-safe. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn treeattn_comm_create_from_transport(
+    runtime: *mut treeattn_runtime_t,
+    callbacks: *const treeattn_transport_t,
+    world: i32,
+    rank: i32,
+    device: treeattn_device_t,
+    config: *const treeattn_comm_config_t,
+    comm: *mut *mut treeattn_comm_t,
+) -> treeattn_status_t {
+    guard("treeattn_comm_create_from_transport", || {
+        let runtime = handle::get::<Runtime>("runtime", runtime)?;
+        // SAFETY: as the caller vouches.
+        let transport = convert::transport(&unsafe { convert::read("callbacks", callbacks) }?)?;
+        let device = convert::device(device)?;
+        // SAFETY: as the caller vouches.
+        let config = unsafe { convert::read_or_default("config", config) }?;
+        // SAFETY: its strings are terminated, as the caller vouches.
+        let config = unsafe { convert::comm_config(&config) }?;
+        convert::output("comm", comm)?;
+        // SAFETY: the caller vouches for the callbacks and for what `ctx` points to.
+        let created =
+            unsafe { Communicator::create_from_transport(&runtime, transport, world, rank, device, &config) }?;
+        // SAFETY: checked; writable as the caller vouches.
+        unsafe { *comm = handle::insert(created)? };
+        Ok(())
+    })
+}
+
 /// Puts all objects into the table, or none.
 ///
 /// # Safety
@@ -168,7 +216,8 @@ pub unsafe extern "C" fn treeattn_comm_status(
     })
 }
 
-/// Breaks a communicator: every wait on it ends at once, on all ranks, with ABORTED, and so does every later call.
+/// Breaks a communicator: every wait on it ends at once, on all ranks, with ABORTED, and so does every later call. Over
+/// an engine's transport it reaches this rank only, and ends its callback; the peers end by their deadlines.
 ///
 /// @param comm the communicator.
 /// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED.
@@ -179,8 +228,9 @@ pub unsafe extern "C" fn treeattn_comm_abort(comm: *mut treeattn_comm_t) -> tree
     guard("treeattn_comm_abort", || handle::get::<Communicator>("comm", comm)?.abort())
 }
 
-/// Leaves a communicator and destroys this rank's end. Peers that need this rank from now on get PEER_LOST; plans made
-/// from it return PARENT_DESTROYED and can still be destroyed.
+/// Leaves a communicator and destroys this rank's end. Peers that need this rank from now on get PEER_LOST (over an
+/// engine's transport what the transport gives, or TIMEOUT); plans made from it return PARENT_DESTROYED and can still be
+/// destroyed.
 ///
 /// @param comm NULL is fine.
 /// @return TREEATTN_OK; BAD_HANDLE.

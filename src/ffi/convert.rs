@@ -13,7 +13,7 @@ use crate::attention::{
 };
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
-use crate::runtime::{CommConfig, DeviceKind, LogLevel, MergeArgs, SelfcheckConfig};
+use crate::runtime::{CommConfig, DeviceKind, LogLevel, MergeArgs, SelfcheckConfig, Transport};
 
 /// Reads a struct that starts with `struct_size`. A shorter one is filled up with zeros; a longer one is refused where
 /// its unknown tail is not zero.
@@ -222,6 +222,22 @@ pub unsafe fn comm_config(c: &treeattn_comm_config_t) -> Result<CommConfig> {
         // SAFETY: as the caller vouches.
         nccl_path: unsafe { string("nccl_path", c.nccl_path) }?,
     })
+}
+
+/// An engine's transport.
+pub fn transport(t: &treeattn_transport_t) -> Result<Transport> {
+    if t.flags & !TREEATTN_TRANSPORT_STREAM_THREADS != 0 {
+        let wanted = "TREEATTN_TRANSPORT_ flags of this version";
+        return Err(Error::invalid("callbacks.flags", format_args!("{:#x}", t.flags), wanted));
+    }
+    if t.reserved != 0 {
+        return Err(Error::invalid("callbacks.reserved", t.reserved, "0"));
+    }
+    let Some(allgather) = t.allgather else {
+        return Err(Error::invalid("callbacks.allgather", "NULL", "a function"));
+    };
+    let stream_threads = t.flags & TREEATTN_TRANSPORT_STREAM_THREADS != 0;
+    Ok(Transport { ctx: t.ctx, allgather, sendrecv: t.sendrecv, stream_threads })
 }
 
 /// A placement.

@@ -38,4 +38,5 @@ layout! {
     treeattn_plan_memory_t, 24: struct_size 8, workspace 8, window 8;
     treeattn_plan_stats_t, 328: struct_size 8, plan 8, steps 8, rounds 8, messages 8, bytes_sent 8, peak_memory 8,
         algorithm 4, wire_dtype 4, head_begin 4, head_end 4, reason 256;
+    treeattn_transport_t, 40: struct_size 8, ctx 8, allgather 8, sendrecv 8, flags 4, reserved 4;
 }

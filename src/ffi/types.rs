@@ -20,7 +20,7 @@ pub struct treeattn_buffer_t {
     _private: [u8; 0],
 }
 
-/// One rank's end of a communicator. Made by `treeattn_comm_create_local`.
+/// One rank's end of a communicator. Made by `treeattn_comm_create_local` or `treeattn_comm_create_from_transport`.
 pub struct treeattn_comm_t {
     _private: [u8; 0],
 }
@@ -347,16 +347,33 @@ pub struct treeattn_plan_stats_t {
     pub reason: [c_char; 256],
 }
 
-/// The engine's own way to exchange small blobs (MPI, gloo, sockets).
+/// The engine's own way to exchange small blobs in host memory (MPI, gloo, sockets): what
+/// `treeattn_comm_create_from_transport` takes.
+///
+/// Threads: a callback runs on the thread that called the library, inside that call, and on the threads of CPU streams
+/// only with TREEATTN_TRANSPORT_STREAM_THREADS. One callback of a communicator runs at a time; those of two
+/// communicators may meet. It may block, must not call the library but for `treeattn_comm_abort` and
+/// `treeattn_comm_status`, and must not unwind or jump out.
+///
+/// Deadline: `timeout_ns` is what is left of the step's or the setup's time; `*abort` becomes 1 on an abort from any
+/// thread, and by the library's own clock once the time is over. A callback returns, with anything but 0, when either
+/// has come: it looks at both at least every 100 ms, `*abort` as a volatile or an atomic. So no call outlasts its
+/// deadline by more than a second; one that waits for neither holds its caller for as long as it waits.
+///
+/// Memory: `send` and `recv` are the library's, of any alignment, and do not overlap; `recv` may hold anything after a
+/// callback that failed. Both are gone when it has returned: an operation that cannot be cancelled (an MPI request)
+/// needs buffers of its own.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct treeattn_transport_t {
     /// sizeof(treeattn_transport_t).
     pub struct_size: usize,
-    /// Passed to every callback.
+    /// Passed to every callback. Stays valid until the communicator and all its plans are destroyed, and the steps
+    /// enqueued on them are done.
     pub ctx: *mut c_void,
-    /// Gathers `bytes` bytes from every rank into `recv` (world * bytes), in rank order, in host memory. Returns 0 when
-    /// done, else anything. Gives up after `timeout_ns`, or as soon as `*abort` is not 0 (read it as a volatile).
+    /// Gathers `bytes` bytes (at least 1, the same on every rank) from every rank into `recv` (world * bytes), in rank
+    /// order. Returns 0 when done, else anything: the call then fails with TREEATTN_ERROR_TRANSPORT, TIMEOUT or
+    /// ABORTED, and the communicator is broken on this rank. Required.
     pub allgather: Option<
         unsafe extern "C" fn(
             ctx: *mut c_void,
@@ -367,7 +384,8 @@ pub struct treeattn_transport_t {
             abort: *const i32,
         ) -> i32,
     >,
-    /// Sends to rank `to` and receives from rank `from` at once; otherwise as `allgather`. May be NULL.
+    /// Sends `send_bytes` bytes to rank `to` and receives `recv_bytes` from rank `from` at once; otherwise as
+    /// `allgather`. NULL: algorithms that need it are TREEATTN_ERROR_UNSUPPORTED.
     pub sendrecv: Option<
         unsafe extern "C" fn(
             ctx: *mut c_void,
@@ -381,4 +399,8 @@ pub struct treeattn_transport_t {
             abort: *const i32,
         ) -> i32,
     >,
+    /// TREEATTN_TRANSPORT_ flags.
+    pub flags: u32,
+    /// Zero; keeps the size a multiple of 8.
+    pub reserved: u32,
 }

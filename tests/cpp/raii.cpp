@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <type_traits>
 
 static int failures = 0;
@@ -63,6 +64,19 @@ int main() {
   CHECK(std::fabs(lse[0] - std::log(4.0f)) < 1e-6f);
   CHECK(plans[0].stats().steps == 1 && plans[0].memory().workspace > 0);
   CHECK(comms[0].status().code == TREEATTN_OK);
+
+  // A rank of a group of one, over the engine's own allgather.
+  treeattn_transport_t callbacks = TREEATTN_TRANSPORT_INIT;
+  callbacks.allgather = [](void*, const void* send, void* recv, std::size_t bytes, std::int64_t, const std::int32_t*) {
+    std::memcpy(recv, send, bytes);
+    return std::int32_t{0};
+  };
+  const treeattn::Communicator own =
+      treeattn::Communicator::create_from_transport(runtime, callbacks, 1, 0, TREEATTN_CPU(0));
+  CHECK(own.rank() == 0 && own.world() == 1 && own.describe().find("transport") != std::string::npos);
+  callbacks.allgather = nullptr;
+  CHECK(treeattn::Communicator::try_create_from_transport(runtime, callbacks, 1, 0, TREEATTN_CPU(0)).status().code() ==
+        TREEATTN_ERROR_INVALID_ARGUMENT);
 
   // Both forms say the same.
   desc.kv_heads = 3;

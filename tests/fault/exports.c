@@ -170,6 +170,25 @@ static void log_line(treeattn_log_level_t level, const char *message, void *user
   ++*(int *)user_data;
 }
 
+/* The allgather of a group of one. */
+static int32_t alone(void *ctx, const void *send, void *recv, size_t bytes, int64_t timeout_ns, const int32_t *abort) {
+  (void)ctx;
+  (void)timeout_ns;
+  (void)abort;
+  memcpy(recv, send, bytes);
+  return 0;
+}
+
+static void transports(treeattn_runtime_t *runtime) {
+  treeattn_comm_t *comm = NULL;
+  treeattn_transport_t callbacks = TREEATTN_TRANSPORT_INIT;
+  callbacks.allgather = alone;
+  PANICS(treeattn_comm_create_from_transport(runtime, &callbacks, 1, 0, TREEATTN_CPU(0), NULL, &comm));
+  EXPECT(comm == NULL);
+  EXPECT(treeattn_comm_create_from_transport(runtime, &callbacks, 1, 0, TREEATTN_CPU(0), NULL, &comm) == TREEATTN_OK);
+  EXPECT(treeattn_comm_destroy(comm) == TREEATTN_OK);
+}
+
 static void plans(treeattn_runtime_t *runtime, treeattn_comm_t *comm) {
   const treeattn_attention_desc_t desc = shape();
   const treeattn_decode_args_t args = step();
@@ -250,6 +269,7 @@ int main(void) {
   EXPECT(treeattn_runtime_device_info(runtime, TREEATTN_CPU(0), &info) == TREEATTN_OK && info.units > 0);
   PANICS_THEN_WORKS(treeattn_runtime_set_log_callback(runtime, log_line, &lines));
   buffers(runtime);
+  transports(runtime);
 
   PANICS(treeattn_comm_create_local(runtime, 2, devices, NULL, comms));
   EXPECT(comms[0] == NULL && comms[1] == NULL);

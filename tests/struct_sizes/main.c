@@ -77,6 +77,15 @@ static treeattn_tensor_t tensor(void *data, size_t bytes) {
   return t;
 }
 
+/* The allgather of a group of one. */
+static int32_t alone(void *ctx, const void *send, void *recv, size_t bytes, int64_t timeout_ns, const int32_t *abort) {
+  (void)ctx;
+  (void)timeout_ns;
+  (void)abort;
+  memcpy(recv, send, bytes);
+  return 0;
+}
+
 int main(void) {
   float q[HEADS * DIM] = {0}, k[KEYS * HEADS * DIM] = {0}, v[KEYS * HEADS * DIM], out[HEADS * DIM];
   int32_t length = KEYS;
@@ -101,6 +110,15 @@ int main(void) {
   ASKS_TOO_MUCH("config", group, treeattn_comm_create_local(runtime, 1, &cpu, &group.value, &comm));
   EXPECT(comm == NULL);
   EXPECT(treeattn_comm_create_local(runtime, 1, &cpu, &group.value, &comm) == TREEATTN_OK);
+
+  treeattn_comm_t *own = NULL;
+  GUARDED(treeattn_transport_t, callbacks, TREEATTN_TRANSPORT_INIT);
+  callbacks.value.allgather = alone;
+  ASKS_TOO_MUCH("callbacks", callbacks,
+                treeattn_comm_create_from_transport(runtime, &callbacks.value, 1, 0, cpu, &group.value, &own));
+  EXPECT(own == NULL);
+  EXPECT(treeattn_comm_create_from_transport(runtime, &callbacks.value, 1, 0, cpu, &group.value, &own) == TREEATTN_OK);
+  EXPECT(treeattn_comm_destroy(own) == TREEATTN_OK);
 
   GUARDED(treeattn_attention_desc_t, desc, TREEATTN_ATTENTION_DESC_INIT);
   desc.value.q_heads = desc.value.kv_heads = HEADS;
@@ -168,6 +186,7 @@ int main(void) {
 
   GUARD_HOLDS(config);
   GUARD_HOLDS(group);
+  GUARD_HOLDS(callbacks);
   GUARD_HOLDS(desc);
   GUARD_HOLDS(args);
   GUARD_HOLDS(merge);
