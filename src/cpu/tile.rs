@@ -219,7 +219,7 @@ struct ScoreBlock {
 
 /// Scores of RQ rows with RT keys: keys are widened once for all rows.
 #[inline(always)]
-unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize>(
+unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize, const DIM: usize>(
     a: &ScoreArgs,
     b: ScoreBlock,
     asking: &mut Asking,
@@ -228,29 +228,34 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize>(
         if b.row == 0 {
             asking.next::<S>(RT);
         }
+        let dim = if DIM > 0 { DIM } else { a.dim };
         let row = b.head * a.rows + b.row;
-        let q = a.q.add(row * a.dim);
+        let q = a.q.add(row * dim);
         let mut k = [std::ptr::null::<u8>(); RT];
         for (i, k) in k.iter_mut().enumerate() {
             *k = (*a.k.add(b.key + i)).add(a.offset + b.head * a.head);
         }
         let out = a.scores.add(row * TILE + b.key);
-        for begin in (0..a.dim).step_by(DOT) {
-            let end = a.dim.min(begin + DOT);
+        for begin in (0..dim).step_by(DOT) {
+            let end = dim.min(begin + DOT);
             let mut acc = [[S::splat(0.0); RT]; RQ];
             let mut d = begin;
             while d < end {
-                let mut kv = [S::splat(0.0); RT];
-                for (i, kv) in kv.iter_mut().enumerate() {
-                    *kv = E::load::<S>(k[i].add(d * E::SIZE));
-                }
-                for (i, acc) in acc.iter_mut().enumerate() {
-                    let qv = S::load(q.add(i * a.dim + d));
-                    for (acc, &kv) in acc.iter_mut().zip(&kv) {
-                        *acc = S::fma(qv, kv, *acc);
+                // Half a row at a time where DIM is known: short enough to be unrolled.
+                for step in 0..if DIM > 0 { DIM / S::LANES / 2 } else { 1 } {
+                    let d = d + step * S::LANES;
+                    let mut kv = [S::splat(0.0); RT];
+                    for (i, kv) in kv.iter_mut().enumerate() {
+                        *kv = E::load::<S>(k[i].add(d * E::SIZE));
+                    }
+                    for (i, acc) in acc.iter_mut().enumerate() {
+                        let qv = S::load(q.add(i * dim + d));
+                        for (acc, &kv) in acc.iter_mut().zip(&kv) {
+                            *acc = S::fma(qv, kv, *acc);
+                        }
                     }
                 }
-                d += S::LANES;
+                d += if DIM > 0 { DIM / 2 } else { S::LANES };
             }
             add_lanes::<S, RQ, RT>(&acc, out, TILE, begin == 0);
         }
@@ -320,6 +325,20 @@ unsafe fn add_lanes<S: Simd, const RQ: usize, const RT: usize>(
 #[inline(always)]
 pub unsafe fn scores<S: Simd, E: Element, const T4: usize, const T2: usize, const T1: usize>(a: &ScoreArgs) {
     unsafe {
+        // The usual length known to the compiler, and its loop unrolled: 4 % of a step that is bound by arithmetic.
+        match a.dim {
+            128 => scores_of::<S, E, T4, T2, T1, 128>(a),
+            _ => scores_of::<S, E, T4, T2, T1, 0>(a),
+        }
+    }
+}
+
+/// [`scores`] of rows of DIM elements; 0: of any number.
+#[inline(always)]
+unsafe fn scores_of<S: Simd, E: Element, const T4: usize, const T2: usize, const T1: usize, const DIM: usize>(
+    a: &ScoreArgs,
+) {
+    unsafe {
         let fours = a.rows / 4 * 4;
         for block in (0..a.keys).step_by(16) {
             let keys = block..block + 16;
@@ -337,14 +356,14 @@ pub unsafe fn scores<S: Simd, E: Element, const T4: usize, const T2: usize, cons
                 if fours > 0 {
                     for key in keys.clone().step_by(T4) {
                         for row in (0..fours).step_by(4) {
-                            score_block::<S, E, 4, T4>(a, ScoreBlock { head, row, key }, &mut asking);
+                            score_block::<S, E, 4, T4, DIM>(a, ScoreBlock { head, row, key }, &mut asking);
                         }
                     }
                 }
                 let mut row = fours;
                 if a.rows - row >= 2 {
                     for key in keys.clone().step_by(T2) {
-                        score_block::<S, E, 2, T2>(a, ScoreBlock { head, row, key }, &mut asking);
+                        score_block::<S, E, 2, T2, DIM>(a, ScoreBlock { head, row, key }, &mut asking);
                     }
                     row += 2;
                 }
