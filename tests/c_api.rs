@@ -140,6 +140,19 @@ fn every_program_is_run() {
     assert_eq!(found, listed, "tests/c and the list of programs differ");
 }
 
+/// They run on a GPU only (`tests/gpu/pack.sh`).
+#[test]
+fn programs_for_a_gpu_compile() {
+    for entry in fs::read_dir(root().join("tests/gpu/c")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "c") {
+            for standard in ["c99", "c11"] {
+                succeed(c_compiler(standard).arg("-fsyntax-only").arg(&path));
+            }
+        }
+    }
+}
+
 #[test]
 fn every_symbol_is_called() {
     let sources = sources();

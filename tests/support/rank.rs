@@ -108,9 +108,9 @@ impl Rank {
         Builder { case, rank, r: Rng::new(Rng::derive(case.seed, 1000 + rank as u64)), wild: case.wild }.build()
     }
 
-    /// Changes entry `index` of an int32 input.
-    pub fn set(&mut self, which: Ints, index: usize, value: i32) {
-        let memory = match which {
+    /// An int32 input.
+    pub fn ints(&mut self, which: Ints) -> &mut Memory {
+        match which {
             Ints::QueryStart => &mut self.query_start,
             Ints::QueryPosition => &mut self.query_position,
             Ints::KvLength => &mut self.kv_length,
@@ -121,7 +121,12 @@ impl Rank {
             Ints::PageIndptr => &mut self.page_indptr,
             Ints::PageIndices => &mut self.page_indices,
             Ints::LastPageLen => &mut self.last_page_len,
-        };
+        }
+    }
+
+    /// Changes entry `index` of an int32 input.
+    pub fn set(&mut self, which: Ints, index: usize, value: i32) {
+        let memory = self.ints(which);
         memory.thaw();
         memory.bytes_mut()[index * 4..][..4].copy_from_slice(&value.to_ne_bytes());
         memory.freeze();

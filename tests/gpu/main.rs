@@ -1,0 +1,108 @@
+//! Tests that need a GPU: *ignored* in the summary where there is none, or where the build carries no kernels for it.
+//!
+//! `TREEATTN_TEST=full` runs the acceptance counts; `TREEATTN_SEED`, `TREEATTN_CASE` and `TREEATTN_TRACE` are as in the
+//! tests of numbers; `TREEATTN_TEST_DATA` is the folder of the real inputs. `tests/gpu/pack.sh` makes a folder of all this
+//! that runs where there is no Rust.
+
+mod driver;
+mod mirror;
+mod numerics;
+mod space;
+mod streams;
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::process::{Command, ExitCode};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use treeattn::attention::KvLayout;
+use treeattn::runtime::{DeviceKind, Plan, Runtime, RuntimeConfig};
+
+/// Names the one test that the process was started for.
+const ALONE: &str = "TREEATTN_TEST_ALONE";
+/// Random cases are run by as many tests, side by side.
+const PARTS: u64 = 8;
+
+/// Why GPU tests cannot run here.
+fn missing() -> Option<String> {
+    let runtime = Runtime::new(RuntimeConfig::default()).ok()?;
+    if runtime.device_count(DeviceKind::Cuda) == Ok(0) {
+        return Some("no GPU".into());
+    }
+    let comm = treeattn::runtime::Communicator::create_local(&runtime, &[mirror::GPU], &Default::default());
+    let desc = numerics::shape(8, 2, 64, treeattn::attention::Dtype::Bf16);
+    comm.and_then(|comm| Plan::create(&comm[0], &desc).map(drop)).err().map(|error| error.to_string())
+}
+
+fn test(name: impl Into<String>, body: impl FnOnce() + Send + 'static) -> Trial {
+    Trial::test(name, move || {
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).map_err(|panic| {
+            let text = panic.downcast_ref::<String>().cloned();
+            Failed::from(text.or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string())).unwrap_or_default())
+        })
+    })
+}
+
+/// Tests that want a process of their own: one ends its CUDA context, a capture forbids others to create things
+/// meanwhile, a clock wants no neighbours.
+const APART: [(&str, fn()); 4] = [
+    ("dead_context", streams::dead_context),
+    ("captures", streams::captures),
+    ("replays", streams::replays),
+    ("host_time", streams::host_time),
+];
+
+fn apart(name: &'static str) -> Trial {
+    Trial::test(name, move || {
+        let output = Command::new(std::env::current_exe()?).env(ALONE, name).output()?;
+        print!("{}", String::from_utf8_lossy(&output.stdout));
+        if output.status.success() {
+            return Ok(());
+        }
+        Err(format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr)).into())
+    })
+}
+
+fn main() -> ExitCode {
+    if let Ok(name) = std::env::var(ALONE) {
+        let Some((_, body)) = APART.iter().find(|(known, _)| *known == name) else { return ExitCode::FAILURE };
+        body();
+        return ExitCode::SUCCESS;
+    }
+    let arguments = Arguments::from_args();
+    let missing = missing();
+    if let Some(why) = &missing {
+        eprintln!("GPU tests are ignored: {why}");
+    }
+    let count = if support::full() { 100 } else { 15 };
+    let mut tests = Vec::new();
+    let layouts =
+        [("strided", KvLayout::Strided), ("block_table", KvLayout::BlockTable), ("csr_pages", KvLayout::CsrPages)];
+    for (name, layout) in layouts {
+        for part in 0..PARTS {
+            tests.push(test(format!("random_{name}_{part}"), move || numerics::random(layout, part * count, count)));
+        }
+    }
+    tests.extend([
+        test("small", numerics::small),
+        test("minilm", numerics::minilm),
+        test("exact", numerics::exact),
+        test("repeats", numerics::repeats),
+        test("batch_300", numerics::batch_300),
+        test("like_the_cpu", numerics::like_the_cpu),
+        test("nan_in_the_newest_value", numerics::nan_in_the_newest_value),
+        test("two_streams", numerics::two_streams),
+        test("bad_data", numerics::bad_data),
+        test("stale_entries", numerics::stale_entries),
+        test("merge_partials", numerics::merge_partials),
+        test("late_predecessors", streams::late_predecessors),
+        test("current_context", streams::current_context),
+        test("refusals", streams::refusals),
+        test("drops_in_flight", streams::drops_in_flight),
+        test("beyond_4_gib", streams::beyond_4_gib),
+        test("five_million_pages", streams::five_million_pages),
+    ]);
+    tests.extend(APART.iter().map(|(name, _)| apart(name)));
+    let tests = tests.into_iter().map(|test| test.with_ignored_flag(missing.is_some())).collect();
+    libtest_mimic::run(&arguments, tests).exit_code()
+}

@@ -1,0 +1,146 @@
+//! Random cases over what the CUDA backend accepts.
+
+use treeattn::attention::{AttentionDesc, Dtype, KvLayout, OutputMode, Placement};
+
+use crate::support::case::{Case, Sequence, spread};
+use crate::support::rng::Rng;
+use crate::support::values::Values;
+
+/// Multiply-adds of an ordinary case, at most.
+const WORK: usize = 1 << 21;
+const FLOATS: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+const HALVES: [Dtype; 2] = [Dtype::F16, Dtype::Bf16];
+
+/// The case of a seed, in one layout.
+pub fn case(seed: u64, layout: KvLayout) -> Case {
+    let mut rng = Rng::new(seed);
+    let r = &mut rng;
+    let (mut desc, values) = shape(r, layout);
+    let world = r.pick(&[1, 1, 1, 1, 2, 3, 4, 7]);
+    desc.output = if world > 1 {
+        OutputMode::Local
+    } else {
+        r.pick(&[OutputMode::Replicated, OutputMode::Scattered, OutputMode::Local])
+    };
+    if world == 1 && r.chance(50) {
+        desc.placement = Placement::Contiguous;
+    }
+    let mut batch = if r.chance(2) { 0 } else { r.pick(&[1, 1, 1, 2, 2, 3, 4, 6, 9]) };
+    let query_start = r.chance(60);
+    let each = if r.chance(60) { 1 } else { r.pick(&[0, 2, 3, 4, 5, 8, 17]) };
+    let row_work = desc.q_heads as usize * (desc.head_dim_qk + desc.head_dim_v) as usize;
+    let budget = if r.chance(3) { 8 * WORK } else { WORK };
+    while batch > 1 && budget / (row_work * batch) < 64 {
+        batch -= 1;
+    }
+    let spare = |r: &mut Rng| if query_start && batch > 0 && r.chance(15) { r.range(1, 3) } else { 0 };
+    let mut tokens = spare(r);
+    let mut sequences: Vec<Sequence> = Vec::new();
+    for _ in 0..batch {
+        let mut own = match (query_start, r.chance(20)) {
+            (false, _) => each,
+            (true, true) => 0,
+            (true, false) => r.pick(&[1, 1, 1, 2, 3, 4, 5, 9, 33]),
+        };
+        let most = (budget / (row_work * batch * own.max(1))).clamp(1, 20_000);
+        let keys = length(r, most).max(if desc.causal { own } else { 0 });
+        let held = spread(r, desc.placement, world, keys, true);
+        if query_start && desc.causal {
+            own = own.min(keys);
+        }
+        sequences.push(Sequence { keys, first_token: tokens, tokens: own, held, ..Sequence::default() });
+        tokens += own;
+    }
+    tokens += spare(r);
+    let longest = sequences.iter().flat_map(|s| s.held.iter().map(Vec::len)).max().unwrap_or(0);
+    let slack = |r: &mut Rng, n: usize| (n.max(1) + if r.chance(50) { r.range(0, 9) } else { 0 }) as i32;
+    desc.max_batch = slack(r, batch);
+    desc.max_query_tokens = slack(r, tokens);
+    desc.max_kv_length = slack(r, longest);
+    let query_position = (desc.causal && r.chance(30)).then(|| positions(r, &sequences, tokens));
+    let v_in_k =
+        desc.k_dtype == desc.v_dtype && desc.head_dim_v <= desc.head_dim_qk && values != Values::Huge && r.chance(10);
+    let mut case = Case {
+        seed,
+        desc,
+        world,
+        threads: 1,
+        isa: "-".into(),
+        streams: true,
+        values,
+        sequences,
+        tokens,
+        q: Vec::new(),
+        query_start,
+        query_position,
+        want_lse: r.chance(75),
+        q_broadcast: [r.chance(5), r.chance(5), r.chance(3), false],
+        k_broadcast: [false; 4],
+        v_broadcast: [false; 4],
+        v_in_k,
+        wild: true,
+    };
+    case.fill(r);
+    case
+}
+
+fn shape(r: &mut Rng, layout: KvLayout) -> (AttentionDesc, Values) {
+    let kv_heads = r.pick(&[1, 1, 2, 2, 3, 4, 8]);
+    let group = match r.range(0, 19) {
+        0..=15 => r.pick(&[1, 1, 2, 3, 4, 4, 5, 7, 8, 8, 12, 16]),
+        16..=17 => r.pick(&[17, 24, 32, 33, 64, 71, 128]),
+        _ => r.range(1, 128) as i32,
+    };
+    let (dim_qk, dim_v) = match r.range(0, 9) {
+        0..=6 => r.pick(&[(64, 64), (80, 80), (96, 96), (112, 112), (128, 128), (128, 128), (192, 128), (256, 256)]),
+        7..=8 => {
+            let dim = 8 * r.range(1, 32);
+            (dim, dim)
+        }
+        _ => (8 * r.range(1, 32), 8 * r.range(1, 32)),
+    };
+    let mut desc = AttentionDesc::new(kv_heads * group, kv_heads, dim_qk as i32, 1);
+    desc.head_dim_v = dim_v as i32;
+    desc.q_dtype = r.pick(&FLOATS);
+    desc.k_dtype = r.pick(&HALVES);
+    desc.v_dtype = if r.chance(85) { desc.k_dtype } else { r.pick(&HALVES) };
+    desc.out_dtype = r.pick(&FLOATS);
+    desc.kv_layout = layout;
+    if layout != KvLayout::Strided {
+        desc.page_size = r.pick(&[1, 1, 2, 3, 5, 7, 16, 16, 17, 32, 64, 100, 128, 256]);
+    }
+    desc.placement = match r.range(0, 2) {
+        0 => Placement::Contiguous,
+        1 => Placement::Interleaved { run: r.pick(&[1, 1, 2, 3, 7, 16, 64, 256]) },
+        _ => Placement::Explicit,
+    };
+    desc.causal = r.chance(50);
+    let values = if r.chance(50) { Values::Normal } else { r.pick(&Values::ALL) };
+    if values != Values::Huge && r.chance(20) {
+        desc.scale = r.pick(&[1.0, 0.125, -0.1, 0.01, 3.0]);
+    }
+    (desc, values)
+}
+
+/// A length of at most `most`: often one at the edges of tiles, sometimes none.
+fn length(r: &mut Rng, most: usize) -> usize {
+    let edges = [1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 513, 1024];
+    let length = match r.range(0, 9) {
+        0 => 0,
+        1..=3 => r.pick(&edges),
+        4..=7 => r.range(1, 400),
+        _ => r.range(1, most.max(1)),
+    };
+    length.min(most)
+}
+
+/// Query positions drawn one by one, hiding some keys and reaching past the end.
+fn positions(r: &mut Rng, sequences: &[Sequence], tokens: usize) -> Vec<i32> {
+    let mut positions = vec![-7; tokens];
+    for sequence in sequences {
+        for position in &mut positions[sequence.first_token..sequence.first_token + sequence.tokens] {
+            *position = r.range(0, sequence.keys + 3) as i32;
+        }
+    }
+    positions
+}
