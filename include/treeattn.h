@@ -1337,7 +1337,7 @@ treeattn_status_t treeattn_plan_stats(struct treeattn_plan_t *plan, struct treea
  */
 treeattn_status_t treeattn_plan_destroy(struct treeattn_plan_t *plan);
 
-/* Calls that need no communicator: merging in one place, and the helpers of placement ------------------------------ */
+/* Calls that need no communicator: merging in one place, the energy, and the helpers of placement ------------------ */
 
 /**
  * Merges n partials that lie in one place (splits of a cache, passes of a kernel) into one. No communicator.
@@ -1359,6 +1359,38 @@ treeattn_status_t treeattn_merge_partials(struct treeattn_runtime_t *runtime,
                                           const struct treeattn_merge_args_t *args,
                                           int32_t n,
                                           struct treeattn_stream_t *stream);
+
+/**
+ * The energy F(zeta) = log sum_j exp(scale q.k_j + zeta.v_j) of every query token and head, and its gradient by zeta.
+ *
+ * F(0) is the log-sum-exp of attention and the gradient at 0 its output: the mean of the values under the softmax of the
+ * scores; zeta tilts the weights. F is convex. With k = v as stored patterns and zeta = 0, a call is one retrieval step
+ * of a modern Hopfield network.
+ *
+ * (gradient, F) is a partial of the keys that are passed: those of several shards, each evaluated at the same zeta,
+ * become the whole by `treeattn_merge_partials`, or between ranks by `treeattn_plan_merge`.
+ *
+ * @param runtime the runtime.
+ * @param device  where the tensors are; a CPU device in this version.
+ * @param desc    the shape; `output`, `algorithm` and `wire_dtype` do not count. Read during the call only.
+ * @param args    q, k, v and what describes them as for `treeattn_plan_decode` with one rank; `out` gets the gradient
+ *                [token, query head, head_dim_v] and `lse` gets F, both for all query heads. Of a shard of several
+ *                where positions matter, pass `kv_start` or explicit positions.
+ * @param zeta    f32 [token, query head, head_dim_v]; shares no byte with the outputs. NULL, or data NULL: 0.
+ * @param stream  where to enqueue. NULL: runs on the calling thread.
+ * @return TREEATTN_OK; INVALID_ARGUMENT or UNSUPPORTED, by field, with nothing enqueued or written; INVALID_DATA: a
+ *         length, position or page is out of range, and the outputs of its sequence are NaN; NO_MEMORY; SYSTEM;
+ *         BAD_HANDLE; UNAVAILABLE; TIMEOUT: the stream was full.
+ *
+ * Thread safety: any thread. With a stream it enqueues, with NULL it blocks until done; waits for nobody. Allocates
+ * scratch for the call and, where there are many keys, starts a thread a core for it. Not capture-safe. Since 0.1.
+ */
+treeattn_status_t treeattn_energy(struct treeattn_runtime_t *runtime,
+                                  treeattn_device_t device,
+                                  const struct treeattn_attention_desc_t *desc,
+                                  const struct treeattn_decode_args_t *args,
+                                  const struct treeattn_tensor_t *zeta,
+                                  struct treeattn_stream_t *stream);
 
 /**
  * The heads that a rank owns in a scattered output: floor(rank * heads / world) up to floor((rank + 1) * heads /

@@ -187,6 +187,16 @@ class Runtime : public detail::Handle<treeattn_runtime_t, treeattn_runtime_destr
     try_supported(device, desc).check();
   }
 
+  /// F(zeta) and its gradient over the keys in `args`; see treeattn_energy.
+  Status try_energy(treeattn_device_t device, const treeattn_attention_desc_t& desc,
+                    const treeattn_decode_args_t& args, const treeattn_tensor_t& zeta = {}) const noexcept {
+    return Status(treeattn_energy(get(), device, &desc, &args, &zeta, nullptr));
+  }
+  void energy(treeattn_device_t device, const treeattn_attention_desc_t& desc, const treeattn_decode_args_t& args,
+              const treeattn_tensor_t& zeta = {}) const {
+    try_energy(device, desc, args, zeta).check();
+  }
+
   Result<treeattn_selfcheck_report_t> try_selfcheck(treeattn_device_t device, const treeattn_attention_desc_t& desc,
                                                     const treeattn_selfcheck_config_t* config = nullptr) const noexcept {
     treeattn_selfcheck_report_t report = TREEATTN_SELFCHECK_REPORT_INIT;

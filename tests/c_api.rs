@@ -108,6 +108,7 @@ macro_rules! programs {
 programs! {
     comm,
     decode,
+    energy,
     faults,
     handles,
     local,

@@ -1,10 +1,11 @@
-//! What is asked: shapes, tensors, steps, placement, and the float64 reference that everything is held against.
+//! What is asked: shapes, tensors, steps, placement, the energy, and the float64 reference that everything is held against.
 //!
 //! Plain data and checks; depends on nothing but [`crate::error`] and, for what bad data is,
 //! [`crate::partial`]. Backends, the runtime and the C ABI build on it.
 
 pub mod descriptor;
 pub mod dtype;
+pub mod energy;
 pub mod placement;
 pub mod reference;
 pub mod step;

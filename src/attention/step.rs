@@ -110,6 +110,10 @@ pub struct Step {
     pub lse_stride: [i64; 4],
     /// Most tokens of a sequence that k and v have room for and the plan allows; a longer `kv_length` is bad data.
     pub kv_capacity: i64,
+    /// Where the energy is evaluated, see [`Step::at_zeta`]; `data` null: at 0, which is plain attention.
+    pub zeta: Tensor,
+    /// Byte strides of zeta: token, head, dim.
+    pub zeta_stride: [i64; 4],
 }
 
 impl Step {
@@ -187,7 +191,17 @@ impl Step {
         aligned("kv_start", args.kv_start)?;
         aligned("kv_position", args.kv_position)?;
         at_least("kv_position_stride", args.kv_position_stride, 0)?;
-        let step = Step { args: *args, q_stride, k_stride, v_stride, out_stride, lse_stride, kv_capacity };
+        let step = Step {
+            args: *args,
+            q_stride,
+            k_stride,
+            v_stride,
+            out_stride,
+            lse_stride,
+            kv_capacity,
+            zeta: Tensor::NULL,
+            zeta_stride: [0; 4],
+        };
         step.check_aliasing(desc)?;
         Ok(step)
     }

@@ -88,6 +88,15 @@ impl CpuBackend {
     /// The backend of a checked shape for `threads` workers. Errors: `Unsupported` by field, `Unavailable` where the
     /// machine lacks `isa`, `NoMemory`.
     pub fn new(desc: &AttentionDesc, shard: Shard, threads: usize, isa: Isa) -> Result<CpuBackend> {
+        CpuBackend::of(desc, shard, threads, isa, false)
+    }
+
+    /// As [`CpuBackend::new`], for steps that have a zeta (and for no others).
+    pub fn for_energy(desc: &AttentionDesc, shard: Shard, threads: usize, isa: Isa) -> Result<CpuBackend> {
+        CpuBackend::of(desc, shard, threads, isa, true)
+    }
+
+    fn of(desc: &AttentionDesc, shard: Shard, threads: usize, isa: Isa, tilted: bool) -> Result<CpuBackend> {
         desc.check()?;
         supported(desc)?;
         if desc.is_merge_only() {
@@ -100,7 +109,7 @@ impl CpuBackend {
             let message = format!("isa: found {}, this machine has not got it", isa.name());
             return Err(Error::new(ErrorKind::Unavailable, message));
         };
-        let shape = shape(desc);
+        let shape = shape(desc, tilted);
         let too_large = || Error::new(ErrorKind::NoMemory, "cpu scratch: its size does not fit the address space");
         let layout = Layout::of(&shape).ok_or_else(too_large)?;
         let bytes = layout.floats.checked_mul(4 * threads).ok_or_else(too_large)?;
@@ -129,6 +138,9 @@ impl CpuBackend {
         let count = step.args.query_tokens as usize * self.shape.q_heads;
         if workers.threads() != self.threads {
             return Err(Error::invalid("workers", workers.threads(), format!("{} threads", self.threads)));
+        }
+        if step.zeta.data.is_null() == self.shape.tilt.is_some() {
+            return Err(Error::new(ErrorKind::Internal, "step: with a zeta in a plan without, or the other way round"));
         }
         if rows.dim != self.shape.dim_v || rows.lse.len() != count || rows.o.len() != count * rows.dim {
             let found = format!("{} o, {} lse, dim {}", rows.o.len(), rows.lse.len(), rows.dim);
@@ -201,7 +213,7 @@ impl CpuBackend {
     }
 }
 
-fn shape(desc: &AttentionDesc) -> Shape {
+fn shape(desc: &AttentionDesc, tilted: bool) -> Shape {
     let group = desc.group() as usize;
     let row_block = (group.saturating_mul(desc.max_query_tokens as usize)).min(ROW_BLOCK);
     let heads = desc.kv_heads as usize;
@@ -209,8 +221,6 @@ fn shape(desc: &AttentionDesc) -> Shape {
     let together = (STATE_BYTES / (row_bytes * row_block)).clamp(1, heads);
     let head_block = heads.div_ceil(heads.div_ceil(together));
     let scale = f64::from(desc.effective_scale());
-    let factor = scale.abs() * std::f64::consts::LOG2_E;
-    let high = factor as f32;
     Shape {
         q_heads: desc.q_heads as usize,
         group,
@@ -220,8 +230,15 @@ fn shape(desc: &AttentionDesc) -> Shape {
         dim_v: desc.head_dim_v as usize,
         size: [desc.k_dtype.size(), desc.v_dtype.size()],
         element: [element(desc.q_dtype), element(desc.k_dtype), element(desc.v_dtype)],
-        factor: [high, (factor - f64::from(high)) as f32],
+        factor: split(if tilted { 1.0 } else { scale.abs() } * std::f64::consts::LOG2_E),
         negate: scale < 0.0,
         widen_above: WIDEN_ABOVE,
+        tilt: tilted.then_some(desc.effective_scale().abs()),
     }
+}
+
+/// `x` as a sum of two floats.
+fn split(x: f64) -> [f32; 2] {
+    let high = x as f32;
+    [high, (x - f64::from(high)) as f32]
 }

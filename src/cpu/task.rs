@@ -201,6 +201,9 @@ impl<'a> Task<'a> {
                 scores,
                 ahead: self.ahead(0, heads, keys, rows, None),
             });
+            if let Some(scale) = worker.shape.tilt {
+                self.tilt(heads, keys, rows, scores, scale);
+            }
             for h in 0..heads.count {
                 self.hide(sight, keys, scores.add(h * piece.rows * TILE));
             }
@@ -213,6 +216,36 @@ impl<'a> Task<'a> {
                 open: self.open.row(first),
                 dim: worker.shape.padded_v(),
             });
+        }
+    }
+
+    /// Turns q.k into scale q.k + zeta.v.
+    unsafe fn tilt(&self, heads: Heads, keys: usize, rows: &Rows, scores: *mut f32, scale: f32) {
+        let (worker, piece) = (self.worker, self.piece);
+        // SAFETY: as in `weigh`; there is a zeta where the shape says so.
+        unsafe {
+            let tilts = worker.scratch.add(worker.layout.tilts);
+            let (v, offset, element) = self.source(1, heads.first, keys, rows);
+            (worker.kernels.scores[element])(&ScoreArgs {
+                q: worker.zeta(piece, heads.first),
+                heads: heads.count,
+                rows: piece.rows,
+                dim: worker.shape.padded_v(),
+                k: v,
+                offset,
+                head: self.head_stride[1] as usize,
+                keys,
+                scores: tilts,
+                ahead: Ahead::NOTHING,
+            });
+            for r in 0..heads.count * piece.rows {
+                let scores = std::slice::from_raw_parts_mut(scores.add(r * TILE), keys.next_multiple_of(16));
+                let tilts = std::slice::from_raw_parts(tilts.add(r * TILE), scores.len());
+                for (score, &tilt) in scores.iter_mut().zip(tilts) {
+                    // Rounded once.
+                    *score = (f64::from(*score) * f64::from(scale) + f64::from(tilt)) as f32;
+                }
+            }
         }
     }
 

@@ -7,6 +7,7 @@ use super::sequences::{Reader, Sequence};
 use super::state::{StateShape, Total};
 use super::task::Task;
 use super::tile::{TILE, WidenArgs};
+use crate::attention::Tensor;
 
 /// What every worker knows about the plan.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +34,8 @@ pub struct Shape {
     pub negate: bool,
     /// Rows above which a tile is widened once instead of in every row group.
     pub widen_above: usize,
+    /// |scale|, where steps come with a zeta: scores are then scale q.k + zeta.v, and `factor` is log2 e alone.
+    pub tilt: Option<f32>,
 }
 
 impl Shape {
@@ -61,6 +64,9 @@ pub struct Layout {
     pub scores: usize,
     /// Weights of the keys that one query token sees.
     pub packed: usize,
+    /// Where steps come with a zeta: its rows, and zeta.v of a tile.
+    zeta: usize,
+    pub tilts: usize,
     /// Keys and values of a tile, widened.
     pub wide: [usize; 2],
     /// Open sums.
@@ -84,12 +90,15 @@ impl Layout {
         let q = take(rows.checked_mul(shape.padded_qk()))?;
         let scores = take(rows.checked_mul(TILE))?;
         let packed = take(shape.row_block.checked_mul(TILE))?;
+        let tilted = if shape.tilt.is_some() { rows } else { 0 };
+        let zeta = take(tilted.checked_mul(shape.padded_v()))?;
+        let tilts = take(tilted.checked_mul(TILE))?;
         let wide = [take(TILE.checked_mul(shape.padded_qk()))?, take(TILE.checked_mul(shape.padded_v()))?];
         let open = take(shape.states().open_floats())?;
         let mut total = || take(shape.states().total_floats());
         let totals = [total()?, total()?, total()?];
         // Workers must not share a line, nor meet at the same cache sets.
-        Some(Layout { q, scores, packed, wide, open, totals, floats: next.checked_add(1024 + 16)? })
+        Some(Layout { q, scores, packed, zeta, tilts, wide, open, totals, floats: next.checked_add(1024 + 16)? })
     }
 
     /// The piece of a split item that worker scratch `base` keeps: 0 the rest of an item begun before, 1 the beginning
@@ -201,33 +210,56 @@ impl Worker<'_> {
         rows.fill(self.reader.desc, self.reader.step, b, sequence, tile * TILE, self.keys_of(sequence, tile));
     }
 
-    /// Widens the queries of kv head `h` of the piece.
+    /// Widens the queries of kv head `h` of the piece, and its zeta if the step has one.
     unsafe fn load_q(&self, piece: &Piece, sequence: &Sequence, h: usize) {
         let (shape, step) = (self.shape, self.reader.step);
-        let mut pointers = [std::ptr::null(); TILE];
-        for (r, pointer) in pointers[..piece.rows].iter_mut().enumerate() {
-            let (token, g) = ((piece.first_row + r) / shape.group, (piece.first_row + r) % shape.group);
-            let head = (piece.first_head + h) * shape.group + g;
-            let at = (sequence.first_token + token) as i64 * step.q_stride[0] + head as i64 * step.q_stride[1];
-            *pointer = step.args.q.data.cast::<u8>().cast_const().wrapping_offset(at as isize);
-        }
-        // SAFETY: the rows are within the checked extent of q; the scratch holds rows x padded floats a head.
+        let q = self.q(piece, h);
+        // SAFETY: the scratch holds rows x padded floats a head of each.
         unsafe {
-            let out = self.q(piece, h);
-            (self.kernels.widen[shape.element[0]])(&WidenArgs {
-                rows: pointers.as_ptr(),
-                offset: 0,
-                keys: piece.rows,
-                dim: shape.dim_qk,
-                stride: step.q_stride[2],
-                out,
-            });
+            let (element, dim) = (shape.element[0], shape.dim_qk);
+            self.load_rows(piece, sequence, h, &step.args.q, &step.q_stride, (element, dim), q);
             if shape.negate {
-                for x in std::slice::from_raw_parts_mut(out, piece.rows * shape.padded_qk()) {
+                for x in std::slice::from_raw_parts_mut(q, piece.rows * shape.padded_qk()) {
                     *x = -*x;
                 }
             }
+            if shape.tilt.is_some() {
+                let zeta = self.zeta(piece, h);
+                self.load_rows(piece, sequence, h, &step.zeta, &step.zeta_stride, (0, shape.dim_v), zeta);
+            }
         }
+    }
+
+    /// Widens the piece's rows for kv head `h` of a tensor [token, query head, dim] with this element type and dim.
+    #[allow(clippy::too_many_arguments)] // what is read, and where it goes
+    unsafe fn load_rows(
+        &self,
+        piece: &Piece,
+        sequence: &Sequence,
+        h: usize,
+        tensor: &Tensor,
+        stride: &[i64; 4],
+        (element, dim): (usize, usize),
+        out: *mut f32,
+    ) {
+        let group = self.shape.group;
+        let mut pointers = [std::ptr::null(); TILE];
+        for (r, pointer) in pointers[..piece.rows].iter_mut().enumerate() {
+            let (token, g) = ((piece.first_row + r) / group, (piece.first_row + r) % group);
+            let head = (piece.first_head + h) * group + g;
+            let at = (sequence.first_token + token) as i64 * stride[0] + head as i64 * stride[1];
+            *pointer = tensor.data.cast::<u8>().cast_const().wrapping_offset(at as isize);
+        }
+        let rows = pointers.as_ptr();
+        // SAFETY: the rows are within the tensor's checked extent; the caller vouches for `out`.
+        unsafe {
+            (self.kernels.widen[element])(&WidenArgs { rows, offset: 0, keys: piece.rows, dim, stride: stride[2], out })
+        }
+    }
+
+    /// The widened zeta of kv head `h` of the piece, f32 [rows, padded dim].
+    pub fn zeta(&self, piece: &Piece, h: usize) -> *mut f32 {
+        self.scratch.wrapping_add(self.layout.zeta + h * piece.rows * self.shape.padded_v())
     }
 
     /// The widened queries of kv head `h` of the piece, f32 [rows, padded dim].

@@ -1,5 +1,7 @@
 //! What this machine's processors are.
 
+use once_cell::sync::Lazy;
+
 use super::{Device, DeviceInfo};
 
 /// Processor cores that this process may use (affinity and control groups respected), at least 1.
@@ -9,9 +11,11 @@ pub fn available_cores() -> usize {
 
 /// The CPU device.
 pub(super) fn info() -> DeviceInfo {
+    // Read once: calls that only check a device come here, too.
+    static NAME: Lazy<String> = Lazy::new(|| model_name().unwrap_or_else(|| std::env::consts::ARCH.to_string()));
     DeviceInfo {
         device: Device::CPU,
-        name: model_name().unwrap_or_else(|| std::env::consts::ARCH.to_string()),
+        name: NAME.clone(),
         memory: memory(),
         units: i32::try_from(available_cores()).unwrap_or(i32::MAX),
         isa: isa(),

@@ -1,4 +1,4 @@
-//! Calls that need no communicator: merging in one place, and the helpers of placement.
+//! Calls that need no communicator: merging in one place, the energy, and the helpers of placement.
 
 use super::codes::*;
 use super::convert;
@@ -6,9 +6,9 @@ use super::guard::guard;
 use super::handle;
 use super::types::*;
 use crate::attention::placement;
-use crate::attention::{Shard, head_range};
+use crate::attention::{Shard, Tensor, head_range};
 use crate::error::{Error, Result};
-use crate::runtime::{Runtime, Stream, merge_partials};
+use crate::runtime::{Runtime, Stream, energy, merge_partials};
 
 /// Merges n partials that lie in one place (splits of a cache, passes of a kernel) into one. No communicator.
 ///
@@ -39,6 +39,57 @@ pub unsafe extern "C" fn treeattn_merge_partials(
         let stream = if stream.is_null() { None } else { Some(handle::get::<Stream>("stream", stream)?) };
         // SAFETY: the caller keeps the buffers valid until the merge is done.
         unsafe { merge_partials(&runtime, convert::device(device)?, &args, count, stream.as_deref()) }
+    })
+}
+
+/// The energy F(zeta) = log sum_j exp(scale q.k_j + zeta.v_j) of every query token and head, and its gradient by zeta.
+///
+/// F(0) is the log-sum-exp of attention and the gradient at 0 its output: the mean of the values under the softmax of the
+/// scores; zeta tilts the weights. F is convex. With k = v as stored patterns and zeta = 0, a call is one retrieval step
+/// of a modern Hopfield network.
+///
+/// (gradient, F) is a partial of the keys that are passed: those of several shards, each evaluated at the same zeta,
+/// become the whole by `treeattn_merge_partials`, or between ranks by `treeattn_plan_merge`.
+///
+/// @param runtime the runtime.
+/// @param device  where the tensors are; a CPU device in this version.
+/// @param desc    the shape; `output`, `algorithm` and `wire_dtype` do not count. Read during the call only.
+/// @param args    q, k, v and what describes them as for `treeattn_plan_decode` with one rank; `out` gets the gradient
+///                [token, query head, head_dim_v] and `lse` gets F, both for all query heads. Of a shard of several
+///                where positions matter, pass `kv_start` or explicit positions.
+/// @param zeta    f32 [token, query head, head_dim_v]; shares no byte with the outputs. NULL, or data NULL: 0.
+/// @param stream  where to enqueue. NULL: runs on the calling thread.
+/// @return TREEATTN_OK; INVALID_ARGUMENT or UNSUPPORTED, by field, with nothing enqueued or written; INVALID_DATA: a
+///         length, position or page is out of range, and the outputs of its sequence are NaN; NO_MEMORY; SYSTEM;
+///         BAD_HANDLE; UNAVAILABLE; TIMEOUT: the stream was full.
+///
+/// Thread safety: any thread. With a stream it enqueues, with NULL it blocks until done; waits for nobody. Allocates
+/// scratch for the call and, where there are many keys, starts a thread a core for it. Not capture-safe. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn treeattn_energy(
+    runtime: *mut treeattn_runtime_t,
+    device: treeattn_device_t,
+    desc: *const treeattn_attention_desc_t,
+    args: *const treeattn_decode_args_t,
+    zeta: *const treeattn_tensor_t,
+    stream: *mut treeattn_stream_t,
+) -> treeattn_status_t {
+    guard("treeattn_energy", || {
+        let runtime = handle::get::<Runtime>("runtime", runtime)?;
+        // SAFETY: as the caller vouches.
+        let desc = convert::attention_desc(&unsafe { convert::read("desc", desc) }?)?;
+        // SAFETY: as the caller vouches.
+        let args = convert::decode_args(&unsafe { convert::read("args", args) }?)?;
+        let zeta = if zeta.is_null() {
+            Tensor::NULL
+        } else {
+            convert::output("zeta", zeta.cast_mut())?;
+            // SAFETY: checked; readable as the caller vouches.
+            convert::tensor(unsafe { &*zeta })
+        };
+        let stream = if stream.is_null() { None } else { Some(handle::get::<Stream>("stream", stream)?) };
+        // SAFETY: the caller keeps the buffers valid until the evaluation is done.
+        unsafe { energy(&runtime, convert::device(device)?, &desc, &args, &zeta, stream.as_deref()) }
     })
 }
 

@@ -10,6 +10,7 @@
 mod buffer;
 mod communicator;
 mod context;
+mod energy;
 mod execute;
 mod merge;
 mod output;
@@ -22,6 +23,7 @@ pub use crate::device::{Device, DeviceInfo, DeviceKind};
 pub use buffer::Buffer;
 pub use communicator::{CommStatus, Communicator};
 pub use context::{LogCallback, LogLevel, Runtime, RuntimeConfig};
+pub use energy::energy;
 pub use merge::{MergeArgs, merge_partials};
 pub use plan::{Plan, PlanMemory, PlanStats, attention_supported};
 pub use selfcheck::{SelfcheckConfig, SelfcheckReport, selfcheck};

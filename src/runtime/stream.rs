@@ -6,6 +6,7 @@ use std::time::Duration;
 use once_cell::sync::OnceCell;
 
 use super::context::Runtime;
+use super::energy::{self, EnergyStep};
 use super::execute;
 use super::merge::{self, MergeInput};
 use super::plan::InFlight;
@@ -25,6 +26,7 @@ pub(super) enum Job {
     Partial { plan: InFlight, step: Step },
     Merge { plan: InFlight, input: MergeInput },
     MergePartials { input: MergeInput, count: usize },
+    Energy(EnergyStep),
 }
 
 /// An in-order queue of steps on one device.
@@ -140,5 +142,6 @@ fn run(job: Job) -> Result<()> {
         Job::Partial { plan, step } => execute::partial(plan.plan(), &step),
         Job::Merge { plan, input } => execute::merge(plan.plan(), &input),
         Job::MergePartials { input, count } => merge::run_partials(&input, count),
+        Job::Energy(step) => energy::run(&step),
     }
 }

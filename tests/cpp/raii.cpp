@@ -65,6 +65,24 @@ int main() {
   CHECK(plans[0].stats().steps == 1 && plans[0].memory().workspace > 0);
   CHECK(comms[0].status().code == TREEATTN_OK);
 
+  // The energy of keys with equal scores at 0: log of their number, and the mean of the values.
+  {
+    std::vector<float> gradient(4), f(1);
+    treeattn_decode_args_t args = TREEATTN_DECODE_ARGS_INIT;
+    args.batch = args.query_tokens = 1;
+    args.q = treeattn::tensor(q);
+    args.k = treeattn::tensor(k);
+    args.v = treeattn::tensor(v[1]);
+    args.out = treeattn::tensor(gradient);
+    args.lse = treeattn::tensor(f);
+    args.kv_length = &length;
+    runtime.energy(TREEATTN_CPU(0), desc, args);
+    CHECK(gradient[0] == 10.0f && std::fabs(f[0] - std::log(2.0f)) < 1e-6f);
+    const std::vector<float> zeta(3);
+    CHECK(runtime.try_energy(TREEATTN_CPU(0), desc, args, treeattn::tensor(zeta)).code() ==
+          TREEATTN_ERROR_INVALID_ARGUMENT);
+  }
+
   // A rank of a group of one, over the engine's own allgather.
   treeattn_transport_t callbacks = TREEATTN_TRANSPORT_INIT;
   callbacks.allgather = [](void*, const void* send, void* recv, std::size_t bytes, std::int64_t, const std::int32_t*) {

@@ -220,6 +220,7 @@ static void plans(treeattn_runtime_t *runtime, treeattn_comm_t *comm) {
   PANICS(treeattn_plan_partial(plan, &args, NULL));
   PANICS(treeattn_plan_merge(plan, &one, NULL));
   PANICS(treeattn_merge_partials(runtime, TREEATTN_CPU(0), &two, 2, NULL));
+  PANICS(treeattn_energy(runtime, TREEATTN_CPU(0), &desc, &args, NULL, NULL));
   EXPECT(is_seven(out, HEADS * DIM) && is_seven(lse, HEADS));
   /* In a worker, and on the stream's thread. */
   PANICS_BELOW("workers.job", treeattn_plan_partial(plan, &args, NULL));
@@ -235,6 +236,7 @@ static void plans(treeattn_runtime_t *runtime, treeattn_comm_t *comm) {
   EXPECT(treeattn_plan_partial(plan, &args, NULL) == TREEATTN_OK);
   EXPECT(treeattn_plan_merge(plan, &one, NULL) == TREEATTN_OK);
   EXPECT(treeattn_merge_partials(runtime, TREEATTN_CPU(0), &two, 2, NULL) == TREEATTN_OK);
+  EXPECT(treeattn_energy(runtime, TREEATTN_CPU(0), &desc, &args, NULL, NULL) == TREEATTN_OK);
 
   PANICS(treeattn_plan_memory(plan, &memory));
   PANICS(treeattn_plan_stats(plan, &stats));

@@ -7,6 +7,7 @@
 mod support;
 
 mod bad_data;
+mod energy;
 mod engine_partials;
 mod exact;
 mod failures_of_peers;

@@ -151,6 +151,10 @@ int main(void) {
   }
   EXPECT(treeattn_plan_partial(plan, &args.value, NULL) == TREEATTN_OK);
 
+  ASKS_TOO_MUCH("desc", desc, treeattn_energy(runtime, cpu, &desc.value, &args.value, NULL, NULL));
+  ASKS_TOO_MUCH("args", args, treeattn_energy(runtime, cpu, &desc.value, &args.value, NULL, NULL));
+  EXPECT(treeattn_energy(runtime, cpu, &desc.value, &args.value, NULL, NULL) == TREEATTN_OK);
+
   float lse[KEYS * HEADS] = {0};
   GUARDED(treeattn_merge_args_t, merge, TREEATTN_MERGE_ARGS_INIT);
   merge.value.query_tokens = 1;

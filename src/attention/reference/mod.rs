@@ -12,6 +12,7 @@ pub use bounds::{Comparison, Precision, round_to, ulp};
 
 use self::inputs::{Inputs, Sequence, load_row};
 use super::descriptor::{AttentionDesc, MaskKind, QueryInput};
+use super::dtype::Dtype;
 use super::placement::Shard;
 use super::step::Step;
 use crate::error::{Error, ErrorKind, Result};
@@ -33,7 +34,7 @@ pub struct Reference {
     pub weighted: Vec<f64>,
     /// f64 [rows, dim]: max_j |v_j|.
     pub largest: Vec<f64>,
-    /// f64 [rows]: max_j scale sum_i |q_i k_ij|.
+    /// f64 [rows]: max_j scale sum_i |q_i k_ij| (+ sum_i |zeta_i v_ij|).
     pub score: Vec<f64>,
     /// The keys that each row sees.
     pub keys: Vec<u64>,
@@ -41,7 +42,7 @@ pub struct Reference {
     pub fault: Option<DataFault>,
 }
 
-/// Attends one shard in float64. Blocks; its time grows with rows x keys x dimensions.
+/// Attends one shard in float64; at the step's zeta, if it has one. Blocks; its time grows with rows x keys x dimensions.
 ///
 /// Errors: `Unsupported` by field for what the reference does not know, `InvalidArgument` for a merge-only descriptor,
 /// `NoMemory`. Bad data is no error: see [`Reference::fault`].
@@ -120,6 +121,8 @@ fn attend_sequence(inputs: &Inputs<'_>, sequence: &Sequence, reference: &mut Ref
     let scale = f64::from(desc.effective_scale());
     let mut q = zeroed(group * dim_qk)?;
     let (mut k, mut v) = (zeroed(dim_qk)?, zeroed(dim_v)?);
+    let tilted = !step.zeta.data.is_null();
+    let mut zeta = zeroed(if tilted { group * dim_v } else { 0 })?;
     let mut scores = zeroed(group * sequence.keys)?;
     let (mut visible, mut sums) = (Vec::new(), Vec::new());
     reserve(&mut visible, sequence.keys)?;
@@ -135,13 +138,24 @@ fn attend_sequence(inputs: &Inputs<'_>, sequence: &Sequence, reference: &mut Ref
                     + (kv_head * group + g) as i64 * step.q_stride[1];
                 load_row(&step.args.q, desc.q_dtype, at, step.q_stride[2], q);
             }
+            for (g, zeta) in zeta.chunks_exact_mut(dim_v).enumerate() {
+                let at = (sequence.first_token + token) as i64 * step.zeta_stride[0]
+                    + (kv_head * group + g) as i64 * step.zeta_stride[1];
+                load_row(&step.zeta, Dtype::F32, at, step.zeta_stride[2], zeta);
+            }
             for (n, &slot) in visible.iter().enumerate() {
                 load_row(&step.args.k, desc.k_dtype, inputs.key(sequence, slot, kv_head), step.k_stride[3], &mut k);
+                if tilted {
+                    let at = inputs.value(sequence, slot, kv_head);
+                    load_row(&step.args.v, desc.v_dtype, at, step.v_stride[3], &mut v);
+                }
                 for (g, q) in q.chunks_exact(dim_qk).enumerate() {
-                    let (dot, magnitude) = dot(q, &k);
-                    scores[g * visible.len() + n] = scale * dot;
+                    let (qk, qk_magnitude) = dot(q, &k);
+                    let zeta = if tilted { &zeta[g * dim_v..][..dim_v] } else { &[] };
+                    let (tilt, tilt_magnitude) = dot(zeta, &v);
+                    scores[g * visible.len() + n] = scale * qk + tilt;
                     let score = &mut reference.score[first_row + g];
-                    *score = score.max(scale.abs() * magnitude);
+                    *score = score.max(scale.abs() * qk_magnitude + tilt_magnitude);
                 }
             }
             for (g, (max, sum)) in sums.iter_mut().enumerate() {

@@ -1,0 +1,109 @@
+//! The energy and its gradient over keys that lie in one place ([`crate::attention::energy`]).
+
+use super::context::Runtime;
+use super::output::Output;
+use super::stream::{Job, Stream};
+use crate::attention::{AttentionDesc, DecodeArgs, Shard, Step, Tensor};
+use crate::cpu::{self, CpuBackend, Isa};
+use crate::device::{Device, DeviceKind, FloatState, Workers, available_cores};
+use crate::error::{Error, ErrorKind, Result};
+use crate::partial::PartialRows;
+
+/// How long enqueueing may wait for room on the stream.
+const ENQUEUE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
+/// Bytes of keys and values from which on all cores are worth starting.
+const LARGE: u64 = 4 << 20;
+/// One shard, the caller's: whose it is makes no difference here.
+const ALONE: Shard = Shard { rank: 0, world: 1 };
+
+/// A checked evaluation.
+#[derive(Clone, Copy)]
+pub(super) struct EnergyStep {
+    desc: AttentionDesc,
+    step: Step,
+    isa: Isa,
+}
+
+/// F(zeta) = log sum_j exp(scale q.k_j + zeta.v_j) of every query token and head over the keys in `args`, and its
+/// gradient by zeta: `args.lse` gets F, `args.out` the gradient, both for all query heads. `zeta` is f32 [token, query
+/// head, head_dim_v]; `data` null is 0, where F is attention's lse and the gradient its output.
+///
+/// Everything else is as in a decode step of a plan of one rank; of `desc`, output, algorithm, wire dtype and
+/// reproducibility do not count. Where the keys are a shard of several and positions matter, pass `kv_start` or
+/// explicit positions; (gradient, F) is this shard's partial, to be merged by
+/// [`merge_partials`](super::merge_partials) or [`Plan::merge`](super::Plan::merge).
+///
+/// CPU devices. Without a stream it runs here and returns `InvalidData` where a length or a table is bad (its sequence
+/// is NaN then). Allocates scratch, and starts a thread a core for the call where the keys are many.
+///
+/// # Safety
+/// The buffers that `args` and `zeta` describe stay valid, and unchanged by others, until the evaluation is done.
+pub unsafe fn energy(
+    runtime: &Runtime,
+    device: Device,
+    desc: &AttentionDesc,
+    args: &DecodeArgs,
+    zeta: &Tensor,
+    stream: Option<&Stream>,
+) -> Result<()> {
+    runtime.check_device(device)?;
+    if device.kind != DeviceKind::Cpu {
+        return Err(Error::unsupported("device", device, "CPU devices"));
+    }
+    desc.check()?;
+    if desc.is_merge_only() {
+        return Err(Error::invalid("kv_heads", 0, "at least 1 where keys are attended"));
+    }
+    cpu::supported(desc)?;
+    let step = Step::new(desc, ALONE, args, desc.q_heads)?.at_zeta(desc, zeta)?;
+    let energy = EnergyStep { desc: *desc, step, isa: runtime.cpu_isa() };
+    match stream {
+        None => run(&energy),
+        Some(stream) => stream.push(Job::Energy(energy), ENQUEUE_TIMEOUT),
+    }
+}
+
+/// Evaluates on the calling thread and, if there is much to read, on others.
+pub(super) fn run(energy: &EnergyStep) -> Result<()> {
+    let _float = FloatState::enter();
+    let EnergyStep { desc, step, isa } = energy;
+    let threads = if step.args.k.bytes.saturating_add(step.args.v.bytes) < LARGE { 1 } else { available_cores() };
+    let make = if step.zeta.data.is_null() { CpuBackend::new } else { CpuBackend::for_energy };
+    let backend = make(desc, ALONE, threads, *isa)?;
+    let workers = Workers::new(threads, "treeattn-energy", false)?;
+    let (heads, dim) = (desc.q_heads as usize, desc.head_dim_v as usize);
+    let rows = (step.args.query_tokens as usize).checked_mul(heads);
+    let (mut o, mut lse) = (zeroed(rows.and_then(|rows| rows.checked_mul(dim)))?, zeroed(rows)?);
+    let fault = backend.attend(step, &workers, PartialRows { o: &mut o, lse: &mut lse, dim })?;
+    let output = Output {
+        o: step.args.out,
+        o_stride: step.out_stride,
+        dtype: desc.out_dtype,
+        lse: step.args.lse,
+        lse_stride: step.lse_stride,
+        dim,
+    };
+    for (row, (o, &lse)) in o.chunks_exact(dim).zip(&lse).enumerate() {
+        // SAFETY: the output was resolved for [tokens, heads]; the caller keeps it valid.
+        unsafe { output.write(row / heads, row % heads, o, lse) };
+    }
+    let Some(fault) = fault else { return Ok(()) };
+    let message = format!(
+        "{}: found a value out of range in sequence {}, wanted values within the descriptor's limits; the outputs of \
+         that sequence are NaN",
+        fault.cause.argument(),
+        fault.sequence
+    );
+    Err(Error::new(ErrorKind::InvalidData, message))
+}
+
+/// `count` zeros (none: too many for 64 bits), or `NoMemory`.
+fn zeroed(count: Option<usize>) -> Result<Vec<f32>> {
+    let mut floats = Vec::new();
+    let Some(count) = count.filter(|&count| floats.try_reserve_exact(count).is_ok()) else {
+        let message = "query_tokens x q_heads x head_dim_v: found more rows than memory has room for, wanted fewer";
+        return Err(Error::new(ErrorKind::NoMemory, message));
+    };
+    floats.resize(count, 0.0);
+    Ok(floats)
+}
