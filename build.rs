@@ -8,6 +8,8 @@
 //! | `TREEATTN_NVCC`, `NVCC` | the nvcc to use; else `CUDA_HOME`, `PATH`, /usr/local/cuda and pip's packages are searched |
 //! | `TREEATTN_PREBUILT_KERNELS` | a fatbin, or a folder of them (`OUT_DIR/image` of another build), instead of nvcc |
 //!
+//! `kernels/bench/*.cu` go into an image of their own, which the command line embeds and the library does not.
+//!
 //! An empty image is no build error: the library then says at run time what to do about it.
 
 use std::collections::hash_map::DefaultHasher;
@@ -22,6 +24,8 @@ use std::thread;
 
 /// Machine code for these, and PTX for what comes after them.
 const ARCHS: &[&str] = &["80", "86", "89", "90a", "100", "120", "ptx80"];
+/// Where the sources of the command line's own kernels lie, and their fatbins in an image's folder.
+const BENCH: &str = "bench";
 /// The file that says what an image was compiled for and by.
 const MANIFEST: &str = "image.txt";
 
@@ -39,7 +43,8 @@ fn main() {
             std::process::exit(1);
         }
     };
-    fs::write(out.join("image.rs"), image.source()).expect("OUT_DIR can be written");
+    fs::write(out.join("image.rs"), image.source(&image.modules)).expect("OUT_DIR can be written");
+    fs::write(out.join("bench.rs"), image.source(&image.bench)).expect("OUT_DIR can be written");
 }
 
 fn set_soname() {
@@ -56,6 +61,8 @@ fn set_soname() {
 struct Image {
     /// Fatbins by the name of their source.
     modules: Vec<(String, PathBuf)>,
+    /// Those of the command line.
+    bench: Vec<(String, PathBuf)>,
     /// What they were compiled for.
     archs: Vec<String>,
     /// The version of the toolkit that compiled them.
@@ -69,17 +76,17 @@ impl Image {
         Image { why_empty: why.into(), ..Image::default() }
     }
 
-    fn source(&self) -> String {
+    fn source(&self, modules: &[(String, PathBuf)]) -> String {
         let mut text = format!(
             "pub const ARCHS: &[&str] = &{:?};\npub const TOOLKIT: (u32, u32) = {:?};\npub const WHY_EMPTY: &str = {:?};\n",
             self.archs, self.toolkit, self.why_empty
         );
-        if !self.modules.is_empty() {
+        if !modules.is_empty() {
             // As the driver wants what it reads.
             text.push_str("#[repr(C, align(64))]\nstruct Aligned<T>(T);\n");
         }
         text.push_str("pub static MODULES: &[(&str, &[u8])] = &[\n");
-        for (name, path) in &self.modules {
+        for (name, path) in modules {
             text.push_str(&format!("    ({name:?}, &Aligned(*include_bytes!({path:?})).0),\n"));
         }
         text.push_str("];\n");
@@ -101,6 +108,7 @@ fn image(out: &Path) -> Result<Image, String> {
     if variable("DOCS_RS").is_some() {
         return Ok(Image::empty("it was built for its documentation only"));
     }
+    println!("cargo:rerun-if-changed=kernels");
     let sources = files("kernels", "cu")?;
     if sources.is_empty() {
         return match mode.as_str() {
@@ -108,7 +116,6 @@ fn image(out: &Path) -> Result<Image, String> {
             _ => Ok(Image::empty("there were no kernels to compile")),
         };
     }
-    println!("cargo:rerun-if-changed=kernels");
     let Some(nvcc) = find_nvcc()? else {
         let places = "TREEATTN_NVCC, NVCC, CUDA_HOME, PATH, /usr/local/cuda and pip's nvidia/cu13";
         let why = format!("nvcc was not found when it was built (searched: {places})");
@@ -119,7 +126,9 @@ fn image(out: &Path) -> Result<Image, String> {
         return Ok(Image::empty(why));
     };
     println!("cargo:rerun-if-changed={}", nvcc.display());
-    compile(&nvcc, &sources, &out.join("image"))
+    let folder = out.join("image");
+    let bench = compile(&nvcc, &files(Path::new("kernels").join(BENCH), "cu")?, &folder.join(BENCH))?.modules;
+    Ok(Image { bench, ..compile(&nvcc, &sources, &folder)? })
 }
 
 /// An image that was compiled elsewhere.
@@ -145,7 +154,9 @@ fn prebuilt(path: &Path) -> Result<Image, String> {
             }
         }
     }
-    image.modules = paths.into_iter().map(|path| (stem(&path), path)).collect();
+    let named = |paths: Vec<PathBuf>| paths.into_iter().map(|path| (stem(&path), path)).collect();
+    image.modules = named(paths);
+    image.bench = named(files(folder.join(BENCH), "fatbin")?);
     Ok(image)
 }
 
@@ -173,7 +184,7 @@ fn compile(nvcc: &Path, sources: &[PathBuf], folder: &Path) -> Result<Image, Str
         shared.write(&fs::read(&header).map_err(|e| format!("{}: {e}", header.display()))?);
     }
     let (next, errors) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-    let jobs = variable("NUM_JOBS").and_then(|n| n.parse().ok()).unwrap_or(1).clamp(1, sources.len());
+    let jobs = variable("NUM_JOBS").and_then(|n| n.parse().ok()).unwrap_or(1).clamp(1, sources.len().max(1));
     thread::scope(|scope| {
         for _ in 0..jobs {
             scope.spawn(|| {
@@ -196,7 +207,7 @@ fn compile(nvcc: &Path, sources: &[PathBuf], folder: &Path) -> Result<Image, Str
         fs::remove_file(&old).map_err(|e| format!("{}: {e}", old.display()))?;
     }
     let modules = stems.into_iter().map(|name| (name.clone(), folder.join(format!("{name}.fatbin")))).collect();
-    Ok(Image { modules, archs, toolkit, why_empty: String::new() })
+    Ok(Image { modules, archs, toolkit, ..Image::default() })
 }
 
 fn compile_one(nvcc: &Path, source: &Path, flags: &[String], mut hash: DefaultHasher, to: &Path) -> Result<(), String> {

@@ -54,6 +54,12 @@ fn bad_words_are_named() {
     for (args, word) in [
         (&["verify", "--isa", "sse9"][..], "sse9"),
         (&["bench", "--heads", "32x128"], "32x128"),
+        (&["bench", "--device", "cuda"], "cpu:0 or cuda:N"),
+        (&["bench", "--device", "cpu:1"], "cpu:0 or cuda:N"),
+        (&["bench", "--device", "cuda:0", "--ranks", "2"], "--ranks"),
+        (&["bench", "--device", "cuda:0", "--dtype", "f32"], "--dtype"),
+        (&["bench", "--device", "cuda:1000"], "cuda:1000"),
+        (&["bench", "--quick", "--query-tokens", "4"], "--query-tokens"),
         (&["bench", "--quick", "--lengths", "0"], "--lengths"),
         (&["bench", "--quick", "--lengths", "2147483647", "--batch", "2147483647"], "memory to read from"),
         (&["bench", "--quick", "--pool-mib", "8", "--heads", "5/2x8", "--no-exchange"], "kv_heads"),

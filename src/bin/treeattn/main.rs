@@ -4,6 +4,7 @@
 mod bench;
 mod info;
 mod machine;
+mod plot;
 mod table;
 mod verify;
 
@@ -29,8 +30,8 @@ enum Command {
     Info(info::Args),
     /// Checks a grid of shapes against float64 sums on this machine, a line each; fails if one does.
     Verify(verify::Args),
-    /// Times decode steps and exchanges on CPU ranks, beside the machine's read bandwidth and FMA limit.
-    Bench(bench::Args),
+    /// Times decode steps and exchanges on CPU ranks, or decode steps on a GPU, beside what the machine can do at most.
+    Bench(Box<bench::Args>),
 }
 
 fn main() -> ExitCode {

@@ -64,7 +64,7 @@ static void tensors(void) {
   static unsigned char host[K_BYTES];
   void *pinned = NULL;
   driver_enter();
-  DRIVER_OK(DRIVER(driver_host_t, "cuMemHostAlloc")(&pinned, K_BYTES, 0));
+  DRIVER_OK(DRIVER(driver_host_t, "cuMemHostAlloc")(&pinned, K_BYTES, 1));
   for (size_t i = 0; i < sizeof(TENSORS) / sizeof(TENSORS[0]); i++) {
     treeattn_decode_args_t a = step;
     treeattn_tensor_t *t = (treeattn_tensor_t *)(void *)((unsigned char *)&a + TENSORS[i].offset);

@@ -8,6 +8,7 @@
 mod barrier;
 mod case;
 mod ceiling;
+mod cuda;
 mod decode;
 mod exchange;
 mod limit;
@@ -22,7 +23,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use treeattn::attention::Dtype;
 use treeattn::cpu::Isa;
 use treeattn::device::available_cores;
-use treeattn::runtime::{Runtime, RuntimeConfig};
+use treeattn::runtime::{Device, DeviceKind, Runtime, RuntimeConfig};
 
 use self::case::{Axes, Case, Heads, Target};
 pub use self::ceiling::Ceiling;
@@ -36,6 +37,9 @@ use crate::{Outcome, print};
 
 #[derive(clap::Args)]
 pub struct Args {
+    /// What to time: cpu:0, or a GPU such as cuda:0.
+    #[arg(long, default_value = "cpu:0", value_parser = device)]
+    device: Device,
     /// A few seconds, with short caches: shows that everything runs, not how fast.
     #[arg(long)]
     quick: bool,
@@ -60,6 +64,9 @@ pub struct Args {
     /// Tokens a page of a block table; 0: a strided cache.
     #[arg(long, value_delimiter = ',', value_parser = page)]
     page_size: Vec<usize>,
+    /// Query tokens of each sequence, on a GPU.
+    #[arg(long, value_delimiter = ',', value_parser = size)]
+    query_tokens: Vec<usize>,
     /// Threads of each rank. Default: the cores over the ranks.
     #[arg(long, value_parser = size)]
     threads: Option<usize>,
@@ -72,6 +79,24 @@ pub struct Args {
     /// Writes everything found to this file.
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Draws what was found on a GPU to this SVG file.
+    #[arg(long)]
+    plot: Option<PathBuf>,
+}
+
+fn device(text: &str) -> Result<Device, String> {
+    let parse = || {
+        let (kind, ordinal) = text.split_once(':')?;
+        let kind = match kind {
+            "cpu" => DeviceKind::Cpu,
+            "cuda" => DeviceKind::Cuda,
+            _ => return None,
+        };
+        Some(Device { kind, ordinal: ordinal.parse().ok().filter(|&ordinal| ordinal >= 0)? })
+    };
+    parse()
+        .filter(|device| *device == Device::CPU || device.kind == DeviceKind::Cuda)
+        .ok_or("wanted cpu:0 or cuda:N".into())
 }
 
 fn dtype(name: &str) -> Result<Dtype, String> {
@@ -106,6 +131,12 @@ const FULL: Pace = Pace { rounds: 12, block: 0.08, exchanges: 10_000, pool_mib: 
 const QUICK: Pace = Pace { rounds: 2, block: 0.02, exchanges: 500, pool_mib: 256 };
 
 pub fn run(args: &Args) -> Outcome<()> {
+    if args.device.kind == DeviceKind::Cuda {
+        return cuda::run(args, args.device);
+    }
+    if args.plot.is_some() || !args.query_tokens.is_empty() {
+        return Err("--plot, --query-tokens: they are for a GPU, wanted --device cuda:N".into());
+    }
     let pace = if args.quick { QUICK } else { FULL };
     let cores = available_cores();
     let axes = Axes {

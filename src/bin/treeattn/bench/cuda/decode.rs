@@ -1,0 +1,235 @@
+//! Times decode steps on a GPU: replayed from a graph, and eager.
+//!
+//! Every step of a graph reads another copy of the cache. The copies take at least [`COLD`] bytes together, so that none
+//! is in a cache when its turn comes again.
+
+use std::time::Instant;
+
+use treeattn::attention::{AttentionDesc, DecodeArgs, KvLayout, Tensor};
+use treeattn::runtime::{self, Buffer, CommConfig, Communicator, Device, Plan, Runtime};
+
+use super::case::Case;
+use super::driver::Stream;
+use crate::Outcome;
+use crate::bench::pool::Random;
+use crate::bench::samples::{Samples, Summary};
+
+/// Bytes that the steps of a graph read before one reads the same again.
+pub const COLD: usize = 1 << 30;
+/// Most steps of a graph; also of an eager round, which thereby fits the queue of a stream.
+const MOST_STEPS: usize = 256;
+/// Seconds that a graph takes, about: long against what starts it.
+const GRAPH: f64 = 4e-3;
+
+/// How long a case is measured, seconds of replay.
+pub struct Pace {
+    pub block: f64,
+    pub least: usize,
+}
+
+/// What a case took, seconds a step.
+pub struct Timed {
+    pub replay: Summary,
+    pub eager: Summary,
+    /// The host's time for an eager call.
+    pub host: Summary,
+    /// Steps of the graph, and the copies of the cache that they read.
+    pub steps: usize,
+    pub copies: usize,
+}
+
+/// The bytes of a pool that a case needs at least.
+pub fn least_pool(case: &Case) -> usize {
+    case.room().saturating_mul(2).max(COLD.saturating_add(case.room()))
+}
+
+/// Times one case over a pool of random numbers of its type.
+pub fn time(
+    case: &Case,
+    runtime: &Runtime,
+    device: Device,
+    stream: &Stream,
+    pool: &Buffer,
+    pace: &Pace,
+) -> Outcome<Timed> {
+    let comm = Communicator::create_local(runtime, &[device], &CommConfig::default())?.remove(0);
+    let plan = Plan::create(&comm, &describe(case)?)?;
+    let memory = Memory::new(case, runtime, device, pool)?;
+    // SAFETY: `stream` outlives the wrapped one, which is dropped here.
+    let wrapped = unsafe { runtime::Stream::wrap_cuda(runtime, device, stream.pointer()) }?;
+    let enqueue = |steps: usize| -> Outcome<()> {
+        for args in memory.args.iter().cycle().take(steps) {
+            // SAFETY: the pool and the case's memory outlive the steps, which are waited for below.
+            unsafe { plan.decode(args, Some(&wrapped)) }?;
+        }
+        Ok(())
+    };
+    // Every pointer known, every kernel resident; then about how long a step takes.
+    stream.time(|| enqueue(memory.args.len()))?;
+    let probe = memory.args.len().min(8);
+    let about = stream.time(|| enqueue(probe))? / probe as f64;
+    let steps = ((GRAPH / about.max(1e-7)) as usize).clamp(memory.args.len(), MOST_STEPS.max(memory.args.len()));
+
+    let graph = stream.capture(|| enqueue(steps))?;
+    stream.time(|| stream.replay(&graph))?;
+    let (mut replay, mut spent) = (Samples::default(), 0.0);
+    let mut turns = 0;
+    while turns < pace.least || spent < pace.block {
+        let seconds = stream.time(|| stream.replay(&graph))?;
+        spent += seconds;
+        turns += 1;
+        replay.push(seconds / steps as f64);
+    }
+
+    let calls = ((GRAPH / about.max(1e-7)) as usize).clamp(8, MOST_STEPS);
+    let (mut eager, mut host) = (Samples::default(), Samples::default());
+    for _ in 0..pace.least {
+        let mut enqueued = 0.0;
+        let seconds = stream.time(|| {
+            let began = Instant::now();
+            enqueue(calls)?;
+            enqueued = began.elapsed().as_secs_f64();
+            Ok(())
+        })?;
+        eager.push(seconds / calls as f64);
+        host.push(enqueued / calls as f64);
+    }
+
+    memory.check()?;
+    if let Some(error) = comm.status()?.error {
+        return Err(format!("{}: {error}", case.shape()).into());
+    }
+    let (replay, eager, host) = (replay.summary(), eager.summary(), host.summary());
+    Ok(Timed { replay, eager, host, steps, copies: memory.args.len() })
+}
+
+fn describe(case: &Case) -> Outcome<AttentionDesc> {
+    let mut desc = AttentionDesc::new(
+        i32::try_from(case.q_heads)?,
+        i32::try_from(case.kv_heads)?,
+        i32::try_from(case.head_dim)?,
+        i32::try_from(case.keys)?,
+    );
+    (desc.q_dtype, desc.k_dtype, desc.v_dtype, desc.out_dtype) = (case.dtype, case.dtype, case.dtype, case.dtype);
+    desc.max_batch = i32::try_from(case.batch)?;
+    desc.max_query_tokens = i32::try_from(case.batch * case.query_tokens)?;
+    desc.causal = case.query_tokens > 1;
+    if case.page_size > 0 {
+        (desc.kv_layout, desc.page_size) = (KvLayout::BlockTable, i32::try_from(case.page_size)?);
+    }
+    Ok(desc)
+}
+
+/// What the steps of a case read and write beside the pool, and their arguments, one for each copy of the cache.
+struct Memory {
+    args: Vec<DecodeArgs>,
+    lse: Buffer,
+    /// Held for the steps.
+    _inputs: [Buffer; 3],
+    _out: Buffer,
+}
+
+impl Memory {
+    fn new(case: &Case, runtime: &Runtime, device: Device, pool: &Buffer) -> Outcome<Memory> {
+        let alloc = |bytes: usize| Buffer::alloc(runtime, device, bytes.max(1));
+        let tokens = case.batch * case.query_tokens;
+        let row_bytes = case.head_dim * case.dtype.size();
+        // The pool's own numbers are as good for queries as others: scores with a spread of about 1.
+        let q_bytes = tokens * case.q_heads * row_bytes;
+        let q = alloc(q_bytes)?;
+        let mut numbers = vec![0; q_bytes];
+        pool.download(0, &mut numbers)?;
+        q.upload(0, &numbers)?;
+        let out = alloc(q_bytes)?;
+        let lse = alloc(4 * tokens * case.q_heads)?;
+        lse.upload(0, &vec![0xff; lse.bytes()])?;
+        let ints = |values: &[i32]| -> Outcome<Buffer> {
+            let buffer = alloc(4 * values.len())?;
+            buffer.upload(0, &values.iter().flat_map(|value| value.to_ne_bytes()).collect::<Vec<u8>>())?;
+            Ok(buffer)
+        };
+        let lengths = ints(&vec![i32::try_from(case.keys)?; case.batch])?;
+
+        let room = case.room();
+        let fit = pool.bytes() / room.max(1);
+        let copies = (COLD / room.max(1) + 1).max(2).min(fit);
+        if copies < 2 {
+            return Err(format!("{}: found room for {copies} copies of its cache, wanted 2", case.shape()).into());
+        }
+        let pages = case.batch * case.pages();
+        let tables = ints(&tables(pages, copies)?)?;
+
+        let tensor = |data: u64, bytes: usize| Tensor { data: data as *mut _, bytes: bytes as u64, stride: [0; 4] };
+        let whole = |buffer: &Buffer| tensor(buffer.data() as u64, buffer.bytes());
+        let args = (0..copies).map(|copy| {
+            // Strided: each copy its keys, then its values. Paged: the pages of all copies' keys, then those of values.
+            let (k, v, bytes) = match case.page_size {
+                0 => {
+                    let begin = pool.data() as u64 + (copy * room) as u64;
+                    (begin, begin + (room / 2) as u64, room / 2)
+                }
+                _ => (pool.data() as u64, pool.data() as u64 + (copies * room / 2) as u64, copies * room / 2),
+            };
+            let outer = if case.page_size > 0 { case.page_size } else { case.keys } * case.token_bytes();
+            let stride = [outer, case.token_bytes(), row_bytes, case.dtype.size()].map(|stride| stride as i64);
+            DecodeArgs {
+                batch: case.batch as i32,
+                query_tokens: tokens as i32,
+                q: whole(&q),
+                k: tensor(k, bytes).with_strides(stride),
+                v: tensor(v, bytes).with_strides(stride),
+                out: whole(&out),
+                lse: whole(&lse),
+                kv_length: lengths.data().cast_const().cast(),
+                global_length: lengths.data().cast_const().cast(),
+                block_table: tables.data().wrapping_byte_add(4 * copy * pages).cast_const().cast(),
+                max_pages: case.pages() as i32,
+                num_pages: (copies * pages) as i32,
+                ..DecodeArgs::default()
+            }
+        });
+        Ok(Memory { args: args.collect(), lse, _inputs: [q, lengths, tables], _out: out })
+    }
+
+    /// An error where a row was not written, or is no number.
+    fn check(&self) -> Outcome<()> {
+        let mut bytes = vec![0; self.lse.bytes()];
+        self.lse.download(0, &mut bytes)?;
+        let finite = |b: &[u8]| f32::from_ne_bytes([b[0], b[1], b[2], b[3]]).is_finite();
+        match bytes.chunks_exact(4).position(|row| !finite(row)) {
+            Some(row) => Err(format!("lse: found no finite number in row {row} of {}", bytes.len() / 4).into()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A block table for each copy: its own pages, in a random order.
+fn tables(pages: usize, copies: usize) -> Outcome<Vec<i32>> {
+    let mut table: Vec<i32> = (0..i32::try_from(copies * pages)?).collect();
+    let mut random = Random(5);
+    if pages > 0 {
+        for table in table.chunks_exact_mut(pages) {
+            for last in (1..pages).rev() {
+                let other = ((f64::from(random.float()) + 1.0) / 2.0 * (last + 1) as f64) as usize;
+                table.swap(last, other.min(last));
+            }
+        }
+    }
+    Ok(table)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_permutations_of_their_own_pages() {
+        let mut all = tables(100, 3).unwrap();
+        assert!(!all.is_sorted());
+        for (copy, table) in all.chunks_exact_mut(100).enumerate() {
+            table.sort_unstable();
+            assert!(table.iter().enumerate().all(|(i, &page)| page as usize == copy * 100 + i));
+        }
+        assert!(tables(0, 3).unwrap().is_empty());
+    }
+}

@@ -1,0 +1,239 @@
+//! What the bench does with CUDA that the library has no call for: graphs, events, kernels of its own.
+
+use std::ffi::{CString, c_void};
+use std::ptr::null_mut;
+
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
+use serde::Serialize;
+
+use crate::Outcome;
+
+/// The kernels of `kernels/bench`, as build.rs compiled them.
+#[allow(dead_code)] // it also says what they were compiled for
+mod image {
+    include!(concat!(env!("OUT_DIR"), "/bench.rs"));
+}
+
+/// Calls the driver; an error names the call.
+macro_rules! cuda {
+    ($call:ident($($arg:expr),* $(,)?)) => {
+        $crate::bench::cuda::driver::check(sys::$call($($arg),*), stringify!($call))
+    };
+}
+
+pub fn check(status: CUresult, call: &str) -> Outcome<()> {
+    if status == CUresult::CUDA_SUCCESS { Ok(()) } else { Err(format!("{call}: found {status:?}").into()) }
+}
+
+/// What the driver says of a GPU.
+#[derive(Clone, Debug, Serialize)]
+pub struct Card {
+    pub name: String,
+    pub compute_capability: (i32, i32),
+    pub multiprocessors: i32,
+    pub l2_bytes: i32,
+    pub memory_bytes: u64,
+    /// The memory's clock x width, bytes a second; 0 where the driver does not say.
+    pub nominal: f64,
+    /// The version of CUDA that the driver is for.
+    pub driver: (i32, i32),
+}
+
+/// A GPU whose primary context is current on this thread, and the kernels of the bench.
+pub struct Gpu {
+    pub card: Card,
+    device: sys::CUdevice,
+    module: sys::CUmodule,
+    /// Most shared memory of a block, bytes.
+    shared: i32,
+}
+
+impl Gpu {
+    /// The library has seen that the GPU is there.
+    pub fn new(ordinal: i32, name: String, memory_bytes: u64) -> Outcome<Gpu> {
+        let Some(&(_, bytes)) = image::MODULES.iter().find(|module| module.0 == "read") else {
+            return Err(format!("this build has no kernels to measure a GPU with: {}", image::WHY_EMPTY).into());
+        };
+        let (mut device, mut context, mut module, mut version) = (0, null_mut(), null_mut(), 0);
+        // SAFETY: calls with places to write to; the image is a fatbin.
+        unsafe {
+            cuda!(cuInit(0))?;
+            cuda!(cuDriverGetVersion(&mut version))?;
+            cuda!(cuDeviceGet(&mut device, ordinal))?;
+            cuda!(cuDevicePrimaryCtxRetain(&mut context, device))?;
+            cuda!(cuCtxPushCurrent_v2(context))?;
+            cuda!(cuModuleLoadData(&mut module, bytes.as_ptr().cast()))?;
+        }
+        let attribute = |which| -> Outcome<i32> {
+            let mut value = 0;
+            // SAFETY: writes one int.
+            unsafe { cuda!(cuDeviceGetAttribute(&mut value, which, device)) }?;
+            Ok(value)
+        };
+        let clock = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?;
+        let width = attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?;
+        let card = Card {
+            name,
+            compute_capability: (
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            ),
+            multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
+            memory_bytes,
+            // kHz, bits, two transfers a clock.
+            nominal: 2.0 * f64::from(clock) * 1e3 * f64::from(width) / 8.0,
+            driver: (version / 1000, version % 1000 / 10),
+        };
+        let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        Ok(Gpu { card, device, module, shared })
+    }
+
+    /// A kernel of `kernels/bench` that may use `shared` bytes of dynamic shared memory.
+    pub fn kernel(&self, name: &str, shared: u32) -> Outcome<Kernel> {
+        let (symbol, mut function) = (CString::new(name)?, null_mut());
+        // SAFETY: writes one handle, then sets an attribute of it.
+        unsafe {
+            cuda!(cuModuleGetFunction(&mut function, self.module, symbol.as_ptr()))?;
+            if shared > 48 << 10 {
+                let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                // The same for all, since they may share the function; a little is the kernel's own.
+                cuda!(cuFuncSetAttribute(function, most, self.shared - 1024))?;
+            }
+        }
+        Ok(Kernel { function, shared })
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        let mut context = null_mut();
+        // SAFETY: undoes `new`, on the same thread, since raw handles are not Send. Statuses change nothing here.
+        unsafe {
+            let _ = sys::cuModuleUnload(self.module);
+            let _ = sys::cuCtxPopCurrent_v2(&mut context);
+            let _ = sys::cuDevicePrimaryCtxRelease_v2(self.device);
+        }
+    }
+}
+
+/// A kernel of the bench.
+pub struct Kernel {
+    function: sys::CUfunction,
+    shared: u32,
+}
+
+impl Kernel {
+    /// Enqueues `grid` blocks of `threads` threads.
+    ///
+    /// # Safety
+    /// The kernel takes as many 64-bit arguments, and what they point to outlives it.
+    pub unsafe fn launch(&self, stream: &Stream, grid: u32, threads: u32, arguments: &[u64]) -> Outcome<()> {
+        let mut pointers: Vec<*mut c_void> =
+            arguments.iter().map(|a| std::ptr::from_ref(a).cast_mut().cast()).collect();
+        let pointers = pointers.as_mut_ptr();
+        // SAFETY: as the caller vouches; the driver copies the arguments before it returns.
+        unsafe {
+            cuda!(cuLaunchKernel(
+                self.function,
+                grid,
+                1,
+                1,
+                threads,
+                1,
+                1,
+                self.shared,
+                stream.stream,
+                pointers,
+                null_mut()
+            ))
+        }
+    }
+}
+
+/// A stream with a pair of events to time it by.
+pub struct Stream {
+    stream: sys::CUstream,
+    begin: sys::CUevent,
+    end: sys::CUevent,
+}
+
+impl Stream {
+    /// A GPU must be current.
+    pub fn new() -> Outcome<Stream> {
+        let (mut stream, mut begin, mut end) = (null_mut(), null_mut(), null_mut());
+        // SAFETY: writes handles.
+        unsafe {
+            cuda!(cuStreamCreate(&mut stream, sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32))?;
+            cuda!(cuEventCreate(&mut begin, 0))?;
+            cuda!(cuEventCreate(&mut end, 0))?;
+        }
+        Ok(Stream { stream, begin, end })
+    }
+
+    /// The handle, as the library takes it.
+    pub fn pointer(&self) -> *mut c_void {
+        self.stream.cast()
+    }
+
+    /// Seconds from begin to end of what `enqueue` puts on the stream. Blocks.
+    pub fn time(&self, enqueue: impl FnOnce() -> Outcome<()>) -> Outcome<f64> {
+        let mut ms = 0f32;
+        // SAFETY: the stream's own events.
+        unsafe {
+            cuda!(cuEventRecord(self.begin, self.stream))?;
+            enqueue()?;
+            cuda!(cuEventRecord(self.end, self.stream))?;
+            cuda!(cuEventSynchronize(self.end))?;
+            cuda!(cuEventElapsedTime(&mut ms, self.begin, self.end))?;
+        }
+        Ok(f64::from(ms) * 1e-3)
+    }
+
+    /// Captures what `enqueue` puts on the stream.
+    pub fn capture(&self, enqueue: impl FnOnce() -> Outcome<()>) -> Outcome<Graph> {
+        let (mut graph, mut exec) = (null_mut(), null_mut());
+        // SAFETY: the stream is alive; handles are written.
+        unsafe {
+            cuda!(cuStreamBeginCapture_v2(self.stream, sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))?;
+            let enqueued = enqueue();
+            cuda!(cuStreamEndCapture(self.stream, &mut graph))?;
+            enqueued?;
+            cuda!(cuGraphInstantiateWithFlags(&mut exec, graph, 0))?;
+        }
+        Ok(Graph { graph, exec })
+    }
+
+    /// Enqueues a graph.
+    pub fn replay(&self, graph: &Graph) -> Outcome<()> {
+        // SAFETY: both are alive.
+        unsafe { cuda!(cuGraphLaunch(graph.exec, self.stream)) }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`; statuses change nothing here.
+        unsafe {
+            let _ = sys::cuEventDestroy_v2(self.begin);
+            let _ = sys::cuEventDestroy_v2(self.end);
+            let _ = sys::cuStreamDestroy_v2(self.stream);
+        }
+    }
+}
+
+/// A captured piece of work.
+pub struct Graph {
+    graph: sys::CUgraph,
+    exec: sys::CUgraphExec,
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: made by `capture`; statuses change nothing here.
+        unsafe {
+            let _ = sys::cuGraphExecDestroy(self.exec);
+            let _ = sys::cuGraphDestroy(self.graph);
+        }
+    }
+}

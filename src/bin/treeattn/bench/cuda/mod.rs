@@ -1,0 +1,134 @@
+//! `treeattn bench --device cuda:N`: decode steps on a GPU, beside the bandwidth at which kernels that do nothing else can
+//! read its memory.
+//!
+//! `case` says what is timed, `driver` is the CUDA that the library has no call for, `ceiling` measures the memory,
+//! `decode` times the library, `report` tells.
+
+mod case;
+mod ceiling;
+mod decode;
+mod driver;
+mod report;
+
+use treeattn::attention::Dtype;
+use treeattn::runtime::{Buffer, Device, Runtime, RuntimeConfig};
+
+use self::case::{Axes, Case};
+use self::ceiling::Ceiling;
+use self::decode::{Pace, least_pool};
+use self::driver::{Gpu, Stream};
+use self::report::{CeilingReport, Report, Row};
+use super::Args;
+use crate::{Outcome, print};
+
+/// Bytes of memory to read from, unless a case needs more.
+const POOL: usize = 8 << 30;
+const QUICK_POOL: usize = 2 << 30;
+const FULL: Pace = Pace { block: 0.25, least: 15 };
+const QUICK: Pace = Pace { block: 0.02, least: 5 };
+/// The ceiling is measured again before every so many cases.
+const BETWEEN: usize = 4;
+
+pub fn run(args: &Args, device: Device) -> Outcome<()> {
+    refuse(args)?;
+    let axes = Axes {
+        heads: args.heads.clone(),
+        dtypes: args.dtype.clone(),
+        batches: args.batch.clone(),
+        lengths: args.lengths.clone(),
+        pages: args.page_size.clone(),
+        query_tokens: args.query_tokens.clone(),
+    };
+    let standard = axes.cases().is_empty();
+    let cases = if standard { case::standard(args.quick) } else { axes.cases() };
+    let runtime = Runtime::new(RuntimeConfig::default())?;
+    let info = runtime.device_info(device)?;
+    let gpu = Gpu::new(device.ordinal, info.name, info.memory)?;
+    let stream = Stream::new()?;
+
+    let pool_bytes = match args.pool_mib {
+        Some(mib) => mib.saturating_mul(1 << 20),
+        None if args.quick => QUICK_POOL,
+        None => POOL,
+    };
+    let largest = cases.iter().map(least_pool).max().unwrap_or(0);
+    let pool =
+        Buffer::alloc(&runtime, device, pool_bytes.max(largest).checked_next_multiple_of(4 << 20).unwrap_or(largest))?;
+    let progress = super::progress(cases.len());
+    progress.set_message("read bandwidth");
+    fill(&gpu, &stream, &pool, Dtype::Bf16)?;
+    let mut ceiling = Ceiling::measure(&gpu, &stream, &pool, Buffer::alloc(&runtime, device, 4)?)?;
+
+    let pace = if args.quick { QUICK } else { FULL };
+    let mut timed = Vec::new();
+    for dtype in [Dtype::Bf16, Dtype::F16] {
+        let mine: Vec<usize> = (0..cases.len()).filter(|&place| cases[place].dtype == dtype).collect();
+        if !mine.is_empty() && dtype != Dtype::Bf16 {
+            fill(&gpu, &stream, &pool, dtype)?;
+        }
+        for (n, place) in mine.into_iter().enumerate() {
+            let case: Case = cases[place];
+            progress.set_message(case.shape());
+            if n % BETWEEN == 0 {
+                ceiling.sample(&stream, &pool)?;
+            }
+            timed.push((place, decode::time(&case, &runtime, device, &stream, &pool, &pace)?));
+            progress.inc(1);
+        }
+    }
+    ceiling.sample(&stream, &pool)?;
+    progress.finish_and_clear();
+    timed.sort_by_key(|timed| timed.0);
+
+    let rows = timed.into_iter().map(|(place, timed)| Row::new(cases[place], timed, ceiling.median()));
+    let mut report = Report {
+        version: env!("CARGO_PKG_VERSION"),
+        command: std::env::args().collect(),
+        gpu: gpu.card.clone(),
+        pool_bytes: pool.bytes(),
+        ceiling: CeilingReport {
+            kernel: ceiling.kernel().to_string(),
+            bytes: ceiling.bytes(),
+            median: ceiling.median(),
+            peak: ceiling.peak(),
+            kernels: ceiling.kernels.clone(),
+        },
+        rows: rows.collect(),
+        targets: Vec::new(),
+        contaminated: false,
+    };
+    report.contaminated = report.rows.iter().any(|row| report.too_fast(row));
+    if standard {
+        report.targets = report.judge(&case::targets());
+    }
+    if let Some(path) = &args.json {
+        let text = serde_json::to_string_pretty(&report)? + "\n";
+        std::fs::write(path, text).map_err(|error| format!("--json {}: {error}", path.display()))?;
+    }
+    if let Some(path) = &args.plot {
+        std::fs::write(path, report.plot().svg()).map_err(|error| format!("--plot {}: {error}", path.display()))?;
+    }
+    print(&report.text())
+}
+
+/// An error for words that say nothing on a GPU.
+fn refuse(args: &Args) -> Outcome<()> {
+    let given =
+        [("--ranks", args.ranks.is_empty()), ("--isa", args.isa.is_empty()), ("--threads", args.threads.is_none())];
+    if let Some((word, _)) = given.iter().find(|(_, absent)| !absent) {
+        return Err(format!("{word}: it is for the CPU, found --device {}", args.device).into());
+    }
+    if args.dtype.contains(&Dtype::F32) {
+        return Err("--dtype: found f32, wanted f16 or bf16 on a GPU".into());
+    }
+    Ok(())
+}
+
+/// Writes random numbers of a 16-bit type to the whole pool.
+fn fill(gpu: &Gpu, stream: &Stream, pool: &Buffer, dtype: Dtype) -> Outcome<()> {
+    let kernel = gpu.kernel("bench_fill", 0)?;
+    let arguments = [pool.data() as u64, pool.bytes() as u64 / 4, u64::from(dtype == Dtype::Bf16)];
+    // SAFETY: what the kernel takes; the pool outlives it, since it is waited for.
+    stream.time(|| unsafe { kernel.launch(stream, gpu.card.multiprocessors as u32 * 4, 512, &arguments) })?;
+    Ok(())
+}
