@@ -184,9 +184,11 @@ fn compile(nvcc: &Path, sources: &[PathBuf], folder: &Path) -> Result<Image, Str
         shared.write(&fs::read(&header).map_err(|e| format!("{}: {e}", header.display()))?);
     }
     let (next, errors) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-    let jobs = variable("NUM_JOBS").and_then(|n| n.parse().ok()).unwrap_or(1).clamp(1, sources.len().max(1));
+    let jobs = variable("NUM_JOBS").and_then(|n| n.parse().ok()).unwrap_or(1usize).max(1);
+    // Architectures of one source side by side, too: some sources take far longer than others.
+    flags.push(format!("--threads={}", jobs.min(archs.len())));
     thread::scope(|scope| {
-        for _ in 0..jobs {
+        for _ in 0..jobs.min(sources.len()) {
             scope.spawn(|| {
                 while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
                     if let Err(error) = compile_one(nvcc, source, &flags, shared.clone(), folder) {
