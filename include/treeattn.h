@@ -354,7 +354,7 @@ typedef struct treeattn_transport_t {
      */
     void *ctx;
     /**
-     * Gathers `bytes` bytes (at least 1, the same on every rank) from every rank into `recv` (world * bytes), in rank
+     * Gathers `bytes` bytes (1 to 1 MiB, the same on every rank) from every rank into `recv` (world * bytes), in rank
      * order. Returns 0 when done, else anything: the call then fails with TREEATTN_ERROR_TRANSPORT, TIMEOUT or
      * ABORTED, and the communicator is broken on this rank. Required.
      */
