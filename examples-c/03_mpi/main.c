@@ -107,7 +107,8 @@ static int32_t sendrecv(void *ctx, const void *send, size_t send_bytes, int32_t 
 {
     enum { TAG = 1 };
     transport_t *t = ctx;
-    MPI_Request requests[2];
+    /* Where a size is 0 nothing goes that way, and the peer makes no such call. */
+    MPI_Request requests[2] = {MPI_REQUEST_NULL, MPI_REQUEST_NULL};
     int32_t code;
     if (t->pending || send_bytes > INT_MAX || recv_bytes > INT_MAX)
         return 3;
@@ -115,10 +116,10 @@ static int32_t sendrecv(void *ctx, const void *send, size_t send_bytes, int32_t 
         return 4;
     if (send_bytes > 0)
         memcpy(t->send, send, send_bytes);
-    if (MPI_Irecv(t->recv, (int)recv_bytes, MPI_BYTE, from, TAG, t->comm, &requests[0]) != MPI_SUCCESS)
+    if (recv_bytes > 0 && MPI_Irecv(t->recv, (int)recv_bytes, MPI_BYTE, from, TAG, t->comm, &requests[0]) != MPI_SUCCESS)
         return 2;
     t->pending = 1;
-    if (MPI_Isend(t->send, (int)send_bytes, MPI_BYTE, to, TAG, t->comm, &requests[1]) != MPI_SUCCESS)
+    if (send_bytes > 0 && MPI_Isend(t->send, (int)send_bytes, MPI_BYTE, to, TAG, t->comm, &requests[1]) != MPI_SUCCESS)
         return 2;
     code = poll_until(requests, 2, timeout_ns, abort_word);
     t->pending = code != 0;

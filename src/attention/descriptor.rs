@@ -69,9 +69,9 @@ codes! {
         #[default] Auto = 0 => "AUTO",
         /// Every rank sends its partial to every rank, each merges all, in one step.
         OneShot = 1 => "ONE_SHOT",
-        /// Each rank merges its own heads, then the merged heads are spread.
+        /// Each rank merges its own heads of all partials, then the merged heads go round.
         TwoShot = 2 => "TWO_SHOT",
-        /// A tree over groups of ranks.
+        /// A tree over nodes: within each first, then between them by recursive doubling, then back.
         Tree = 3 => "TREE",
         /// The paper's: a max and two sums.
         Allreduce3 = 4 => "ALLREDUCE3",

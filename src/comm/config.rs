@@ -18,8 +18,11 @@ pub struct CommConfig {
     pub step_timeout: Duration,
     /// Worker threads of a CPU rank, the calling thread among them. 0: the cores over the local ranks, at least 1.
     pub threads_per_rank: usize,
-    /// Ranks of the same group count as one node.
+    /// Ranks of the same group count as one node; the tree algorithm merges within a node first. This one may differ from
+    /// rank to rank. 0 over an engine's transport: the ranks of a machine are a node.
     pub node_group: i32,
+    /// The group of each rank of a local communicator, which has one config for all. Empty: `node_group` for all.
+    pub node_groups: Vec<i32>,
     /// The NCCL library to load. None: looked for.
     pub nccl_path: Option<String>,
 }
@@ -31,6 +34,7 @@ impl Default for CommConfig {
             step_timeout: Duration::from_secs(10),
             threads_per_rank: 0,
             node_group: 0,
+            node_groups: Vec::new(),
             nccl_path: None,
         }
     }
@@ -49,6 +53,9 @@ impl CommConfig {
         }
         if self.node_group < 0 {
             return Err(Error::invalid("node_group", self.node_group, "at least 0"));
+        }
+        if let Some(rank) = self.node_groups.iter().position(|&group| group < 0) {
+            return Err(Error::invalid(format!("node_groups[{rank}]"), self.node_groups[rank], "at least 0"));
         }
         if let Some(path) = &self.nccl_path
             && (path.is_empty() || path.contains('\0'))
@@ -71,6 +78,7 @@ mod tests {
             ("step_timeout", CommConfig { step_timeout: Duration::MAX, ..Default::default() }),
             ("threads_per_rank", CommConfig { threads_per_rank: 1025, ..Default::default() }),
             ("node_group", CommConfig { node_group: -1, ..Default::default() }),
+            ("node_groups[1]", CommConfig { node_groups: vec![0, -3], ..Default::default() }),
             ("nccl_path", CommConfig { nccl_path: Some(String::new()), ..Default::default() }),
         ];
         for (name, config) in bad {

@@ -5,13 +5,18 @@
 //! slots suffice is said in [`crate::partial::epoch`]. Ranks wait on their calling thread only, by [`Bell`]: they spin
 //! for at most 20 us where the machine has a core a rank, else they park at once, and only the last arrival wakes.
 //!
+//! A step is opened in slots of the same kind, one for each parity of the step: as no rank ends a step that exchanges
+//! before all have opened it, none is more than one ahead. The last to open compares what all said. Hops (see `post`)
+//! wait on a bell of each rank's own.
+//!
 //! The first failure latches for the whole group and rings the bell, so that every wait ends with it.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{CommConfig, Exchange, Round, RoundHeader, verdict};
+use super::post::Post;
+use super::{CommConfig, Exchange, Hop, MAX_HOPS, Round, RoundHeader, verdict};
 use crate::attention::Shard;
 use crate::device::{Bell, HostBuffer, available_cores};
 use crate::error::{Error, ErrorKind, Result};
@@ -39,6 +44,8 @@ struct Group {
     capacity: usize,
     bell: Bell,
     arrivals: Line<Arrivals<AtomicU32>>,
+    /// Openings of steps.
+    openings: Line<Arrivals<AtomicU32>>,
     /// Set with `error`.
     broken: AtomicBool,
     error: Mutex<Option<Error>>,
@@ -65,6 +72,13 @@ struct Line<T>(T);
 struct Rank {
     slots: [Line<Slot<AtomicU64>>; SLOTS],
     cursor: Cursor<AtomicU32>,
+    /// What it opened its last two steps for, and how many it has opened.
+    opened: [Line<Slot<AtomicU64>>; SLOTS],
+    opening: AtomicU32,
+    steps: AtomicU64,
+    post: Post,
+    /// Rings for this rank's hops.
+    bell: Bell,
     rounds: AtomicU64,
     gathers: AtomicU64,
     busy: AtomicBool,
@@ -105,7 +119,11 @@ pub(super) fn local_group_at(world: usize, config: &CommConfig, start: Epoch) ->
     }
     let capacity = MAX_PAYLOAD.min(MAX_WINDOWS / (SLOTS * world)) / ALIGN * ALIGN;
     let windows = HostBuffer::new(world * SLOTS * capacity)?;
-    let rank = || Rank { cursor: Cursor::starting_at(AtomicU32::new(0), AtomicU32::new(0), start), ..Rank::default() };
+    let rank = || Rank {
+        cursor: Cursor::starting_at(AtomicU32::new(0), AtomicU32::new(0), start),
+        opening: AtomicU32::new(start.flag()),
+        ..Rank::default()
+    };
     let group = Arc::new(Group {
         id: GROUPS.fetch_add(1, Ordering::Relaxed) + 1,
         setup_timeout: config.setup_timeout,
@@ -114,6 +132,7 @@ pub(super) fn local_group_at(world: usize, config: &CommConfig, start: Epoch) ->
         capacity,
         bell: Bell::default(),
         arrivals: Line(Arrivals::starting_at(Default::default(), AtomicU32::new(0), start)),
+        openings: Line(Arrivals::starting_at(Default::default(), AtomicU32::new(0), start)),
         broken: AtomicBool::new(false),
         error: Mutex::new(None),
         gone: AtomicU32::new(0),
@@ -153,9 +172,29 @@ impl Group {
     fn break_with(&self, error: Error) -> Error {
         let first = lock(&self.error).get_or_insert(error).clone();
         if !self.broken.swap(true, Ordering::AcqRel) {
-            self.bell.ring();
+            self.ring_all();
         }
         first
+    }
+
+    fn ring_all(&self) {
+        self.bell.ring();
+        self.ranks.iter().for_each(|rank| rank.bell.ring());
+    }
+
+    /// What `rank` opened step `epoch` for, if it has.
+    fn opening(&self, rank: usize, epoch: Epoch) -> Option<u64> {
+        self.ranks[rank].opened[epoch.slot()].0.read(epoch).map(|header| header.fingerprint)
+    }
+
+    /// Whom `me` takes for odd in the openings of a step, where all ranks have opened it.
+    fn odd_opening(&self, me: usize, epoch: Epoch) -> Option<Error> {
+        let world = self.ranks.len();
+        if !(0..world).all(|rank| self.opening(rank, epoch).is_some()) {
+            return None;
+        }
+        let step = self.ranks[me].steps.load(Ordering::Relaxed);
+        verdict::desync(|| format!("step {step}"), me, world, |rank| self.opening(rank, epoch).unwrap_or(0))
     }
 
     fn broken(&self) -> Option<Error> {
@@ -165,19 +204,19 @@ impl Group {
         lock(&self.error).clone()
     }
 
-    /// Waits on the calling thread until `done`, watching the group's health and the deadline. `missing(r)`: rank r has
-    /// not come. `what` and `field` (the deadline's name) are for messages.
+    /// Waits on the calling thread until `done`, watching the group's health and the deadline. `absence(r)` says how far
+    /// rank r has come, `what` is for messages.
     fn wait(
         &self,
         done: impl Fn() -> bool,
-        missing: impl Fn(usize) -> bool,
+        absence: impl Fn(usize) -> Absence,
         what: impl Fn() -> String,
-        (field, timeout): (&str, Duration),
+        limit: Limit<'_>,
     ) -> Result<()> {
-        let mut deadline = Instant::now() + timeout;
+        let mut deadline = limit.until;
         let mut late = false;
         loop {
-            let seen = self.bell.now();
+            let seen = limit.bell.now();
             if done() {
                 return Ok(());
             }
@@ -185,22 +224,47 @@ impl Group {
                 return Err(error);
             }
             if self.gone.load(Ordering::Acquire) > 0 {
-                let lost = (0..self.ranks.len()).find(|&r| self.ranks[r].gone.load(Ordering::Acquire) && missing(r));
+                let lost = (0..self.ranks.len())
+                    .find(|&r| self.ranks[r].gone.load(Ordering::Acquire) && absence(r) != Absence::Here);
                 if let Some(rank) = lost {
                     return Err(self.break_with(verdict::peer_lost(&what(), rank)));
                 }
             }
             if Instant::now() >= deadline {
-                let missing: Vec<usize> = (0..self.ranks.len()).filter(|&r| missing(r)).collect();
+                // Who has not even begun is to blame before those who may be waiting for it, too.
+                let most = (0..self.ranks.len()).map(&absence).max().unwrap_or(Absence::Here);
+                let late_ranks = (0..self.ranks.len()).filter(|&r| most != Absence::Here && absence(r) == most);
+                let missing: Vec<usize> = late_ranks.collect();
                 if !missing.is_empty() || late {
-                    return Err(self.break_with(verdict::timeout(&what(), &missing, field, timeout)));
+                    return Err(self.break_with(verdict::timeout(&what(), &missing, limit.field, limit.timeout)));
                 }
                 // Everyone is between publishing and arriving.
                 (late, deadline) = (true, deadline + GRACE);
             }
-            self.bell.wait(seen, self.spin, Some(deadline));
+            limit.bell.wait(seen, self.spin, Some(deadline));
         }
     }
+}
+
+/// How far a rank is from giving what is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Absence {
+    /// It has given it, or need not.
+    Here,
+    /// It has begun the step.
+    Waited,
+    /// It has not.
+    Absent,
+}
+
+/// How long a wait may last, and what ends it early.
+#[derive(Clone, Copy)]
+struct Limit<'a> {
+    bell: &'a Bell,
+    until: Instant,
+    /// The deadline's name and length, for messages.
+    field: &'static str,
+    timeout: Duration,
 }
 
 impl LocalExchange {
@@ -233,6 +297,89 @@ impl LocalExchange {
         Ok(turn)
     }
 
+    fn step_limit<'a>(&self, bell: &'a Bell, until: Instant) -> Limit<'a> {
+        Limit { bell, until, field: "step_timeout", timeout: self.group.step_timeout }
+    }
+
+    /// The step that was opened last.
+    fn opened(&self) -> Epoch {
+        Epoch::from_flag(self.own().opening.load(Ordering::Relaxed))
+    }
+
+    fn open_step(&self, fingerprint: u64) -> Result<()> {
+        let (group, own) = (&*self.group, self.own());
+        let epoch = self.opened().next();
+        own.opening.store(epoch.flag(), Ordering::Relaxed);
+        own.steps.fetch_add(1, Ordering::Relaxed);
+        own.opened[epoch.slot()].0.publish(epoch, Header { fingerprint, fault: 0 });
+        if group.openings.0.arrive(epoch, group.ranks.len())
+            && let Some(error) = group.odd_opening(self.rank, epoch)
+        {
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    fn meet(
+        &self,
+        hop: &Hop,
+        send: &[u8],
+        recv: &mut [u8],
+        meanwhile: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<u64> {
+        let (group, own, step) = (&*self.group, self.own(), self.opened());
+        let world = group.ranks.len();
+        if hop.to >= world || hop.from >= world || hop.index >= MAX_HOPS {
+            let found = format!("to {}, from {}, index {}", hop.to, hop.from, hop.index);
+            return Err(Error::invalid("hop", found, format!("ranks below {world}, an index below {MAX_HOPS}")));
+        }
+        let number = own.steps.load(Ordering::Relaxed);
+        let key = number * u64::from(MAX_HOPS) + u64::from(hop.index);
+        fault::point_at("comm.post", self.rank as i32)?;
+        let header = RoundHeader { fingerprint: tag(hop.header.fingerprint, send.len()), fault: hop.header.fault };
+        // SAFETY: `send` is borrowed for longer than the message, which this function drops on every way out.
+        let posted = unsafe { own.post.put(key, hop.to, header, send) };
+        group.ranks[hop.to].bell.ring();
+        meanwhile()?;
+        fault::point_at("comm.hop", self.rank as i32)?;
+        let from = &group.ranks[hop.from];
+        let absent = |rank: usize| group.opening(rank, step).is_none();
+        let what = || format!("step {number}, hop {}", hop.index);
+        let limit = self.step_limit(&own.bell, hop.until);
+        let unsent = |rank: usize| match rank {
+            _ if absent(rank) => Absence::Absent,
+            _ if rank == hop.from && !from.post.is_for(key, self.rank) => Absence::Waited,
+            _ => Absence::Here,
+        };
+        let claim = loop {
+            group.wait(|| from.post.is_for(key, self.rank), unsent, what, limit)?;
+            // A message that was taken back in between: its sender has failed, and is about to say why.
+            if let Some(claim) = from.post.claim(key, self.rank) {
+                break claim;
+            }
+        };
+        let theirs = claim.header();
+        if theirs.fingerprint != tag(hop.header.fingerprint, recv.len()) || claim.len() != recv.len() {
+            drop(claim);
+            // The openings tell who is odd, once all are there.
+            let unopened = |rank: usize| if absent(rank) { Absence::Absent } else { Absence::Here };
+            group.wait(|| !(0..world).any(absent), unopened, what, limit)?;
+            let odd = group.odd_opening(self.rank, step);
+            return Err(odd.unwrap_or_else(|| verdict::differs(&what(), self.rank, hop.from)));
+        }
+        claim.copy(recv);
+        drop(claim);
+        from.bell.ring();
+        fault::point_at("comm.copied", self.rank as i32)?;
+        let unread = |rank: usize| match rank {
+            _ if absent(rank) => Absence::Absent,
+            _ if rank == hop.to && !posted.is_taken() => Absence::Waited,
+            _ => Absence::Here,
+        };
+        group.wait(|| posted.is_taken(), unread, what, limit)?;
+        Ok(theirs.fault)
+    }
+
     fn exchange(
         &self,
         header: RoundHeader,
@@ -262,9 +409,9 @@ impl LocalExchange {
         if !last {
             group.wait(
                 || group.arrivals.0.is_complete(epoch),
-                |rank| group.header(rank, epoch).is_none(),
+                |rank| if group.header(rank, epoch).is_none() { Absence::Absent } else { Absence::Here },
                 || format!("round {number}"),
-                ("step_timeout", group.step_timeout),
+                self.step_limit(&group.bell, Instant::now() + group.step_timeout),
             )?;
         }
         fault::point_at("comm.take", self.rank as i32)?;
@@ -275,7 +422,7 @@ impl LocalExchange {
             ));
         }
         let fingerprint = |rank: usize| group.header(rank, epoch).map_or(0, |header| header.fingerprint);
-        if let Some(error) = verdict::desync(number, self.rank, world, fingerprint) {
+        if let Some(error) = verdict::desync(|| format!("round {number}"), self.rank, world, fingerprint) {
             return Err(error);
         }
         take(&LocalRound { group, epoch, bytes });
@@ -315,9 +462,14 @@ impl Exchange for LocalExchange {
         }
         let waited = group.wait(
             || lock(&group.board).iter().all(|rank| rank[parity].0 == number),
-            |rank| lock(&group.board)[rank][parity].0 != number,
+            |rank| if lock(&group.board)[rank][parity].0 != number { Absence::Absent } else { Absence::Here },
             || format!("setup exchange {number}"),
-            ("setup_timeout", group.setup_timeout),
+            Limit {
+                bell: &group.bell,
+                until: Instant::now() + group.setup_timeout,
+                field: "setup_timeout",
+                timeout: group.setup_timeout,
+            },
         );
         turn.end(waited.map(|()| lock(&group.board).iter().map(|rank| rank[parity].1.clone()).collect()))
     }
@@ -332,6 +484,36 @@ impl Exchange for LocalExchange {
         let turn = self.enter()?;
         let result = self.exchange(header, bytes, fill, take);
         turn.end(result)
+    }
+
+    fn open(&self, fingerprint: u64) -> Result<()> {
+        let turn = self.enter()?;
+        let result = self.open_step(fingerprint);
+        turn.end(result)
+    }
+
+    fn hop(
+        &self,
+        hop: &Hop,
+        send: &[u8],
+        recv: &mut [u8],
+        meanwhile: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<u64> {
+        let turn = self.enter()?;
+        let result = self.meet(hop, send, recv, meanwhile);
+        turn.end(result)
+    }
+
+    fn has_hops(&self) -> bool {
+        true
+    }
+
+    fn reads_in_place(&self) -> bool {
+        true
+    }
+
+    fn step_timeout(&self) -> Duration {
+        self.group.step_timeout
     }
 
     fn status(&self) -> Option<Error> {
@@ -360,7 +542,7 @@ impl Exchange for LocalExchange {
     fn leave(&self) {
         if !self.own().gone.swap(true, Ordering::AcqRel) {
             self.group.gone.fetch_add(1, Ordering::AcqRel);
-            self.group.bell.ring();
+            self.group.ring_all();
         }
     }
 
@@ -370,16 +552,24 @@ impl Exchange for LocalExchange {
             .filter(|&peer| peer != self.rank)
             .map(|peer| format!(r#"{{"peer":{peer},"kind":"shared_memory"}}"#))
             .collect();
-        let algorithm = |name: &str, output: &str, reads: &str| {
+        let algorithm = |name: &str, rounds: usize, reads: &str| {
             format!(
-                r#"{{"name":"{name}","output":"{output}","rounds_per_chunk":1,"chunk_bytes":{},"reads":"{reads}"}}"#,
+                r#"{{"name":"{name}","rounds_per_chunk":{rounds},"chunk_bytes":{},"reads":"{reads}"}}"#,
                 group.capacity
             )
         };
+        let hops = |name: &str, hops: String| format!(r#"{{"name":"{name}","hops":{hops}}}"#);
+        let algorithms = [
+            algorithm("ONE_SHOT", 1, "every payload in place; with SCATTERED output the own heads of every payload"),
+            algorithm("TWO_SHOT", 2, "own heads of every payload, then the merged heads"),
+            hops("TREE", r#""2 ceil(log2 ranks of a node) + ceil(log2 nodes)""#.into()),
+            algorithm("ALLREDUCE3", 6, "own part of every payload, then the reduced parts, three times"),
+            hops("RING", (world - 1).to_string()),
+        ];
         format!(
             concat!(
                 r#"{{"kind":"local","group":{},"world":{},"rank":{},"wait":"{}","capacity_bytes":{},"#,
-                r#""window_bytes":{},"setup_timeout_ms":{},"step_timeout_ms":{},"links":[{}],"algorithms":[{},{}]}}"#
+                r#""window_bytes":{},"setup_timeout_ms":{},"step_timeout_ms":{},"links":[{}],"algorithms":[{}]}}"#
             ),
             group.id,
             world,
@@ -390,8 +580,7 @@ impl Exchange for LocalExchange {
             group.setup_timeout.as_millis(),
             group.step_timeout.as_millis(),
             links.join(","),
-            algorithm("ONE_SHOT", "REPLICATED", "every payload in place"),
-            algorithm("ONE_SHOT", "SCATTERED", "own heads of every payload in place"),
+            algorithms.join(","),
         )
     }
 }
@@ -412,9 +601,14 @@ impl Turn<'_> {
     /// Ends the call; an error breaks the group (or is what broke it).
     fn end<T>(mut self, result: Result<T>) -> Result<T> {
         self.unwinding = false;
+        // Each rank names the one that it takes for odd.
+        let odd = || self.exchange.group.odd_opening(self.exchange.rank, self.exchange.opened());
+        let result = result.map_err(|error| match error.kind() {
+            ErrorKind::Desync => odd().unwrap_or(error),
+            _ => error,
+        });
         if let Err(error) = &result {
             if error.kind() == ErrorKind::Desync {
-                // Each rank names the one that it takes for odd.
                 *lock(&self.exchange.own().error) = Some(error.clone());
                 self.exchange.group.break_with(error.clone());
             } else {

@@ -2,7 +2,7 @@
 //!
 //! A round is one allgather of messages of a fixed size, a header and up to [`FIRST`] bytes of payload, so that ranks that
 //! are out of step are found before sizes could differ; a larger payload follows in a second allgather once the headers
-//! agree. Callbacks run on the calling thread only (or on stream threads, where the engine said so). They get what is left
+//! agree. A hop is the same over the engine's sendrecv, between one rank and the next. Callbacks run on the calling thread only (or on stream threads, where the engine said so). They get what is left
 //! until the deadline and a word to watch; `watch` raises that word when the deadline has passed, for callbacks that look
 //! at nothing else.
 
@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::{CommConfig, Exchange, Round, RoundHeader, verdict};
+use super::{CommConfig, Exchange, Hop, Round, RoundHeader, verdict};
 use crate::attention::Shard;
 use crate::device::{Bell, HostBuffer, spawn};
 use crate::error::{Error, ErrorKind, Result};
@@ -42,7 +42,8 @@ pub type AllgatherCallback = unsafe extern "C" fn(
     abort: *const i32,
 ) -> i32;
 
-/// Sends to one rank and receives from another at once; otherwise as [`AllgatherCallback`].
+/// Sends `send_bytes` bytes to rank `to` and receives `recv_bytes` from rank `from` at once; otherwise as
+/// [`AllgatherCallback`]. Where one of the sizes is 0 nothing goes that way, and that peer expects nothing.
 pub type SendrecvCallback = unsafe extern "C" fn(
     ctx: *mut c_void,
     send: *const c_void,
@@ -62,7 +63,7 @@ pub struct Transport {
     pub ctx: *mut c_void,
     /// The one that is needed.
     pub allgather: AllgatherCallback,
-    /// Exchange algorithms other than one-shot need it; none of this version does.
+    /// What the algorithms `TREE` and `RING` need.
     pub sendrecv: Option<SendrecvCallback>,
     /// Whether callbacks may come from the threads of CPU streams, and not only from threads that call the library.
     pub stream_threads: bool,
@@ -84,6 +85,7 @@ pub(crate) struct TransportExchange {
     buffers: Mutex<Buffers>,
     error: Mutex<Option<Error>>,
     rounds: AtomicU64,
+    steps: AtomicU64,
     gone: AtomicBool,
     watch: Arc<Watch>,
     watcher: Option<JoinHandle<()>>,
@@ -107,6 +109,18 @@ struct Watch {
     start: Instant,
     stop: AtomicBool,
     bell: Bell,
+}
+
+/// How long a callback may take, and for whom.
+struct Limit<'a> {
+    /// What it is part of, for messages.
+    what: &'a dyn Fn() -> String,
+    /// The rank that it waits for, where it is one.
+    peer: &'a [usize],
+    until: Instant,
+    /// The deadline's name and length, for messages.
+    field: &'static str,
+    timeout: Duration,
 }
 
 /// The payloads of one round, in the receive buffer.
@@ -166,6 +180,7 @@ impl TransportExchange {
             buffers: Mutex::new(buffers),
             error: Mutex::new(None),
             rounds: AtomicU64::new(0),
+            steps: AtomicU64::new(0),
             gone: AtomicBool::new(false),
             watch,
             watcher: Some(watcher),
@@ -191,33 +206,37 @@ impl TransportExchange {
         Ok(())
     }
 
-    /// One call of the engine's allgather: `bytes` bytes of `send` from every rank into `recv`.
-    fn gather(
-        &self,
-        what: &str,
-        send: &[u8],
-        recv: &mut [u8],
-        field: &str,
-        until: Instant,
-        limit: Duration,
-    ) -> Result<()> {
-        let left = until.saturating_duration_since(Instant::now());
+    /// One call of the engine's allgather: the bytes of `send` from every rank into `recv`.
+    fn gather(&self, send: &[u8], recv: &mut [u8], limit: &Limit<'_>) -> Result<()> {
+        assert!(recv.len() >= send.len() * self.shard.world as usize);
+        self.call("allgather", limit, |left, abort| {
+            let (ctx, send, recv, bytes) = (self.transport.ctx, send.as_ptr(), recv.as_mut_ptr(), send.len());
+            // SAFETY: `send` and `recv` have the sizes that the callback is told; the engine vouches for the rest.
+            unsafe { (self.transport.allgather)(ctx, send.cast(), recv.cast(), bytes, left, abort) }
+        })
+    }
+
+    /// One call of the engine's sendrecv.
+    fn swap(&self, hop: &Hop, send: &[u8], recv: &mut [u8], limit: &Limit<'_>) -> Result<()> {
+        let Some(sendrecv) = self.transport.sendrecv else {
+            return Err(Error::unsupported("transport.sendrecv", "none", "a function"));
+        };
+        self.call("sendrecv", limit, |left, abort| {
+            let (ctx, to, from) = (self.transport.ctx, hop.to as i32, hop.from as i32);
+            let (data, bytes) = (send.as_ptr().cast(), send.len());
+            // SAFETY: as in `gather`.
+            unsafe { sendrecv(ctx, data, bytes, to, recv.as_mut_ptr().cast(), recv.len(), from, left, abort) }
+        })
+    }
+
+    /// Runs a callback, told what time is left, under the eyes of the watch.
+    fn call(&self, name: &str, limit: &Limit<'_>, callback: impl FnOnce(i64, *const i32) -> i32) -> Result<()> {
+        let left = limit.until.saturating_duration_since(Instant::now());
         if let Some(error) = self.status() {
             return Err(error);
         }
-        assert!(recv.len() >= send.len() * self.shard.world as usize);
-        self.watch.arm(until);
-        // SAFETY: `send` and `recv` have the sizes that the callback is told; the engine vouches for the rest.
-        let code = unsafe {
-            (self.transport.allgather)(
-                self.transport.ctx,
-                send.as_ptr().cast(),
-                recv.as_mut_ptr().cast(),
-                send.len(),
-                i64::try_from(left.as_nanos()).unwrap_or(i64::MAX),
-                self.watch.abort.as_ptr(),
-            )
-        };
+        self.watch.arm(limit.until);
+        let code = callback(i64::try_from(left.as_nanos()).unwrap_or(i64::MAX), self.watch.abort.as_ptr());
         self.watch.disarm();
         if code == 0 {
             return Ok(());
@@ -225,11 +244,61 @@ impl TransportExchange {
         if let Some(error) = self.status() {
             return Err(error);
         }
-        if Instant::now() >= until || self.watch.late.load(Ordering::Acquire) {
-            return Err(verdict::timeout(what, &[], field, limit));
+        let what = (limit.what)();
+        if Instant::now() >= limit.until || self.watch.late.load(Ordering::Acquire) {
+            return Err(verdict::timeout(&what, limit.peer, limit.field, limit.timeout));
         }
-        let message = format!("{what}: the transport's allgather returned {code}, wanted 0");
-        Err(Error::new(ErrorKind::Transport, message))
+        let message = format!("{what}: the transport's {name} returned {code}, wanted 0");
+        let error = Error::new(ErrorKind::Transport, message);
+        Err(match limit.peer {
+            [peer] => error.with_rank(*peer as i32),
+            _ => error,
+        })
+    }
+
+    fn meet(&self, hop: &Hop, send: &[u8], recv: &mut [u8]) -> Result<u64> {
+        let (number, steps) = (hop.index, self.steps.load(Ordering::Relaxed));
+        let what = || format!("step {steps}, hop {number}");
+        let limit = Limit {
+            what: &what,
+            peer: &[hop.from],
+            until: hop.until,
+            field: "step_timeout",
+            timeout: self.step_timeout,
+        };
+        let mut buffers = lock(&self.buffers);
+        let Buffers { send: own, first, .. } = &mut *buffers;
+        let (own, first) = (&mut bytes_of(own)[..HEADER + FIRST], &mut bytes_of(first)[..HEADER + FIRST]);
+        let mine = [MAGIC, hop.header.fingerprint, send.len() as u64, hop.header.fault, u64::from(number), steps];
+        for (to, value) in own.chunks_exact_mut(8).zip(mine) {
+            to.copy_from_slice(&value.to_le_bytes());
+        }
+        if send.len() <= FIRST {
+            own[HEADER..][..send.len()].copy_from_slice(send);
+        }
+        self.swap(hop, own, first, &limit)?;
+        if word(first, 0) != MAGIC {
+            let message = format!("{}: rank {} sent no message of this library's version", what(), hop.from);
+            return Err(Error::new(ErrorKind::Desync, message).with_rank(hop.from as i32));
+        }
+        let wanted = [hop.header.fingerprint, recv.len() as u64, u64::from(number), steps];
+        if [1, 2, 4, 5].map(|i| word(first, i)) != wanted {
+            return Err(verdict::differs(&what(), self.shard.rank as usize, hop.from));
+        }
+        let fault = word(first, 3);
+        let mut rest: (&[u8], &mut [u8]) = (&[], &mut []);
+        if send.len() > FIRST {
+            rest.0 = send;
+        }
+        if recv.len() > FIRST {
+            rest.1 = recv;
+        } else {
+            recv.copy_from_slice(&first[HEADER..][..recv.len()]);
+        }
+        if !rest.0.is_empty() || !rest.1.is_empty() {
+            self.swap(hop, rest.0, rest.1, &limit)?;
+        }
+        Ok(fault)
     }
 
     fn exchange(
@@ -244,7 +313,13 @@ impl TransportExchange {
         }
         let (world, number) = (self.shard.world as usize, self.rounds.load(Ordering::Relaxed) + 1);
         let what = || format!("round {number}");
-        let until = Instant::now() + self.step_timeout;
+        let limit = Limit {
+            what: &what,
+            peer: &[],
+            until: Instant::now() + self.step_timeout,
+            field: "step_timeout",
+            timeout: self.step_timeout,
+        };
         let mut buffers = lock(&self.buffers);
         let Buffers { send, first, rest } = &mut *buffers;
         let (send, first, rest) = (bytes_of(send), bytes_of(first), bytes_of(rest));
@@ -256,14 +331,14 @@ impl TransportExchange {
         if fits {
             fill(&mut message[HEADER..][..bytes]);
         }
-        self.gather(&what(), message, first, "step_timeout", until, self.step_timeout)?;
+        self.gather(message, first, &limit)?;
         let of = |rank: usize, i: usize| word(&first[rank * (HEADER + FIRST)..], i);
         if let Some(rank) = (0..world).find(|&rank| of(rank, 0) != MAGIC) {
             let message = format!("{}: rank {rank} sent no message of this library's version", what());
             return Err(Error::new(ErrorKind::Desync, message).with_rank(rank as i32));
         }
         let print = |rank: usize| of(rank, 1) ^ of(rank, 2).rotate_left(32) ^ of(rank, 4).rotate_left(48);
-        if let Some(error) = verdict::desync(number, self.shard.rank as usize, world, print) {
+        if let Some(error) = verdict::desync(what, self.shard.rank as usize, world, print) {
             return Err(error);
         }
         if fits {
@@ -272,11 +347,15 @@ impl TransportExchange {
         } else {
             let stride = bytes.next_multiple_of(HEADER);
             fill(&mut send[..bytes]);
-            self.gather(&what(), &send[..stride], rest, "step_timeout", until, self.step_timeout)?;
+            self.gather(&send[..stride], rest, &limit)?;
             take(&Received { first, payloads: rest, offset: 0, stride, bytes });
         }
         self.rounds.store(number, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn check_here(&self) -> Result<()> {
+        if self.gone.load(Ordering::Acquire) { Err(self.left()) } else { Ok(()) }
     }
 
     fn left(&self) -> Error {
@@ -309,11 +388,17 @@ impl Exchange for TransportExchange {
     }
 
     fn allgather(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>> {
-        let until = Instant::now() + self.setup_timeout;
+        let limit = Limit {
+            what: &|| "setup exchange".to_string(),
+            peer: &[],
+            until: Instant::now() + self.setup_timeout,
+            field: "setup_timeout",
+            timeout: self.setup_timeout,
+        };
         let world = self.shard.world as usize;
         let gather = |send: &[u8]| -> Result<Vec<u8>> {
             let mut recv = vec![0; send.len() * world];
-            self.gather("setup exchange", send, &mut recv, "setup_timeout", until, self.setup_timeout)?;
+            self.gather(send, &mut recv, &limit)?;
             Ok(recv)
         };
         let run = || {
@@ -342,10 +427,38 @@ impl Exchange for TransportExchange {
         fill: &mut dyn FnMut(&mut [u8]),
         take: &mut dyn FnMut(&dyn Round),
     ) -> Result<()> {
-        if self.gone.load(Ordering::Acquire) {
-            return Err(self.left());
-        }
+        self.check_here()?;
         self.exchange(header, bytes, fill, take).inspect_err(|error| self.latch(error))
+    }
+
+    fn open(&self, _fingerprint: u64) -> Result<()> {
+        self.check_here()?;
+        self.steps.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn hop(
+        &self,
+        hop: &Hop,
+        send: &[u8],
+        recv: &mut [u8],
+        meanwhile: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<u64> {
+        self.check_here()?;
+        // Callbacks block, and run on this thread: first the bytes, for which a peer may be waiting.
+        self.meet(hop, send, recv).and_then(|fault| meanwhile().map(|()| fault)).inspect_err(|error| self.latch(error))
+    }
+
+    fn has_hops(&self) -> bool {
+        self.transport.sendrecv.is_some()
+    }
+
+    fn reads_in_place(&self) -> bool {
+        false
+    }
+
+    fn step_timeout(&self) -> Duration {
+        self.step_timeout
     }
 
     fn status(&self) -> Option<Error> {
@@ -371,11 +484,20 @@ impl Exchange for TransportExchange {
     }
 
     fn describe(&self) -> String {
+        let rounds = |name: &str, rounds: usize| {
+            format!(r#"{{"name":"{name}","rounds_per_chunk":{rounds},"chunk_bytes":{}}}"#, self.capacity)
+        };
+        let hops = |name: &str, hops: String| format!(r#"{{"name":"{name}","hops":{hops}}}"#);
+        let mut algorithms = vec![rounds("ONE_SHOT", 1), rounds("TWO_SHOT", 2), rounds("ALLREDUCE3", 3)];
+        if self.has_hops() {
+            algorithms.push(hops("TREE", r#""2 ceil(log2 ranks of a node) + ceil(log2 nodes)""#.into()));
+            algorithms.push(hops("RING", (self.shard.world - 1).to_string()));
+        }
         format!(
             concat!(
                 r#"{{"kind":"transport","world":{},"rank":{},"sendrecv":{},"stream_threads":{},"capacity_bytes":{},"#,
                 r#""window_bytes":{},"first_message_bytes":{},"setup_timeout_ms":{},"step_timeout_ms":{},"links":[],"#,
-                r#""algorithms":[{{"name":"ONE_SHOT","output":"REPLICATED and SCATTERED","rounds_per_chunk":1}}]}}"#
+                r#""algorithms":[{}]}}"#
             ),
             self.shard.world,
             self.shard.rank,
@@ -386,6 +508,7 @@ impl Exchange for TransportExchange {
             HEADER + FIRST,
             self.setup_timeout.as_millis(),
             self.step_timeout.as_millis(),
+            algorithms.join(","),
         )
     }
 

@@ -33,9 +33,14 @@ pub(super) fn failed(rank: usize, error: &Error) -> Error {
     Error::new(error.kind(), message).with_rank(rank as i32)
 }
 
-/// The rank to blame for different fingerprints in round `round`, as rank `me` sees it: the first outside the largest
+/// The rank to blame for different fingerprints in `what`, as rank `me` sees it: the first outside the largest
 /// party; where no party is the largest, the first that differs from me. None where all agree.
-pub(super) fn desync(round: u64, me: usize, world: usize, fingerprint: impl Fn(usize) -> u64) -> Option<Error> {
+pub(super) fn desync(
+    what: impl Fn() -> String,
+    me: usize,
+    world: usize,
+    fingerprint: impl Fn(usize) -> u64,
+) -> Option<Error> {
     let first = fingerprint(0);
     if (1..world).all(|rank| fingerprint(rank) == first) {
         return None;
@@ -48,11 +53,18 @@ pub(super) fn desync(round: u64, me: usize, world: usize, fingerprint: impl Fn(u
     let odd: Vec<usize> = (0..world).filter(|&rank| fingerprint(rank) != right).collect();
     let rest: Vec<usize> = (0..world).filter(|&rank| fingerprint(rank) == right).collect();
     let message = format!(
-        "round {round}: {} issued another call (or another batch, query_tokens or plan) than {}; the communicator is broken",
+        "{}: {} issued another call (or another batch, query_tokens or plan) than {}; the communicator is broken",
+        what(),
         ranks(&odd),
         ranks(&rest)
     );
     Some(Error::new(ErrorKind::Desync, message).with_rank(odd[0] as i32))
+}
+
+/// `peer` sent `me` something else than `what` wants, though both began the same step.
+pub(super) fn differs(what: &str, me: usize, peer: usize) -> Error {
+    let message = format!("{what}: rank {peer} sent another message than rank {me} waits for; the communicator is broken");
+    Error::new(ErrorKind::Desync, message).with_rank(peer as i32)
 }
 
 /// "rank 3", "ranks 1, 2 and 5", or "a rank" where none is known.
@@ -80,7 +92,7 @@ mod tests {
 
     #[test]
     fn the_minority_is_blamed_and_a_tie_names_the_peer() {
-        let blame = |me: usize, prints: &[u64]| desync(9, me, prints.len(), |r| prints[r]).map(|e| e.rank().unwrap());
+        let blame = |me: usize, prints: &[u64]| desync(|| "round 9".into(), me, prints.len(), |r| prints[r]).map(|e| e.rank().unwrap());
         assert_eq!(blame(0, &[5, 5, 5]), None);
         for me in 0..3 {
             assert_eq!(blame(me, &[5, 6, 5]), Some(1));
@@ -89,7 +101,7 @@ mod tests {
         assert_eq!((blame(0, &[5, 6]), blame(1, &[5, 6])), (Some(1), Some(0)));
         assert_eq!((blame(0, &[5, 6, 5, 6]), blame(3, &[5, 6, 5, 6])), (Some(1), Some(0)));
         assert_eq!(blame(2, &[1, 2, 3]), Some(0));
-        let error = desync(9, 0, 4, |r| [1, 2, 1, 3][r]).unwrap();
+        let error = desync(|| "round 9".into(), 0, 4, |r| [1, 2, 1, 3][r]).unwrap();
         assert!(error.message().contains("ranks 1 and 3") && error.message().contains("ranks 0 and 2"), "{error}");
     }
 

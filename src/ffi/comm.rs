@@ -38,8 +38,8 @@ pub unsafe extern "C" fn treeattn_comm_create_local(
         convert::output("comms", comms)?;
         let device = |(rank, &code)| Device::from_code(&format!("devices[{rank}]"), code);
         let devices: Vec<Device> = codes.iter().enumerate().map(device).collect::<Result<_>>()?;
-        // SAFETY: its strings are terminated, as the caller vouches.
-        let config = unsafe { convert::comm_config(&config) }?;
+        // SAFETY: its strings are terminated and it has n groups, as the caller vouches.
+        let config = unsafe { convert::comm_config(&config, Some(n)) }?;
         let created = Communicator::create_local(&runtime, &devices, &config)?;
         // SAFETY: `comms` has `n` writable values, as the caller vouches.
         unsafe { insert_all(created, comms) }
@@ -83,7 +83,7 @@ pub unsafe extern "C" fn treeattn_comm_create_from_transport(
         // SAFETY: as the caller vouches.
         let config = unsafe { convert::read_or_default("config", config) }?;
         // SAFETY: its strings are terminated, as the caller vouches.
-        let config = unsafe { convert::comm_config(&config) }?;
+        let config = unsafe { convert::comm_config(&config, None) }?;
         convert::output("comm", comm)?;
         // SAFETY: the caller vouches for the callbacks and for what `ctx` points to.
         let created =

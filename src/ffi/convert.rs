@@ -201,11 +201,11 @@ pub fn device(code: treeattn_device_t) -> Result<Device> {
     Device::from_code("device", code)
 }
 
-/// A communicator's configuration.
+/// A communicator's configuration, for `n` ranks of this process or, with none, for one rank of several processes.
 ///
 /// # Safety
-/// Its strings are null or terminated.
-pub unsafe fn comm_config(c: &treeattn_comm_config_t) -> Result<CommConfig> {
+/// Its strings are null or terminated, and its groups null or `n`.
+pub unsafe fn comm_config(c: &treeattn_comm_config_t, n: Option<i32>) -> Result<CommConfig> {
     let timeout = |name: &str, ns: i64, default: Duration| match ns {
         0 => Ok(default),
         ns => u64::try_from(ns)
@@ -213,12 +213,22 @@ pub unsafe fn comm_config(c: &treeattn_comm_config_t) -> Result<CommConfig> {
             .map_err(|_| Error::invalid(name, ns, "at least 0 nanoseconds, 0 for the default")),
     };
     let default = CommConfig::default();
+    let node_groups = match n {
+        _ if c.node_groups.is_null() => Vec::new(),
+        // SAFETY: as the caller vouches.
+        Some(n) => unsafe { ranks("node_groups", c.node_groups, n) }?.to_vec(),
+        None => {
+            let wanted = "NULL where each rank has a node_group of its own";
+            return Err(Error::invalid("node_groups", format_args!("{:p}", c.node_groups), wanted));
+        }
+    };
     Ok(CommConfig {
         setup_timeout: timeout("setup_timeout", c.setup_timeout, default.setup_timeout)?,
         step_timeout: timeout("step_timeout", c.step_timeout, default.step_timeout)?,
         threads_per_rank: usize::try_from(c.threads_per_rank)
             .map_err(|_| Error::invalid("threads_per_rank", c.threads_per_rank, "at least 0"))?,
         node_group: c.node_group,
+        node_groups,
         // SAFETY: as the caller vouches.
         nccl_path: unsafe { string("nccl_path", c.nccl_path) }?,
     })

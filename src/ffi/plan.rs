@@ -243,6 +243,7 @@ pub unsafe extern "C" fn treeattn_plan_stats(
             head_begin: plan.heads().start as i32,
             head_end: plan.heads().end as i32,
             reason: convert::fixed(&found.reason),
+            exchange_memory: found.exchange_memory,
         };
         // SAFETY: checked above.
         unsafe { convert::write(stats, &value) };

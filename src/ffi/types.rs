@@ -76,10 +76,13 @@ pub struct treeattn_comm_config_t {
     pub step_timeout: i64,
     /// Worker threads of a CPU rank, the calling thread among them. 0: the cores over the local ranks, at least 1.
     pub threads_per_rank: i32,
-    /// Ranks of the same group count as one node.
+    /// Ranks of the same group count as one node; the tree algorithm merges within a node first. This one may differ from
+    /// rank to rank. 0 over an engine's transport: the ranks of a machine are a node.
     pub node_group: i32,
     /// Path of the NCCL library to load. NULL: looked for.
     pub nccl_path: *const c_char,
+    /// `treeattn_comm_create_local` only: the group of each of its n ranks. NULL: `node_group` for all.
+    pub node_groups: *const i32,
 }
 
 /// The health of a communicator. Filled by `treeattn_comm_status`.
@@ -327,11 +330,13 @@ pub struct treeattn_plan_stats_t {
     pub plan: u64,
     /// Steps run.
     pub steps: u64,
-    /// Exchange rounds; a step larger than the window takes several.
+    /// Steps of the exchanges: rounds, and levels of the tree or hops of the ring; a decode step larger than the window
+    /// takes several rounds.
     pub rounds: u64,
     /// Messages sent to peers.
     pub messages: u64,
-    /// Bytes of partials sent to peers, each peer counted.
+    /// Bytes of partials, keys and values sent to peers, each peer counted; headers are not. A peer of the same process
+    /// that reads a part of what lies in shared memory was sent that part.
     pub bytes_sent: u64,
     /// The most bytes held at once, workspace and window.
     pub peak_memory: u64,
@@ -345,6 +350,9 @@ pub struct treeattn_plan_stats_t {
     pub head_end: i32,
     /// Why the algorithm was chosen; cut where it is longer.
     pub reason: [c_char; 256],
+    /// Of `peak_memory`, the bytes that the exchange works on: this rank's partial and those that it receives or, with
+    /// TREEATTN_ALGORITHM_RING, blocks of keys and values and the partials of some. Windows are not among them.
+    pub exchange_memory: u64,
 }
 
 /// The engine's own way to exchange small blobs in host memory (MPI, gloo, sockets): what
@@ -385,7 +393,8 @@ pub struct treeattn_transport_t {
         ) -> i32,
     >,
     /// Sends `send_bytes` bytes to rank `to` and receives `recv_bytes` from rank `from` at once; otherwise as
-    /// `allgather`. NULL: algorithms that need it are TREEATTN_ERROR_UNSUPPORTED.
+    /// `allgather`. Where one of the sizes is 0 nothing goes that way, and that peer makes no call for it. NULL:
+    /// TREEATTN_ALGORITHM_TREE and TREEATTN_ALGORITHM_RING, which need it, are TREEATTN_ERROR_UNSUPPORTED.
     pub sendrecv: Option<
         unsafe extern "C" fn(
             ctx: *mut c_void,

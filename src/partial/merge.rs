@@ -39,6 +39,33 @@ pub fn merge_into(acc_o: &mut [f32], acc_lse: &mut f32, o: &[f32], lse: f32) {
     *acc_lse = max + sum.ln();
 }
 
+/// As [`merge_into`], with weights and sums in f64, so that each element is rounded once. Commutative bit for bit: ranks
+/// that swap partials end with the same one, whichever of the two is theirs.
+pub fn merge_two(acc_o: &mut [f32], acc_lse: &mut f32, o: &[f32], lse: f32) {
+    if lse == f32::NEG_INFINITY {
+        return;
+    }
+    if *acc_lse == f32::NEG_INFINITY {
+        acc_o.copy_from_slice(o);
+        *acc_lse = lse;
+        return;
+    }
+    let (l1, l2) = (f64::from(*acc_lse), f64::from(lse));
+    let max = l1.max(l2);
+    if l1.is_nan() || l2.is_nan() || max == f64::INFINITY {
+        acc_o.fill(f32::NAN);
+        *acc_lse = f32::NAN;
+        return;
+    }
+    let (w1, w2) = ((l1 - max).exp(), (l2 - max).exp());
+    let sum = w1 + w2;
+    let (a, b) = (w1 / sum, w2 / sum);
+    for (acc, &x) in acc_o.iter_mut().zip(o) {
+        *acc = (a * f64::from(*acc) + b * f64::from(x)) as f32;
+    }
+    *acc_lse = (max + sum.ln()) as f32;
+}
+
 /// Merges the partials of one row that `count` ranks hold, in rank order: global maximum first, then a left fold.
 ///
 /// `lse(r)` gives rank r's lse. `o(r, scratch)` gives its output row, or fills `scratch` (a row long) with it and gives
@@ -122,6 +149,37 @@ mod tests {
         let mut out = [0.0; 2];
         assert!(merge_ranks(2, |r| lses[r], |r, _| Some(&rows[r]), &mut [], &mut out).is_nan());
         assert!(out.iter().all(|x| x.is_nan()));
+    }
+
+    #[test]
+    fn the_merge_of_two_is_commutative_and_knows_its_identity() {
+        let mut state = 7u32;
+        let mut draw = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 22) as f32 - 2.0
+        };
+        for _ in 0..1000 {
+            let (x, y) = ([draw(), draw(), draw()], [draw(), draw(), draw()]);
+            let (lx, ly) = (10.0 * draw(), 10.0 * draw());
+            let (mut a, mut la) = (x, lx);
+            merge_two(&mut a, &mut la, &y, ly);
+            let (mut b, mut lb) = (y, ly);
+            merge_two(&mut b, &mut lb, &x, lx);
+            assert_eq!((a.map(f32::to_bits), la.to_bits()), (b.map(f32::to_bits), lb.to_bits()));
+            let (mut c, mut lc) = (x, lx);
+            merge_into(&mut c, &mut lc, &y, ly);
+            assert!(a.iter().zip(c).all(|(a, c)| (a - c).abs() < 1e-6) && (la - lc).abs() < 1e-5);
+        }
+        for (lse, other) in [(f32::NEG_INFINITY, 0.5), (0.5, f32::NEG_INFINITY)] {
+            let (mut o, mut l) = ([-0.0f32, 3e-40], lse);
+            merge_two(&mut o, &mut l, &[-0.0, 3e-40], other);
+            assert_eq!((o.map(f32::to_bits), l), ([-0.0f32, 3e-40].map(f32::to_bits), 0.5));
+        }
+        for bad in [f32::NAN, f32::INFINITY] {
+            let (mut o, mut l) = ([1.0f32], 0.0);
+            merge_two(&mut o, &mut l, &[1.0], bad);
+            assert!(o[0].is_nan() && l.is_nan());
+        }
     }
 
     #[test]

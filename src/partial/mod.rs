@@ -1,6 +1,6 @@
 //! The monoid of partials: (o, lse), its identity (0, -inf) and its merge.
 //!
-//! Everything that meets anywhere in the library (tiles, splits, workers, ranks, nodes) meets by [`merge_into`] or by
+//! Everything that meets anywhere in the library (tiles, splits, workers, ranks, nodes) meets by [`merge_into`], [`merge_two`] or
 //! [`merge_ranks`]; the order is fixed by the caller. `epoch` holds the rules of an exchange of partials, whatever
 //! carries it. Depends on nothing but plain data.
 
@@ -9,7 +9,7 @@ pub(crate) mod epoch;
 mod epoch_model;
 mod merge;
 
-pub use merge::{PartialRows, merge_into, merge_ranks};
+pub use merge::{PartialRows, merge_into, merge_ranks, merge_two};
 
 /// A bad length, position or table entry met while a step ran.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

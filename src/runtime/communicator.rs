@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 
 use super::context::{LogLevel, Runtime};
 use crate::attention::Shard;
-use crate::comm::{CommConfig, Exchange, Transport, TransportExchange, local_group};
+use crate::comm::{CommConfig, Exchange, Transport, TransportExchange, local_group, node_numbers};
 use crate::cuda::CudaBackend;
 use crate::device::cuda::CudaDevice;
 use crate::device::{Device, DeviceKind, Workers, available_cores};
@@ -54,6 +54,8 @@ pub(super) struct CommCore {
     pub config: CommConfig,
     pub workers: Workers,
     pub exchange: Box<dyn Exchange>,
+    /// The node of each rank.
+    pub nodes: Vec<usize>,
     /// Ranks in one process share a group; 0 for a rank whose peers are elsewhere.
     pub group: u64,
     /// Plans created so far: the next plan's number, the same on all ranks.
@@ -85,6 +87,15 @@ impl Communicator {
             0 => (cores / devices.len()).max(1),
             threads => threads,
         };
+        let groups = match &config.node_groups[..] {
+            [] => vec![config.node_group; devices.len()],
+            groups if groups.len() == devices.len() => groups.to_vec(),
+            groups => {
+                let found = format!("{} groups", groups.len());
+                return Err(Error::invalid("node_groups", found, format!("none, or {}", devices.len())));
+            }
+        };
+        let nodes = node_numbers(&groups);
         let mut ranks = Vec::with_capacity(devices.len());
         for (rank, (exchange, &device)) in local_group(devices.len(), config)?.into_iter().zip(devices).enumerate() {
             let spin = threads.saturating_mul(devices.len()) <= cores;
@@ -98,6 +109,7 @@ impl Communicator {
                     config: config.clone(),
                     workers: Workers::new(threads, &format!("treeattn-{rank}"), spin)?,
                     exchange: Box::new(exchange),
+                    nodes: nodes.clone(),
                     group,
                     plans: AtomicU64::new(0),
                     calls: AtomicU64::new(0),
@@ -133,9 +145,22 @@ impl Communicator {
         if device.kind != DeviceKind::Cpu {
             return Err(Error::unsupported("device", device, "CPU devices"));
         }
+        if !config.node_groups.is_empty() {
+            let found = format!("{} groups", config.node_groups.len());
+            return Err(Error::invalid("node_groups", found, "none where each rank has a node_group of its own"));
+        }
         let exchange = TransportExchange::new(transport, Shard { rank, world }, config)?;
         let here = exchange.allgather(boot_id().as_bytes())?;
         let local = here.iter().filter(|id| **id == here[rank as usize]).count();
+        let groups = exchange.allgather(&config.node_group.to_le_bytes())?;
+        // Ranks without a group of their own are told apart by their machines.
+        let unset = 0i32.to_le_bytes();
+        let keys: Vec<(&[u8], &[u8])> = groups
+            .iter()
+            .zip(&here)
+            .map(|(group, id)| if **group == unset { (&unset[..], &id[..]) } else { (&group[..], &[][..]) })
+            .collect();
+        let nodes = node_numbers(&keys);
         let threads = match config.threads_per_rank {
             0 => (available_cores() / local).max(1),
             threads => threads,
@@ -152,6 +177,7 @@ impl Communicator {
                 config: config.clone(),
                 workers: Workers::new(threads, &format!("treeattn-{rank}"), spin)?,
                 exchange: Box::new(exchange),
+                nodes,
                 group: 0,
                 plans: AtomicU64::new(0),
                 calls: AtomicU64::new(0),

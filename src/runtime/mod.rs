@@ -4,13 +4,14 @@
 //! (`cpu`, `comm`, `device`, `attention`, `partial`); nothing below may use it.
 //!
 //! The way of a step: [`Plan::decode`] checks what the host can see ([`Step`](crate::attention::Step)), the backend
-//! turns the shard into partials, `execute` sends them round in chunks and merges them in rank order, and the rows are
+//! turns the shard into partials, `exchange` makes the merged ones of them (`execute` holds it together), and the rows are
 //! rounded once into the caller's output.
 
 mod buffer;
 mod communicator;
 mod context;
 mod energy;
+mod exchange;
 mod execute;
 mod merge;
 mod output;

@@ -9,7 +9,8 @@ use parking_lot::{Condvar, Mutex};
 
 use super::communicator::{CommCore, Communicator};
 use super::context::Runtime;
-use super::execute::{self, Chunks};
+use super::exchange::{Method, Scratch, Wire};
+use super::execute;
 use super::merge::{MergeArgs, MergeInput};
 use super::stream::{Job, Stream};
 use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, OutputMode, Shard, Step, head_range};
@@ -43,14 +44,18 @@ pub struct PlanStats {
     pub plan: u64,
     /// Steps run.
     pub steps: u64,
-    /// Exchange rounds: one a chunk.
+    /// Steps of the exchanges: rounds, one a chunk, and levels of the tree or hops of the ring.
     pub rounds: u64,
     /// Messages sent to peers.
     pub messages: u64,
-    /// Bytes of partials sent to peers (each peer counted).
+    /// Bytes of partials, keys and values sent to peers (each peer counted), headers not. A peer that reads a part of what
+    /// lies in shared memory was sent that part.
     pub bytes_sent: u64,
     /// The most bytes held at once: workspace and window.
     pub peak_memory: u64,
+    /// Of these, the bytes that the exchange works on: this rank's partial and those that it receives or, with `RING`,
+    /// blocks of keys and values and the partials of some. Windows are not among them.
+    pub exchange_memory: u64,
     /// The exchange algorithm in use.
     pub algorithm: Algorithm,
     /// Why it was chosen.
@@ -67,12 +72,14 @@ pub(super) struct PlanCore {
     /// Heads that this rank's merged output holds.
     pub heads: Range<usize>,
     pub backend: Backend,
-    pub chunks: Chunks,
+    pub wire: Wire,
+    pub method: Method,
     pub scratch: Mutex<Scratch>,
     pub counters: Counters,
     algorithm: Algorithm,
     reason: &'static str,
     memory: PlanMemory,
+    exchange_memory: u64,
     in_flight: Mutex<usize>,
     idle: Condvar,
 }
@@ -84,13 +91,6 @@ pub(super) enum Backend {
     Cpu(Option<CpuBackend>),
     /// A CUDA rank; a merge-only plan only merges.
     Cuda(Arc<CudaBackend>),
-}
-
-/// This rank's partials, and two rows a worker: a received row made f32, and the merged one.
-pub(super) struct Scratch {
-    pub o: Vec<f32>,
-    pub lse: Vec<f32>,
-    pub rows: Vec<f32>,
 }
 
 #[derive(Default)]
@@ -105,9 +105,9 @@ pub(super) struct Counters {
 pub fn attention_supported(runtime: &Runtime, device: Device, desc: &AttentionDesc) -> Result<()> {
     runtime.check_device(device)?;
     desc.check()?;
-    match desc.algorithm {
-        Algorithm::Auto | Algorithm::OneShot => {}
-        other => return Err(Error::unsupported("algorithm", other.name(), "AUTO and ONE_SHOT")),
+    match (device.kind, desc.algorithm) {
+        (DeviceKind::Cpu, _) | (_, Algorithm::Auto | Algorithm::OneShot) => {}
+        (_, other) => return Err(Error::unsupported("algorithm", other.name(), "AUTO and ONE_SHOT")),
     }
     match device.kind {
         DeviceKind::Cpu => cpu::supported(desc),
@@ -250,6 +250,7 @@ impl Plan {
             messages: core.counters.messages.load(Ordering::Relaxed),
             bytes_sent: core.counters.bytes_sent.load(Ordering::Relaxed),
             peak_memory: core.memory.workspace + core.memory.window,
+            exchange_memory: core.exchange_memory,
             algorithm: core.algorithm,
             reason: core.reason.into(),
             rank: core.shard.rank,
@@ -354,33 +355,21 @@ impl PlanCore {
             }
         };
         let rows = product("max_query_tokens x q_heads", desc.max_query_tokens, desc.q_heads)?;
-        let dim = desc.head_dim_v as usize;
+        let (method, reason) = Method::choose(desc, &*comm.exchange, &comm.nodes)?;
         let scratch = match &backend {
-            Backend::Cpu(_) => Scratch {
-                o: zeroed("max_query_tokens x q_heads x head_dim_v", rows.checked_mul(dim))?,
-                lse: zeroed("max_query_tokens x q_heads", Some(rows))?,
-                rows: zeroed("workers x head_dim_v", comm.workers.threads().checked_mul(2 * dim))?,
-            },
-            Backend::Cuda(_) => Scratch { o: Vec::new(), lse: Vec::new(), rows: Vec::new() },
+            Backend::Cpu(_) => {
+                let own = head_range(desc.q_heads, shard)?.len();
+                Scratch::new(desc, &method, rows, own, comm.workers.threads())?
+            }
+            Backend::Cuda(_) => Scratch::default(),
         };
-        let chunks = Chunks::new(comm.exchange.capacity(), dim, desc.wire_dtype);
         let backend_bytes = match &backend {
             Backend::Cpu(backend) => backend.as_ref().map_or(0, CpuBackend::memory),
             Backend::Cuda(backend) => backend.memory(),
         };
         let memory = PlanMemory {
-            workspace: (backend_bytes + 4 * (scratch.o.len() + scratch.lse.len() + scratch.rows.len())) as u64,
+            workspace: (backend_bytes + scratch.bytes()) as u64,
             window: comm.exchange.window_bytes() as u64,
-        };
-        let reason = match (desc.output, shard.world, desc.algorithm) {
-            (OutputMode::Local, ..) => "local output: nothing to exchange",
-            (_, 1, _) => "one rank: nothing to exchange",
-            (_, _, Algorithm::OneShot) => "asked for",
-            (OutputMode::Scattered, ..) if comm.group != 0 => {
-                "ranks share memory: each reads its own heads of every partial in place"
-            }
-            _ if comm.group == 0 => "one allgather of the engine's transport has the fewest steps",
-            _ => "ranks share memory: every partial is read in place, so one round has the fewest steps",
         };
         Ok(PlanCore {
             comm: Arc::clone(comm),
@@ -389,10 +378,12 @@ impl PlanCore {
             id: comm.plans.load(Ordering::Relaxed) + 1,
             heads: heads.start as usize..heads.end as usize,
             backend,
-            chunks,
+            wire: Wire::of(desc),
+            algorithm: method.algorithm(desc.algorithm),
+            method,
+            exchange_memory: scratch.exchange_bytes() as u64,
             scratch: Mutex::new(scratch),
             counters: Counters::default(),
-            algorithm: Algorithm::OneShot,
             reason,
             memory,
             in_flight: Mutex::new(0),
@@ -432,7 +423,7 @@ fn product(name: &str, a: i32, b: i32) -> Result<usize> {
 }
 
 /// A buffer of `count` zeros (none: the count overflowed), or `NoMemory`.
-fn zeroed(what: &str, count: Option<usize>) -> Result<Vec<f32>> {
+pub(super) fn zeroed(what: &str, count: Option<usize>) -> Result<Vec<f32>> {
     fault::point("plan.scratch")?;
     let mut floats = Vec::new();
     let reserved = count.filter(|&count| floats.try_reserve_exact(count).is_ok());

@@ -57,6 +57,9 @@ static void creation(void) {
   FIELD(threads_per_rank, -1, "threads_per_rank: found -1");
   FIELD(threads_per_rank, INT32_MAX, "threads_per_rank: found 2147483647");
   FIELD(node_group, -1, "node_group: found -1");
+  static const int32_t groups[] = {0, 3, -2};
+  FIELD(node_groups, groups, "node_groups[2]: found -2");
+  FIELD(node_groups, (const int32_t *)(const void *)((const char *)groups + 1), "node_groups: found");
   FIELD(nccl_path, "", "nccl_path: found");
   FIELD(nccl_path, "\xc3(", "nccl_path: found");
   FIELD(struct_size, 0, "config.struct_size: found 0");
@@ -64,7 +67,7 @@ static void creation(void) {
   FIELD(struct_size, SIZE_MAX, "config.struct_size: found");
   config.known.struct_size = sizeof(config);
   config.tail[7] = 0x80;
-  REFUSED("config.struct_size: found 48 with byte 47 set");
+  REFUSED("config.struct_size: found 56 with byte 55 set");
   config.tail[7] = 0;
   CHECK(check_untouched(made, sizeof(made)));
 

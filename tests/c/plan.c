@@ -124,10 +124,6 @@ static void later_capabilities(void) {
   UNSUPPORTED(query_input, TREEATTN_QUERY_INPUT_SCATTERED, "query_input: found SCATTERED");
   UNSUPPORTED(reproducibility, TREEATTN_REPRODUCIBILITY_BATCH_INVARIANT, "reproducibility: found BATCH_INVARIANT");
   UNSUPPORTED(reproducibility, TREEATTN_REPRODUCIBILITY_CANONICAL, "reproducibility: found CANONICAL");
-  UNSUPPORTED(algorithm, TREEATTN_ALGORITHM_TWO_SHOT, "algorithm: found TWO_SHOT");
-  UNSUPPORTED(algorithm, TREEATTN_ALGORITHM_TREE, "algorithm: found TREE");
-  UNSUPPORTED(algorithm, TREEATTN_ALGORITHM_ALLREDUCE3, "algorithm: found ALLREDUCE3");
-  UNSUPPORTED(algorithm, TREEATTN_ALGORITHM_RING, "algorithm: found RING");
 }
 
 static void structs(void) {

@@ -6,6 +6,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod algorithms;
 mod bad_data;
 mod energy;
 mod engine_partials;

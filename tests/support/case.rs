@@ -32,6 +32,8 @@ pub struct Case {
     pub desc: AttentionDesc,
     pub world: usize,
     pub threads: usize,
+    /// The node group of each rank; empty: one node.
+    pub nodes: Vec<i32>,
     pub isa: String,
     /// Each rank on a stream of its own, else on a thread of the caller's.
     pub streams: bool,
@@ -87,6 +89,7 @@ impl Case {
             desc,
             world,
             threads: 1,
+            nodes: Vec::new(),
             isa: treeattn::cpu::Isa::best().name().into(),
             streams: false,
             values,
@@ -217,10 +220,12 @@ impl Case {
         let lengths: Vec<_> = self.sequences.iter().map(|s| (s.keys, s.tokens)).collect();
         let held: Vec<Vec<usize>> = self.sequences.iter().map(|s| s.held.iter().map(Vec::len).collect()).collect();
         format!(
-            "case {}: {} ranks x {} threads, {}, streams {}, values {:?}, heads {}/{}, dims {}/{}, q {} k {} v {} out {} \
+            "case {}: {} over nodes {:?}, {} ranks x {} threads, {}, streams {}, values {:?}, heads {}/{}, dims {}/{}, q {} k {} v {} out {} \
              wire {}, {} page {}, {:?}, {}, causal {}, scale {}, tokens {}, (keys, query tokens) {lengths:?}, held \
              {held:?}, query_start {}, query_position {}, broadcast q {:?} k {:?} v {:?}, v in k {}, wild {}",
             self.seed,
+            d.algorithm.name(),
+            self.nodes,
             self.world,
             self.threads,
             self.isa,

@@ -73,6 +73,7 @@ pub fn case(seed: u64, layout: KvLayout) -> Case {
         && r.chance(15);
     let mut case = Case {
         seed,
+        nodes: Vec::new(),
         desc,
         world,
         threads: r.pick(&[1, 1, 2, 3]),

@@ -22,10 +22,16 @@ pub struct Group {
 
 impl Group {
     pub fn new(isa: &str, world: usize, threads: usize) -> Group {
+        Group::over_nodes(isa, world, threads, &[])
+    }
+
+    /// Ranks grouped into nodes.
+    pub fn over_nodes(isa: &str, world: usize, threads: usize, nodes: &[i32]) -> Group {
         let cpu = Device { kind: DeviceKind::Cpu, ordinal: 0 };
         let runtime = Runtime::new(RuntimeConfig { cpu_isa: Some(isa.into()) }).expect("an instruction set it has");
         let config = CommConfig {
             threads_per_rank: threads,
+            node_groups: nodes.to_vec(),
             // A guard against hangs only: the machine may be busy.
             step_timeout: Duration::from_secs(60),
             ..CommConfig::default()
@@ -113,6 +119,15 @@ impl Tally {
     /// rounding it uses that up, and in a few outputs of millions (those of a peaky row to which the largest weight
     /// contributes nothing) more than that.
     pub fn finish(&self, name: &str) {
+        let (broken, elements) = self.tell(name);
+        assert!(broken as f64 <= SELDOM * elements as f64, "{name}: {broken} of {elements} outputs over their bound");
+        for (found, least) in [(&self.normal[1], 0.98), (&self.normal[2], 0.99)] {
+            assert!(found.elements < 1000 || found.rounded_share() >= least, "{name}: {found:?}");
+        }
+    }
+
+    /// Says what was found. Gives the outputs over their bound, and all.
+    pub fn tell(&self, name: &str) -> (u64, u64) {
         let [f32s, f16s, bf16s] = &self.by_dtype;
         println!(
             "{name}: {} cases; f32 {} elements, largest error {:.3} of its bound; f16 {}, {:.3}, {:.4} correctly rounded; \
@@ -133,23 +148,27 @@ impl Tally {
         let all: Vec<&Comparison> = self.by_dtype.iter().chain([&self.narrow_wire]).collect();
         let (broken, elements) = all.iter().fold((0, 0), |(b, e), c| (b + c.broken, e + c.elements));
         println!("{name}: {broken} of {elements} outputs over their bound");
-        assert!(broken as f64 <= SELDOM * elements as f64, "{name}: {broken} of {elements} outputs over their bound");
-        for (found, least) in [(&self.normal[1], 0.98), (&self.normal[2], 0.99)] {
-            assert!(found.elements < 1000 || found.rounded_share() >= least, "{name}: {found:?}");
-        }
+        (broken, elements)
     }
 }
 
-/// Communicators by (instruction set, ranks, threads), kept from case to case.
+/// Communicators by (instruction set, ranks, threads, nodes), kept from case to case.
 #[derive(Default)]
 pub struct Pool {
-    groups: HashMap<(String, usize, usize), Group>,
+    groups: HashMap<(String, usize, usize, Vec<i32>), Group>,
     pub tally: Tally,
 }
 
 impl Pool {
-    pub fn group(&mut self, isa: &str, world: usize, threads: usize) -> &Group {
-        self.groups.entry((isa.into(), world, threads)).or_insert_with(|| Group::new(isa, world, threads))
+    pub fn group(&mut self, case: &Case) -> &Group {
+        let (isa, world, threads) = (&case.isa, case.world, case.threads);
+        let key = (isa.clone(), world, threads, case.nodes.clone());
+        self.groups.entry(key).or_insert_with(|| Group::over_nodes(isa, world, threads, &case.nodes))
+    }
+
+    /// Lets the communicators go.
+    pub fn forget(&mut self) {
+        self.groups.clear();
     }
 
     /// Runs a case that all ranks are to finish, and checks everything that is promised of it.
@@ -161,7 +180,7 @@ impl Pool {
 
     /// Runs one step of a case over memory as it stands, after filling the outputs with 0xff.
     pub fn step(&mut self, case: &Case, ranks: &mut [Rank], call: Call) -> Vec<Result<()>> {
-        let group = self.group(&case.isa, case.world, case.threads);
+        let group = self.group(case);
         let plans = group.plans(&case.desc).expect("plans of a shape that is served");
         ranks.iter_mut().for_each(|rank| rank.prefill(0xff));
         step(group, &plans, ranks, case.streams, call)
@@ -184,7 +203,7 @@ impl Pool {
 
     fn run(&mut self, case: &Case) -> std::result::Result<(), String> {
         let mut ranks: Vec<Rank> = (0..case.world).map(|rank| Rank::new(case, rank)).collect();
-        let group = self.group(&case.isa, case.world, case.threads);
+        let group = self.group(case);
         let plans = group.plans(&case.desc).map_err(|error| format!("plans: {error}"))?;
         let mut runs = Vec::new();
         // Twice, with another fill of what must not matter.

@@ -1,0 +1,290 @@
+//! The exchange algorithms on CPU ranks: from one partial a rank to the merged output.
+//!
+//! | algorithm | moves | what happens |
+//! |---|---|---|
+//! | `ONE_SHOT` | 1 round | every rank publishes its partial and merges those of all, in rank order |
+//! | `TWO_SHOT` | 2 rounds | every rank merges its own heads of all partials, then the merged heads go round |
+//! | `TREE` | hops | two partials at a time along [`Tree`](crate::comm::Tree): within nodes, between them, back |
+//! | `ALLREDUCE3` | 3 allreduces | the paper's: the largest lse, then the sums of numerators and of denominators |
+//!
+//! [`begin`] opens the step; [`run`] picks the algorithm. The partial lies in [`Scratch`], `lse` before `o`, which is also
+//! how it travels as f32 (`wire`), so that `TREE` sends it from where it lies. What an algorithm needs beyond that is
+//! allocated with the plan ([`Method`]). Rows that the window of a round has no room for go in several rounds; hops are of
+//! any size. A rank's own state goes through the wire type like its peers', so that all ranks hold the same bits.
+//!
+//! Bytes and messages are counted as the algorithm's own: partials, not headers. Where ranks share memory, a rank that reads a part of what lies there moved that part;
+//! over a transport's allgather all of it moved.
+
+mod allreduce;
+mod one_shot;
+mod tree;
+mod wire;
+
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+use super::output::Output;
+use super::plan::{PlanCore, zeroed};
+use crate::attention::{Algorithm, AttentionDesc, OutputMode};
+use crate::comm::{Exchange, RoundHeader, Tree};
+use crate::error::{Error, Result};
+use crate::partial::DataFault;
+pub(super) use wire::Wire;
+
+/// Elements of partials above which all workers of a rank share a merge.
+const PARALLEL_MERGE: usize = 1 << 17;
+
+/// The rank that met bad data, and what it met.
+pub(super) type Found = Option<(i32, DataFault)>;
+
+/// An algorithm with what it needs of a plan.
+pub(super) enum Method {
+    /// Nothing is exchanged.
+    None,
+    OneShot,
+    TwoShot,
+    Tree(Tree),
+    Allreduce3,
+}
+
+/// This rank's partial and what algorithms need beside it.
+#[derive(Default)]
+pub(super) struct Scratch {
+    /// The lse of the step's rows, then their o.
+    pub partial: Vec<f32>,
+    /// Two rows a worker: a received row made f32, and the merged one.
+    pub rows: Vec<f32>,
+    /// A partial in the wire type, to send; empty where that is f32.
+    outgoing: Vec<f32>,
+    /// A peer's partial; for `ALLREDUCE3` the largest lse and the denominators.
+    incoming: Vec<f32>,
+}
+
+/// One exchanging step of one rank.
+pub(super) struct Meeting<'a> {
+    pub plan: &'a PlanCore,
+    pub tokens: usize,
+    pub output: &'a Output,
+    header: RoundHeader,
+}
+
+impl Scratch {
+    /// Room for `rows` partials of the plan's algorithm.
+    pub fn new(desc: &AttentionDesc, method: &Method, rows: usize, own_heads: usize, workers: usize) -> Result<Scratch> {
+        let dim = desc.head_dim_v as usize;
+        let partial = rows.checked_mul(dim + 1);
+        let words = (Wire::of(desc).row_bytes() + 4).checked_mul(rows).map(|bytes| bytes.div_ceil(4));
+        let narrow = desc.wire_dtype != crate::attention::Dtype::F32;
+        let (outgoing, incoming) = match method {
+            Method::Tree(_) if narrow => (words, words),
+            Method::Tree(_) => (Some(0), words),
+            Method::Allreduce3 => (Some(0), rows.checked_mul(2)),
+            Method::TwoShot => (Some(0), (rows / desc.q_heads as usize * own_heads).checked_mul(dim + 1)),
+            Method::None | Method::OneShot => (Some(0), Some(0)),
+        };
+        Ok(Scratch {
+            partial: zeroed("max_query_tokens x q_heads x head_dim_v", partial)?,
+            rows: zeroed("workers x head_dim_v", workers.checked_mul(2 * dim))?,
+            outgoing: zeroed("max_query_tokens x q_heads x head_dim_v", outgoing)?,
+            incoming: zeroed("max_query_tokens x q_heads x head_dim_v", incoming)?,
+        })
+    }
+
+    /// Bytes of everything.
+    pub fn bytes(&self) -> usize {
+        4 * (self.rows.len()) + self.exchange_bytes()
+    }
+
+    /// Bytes of the partials, own and received.
+    pub fn exchange_bytes(&self) -> usize {
+        4 * (self.partial.len() + self.outgoing.len() + self.incoming.len())
+    }
+
+    /// The lse and o of this step's rows.
+    pub fn partial(&mut self, rows: usize, dim: usize) -> (&mut [f32], &mut [f32]) {
+        self.partial[..rows * (dim + 1)].split_at_mut(rows)
+    }
+}
+
+impl Wire {
+    /// The wire of a shape.
+    pub fn of(desc: &AttentionDesc) -> Wire {
+        Wire { dtype: desc.wire_dtype, dim: desc.head_dim_v as usize }
+    }
+}
+
+impl Method {
+    /// What `desc` asks for on a communicator, with the reason; `Unsupported` where it has not got what that needs.
+    pub fn choose(desc: &AttentionDesc, exchange: &dyn Exchange, nodes: &[usize]) -> Result<(Method, &'static str)> {
+        let shard = exchange.shard();
+        if desc.output == OutputMode::Local {
+            return Ok((Method::None, "local output: nothing to exchange"));
+        }
+        if shard.world == 1 {
+            return Ok((Method::None, "one rank: nothing to exchange"));
+        }
+        if matches!(desc.algorithm, Algorithm::Tree | Algorithm::Ring) && !exchange.has_hops() {
+            let wanted = "AUTO, ONE_SHOT, TWO_SHOT or ALLREDUCE3: the engine's transport has no sendrecv";
+            return Err(Error::unsupported("algorithm", desc.algorithm.name(), wanted));
+        }
+        let method = match desc.algorithm {
+            Algorithm::Auto | Algorithm::OneShot => Method::OneShot,
+            Algorithm::TwoShot => Method::TwoShot,
+            Algorithm::Tree => Method::Tree(Tree::new(nodes, shard.rank as usize)),
+            Algorithm::Allreduce3 => Method::Allreduce3,
+            Algorithm::Ring => return Err(Error::unsupported("algorithm", "RING", "another")),
+        };
+        let reason = match (desc.algorithm, desc.output) {
+            (Algorithm::Auto, OutputMode::Scattered) if exchange.reads_in_place() => {
+                "ranks share memory: each reads its own heads of every partial in place"
+            }
+            (Algorithm::Auto, _) if exchange.reads_in_place() => {
+                "ranks share memory: every partial is read in place, so one round has the fewest steps"
+            }
+            (Algorithm::Auto, _) => "one allgather of the engine's transport has the fewest steps",
+            _ => "asked for",
+        };
+        Ok((method, reason))
+    }
+
+    /// The algorithm in use; where nothing is exchanged, the one asked for.
+    pub fn algorithm(&self, asked: Algorithm) -> Algorithm {
+        match self {
+            Method::None if asked == Algorithm::Auto => Algorithm::OneShot,
+            Method::None => asked,
+            Method::OneShot => Algorithm::OneShot,
+            Method::TwoShot => Algorithm::TwoShot,
+            Method::Tree(_) => Algorithm::Tree,
+            Method::Allreduce3 => Algorithm::Allreduce3,
+        }
+    }
+}
+
+/// Opens a step of `plan`: `kind` tells steps of different calls and sizes apart.
+pub(super) fn begin<'a>(
+    plan: &'a PlanCore,
+    tokens: usize,
+    output: &'a Output,
+    fault: Option<DataFault>,
+    kind: [u64; 3],
+) -> Result<Meeting<'a>> {
+    let call = plan.comm.calls.fetch_add(1, Ordering::Relaxed);
+    let fingerprint = fingerprint(&[plan.id, call, kind[0], kind[1], kind[2]]);
+    plan.comm.exchange.open(fingerprint)?;
+    Ok(Meeting { plan, tokens, output, header: RoundHeader { fingerprint, fault: DataFault::pack(fault) } })
+}
+
+/// Exchanges the partial of `scratch` and writes the merged output. Gives the first rank's bad data, if any.
+pub(super) fn run(meeting: &Meeting<'_>, scratch: &mut Scratch) -> Result<Found> {
+    match &meeting.plan.method {
+        Method::OneShot => one_shot::one_shot(meeting, scratch),
+        Method::TwoShot if meeting.plan.desc.output == OutputMode::Scattered => one_shot::one_shot(meeting, scratch),
+        Method::TwoShot => one_shot::two_shot(meeting, scratch),
+        Method::Tree(tree) => tree::run(meeting, tree, scratch),
+        Method::Allreduce3 => allreduce::run(meeting, scratch),
+        Method::None => {
+            let wanted = "an algorithm that exchanges partials";
+            Err(Error::unsupported("algorithm", meeting.plan.desc.algorithm.name(), wanted))
+        }
+    }
+}
+
+impl Meeting<'_> {
+    fn exchange(&self) -> &dyn Exchange {
+        &*self.plan.comm.exchange
+    }
+
+    fn world(&self) -> usize {
+        self.plan.shard.world as usize
+    }
+
+    fn rank(&self) -> usize {
+        self.plan.shard.rank as usize
+    }
+
+    fn heads(&self) -> usize {
+        self.plan.desc.q_heads as usize
+    }
+
+    fn rows(&self) -> usize {
+        self.tokens * self.heads()
+    }
+
+    fn dim(&self) -> usize {
+        self.plan.wire.dim
+    }
+
+    fn count(&self, rounds: usize, messages: usize, bytes: usize) {
+        let counters = &self.plan.counters;
+        counters.rounds.fetch_add(rounds as u64, Ordering::Relaxed);
+        counters.messages.fetch_add(messages as u64, Ordering::Relaxed);
+        counters.bytes_sent.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Writes row `row` of the step, if it is one of this rank's.
+    fn write(&self, row: usize, o: &[f32], lse: f32) {
+        let (token, head, own) = (row / self.heads(), row % self.heads(), &self.plan.heads);
+        if own.contains(&head) {
+            // SAFETY: the output was resolved for this rank's heads; rows are written by one worker each.
+            unsafe { self.output.write(token, head - own.start, o, lse) };
+        }
+    }
+
+    /// Calls `work` for parts of `0..rows`, on all workers where there is much to do, each with two rows of its own.
+    fn share(&self, rows: usize, cost: usize, spare: &mut [f32], work: &Work<'_>) -> Result<()> {
+        let (workers, dim) = (&self.plan.comm.workers, self.dim());
+        let parts = workers.threads();
+        if parts == 1 || cost < PARALLEL_MERGE {
+            work(0..rows, &mut spare[..2 * dim]);
+            return Ok(());
+        }
+        let base = spare.as_mut_ptr() as usize;
+        workers.run(&|part| {
+            // SAFETY: `spare` holds two rows a worker, and each worker takes its own.
+            let own = unsafe { std::slice::from_raw_parts_mut((base as *mut f32).add(part * 2 * dim), 2 * dim) };
+            work(part * rows / parts..(part + 1) * rows / parts, own);
+        })
+    }
+}
+
+/// What a worker does with some rows.
+type Work<'a> = dyn Fn(Range<usize>, &mut [f32]) + Sync + 'a;
+
+/// The bad data of one rank as a word that orders by rank; 0 is none.
+fn fault_word(rank: usize, packed: u64) -> u64 {
+    if packed == 0 { 0 } else { (rank as u64 + 1) << 40 | packed }
+}
+
+/// The word of the lower rank.
+fn first_fault(a: u64, b: u64) -> u64 {
+    if a == 0 || b != 0 && b < a { b } else { a }
+}
+
+fn unpack_fault(word: u64) -> Found {
+    DataFault::unpack(word & ((1 << 40) - 1)).map(|fault| ((word >> 40) as i32 - 1, fault))
+}
+
+/// FNV-1a over the words that all ranks must agree on.
+fn fingerprint(words: &[u64]) -> u64 {
+    words
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::partial::DataFaultCause;
+
+    #[test]
+    fn the_bad_data_of_the_lowest_rank_wins() {
+        let fault = DataFault { sequence: i32::MAX, cause: DataFaultCause::Position };
+        let word = |rank| fault_word(rank, DataFault::pack(Some(fault)));
+        assert_eq!(unpack_fault(word(4095)), Some((4095, fault)));
+        assert_eq!((unpack_fault(0), fault_word(3, 0)), (None, 0));
+        for (a, b, lowest) in [(0, 0, 0), (word(2), 0, word(2)), (0, word(2), word(2)), (word(7), word(2), word(2))] {
+            assert_eq!((first_fault(a, b), first_fault(b, a)), (lowest, lowest));
+        }
+    }
+}
