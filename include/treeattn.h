@@ -321,10 +321,15 @@ typedef struct treeattn_comm_config_t {
     int64_t step_timeout;
     /** Worker threads of a CPU rank, the calling thread among them. 0: the cores over the local ranks, at least 1. */
     int32_t threads_per_rank;
-    /** Ranks of the same group count as one node. */
+    /**
+     * Ranks of the same group count as one node; the tree algorithm merges within a node first. This one may differ from
+     * rank to rank. 0 over an engine's transport: the ranks of a machine are a node.
+     */
     int32_t node_group;
     /** Path of the NCCL library to load. NULL: looked for. */
     const char *nccl_path;
+    /** `treeattn_comm_create_local` only: the group of each of its n ranks. NULL: `node_group` for all. */
+    const int32_t *node_groups;
 } treeattn_comm_config_t;
 
 /**
@@ -361,7 +366,8 @@ typedef struct treeattn_transport_t {
     int32_t (*allgather)(void *ctx, const void *send, void *recv, size_t bytes, int64_t timeout_ns, const int32_t *abort);
     /**
      * Sends `send_bytes` bytes to rank `to` and receives `recv_bytes` from rank `from` at once; otherwise as
-     * `allgather`. NULL: algorithms that need it are TREEATTN_ERROR_UNSUPPORTED.
+     * `allgather`. Where one of the sizes is 0 nothing goes that way, and that peer makes no call for it. NULL:
+     * TREEATTN_ALGORITHM_TREE and TREEATTN_ALGORITHM_RING, which need it, are TREEATTN_ERROR_UNSUPPORTED.
      */
     int32_t (*sendrecv)(void *ctx,
                         const void *send,
@@ -499,16 +505,19 @@ typedef int32_t treeattn_algorithm_t;
 /** Every rank sends its partial to every rank, each merges all, in one step. */
 #define TREEATTN_ALGORITHM_ONE_SHOT 1
 
-/** Each rank merges its own heads, then the merged heads are spread. */
+/** Each rank merges its own heads of all partials, then the merged heads go round. */
 #define TREEATTN_ALGORITHM_TWO_SHOT 2
 
-/** A tree over groups of ranks. */
+/**
+ * A tree over nodes (see `node_group`): within each node first, then between them by recursive doubling, then back.
+ * Needs the transport's `sendrecv`.
+ */
 #define TREEATTN_ALGORITHM_TREE 3
 
 /** The paper's three reductions (a maximum, two sums): a baseline. */
 #define TREEATTN_ALGORITHM_ALLREDUCE3 4
 
-/** Keys and values passed round: a baseline. */
+/** Keys and values passed round: a baseline. Needs the transport's `sendrecv`. */
 #define TREEATTN_ALGORITHM_RING 5
 
 /** Which bits are promised to be the same. */
@@ -741,11 +750,17 @@ typedef struct treeattn_plan_stats_t {
     uint64_t plan;
     /** Steps run. */
     uint64_t steps;
-    /** Exchange rounds; a step larger than the window takes several. */
+    /**
+     * Steps of the exchanges: rounds, and levels of the tree or hops of the ring; a decode step larger than the window
+     * takes several rounds.
+     */
     uint64_t rounds;
     /** Messages sent to peers. */
     uint64_t messages;
-    /** Bytes of partials sent to peers, each peer counted. */
+    /**
+     * Bytes of partials, keys and values sent to peers, each peer counted; headers are not. A peer of the same process
+     * that reads a part of what lies in shared memory was sent that part.
+     */
     uint64_t bytes_sent;
     /** The most bytes held at once, workspace and window. */
     uint64_t peak_memory;
@@ -759,6 +774,11 @@ typedef struct treeattn_plan_stats_t {
     int32_t head_end;
     /** Why the algorithm was chosen; cut where it is longer. */
     char reason[256];
+    /**
+     * Of `peak_memory`, the bytes that the exchange works on: this rank's partial and those that it receives or, with
+     * TREEATTN_ALGORITHM_RING, blocks of keys and values and the partials of some. Windows are not among them.
+     */
+    uint64_t exchange_memory;
 } treeattn_plan_stats_t;
 
 /** The sizes of a self-check. 0 is the default of every field. */

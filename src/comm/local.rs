@@ -320,13 +320,7 @@ impl LocalExchange {
         Ok(())
     }
 
-    fn meet(
-        &self,
-        hop: &Hop,
-        send: &[u8],
-        recv: &mut [u8],
-        meanwhile: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<u64> {
+    fn meet(&self, hop: &Hop, send: &[u8], recv: &mut [u8], meanwhile: &mut dyn FnMut() -> Result<()>) -> Result<u64> {
         let (group, own, step) = (&*self.group, self.own(), self.opened());
         let world = group.ranks.len();
         if hop.to >= world || hop.from >= world || hop.index >= MAX_HOPS {
@@ -492,13 +486,7 @@ impl Exchange for LocalExchange {
         turn.end(result)
     }
 
-    fn hop(
-        &self,
-        hop: &Hop,
-        send: &[u8],
-        recv: &mut [u8],
-        meanwhile: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<u64> {
+    fn hop(&self, hop: &Hop, send: &[u8], recv: &mut [u8], meanwhile: &mut dyn FnMut() -> Result<()>) -> Result<u64> {
         let turn = self.enter()?;
         let result = self.meet(hop, send, recv, meanwhile);
         turn.end(result)

@@ -112,13 +112,7 @@ pub(crate) trait Exchange: Send + Sync {
     /// way, where the transport can do that, and before the hop is waited for. Returns when both sides are done with the
     /// bytes. Blocks, at most until `hop.until`; allocates nothing unless it fails. Any error but `Busy` breaks the
     /// communicator. Only where [`Exchange::has_hops`].
-    fn hop(
-        &self,
-        hop: &Hop,
-        send: &[u8],
-        recv: &mut [u8],
-        meanwhile: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<u64>;
+    fn hop(&self, hop: &Hop, send: &[u8], recv: &mut [u8], meanwhile: &mut dyn FnMut() -> Result<()>) -> Result<u64>;
 
     /// Whether there are hops.
     fn has_hops(&self) -> bool;

@@ -64,12 +64,8 @@ impl Post {
         if !self.is_for(key, me) {
             return None;
         }
-        let copying = self.state.compare_exchange(
-            key << 2 | POSTED,
-            key << 2 | COPYING,
-            Ordering::AcqRel,
-            Ordering::Relaxed,
-        );
+        let copying =
+            self.state.compare_exchange(key << 2 | POSTED, key << 2 | COPYING, Ordering::AcqRel, Ordering::Relaxed);
         copying.ok().map(|_| Claim { post: self, key })
     }
 }

@@ -437,13 +437,7 @@ impl Exchange for TransportExchange {
         Ok(())
     }
 
-    fn hop(
-        &self,
-        hop: &Hop,
-        send: &[u8],
-        recv: &mut [u8],
-        meanwhile: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<u64> {
+    fn hop(&self, hop: &Hop, send: &[u8], recv: &mut [u8], meanwhile: &mut dyn FnMut() -> Result<()>) -> Result<u64> {
         self.check_here()?;
         // Callbacks block, and run on this thread: first the bytes, for which a peer may be waiting.
         self.meet(hop, send, recv).and_then(|fault| meanwhile().map(|()| fault)).inspect_err(|error| self.latch(error))

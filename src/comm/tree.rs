@@ -99,7 +99,7 @@ fn gather(members: &[usize], place: usize, hops: &mut Vec<TreeHop>) {
             hops.push(TreeHop { index, peer: members[place - half], sends: true, receipt: Receipt::Nothing });
             return;
         }
-        if place % (2 * half) == 0 && place + half < members.len() {
+        if place.is_multiple_of(2 * half) && place + half < members.len() {
             hops.push(TreeHop { index, peer: members[place + half], sends: false, receipt: Receipt::Merge });
         }
     }
@@ -111,7 +111,7 @@ fn spread(members: &[usize], place: usize, first: u32, levels: u32, hops: &mut V
         let (half, index) = (1 << level, 2 * (first + levels - 1 - level));
         if place % (2 * half) == half {
             hops.push(TreeHop { index, peer: members[place - half], sends: false, receipt: Receipt::Replace });
-        } else if place % (2 * half) == 0 && place + half < members.len() {
+        } else if place.is_multiple_of(2 * half) && place + half < members.len() {
             hops.push(TreeHop { index, peer: members[place + half], sends: true, receipt: Receipt::Nothing });
         }
     }

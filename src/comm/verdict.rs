@@ -63,7 +63,8 @@ pub(super) fn desync(
 
 /// `peer` sent `me` something else than `what` wants, though both began the same step.
 pub(super) fn differs(what: &str, me: usize, peer: usize) -> Error {
-    let message = format!("{what}: rank {peer} sent another message than rank {me} waits for; the communicator is broken");
+    let message =
+        format!("{what}: rank {peer} sent another message than rank {me} waits for; the communicator is broken");
     Error::new(ErrorKind::Desync, message).with_rank(peer as i32)
 }
 
@@ -92,7 +93,9 @@ mod tests {
 
     #[test]
     fn the_minority_is_blamed_and_a_tie_names_the_peer() {
-        let blame = |me: usize, prints: &[u64]| desync(|| "round 9".into(), me, prints.len(), |r| prints[r]).map(|e| e.rank().unwrap());
+        let blame = |me: usize, prints: &[u64]| {
+            desync(|| "round 9".into(), me, prints.len(), |r| prints[r]).map(|e| e.rank().unwrap())
+        };
         assert_eq!(blame(0, &[5, 5, 5]), None);
         for me in 0..3 {
             assert_eq!(blame(me, &[5, 6, 5]), Some(1));

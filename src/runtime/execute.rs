@@ -97,13 +97,7 @@ fn write_own(plan: &PlanCore, scratch: &mut Scratch, tokens: usize, output: &Out
 }
 
 /// Ends an exchanged step: the error of the step, with NaN in the output, or the pending bad data.
-fn finish(
-    plan: &PlanCore,
-    sent: Result<Found>,
-    scratch: &mut Scratch,
-    tokens: usize,
-    output: &Output,
-) -> Result<()> {
+fn finish(plan: &PlanCore, sent: Result<Found>, scratch: &mut Scratch, tokens: usize, output: &Output) -> Result<()> {
     match sent {
         Ok(Some((rank, fault))) => report(plan, rank, Some(fault)),
         Ok(None) => Ok(()),

@@ -106,6 +106,9 @@ pub fn attention_supported(runtime: &Runtime, device: Device, desc: &AttentionDe
     runtime.check_device(device)?;
     desc.check()?;
     match (device.kind, desc.algorithm) {
+        (_, Algorithm::Ring) => {
+            return Err(Error::unsupported("algorithm", desc.algorithm.name(), "another algorithm"));
+        }
         (DeviceKind::Cpu, _) | (_, Algorithm::Auto | Algorithm::OneShot) => {}
         (_, other) => return Err(Error::unsupported("algorithm", other.name(), "AUTO and ONE_SHOT")),
     }

@@ -70,7 +70,13 @@ pub(super) struct Meeting<'a> {
 
 impl Scratch {
     /// Room for `rows` partials of the plan's algorithm.
-    pub fn new(desc: &AttentionDesc, method: &Method, rows: usize, own_heads: usize, workers: usize) -> Result<Scratch> {
+    pub fn new(
+        desc: &AttentionDesc,
+        method: &Method,
+        rows: usize,
+        own_heads: usize,
+        workers: usize,
+    ) -> Result<Scratch> {
         let dim = desc.head_dim_v as usize;
         let partial = rows.checked_mul(dim + 1);
         let words = (Wire::of(desc).row_bytes() + 4).checked_mul(rows).map(|bytes| bytes.div_ceil(4));

@@ -111,12 +111,7 @@ fn chunks(meeting: &Meeting<'_>) -> impl Iterator<Item = Chunk> + use<> {
 }
 
 /// One round in which every rank publishes a chunk of its partial.
-fn publish(
-    meeting: &Meeting<'_>,
-    partial: &[f32],
-    chunk: Chunk,
-    take: &mut dyn FnMut(&dyn Round),
-) -> Result<()> {
+fn publish(meeting: &Meeting<'_>, partial: &[f32], chunk: Chunk, take: &mut dyn FnMut(&dyn Round)) -> Result<()> {
     let (wire, dim) = (meeting.plan.wire, meeting.dim());
     let (lse, o) = partial.split_at(meeting.rows());
     let (lse, o) = (&lse[chunk.first..][..chunk.n], &o[chunk.first * dim..][..chunk.n * dim]);
