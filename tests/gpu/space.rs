@@ -62,6 +62,7 @@ pub fn case(seed: u64, layout: KvLayout) -> Case {
         desc.k_dtype == desc.v_dtype && desc.head_dim_v <= desc.head_dim_qk && values != Values::Huge && r.chance(10);
     let mut case = Case {
         seed,
+        nodes: Vec::new(),
         desc,
         world,
         threads: 1,
