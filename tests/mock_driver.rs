@@ -248,6 +248,9 @@ fn a_lost_context_is_told_apart(mock: &Mock) {
     mock.set(Key::FailSync, 0);
     assert_eq!(stream.synchronize().unwrap_err().kind(), ErrorKind::CudaFatal, "for good");
     assert!(stream.check_destroy().is_ok());
+    // What is made anew over the same context meets the loss, which is no news.
+    mock.set(Key::FailAlloc, 700);
+    assert_eq!(Stream::new(&runtime, GPU).err().unwrap().kind(), ErrorKind::CudaFatal);
     drop(stream);
     // What a lost context took along is not freed: the mock counts it as left.
     mock.set(Key::Alive, alive);

@@ -148,6 +148,7 @@ status cuPointerGetAttributes(unsigned count, int *which, void **to, uint64_t po
 status cuStreamCreate(void **stream, unsigned flags) {
     status result = change();
     if (result) return result;
+    if (values[FAIL_ALLOC]) return result = (status)values[FAIL_ALLOC], mock_set(FAIL_ALLOC, 0), result;
     return *stream = malloc(16), *(void **)*stream = (void *)stack[depth - 1], add(ALIVE, 1), flags == 1 ? OK : INVALID_VALUE;
 }
 status cuStreamDestroy_v2(void *stream) { return free(stream), add(ALIVE, -1), OK; }

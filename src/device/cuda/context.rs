@@ -128,6 +128,7 @@ impl CudaDevice {
         if let Some(known) = devices.iter().filter_map(Weak::upgrade).find(alive) {
             return Ok(known);
         }
+        let is_known_lost = devices.iter().filter_map(Weak::upgrade).any(|known| known.device == device);
         let handle = handle(driver, device)?;
         let units = attribute(driver, handle, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let capability = capability(driver, handle)?;
@@ -147,8 +148,12 @@ impl CudaDevice {
             modules: Mutex::new(Vec::new()),
             copies: std::ptr::null_mut(),
         };
-        let copies = new.enter()?.new_stream()?;
-        new.copies = copies;
+        let copies = new.enter().and_then(|entered| entered.new_stream());
+        new.copies = copies.map_err(|error| match error.kind() {
+            // The loss was told before, to whoever met it first.
+            ErrorKind::CudaPrior if is_known_lost => Error::new(ErrorKind::CudaFatal, error.message()),
+            _ => error,
+        })?;
         let new = Arc::new(new);
         devices.push(Arc::downgrade(&new));
         Ok(new)

@@ -41,9 +41,8 @@ int main(void) {
   CHECK_STATUS(treeattn_stream_synchronize(stream), TREEATTN_ERROR_CUDA_FATAL, "cuda:0");
   CHECK_STATUS(treeattn_buffer_download(buffer, 0, &byte, 1), TREEATTN_ERROR_CUDA_FATAL, "cuda:0");
   CHECK_STATUS(treeattn_buffer_upload(buffer, 0, &byte, 1), TREEATTN_ERROR_CUDA_FATAL, "cuda:0");
-  /* What is made anew meets the dead context by itself. */
-  CHECK(treeattn_buffer_alloc(runtime, TREEATTN_CUDA(0), 8, &memory) != TREEATTN_OK);
-  CHECK(treeattn_plan_create(comm, &desc, &more) != TREEATTN_OK);
+  CHECK_STATUS(treeattn_plan_create(comm, &desc, &more), TREEATTN_ERROR_CUDA_FATAL, "cuda:0");
+  CHECK_STATUS(treeattn_buffer_alloc(runtime, TREEATTN_CUDA(0), 8, &memory), TREEATTN_ERROR_CUDA_FATAL, "cuda:0");
 
   began = time(NULL);
   CHECK_OK(treeattn_plan_destroy(plan));
