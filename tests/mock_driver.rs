@@ -130,6 +130,7 @@ fn main() -> ExitCode {
             test("errors_before_a_step_are_not_its_own", true, errors_before_a_step_are_not_its_own),
             test("steps_may_be_captured_and_plans_not_changed", true, steps_may_be_captured),
             test("several_ranks_are_local_only", true, several_ranks_are_local_only),
+            test("the_bench_finds_outputs_that_nobody_wrote", true, the_bench_finds_outputs_that_nobody_wrote),
         ],
     )
     .exit_code()
@@ -441,4 +442,13 @@ fn several_ranks_are_local_only(_mock: &Mock) {
     let cpu = Device { kind: DeviceKind::Cpu, ordinal: 0 };
     let error = Communicator::create_local(&runtime, &[GPU, cpu], &CommConfig::default()).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Unsupported);
+}
+
+/// The whole way of a bench on a GPU, up to the look at what the steps wrote: here, nothing.
+fn the_bench_finds_outputs_that_nobody_wrote(_mock: &Mock) {
+    let Some(program) = option_env!("CARGO_BIN_EXE_treeattn") else { return };
+    let args = "bench --device cuda:0 --quick --pool-mib 8 --heads 4/2x64 --lengths 64 --page-size 16";
+    let output = Command::new(program).args(args.split(' ')).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && error.contains("lse: found no finite number in row 0 of 4"), "{error}");
 }

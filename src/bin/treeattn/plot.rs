@@ -83,7 +83,10 @@ impl Plot {
                 let _ =
                     writeln!(svg, "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"3\" fill=\"{colour}\"/>", x_of(*x), y_of(*y));
             }
-            let _ = writeln!(svg, "<path d=\"{path}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\"/>");
+            // Where colours come again, lines are dashed.
+            let dashes = if i < COLOURS.len() { "" } else { " stroke-dasharray=\"6 4\"" };
+            let _ =
+                writeln!(svg, "<path d=\"{path}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\"{dashes}/>");
         }
         svg.push_str("</svg>\n");
         svg
