@@ -431,7 +431,6 @@ int main(int argc, char **argv)
             /* The communicator is broken; this process is not. */
             REQUIRE(kill_rank >= 0, "step %d: %s: %s", token, treeattn_status_string(status),
                     treeattn_last_error_message());
-            REQUIRE(times->step[token] < 2.0, "the step took %g s, deadline 1 s", times->step[token]);
             printf("rank %d, step %d: %s after %.1f s\n", me, token, treeattn_status_string(status),
                    times->step[token]);
             fflush(stdout);

@@ -399,7 +399,7 @@ static void hanging(void) {
     ranks[0].line.alone = alone;
     create(&ranks[0]);
     CHECK(ranks[0].status == TREEATTN_ERROR_TIMEOUT && strstr(ranks[0].message, "setup_timeout = 80ms") != NULL);
-    CHECK(ranks[0].took_ns >= 75 * MS && ranks[0].took_ns < (int64_t)1080 * MS);
+    CHECK(ranks[0].took_ns >= 75 * MS && ranks[0].took_ns < (int64_t)5000 * MS);
     CHECK(ranks[0].comm == CHECK_NO_HANDLE(treeattn_comm_t));
     teardown(ranks, 2);
 
@@ -407,7 +407,7 @@ static void hanging(void) {
     ranks[0].line.alone = alone;
     decode(&ranks[0]);
     CHECK(ranks[0].status == TREEATTN_ERROR_TIMEOUT && strstr(ranks[0].message, "step_timeout = 80ms") != NULL);
-    CHECK(ranks[0].took_ns < (int64_t)1080 * MS);
+    CHECK(ranks[0].took_ns < (int64_t)5000 * MS);
     CHECK(ranks[0].line.timeout_ns > 0 && ranks[0].line.timeout_ns <= 80 * MS);
     failed_step_is_nan(&ranks[0]);
     check_broken(&ranks[0], TREEATTN_ERROR_TIMEOUT);

@@ -17,7 +17,7 @@ mod rng;
 use std::sync::Mutex;
 use std::thread;
 
-use treeattn::runtime::{Communicator, Plan, Runtime, RuntimeConfig};
+use treeattn::runtime::{CommConfig, Communicator, Plan, Runtime, RuntimeConfig};
 
 use mesh::Mesh;
 use rank::{CPU, Outcome, Way};
@@ -53,11 +53,12 @@ fn trials(place: Place, count: u64, run: impl Fn(&Trial) -> Vec<Option<Outcome>>
 /// A group of ranks of one process, a thread each.
 fn local(trial: &Trial) -> Vec<Option<Outcome>> {
     let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
-    let group = |world: usize| {
-        let comms = Communicator::create_local(&runtime, &vec![CPU; world], &trial.config()).unwrap();
+    let group = |world: usize, config: &CommConfig| {
+        let comms = Communicator::create_local(&runtime, &vec![CPU; world], config).unwrap();
         comms.into_iter().map(Some).map(Mutex::new).collect::<Vec<_>>()
     };
-    let (first, again) = (group(trial.world), group(trial.survivors().len()));
+    let first = group(trial.world, &trial.config());
+    let again = group(trial.survivors().len(), &trial.patient_config());
     let take = |comm: &Mutex<Option<Communicator>>| Ok(comm.lock().unwrap().take().expect("asked for once"));
     on_threads(trial.world, |rank| {
         let first = || take(&first[rank]);
@@ -72,7 +73,7 @@ fn sockets(trial: &Trial) -> Vec<Option<Outcome>> {
     let (first, again) = (Mesh::threads(trial.world, pairs), Mesh::threads(trial.survivors().len(), pairs));
     on_threads(trial.world, |rank| {
         let connect = || mesh::connect(&first[rank], &trial.config());
-        let reconnect = |rank: usize| mesh::connect(&again[rank], &trial.config());
+        let reconnect = |rank: usize| mesh::connect(&again[rank], &trial.patient_config());
         rank::run(trial, rank, &Way { connect: &connect, reconnect: &reconnect, mesh: Some(&first[rank]) })
     })
 }

@@ -81,7 +81,7 @@ pub fn child() {
     let connect = || mesh::connect(&first, &trial.config());
     let reconnect = |rank: usize| {
         let mesh = second.get_or_init(|| Mesh::process(&meeting(&again, &again_hosts), rank, trial.survivors().len()));
-        mesh::connect(mesh, &trial.config())
+        mesh::connect(mesh, &trial.patient_config())
     };
     let outcome = rank::run(&trial, rank, &Way { connect: &connect, reconnect: &reconnect, mesh: Some(&first) });
     write(&folder.join(format!("outcome{rank}")), &outcome);

@@ -143,6 +143,11 @@ impl Trial {
         CommConfig { step_timeout, setup_timeout: LONG, threads_per_rank: 1, ..CommConfig::default() }
     }
 
+    /// For a communicator to which nothing happens.
+    pub fn patient_config(&self) -> CommConfig {
+        CommConfig { step_timeout: LONG, ..self.config() }
+    }
+
     /// The errors that a rank may end with.
     fn expected(&self, victim: bool) -> &'static [ErrorKind] {
         use ErrorKind::{Aborted, Desync, Mismatch, ParentDestroyed, PeerLost, Timeout, Transport};
