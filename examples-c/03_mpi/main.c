@@ -222,12 +222,26 @@ static void append(engine_t *engine, int token)
     token_values(token, 2, engine->v[slot], ROW);
 }
 
+/* Collective: a plan for this cache. Where the library does not have the algorithm, all ranks hear of it. */
+static treeattn_status_t plan_make(engine_t *engine, treeattn_algorithm_t algorithm)
+{
+    treeattn_attention_desc_t desc = TREEATTN_ATTENTION_DESC_INIT;
+    desc.q_heads = HEADS;
+    desc.kv_heads = KV_HEADS;
+    desc.head_dim_qk = desc.head_dim_v = DIM;
+    desc.q_dtype = desc.k_dtype = desc.v_dtype = desc.out_dtype = TREEATTN_DTYPE_F32;
+    desc.placement = engine->placement;
+    desc.max_batch = desc.max_query_tokens = 1;
+    desc.max_kv_length = STEPS;
+    desc.algorithm = algorithm;
+    return treeattn_plan_create(engine->comm, &desc, &engine->plan);
+}
+
 /* Connects to the ranks of the transport; the cache holds `tokens` tokens afterwards. */
 static void engine_connect(engine_t *engine, transport_t *transport, int tokens)
 {
     treeattn_transport_t callbacks = TREEATTN_TRANSPORT_INIT;
     treeattn_comm_config_t config = TREEATTN_COMM_CONFIG_INIT;
-    treeattn_attention_desc_t desc = TREEATTN_ATTENTION_DESC_INIT;
     int token;
 
     engine->transport = transport;
@@ -238,14 +252,7 @@ static void engine_connect(engine_t *engine, transport_t *transport, int tokens)
     config.threads_per_rank = 1;
     CHECK(treeattn_comm_create_from_transport(engine->runtime, &callbacks, transport->world, transport->rank,
                                               TREEATTN_CPU(0), &config, &engine->comm));
-    desc.q_heads = HEADS;
-    desc.kv_heads = KV_HEADS;
-    desc.head_dim_qk = desc.head_dim_v = DIM;
-    desc.q_dtype = desc.k_dtype = desc.v_dtype = desc.out_dtype = TREEATTN_DTYPE_F32;
-    desc.placement = engine->placement;
-    desc.max_batch = desc.max_query_tokens = 1;
-    desc.max_kv_length = STEPS;
-    CHECK(treeattn_plan_create(engine->comm, &desc, &engine->plan));
+    CHECK(plan_make(engine, TREEATTN_ALGORITHM_AUTO));
     for (token = 0; token < tokens; token++)
         append(engine, token);
 }
@@ -385,6 +392,47 @@ static void report(times_t *times, const transport_t *t)
     printf("  step - allgather - attention               %8.1f\n\n", step - gather - own);
 }
 
+/* The last token again with every way in which partials can meet; those that go from neighbour to neighbour use
+ * `sendrecv`. Takes the errors into `worst`. */
+static void other_algorithms(engine_t *engine, double *times, worst_t *worst)
+{
+    static const struct {
+        treeattn_algorithm_t code;
+        const char *name;
+    } all[] = {{TREEATTN_ALGORITHM_ONE_SHOT, "ONE_SHOT"}, {TREEATTN_ALGORITHM_TWO_SHOT, "TWO_SHOT"},
+               {TREEATTN_ALGORITHM_TREE, "TREE"}, {TREEATTN_ALGORITHM_ALLREDUCE3, "ALLREDUCE3"},
+               {TREEATTN_ALGORITHM_RING, "RING"}};
+    const int token = STEPS - 1, last = engine->transport->world > 1 ? (int)(sizeof all / sizeof *all) : 0;
+    int i, step;
+    for (i = 0; i < last; i++) {
+        treeattn_plan_stats_t stats = TREEATTN_PLAN_STATS_INIT;
+        treeattn_status_t status = plan_make(engine, all[i].code);
+        worst_t one;
+        if (status == TREEATTN_ERROR_UNSUPPORTED)
+            continue;
+        CHECK(status);
+        for (step = 0; step < STEPS; step++) {
+            double start = seconds();
+            CHECK(attend(engine, token, 0));
+            times[step] = seconds() - start;
+        }
+        CHECK(treeattn_plan_stats(engine->plan, &stats));
+        one = compare(engine, token);
+        worst->out_share = fmax(worst->out_share, one.out_share);
+        worst->lse_share = fmax(worst->lse_share, one.lse_share);
+        if (engine->transport->rank == 0) {
+            if (i == 0)
+                printf("of a step, rank 0      median us     rounds   messages       bytes\n");
+            printf("  %-20s  %8.1f  %9.1f  %9.1f  %10.1f\n", all[i].name, 1e6 * median(times, STEPS),
+                   (double)stats.rounds / STEPS, (double)stats.messages / STEPS, (double)stats.bytes_sent / STEPS);
+        }
+        CHECK(treeattn_plan_destroy(engine->plan));
+        engine->plan = NULL;
+    }
+    if (engine->transport->rank == 0)
+        printf("\n");
+}
+
 int main(int argc, char **argv)
 {
     engine_t engine = {0};
@@ -455,6 +503,11 @@ int main(int argc, char **argv)
     me = engine.transport->rank;
     if (me == 0 && kill_rank < 0)
         report(times, engine.transport);
+    if (kill_rank < 0) {
+        CHECK(treeattn_plan_destroy(engine.plan));
+        engine.plan = NULL;
+        other_algorithms(&engine, times->step, &worst);
+    }
     engine_disconnect(&engine);
     CHECK(treeattn_runtime_destroy(engine.runtime));
     free(engine.k);

@@ -25,6 +25,9 @@ typedef struct {
   int arrived;
   unsigned turn;
   unsigned char bytes[2][WORLD][HUB_BYTES];
+  /* From rank to rank, and how many bytes lie there; 0: none. */
+  unsigned char mail[WORLD][WORLD][HUB_BYTES];
+  size_t mailed[WORLD][WORLD];
 } hub_t;
 
 /* One rank's way to the hub, and what is to go wrong on it. */
@@ -35,6 +38,7 @@ typedef struct {
   int after;            /* calls that still go well before `code` counts */
   int alone;            /* waits for nobody but the abort word */
   int calls;
+  int swaps;            /* calls of sendrecv among them */
   pthread_t thread;     /* the thread of the last call */
   int64_t timeout_ns;   /* what the last call was given */
 } line_t;
@@ -52,15 +56,12 @@ static void nap(void) {
 
 static int aborted(const int32_t *abort) { return *(const volatile int32_t *)abort != 0; }
 
-static int32_t allgather(void *ctx, const void *send, void *recv, size_t bytes, int64_t timeout_ns,
-                         const int32_t *abort) {
-  line_t *line = ctx;
-  hub_t *hub = line->hub;
-  const int64_t until = now_ns() + timeout_ns;
+/* What every callback begins with: what is to go wrong, or 0. */
+static int32_t begin(line_t *line, int64_t timeout_ns, const int32_t *abort) {
   line->calls++;
   line->thread = pthread_self();
   line->timeout_ns = timeout_ns;
-  if (bytes == 0 || bytes > HUB_BYTES || timeout_ns < 0) {
+  if (timeout_ns < 0) {
     return 99;
   }
   if (line->code != 0 && line->after-- <= 0) {
@@ -72,6 +73,72 @@ static int32_t allgather(void *ctx, const void *send, void *recv, size_t bytes, 
     }
     return 1;
   }
+  return 0;
+}
+
+/* Waits a little for the hub, which is locked, to change. */
+static void wait_for(hub_t *hub) {
+  struct timespec soon;
+  clock_gettime(CLOCK_REALTIME, &soon);
+  soon.tv_nsec += 5 * MS;
+  if (soon.tv_nsec >= 1000000000) {
+    soon.tv_nsec -= 1000000000;
+    soon.tv_sec++;
+  }
+  pthread_cond_timedwait(&hub->moved, &hub->mutex, &soon);
+}
+
+static int32_t sendrecv(void *ctx, const void *send, size_t send_bytes, int32_t to, void *recv, size_t recv_bytes,
+                        int32_t from, int64_t timeout_ns, const int32_t *abort) {
+  line_t *line = ctx;
+  hub_t *hub = line->hub;
+  const int64_t until = now_ns() + timeout_ns;
+  const int32_t code = begin(line, timeout_ns, abort);
+  line->swaps++;
+  if (code != 0) {
+    return code;
+  }
+  if (send_bytes > HUB_BYTES || to < 0 || to >= hub->world || from < 0 || from >= hub->world || to == line->rank) {
+    return 98;
+  }
+  int sent = send_bytes == 0, got = recv_bytes == 0;
+  pthread_mutex_lock(&hub->mutex);
+  while ((!sent || !got) && !aborted(abort) && now_ns() < until) {
+    if (!sent && hub->mailed[line->rank][to] == 0) {
+      memcpy(hub->mail[line->rank][to], send, send_bytes);
+      hub->mailed[line->rank][to] = send_bytes;
+      sent = 1;
+      pthread_cond_broadcast(&hub->moved);
+    }
+    if (!got && hub->mailed[from][line->rank] != 0) {
+      if (hub->mailed[from][line->rank] != recv_bytes) {
+        break;
+      }
+      memcpy(recv, hub->mail[from][line->rank], recv_bytes);
+      hub->mailed[from][line->rank] = 0;
+      got = 1;
+      pthread_cond_broadcast(&hub->moved);
+    }
+    if (!sent || !got) {
+      wait_for(hub);
+    }
+  }
+  pthread_mutex_unlock(&hub->mutex);
+  return sent && got ? 0 : 1;
+}
+
+static int32_t allgather(void *ctx, const void *send, void *recv, size_t bytes, int64_t timeout_ns,
+                         const int32_t *abort) {
+  line_t *line = ctx;
+  hub_t *hub = line->hub;
+  const int64_t until = now_ns() + timeout_ns;
+  const int32_t code = begin(line, timeout_ns, abort);
+  if (code != 0) {
+    return code;
+  }
+  if (bytes == 0 || bytes > HUB_BYTES) {
+    return 99;
+  }
   pthread_mutex_lock(&hub->mutex);
   const unsigned turn = hub->turn;
   int done = 0;
@@ -82,14 +149,7 @@ static int32_t allgather(void *ctx, const void *send, void *recv, size_t bytes, 
     pthread_cond_broadcast(&hub->moved);
   }
   while (!(done = hub->turn != turn) && !aborted(abort) && now_ns() < until) {
-    struct timespec soon;
-    clock_gettime(CLOCK_REALTIME, &soon);
-    soon.tv_nsec += 5 * MS;
-    if (soon.tv_nsec >= 1000000000) {
-      soon.tv_nsec -= 1000000000;
-      soon.tv_sec++;
-    }
-    pthread_cond_timedwait(&hub->moved, &hub->mutex, &soon);
+    wait_for(hub);
   }
   for (int i = 0; done && i < hub->world; i++) {
     memcpy((unsigned char *)recv + (size_t)i * bytes, hub->bytes[turn % 2][i], bytes);
@@ -104,6 +164,8 @@ typedef struct {
   int world;
   int rank;
   uint32_t flags;
+  int no_sendrecv;
+  treeattn_algorithm_t algorithm;
   int64_t step_ms;
   int64_t setup_ms;
   const treeattn_decode_args_t *args;
@@ -125,6 +187,7 @@ static void *create(void *at) {
   treeattn_comm_config_t config = TREEATTN_COMM_CONFIG_INIT;
   callbacks.ctx = &rank->line;
   callbacks.allgather = allgather;
+  callbacks.sendrecv = rank->no_sendrecv ? NULL : sendrecv;
   callbacks.flags = rank->flags;
   config.threads_per_rank = 1;
   config.step_timeout = rank->step_ms * MS;
@@ -138,7 +201,8 @@ static void *create(void *at) {
 
 static void *plan(void *at) {
   rank_t *rank = at;
-  const treeattn_attention_desc_t desc = problem_desc();
+  treeattn_attention_desc_t desc = problem_desc();
+  desc.algorithm = rank->algorithm;
   const int64_t began = now_ns();
   keep(rank, treeattn_plan_create(rank->comm, &desc, &rank->plan));
   rank->took_ns = now_ns() - began;
@@ -453,6 +517,64 @@ static void ended(treeattn_status_t (*end)(treeattn_comm_t *), treeattn_status_t
   fresh_works();
 }
 
+/* Every way in which partials can meet; those between two ranks need sendrecv, and fail as it fails. */
+static void algorithms(void) {
+  rank_t ranks[WORLD];
+  const treeattn_algorithm_t all[] = {TREEATTN_ALGORITHM_ONE_SHOT, TREEATTN_ALGORITHM_TWO_SHOT,
+                                      TREEATTN_ALGORITHM_ALLREDUCE3, TREEATTN_ALGORITHM_TREE};
+  for (int which = 0; which < 8; which++) {
+    const treeattn_algorithm_t algorithm = all[which % 4];
+    const int without = which >= 4, refused = without && algorithm == TREEATTN_ALGORITHM_TREE;
+    meet(ranks, WORLD, 0, 0);
+    for (int r = 0; r < WORLD; r++) {
+      ranks[r].algorithm = algorithm;
+      ranks[r].no_sendrecv = without;
+    }
+    on_threads(create, ranks, WORLD);
+    all_give(ranks, WORLD, TREEATTN_OK);
+    on_threads(plan, ranks, WORLD);
+    all_give(ranks, WORLD, refused ? TREEATTN_ERROR_UNSUPPORTED : TREEATTN_OK);
+    if (refused) {
+      CHECK(strstr(ranks[1].message, "treeattn_plan_create: algorithm: found TREE") == ranks[1].message);
+      CHECK(strstr(ranks[1].message, "sendrecv") != NULL);
+      ranks[0].algorithm = ranks[1].algorithm = ranks[2].algorithm = ranks[3].algorithm = TREEATTN_ALGORITHM_AUTO;
+      on_threads(plan, ranks, WORLD);
+    }
+    for (int step = 0; step < 3; step++) {
+      for (int r = 0; r < WORLD; r++) {
+        shard_reset(&shards[r]);
+      }
+      on_threads(decode, ranks, WORLD);
+      all_give(ranks, WORLD, TREEATTN_OK);
+      for (int r = 0; r < WORLD; r++) {
+        CHECK(shard_matches(&shards[r], &problem));
+        CHECK(memcmp(&shards[r].outputs, &shards[0].outputs, sizeof(outputs_t)) == 0);
+        CHECK((ranks[r].line.swaps > 0) == (algorithm == TREEATTN_ALGORITHM_TREE && !without));
+      }
+    }
+    teardown(ranks, WORLD);
+  }
+  for (int alone = 0; alone < 2; alone++) {
+    meet(ranks, 2, 80, 0);
+    ranks[0].algorithm = ranks[1].algorithm = TREEATTN_ALGORITHM_TREE;
+    on_threads(create, ranks, 2);
+    on_threads(plan, ranks, 2);
+    all_give(ranks, 2, TREEATTN_OK);
+    ranks[0].line.alone = alone;
+    decode(&ranks[0]);
+    CHECK(ranks[0].status == TREEATTN_ERROR_TIMEOUT && strstr(ranks[0].message, "rank 1 did not come") != NULL);
+    failed_step_is_nan(&ranks[0]);
+    check_broken(&ranks[0], TREEATTN_ERROR_TIMEOUT);
+    ranks[1].line.code = 5;
+    decode(&ranks[1]);
+    CHECK(ranks[1].status == TREEATTN_ERROR_TRANSPORT && strstr(ranks[1].message, "sendrecv returned 5") != NULL);
+    failed_step_is_nan(&ranks[1]);
+    check_broken(&ranks[1], TREEATTN_ERROR_TRANSPORT);
+    teardown(ranks, 2);
+  }
+  fresh_works();
+}
+
 /* Callbacks that connect other ranks than the arguments say. */
 static void mixed_up(void) {
   rank_t ranks[WORLD];
@@ -588,6 +710,7 @@ int main(void) {
   hanging();
   ended(treeattn_comm_abort, TREEATTN_ERROR_ABORTED);
   ended(treeattn_comm_destroy, TREEATTN_ERROR_PARENT_DESTROYED);
+  algorithms();
   mixed_up();
   CHECK_OK(treeattn_comm_destroy(dead));
   CHECK_OK(treeattn_runtime_destroy(runtime));

@@ -124,8 +124,8 @@ fn child() {
 #[test]
 fn nothing_happens_where_nothing_is_injected() {
     for place in [Place::Local, Place::Sockets] {
-        for world in 1..=4 {
-            let trial = Trial::quiet(place, world);
+        for (world, algorithm) in (1..=4).flat_map(|world| trial::ALGORITHMS.map(|algorithm| (world, algorithm))) {
+            let trial = Trial::quiet(place, world, algorithm);
             let outcomes = if place == Place::Local { local(&trial) } else { sockets(&trial) };
             for outcome in outcomes.into_iter().flatten() {
                 assert!(outcome.error.is_none() && outcome.wrong.is_none() && outcome.fresh, "{outcome:?}");
@@ -135,7 +135,9 @@ fn nothing_happens_where_nothing_is_injected() {
     }
     // And a plan's answers are those that the ranks compare with.
     let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
-    let comms = Communicator::create_local(&runtime, &[CPU], &Trial::quiet(Place::Local, 1).config()).unwrap();
+    let comms =
+        Communicator::create_local(&runtime, &[CPU], &Trial::quiet(Place::Local, 1, trial::Algorithm::Auto).config())
+            .unwrap();
     let plan = Plan::create(&comms[0], &rank::shape(trial::Algorithm::Auto)).unwrap();
     let found = rank::decode(&plan, 0, 2).unwrap();
     assert!(rank::right(&found, 1, 2) && !rank::right(&found, 2, 2));

@@ -54,6 +54,16 @@ pub enum Fault {
     Unplugged,
 }
 
+/// Half of all trials take the one that is usual.
+pub const ALGORITHMS: [Algorithm; 6] = [
+    Algorithm::Auto,
+    Algorithm::OneShot,
+    Algorithm::OneShot,
+    Algorithm::TwoShot,
+    Algorithm::Tree,
+    Algorithm::Allreduce3,
+];
+
 /// One fault in one group.
 #[derive(Clone, Debug)]
 pub struct Trial {
@@ -95,13 +105,13 @@ impl Trial {
             victim: r.range(0, world - 1),
             at: r.range(0, 5),
             deaf: place != Place::Local && r.chance(30),
-            algorithm: Algorithm::Auto,
+            algorithm: r.pick(&ALGORITHMS),
         }
     }
 
     /// A trial without a fault.
-    pub fn quiet(place: Place, world: usize) -> Trial {
-        let (fault, algorithm) = (Fault::None, Algorithm::Auto);
+    pub fn quiet(place: Place, world: usize, algorithm: Algorithm) -> Trial {
+        let fault = Fault::None;
         Trial { place, seed: 0, world, fault, victim: 0, at: 0, deaf: false, algorithm }
     }
 
@@ -158,6 +168,8 @@ impl Trial {
             (Fault::Killed, true, false) => &[PeerLost],
             (Fault::Killed, true, true) => &[ParentDestroyed],
             (Fault::Descriptor, ..) => &[Mismatch],
+            // In a tree only those that meet the odd one see it; the others wait for them.
+            (Fault::Batch, false, _) if self.algorithm == Algorithm::Tree => &[Desync, Timeout, Transport],
             (Fault::Batch, ..) => &[Desync],
             (Fault::Aborted, true, _) | (Fault::Aborted, false, true) => &[Aborted],
             (Fault::Failing, _, true) => &[Transport],
