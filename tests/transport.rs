@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use treeattn::attention::{AttentionDesc, DecodeArgs, OutputMode, Tensor};
+use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, OutputMode, Tensor};
 use treeattn::runtime::{CommConfig, Communicator, Device, DeviceKind, Plan, Runtime, RuntimeConfig, Stream};
 use treeattn::{ErrorKind, Result};
 
@@ -76,23 +76,66 @@ fn on_ranks<T: Send>(world: usize, config: &CommConfig, run: impl Fn(&Mesh, &Com
     results
 }
 
+/// What the ranks of a local group give, rank by rank, as nodes of these groups.
+fn in_one_process(desc: &AttentionDesc, groups: &[i32], tokens: usize) -> Vec<(Vec<f32>, Vec<f32>)> {
+    let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+    let config = CommConfig { node_groups: groups.to_vec(), ..config(LONG) };
+    let comms = Communicator::create_local(&runtime, &vec![CPU; groups.len()], &config).unwrap();
+    let plans = Plan::create_all(&comms.iter().collect::<Vec<_>>(), desc).unwrap();
+    thread::scope(|scope| {
+        let ranks = plans.iter().enumerate();
+        let threads: Vec<_> =
+            ranks.map(|(r, plan)| scope.spawn(move || decode(plan, r, tokens, None).unwrap())).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn every_algorithm_gives_the_bits_of_a_local_group_over_any_nodes() {
+    let mut state = 5u64;
+    let mut draw = |n: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % n
+    };
+    let full = std::env::var("TREEATTN_TEST").is_ok_and(|word| word == "full");
+    let worlds: &[usize] = if full { &[2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 24, 33] } else { &[2, 3, 5, 8, 13] };
+    for &world in worlds {
+        for algorithm in [Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Tree, Algorithm::Allreduce3] {
+            // Group 0 would be the machine, on all ranks.
+            let kinds = 1 + draw(world);
+            let groups: Vec<i32> = (0..world).map(|_| 1 + draw(kinds) as i32).collect();
+            let tokens = [1, 2, 300][draw(3)];
+            let output = [OutputMode::Replicated, OutputMode::Scattered][draw(2)];
+            let desc = AttentionDesc { output, algorithm, ..shape(tokens as i32) };
+            let wanted = in_one_process(&desc, &groups, tokens);
+            let meshes = Mesh::threads(world, unix_pairs);
+            let found: Vec<_> = thread::scope(|scope| {
+                let threads: Vec<_> = meshes
+                    .iter()
+                    .map(|mesh| {
+                        let config = CommConfig { node_group: groups[mesh.rank], ..config(LONG) };
+                        let desc = &desc;
+                        scope.spawn(move || {
+                            let plan = Plan::create(&connect(mesh, &config).unwrap(), desc).unwrap();
+                            assert_eq!(plan.stats().unwrap().algorithm, algorithm);
+                            decode(&plan, mesh.rank, tokens, None).unwrap()
+                        })
+                    })
+                    .collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert_eq!(found, wanted, "{algorithm:?}, groups {groups:?}, {tokens} tokens, {output:?}");
+        }
+    }
+}
+
 #[test]
 fn a_transport_gives_the_bits_of_a_local_group() {
     // 1 token travels with the header; 300 tokens need a second message, and 4,000 several chunks.
     for (world, tokens) in [(1, 1), (2, 1), (3, 300), (5, 2), (2, 5000)] {
         for output in [OutputMode::Replicated, OutputMode::Scattered] {
             let desc = AttentionDesc { output, ..shape(tokens) };
-            let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
-            let comms = Communicator::create_local(&runtime, &vec![CPU; world], &config(LONG)).unwrap();
-            let plans = Plan::create_all(&comms.iter().collect::<Vec<_>>(), &desc).unwrap();
-            let wanted: Vec<_> = thread::scope(|scope| {
-                let threads: Vec<_> = plans
-                    .iter()
-                    .enumerate()
-                    .map(|(r, plan)| scope.spawn(move || decode(plan, r, tokens as usize, None).unwrap()))
-                    .collect();
-                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-            });
+            let wanted = in_one_process(&desc, &vec![0; world], tokens as usize);
             let found = on_ranks(world, &config(LONG), |mesh, comm| {
                 let plan = Plan::create(comm, &desc).unwrap();
                 let first = decode(&plan, mesh.rank, tokens as usize, None).unwrap();
