@@ -156,16 +156,18 @@ impl CpuBackend {
         let reader = Reader { desc: &self.desc, shard: self.shard, step };
         let fault = reader.sequences(sequences);
         let (heads, group) = (self.desc.kv_heads as usize, self.shape.group);
-        let total = Line::lay(sequences, heads, group, self.shape.row_block);
+        let most = sequences.iter().map(|s| s.tokens * group).max().unwrap_or(0);
+        let row_block = most.clamp(1, self.shape.row_block);
+        let total = Line::lay(sequences, heads, group, row_block);
         if total > 0 {
             let line = Line {
                 sequences,
                 total,
                 workers: self.threads,
                 heads,
-                head_block: self.head_block(step, total),
+                head_block: self.head_block(step, total, row_block),
                 group,
-                row_block: self.shape.row_block,
+                row_block,
             };
             let output = Output { o: rows.o.as_mut_ptr(), lse: rows.lse.as_mut_ptr(), dim: rows.dim };
             self.run(reader, &line, Base(floats.as_mut_ptr().cast()), output, workers)?;
@@ -203,13 +205,18 @@ impl CpuBackend {
         Ok(())
     }
 
-    /// kv heads that a worker takes through a tile together. Where the heads of a token lie side by side, this walks
-    /// memory in order; short work is cut finer instead.
-    fn head_block(&self, step: &Step, total: u64) -> usize {
+    /// kv heads that a worker takes through a tile together, as many as the scratch holds at `row_block` rows each. Where
+    /// the heads of a token lie side by side, this walks memory in order; short work is cut finer instead.
+    fn head_block(&self, step: &Step, total: u64, row_block: usize) -> usize {
+        let heads = self.desc.kv_heads as usize;
         let paged = self.desc.kv_layout != KvLayout::Strided;
         let side_by_side = step.k_stride[2] < step.k_stride[1] || paged;
-        let tiles = total / self.desc.kv_heads as u64;
-        if side_by_side && tiles >= TILES_TO_BLOCK * self.threads as u64 { self.shape.head_block } else { 1 }
+        let tiles = total / heads as u64;
+        if !side_by_side || tiles < TILES_TO_BLOCK * self.threads as u64 {
+            return 1;
+        }
+        let together = (self.shape.states().rows / row_block).clamp(1, heads);
+        heads.div_ceil(heads.div_ceil(together))
     }
 }
 

@@ -11,7 +11,7 @@ use super::simd::{Element, Simd};
 pub const TILE: usize = 64;
 /// Keys whose weighted values meet in registers before they are added to the accumulator: bounds the rounding of
 /// equal-sign sums.
-const RUN: usize = 8;
+const RUN: usize = 16;
 /// Elements of q.k that meet in one set of accumulators: bounds the rounding of long dot products.
 const DOT: usize = 256;
 /// Maxima from here on have no fraction to round up; the product with a score must then be rounded just as the maximum
@@ -160,13 +160,18 @@ pub struct MeetArgs {
 }
 
 /// What to ask for while a block of keys is worked on, in the order in which it lies in memory: row after row, kv head
-/// after kv head.
+/// after kv head; a few lines at a time, because a burst holds up the loads behind it.
 #[derive(Clone, Copy)]
 struct Asking {
     rows: *const *const u8,
     lines: Lines,
     heads: usize,
     head: usize,
+    /// Rows of a kv head that may be asked for now.
+    due: usize,
+    /// The rest of the row that is being asked for: its next line, and how many lines are left.
+    line: *const u8,
+    left: usize,
 }
 
 impl Asking {
@@ -174,37 +179,47 @@ impl Asking {
     #[inline(always)]
     fn of(ahead: &Ahead, key: usize, heads: usize) -> Asking {
         let (lines, skip) = if key < ahead.split { (&ahead.near, 0) } else { (&ahead.far, ahead.split) };
-        Asking { rows: lines.rows.wrapping_add(key - skip), lines: *lines, heads, head: 0 }
+        let rows = lines.rows.wrapping_add(key - skip);
+        Asking { rows, lines: *lines, heads, head: 0, due: 0, line: std::ptr::null(), left: 0 }
     }
 
-    /// Asks for the next `n` rows of a kv head each.
+    /// Makes `n` more rows due.
     #[inline(always)]
-    unsafe fn next<S: Simd>(&mut self, n: usize) {
-        if self.lines.bytes == 0 {
-            return;
+    fn allow(&mut self, n: usize) {
+        if self.lines.bytes > 0 {
+            self.due += n;
         }
-        for _ in 0..n {
-            unsafe {
-                let mut line = (*self.rows).wrapping_add(self.lines.offset + self.head * self.lines.head);
-                let mut left = self.lines.bytes;
-                while left >= 4 * LINE {
-                    S::prefetch(line);
-                    S::prefetch(line.wrapping_add(LINE));
-                    S::prefetch(line.wrapping_add(2 * LINE));
-                    S::prefetch(line.wrapping_add(3 * LINE));
-                    line = line.wrapping_add(4 * LINE);
-                    left -= 4 * LINE;
+    }
+
+    /// Asks for the next N lines of the row at hand, or of the next row that is due.
+    #[inline(always)]
+    unsafe fn lines<S: Simd, const N: usize>(&mut self) {
+        unsafe {
+            if self.left == 0 {
+                if self.due == 0 {
+                    return;
                 }
-                while left > 0 {
-                    S::prefetch(line);
-                    line = line.wrapping_add(LINE);
-                    left = left.saturating_sub(LINE);
+                self.due -= 1;
+                self.line = (*self.rows).wrapping_add(self.lines.offset + self.head * self.lines.head);
+                self.left = self.lines.bytes.div_ceil(LINE);
+                self.head += 1;
+                if self.head == self.heads {
+                    (self.rows, self.head) = (self.rows.wrapping_add(1), 0);
                 }
             }
-            self.head += 1;
-            if self.head == self.heads {
-                (self.rows, self.head) = (self.rows.wrapping_add(1), 0);
+            for i in 0..N {
+                S::prefetch(self.line.wrapping_add(i * LINE));
             }
+            self.line = self.line.wrapping_add(N * LINE);
+            self.left = self.left.saturating_sub(N);
+        }
+    }
+
+    /// Asks for all that is due.
+    #[inline(always)]
+    unsafe fn rest<S: Simd>(&mut self) {
+        while self.left + self.due > 0 {
+            unsafe { self.lines::<S, 4>() };
         }
     }
 }
@@ -226,7 +241,7 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize, con
 ) {
     unsafe {
         if b.row == 0 {
-            asking.next::<S>(RT);
+            asking.allow(RT);
         }
         let dim = if DIM > 0 { DIM } else { a.dim };
         let row = b.head * a.rows + b.row;
@@ -244,6 +259,7 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize, con
                 // Half a row at a time where DIM is known: short enough to be unrolled.
                 for step in 0..if DIM > 0 { DIM / S::LANES / 2 } else { 1 } {
                     let d = d + step * S::LANES;
+                    asking.lines::<S, 2>();
                     let mut kv = [S::splat(0.0); RT];
                     for (i, kv) in kv.iter_mut().enumerate() {
                         *kv = E::load::<S>(k[i].add(d * E::SIZE));
@@ -259,6 +275,7 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize, con
             }
             add_lanes::<S, RQ, RT>(&acc, out, TILE, begin == 0);
         }
+        asking.rest::<S>();
     }
 }
 
@@ -276,7 +293,8 @@ unsafe fn score_heads<S: Simd, E: Element, const RH: usize, const RT: usize>(
             let k = (*a.k.add(b.key + i)).add(a.offset + b.head * a.head);
             for (h, acc) in acc.iter_mut().enumerate() {
                 if b.row == 0 {
-                    asking.next::<S>(1);
+                    asking.allow(1);
+                    asking.rest::<S>();
                 }
                 let (q, k) = (a.q.add(((b.head + h) * a.rows + b.row) * a.dim), k.add(h * a.head));
                 for begin in (0..a.dim).step_by(DOT) {
@@ -444,7 +462,12 @@ struct Block {
 
 /// RQ rows, ND vectors of elements from `d` on.
 #[inline(always)]
-unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize>(a: &ValueArgs, b: Block, d: usize) {
+unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize>(
+    a: &ValueArgs,
+    b: Block,
+    d: usize,
+    asking: &mut Asking,
+) {
     unsafe {
         let mut acc = [[S::splat(0.0); ND]; RQ];
         let row = b.head * a.rows + b.row;
@@ -452,6 +475,7 @@ unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize>(a: 
         let from = a.offset + b.head * a.head + d * E::SIZE;
         for t in b.key..b.end {
             let v = (*a.v.add(t)).add(from);
+            asking.lines::<S, 2>();
             let mut vv = [S::splat(0.0); ND];
             for (i, vv) in vv.iter_mut().enumerate() {
                 *vv = E::load::<S>(v.add(i * S::LANES * E::SIZE));
@@ -480,22 +504,19 @@ unsafe fn value_rows<S: Simd, E: Element, const RQ: usize, const WIDE: usize>(
     asking: &mut Asking,
 ) {
     unsafe {
-        // Asking is spread over the blocks of the first rows.
-        let mut left = if b.row == 0 { b.end - b.key } else { 0 };
-        let each = if a.dim > WIDE * S::LANES { RUN / 2 } else { RUN };
+        if b.row == 0 {
+            asking.allow(b.end - b.key);
+        }
         let mut d = 0;
         while d + WIDE * S::LANES <= a.dim {
-            let now = left.min(each);
-            left -= now;
-            asking.next::<S>(now);
-            value_block::<S, E, RQ, WIDE>(a, b, d);
+            value_block::<S, E, RQ, WIDE>(a, b, d, asking);
             d += WIDE * S::LANES;
         }
-        asking.next::<S>(left);
         while d < a.dim {
-            value_block::<S, E, RQ, 1>(a, b, d);
+            value_block::<S, E, RQ, 1>(a, b, d, asking);
             d += S::LANES;
         }
+        asking.rest::<S>();
     }
 }
 
