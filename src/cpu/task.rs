@@ -1,10 +1,11 @@
 //! A piece at work: scores, weights and values of its tiles.
 
+use super::ahead::{Ahead, Lines};
 use super::partition::{Piece, leaf};
 use super::rows::Rows;
 use super::sequences::{Sequence, low_bits};
 use super::state::{Open, Total};
-use super::tile::{Ahead, Lines, ScoreArgs, TILE, ValueArgs, WeighArgs, WidenArgs};
+use super::tile::{ScoreArgs, TILE, ValueArgs, WeighArgs, WidenArgs, keys_together};
 use super::worker::Worker;
 
 /// A piece with everything that stays the same over its tiles.
@@ -21,7 +22,7 @@ pub struct Task<'a> {
     widen: [bool; 2],
     /// Bytes of a row to ask for ahead of time.
     ahead: [usize; 2],
-    /// How many keys ahead to ask: the fewer, the more kv heads are walked together.
+    /// How many keys ahead to ask.
     distance: usize,
     /// Strides between kv heads.
     head_stride: [i64; 2],
@@ -77,7 +78,7 @@ impl<'a> Task<'a> {
             leaf: leaf((piece.end * TILE).min(sequence.keys) - piece.begin * TILE),
             widen: [false; 2],
             ahead: [0; 2],
-            distance: (TILE / piece.heads).clamp(16, TILE),
+            distance: keys_together(piece.rows),
             head_stride: [step.k_stride[2], step.v_stride[2]],
             wide: [[std::ptr::null(); TILE]; 2],
         };
@@ -160,7 +161,7 @@ impl<'a> Task<'a> {
     /// What to ask for in the keys (0) or values (1) of a tile of `keys` keys: the rows `distance` keys on, those of
     /// the values after the keys, and of the next tile's keys after the values.
     fn ahead(&self, which: usize, heads: Heads, keys: usize, rows: &Rows, next: Option<&Rows>) -> Ahead {
-        let split = keys.saturating_sub(self.distance) / 16 * 16;
+        let split = keys.saturating_sub(self.distance) / self.distance * self.distance;
         let near = if split > 0 { self.lines(which, heads, Some(rows), self.distance) } else { Lines::NOTHING };
         let far = self.lines(1 - which, heads, if which == 0 { Some(rows) } else { next }, 0);
         Ahead { near, far, split }

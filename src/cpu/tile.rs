@@ -5,13 +5,14 @@
 //! rescale is by a power of two and exact. Everything here is `#[inline(always)]` and reached through `kernels`; plain
 //! loops fill the arrays of vectors, because a closure handed to the standard library is not compiled for the features.
 
+use super::ahead::{Ahead, Asking, LINE, prefetch, share};
 use super::simd::{Element, Simd};
 
 /// Keys a tile.
 pub const TILE: usize = 64;
 /// Keys whose weighted values meet in registers before they are added to the accumulator: bounds the rounding of
 /// equal-sign sums.
-const RUN: usize = 16;
+const RUN: usize = 4;
 /// Elements of q.k that meet in one set of accumulators: bounds the rounding of long dot products.
 const DOT: usize = 256;
 /// Maxima from here on have no fraction to round up; the product with a score must then be rounded just as the maximum
@@ -19,42 +20,6 @@ const DOT: usize = 256;
 const FAR: f32 = 4_194_304.0;
 /// Floats that hold a row's sum of weights, one a lane of the widest vector.
 pub const SUM_LANES: usize = 16;
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
-/// Rows of memory that will be wanted soon: as many rows further on in the order in which the worker walks memory.
-#[derive(Clone, Copy, Debug)]
-pub struct Ahead {
-    /// For the first `split` keys: the rows of the same tensor, some keys on.
-    pub near: Lines,
-    /// For the keys from `split` on: the first rows of what comes next.
-    pub far: Lines,
-    /// Keys for which `near` is asked, a multiple of 16.
-    pub split: usize,
-}
-
-/// Rows of several kv heads.
-#[derive(Clone, Copy, Debug)]
-pub struct Lines {
-    /// One pointer a key.
-    pub rows: *const *const u8,
-    /// Bytes added to each for the first kv head.
-    pub offset: usize,
-    /// Bytes between kv heads.
-    pub head: usize,
-    /// Bytes of a row; 0: ask for nothing.
-    pub bytes: usize,
-}
-
-impl Lines {
-    /// Nothing to ask for.
-    pub const NOTHING: Lines = Lines { rows: std::ptr::null(), offset: 0, head: 0, bytes: 0 };
-}
-
-impl Ahead {
-    /// Nothing to ask for.
-    pub const NOTHING: Ahead = Ahead { near: Lines::NOTHING, far: Lines::NOTHING, split: 0 };
-}
 
 /// Arguments of [`scores`].
 #[derive(Clone, Copy, Debug)]
@@ -159,69 +124,9 @@ pub struct MeetArgs {
     pub width: usize,
 }
 
-/// What to ask for while a block of keys is worked on, in the order in which it lies in memory: row after row, kv head
-/// after kv head; a few lines at a time, because a burst holds up the loads behind it.
-#[derive(Clone, Copy)]
-struct Asking {
-    rows: *const *const u8,
-    lines: Lines,
-    heads: usize,
-    head: usize,
-    /// Rows of a kv head that may be asked for now.
-    due: usize,
-    /// The rest of the row that is being asked for: its next line, and how many lines are left.
-    line: *const u8,
-    left: usize,
-}
-
-impl Asking {
-    /// For the block that begins at key `key`; `split` never falls inside a block.
-    #[inline(always)]
-    fn of(ahead: &Ahead, key: usize, heads: usize) -> Asking {
-        let (lines, skip) = if key < ahead.split { (&ahead.near, 0) } else { (&ahead.far, ahead.split) };
-        let rows = lines.rows.wrapping_add(key - skip);
-        Asking { rows, lines: *lines, heads, head: 0, due: 0, line: std::ptr::null(), left: 0 }
-    }
-
-    /// Makes `n` more rows due.
-    #[inline(always)]
-    fn allow(&mut self, n: usize) {
-        if self.lines.bytes > 0 {
-            self.due += n;
-        }
-    }
-
-    /// Asks for the next N lines of the row at hand, or of the next row that is due.
-    #[inline(always)]
-    unsafe fn lines<S: Simd, const N: usize>(&mut self) {
-        unsafe {
-            if self.left == 0 {
-                if self.due == 0 {
-                    return;
-                }
-                self.due -= 1;
-                self.line = (*self.rows).wrapping_add(self.lines.offset + self.head * self.lines.head);
-                self.left = self.lines.bytes.div_ceil(LINE);
-                self.head += 1;
-                if self.head == self.heads {
-                    (self.rows, self.head) = (self.rows.wrapping_add(1), 0);
-                }
-            }
-            for i in 0..N {
-                S::prefetch(self.line.wrapping_add(i * LINE));
-            }
-            self.line = self.line.wrapping_add(N * LINE);
-            self.left = self.left.saturating_sub(N);
-        }
-    }
-
-    /// Asks for all that is due.
-    #[inline(always)]
-    unsafe fn rest<S: Simd>(&mut self) {
-        while self.left + self.due > 0 {
-            unsafe { self.lines::<S, 4>() };
-        }
-    }
+/// Keys that are walked together for so many rows: the fewer, the more memory is read in its order.
+pub fn keys_together(rows: usize) -> usize {
+    if rows.is_multiple_of(4) { 4 } else { 16 }
 }
 
 /// A block of scores: first kv head, first row, first key.
@@ -240,9 +145,6 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize, con
     asking: &mut Asking,
 ) {
     unsafe {
-        if b.row == 0 {
-            asking.allow(RT);
-        }
         let dim = if DIM > 0 { DIM } else { a.dim };
         let row = b.head * a.rows + b.row;
         let q = a.q.add(row * dim);
@@ -251,31 +153,55 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize, con
             *k = (*a.k.add(b.key + i)).add(a.offset + b.head * a.head);
         }
         let out = a.scores.add(row * TILE + b.key);
-        for begin in (0..dim).step_by(DOT) {
-            let end = dim.min(begin + DOT);
+        if DIM > 0 {
+            let (steps, lines) = (DIM / S::LANES, RT * DIM * E::SIZE / LINE);
+            let idle = a.q.cast();
+            let line = if b.row == 0 { asking.take::<S>(lines, idle) } else { idle };
             let mut acc = [[S::splat(0.0); RT]; RQ];
-            let mut d = begin;
-            while d < end {
-                // Half a row at a time where DIM is known: short enough to be unrolled.
-                for step in 0..if DIM > 0 { DIM / S::LANES / 2 } else { 1 } {
-                    let d = d + step * S::LANES;
-                    asking.lines::<S, 2>();
-                    let mut kv = [S::splat(0.0); RT];
-                    for (i, kv) in kv.iter_mut().enumerate() {
-                        *kv = E::load::<S>(k[i].add(d * E::SIZE));
-                    }
-                    for (i, acc) in acc.iter_mut().enumerate() {
-                        let qv = S::load(q.add(i * dim + d));
-                        for (acc, &kv) in acc.iter_mut().zip(&kv) {
-                            *acc = S::fma(qv, kv, *acc);
-                        }
-                    }
+            for half in 0..2 {
+                // Half a row at a time: short enough to be unrolled.
+                for step in 0..steps / 2 {
+                    let step = half * (steps / 2) + step;
+                    prefetch::<S>(line, share(lines, step, steps));
+                    score_step::<S, E, RQ, RT>(q, dim, &k, step * S::LANES, &mut acc);
                 }
-                d += if DIM > 0 { DIM / 2 } else { S::LANES };
+            }
+            S::sum_lanes(&acc, out, TILE);
+            return;
+        }
+        if b.row == 0 {
+            asking.some::<S>(RT * asking.row);
+        }
+        for begin in (0..dim).step_by(DOT) {
+            let mut acc = [[S::splat(0.0); RT]; RQ];
+            for d in (begin..dim.min(begin + DOT)).step_by(S::LANES) {
+                score_step::<S, E, RQ, RT>(q, dim, &k, d, &mut acc);
             }
             add_lanes::<S, RQ, RT>(&acc, out, TILE, begin == 0);
         }
-        asking.rest::<S>();
+    }
+}
+
+/// Adds the products of LANES elements from `d` on.
+#[inline(always)]
+unsafe fn score_step<S: Simd, E: Element, const RQ: usize, const RT: usize>(
+    q: *const f32,
+    dim: usize,
+    k: &[*const u8; RT],
+    d: usize,
+    acc: &mut [[S::V; RT]; RQ],
+) {
+    unsafe {
+        let mut kv = [S::splat(0.0); RT];
+        for (i, kv) in kv.iter_mut().enumerate() {
+            *kv = E::load::<S>(k[i].add(d * E::SIZE));
+        }
+        for (i, acc) in acc.iter_mut().enumerate() {
+            let qv = S::load(q.add(i * dim + d));
+            for (acc, &kv) in acc.iter_mut().zip(&kv) {
+                *acc = S::fma(qv, kv, *acc);
+            }
+        }
     }
 }
 
@@ -293,8 +219,7 @@ unsafe fn score_heads<S: Simd, E: Element, const RH: usize, const RT: usize>(
             let k = (*a.k.add(b.key + i)).add(a.offset + b.head * a.head);
             for (h, acc) in acc.iter_mut().enumerate() {
                 if b.row == 0 {
-                    asking.allow(1);
-                    asking.rest::<S>();
+                    asking.some::<S>(asking.row);
                 }
                 let (q, k) = (a.q.add(((b.head + h) * a.rows + b.row) * a.dim), k.add(h * a.head));
                 for begin in (0..a.dim).step_by(DOT) {
@@ -358,18 +283,20 @@ unsafe fn scores_of<S: Simd, E: Element, const T4: usize, const T2: usize, const
 ) {
     unsafe {
         let fours = a.rows / 4 * 4;
-        for block in (0..a.keys).step_by(16) {
-            let keys = block..block + 16;
+        let together = keys_together(a.rows);
+        for block in (0..a.keys).step_by(together) {
+            let keys = block..block + together;
             if a.rows == 1 && a.heads.is_multiple_of(4) {
                 for key in keys.step_by(T4) {
-                    let mut asking = Asking::of(&a.ahead, key, a.heads);
+                    let mut asking = Asking::of(&a.ahead, key, T4, a.heads);
                     for head in (0..a.heads).step_by(4) {
                         score_heads::<S, E, 4, T4>(a, ScoreBlock { head, row: 0, key }, &mut asking);
                     }
+                    asking.rest::<S>();
                 }
                 continue;
             }
-            let mut asking = Asking::of(&a.ahead, block, a.heads);
+            let mut asking = Asking::of(&a.ahead, block, together, a.heads);
             for head in 0..a.heads {
                 if fours > 0 {
                     for key in keys.clone().step_by(T4) {
@@ -391,6 +318,7 @@ unsafe fn scores_of<S: Simd, E: Element, const T4: usize, const T2: usize, const
                     }
                 }
             }
+            asking.rest::<S>();
         }
     }
 }
@@ -460,10 +388,11 @@ struct Block {
     end: usize,
 }
 
-/// RQ rows, ND vectors of elements from `d` on.
+/// RQ rows, ND vectors of elements from `d` on. KEYS: as many keys as the block has; 0: any number.
 #[inline(always)]
-unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize>(
+unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize, const KEYS: usize>(
     a: &ValueArgs,
+    dim: usize,
     b: Block,
     d: usize,
     asking: &mut Asking,
@@ -471,11 +400,16 @@ unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize>(
     unsafe {
         let mut acc = [[S::splat(0.0); ND]; RQ];
         let row = b.head * a.rows + b.row;
-        let weights = a.weights.add(row * TILE);
+        let weights = a.weights.add(row * TILE + b.key);
         let from = a.offset + b.head * a.head + d * E::SIZE;
-        for t in b.key..b.end {
-            let v = (*a.v.add(t)).add(from);
-            asking.lines::<S, 2>();
+        let rows = a.v.add(b.key);
+        let keys = if KEYS > 0 { KEYS } else { b.end - b.key };
+        let lines = KEYS * ND * S::LANES * E::SIZE / LINE;
+        let idle = weights.cast();
+        let line = if b.row == 0 { asking.take::<S>(lines, idle) } else { idle };
+        for t in 0..keys {
+            prefetch::<S>(line, share(lines, t, KEYS));
+            let v = (*rows.add(t)).add(from);
             let mut vv = [S::splat(0.0); ND];
             for (i, vv) in vv.iter_mut().enumerate() {
                 *vv = E::load::<S>(v.add(i * S::LANES * E::SIZE));
@@ -483,13 +417,14 @@ unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize>(
             for (i, acc) in acc.iter_mut().enumerate() {
                 let w = S::splat(*weights.add(i * TILE + t));
                 for (acc, &vv) in acc.iter_mut().zip(&vv) {
-                    *acc = S::fma(w, vv, *acc);
+                    *acc = if KEYS > 0 && t == 0 { S::mul(w, vv) } else { S::fma(w, vv, *acc) };
                 }
             }
         }
+        let open = a.open.add(row * (dim + SUM_LANES) + d);
         for (i, acc) in acc.iter().enumerate() {
             for (j, &acc) in acc.iter().enumerate() {
-                let p = a.open.add((row + i) * (a.dim + SUM_LANES) + d + j * S::LANES);
+                let p = open.add(i * (dim + SUM_LANES) + j * S::LANES);
                 S::store(p, S::add(S::load(p), acc));
             }
         }
@@ -498,25 +433,26 @@ unsafe fn value_block<S: Simd, E: Element, const RQ: usize, const ND: usize>(
 
 /// All elements of RQ rows: WIDE vectors at a time, then one by one.
 #[inline(always)]
-unsafe fn value_rows<S: Simd, E: Element, const RQ: usize, const WIDE: usize>(
+unsafe fn value_rows<S: Simd, E: Element, const RQ: usize, const WIDE: usize, const DIM: usize>(
     a: &ValueArgs,
     b: Block,
     asking: &mut Asking,
 ) {
     unsafe {
-        if b.row == 0 {
-            asking.allow(b.end - b.key);
-        }
+        let dim = if DIM > 0 { DIM } else { a.dim };
         let mut d = 0;
-        while d + WIDE * S::LANES <= a.dim {
-            value_block::<S, E, RQ, WIDE>(a, b, d, asking);
+        while d + WIDE * S::LANES <= dim {
+            if b.end - b.key == RUN {
+                value_block::<S, E, RQ, WIDE, RUN>(a, dim, b, d, asking);
+            } else {
+                value_block::<S, E, RQ, WIDE, 0>(a, dim, b, d, asking);
+            }
             d += WIDE * S::LANES;
         }
-        while d < a.dim {
-            value_block::<S, E, RQ, 1>(a, b, d, asking);
+        while d < dim {
+            value_block::<S, E, RQ, 1, 0>(a, dim, b, d, asking);
             d += S::LANES;
         }
-        asking.rest::<S>();
     }
 }
 
@@ -528,22 +464,34 @@ unsafe fn value_rows<S: Simd, E: Element, const RQ: usize, const WIDE: usize>(
 #[inline(always)]
 pub unsafe fn values<S: Simd, E: Element, const W4: usize, const W1: usize>(a: &ValueArgs) {
     unsafe {
+        match a.dim {
+            128 => values_of::<S, E, W4, W1, 128>(a),
+            _ => values_of::<S, E, W4, W1, 0>(a),
+        }
+    }
+}
+
+/// [`values`] of rows of DIM elements; 0: of any number.
+#[inline(always)]
+unsafe fn values_of<S: Simd, E: Element, const W4: usize, const W1: usize, const DIM: usize>(a: &ValueArgs) {
+    unsafe {
         for key in (0..a.keys).step_by(RUN) {
             let end = a.keys.min(key + RUN);
-            let mut asking = Asking::of(&a.ahead, key, a.heads);
+            let mut asking = Asking::of(&a.ahead, key, end - key, a.heads);
             for head in 0..a.heads {
                 let mut b = Block { head, row: 0, key, end };
                 while b.row + 4 <= a.rows {
-                    value_rows::<S, E, 4, W4>(a, b, &mut asking);
+                    value_rows::<S, E, 4, W4, DIM>(a, b, &mut asking);
                     b.row += 4;
                 }
                 match a.rows - b.row {
-                    3 => value_rows::<S, E, 3, W4>(a, b, &mut asking),
-                    2 => value_rows::<S, E, 2, W4>(a, b, &mut asking),
-                    1 => value_rows::<S, E, 1, W1>(a, b, &mut asking),
+                    3 => value_rows::<S, E, 3, W4, DIM>(a, b, &mut asking),
+                    2 => value_rows::<S, E, 2, W4, DIM>(a, b, &mut asking),
+                    1 => value_rows::<S, E, 1, W1, DIM>(a, b, &mut asking),
                     _ => {}
                 }
             }
+            asking.rest::<S>();
         }
     }
 }
