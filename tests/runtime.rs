@@ -221,7 +221,7 @@ fn later_capabilities_are_refused_by_name() {
         ("mask", AttentionDesc { mask: treeattn::attention::MaskKind::Additive, ..base }),
         ("query_input", AttentionDesc { query_input: QueryInput::Scattered, ..base }),
         ("reproducibility", AttentionDesc { reproducibility: Reproducibility::BatchInvariant, ..base }),
-        ("algorithm", AttentionDesc { algorithm: Algorithm::Ring, ..base }),
+        ("algorithm", AttentionDesc { algorithm: Algorithm::Ring, kv_heads: 0, ..base }),
     ];
     for (field, desc) in cases {
         for error in [

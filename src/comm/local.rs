@@ -334,12 +334,14 @@ impl LocalExchange {
         // SAFETY: `send` is borrowed for longer than the message, which this function drops on every way out.
         let posted = unsafe { own.post.put(key, hop.to, header, send) };
         group.ranks[hop.to].bell.ring();
+        let began = Instant::now();
         meanwhile()?;
         fault::point_at("comm.hop", self.rank as i32)?;
         let from = &group.ranks[hop.from];
         let absent = |rank: usize| group.opening(rank, step).is_none();
         let what = || format!("step {number}, hop {}", hop.index);
-        let limit = self.step_limit(&own.bell, hop.until);
+        // What this rank did meanwhile was no waiting.
+        let limit = self.step_limit(&own.bell, hop.until + began.elapsed());
         let unsent = |rank: usize| match rank {
             _ if absent(rank) => Absence::Absent,
             _ if rank == hop.from && !from.post.is_for(key, self.rank) => Absence::Waited,

@@ -34,6 +34,8 @@ pub use config::CommConfig;
 pub(crate) use local::{MAX_RANKS, local_group};
 pub(crate) use transport::TransportExchange;
 pub use transport::{AllgatherCallback, SendrecvCallback, Transport};
+#[cfg(test)]
+pub(crate) use tree::log2;
 pub(crate) use tree::{Receipt, Tree, node_numbers};
 
 use std::time::{Duration, Instant};

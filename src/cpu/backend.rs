@@ -62,19 +62,19 @@ pub fn supported(desc: &AttentionDesc) -> Result<()> {
 /// Owns all scratch that a step needs; its size depends on heads, dimensions, threads and batch, not on the KV length.
 #[derive(Debug)]
 pub struct CpuBackend {
-    desc: AttentionDesc,
-    shard: Shard,
+    pub(super) desc: AttentionDesc,
+    pub(super) shard: Shard,
     threads: usize,
     kernels: Kernels,
-    shape: Shape,
+    pub(super) shape: Shape,
     layout: Layout,
-    scratch: Mutex<Scratch>,
+    pub(super) scratch: Mutex<Scratch>,
 }
 
 #[derive(Debug)]
-struct Scratch {
+pub(super) struct Scratch {
     floats: HostBuffer,
-    sequences: Vec<Sequence>,
+    pub(super) sequences: Vec<Sequence>,
 }
 
 /// A worker's scratch by index.
@@ -135,6 +135,17 @@ impl CpuBackend {
     /// caller of the step vouches for its memory. Errors: `InvalidArgument` for rows or workers of the wrong size,
     /// `Internal` for a panic in a worker.
     pub fn attend(&self, step: &Step, workers: &Workers, rows: PartialRows<'_>) -> Result<Option<DataFault>> {
+        self.attend_shard(self.shard, step, workers, rows)
+    }
+
+    /// As [`CpuBackend::attend`], over keys that `shard` holds.
+    pub fn attend_shard(
+        &self,
+        shard: Shard,
+        step: &Step,
+        workers: &Workers,
+        rows: PartialRows<'_>,
+    ) -> Result<Option<DataFault>> {
         let count = step.args.query_tokens as usize * self.shape.q_heads;
         if workers.threads() != self.threads {
             return Err(Error::invalid("workers", workers.threads(), format!("{} threads", self.threads)));
@@ -153,7 +164,7 @@ impl CpuBackend {
         };
         rows.o.fill(0.0);
         rows.lse.fill(f32::NEG_INFINITY);
-        let reader = Reader { desc: &self.desc, shard: self.shard, step };
+        let reader = Reader { desc: &self.desc, shard, step };
         let fault = reader.sequences(sequences);
         let (heads, group) = (self.desc.kv_heads as usize, self.shape.group);
         let most = sequences.iter().map(|s| s.tokens * group).max().unwrap_or(0);

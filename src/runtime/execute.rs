@@ -15,6 +15,11 @@ pub(super) fn decode(plan: &PlanCore, step: &Step) -> Result<()> {
     let mut scratch = plan.scratch.lock();
     let tokens = step.args.query_tokens as usize;
     let output = step_output(plan, step);
+    if let (Method::Ring(ring), Backend::Cpu(Some(backend))) = (&plan.method, &plan.backend) {
+        plan.count_step();
+        let sent = exchange::decode_ring(plan, (ring, backend), step, &mut scratch, &output);
+        return finish(plan, sent, &mut scratch, tokens, &output);
+    }
     let attended = attend(plan, step, &mut scratch);
     plan.count_step();
     if matches!(plan.method, Method::None) {

@@ -106,8 +106,9 @@ pub fn attention_supported(runtime: &Runtime, device: Device, desc: &AttentionDe
     runtime.check_device(device)?;
     desc.check()?;
     match (device.kind, desc.algorithm) {
-        (_, Algorithm::Ring) => {
-            return Err(Error::unsupported("algorithm", desc.algorithm.name(), "another algorithm"));
+        (_, Algorithm::Ring) if desc.is_merge_only() => {
+            let wanted = "an algorithm that exchanges partials, for a merge-only plan";
+            return Err(Error::unsupported("algorithm", desc.algorithm.name(), wanted));
         }
         (DeviceKind::Cpu, _) | (_, Algorithm::Auto | Algorithm::OneShot) => {}
         (_, other) => return Err(Error::unsupported("algorithm", other.name(), "AUTO and ONE_SHOT")),
@@ -217,6 +218,10 @@ impl Plan {
         let core = &*self.core;
         core.comm.check_open()?;
         core.comm.check_whole()?;
+        if let Method::Ring(_) = core.method {
+            let wanted = "a plan with another algorithm: a ring exchanges keys and values, not partials";
+            return Err(Error::unsupported("algorithm", core.desc.algorithm.name(), wanted));
+        }
         let input = MergeInput::for_plan(args, &core.desc, core.heads.len())?;
         if let Backend::Cuda(backend) = &core.backend {
             backend.merge(&input.on_device(1), Stream::cuda(stream, core.comm.device)?)?;
@@ -358,7 +363,7 @@ impl PlanCore {
             }
         };
         let rows = product("max_query_tokens x q_heads", desc.max_query_tokens, desc.q_heads)?;
-        let (method, reason) = Method::choose(desc, &*comm.exchange, &comm.nodes)?;
+        let (method, reason) = Method::choose(desc, comm)?;
         let scratch = match &backend {
             Backend::Cpu(_) => {
                 let own = head_range(desc.q_heads, shard)?.len();
@@ -370,8 +375,9 @@ impl PlanCore {
             Backend::Cpu(backend) => backend.as_ref().map_or(0, CpuBackend::memory),
             Backend::Cuda(backend) => backend.memory(),
         };
+        let (blocks, others) = method.bytes();
         let memory = PlanMemory {
-            workspace: (backend_bytes + scratch.bytes()) as u64,
+            workspace: (backend_bytes + scratch.bytes() + blocks + others) as u64,
             window: comm.exchange.window_bytes() as u64,
         };
         Ok(PlanCore {
@@ -384,7 +390,7 @@ impl PlanCore {
             wire: Wire::of(desc),
             algorithm: method.algorithm(desc.algorithm),
             method,
-            exchange_memory: scratch.exchange_bytes() as u64,
+            exchange_memory: (scratch.exchange_bytes() + blocks) as u64,
             scratch: Mutex::new(scratch),
             counters: Counters::default(),
             reason,
@@ -448,6 +454,11 @@ fn agreement(comm: &CommCore, desc: &AttentionDesc, error: Option<&Error>) -> Ve
     text.push_str(&format!("plans created before={}\n", comm.plans.load(Ordering::Relaxed)));
     for (name, value) in desc.fields() {
         text.push_str(&format!("{name}={value}\n"));
+    }
+    if desc.algorithm == Algorithm::Ring {
+        // Every rank works out the same partials; other slices would give them other bits.
+        text.push_str(&format!("threads_per_rank={}\n", comm.workers.threads()));
+        text.push_str(&format!("cpu_isa={}\n", comm.runtime.cpu_isa().name()));
     }
     text.into_bytes()
 }

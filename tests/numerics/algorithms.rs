@@ -85,6 +85,7 @@ algorithms! {
     two_shot: TwoShot, 60;
     tree: Tree, 80;
     allreduce3: Allreduce3, 60;
+    ring: Ring, 80;
 }
 
 /// One rank has all the keys, then none but one has: merging with what is empty changes nothing.

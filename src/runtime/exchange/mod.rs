@@ -6,29 +6,34 @@
 //! | `TWO_SHOT` | 2 rounds | every rank merges its own heads of all partials, then the merged heads go round |
 //! | `TREE` | hops | two partials at a time along [`Tree`](crate::comm::Tree): within nodes, between them, back |
 //! | `ALLREDUCE3` | 3 allreduces | the paper's: the largest lse, then the sums of numerators and of denominators |
+//! | `RING` | 1 round, p - 1 hops | keys and values go round instead of partials; every rank attends all blocks |
 //!
 //! [`begin`] opens the step; [`run`] picks the algorithm. The partial lies in [`Scratch`], `lse` before `o`, which is also
 //! how it travels as f32 (`wire`), so that `TREE` sends it from where it lies. What an algorithm needs beyond that is
 //! allocated with the plan ([`Method`]). Rows that the window of a round has no room for go in several rounds; hops are of
 //! any size. A rank's own state goes through the wire type like its peers', so that all ranks hold the same bits.
 //!
-//! Bytes and messages are counted as the algorithm's own: partials, not headers. Where ranks share memory, a rank that reads a part of what lies there moved that part;
+//! Bytes and messages are counted as the algorithm's own: partials, keys and values, not headers and, with `RING`, not the
+//! lengths that its round tells. Where ranks share memory, a rank that reads a part of what lies there moved that part;
 //! over a transport's allgather all of it moved.
 
 mod allreduce;
 mod one_shot;
+mod ring;
 mod tree;
 mod wire;
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
+use super::communicator::CommCore;
 use super::output::Output;
 use super::plan::{PlanCore, zeroed};
 use crate::attention::{Algorithm, AttentionDesc, OutputMode};
 use crate::comm::{Exchange, RoundHeader, Tree};
 use crate::error::{Error, Result};
-use crate::partial::DataFault;
+use crate::partial::{DataFault, merge_two};
+pub(super) use ring::{Ring, decode as decode_ring};
 pub(super) use wire::Wire;
 
 /// Elements of partials above which all workers of a rank share a merge.
@@ -45,12 +50,13 @@ pub(super) enum Method {
     TwoShot,
     Tree(Tree),
     Allreduce3,
+    Ring(Box<Ring>),
 }
 
 /// This rank's partial and what algorithms need beside it.
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// The lse of the step's rows, then their o.
+    /// The lse of the step's rows, then their o; with `RING` as often as it keeps partials.
     pub partial: Vec<f32>,
     /// Two rows a worker: a received row made f32, and the merged one.
     pub rows: Vec<f32>,
@@ -78,7 +84,7 @@ impl Scratch {
         workers: usize,
     ) -> Result<Scratch> {
         let dim = desc.head_dim_v as usize;
-        let partial = rows.checked_mul(dim + 1);
+        let partial = rows.checked_mul(dim + 1).and_then(|floats| floats.checked_mul(method.partials()));
         let words = (Wire::of(desc).row_bytes() + 4).checked_mul(rows).map(|bytes| bytes.div_ceil(4));
         let narrow = desc.wire_dtype != crate::attention::Dtype::F32;
         let (outgoing, incoming) = match method {
@@ -86,7 +92,7 @@ impl Scratch {
             Method::Tree(_) => (Some(0), words),
             Method::Allreduce3 => (Some(0), rows.checked_mul(2)),
             Method::TwoShot => (Some(0), (rows / desc.q_heads as usize * own_heads).checked_mul(dim + 1)),
-            Method::None | Method::OneShot => (Some(0), Some(0)),
+            Method::None | Method::OneShot | Method::Ring(_) => (Some(0), Some(0)),
         };
         Ok(Scratch {
             partial: zeroed("max_query_tokens x q_heads x head_dim_v", partial)?,
@@ -121,7 +127,8 @@ impl Wire {
 
 impl Method {
     /// What `desc` asks for on a communicator, with the reason; `Unsupported` where it has not got what that needs.
-    pub fn choose(desc: &AttentionDesc, exchange: &dyn Exchange, nodes: &[usize]) -> Result<(Method, &'static str)> {
+    pub fn choose(desc: &AttentionDesc, comm: &CommCore) -> Result<(Method, &'static str)> {
+        let exchange = &*comm.exchange;
         let shard = exchange.shard();
         if desc.output == OutputMode::Local {
             return Ok((Method::None, "local output: nothing to exchange"));
@@ -136,9 +143,12 @@ impl Method {
         let method = match desc.algorithm {
             Algorithm::Auto | Algorithm::OneShot => Method::OneShot,
             Algorithm::TwoShot => Method::TwoShot,
-            Algorithm::Tree => Method::Tree(Tree::new(nodes, shard.rank as usize)),
+            Algorithm::Tree => Method::Tree(Tree::new(&comm.nodes, shard.rank as usize)),
             Algorithm::Allreduce3 => Method::Allreduce3,
-            Algorithm::Ring => return Err(Error::unsupported("algorithm", "RING", "another")),
+            Algorithm::Ring => {
+                let (threads, isa) = (comm.workers.threads(), comm.runtime.cpu_isa());
+                Method::Ring(Box::new(Ring::new(desc, shard, exchange.capacity(), threads, isa)?))
+            }
         };
         let reason = match (desc.algorithm, desc.output) {
             (Algorithm::Auto, OutputMode::Scattered) if exchange.reads_in_place() => {
@@ -153,6 +163,22 @@ impl Method {
         Ok((method, reason))
     }
 
+    /// Partials that a rank keeps of a step.
+    fn partials(&self) -> usize {
+        match self {
+            Method::Ring(ring) => ring.partials(),
+            _ => 1,
+        }
+    }
+
+    /// Bytes beside the partials: those that the exchange works on, and others.
+    pub fn bytes(&self) -> (usize, usize) {
+        match self {
+            Method::Ring(ring) => (ring.block_bytes(), ring.other_bytes()),
+            _ => (0, 0),
+        }
+    }
+
     /// The algorithm in use; where nothing is exchanged, the one asked for.
     pub fn algorithm(&self, asked: Algorithm) -> Algorithm {
         match self {
@@ -162,6 +188,7 @@ impl Method {
             Method::TwoShot => Algorithm::TwoShot,
             Method::Tree(_) => Algorithm::Tree,
             Method::Allreduce3 => Algorithm::Allreduce3,
+            Method::Ring(_) => Algorithm::Ring,
         }
     }
 }
@@ -188,7 +215,7 @@ pub(super) fn run(meeting: &Meeting<'_>, scratch: &mut Scratch) -> Result<Found>
         Method::TwoShot => one_shot::two_shot(meeting, scratch),
         Method::Tree(tree) => tree::run(meeting, tree, scratch),
         Method::Allreduce3 => allreduce::run(meeting, scratch),
-        Method::None => {
+        Method::None | Method::Ring(_) => {
             let wanted = "an algorithm that exchanges partials";
             Err(Error::unsupported("algorithm", meeting.plan.desc.algorithm.name(), wanted))
         }
@@ -234,6 +261,27 @@ impl Meeting<'_> {
             // SAFETY: the output was resolved for this rank's heads; rows are written by one worker each.
             unsafe { self.output.write(token, head - own.start, o, lse) };
         }
+    }
+
+    /// Merges the partial `theirs`, as it came over `wire`, into `partial`.
+    fn merge(&self, wire: Wire, partial: &mut [f32], theirs: &[u8], spare: &mut [f32]) -> Result<()> {
+        let (rows, dim) = (self.rows(), self.dim());
+        let base = partial.as_mut_ptr() as usize;
+        assert!(partial.len() >= rows * (dim + 1));
+        self.share(rows, 2 * rows * dim, spare, &|part, spare| {
+            for row in part {
+                // SAFETY: every row is one worker's: its lse, and its o behind those of all rows.
+                let (lse, o) = unsafe {
+                    let base = base as *mut f32;
+                    (&mut *base.add(row), std::slice::from_raw_parts_mut(base.add(rows + row * dim), dim))
+                };
+                let their_lse = wire.lse(theirs, rows)[row];
+                match wire.o(theirs, rows, row, &mut spare[..dim]) {
+                    Some(their_o) => merge_two(o, lse, their_o, their_lse),
+                    None => merge_two(o, lse, &spare[..dim], their_lse),
+                }
+            }
+        })
     }
 
     /// Calls `work` for parts of `0..rows`, on all workers where there is much to do, each with two rows of its own.

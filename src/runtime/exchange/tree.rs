@@ -6,7 +6,6 @@ use super::{Found, Meeting, Scratch, fault_word, first_fault, unpack_fault, wire
 use crate::attention::Dtype;
 use crate::comm::{Hop, Receipt, RoundHeader, Tree};
 use crate::error::Result;
-use crate::partial::merge_two;
 
 /// Walks the hops of this rank; afterwards its partial is that of all ranks.
 pub(super) fn run(meeting: &Meeting<'_>, tree: &Tree, scratch: &mut Scratch) -> Result<Found> {
@@ -36,7 +35,7 @@ pub(super) fn run(meeting: &Meeting<'_>, tree: &Tree, scratch: &mut Scratch) -> 
         match hop.receipt {
             Receipt::Nothing => {}
             Receipt::Merge => {
-                merge(meeting, partial, &incoming[..bytes], spare)?;
+                meeting.merge(wire, partial, &incoming[..bytes], spare)?;
                 fault = first_fault(fault, theirs);
             }
             Receipt::Replace => {
@@ -66,24 +65,4 @@ fn narrow(meeting: &Meeting<'_>, partial: &mut [f32], outgoing: &mut [u8]) {
         wire.encode(outgoing, lse, o);
         wire::decode(wire.dtype, &outgoing[4 * lse.len()..wire.bytes(lse.len())], o);
     }
-}
-
-/// Merges a peer's partial into this rank's.
-fn merge(meeting: &Meeting<'_>, partial: &mut [f32], theirs: &[u8], spare: &mut [f32]) -> Result<()> {
-    let (rows, dim, wire) = (meeting.rows(), meeting.dim(), meeting.plan.wire);
-    let base = partial.as_mut_ptr() as usize;
-    meeting.share(rows, 2 * rows * dim, spare, &|part, spare| {
-        for row in part {
-            // SAFETY: every row is one worker's: its lse, and its o behind those of all rows.
-            let (lse, o) = unsafe {
-                let base = base as *mut f32;
-                (&mut *base.add(row), std::slice::from_raw_parts_mut(base.add(rows + row * dim), dim))
-            };
-            let their_lse = wire.lse(theirs, rows)[row];
-            match wire.o(theirs, rows, row, &mut spare[..dim]) {
-                Some(their_o) => merge_two(o, lse, their_o, their_lse),
-                None => merge_two(o, lse, &spare[..dim], their_lse),
-            }
-        }
-    })
 }

@@ -91,6 +91,14 @@ pub(super) fn floats_mut(bytes: &mut [u8]) -> &mut [f32] {
     floats
 }
 
+/// Bytes as int32; they begin at a multiple of 4.
+pub(super) fn ints_mut(bytes: &mut [u8]) -> &mut [i32] {
+    // SAFETY: as in `floats`.
+    let (head, ints, _) = unsafe { bytes.align_to_mut::<i32>() };
+    debug_assert!(head.is_empty());
+    ints
+}
+
 /// Floats as bytes.
 pub(super) fn bytes(floats: &[f32]) -> &[u8] {
     // SAFETY: every float is four bytes.
