@@ -5,7 +5,7 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use treeattn::attention::{AttentionDesc, DecodeArgs, Dtype, Tensor};
+use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, Dtype, Tensor};
 use treeattn::runtime::{CommConfig, Communicator, Device, DeviceKind, Plan, Runtime, RuntimeConfig, Stream};
 
 struct Counting;
@@ -31,7 +31,13 @@ static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn decoding_allocates_nothing() {
-    const RANKS: usize = 2;
+    for algorithm in [Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Tree, Algorithm::Allreduce3, Algorithm::Ring] {
+        decoding_with(algorithm);
+    }
+}
+
+fn decoding_with(algorithm: Algorithm) {
+    const RANKS: usize = 3;
     let cpu = Device { kind: DeviceKind::Cpu, ordinal: 0 };
     let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
     let config = CommConfig { threads_per_rank: 2, ..CommConfig::default() };
@@ -42,6 +48,7 @@ fn decoding_allocates_nothing() {
         k_dtype: Dtype::F16,
         v_dtype: Dtype::Bf16,
         wire_dtype: Dtype::Bf16,
+        algorithm,
         ..AttentionDesc::new(8, 2, 64, 500)
     };
     let plans = Plan::create_all(&comms.iter().collect::<Vec<_>>(), &desc).unwrap();
@@ -86,6 +93,6 @@ fn decoding_allocates_nothing() {
         let before = ALLOCATIONS.load(Ordering::Relaxed);
         barrier.wait();
         barrier.wait();
-        assert_eq!(ALLOCATIONS.load(Ordering::Relaxed) - before, 0);
+        assert_eq!(ALLOCATIONS.load(Ordering::Relaxed) - before, 0, "{algorithm:?}");
     });
 }

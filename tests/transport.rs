@@ -9,12 +9,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, OutputMode, Tensor};
-use treeattn::runtime::{CommConfig, Communicator, Device, DeviceKind, Plan, Runtime, RuntimeConfig, Stream};
+use treeattn::runtime::{
+    CommConfig, Communicator, Device, DeviceKind, Plan, Runtime, RuntimeConfig, Stream, Transport,
+};
 use treeattn::{ErrorKind, Result};
 
 use mesh::{FAIL, LONG, Mesh, connect, connect_as, unix_pairs};
 
 const CPU: Device = Device { kind: DeviceKind::Cpu, ordinal: 0 };
+
+const ALGORITHMS: [Algorithm; 5] =
+    [Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Tree, Algorithm::Allreduce3, Algorithm::Ring];
 
 fn shape(tokens: i32) -> AttentionDesc {
     AttentionDesc { max_batch: tokens, max_query_tokens: tokens, ..AttentionDesc::new(4, 2, 16, 64) }
@@ -100,7 +105,7 @@ fn every_algorithm_gives_the_bits_of_a_local_group_over_any_nodes() {
     let full = std::env::var("TREEATTN_TEST").is_ok_and(|word| word == "full");
     let worlds: &[usize] = if full { &[2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 24, 33] } else { &[2, 3, 5, 8, 13] };
     for &world in worlds {
-        for algorithm in [Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Tree, Algorithm::Allreduce3] {
+        for algorithm in ALGORITHMS {
             // Group 0 would be the machine, on all ranks.
             let kinds = 1 + draw(world);
             let groups: Vec<i32> = (0..world).map(|_| 1 + draw(kinds) as i32).collect();
@@ -146,6 +151,36 @@ fn a_transport_gives_the_bits_of_a_local_group() {
             assert_eq!(found, wanted, "{world} ranks, {tokens} tokens, {output:?}");
         }
     }
+}
+
+#[test]
+fn algorithms_that_need_sendrecv_say_so_where_there_is_none() {
+    let meshes = Mesh::threads(2, unix_pairs);
+    thread::scope(|scope| {
+        for mesh in &meshes {
+            scope.spawn(|| {
+                let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+                let transport = Transport { sendrecv: None, ..mesh.transport(false) };
+                let rank = mesh.rank as i32;
+                // SAFETY: the mesh outlives the communicator.
+                let comm =
+                    unsafe { Communicator::create_from_transport(&runtime, transport, 2, rank, CPU, &config(LONG)) }
+                        .unwrap();
+                for algorithm in ALGORITHMS {
+                    let made = Plan::create(&comm, &AttentionDesc { algorithm, ..shape(1) });
+                    match algorithm {
+                        Algorithm::Tree | Algorithm::Ring => {
+                            let error = made.err().unwrap();
+                            assert_eq!(error.kind(), ErrorKind::Unsupported);
+                            let text = error.message();
+                            assert!(text.starts_with("algorithm: found ") && text.contains("sendrecv"), "{error}");
+                        }
+                        _ => drop(decode(&made.unwrap(), mesh.rank, 1, None).unwrap()),
+                    }
+                }
+            });
+        }
+    });
 }
 
 #[test]

@@ -54,14 +54,15 @@ pub enum Fault {
     Unplugged,
 }
 
-/// Half of all trials take the one that is usual.
-pub const ALGORITHMS: [Algorithm; 6] = [
+/// The one that is usual comes more often.
+pub const ALGORITHMS: [Algorithm; 7] = [
     Algorithm::Auto,
     Algorithm::OneShot,
     Algorithm::OneShot,
     Algorithm::TwoShot,
     Algorithm::Tree,
     Algorithm::Allreduce3,
+    Algorithm::Ring,
 ];
 
 /// One fault in one group.
