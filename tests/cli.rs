@@ -50,6 +50,39 @@ fn bench_writes_its_table_and_json() {
 }
 
 #[test]
+fn bench_compares_every_algorithm_and_draws_them() {
+    let path = |end: &str| std::env::temp_dir().join(format!("treeattn-algorithms-{}.{end}", std::process::id()));
+    let (json, svg) = (path("json"), path("svg"));
+    let axes = ["--heads", "8/8x16", "--dtype", "f32", "--lengths", "96,960", "--ranks", "1,3,8"];
+    let files = ["--json", json.to_str().unwrap(), "--plot", svg.to_str().unwrap()];
+    let output =
+        treeattn(&[&["bench", "--quick", "--pool-mib", "8", "--algorithms", "all"], &axes[..], &files[..]].concat());
+    let (text, drawn) = (std::fs::read_to_string(&json), std::fs::read_to_string(&svg));
+    let _ = (std::fs::remove_file(&json), std::fs::remove_file(&svg));
+    assert!(output.status.success(), "{output:?}");
+    let text: serde_json::Value = serde_json::from_str(&text.unwrap()).unwrap();
+    let rows = text["algorithms"].as_array().unwrap();
+    // One rank exchanges nothing.
+    assert_eq!(rows.len(), 2 * 2 * 5);
+    for row in rows {
+        assert!(row["seconds"]["median"].as_f64().unwrap() > 0.0 && row["over_one_shot"].as_f64().unwrap() > 0.0);
+        let (ranks, d, heads) = (row["ranks"].as_u64().unwrap(), 8 * 16, 8);
+        let cache = 2 * row["keys"].as_u64().unwrap() / ranks * d * 4;
+        let (steps, sent) = match row["algorithm"].as_str().unwrap() {
+            "ONE_SHOT" => (1, (ranks - 1) * (d + heads) * 4),
+            "TREE" => (if ranks == 3 { 2 } else { 3 }, if ranks == 3 { 2 } else { 3 } * (d + heads) * 4),
+            "RING" => (ranks, (ranks - 1) * cache),
+            _ => continue,
+        };
+        assert_eq!((row["steps"].as_u64(), row["bytes_sent"].as_u64()), (Some(steps), Some(sent)), "{row}");
+    }
+    let drawn = drawn.unwrap();
+    assert_eq!(drawn.matches("<circle").count(), rows.len());
+    assert!(drawn.contains(">ALLREDUCE3, 8 ranks</text>"));
+    assert!(stdout(&output).contains("2btd p and 4btd + 2bd for the ring"), "{}", stdout(&output));
+}
+
+#[test]
 fn bad_words_are_named() {
     for (args, word) in [
         (&["verify", "--isa", "sse9"][..], "sse9"),
@@ -60,6 +93,9 @@ fn bad_words_are_named() {
         (&["bench", "--device", "cuda:0", "--dtype", "f32"], "--dtype"),
         (&["bench", "--device", "cuda:1000"], "cuda:1000"),
         (&["bench", "--quick", "--query-tokens", "4"], "--query-tokens"),
+        (&["bench", "--algorithms", "two_shot,butterfly"], "butterfly"),
+        (&["bench", "--quick", "--lengths", "9", "--plot", "x.svg"], "--algorithms"),
+        (&["bench", "--device", "cuda:0", "--algorithms", "all"], "--algorithms"),
         (&["bench", "--quick", "--lengths", "0"], "--lengths"),
         (&["bench", "--quick", "--lengths", "2147483647", "--batch", "2147483647"], "memory to read from"),
         (&["bench", "--quick", "--pool-mib", "8", "--heads", "5/2x8", "--no-exchange"], "kv_heads"),

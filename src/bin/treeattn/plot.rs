@@ -1,4 +1,4 @@
-//! A plot as an SVG file: lines through points over a logarithmic axis. Text only, no fonts or scripts of its own.
+//! A plot as an SVG file: lines through points over a logarithmic axis, up a linear or a logarithmic one. Text only, no fonts or scripts of its own.
 
 use std::fmt::Write;
 
@@ -14,6 +14,8 @@ pub struct Plot {
     pub title: String,
     pub x_label: String,
     pub y_label: String,
+    /// Whether y is logarithmic, too.
+    pub logarithmic: bool,
     pub lines: Vec<Line>,
 }
 
@@ -27,7 +29,8 @@ pub struct Line {
 impl Plot {
     /// The file's text. Points that are no finite numbers are left out.
     pub fn svg(&self) -> String {
-        let drawn = |&&(x, y): &&(f64, f64)| x > 0.0 && x.is_finite() && y.is_finite();
+        let drawn =
+            |&&(x, y): &&(f64, f64)| x > 0.0 && x.is_finite() && y.is_finite() && (y > 0.0 || !self.logarithmic);
         let all: Vec<(f64, f64)> =
             self.lines.iter().flat_map(|line| line.points.iter().filter(drawn).copied()).collect();
         let fold = |values: &dyn Fn(&(f64, f64)) -> f64, from: f64, pick: fn(f64, f64) -> f64| {
@@ -35,12 +38,24 @@ impl Plot {
         };
         let least = fold(&|p| p.0, f64::INFINITY, f64::min).min(1e300).log10().floor();
         let most = fold(&|p| p.0, 0.0, f64::max).max(1e-300).log10().ceil().max(least + 1.0);
-        let step = nice(fold(&|p| p.1, 0.0, f64::max) / 6.0);
-        let top = step * (fold(&|p| p.1, step, f64::max) / step).ceil();
+        let highest = fold(&|p| p.1, 0.0, f64::max);
+        // Where y has its lines.
+        let marks: Vec<f64> = if self.logarithmic {
+            let low = fold(&|p| p.1, f64::INFINITY, f64::min).clamp(1e-300, 1e300).log10().floor();
+            let high = highest.max(1e-300).log10().ceil().max(low + 1.0);
+            (low as i32..=high as i32).map(|power| 10f64.powi(power)).collect()
+        } else {
+            let step = nice(highest / 6.0);
+            (0..=(highest.max(step) / step).ceil() as i32).map(|row| f64::from(row) * step).collect()
+        };
+        let (bottom, top) = (marks[0], marks[marks.len() - 1]);
         let [left, right, above, below] = MARGIN;
         let (width, height) = (WIDTH - left - right, HEIGHT - above - below);
         let x_of = |x: f64| left + width * (x.log10() - least) / (most - least);
-        let y_of = |y: f64| above + height * (1.0 - y / top);
+        let y_of = |y: f64| {
+            let share = if self.logarithmic { (y / bottom).log10() / (top / bottom).log10() } else { y / top };
+            above + height * (1.0 - share)
+        };
 
         let mut svg = format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" font-family=\"sans-serif\" \
@@ -58,9 +73,7 @@ impl Plot {
             let label = label(10f64.powi(power));
             text(x_of(10f64.powi(power)), above + height + 20.0, "text-anchor=\"middle\"", &label);
         }
-        let rows = (top / step).round() as i32;
-        for row in 0..=rows {
-            let y = f64::from(row) * step;
+        for &y in &marks {
             text(left - 8.0, y_of(y) + 4.0, "text-anchor=\"end\"", &label(y));
         }
         for (i, line) in self.lines.iter().enumerate() {
@@ -71,8 +84,8 @@ impl Plot {
             let x = x_of(10f64.powi(power));
             let _ = writeln!(svg, "<path d=\"M{x:.1} {above}v{height}\" stroke=\"#ddd\"/>");
         }
-        for row in 0..=rows {
-            let y = y_of(f64::from(row) * step);
+        for &y in &marks {
+            let y = y_of(y);
             let _ = writeln!(svg, "<path d=\"M{left} {y:.1}h{width}\" stroke=\"#ddd\"/>");
         }
         for (i, line) in self.lines.iter().enumerate() {
@@ -122,14 +135,28 @@ mod tests {
             title: "a < b".into(),
             x_label: "MB".into(),
             y_label: "%".into(),
+            logarithmic: false,
             lines: vec![line("one", &[(4.2, 15.0), (537.0, 97.5)]), line("two", &[(10.0, f64::NAN)])],
         };
         let svg = plot.svg();
         assert_eq!(svg.matches("<circle").count(), 2);
         assert!(svg.contains("a &lt; b") && svg.contains(">1000</text>") && svg.contains(">100</text>"));
         assert!(!svg.contains("NaN") && !svg.contains("inf"));
-        let empty = Plot { lines: Vec::new(), ..plot };
-        assert!(!empty.svg().contains("NaN"));
+        let steep =
+            Plot { logarithmic: true, lines: vec![line("one", &[(4.2, 0.05), (537.0, 900.0), (9.0, 0.0)])], ..plot };
+        let svg = steep.svg();
+        assert_eq!(svg.matches("<circle").count(), 2);
+        assert!([">0.01</text>", ">1</text>", ">1000</text>"].iter().all(|mark| svg.contains(mark)), "{svg}");
+        for logarithmic in [false, true] {
+            let empty = Plot {
+                lines: Vec::new(),
+                logarithmic,
+                title: String::new(),
+                x_label: String::new(),
+                y_label: String::new(),
+            };
+            assert!(!empty.svg().contains("NaN") && !empty.svg().contains("inf"));
+        }
     }
 
     #[test]

@@ -2,9 +2,9 @@
 
 use half::{bf16, f16};
 use treeattn::attention::placement::local_length;
-use treeattn::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, Placement, Shard, Tensor};
+use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, Dtype, KvLayout, Placement, Shard, Tensor};
 use treeattn::device::HostBuffer;
-use treeattn::runtime::{CommConfig, Communicator, Device, Plan, Runtime, RuntimeConfig};
+use treeattn::runtime::{CommConfig, Communicator, Device, Plan, PlanStats, Runtime, RuntimeConfig};
 
 use super::case::Case;
 use super::pool::{Pool, Random};
@@ -45,11 +45,11 @@ struct Rank {
 }
 
 impl<'a> Decode<'a> {
-    pub fn new(case: Case, pool: &'a Pool) -> Outcome<Decode<'a>> {
+    pub fn new(case: Case, algorithm: Algorithm, pool: &'a Pool) -> Outcome<Decode<'a>> {
         let runtime = Runtime::new(RuntimeConfig { cpu_isa: Some(case.isa.name().to_string()) })?;
         let config = CommConfig { threads_per_rank: case.threads_per_rank, ..CommConfig::default() };
         let comms = Communicator::create_local(&runtime, &vec![Device::CPU; case.ranks], &config)?;
-        let plans = Plan::create_all(&comms.iter().collect::<Vec<_>>(), &describe(&case)?)?;
+        let plans = Plan::create_all(&comms.iter().collect::<Vec<_>>(), &describe(&case, algorithm)?)?;
         let mut ranks = Vec::with_capacity(case.ranks);
         let mut begin = 0;
         for (rank, plan) in plans.into_iter().enumerate() {
@@ -75,6 +75,11 @@ impl<'a> Decode<'a> {
         Ok(median)
     }
 
+    /// What each rank's plan has counted.
+    pub fn stats(&self) -> Outcome<Vec<PlanStats>> {
+        Ok(self.ranks.iter().map(|rank| rank.plan.stats()).collect::<treeattn::Result<_>>()?)
+    }
+
     fn steps(&mut self, turns: usize) -> Outcome<Vec<f64>> {
         let (count, stride) = self.slots;
         let first = self.turn;
@@ -90,13 +95,14 @@ impl<'a> Decode<'a> {
     }
 }
 
-fn describe(case: &Case) -> Outcome<AttentionDesc> {
+fn describe(case: &Case, algorithm: Algorithm) -> Outcome<AttentionDesc> {
     let mut desc = AttentionDesc::new(
         i32::try_from(case.q_heads)?,
         i32::try_from(case.kv_heads)?,
         i32::try_from(case.head_dim)?,
-        i32::try_from(case.keys)?,
+        i32::try_from(case.keys.div_ceil(case.ranks))?,
     );
+    desc.algorithm = algorithm;
     (desc.q_dtype, desc.k_dtype, desc.v_dtype, desc.out_dtype) = (case.dtype, case.dtype, case.dtype, case.dtype);
     desc.max_batch = i32::try_from(case.batch)?;
     desc.max_query_tokens = desc.max_batch;

@@ -1,10 +1,11 @@
 //! `treeattn bench`: decode steps and exchanges on CPU ranks, beside what the machine can do at most.
 //!
 //! `case` says what is timed, `pool` holds the memory, `ceiling` and `limit` measure the machine in the same run,
-//! `decode` and `exchange` time the library (`ranks` releases all ranks at once, by `barrier`), `samples` sums up and
+//! `decode`, `exchange` and `algorithms` time the library (`ranks` releases all ranks at once, by `barrier`), `samples` sums up and
 //! `report` tells. Rows, ceiling and limits take turns in short blocks, so that a noise that comes and goes meets all of
 //! them alike.
 
+mod algorithms;
 mod barrier;
 mod case;
 mod ceiling;
@@ -20,7 +21,7 @@ mod samples;
 use std::path::PathBuf;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use treeattn::attention::Dtype;
+use treeattn::attention::{Algorithm, Dtype};
 use treeattn::cpu::Isa;
 use treeattn::device::available_cores;
 use treeattn::runtime::{Device, DeviceKind, Runtime, RuntimeConfig};
@@ -73,13 +74,17 @@ pub struct Args {
     /// Memory to read from, MiB; grows to twice the largest cache.
     #[arg(long, value_parser = size)]
     pool_mib: Option<usize>,
-    /// Leaves the exchanges out.
+    /// Leaves the exchanges out, and the comparison of algorithms.
     #[arg(long)]
     no_exchange: bool,
+    /// Compares exchange algorithms over the lengths and ranks given, and times nothing else: one_shot, two_shot, tree,
+    /// allreduce3, ring, or all. The standard run compares all.
+    #[arg(long, value_delimiter = ',', value_parser = algorithm)]
+    algorithms: Vec<Algorithms>,
     /// Writes everything found to this file.
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Draws what was found on a GPU to this SVG file.
+    /// Draws the comparison of algorithms, or what was found on a GPU, to this SVG file.
     #[arg(long)]
     plot: Option<PathBuf>,
 }
@@ -99,9 +104,26 @@ fn device(text: &str) -> Result<Device, String> {
         .ok_or("wanted cpu:0 or cuda:N".into())
 }
 
+/// The element types that are timed.
+const DTYPES: [Dtype; 3] = [Dtype::F16, Dtype::Bf16, Dtype::F32];
+
 fn dtype(name: &str) -> Result<Dtype, String> {
-    let found = [Dtype::F16, Dtype::Bf16, Dtype::F32].into_iter().find(|dtype| dtype.name() == name);
+    let found = DTYPES.into_iter().find(|dtype| dtype.name() == name);
     found.ok_or_else(|| "wanted f16, bf16 or f32".to_string())
+}
+
+/// Some of the exchange algorithms.
+#[derive(Clone, Debug)]
+struct Algorithms(Vec<Algorithm>);
+
+fn algorithm(name: &str) -> Result<Algorithms, String> {
+    let chosen = |algorithm: &&Algorithm| name == "all" || algorithm.name().eq_ignore_ascii_case(name);
+    let found: Vec<Algorithm> = algorithms::ALL.iter().filter(chosen).copied().collect();
+    if found.is_empty() {
+        Err("wanted one_shot, two_shot, tree, allreduce3, ring or all".into())
+    } else {
+        Ok(Algorithms(found))
+    }
 }
 
 fn isa(name: &str) -> Result<Isa, String> {
@@ -134,8 +156,8 @@ pub fn run(args: &Args) -> Outcome<()> {
     if args.device.kind == DeviceKind::Cuda {
         return cuda::run(args, args.device);
     }
-    if args.plot.is_some() || !args.query_tokens.is_empty() {
-        return Err("--plot, --query-tokens: they are for a GPU, wanted --device cuda:N".into());
+    if !args.query_tokens.is_empty() {
+        return Err("--query-tokens: it is for a GPU, wanted --device cuda:N".into());
     }
     let pace = if args.quick { QUICK } else { FULL };
     let cores = available_cores();
@@ -149,9 +171,20 @@ pub fn run(args: &Args) -> Outcome<()> {
         pages: args.page_size.clone(),
         threads: args.threads,
     };
-    let cases = if axes.is_empty() { case::standard(cores, args.quick) } else { axes.cases(cores) };
-    let targets: Vec<Target> = if axes.is_empty() && !args.quick { case::targets(cores) } else { Vec::new() };
-    let largest = cases.iter().map(least_pool).max().unwrap_or(0);
+    let asked: Vec<Algorithm> = args.algorithms.iter().flat_map(|some| &some.0).copied().collect();
+    let standard = axes.is_empty() && asked.is_empty();
+    let cases = match (standard, asked.is_empty()) {
+        (true, _) => case::standard(cores, args.quick),
+        (false, true) => axes.cases(cores),
+        (false, false) => Vec::new(),
+    };
+    let compared = if standard && !args.no_exchange { algorithms::ALL.to_vec() } else { asked };
+    let contests = if compared.is_empty() { Vec::new() } else { algorithms::cases(&axes, cores, args.quick) };
+    if args.plot.is_some() && contests.is_empty() {
+        return Err("--plot: there is nothing to draw without --algorithms over more than one rank".into());
+    }
+    let targets: Vec<Target> = if standard && !args.quick { case::targets(cores) } else { Vec::new() };
+    let largest = cases.iter().chain(&contests).map(least_pool).max().unwrap_or(0);
     let pool_mib = args.pool_mib.unwrap_or(pace.pool_mib);
     let pool_bytes = pool_mib.saturating_mul(1 << 20).max(largest.saturating_mul(2));
     let machine = Machine::find(&Runtime::new(RuntimeConfig::default())?)?;
@@ -161,11 +194,13 @@ pub fn run(args: &Args) -> Outcome<()> {
     }
 
     let exchanges = match (args.no_exchange, &args.ranks[..]) {
+        _ if !args.algorithms.is_empty() => Vec::new(),
         (true, _) => Vec::new(),
         (false, []) => vec![2, 4],
         (false, ranks) => ranks.iter().copied().filter(|&ranks| ranks > 1).collect(),
     };
-    let progress = progress(pace.rounds * cases.len() + exchanges.len());
+    let turns = pace.rounds.div_ceil(2);
+    let progress = progress(pace.rounds * cases.len() + exchanges.len() + turns * contests.len() * compared.len());
     progress.set_message("read bandwidth");
     let before = Usage::now();
     let pool = Pool::new(pool_bytes)?;
@@ -179,6 +214,18 @@ pub fn run(args: &Args) -> Outcome<()> {
         progress.set_message(format!("exchange, {ranks} ranks"));
         found.push(exchange::time(ranks, pace.exchanges)?);
         progress.inc(1);
+    }
+    let mut comparisons = Vec::new();
+    for dtype in DTYPES {
+        let mine: Vec<Case> = contests.iter().filter(|case| case.dtype == dtype).copied().collect();
+        if !mine.is_empty() {
+            pool.fill(dtype)?;
+            let told = |what: String| {
+                progress.set_message(what);
+                progress.inc(1);
+            };
+            comparisons.extend(algorithms::compare(&compared, &mine, &pool, (turns, pace.block), &told)?);
+        }
     }
     progress.finish_and_clear();
 
@@ -202,11 +249,14 @@ pub fn run(args: &Args) -> Outcome<()> {
         },
         limits: limits
             .iter()
+            .filter(|_| !rows.is_empty())
             .map(|limit| LimitReport { name: limit.name(), median: limit.median(), peak: limit.peak() })
             .collect(),
         contaminated: rows.iter().any(|row| row.contaminated),
         rows,
         exchanges: found,
+        ring_over_one_shot: algorithms::ring_over_one_shot(&comparisons),
+        algorithms: comparisons,
         targets: Vec::new(),
         others_share: before.zip(Usage::now()).and_then(|(before, after)| before.others(&after)),
     };
@@ -214,6 +264,10 @@ pub fn run(args: &Args) -> Outcome<()> {
     if let Some(path) = &args.json {
         let text = serde_json::to_string_pretty(&report)? + "\n";
         std::fs::write(path, text).map_err(|error| format!("--json {}: {error}", path.display()))?;
+    }
+    if let Some(path) = &args.plot {
+        let svg = algorithms::plot(&report.algorithms, &report.machine.processor).svg();
+        std::fs::write(path, svg).map_err(|error| format!("--plot {}: {error}", path.display()))?;
     }
     print(&report.text())
 }
@@ -245,14 +299,15 @@ fn decode_rows(
     progress: &ProgressBar,
 ) -> Outcome<Vec<Timed>> {
     let mut rows = Vec::new();
-    for dtype in [Dtype::F16, Dtype::Bf16, Dtype::F32] {
+    for dtype in DTYPES {
         let mine: Vec<usize> = (0..cases.len()).filter(|&place| cases[place].dtype == dtype).collect();
         if mine.is_empty() {
             continue;
         }
         progress.set_message(format!("writing {} MiB of {}", pool.bytes() >> 20, dtype.name()));
         pool.fill(dtype)?;
-        let mut decodes = mine.iter().map(|&place| Decode::new(cases[place], pool)).collect::<Outcome<Vec<_>>>()?;
+        let mut decodes =
+            mine.iter().map(|&place| Decode::new(cases[place], Algorithm::Auto, pool)).collect::<Outcome<Vec<_>>>()?;
         let mut beside = vec![Beside::default(); decodes.len()];
         for _ in 0..pace.rounds {
             for limit in limits.iter_mut() {

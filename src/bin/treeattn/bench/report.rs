@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::algorithms::{self, Comparison};
 use super::case::{Case, Target};
 use super::exchange::Exchange;
 use super::samples::Summary;
@@ -23,6 +24,10 @@ pub struct Report {
     pub limits: Vec<LimitReport>,
     pub rows: Vec<Row>,
     pub exchanges: Vec<Exchange>,
+    /// Exchange algorithms side by side.
+    pub algorithms: Vec<Comparison>,
+    /// RING's time over ONE_SHOT's at 32 MiB of keys and values a rank and 4 ranks.
+    pub ring_over_one_shot: Option<f64>,
     pub targets: Vec<TargetReport>,
     /// The share of the cores that others used meanwhile; none where the system does not say.
     pub others_share: Option<f64>,
@@ -135,10 +140,10 @@ impl Report {
             self.ceiling.kernel,
             self.ceiling.peak / 1e9,
         );
-        let limits: Vec<String> =
-            self.limits.iter().map(|limit| format!("{} {:.0}", limit.name, limit.median / 1e9)).collect();
-        text.push_str(&format!("arithmetic limits, GFLOP/s: {}\n\n", limits.join(", ")));
         if !self.rows.is_empty() {
+            let limits: Vec<String> =
+                self.limits.iter().map(|limit| format!("{} {:.0}", limit.name, limit.median / 1e9)).collect();
+            text.push_str(&format!("arithmetic limits, GFLOP/s: {}\n\n", limits.join(", ")));
             text.push_str(&self.decode_table());
         }
         if !self.exchanges.is_empty() {
@@ -155,6 +160,9 @@ impl Report {
                 ]);
             }
             text.push_str(&format!("\n{}", table.render()));
+        }
+        if !self.algorithms.is_empty() {
+            text.push_str(&format!("\n{}", algorithms::text(&self.algorithms)));
         }
         if !self.targets.is_empty() {
             let mut table = Table::new(&["target", "wanted", "found", ""]);
@@ -207,10 +215,14 @@ impl Report {
     }
 
     fn footnotes(&self) -> String {
-        let mut text = String::from(
-            "\nheads q/kv x dim, sequences x keys; ceiling: read bandwidth of all cores between the \
-             row's blocks, GB/s; x ceiling: time over bytes / ceiling; caches come from memory unless they are cached\n",
-        );
+        let mut text =
+            String::from("\nheads q/kv x dim, sequences x keys; caches come from memory unless they are cached\n");
+        if !self.rows.is_empty() {
+            text.push_str(
+                "ceiling: read bandwidth of all cores between the row's blocks, GB/s; x ceiling: time over bytes / \
+                 ceiling\n",
+            );
+        }
         if self.contaminated {
             text.push_str("! faster than memory can be read: this run is CONTAMINATED, do not quote it\n");
         }

@@ -113,8 +113,12 @@ pub fn run(args: &Args, device: Device) -> Outcome<()> {
 
 /// An error for words that say nothing on a GPU.
 fn refuse(args: &Args) -> Outcome<()> {
-    let given =
-        [("--ranks", args.ranks.is_empty()), ("--isa", args.isa.is_empty()), ("--threads", args.threads.is_none())];
+    let given = [
+        ("--ranks", args.ranks.is_empty()),
+        ("--isa", args.isa.is_empty()),
+        ("--threads", args.threads.is_none()),
+        ("--algorithms", args.algorithms.is_empty()),
+    ];
     if let Some((word, _)) = given.iter().find(|(_, absent)| !absent) {
         return Err(format!("{word}: it is for the CPU, found --device {}", args.device).into());
     }

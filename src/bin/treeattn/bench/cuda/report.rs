@@ -189,6 +189,7 @@ impl Report {
             ),
             x_label: "MB of keys and values a step".into(),
             y_label: "% of the read bandwidth".into(),
+            logarithmic: false,
             lines,
         }
     }
