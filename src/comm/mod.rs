@@ -1,7 +1,7 @@
 //! Communicators: how the ranks of a group exchange partials, and how they fail together.
 //!
 //! [`Exchange`] is what the runtime sees of one rank's end. `local` is the group within one process (shared memory,
-//! epochs of [`crate::partial::epoch`]; `post` carries its point-to-point messages), `transport` a rank whose peers the
+//! epochs of [`crate::partial::epoch`]), `transport` a rank whose peers the
 //! engine reaches (MPI, gloo); `tree` says who meets whom in a tree over nodes; `verdict` words what ranks say when they
 //! fail. Depends on `device` and `partial`; knows nothing of attention and of backends.
 //!
@@ -22,11 +22,12 @@
 
 mod config;
 mod local;
-mod post;
 mod transport;
 mod tree;
 mod verdict;
 
+#[cfg(test)]
+mod hop_tests;
 #[cfg(test)]
 mod tests;
 

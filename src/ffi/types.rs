@@ -307,8 +307,8 @@ pub struct treeattn_merge_args_t {
     pub out_lse: treeattn_tensor_t,
 }
 
-/// Memory that a plan holds, in bytes. None of it depends on the length of the cache. Filled by
-/// `treeattn_plan_memory`.
+/// Memory that a plan holds, in bytes. None of it depends on the length of the cache, but for the blocks of
+/// TREEATTN_ALGORITHM_RING. Filled by `treeattn_plan_memory`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct treeattn_plan_memory_t {

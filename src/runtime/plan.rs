@@ -28,7 +28,7 @@ pub struct Plan {
 
 pub(super) type PlanRef = Arc<PlanCore>;
 
-/// Memory that a plan holds, in bytes. None of it depends on the length of the cache.
+/// Memory that a plan holds, in bytes. None of it depends on the length of the cache, but for the blocks of `RING`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PlanMemory {
     /// Scratch of the backend and this rank's partials.

@@ -6,103 +6,36 @@
 //! for at most 20 us where the machine has a core a rank, else they park at once, and only the last arrival wakes.
 //!
 //! A step is opened in slots of the same kind, one for each parity of the step: as no rank ends a step that exchanges
-//! before all have opened it, none is more than one ahead. The last to open compares what all said. Hops (see `post`)
-//! wait on a bell of each rank's own.
+//! before all have opened it, none is more than one ahead. The last to open compares what all said. Hops wait on a bell
+//! of each rank's own. `group` is what the ranks share, `hop` opens steps and carries messages, which `post` hands over.
 //!
 //! The first failure latches for the whole group and rings the bell, so that every wait ends with it.
 
+mod group;
+mod hop;
+mod post;
+
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::post::Post;
-use super::{CommConfig, Exchange, Hop, MAX_HOPS, Round, RoundHeader, verdict};
+use self::group::{Absence, Group, Limit, Line, LocalRound, Rank, lock};
+use super::{CommConfig, Exchange, Hop, Round, RoundHeader, verdict};
 use crate::attention::Shard;
 use crate::device::{Bell, HostBuffer, available_cores};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault;
-use crate::partial::epoch::{Arrivals, Cursor, Epoch, Header, MAX_PAYLOAD, MAX_WINDOWS, SLOTS, Slot};
+use crate::partial::epoch::{Arrivals, Cursor, Epoch, Header, MAX_PAYLOAD, MAX_WINDOWS, SLOTS};
 
 /// Most ranks of a local group.
 pub(crate) const MAX_RANKS: usize = 1024;
 /// Alignment of payloads, bytes.
 const ALIGN: usize = 64;
-/// How long past its deadline a wait gives a rank that has published but not yet counted itself.
-const GRACE: Duration = Duration::from_millis(50);
 
 /// One rank's end of a local group.
 pub(crate) struct LocalExchange {
     group: Arc<Group>,
     rank: usize,
-}
-
-struct Group {
-    id: u64,
-    setup_timeout: Duration,
-    step_timeout: Duration,
-    spin: bool,
-    capacity: usize,
-    bell: Bell,
-    arrivals: Line<Arrivals<AtomicU32>>,
-    /// Openings of steps.
-    openings: Line<Arrivals<AtomicU32>>,
-    /// Set with `error`.
-    broken: AtomicBool,
-    error: Mutex<Option<Error>>,
-    /// Ranks that have left.
-    gone: AtomicU32,
-    /// What each rank gave in its last two allgathers: number and blob, by parity.
-    board: Mutex<Vec<[Blob; SLOTS]>>,
-    ranks: Vec<Rank>,
-    /// The payloads, `SLOTS` x `capacity` bytes a rank; reached by `payload` and `payload_mut` alone.
-    windows: HostBuffer,
-}
-
-/// The number of an allgather, and what a rank gave in it.
-type Blob = (u64, Vec<u8>);
-
-/// A value on cache lines of its own.
-#[repr(align(128))]
-#[derive(Default)]
-struct Line<T>(T);
-
-/// One rank's state. Its peers read the slots and `gone`.
-#[repr(align(128))]
-#[derive(Default)]
-struct Rank {
-    slots: [Line<Slot<AtomicU64>>; SLOTS],
-    cursor: Cursor<AtomicU32>,
-    /// What it opened its last two steps for, and how many it has opened.
-    opened: [Line<Slot<AtomicU64>>; SLOTS],
-    opening: AtomicU32,
-    steps: AtomicU64,
-    post: Post,
-    /// Rings for this rank's hops.
-    bell: Bell,
-    rounds: AtomicU64,
-    gathers: AtomicU64,
-    busy: AtomicBool,
-    gone: AtomicBool,
-    /// Why this rank failed, where that differs from the group's error.
-    error: Mutex<Option<Error>>,
-}
-
-/// The payloads of one round, in the windows.
-struct LocalRound<'a> {
-    group: &'a Group,
-    epoch: Epoch,
-    bytes: usize,
-}
-
-impl Round for LocalRound<'_> {
-    fn payload(&self, rank: usize) -> &[u8] {
-        // SAFETY: the epoch is complete, and no rank writes this slot before this rank has consumed it.
-        unsafe { self.group.payload(rank, self.epoch.slot(), self.bytes) }
-    }
-
-    fn fault(&self, rank: usize) -> u64 {
-        self.group.header(rank, self.epoch).map_or(0, |header| header.fault)
-    }
 }
 
 /// A group of `world` ranks in this process, in rank order. Errors: `InvalidArgument`, `NoMemory`.
@@ -143,130 +76,6 @@ pub(super) fn local_group_at(world: usize, config: &CommConfig, start: Epoch) ->
     Ok((0..world).map(|rank| LocalExchange { group: Arc::clone(&group), rank }).collect())
 }
 
-impl Group {
-    /// # Safety
-    /// `bytes` is at most the capacity, and nobody writes the slot while the slice lives.
-    unsafe fn payload(&self, rank: usize, slot: usize, bytes: usize) -> &[u8] {
-        assert!(rank < self.ranks.len() && bytes <= self.capacity);
-        // SAFETY: inside the windows, by the assertion; the rest is the caller's.
-        unsafe { std::slice::from_raw_parts(self.windows.as_ptr().add((rank * SLOTS + slot) * self.capacity), bytes) }
-    }
-
-    /// # Safety
-    /// As [`Group::payload`], and nobody reads the slot either.
-    #[allow(clippy::mut_from_ref)] // the protocol, not the borrow, makes it exclusive
-    unsafe fn payload_mut(&self, rank: usize, slot: usize, bytes: usize) -> &mut [u8] {
-        assert!(rank < self.ranks.len() && bytes <= self.capacity);
-        // SAFETY: inside the windows, by the assertion; the rest is the caller's.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.windows.as_mut_ptr().add((rank * SLOTS + slot) * self.capacity), bytes)
-        }
-    }
-
-    /// What `rank` published in `epoch`, if it has and its slot still holds it.
-    fn header(&self, rank: usize, epoch: Epoch) -> Option<Header> {
-        self.ranks[rank].slots[epoch.slot()].0.read(epoch)
-    }
-
-    /// Breaks the group, unless it is broken, and ends every wait. Gives the error that broke it.
-    fn break_with(&self, error: Error) -> Error {
-        let first = lock(&self.error).get_or_insert(error).clone();
-        if !self.broken.swap(true, Ordering::AcqRel) {
-            self.ring_all();
-        }
-        first
-    }
-
-    fn ring_all(&self) {
-        self.bell.ring();
-        self.ranks.iter().for_each(|rank| rank.bell.ring());
-    }
-
-    /// What `rank` opened step `epoch` for, if it has.
-    fn opening(&self, rank: usize, epoch: Epoch) -> Option<u64> {
-        self.ranks[rank].opened[epoch.slot()].0.read(epoch).map(|header| header.fingerprint)
-    }
-
-    /// Whom `me` takes for odd in the openings of a step, where all ranks have opened it.
-    fn odd_opening(&self, me: usize, epoch: Epoch) -> Option<Error> {
-        let world = self.ranks.len();
-        if !(0..world).all(|rank| self.opening(rank, epoch).is_some()) {
-            return None;
-        }
-        let step = self.ranks[me].steps.load(Ordering::Relaxed);
-        verdict::desync(|| format!("step {step}"), me, world, |rank| self.opening(rank, epoch).unwrap_or(0))
-    }
-
-    fn broken(&self) -> Option<Error> {
-        if !self.broken.load(Ordering::Acquire) {
-            return None;
-        }
-        lock(&self.error).clone()
-    }
-
-    /// Waits on the calling thread until `done`, watching the group's health and the deadline. `absence(r)` says how far
-    /// rank r has come, `what` is for messages.
-    fn wait(
-        &self,
-        done: impl Fn() -> bool,
-        absence: impl Fn(usize) -> Absence,
-        what: impl Fn() -> String,
-        limit: Limit<'_>,
-    ) -> Result<()> {
-        let mut deadline = limit.until;
-        let mut late = false;
-        loop {
-            let seen = limit.bell.now();
-            if done() {
-                return Ok(());
-            }
-            if let Some(error) = self.broken() {
-                return Err(error);
-            }
-            if self.gone.load(Ordering::Acquire) > 0 {
-                let lost = (0..self.ranks.len())
-                    .find(|&r| self.ranks[r].gone.load(Ordering::Acquire) && absence(r) != Absence::Here);
-                if let Some(rank) = lost {
-                    return Err(self.break_with(verdict::peer_lost(&what(), rank)));
-                }
-            }
-            if Instant::now() >= deadline {
-                // Who has not even begun is to blame before those who may be waiting for it, too.
-                let most = (0..self.ranks.len()).map(&absence).max().unwrap_or(Absence::Here);
-                let late_ranks = (0..self.ranks.len()).filter(|&r| most != Absence::Here && absence(r) == most);
-                let missing: Vec<usize> = late_ranks.collect();
-                if !missing.is_empty() || late {
-                    return Err(self.break_with(verdict::timeout(&what(), &missing, limit.field, limit.timeout)));
-                }
-                // Everyone is between publishing and arriving.
-                (late, deadline) = (true, deadline + GRACE);
-            }
-            limit.bell.wait(seen, self.spin, Some(deadline));
-        }
-    }
-}
-
-/// How far a rank is from giving what is waited for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Absence {
-    /// It has given it, or need not.
-    Here,
-    /// It has begun the step.
-    Waited,
-    /// It has not.
-    Absent,
-}
-
-/// How long a wait may last, and what ends it early.
-#[derive(Clone, Copy)]
-struct Limit<'a> {
-    bell: &'a Bell,
-    until: Instant,
-    /// The deadline's name and length, for messages.
-    field: &'static str,
-    timeout: Duration,
-}
-
 impl LocalExchange {
     /// Tells groups of a process apart; never 0.
     pub(crate) fn group_id(&self) -> u64 {
@@ -299,81 +108,6 @@ impl LocalExchange {
 
     fn step_limit<'a>(&self, bell: &'a Bell, until: Instant) -> Limit<'a> {
         Limit { bell, until, field: "step_timeout", timeout: self.group.step_timeout }
-    }
-
-    /// The step that was opened last.
-    fn opened(&self) -> Epoch {
-        Epoch::from_flag(self.own().opening.load(Ordering::Relaxed))
-    }
-
-    fn open_step(&self, fingerprint: u64) -> Result<()> {
-        let (group, own) = (&*self.group, self.own());
-        let epoch = self.opened().next();
-        own.opening.store(epoch.flag(), Ordering::Relaxed);
-        own.steps.fetch_add(1, Ordering::Relaxed);
-        own.opened[epoch.slot()].0.publish(epoch, Header { fingerprint, fault: 0 });
-        if group.openings.0.arrive(epoch, group.ranks.len())
-            && let Some(error) = group.odd_opening(self.rank, epoch)
-        {
-            return Err(error);
-        }
-        Ok(())
-    }
-
-    fn meet(&self, hop: &Hop, send: &[u8], recv: &mut [u8], meanwhile: &mut dyn FnMut() -> Result<()>) -> Result<u64> {
-        let (group, own, step) = (&*self.group, self.own(), self.opened());
-        let world = group.ranks.len();
-        if hop.to >= world || hop.from >= world || hop.index >= MAX_HOPS {
-            let found = format!("to {}, from {}, index {}", hop.to, hop.from, hop.index);
-            return Err(Error::invalid("hop", found, format!("ranks below {world}, an index below {MAX_HOPS}")));
-        }
-        let number = own.steps.load(Ordering::Relaxed);
-        let key = number * u64::from(MAX_HOPS) + u64::from(hop.index);
-        fault::point_at("comm.post", self.rank as i32)?;
-        let header = RoundHeader { fingerprint: tag(hop.header.fingerprint, send.len()), fault: hop.header.fault };
-        // SAFETY: `send` is borrowed for longer than the message, which this function drops on every way out.
-        let posted = unsafe { own.post.put(key, hop.to, header, send) };
-        group.ranks[hop.to].bell.ring();
-        let began = Instant::now();
-        meanwhile()?;
-        fault::point_at("comm.hop", self.rank as i32)?;
-        let from = &group.ranks[hop.from];
-        let absent = |rank: usize| group.opening(rank, step).is_none();
-        let what = || format!("step {number}, hop {}", hop.index);
-        // What this rank did meanwhile was no waiting.
-        let limit = self.step_limit(&own.bell, hop.until + began.elapsed());
-        let unsent = |rank: usize| match rank {
-            _ if absent(rank) => Absence::Absent,
-            _ if rank == hop.from && !from.post.is_for(key, self.rank) => Absence::Waited,
-            _ => Absence::Here,
-        };
-        let claim = loop {
-            group.wait(|| from.post.is_for(key, self.rank), unsent, what, limit)?;
-            // A message that was taken back in between: its sender has failed, and is about to say why.
-            if let Some(claim) = from.post.claim(key, self.rank) {
-                break claim;
-            }
-        };
-        let theirs = claim.header();
-        if theirs.fingerprint != tag(hop.header.fingerprint, recv.len()) || claim.len() != recv.len() {
-            drop(claim);
-            // The openings tell who is odd, once all are there.
-            let unopened = |rank: usize| if absent(rank) { Absence::Absent } else { Absence::Here };
-            group.wait(|| !(0..world).any(absent), unopened, what, limit)?;
-            let odd = group.odd_opening(self.rank, step);
-            return Err(odd.unwrap_or_else(|| verdict::differs(&what(), self.rank, hop.from)));
-        }
-        claim.copy(recv);
-        drop(claim);
-        from.bell.ring();
-        fault::point_at("comm.copied", self.rank as i32)?;
-        let unread = |rank: usize| match rank {
-            _ if absent(rank) => Absence::Absent,
-            _ if rank == hop.to && !posted.is_taken() => Absence::Waited,
-            _ => Absence::Here,
-        };
-        group.wait(|| posted.is_taken(), unread, what, limit)?;
-        Ok(theirs.fault)
     }
 
     fn exchange(
@@ -622,8 +356,4 @@ impl Drop for Turn<'_> {
 /// A fingerprint that also tells payloads of different sizes apart.
 fn tag(fingerprint: u64, bytes: usize) -> u64 {
     fingerprint ^ (bytes as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -2,9 +2,12 @@
 //!
 //! A round is one allgather of messages of a fixed size, a header and up to [`FIRST`] bytes of payload, so that ranks that
 //! are out of step are found before sizes could differ; a larger payload follows in a second allgather once the headers
-//! agree. A hop is the same over the engine's sendrecv, between one rank and the next. Callbacks run on the calling thread only (or on stream threads, where the engine said so). They get what is left
+//! agree. A hop (`hop`) is the same over the engine's sendrecv, between one rank and the next. Callbacks run on the calling thread only (or on stream threads, where the engine said so). They get what is left
 //! until the deadline and a word to watch; `watch` raises that word when the deadline has passed, for callbacks that look
 //! at nothing else.
+
+mod hop;
+mod watch;
 
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
@@ -12,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use self::watch::Watch;
 use super::{CommConfig, Exchange, Hop, Round, RoundHeader, verdict};
 use crate::attention::Shard;
 use crate::device::{Bell, HostBuffer, spawn};
@@ -26,8 +30,6 @@ const HEADER: usize = 64;
 const FIRST: usize = 16_896;
 /// Says that a message is one of these, and which version of them.
 const MAGIC: u64 = 0x7ee5_a77e_0000_0001;
-/// How often the watch looks at the clock.
-const WATCH: Duration = Duration::from_millis(100);
 /// Longest setup blob.
 const MAX_BLOB: u64 = 1 << 20;
 
@@ -96,19 +98,6 @@ struct Buffers {
     send: HostBuffer,
     first: HostBuffer,
     rest: HostBuffer,
-}
-
-/// What the watching thread and the callbacks share.
-struct Watch {
-    /// Not 0: callbacks give up.
-    abort: AtomicI32,
-    /// Whether `abort` was raised because the deadline had passed.
-    late: AtomicBool,
-    /// When the callback that runs must be done, in nanoseconds after `start`; 0: none runs.
-    deadline: AtomicU64,
-    start: Instant,
-    stop: AtomicBool,
-    bell: Bell,
 }
 
 /// How long a callback may take, and for whom.
@@ -216,19 +205,6 @@ impl TransportExchange {
         })
     }
 
-    /// One call of the engine's sendrecv.
-    fn swap(&self, hop: &Hop, send: &[u8], recv: &mut [u8], limit: &Limit<'_>) -> Result<()> {
-        let Some(sendrecv) = self.transport.sendrecv else {
-            return Err(Error::unsupported("transport.sendrecv", "none", "a function"));
-        };
-        self.call("sendrecv", limit, |left, abort| {
-            let (ctx, to, from) = (self.transport.ctx, hop.to as i32, hop.from as i32);
-            let (data, bytes) = (send.as_ptr().cast(), send.len());
-            // SAFETY: as in `gather`.
-            unsafe { sendrecv(ctx, data, bytes, to, recv.as_mut_ptr().cast(), recv.len(), from, left, abort) }
-        })
-    }
-
     /// Runs a callback, told what time is left, under the eyes of the watch.
     fn call(&self, name: &str, limit: &Limit<'_>, callback: impl FnOnce(i64, *const i32) -> i32) -> Result<()> {
         let left = limit.until.saturating_duration_since(Instant::now());
@@ -254,51 +230,6 @@ impl TransportExchange {
             [peer] => error.with_rank(*peer as i32),
             _ => error,
         })
-    }
-
-    fn meet(&self, hop: &Hop, send: &[u8], recv: &mut [u8]) -> Result<u64> {
-        let (number, steps) = (hop.index, self.steps.load(Ordering::Relaxed));
-        let what = || format!("step {steps}, hop {number}");
-        let limit = Limit {
-            what: &what,
-            peer: &[hop.from],
-            until: hop.until,
-            field: "step_timeout",
-            timeout: self.step_timeout,
-        };
-        let mut buffers = lock(&self.buffers);
-        let Buffers { send: own, first, .. } = &mut *buffers;
-        let (own, first) = (&mut bytes_of(own)[..HEADER + FIRST], &mut bytes_of(first)[..HEADER + FIRST]);
-        let mine = [MAGIC, hop.header.fingerprint, send.len() as u64, hop.header.fault, u64::from(number), steps];
-        for (to, value) in own.chunks_exact_mut(8).zip(mine) {
-            to.copy_from_slice(&value.to_le_bytes());
-        }
-        if send.len() <= FIRST {
-            own[HEADER..][..send.len()].copy_from_slice(send);
-        }
-        self.swap(hop, own, first, &limit)?;
-        if word(first, 0) != MAGIC {
-            let message = format!("{}: rank {} sent no message of this library's version", what(), hop.from);
-            return Err(Error::new(ErrorKind::Desync, message).with_rank(hop.from as i32));
-        }
-        let wanted = [hop.header.fingerprint, recv.len() as u64, u64::from(number), steps];
-        if [1, 2, 4, 5].map(|i| word(first, i)) != wanted {
-            return Err(verdict::differs(&what(), self.shard.rank as usize, hop.from));
-        }
-        let fault = word(first, 3);
-        let mut rest: (&[u8], &mut [u8]) = (&[], &mut []);
-        if send.len() > FIRST {
-            rest.0 = send;
-        }
-        if recv.len() > FIRST {
-            rest.1 = recv;
-        } else {
-            recv.copy_from_slice(&first[HEADER..][..recv.len()]);
-        }
-        if !rest.0.is_empty() || !rest.1.is_empty() {
-            self.swap(hop, rest.0, rest.1, &limit)?;
-        }
-        Ok(fault)
     }
 
     fn exchange(
@@ -517,30 +448,6 @@ impl Drop for TransportExchange {
         self.watch.bell.ring();
         if let Some(watcher) = self.watcher.take() {
             let _ = watcher.join();
-        }
-    }
-}
-
-impl Watch {
-    fn arm(&self, until: Instant) {
-        let at = until.saturating_duration_since(self.start).as_nanos();
-        self.deadline.store(u64::try_from(at).unwrap_or(u64::MAX).max(1), Ordering::Release);
-    }
-
-    fn disarm(&self) {
-        self.deadline.store(0, Ordering::Release);
-    }
-
-    /// Raises the abort word when the callback that runs is past its deadline.
-    fn run(&self) {
-        while !self.stop.load(Ordering::Acquire) {
-            let seen = self.bell.now();
-            let deadline = self.deadline.load(Ordering::Acquire);
-            if deadline != 0 && self.start.elapsed().as_nanos() > u128::from(deadline) {
-                self.late.store(true, Ordering::Release);
-                self.abort.store(1, Ordering::Release);
-            }
-            self.bell.wait(seen, false, Some(Instant::now() + WATCH));
         }
     }
 }

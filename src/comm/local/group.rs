@@ -1,0 +1,212 @@
+//! What the ranks of a local group share: windows, slots, the board of allgathers, and how they wait and fail together.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::post::Post;
+use crate::comm::{Round, verdict};
+use crate::device::{Bell, HostBuffer};
+use crate::error::{Error, Result};
+use crate::partial::epoch::{Arrivals, Cursor, Epoch, Header, SLOTS, Slot};
+
+/// How long past its deadline a wait gives a rank that has published but not yet counted itself.
+const GRACE: Duration = Duration::from_millis(50);
+
+/// The shared part of a local group.
+pub(super) struct Group {
+    pub(super) id: u64,
+    pub(super) setup_timeout: Duration,
+    pub(super) step_timeout: Duration,
+    pub(super) spin: bool,
+    pub(super) capacity: usize,
+    pub(super) bell: Bell,
+    pub(super) arrivals: Line<Arrivals<AtomicU32>>,
+    /// Openings of steps.
+    pub(super) openings: Line<Arrivals<AtomicU32>>,
+    /// Set with `error`.
+    pub(super) broken: AtomicBool,
+    pub(super) error: Mutex<Option<Error>>,
+    /// Ranks that have left.
+    pub(super) gone: AtomicU32,
+    /// What each rank gave in its last two allgathers: number and blob, by parity.
+    pub(super) board: Mutex<Vec<[Blob; SLOTS]>>,
+    pub(super) ranks: Vec<Rank>,
+    /// The payloads, `SLOTS` x `capacity` bytes a rank; reached by `payload` and `payload_mut` alone.
+    pub(super) windows: HostBuffer,
+}
+
+/// The number of an allgather, and what a rank gave in it.
+pub(super) type Blob = (u64, Vec<u8>);
+
+/// A value on cache lines of its own.
+#[repr(align(128))]
+#[derive(Default)]
+pub(super) struct Line<T>(pub(super) T);
+
+/// One rank's state. Its peers read the slots and `gone`.
+#[repr(align(128))]
+#[derive(Default)]
+pub(super) struct Rank {
+    pub(super) slots: [Line<Slot<AtomicU64>>; SLOTS],
+    pub(super) cursor: Cursor<AtomicU32>,
+    /// What it opened its last two steps for, and how many it has opened.
+    pub(super) opened: [Line<Slot<AtomicU64>>; SLOTS],
+    pub(super) opening: AtomicU32,
+    pub(super) steps: AtomicU64,
+    pub(super) post: Post,
+    /// Rings for this rank's hops.
+    pub(super) bell: Bell,
+    pub(super) rounds: AtomicU64,
+    pub(super) gathers: AtomicU64,
+    pub(super) busy: AtomicBool,
+    pub(super) gone: AtomicBool,
+    /// Why this rank failed, where that differs from the group's error.
+    pub(super) error: Mutex<Option<Error>>,
+}
+
+/// The payloads of one round, in the windows.
+pub(super) struct LocalRound<'a> {
+    pub(super) group: &'a Group,
+    pub(super) epoch: Epoch,
+    pub(super) bytes: usize,
+}
+
+impl Round for LocalRound<'_> {
+    fn payload(&self, rank: usize) -> &[u8] {
+        // SAFETY: the epoch is complete, and no rank writes this slot before this rank has consumed it.
+        unsafe { self.group.payload(rank, self.epoch.slot(), self.bytes) }
+    }
+
+    fn fault(&self, rank: usize) -> u64 {
+        self.group.header(rank, self.epoch).map_or(0, |header| header.fault)
+    }
+}
+
+impl Group {
+    /// # Safety
+    /// `bytes` is at most the capacity, and nobody writes the slot while the slice lives.
+    pub(super) unsafe fn payload(&self, rank: usize, slot: usize, bytes: usize) -> &[u8] {
+        assert!(rank < self.ranks.len() && bytes <= self.capacity);
+        // SAFETY: inside the windows, by the assertion; the rest is the caller's.
+        unsafe { std::slice::from_raw_parts(self.windows.as_ptr().add((rank * SLOTS + slot) * self.capacity), bytes) }
+    }
+
+    /// # Safety
+    /// As [`Group::payload`], and nobody reads the slot either.
+    #[allow(clippy::mut_from_ref)] // the protocol, not the borrow, makes it exclusive
+    pub(super) unsafe fn payload_mut(&self, rank: usize, slot: usize, bytes: usize) -> &mut [u8] {
+        assert!(rank < self.ranks.len() && bytes <= self.capacity);
+        // SAFETY: inside the windows, by the assertion; the rest is the caller's.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.windows.as_mut_ptr().add((rank * SLOTS + slot) * self.capacity), bytes)
+        }
+    }
+
+    /// What `rank` published in `epoch`, if it has and its slot still holds it.
+    pub(super) fn header(&self, rank: usize, epoch: Epoch) -> Option<Header> {
+        self.ranks[rank].slots[epoch.slot()].0.read(epoch)
+    }
+
+    /// Breaks the group, unless it is broken, and ends every wait. Gives the error that broke it.
+    pub(super) fn break_with(&self, error: Error) -> Error {
+        let first = lock(&self.error).get_or_insert(error).clone();
+        if !self.broken.swap(true, Ordering::AcqRel) {
+            self.ring_all();
+        }
+        first
+    }
+
+    pub(super) fn ring_all(&self) {
+        self.bell.ring();
+        self.ranks.iter().for_each(|rank| rank.bell.ring());
+    }
+
+    /// What `rank` opened step `epoch` for, if it has.
+    pub(super) fn opening(&self, rank: usize, epoch: Epoch) -> Option<u64> {
+        self.ranks[rank].opened[epoch.slot()].0.read(epoch).map(|header| header.fingerprint)
+    }
+
+    /// Whom `me` takes for odd in the openings of a step, where all ranks have opened it.
+    pub(super) fn odd_opening(&self, me: usize, epoch: Epoch) -> Option<Error> {
+        let world = self.ranks.len();
+        if !(0..world).all(|rank| self.opening(rank, epoch).is_some()) {
+            return None;
+        }
+        let step = self.ranks[me].steps.load(Ordering::Relaxed);
+        verdict::desync(|| format!("step {step}"), me, world, |rank| self.opening(rank, epoch).unwrap_or(0))
+    }
+
+    pub(super) fn broken(&self) -> Option<Error> {
+        if !self.broken.load(Ordering::Acquire) {
+            return None;
+        }
+        lock(&self.error).clone()
+    }
+
+    /// Waits on the calling thread until `done`, watching the group's health and the deadline. `absence(r)` says how far
+    /// rank r has come, `what` is for messages.
+    pub(super) fn wait(
+        &self,
+        done: impl Fn() -> bool,
+        absence: impl Fn(usize) -> Absence,
+        what: impl Fn() -> String,
+        limit: Limit<'_>,
+    ) -> Result<()> {
+        let mut deadline = limit.until;
+        let mut late = false;
+        loop {
+            let seen = limit.bell.now();
+            if done() {
+                return Ok(());
+            }
+            if let Some(error) = self.broken() {
+                return Err(error);
+            }
+            if self.gone.load(Ordering::Acquire) > 0 {
+                let lost = (0..self.ranks.len())
+                    .find(|&r| self.ranks[r].gone.load(Ordering::Acquire) && absence(r) != Absence::Here);
+                if let Some(rank) = lost {
+                    return Err(self.break_with(verdict::peer_lost(&what(), rank)));
+                }
+            }
+            if Instant::now() >= deadline {
+                // Who has not even begun is to blame before those who may be waiting for it, too.
+                let most = (0..self.ranks.len()).map(&absence).max().unwrap_or(Absence::Here);
+                let late_ranks = (0..self.ranks.len()).filter(|&r| most != Absence::Here && absence(r) == most);
+                let missing: Vec<usize> = late_ranks.collect();
+                if !missing.is_empty() || late {
+                    return Err(self.break_with(verdict::timeout(&what(), &missing, limit.field, limit.timeout)));
+                }
+                // Everyone is between publishing and arriving.
+                (late, deadline) = (true, deadline + GRACE);
+            }
+            limit.bell.wait(seen, self.spin, Some(deadline));
+        }
+    }
+}
+
+/// How far a rank is from giving what is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Absence {
+    /// It has given it, or need not.
+    Here,
+    /// It has begun the step.
+    Waited,
+    /// It has not.
+    Absent,
+}
+
+/// How long a wait may last, and what ends it early.
+#[derive(Clone, Copy)]
+pub(super) struct Limit<'a> {
+    pub(super) bell: &'a Bell,
+    pub(super) until: Instant,
+    /// The deadline's name and length, for messages.
+    pub(super) field: &'static str,
+    pub(super) timeout: Duration,
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
