@@ -730,8 +730,8 @@ typedef struct treeattn_merge_args_t {
 } treeattn_merge_args_t;
 
 /**
- * Memory that a plan holds, in bytes. None of it depends on the length of the cache. Filled by
- * `treeattn_plan_memory`.
+ * Memory that a plan holds, in bytes. None of it depends on the length of the cache, but for the blocks of
+ * TREEATTN_ALGORITHM_RING. Filled by `treeattn_plan_memory`.
  */
 typedef struct treeattn_plan_memory_t {
     /** sizeof(treeattn_plan_memory_t). */
