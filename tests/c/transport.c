@@ -521,10 +521,11 @@ static void ended(treeattn_status_t (*end)(treeattn_comm_t *), treeattn_status_t
 static void algorithms(void) {
   rank_t ranks[WORLD];
   const treeattn_algorithm_t all[] = {TREEATTN_ALGORITHM_ONE_SHOT, TREEATTN_ALGORITHM_TWO_SHOT,
-                                      TREEATTN_ALGORITHM_ALLREDUCE3, TREEATTN_ALGORITHM_TREE};
-  for (int which = 0; which < 8; which++) {
-    const treeattn_algorithm_t algorithm = all[which % 4];
-    const int without = which >= 4, refused = without && algorithm == TREEATTN_ALGORITHM_TREE;
+                                      TREEATTN_ALGORITHM_ALLREDUCE3, TREEATTN_ALGORITHM_TREE,
+                                      TREEATTN_ALGORITHM_RING};
+  for (int which = 0; which < 10; which++) {
+    const treeattn_algorithm_t algorithm = all[which % 5];
+    const int without = which >= 5, swaps = which % 5 >= 3, refused = without && swaps;
     meet(ranks, WORLD, 0, 0);
     for (int r = 0; r < WORLD; r++) {
       ranks[r].algorithm = algorithm;
@@ -535,7 +536,7 @@ static void algorithms(void) {
     on_threads(plan, ranks, WORLD);
     all_give(ranks, WORLD, refused ? TREEATTN_ERROR_UNSUPPORTED : TREEATTN_OK);
     if (refused) {
-      CHECK(strstr(ranks[1].message, "treeattn_plan_create: algorithm: found TREE") == ranks[1].message);
+      CHECK(strstr(ranks[1].message, "treeattn_plan_create: algorithm: found ") == ranks[1].message);
       CHECK(strstr(ranks[1].message, "sendrecv") != NULL);
       ranks[0].algorithm = ranks[1].algorithm = ranks[2].algorithm = ranks[3].algorithm = TREEATTN_ALGORITHM_AUTO;
       on_threads(plan, ranks, WORLD);
@@ -549,7 +550,7 @@ static void algorithms(void) {
       for (int r = 0; r < WORLD; r++) {
         CHECK(shard_matches(&shards[r], &problem));
         CHECK(memcmp(&shards[r].outputs, &shards[0].outputs, sizeof(outputs_t)) == 0);
-        CHECK((ranks[r].line.swaps > 0) == (algorithm == TREEATTN_ALGORITHM_TREE && !without));
+        CHECK((ranks[r].line.swaps > 0) == (swaps && !without));
       }
     }
     teardown(ranks, WORLD);
