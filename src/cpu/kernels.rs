@@ -14,7 +14,7 @@ pub struct Kernels {
     /// [`tile::scores`] by element type of k.
     pub scores: [unsafe fn(&ScoreArgs); 3],
     /// [`tile::weigh`].
-    pub weigh: unsafe fn(&WeighArgs),
+    pub weigh: unsafe fn(&WeighArgs) -> bool,
     /// [`tile::values`] by element type of v.
     pub values: [unsafe fn(&ValueArgs); 3],
     /// [`tile::widen`] by element type.
@@ -39,8 +39,11 @@ macro_rules! kernels {
 
             macro_rules! entry {
                 ($entry:ident, $args:ty, $body:expr) => {
+                    entry!($entry, $args, $body, ());
+                };
+                ($entry:ident, $args:ty, $body:expr, $output:ty) => {
                     $(#[$features])?
-                    unsafe fn $entry(args: &$args) {
+                    unsafe fn $entry(args: &$args) -> $output {
                         // SAFETY: the caller's: valid arguments, and the instruction set is there.
                         unsafe { $body(args) }
                     }
@@ -49,7 +52,7 @@ macro_rules! kernels {
             entry!(scores_f32, ScoreArgs, tile::scores::<$simd, F32, $t4, $t2, $t1>);
             entry!(scores_f16, ScoreArgs, tile::scores::<$simd, F16, $t4, $t2, $t1>);
             entry!(scores_bf16, ScoreArgs, tile::scores::<$simd, Bf16, $t4, $t2, $t1>);
-            entry!(weigh, WeighArgs, tile::weigh::<$simd>);
+            entry!(weigh, WeighArgs, tile::weigh::<$simd>, bool);
             entry!(values_f32, ValueArgs, tile::values::<$simd, F32, $w4, $w1>);
             entry!(values_f16, ValueArgs, tile::values::<$simd, F16, $w4, $w1>);
             entry!(values_bf16, ValueArgs, tile::values::<$simd, Bf16, $w4, $w1>);

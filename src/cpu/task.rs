@@ -8,6 +8,10 @@ use super::state::{Open, Total};
 use super::tile::{ScoreArgs, TILE, ValueArgs, WeighArgs, WidenArgs, keys_together};
 use super::worker::Worker;
 
+/// How far the maximum of a row may rise above what its scores are taken against before they are taken anew, in powers
+/// of two. Scores against something near the largest are small where weights are not, and so are their rounding errors.
+const NEAR: f32 = 12.0;
+
 /// A piece with everything that stays the same over its tiles.
 pub struct Task<'a> {
     /// What the piece has summed up.
@@ -65,6 +69,7 @@ impl<'a> Task<'a> {
             let open = Open::at(worker.scratch.add(layout.open), shape.states());
             total.clear(piece.rows * piece.heads);
             open.clear(piece.rows * piece.heads);
+            worker.scratch.add(layout.start).write_bytes(0, piece.rows * piece.heads);
             (open, total)
         };
         let dims = [(shape.dim_qk, shape.padded_qk()), (shape.dim_v, shape.padded_v())];
@@ -190,7 +195,8 @@ impl<'a> Task<'a> {
         unsafe {
             let scores = worker.scratch.add(worker.layout.scores);
             let (k, offset, element) = self.source(0, heads.first, keys, rows);
-            (worker.kernels.scores[element])(&ScoreArgs {
+            let start = worker.scratch.add(worker.layout.start + first);
+            let mut score = ScoreArgs {
                 q: worker.q(piece, heads.first),
                 heads: heads.count,
                 rows: piece.rows,
@@ -199,24 +205,35 @@ impl<'a> Task<'a> {
                 offset,
                 head: self.head_stride[0] as usize,
                 keys,
+                start,
                 scores,
                 ahead: self.ahead(0, heads, keys, rows, None),
-            });
-            if let Some(scale) = worker.shape.tilt {
-                self.tilt(heads, keys, rows, scores, scale);
-            }
-            for h in 0..heads.count {
-                self.hide(sight, keys, scores.add(h * piece.rows * TILE));
-            }
-            (worker.kernels.weigh)(&WeighArgs {
+            };
+            let mut weigh = WeighArgs {
                 scores,
                 rows: heads.count * piece.rows,
                 keys,
                 factor: worker.shape.factor,
+                start,
+                near: if worker.shape.tilt.is_none() { NEAR } else { f32::INFINITY },
                 max: self.open.max.add(first),
                 open: self.open.row(first),
                 dim: worker.shape.padded_v(),
-            });
+            };
+            loop {
+                (worker.kernels.scores[element])(&score);
+                if let Some(scale) = worker.shape.tilt {
+                    self.tilt(heads, keys, rows, scores, scale);
+                }
+                for h in 0..heads.count {
+                    self.hide(sight, keys, scores.add(h * piece.rows * TILE));
+                }
+                if !(worker.kernels.weigh)(&weigh) {
+                    return;
+                }
+                // Once more, against what was found.
+                (score.ahead, weigh.near) = (Ahead::NOTHING, f32::INFINITY);
+            }
         }
     }
 
@@ -236,6 +253,7 @@ impl<'a> Task<'a> {
                 offset,
                 head: self.head_stride[1] as usize,
                 keys,
+                start: worker.scratch.add(worker.layout.start + heads.first * piece.rows),
                 scores: tilts,
                 ahead: Ahead::NOTHING,
             });

@@ -40,6 +40,9 @@ pub struct ScoreArgs {
     pub head: usize,
     /// Keys.
     pub keys: usize,
+    /// What each lane of a row's sums begins with: the scores come out that much (times the lanes) larger.
+    /// f32 [heads, rows].
+    pub start: *const f32,
     /// Scores, f32 [heads, rows, TILE]; written up to the next multiple of 16 above `keys`.
     pub scores: *mut f32,
     /// What to ask for meanwhile.
@@ -57,6 +60,10 @@ pub struct WeighArgs {
     pub keys: usize,
     /// scale * log2 e as a sum of two floats, above 0.
     pub factor: [f32; 2],
+    /// What the scores are taken against, as in [`ScoreArgs`]: in and out.
+    pub start: *mut f32,
+    /// How far (in powers of two) the maximum of a row may be from what its scores are taken against.
+    pub near: f32,
     /// Running maximum of each row, an integer or -inf.
     pub max: *mut f32,
     /// Open sums, f32 [rows, dim + SUM_LANES]: weighted values, then weights lane by lane.
@@ -157,7 +164,7 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize, con
             let (steps, lines) = (DIM / S::LANES, RT * DIM * E::SIZE / LINE);
             let idle = a.q.cast();
             let line = if b.row == 0 { asking.take::<S>(lines, idle) } else { idle };
-            let mut acc = [[S::splat(0.0); RT]; RQ];
+            let mut acc = begin_sums::<S, RQ, RT>(a, row);
             for half in 0..2 {
                 // Half a row at a time: short enough to be unrolled.
                 for step in 0..steps / 2 {
@@ -173,12 +180,24 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize, con
             asking.some::<S>(RT * asking.row);
         }
         for begin in (0..dim).step_by(DOT) {
-            let mut acc = [[S::splat(0.0); RT]; RQ];
+            let mut acc = if begin == 0 { begin_sums::<S, RQ, RT>(a, row) } else { [[S::splat(0.0); RT]; RQ] };
             for d in (begin..dim.min(begin + DOT)).step_by(S::LANES) {
                 score_step::<S, E, RQ, RT>(q, dim, &k, d, &mut acc);
             }
             add_lanes::<S, RQ, RT>(&acc, out, TILE, begin == 0);
         }
+    }
+}
+
+/// What the sums of RQ rows from `row` on begin with.
+#[inline(always)]
+unsafe fn begin_sums<S: Simd, const RQ: usize, const RT: usize>(a: &ScoreArgs, row: usize) -> [[S::V; RT]; RQ] {
+    unsafe {
+        let mut acc = [[S::splat(0.0); RT]; RQ];
+        for (i, acc) in acc.iter_mut().enumerate() {
+            *acc = [S::splat(*a.start.add(row + i)); RT];
+        }
+        acc
     }
 }
 
@@ -221,10 +240,11 @@ unsafe fn score_heads<S: Simd, E: Element, const RH: usize, const RT: usize>(
                 if b.row == 0 {
                     asking.some::<S>(asking.row);
                 }
-                let (q, k) = (a.q.add(((b.head + h) * a.rows + b.row) * a.dim), k.add(h * a.head));
+                let row = (b.head + h) * a.rows + b.row;
+                let (q, k) = (a.q.add(row * a.dim), k.add(h * a.head));
                 for begin in (0..a.dim).step_by(DOT) {
                     let end = a.dim.min(begin + DOT);
-                    let mut sum = S::splat(0.0);
+                    let mut sum = S::splat(if begin == 0 { *a.start.add(row) } else { 0.0 });
                     let mut d = begin;
                     while d < end {
                         sum = S::fma(S::load(q.add(d)), E::load::<S>(k.add(d * E::SIZE)), sum);
@@ -339,44 +359,103 @@ unsafe fn rescale<S: Simd>(p: *mut f32, n: usize, factor: f32) {
     }
 }
 
-/// Turns scores into weights, raises the running maxima and adds to the sums of weights.
+/// Turns scores into weights, raises the running maxima and adds to the sums of weights. True: nothing of that is done
+/// but the maxima, because some are so far from what the scores are taken against that they are to be taken anew.
 ///
 /// # Safety
 /// As [`scores`].
 #[inline(always)]
-pub unsafe fn weigh<S: Simd>(a: &WeighArgs) {
+pub unsafe fn weigh<S: Simd>(a: &WeighArgs) -> bool {
     unsafe {
+        let mut repeat = false;
+        for r in 0..a.rows {
+            repeat |= raise::<S>(a, r);
+        }
+        if repeat {
+            return true;
+        }
         let n = a.keys.next_multiple_of(16);
         let (high, low) = (S::splat(a.factor[0]), S::splat(a.factor[1]));
         for r in 0..a.rows {
             let row = a.scores.add(r * TILE);
-            let open = a.open.add(r * (a.dim + SUM_LANES));
-            let sum = open.add(a.dim);
-            let mut top = S::load(row);
-            for t in (S::LANES..n).step_by(S::LANES) {
-                top = S::max(top, S::load(row.add(t)));
-            }
-            let before = *a.max.add(r);
-            let max = before.max((S::max_lane(top) * a.factor[0]).ceil());
-            if max > before {
-                rescale::<S>(open, a.dim + SUM_LANES, factor(before, max));
-                *a.max.add(r) = max;
-            }
-            // Nothing visible yet: every score is -inf (or NaN), and no maximum to subtract.
-            let base = S::splat(if max == f32::NEG_INFINITY { 0.0 } else { -max });
+            let sum = a.open.add(r * (a.dim + SUM_LANES) + a.dim);
+            let max = *a.max.add(r);
+            let (whole, part) = base(a, against::<S>(*a.start.add(r)), max);
+            let (whole, part) = (S::splat(whole), S::splat(part));
             let far = max.abs() >= FAR;
             let mut total = S::load(sum);
             for t in (0..n).step_by(S::LANES) {
                 let score = S::load(row.add(t));
-                let x =
-                    if far { S::add(S::mul(score, high), base) } else { S::fma(score, low, S::fma(score, high, base)) };
+                let x = if far {
+                    S::add(S::mul(score, high), whole)
+                } else {
+                    S::add(S::fma(score, high, whole), S::fma(score, low, part))
+                };
                 let weight = S::exp2_unless_hidden(x, score);
                 S::store(row.add(t), weight);
                 total = S::add(total, weight);
             }
             S::store(sum, total);
         }
+        false
     }
+}
+
+/// Raises the maximum of row `r` to that of its scores. Whether it is too far from what they are taken against, which is
+/// then set anew.
+#[inline(always)]
+unsafe fn raise<S: Simd>(a: &WeighArgs, r: usize) -> bool {
+    unsafe {
+        let row = a.scores.add(r * TILE);
+        let mut top = S::load(row);
+        for t in (S::LANES..a.keys.next_multiple_of(16)).step_by(S::LANES) {
+            top = S::max(top, S::load(row.add(t)));
+        }
+        let (before, top, start) = (*a.max.add(r), S::max_lane(top), a.start.add(r));
+        let zero = against::<S>(*start);
+        let found = if zero == 0.0 {
+            (top * a.factor[0]).ceil()
+        } else {
+            ((zero + f64::from(top)) * wide(a.factor)).ceil() as f32
+        };
+        let max = before.max(found);
+        if max > before {
+            rescale::<S>(a.open.add(r * (a.dim + SUM_LANES)), a.dim + SUM_LANES, factor(before, max));
+            *a.max.add(r) = max;
+        }
+        let middle = (zero * wide(a.factor)) as f32;
+        if !((max - middle).abs() > a.near && max.is_finite()) || (zero == 0.0 && max.abs() >= FAR) {
+            return false;
+        }
+        let lane = -max / (a.factor[0] * S::LANES as f32);
+        // What is exact in every lane.
+        *start = if max.abs() < FAR && lane.is_finite() && lane.abs() > 1e-30 { lane } else { 0.0 };
+        *start != 0.0 || zero != 0.0
+    }
+}
+
+/// What scores are taken against, given what each lane begins with.
+#[inline(always)]
+fn against<S: Simd>(start: f32) -> f64 {
+    -f64::from(start) * S::LANES as f64
+}
+
+/// The sum of two floats.
+#[inline(always)]
+fn wide(parts: [f32; 2]) -> f64 {
+    f64::from(parts[0]) + f64::from(parts[1])
+}
+
+/// What is added to a score (taken against `zero`) times the factor: a whole number, and the small part that is left.
+#[inline(always)]
+fn base(a: &WeighArgs, zero: f64, max: f32) -> (f32, f32) {
+    if max == f32::NEG_INFINITY {
+        // Nothing visible yet: every score is -inf (or NaN), and no maximum to subtract.
+        return (0.0, 0.0);
+    }
+    let middle = zero * wide(a.factor);
+    let whole = middle.round_ties_even();
+    ((whole - f64::from(max)) as f32, (middle - whole) as f32)
 }
 
 /// Where a block of weighted values lies: kv head, first row, first and last key.
