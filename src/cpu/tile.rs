@@ -14,7 +14,7 @@ pub const TILE: usize = 64;
 /// equal-sign sums.
 const RUN: usize = 4;
 /// Elements of q.k that meet in one set of accumulators: bounds the rounding of long dot products.
-const DOT: usize = 256;
+const DOT: usize = 128;
 /// Maxima from here on have no fraction to round up; the product with a score must then be rounded just as the maximum
 /// was, or what is left of the largest score would be rounding alone, and any power of two.
 const FAR: f32 = 4_194_304.0;
@@ -179,13 +179,19 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize, con
         if b.row == 0 {
             asking.some::<S>(RT * asking.row);
         }
+        let mut sums = begin_sums::<S, RQ, RT>(a, row);
         for begin in (0..dim).step_by(DOT) {
-            let mut acc = if begin == 0 { begin_sums::<S, RQ, RT>(a, row) } else { [[S::splat(0.0); RT]; RQ] };
+            let mut acc = [[S::splat(0.0); RT]; RQ];
             for d in (begin..dim.min(begin + DOT)).step_by(S::LANES) {
                 score_step::<S, E, RQ, RT>(q, dim, &k, d, &mut acc);
             }
-            add_lanes::<S, RQ, RT>(&acc, out, TILE, begin == 0);
+            for (sums, acc) in sums.iter_mut().zip(&acc) {
+                for (sum, &acc) in sums.iter_mut().zip(acc) {
+                    *sum = S::add(*sum, acc);
+                }
+            }
         }
+        S::sum_lanes(&sums, out, TILE);
     }
 }
 
@@ -242,9 +248,10 @@ unsafe fn score_heads<S: Simd, E: Element, const RH: usize, const RT: usize>(
                 }
                 let row = (b.head + h) * a.rows + b.row;
                 let (q, k) = (a.q.add(row * a.dim), k.add(h * a.head));
+                acc[i] = S::splat(*a.start.add(row));
                 for begin in (0..a.dim).step_by(DOT) {
                     let end = a.dim.min(begin + DOT);
-                    let mut sum = S::splat(if begin == 0 { *a.start.add(row) } else { 0.0 });
+                    let mut sum = S::splat(0.0);
                     let mut d = begin;
                     while d < end {
                         sum = S::fma(S::load(q.add(d)), E::load::<S>(k.add(d * E::SIZE)), sum);
@@ -255,28 +262,6 @@ unsafe fn score_heads<S: Simd, E: Element, const RH: usize, const RT: usize>(
             }
         }
         S::sum_lanes(&acc, a.scores.add((b.head * a.rows + b.row) * TILE + b.key), a.rows * TILE);
-    }
-}
-
-/// Sums lanes into `out`, or onto it.
-#[inline(always)]
-unsafe fn add_lanes<S: Simd, const RQ: usize, const RT: usize>(
-    acc: &[[S::V; RT]; RQ],
-    out: *mut f32,
-    stride: usize,
-    first: bool,
-) {
-    unsafe {
-        if first {
-            return S::sum_lanes(acc, out, stride);
-        }
-        let mut sums = [[0.0f32; RT]; RQ];
-        S::sum_lanes(acc, sums.as_mut_ptr().cast(), RT);
-        for (i, sums) in sums.iter().enumerate() {
-            for (j, sum) in sums.iter().enumerate() {
-                *out.add(i * stride + j) += sum;
-            }
-        }
     }
 }
 
@@ -359,8 +344,8 @@ unsafe fn rescale<S: Simd>(p: *mut f32, n: usize, factor: f32) {
     }
 }
 
-/// Turns scores into weights, raises the running maxima and adds to the sums of weights. True: nothing of that is done
-/// but the maxima, because some are so far from what the scores are taken against that they are to be taken anew.
+/// Turns scores into weights, raises the running maxima and adds to the sums of weights. True: some maxima are so far
+/// from what the scores were taken against that all are to be taken anew, against `start` as it is now.
 ///
 /// # Safety
 /// As [`scores`].
@@ -380,18 +365,24 @@ pub unsafe fn weigh<S: Simd>(a: &WeighArgs) -> bool {
             let row = a.scores.add(r * TILE);
             let sum = a.open.add(r * (a.dim + SUM_LANES) + a.dim);
             let max = *a.max.add(r);
-            let (whole, part) = base(a, against::<S>(*a.start.add(r)), max);
-            let (whole, part) = (S::splat(whole), S::splat(part));
+            let (base, part) = base(a, against::<S>(*a.start.add(r)), max);
+            let (base, part) = (S::splat(base), S::splat(part));
             let far = max.abs() >= FAR;
             let mut total = S::load(sum);
             for t in (0..n).step_by(S::LANES) {
                 let score = S::load(row.add(t));
-                let x = if far {
-                    S::add(S::mul(score, high), whole)
+                let (x, whole, rest) = if far {
+                    let x = S::add(S::mul(score, high), base);
+                    let whole = S::round(x);
+                    (x, whole, S::sub(x, whole))
                 } else {
-                    S::add(S::fma(score, high, whole), S::fma(score, low, part))
+                    // The rest is not rounded as x is: that would cost a small weight more than its score does.
+                    let small = S::fma(score, low, part);
+                    let x = S::add(S::fma(score, high, base), small);
+                    let whole = S::round(x);
+                    (x, whole, S::add(S::fma(score, high, S::sub(base, whole)), small))
                 };
-                let weight = S::exp2_unless_hidden(x, score);
+                let weight = S::exp2_unless_hidden(x, whole, rest, score);
                 S::store(row.add(t), weight);
                 total = S::add(total, weight);
             }
@@ -401,8 +392,8 @@ pub unsafe fn weigh<S: Simd>(a: &WeighArgs) -> bool {
     }
 }
 
-/// Raises the maximum of row `r` to that of its scores. Whether it is too far from what they are taken against, which is
-/// then set anew.
+/// Raises the maximum of row `r` to that of its scores; or, where that is too far from what they were taken against, sets
+/// `start` anew: true.
 #[inline(always)]
 unsafe fn raise<S: Simd>(a: &WeighArgs, r: usize) -> bool {
     unsafe {
@@ -419,18 +410,22 @@ unsafe fn raise<S: Simd>(a: &WeighArgs, r: usize) -> bool {
             ((zero + f64::from(top)) * wide(a.factor)).ceil() as f32
         };
         let max = before.max(found);
+        let middle = (zero * wide(a.factor)) as f32;
+        if (max - middle).abs() > a.near && max.is_finite() {
+            let lane = -max / (a.factor[0] * S::LANES as f32);
+            // Far maxima have a rounding of their own; below 1e-30 a lane might not hold it exactly.
+            let lane = if max.abs() < FAR && lane.is_finite() && lane.abs() > 1e-30 { lane } else { 0.0 };
+            if lane != *start {
+                // The maximum has to wait for scores that are rounded like those which it will be subtracted from.
+                *start = lane;
+                return true;
+            }
+        }
         if max > before {
             rescale::<S>(a.open.add(r * (a.dim + SUM_LANES)), a.dim + SUM_LANES, factor(before, max));
             *a.max.add(r) = max;
         }
-        let middle = (zero * wide(a.factor)) as f32;
-        if !((max - middle).abs() > a.near && max.is_finite()) || (zero == 0.0 && max.abs() >= FAR) {
-            return false;
-        }
-        let lane = -max / (a.factor[0] * S::LANES as f32);
-        // What is exact in every lane.
-        *start = if max.abs() < FAR && lane.is_finite() && lane.abs() > 1e-30 { lane } else { 0.0 };
-        *start != 0.0 || zero != 0.0
+        false
     }
 }
 

@@ -228,6 +228,18 @@ impl Pool {
         }
         self.tally.bits_compared += runs[0].iter().map(|bits| bits.len() as u64).sum::<u64>();
         let found = judge(case, &ranks)?;
+        if found.broken > 0 {
+            println!(
+                "BROKEN {} worst {:.3} of {} lse {:.3}: {:?} seed {} {}",
+                found.broken,
+                found.worst,
+                found.elements,
+                found.worst_lse,
+                found.failure,
+                case.seed,
+                case.describe()
+            );
+        }
         self.tally.add(case, &found);
         match found.failure {
             Some(failure) if found.worst.max(found.worst_lse) > MOST => Err(failure),

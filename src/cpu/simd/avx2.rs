@@ -65,17 +65,21 @@ unsafe impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn exp2_unless_hidden(x: __m256, score: __m256) -> __m256 {
+    unsafe fn round(x: __m256) -> __m256 {
+        unsafe {
+            // A NaN passes: max gives its second operand then.
+            let x = _mm256_max_ps(_mm256_set1_ps(-126.0), x);
+            _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x)
+        }
+    }
+    #[inline(always)]
+    unsafe fn exp2_unless_hidden(x: __m256, whole: __m256, rest: __m256, score: __m256) -> __m256 {
         unsafe {
             let live = _mm256_cmp_ps::<_CMP_NEQ_UQ>(score, _mm256_set1_ps(f32::NEG_INFINITY));
             let enough = _mm256_cmp_ps::<_CMP_NLT_UQ>(x, _mm256_set1_ps(-126.0));
-            // A NaN passes: max gives its second operand then.
-            let x = _mm256_max_ps(_mm256_set1_ps(-126.0), x);
-            let whole = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
-            let y = exp2_fraction::<Avx2>(_mm256_sub_ps(x, whole));
             let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
             let power = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent));
-            _mm256_and_ps(_mm256_mul_ps(y, power), _mm256_and_ps(live, enough))
+            _mm256_and_ps(_mm256_mul_ps(exp2_fraction::<Avx2>(rest), power), _mm256_and_ps(live, enough))
         }
     }
     #[inline(always)]

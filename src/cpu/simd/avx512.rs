@@ -62,13 +62,15 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_reduce_max_ps(v) }
     }
     #[inline(always)]
-    unsafe fn exp2_unless_hidden(x: __m512, score: __m512) -> __m512 {
+    unsafe fn round(x: __m512) -> __m512 {
+        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) }
+    }
+    #[inline(always)]
+    unsafe fn exp2_unless_hidden(x: __m512, whole: __m512, rest: __m512, score: __m512) -> __m512 {
         unsafe {
             let live = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(score, _mm512_set1_ps(f32::NEG_INFINITY));
-            let whole = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
-            let y = exp2_fraction::<Avx512>(_mm512_sub_ps(x, whole));
             let enough = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(-126.0));
-            _mm512_maskz_scalef_ps(live & enough, y, whole)
+            _mm512_maskz_scalef_ps(live & enough, exp2_fraction::<Avx512>(rest), whole)
         }
     }
     #[inline(always)]

@@ -43,8 +43,11 @@ pub unsafe trait Simd: Copy {
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     /// The largest lane; any lane where one is NaN.
     unsafe fn max_lane(v: Self::V) -> f32;
-    /// 2^x for x <= 1, within 1 ulp, 0 below -126; 0 wherever `score` is -inf, whatever x is; NaN stays NaN.
-    unsafe fn exp2_unless_hidden(x: Self::V, score: Self::V) -> Self::V;
+    /// The nearest whole number; anything below -126 may become -126. NaN stays NaN.
+    unsafe fn round(x: Self::V) -> Self::V;
+    /// 2^x for x <= 1, within 1 ulp, given as `whole` = round(x) and the rest between -1/2 and 1/2; 0 for x below -126; 0
+    /// wherever `score` is -inf, whatever else is; NaN stays NaN.
+    unsafe fn exp2_unless_hidden(x: Self::V, whole: Self::V, rest: Self::V, score: Self::V) -> Self::V;
     /// Sums the lanes of each accumulator: out[q * stride + t] = sum of acc[q][t]. RQ * RT is a multiple of LANES.
     unsafe fn sum_lanes<const RQ: usize, const RT: usize>(acc: &[[Self::V; RT]; RQ], out: *mut f32, stride: usize);
     /// Asks for the cache line of `p`; never faults.

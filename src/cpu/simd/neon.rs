@@ -65,17 +65,23 @@ unsafe impl Simd for Neon {
         unsafe { vmaxvq_f32(v) }
     }
     #[inline(always)]
-    unsafe fn exp2_unless_hidden(x: float32x4_t, score: float32x4_t) -> float32x4_t {
+    unsafe fn round(x: float32x4_t) -> float32x4_t {
+        unsafe { vrndnq_f32(vmaxq_f32(vdupq_n_f32(-126.0), x)) }
+    }
+    #[inline(always)]
+    unsafe fn exp2_unless_hidden(
+        x: float32x4_t,
+        whole: float32x4_t,
+        rest: float32x4_t,
+        score: float32x4_t,
+    ) -> float32x4_t {
         unsafe {
             let hidden = vceqq_f32(score, vdupq_n_f32(f32::NEG_INFINITY));
             let little = vcltq_f32(x, vdupq_n_f32(-126.0));
-            let x = vmaxq_f32(vdupq_n_f32(-126.0), x);
-            let whole = vrndnq_f32(x);
-            let y = exp2_fraction::<Neon>(vsubq_f32(x, whole));
             let exponent = vaddq_s32(vcvtq_s32_f32(whole), vdupq_n_s32(127));
             let power = vreinterpretq_f32_s32(vshlq_n_s32::<23>(exponent));
-            let zero = vorrq_u32(hidden, little);
-            vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(vmulq_f32(y, power)), zero))
+            let weight = vreinterpretq_u32_f32(vmulq_f32(exp2_fraction::<Neon>(rest), power));
+            vreinterpretq_f32_u32(vbicq_u32(weight, vorrq_u32(hidden, little)))
         }
     }
     #[inline(always)]

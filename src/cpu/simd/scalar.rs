@@ -68,16 +68,17 @@ unsafe impl Simd for Scalar {
         v.into_iter().fold(v[0], |a, b| if a > b { a } else { b })
     }
     #[inline(always)]
-    unsafe fn exp2_unless_hidden(x: [f32; N], score: [f32; N]) -> [f32; N] {
-        // Adding 1.5 * 2^23 rounds to an integer; its low bits are that integer.
+    unsafe fn round(x: [f32; N]) -> [f32; N] {
+        // Adding 1.5 * 2^23 rounds to a whole number.
         const ROUND: f32 = 12_582_912.0;
-        let clamped = map(x, |x| if x < -127.0 { -127.0 } else { x });
-        let shifted = map(clamped, |x| x + ROUND);
-        let fraction = zip(clamped, shifted, |x, s| x - (s - ROUND));
+        map(x, |x| if x < -126.0 { -126.0 } else { (x + ROUND) - ROUND })
+    }
+    #[inline(always)]
+    unsafe fn exp2_unless_hidden(x: [f32; N], whole: [f32; N], rest: [f32; N], score: [f32; N]) -> [f32; N] {
         // SAFETY: needs no instruction set.
-        let y = unsafe { exp2_fraction::<Scalar>(fraction) };
+        let y = unsafe { exp2_fraction::<Scalar>(rest) };
         std::array::from_fn(|i| {
-            let power = f32::from_bits(shifted[i].to_bits().wrapping_add(127) << 23);
+            let power = f32::from_bits(((whole[i] as i32 + 127) as u32) << 23);
             if x[i] < -126.0 || score[i] == f32::NEG_INFINITY { 0.0 } else { y[i] * power }
         })
     }
