@@ -10,7 +10,7 @@ use super::worker::Worker;
 
 /// How far the maximum of a row may rise above what its scores are taken against before they are taken anew, in powers
 /// of two. Scores against something near the largest are small where weights are not, and so are their rounding errors.
-const NEAR: f32 = 12.0;
+const NEAR: f32 = 8.0;
 
 /// A piece with everything that stays the same over its tiles.
 pub struct Task<'a> {
@@ -216,6 +216,7 @@ impl<'a> Task<'a> {
                 factor: worker.shape.factor,
                 start,
                 near: if worker.shape.tilt.is_none() { NEAR } else { f32::INFINITY },
+                tops: worker.scratch.add(worker.layout.tops),
                 max: self.open.max.add(first),
                 open: self.open.row(first),
                 dim: worker.shape.padded_v(),

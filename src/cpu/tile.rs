@@ -64,6 +64,8 @@ pub struct WeighArgs {
     pub start: *mut f32,
     /// How far (in powers of two) the maximum of a row may be from what its scores are taken against.
     pub near: f32,
+    /// f32 [rows], for the kernel's own use.
+    pub tops: *mut f32,
     /// Running maximum of each row, an integer or -inf.
     pub max: *mut f32,
     /// Open sums, f32 [rows, dim + SUM_LANES]: weighted values, then weights lane by lane.
@@ -180,6 +182,12 @@ unsafe fn score_block<S: Simd, E: Element, const RQ: usize, const RT: usize, con
             asking.some::<S>(RT * asking.row);
         }
         let mut sums = begin_sums::<S, RQ, RT>(a, row);
+        if dim <= DOT {
+            for d in (0..dim).step_by(S::LANES) {
+                score_step::<S, E, RQ, RT>(q, dim, &k, d, &mut sums);
+            }
+            return S::sum_lanes(&sums, out, TILE);
+        }
         for begin in (0..dim).step_by(DOT) {
             let mut acc = [[S::splat(0.0); RT]; RQ];
             for d in (begin..dim.min(begin + DOT)).step_by(S::LANES) {
@@ -354,10 +362,19 @@ pub unsafe fn weigh<S: Simd>(a: &WeighArgs) -> bool {
     unsafe {
         let mut repeat = false;
         for r in 0..a.rows {
-            repeat |= raise::<S>(a, r);
+            let top = top::<S>(a, r);
+            *a.tops.add(r) = top;
+            repeat |= (top - against::<S>(a, r) as f32).abs() > a.near && top.is_finite();
         }
-        if repeat {
+        if repeat && set_starts::<S>(a) {
             return true;
+        }
+        for r in 0..a.rows {
+            let (before, top) = (*a.max.add(r), *a.tops.add(r));
+            if top > before {
+                rescale::<S>(a.open.add(r * (a.dim + SUM_LANES)), a.dim + SUM_LANES, factor(before, top));
+                *a.max.add(r) = top;
+            }
         }
         let n = a.keys.next_multiple_of(16);
         let (high, low) = (S::splat(a.factor[0]), S::splat(a.factor[1]));
@@ -365,7 +382,7 @@ pub unsafe fn weigh<S: Simd>(a: &WeighArgs) -> bool {
             let row = a.scores.add(r * TILE);
             let sum = a.open.add(r * (a.dim + SUM_LANES) + a.dim);
             let max = *a.max.add(r);
-            let (base, part) = base(a, against::<S>(*a.start.add(r)), max);
+            let (base, part) = base(against::<S>(a, r), max);
             let (base, part) = (S::splat(base), S::splat(part));
             let far = max.abs() >= FAR;
             let mut total = S::load(sum);
@@ -392,47 +409,48 @@ pub unsafe fn weigh<S: Simd>(a: &WeighArgs) -> bool {
     }
 }
 
-/// Raises the maximum of row `r` to that of its scores; or, where that is too far from what they were taken against, sets
-/// `start` anew: true.
+/// The maximum of row `r` with the scores at hand, rounded up to a whole power of two.
 #[inline(always)]
-unsafe fn raise<S: Simd>(a: &WeighArgs, r: usize) -> bool {
+unsafe fn top<S: Simd>(a: &WeighArgs, r: usize) -> f32 {
     unsafe {
         let row = a.scores.add(r * TILE);
         let mut top = S::load(row);
         for t in (S::LANES..a.keys.next_multiple_of(16)).step_by(S::LANES) {
             top = S::max(top, S::load(row.add(t)));
         }
-        let (before, top, start) = (*a.max.add(r), S::max_lane(top), a.start.add(r));
-        let zero = against::<S>(*start);
-        let found = if zero == 0.0 {
+        let top = S::max_lane(top);
+        let found = if *a.start.add(r) == 0.0 {
             (top * a.factor[0]).ceil()
         } else {
-            ((zero + f64::from(top)) * wide(a.factor)).ceil() as f32
+            (against::<S>(a, r) + f64::from(top) * wide(a.factor)).ceil() as f32
         };
-        let max = before.max(found);
-        let middle = (zero * wide(a.factor)) as f32;
-        if (max - middle).abs() > a.near && max.is_finite() {
-            let lane = -max / (a.factor[0] * S::LANES as f32);
-            // Far maxima have a rounding of their own; below 1e-30 a lane might not hold it exactly.
-            let lane = if max.abs() < FAR && lane.is_finite() && lane.abs() > 1e-30 { lane } else { 0.0 };
-            if lane != *start {
-                // The maximum has to wait for scores that are rounded like those which it will be subtracted from.
-                *start = lane;
-                return true;
-            }
-        }
-        if max > before {
-            rescale::<S>(a.open.add(r * (a.dim + SUM_LANES)), a.dim + SUM_LANES, factor(before, max));
-            *a.max.add(r) = max;
-        }
-        false
+        (*a.max.add(r)).max(found)
     }
 }
 
-/// What scores are taken against, given what each lane begins with.
+/// Has the scores of all rows taken against the maxima found. The maxima themselves have to wait for scores that are
+/// rounded like those which they will be subtracted from. False: nothing to be done.
+#[inline(never)]
+unsafe fn set_starts<S: Simd>(a: &WeighArgs) -> bool {
+    let mut changed = false;
+    for r in 0..a.rows {
+        // SAFETY: the rows of the arguments.
+        let (top, start) = unsafe { (*a.tops.add(r), &mut *a.start.add(r)) };
+        let lane = -top / (a.factor[0] * S::LANES as f32);
+        // Far maxima have a rounding of their own; below 1e-30 a lane might not hold it exactly.
+        let fits = top.abs() < FAR && lane.is_finite() && lane.abs() > 1e-30;
+        let lane = if fits { lane } else { 0.0 };
+        changed |= lane != *start;
+        *start = lane;
+    }
+    changed
+}
+
+/// What the scores of row `r` are taken against, as a power of two.
 #[inline(always)]
-fn against<S: Simd>(start: f32) -> f64 {
-    -f64::from(start) * S::LANES as f64
+unsafe fn against<S: Simd>(a: &WeighArgs, r: usize) -> f64 {
+    // SAFETY: a row of the arguments.
+    -f64::from(unsafe { *a.start.add(r) }) * S::LANES as f64 * wide(a.factor)
 }
 
 /// The sum of two floats.
@@ -441,14 +459,13 @@ fn wide(parts: [f32; 2]) -> f64 {
     f64::from(parts[0]) + f64::from(parts[1])
 }
 
-/// What is added to a score (taken against `zero`) times the factor: a whole number, and the small part that is left.
+/// What is added to a score (taken against 2^`middle`) times the factor: a whole number, and the small part that is left.
 #[inline(always)]
-fn base(a: &WeighArgs, zero: f64, max: f32) -> (f32, f32) {
+fn base(middle: f64, max: f32) -> (f32, f32) {
     if max == f32::NEG_INFINITY {
         // Nothing visible yet: every score is -inf (or NaN), and no maximum to subtract.
         return (0.0, 0.0);
     }
-    let middle = zero * wide(a.factor);
     let whole = middle.round_ties_even();
     ((whole - f64::from(max)) as f32, (middle - whole) as f32)
 }

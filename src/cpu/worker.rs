@@ -71,8 +71,9 @@ pub struct Layout {
     pub wide: [usize; 2],
     /// Open sums.
     pub open: usize,
-    /// What the scores of each row are taken against.
+    /// What the scores of each row are taken against, and its maximum with those of a tile.
     pub start: usize,
+    pub tops: usize,
     /// Three totals: of the piece at work, and of the two pieces that may be split off.
     pub totals: [usize; 3],
     /// Floats of one worker.
@@ -97,11 +98,23 @@ impl Layout {
         let tilts = take(tilted.checked_mul(TILE))?;
         let wide = [take(TILE.checked_mul(shape.padded_qk()))?, take(TILE.checked_mul(shape.padded_v()))?];
         let open = take(shape.states().open_floats())?;
-        let start = take(Some(rows))?;
+        let (start, tops) = (take(Some(rows))?, take(Some(rows))?);
         let mut total = || take(shape.states().total_floats());
         let totals = [total()?, total()?, total()?];
         // Workers must not share a line, nor meet at the same cache sets.
-        Some(Layout { q, scores, packed, zeta, tilts, wide, open, start, totals, floats: next.checked_add(1024 + 16)? })
+        Some(Layout {
+            q,
+            scores,
+            packed,
+            zeta,
+            tilts,
+            wide,
+            open,
+            start,
+            tops,
+            totals,
+            floats: next.checked_add(1024 + 16)?,
+        })
     }
 
     /// The piece of a split item that worker scratch `base` keeps: 0 the rest of an item begun before, 1 the beginning

@@ -84,9 +84,9 @@ pub fn shard_reference(case: &Case, ranks: &[Rank], rank: usize) -> Reference {
 }
 
 /// How far over its bound an output may be, once in a while: see [`Tally::finish`].
-const MOST: f64 = 2.0;
+const MOST: f64 = 1.25;
 /// Outputs over their bound in a batch, at most, as a part of all.
-const SELDOM: f64 = 1e-5;
+const SELDOM: f64 = 1e-7;
 
 /// What a batch of cases added up to.
 #[derive(Debug, Default)]
@@ -115,9 +115,9 @@ impl Tally {
     /// Says what was found, and asserts the shares: of correctly rounded 16-bit outputs (normal values), and of
     /// outputs over their bound.
     ///
-    /// The bound gives a float32 score one rounding of sum |q k|. Where all products of a dot product have one sign,
-    /// rounding it uses that up, and in a few outputs of millions (those of a peaky row to which the largest weight
-    /// contributes nothing) more than that.
+    /// The bound gives a float32 score two roundings of sum |q k|, one of which a score takes that is far from the
+    /// largest of its row. A few outputs of a hundred millions come from such a score alone, the largest weight being on
+    /// a value of 0, and meet the worst case of the dot product, too.
     pub fn finish(&self, name: &str) {
         let (broken, elements) = self.tell(name);
         assert!(broken as f64 <= SELDOM * elements as f64, "{name}: {broken} of {elements} outputs over their bound");
@@ -228,18 +228,6 @@ impl Pool {
         }
         self.tally.bits_compared += runs[0].iter().map(|bits| bits.len() as u64).sum::<u64>();
         let found = judge(case, &ranks)?;
-        if found.broken > 0 {
-            println!(
-                "BROKEN {} worst {:.3} of {} lse {:.3}: {:?} seed {} {}",
-                found.broken,
-                found.worst,
-                found.elements,
-                found.worst_lse,
-                found.failure,
-                case.seed,
-                case.describe()
-            );
-        }
         self.tally.add(case, &found);
         match found.failure {
             Some(failure) if found.worst.max(found.worst_lse) > MOST => Err(failure),
