@@ -15,8 +15,7 @@ use super::tile::TILE;
 pub fn leaf(keys: usize) -> usize {
     match keys {
         ..=64 => 4,
-        65..=512 => 64,
-        _ => 128,
+        _ => 64,
     }
 }
 
