@@ -7,7 +7,7 @@ use treeattn::attention::Algorithm;
 use super::case::{Axes, Case};
 use super::decode::Decode;
 use super::pool::Pool;
-use super::samples::Summary;
+use super::samples::{Samples, Summary};
 use crate::Outcome;
 use crate::plot::{Line, Plot};
 use crate::table::Table;
@@ -30,7 +30,7 @@ pub struct Comparison {
     #[serde(flatten)]
     pub case: Case,
     pub seconds: Summary,
-    /// Its median over that of `ONE_SHOT`, where that ran, too.
+    /// Its time over that of `ONE_SHOT`, where that ran, too: the median over blocks side by side.
     pub over_one_shot: Option<f64>,
     /// What a step takes, as the plans counted it; of bytes and messages the largest of all ranks.
     pub steps: u64,
@@ -97,22 +97,27 @@ pub fn compare(
     for case in cases {
         let mut decodes =
             algorithms.iter().map(|&algorithm| Decode::new(*case, algorithm, pool)).collect::<Outcome<Vec<_>>>()?;
+        let one_shot = algorithms.iter().position(|&algorithm| algorithm == Algorithm::OneShot);
+        let mut over = vec![Samples::default(); algorithms.len()];
         for _ in 0..rounds {
+            let mut blocks = Vec::with_capacity(algorithms.len());
             for (decode, algorithm) in decodes.iter_mut().zip(algorithms) {
                 progress(format!("{}, {} ranks, {}", algorithm.name(), case.ranks, case.shape()));
-                decode.block(seconds)?;
+                blocks.push(decode.block(seconds)?);
+            }
+            // Compared with the block beside it, so that a noise that comes and goes meets both.
+            for (over, block) in over.iter_mut().zip(&blocks) {
+                over.push(one_shot.map_or(f64::NAN, |place| block / blocks[place]));
             }
         }
-        let one_shot = algorithms.iter().position(|&algorithm| algorithm == Algorithm::OneShot);
-        let base = one_shot.map(|place| decodes[place].times.median());
-        for (decode, &algorithm) in decodes.iter().zip(algorithms) {
+        for ((decode, &algorithm), over) in decodes.iter().zip(algorithms).zip(&over) {
             let stats = decode.stats()?;
             let most = |of: &dyn Fn(&treeattn::runtime::PlanStats) -> u64| stats.iter().map(of).max().unwrap_or(0);
             found.push(Comparison {
                 algorithm,
                 case: *case,
                 seconds: decode.times.summary(),
-                over_one_shot: base.map(|base| decode.times.median() / base),
+                over_one_shot: one_shot.map(|_| over.median()),
                 steps: most(&|s| s.rounds / s.steps.max(1)),
                 messages: most(&|s| s.messages / s.steps.max(1)),
                 bytes_sent: most(&|s| s.bytes_sent / s.steps.max(1)),
