@@ -208,6 +208,40 @@ fn a_rank_that_cannot_make_its_plan_tells_the_others() {
 }
 
 #[test]
+fn a_ring_has_no_partials_to_merge_and_goes_on() {
+    let (_runtime, comms) = group(2, &quick(Duration::from_secs(20)));
+    let desc = AttentionDesc { algorithm: Algorithm::Ring, ..shape() };
+    let plans = Plan::create_all(&comms.iter().collect::<Vec<_>>(), &desc).unwrap();
+    let partial = Shard::new(&desc, 1, 6, 0);
+    let mut out = vec![7.0f32; 4 * 16];
+    let args = MergeArgs {
+        query_tokens: 1,
+        heads: 0,
+        head_dim: 0,
+        o: Tensor::from_slice(&partial.q),
+        o_dtype: Dtype::F32,
+        lse: Tensor::from_slice(&partial.lse),
+        lse_base: 0,
+        plus_inf_is_empty: false,
+        out: Tensor::from_slice_mut(&mut out),
+        out_dtype: None,
+        out_lse: Tensor::NULL,
+    };
+    // SAFETY: the buffers outlive the call.
+    let error = unsafe { plans[0].merge(&args, None) }.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.message().starts_with("algorithm: found RING"), "{error}");
+    assert!(out.iter().all(|&x| x == 7.0));
+    let bits = on_threads(2, |r| {
+        let mut shard = Shard::new(&desc, 2, 9, r as u32);
+        // SAFETY: the shard outlives the blocking call.
+        unsafe { plans[r].decode(&shard.args(2), None) }.unwrap();
+        (shard.out, shard.lse)
+    });
+    assert_eq!(bits[0], bits[1]);
+}
+
+#[test]
 fn later_capabilities_are_refused_by_name() {
     let (runtime, comms) = group(1, &CommConfig::default());
     let base = shape();

@@ -183,6 +183,25 @@ fn algorithms_that_need_sendrecv_say_so_where_there_is_none() {
     });
 }
 
+/// Every rank of a ring works out all partials, and slices of other sizes would round otherwise.
+#[test]
+fn a_ring_wants_equally_many_threads_on_every_rank() {
+    let meshes = Mesh::threads(3, unix_pairs);
+    thread::scope(|scope| {
+        for mesh in &meshes {
+            scope.spawn(move || {
+                let config = CommConfig { threads_per_rank: if mesh.rank == 2 { 2 } else { 1 }, ..config(LONG) };
+                let comm = connect(mesh, &config).unwrap();
+                let desc = AttentionDesc { algorithm: Algorithm::Ring, ..shape(1) };
+                let error = Plan::create(&comm, &desc).err().unwrap();
+                assert_eq!((error.kind(), error.rank()), (ErrorKind::Mismatch, Some(2)));
+                assert!(error.message().starts_with("threads_per_rank: found 1 on ranks [0, 1] and 2"), "{error}");
+                Plan::create(&comm, &AttentionDesc { algorithm: Algorithm::Tree, ..shape(1) }).unwrap();
+            });
+        }
+    });
+}
+
 #[test]
 fn ranks_that_differ_are_named() {
     for kind in [ErrorKind::Desync, ErrorKind::Mismatch] {

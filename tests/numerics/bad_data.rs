@@ -1,6 +1,6 @@
 //! Lengths, starts, tables and positions out of range: NaN for that sequence on every rank, and nothing else.
 
-use treeattn::attention::{AttentionDesc, KvLayout, Placement};
+use treeattn::attention::{Algorithm, AttentionDesc, KvLayout, Placement};
 
 use crate::support::case::Case;
 use crate::support::rank::{Ints, Rank};
@@ -66,6 +66,19 @@ fn lengths() {
             for value in [-1, i32::MIN, i32::MAX, most + 1] {
                 check(&mut pool, &case, (world - 1, Ints::KvLength, 1, value), &[1], "kv_length");
             }
+        }
+    }
+}
+
+#[test]
+fn lengths_under_every_algorithm() {
+    let mut pool = Pool::default();
+    for algorithm in [Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Tree, Algorithm::Allreduce3, Algorithm::Ring] {
+        for rank in 0..3 {
+            let mut case = case(KvLayout::BlockTable, Placement::Contiguous, true, 3);
+            case.desc.algorithm = algorithm;
+            check(&mut pool, &case, (rank, Ints::KvLength, 1, -1), &[1], "kv_length");
+            check(&mut pool, &case, (rank, Ints::KvStart, LAST, -5), &[LAST], "kv_start");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The step in two halves: partials handed out, and partials that the engine hands in.
 
 use treeattn::attention::reference::{Comparison, Precision, merge};
-use treeattn::attention::{AttentionDesc, Dtype, OutputMode, Tensor};
+use treeattn::attention::{Algorithm, AttentionDesc, Dtype, OutputMode, Tensor};
 use treeattn::runtime::MergeArgs;
 
 use crate::support::case::Case;
@@ -35,9 +35,16 @@ fn partials_are_those_of_the_shards() {
 #[test]
 fn merging_handed_in_partials_gives_the_whole() {
     for case in cases() {
-        for (output, base) in [(OutputMode::Replicated, 0), (OutputMode::Scattered, 2)] {
+        for (output, base, algorithm) in [
+            (OutputMode::Replicated, 0, Algorithm::Auto),
+            (OutputMode::Scattered, 2, Algorithm::Auto),
+            (OutputMode::Replicated, 0, Algorithm::TwoShot),
+            (OutputMode::Replicated, 2, Algorithm::Tree),
+            (OutputMode::Scattered, 0, Algorithm::Tree),
+            (OutputMode::Replicated, 0, Algorithm::Allreduce3),
+        ] {
             let mut desc = case.desc;
-            desc.output = output;
+            (desc.output, desc.algorithm) = (output, algorithm);
             let group = Group::new(&case.isa, case.world, 1);
             let plans = group.plans(&desc).expect("plans");
             let ranks: Vec<Rank> = (0..case.world).map(|rank| Rank::new(&case, rank)).collect();

@@ -153,8 +153,8 @@ impl Ring {
         })?;
         let world = shard.world as usize;
         let state = State {
-            own: vec![Held::default(); batch],
-            told: vec![[0; 2]; batch * world],
+            own: filled(batch, Held::default())?,
+            told: filled(batch * world, [0; 2])?,
             blocks: [HostBuffer::new(bytes)?, HostBuffer::new(bytes)?],
         };
         Ok(Ring {
@@ -180,6 +180,16 @@ impl Ring {
         let state = self.state.lock();
         self.backend.memory() + size_of_val(&*state.own) + size_of_val(&*state.told)
     }
+}
+
+/// So many of `value`, or `NoMemory`.
+fn filled<T: Clone>(count: usize, value: T) -> Result<Vec<T>> {
+    let mut all = Vec::new();
+    all.try_reserve_exact(count).map_err(|_| {
+        Error::new(ErrorKind::NoMemory, format!("max_batch x ranks: found {count}, wanted what memory has room for"))
+    })?;
+    all.resize(count, value);
+    Ok(all)
 }
 
 /// A decode step by ring.
