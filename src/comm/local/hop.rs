@@ -16,6 +16,11 @@ impl LocalExchange {
         Epoch::from_flag(self.own().opening.load(Ordering::Relaxed))
     }
 
+    /// The rank that this one takes for odd in the openings of that step: each has its own view.
+    pub(super) fn odd(&self) -> Option<Error> {
+        self.group.odd_opening(self.rank, self.opened())
+    }
+
     pub(super) fn open_step(&self, fingerprint: u64) -> Result<()> {
         let (group, own) = (&*self.group, self.own());
         let epoch = self.opened().next();
@@ -23,7 +28,7 @@ impl LocalExchange {
         own.steps.fetch_add(1, Ordering::Relaxed);
         own.opened[epoch.slot()].0.publish(epoch, Header { fingerprint, fault: 0 });
         if group.openings.0.arrive(epoch, group.ranks.len())
-            && let Some(error) = group.odd_opening(self.rank, epoch)
+            && let Some(error) = self.odd()
         {
             return Err(error);
         }
@@ -76,7 +81,7 @@ impl LocalExchange {
             // The openings tell who is odd, once all are there.
             let unopened = |rank: usize| if absent(rank) { Absence::Absent } else { Absence::Here };
             group.wait(|| !(0..world).any(absent), unopened, what, limit)?;
-            let odd = group.odd_opening(self.rank, step);
+            let odd = self.odd();
             return Err(odd.unwrap_or_else(|| verdict::differs(&what(), self.rank, hop.from)));
         }
         claim.copy(recv);

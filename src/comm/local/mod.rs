@@ -242,7 +242,9 @@ impl Exchange for LocalExchange {
 
     fn status(&self) -> Option<Error> {
         let group = self.group.broken()?;
-        Some(lock(&self.own().error).clone().unwrap_or(group))
+        let own = lock(&self.own().error).clone();
+        let odd = || if group.kind() == ErrorKind::Desync { self.odd() } else { None };
+        Some(own.or_else(odd).unwrap_or(group))
     }
 
     fn step(&self) -> u64 {
@@ -325,10 +327,8 @@ impl Turn<'_> {
     /// Ends the call; an error breaks the group (or is what broke it).
     fn end<T>(mut self, result: Result<T>) -> Result<T> {
         self.unwinding = false;
-        // Each rank names the one that it takes for odd.
-        let odd = || self.exchange.group.odd_opening(self.exchange.rank, self.exchange.opened());
         let result = result.map_err(|error| match error.kind() {
-            ErrorKind::Desync => odd().unwrap_or(error),
+            ErrorKind::Desync => self.exchange.odd().unwrap_or(error),
             _ => error,
         });
         if let Err(error) = &result {
