@@ -124,6 +124,10 @@ static void later_capabilities(void) {
   UNSUPPORTED(query_input, TREEATTN_QUERY_INPUT_SCATTERED, "query_input: found SCATTERED");
   UNSUPPORTED(reproducibility, TREEATTN_REPRODUCIBILITY_BATCH_INVARIANT, "reproducibility: found BATCH_INVARIANT");
   UNSUPPORTED(reproducibility, TREEATTN_REPRODUCIBILITY_CANONICAL, "reproducibility: found CANONICAL");
+  treeattn_attention_desc_t ring = base;
+  ring.algorithm = TREEATTN_ALGORITHM_RING;
+  ring.kv_heads = 0;
+  refused_with(&ring, TREEATTN_ERROR_UNSUPPORTED, "algorithm: found RING");
 }
 
 static void structs(void) {
@@ -315,6 +319,65 @@ static void reports(void) {
   CHECK_OK(treeattn_plan_destroy(plan));
 }
 
+/* Every algorithm on four local ranks of two nodes, from one thread with streams: the answer, and what it took. */
+static void algorithms(void) {
+  enum { WORLD = 4, PARTIAL = BATCH * Q_HEADS * (DIM + 1) * 4 };
+  static const struct {
+    treeattn_algorithm_t algorithm;
+    uint64_t rounds, messages, bytes, memory; /* of rank 3; 0: not asked */
+  } all[] = {
+      {TREEATTN_ALGORITHM_ONE_SHOT, 1, WORLD - 1, (WORLD - 1) * PARTIAL, PARTIAL},
+      {TREEATTN_ALGORITHM_TWO_SHOT, 2, 2 * (WORLD - 1), 2 * PARTIAL * (WORLD - 1) / WORLD, PARTIAL + PARTIAL / WORLD},
+      /* In, across, and back; rank 3 sends in, for ranks 0 and 2 lead. */
+      {TREEATTN_ALGORITHM_TREE, 3, 1, PARTIAL, 2 * PARTIAL},
+      {TREEATTN_ALGORITHM_ALLREDUCE3, 6, 6 * (WORLD - 1),
+       2 * (WORLD - 1) * BATCH * Q_HEADS * (DIM + 2) * 4 / WORLD, 0},
+      {TREEATTN_ALGORITHM_RING, WORLD, WORLD - 1, 0, 0},
+  };
+  static const int32_t nodes[WORLD] = {1, 1, 2, 2};
+  static shard_t shards[WORLD];
+  treeattn_device_t devices[WORLD] = {TREEATTN_CPU(0), TREEATTN_CPU(0), TREEATTN_CPU(0), TREEATTN_CPU(0)};
+  treeattn_comm_config_t config = TREEATTN_COMM_CONFIG_INIT;
+  config.threads_per_rank = 1;
+  config.node_groups = nodes;
+  treeattn_comm_t *comms[WORLD];
+  treeattn_stream_t *streams[WORLD];
+  CHECK_OK(treeattn_comm_create_local(runtime, WORLD, devices, &config, comms));
+  for (int rank = 0; rank < WORLD; rank++) {
+    CHECK_OK(treeattn_stream_create(runtime, TREEATTN_CPU(0), &streams[rank]));
+    shard_make(&shards[rank], &problem, WORLD, rank);
+  }
+  for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++) {
+    treeattn_attention_desc_t desc = problem_desc();
+    desc.algorithm = all[i].algorithm;
+    treeattn_plan_t *plans[WORLD];
+    CHECK_OK(treeattn_plan_create_all(WORLD, comms, &desc, plans));
+    for (int rank = 0; rank < WORLD; rank++) {
+      shard_reset(&shards[rank]);
+      CHECK_OK(treeattn_plan_decode(plans[rank], &shards[rank].args, streams[rank]));
+    }
+    for (int rank = 0; rank < WORLD; rank++) {
+      CHECK_OK(treeattn_stream_synchronize(streams[rank]));
+      CHECK(shard_matches(&shards[rank], &problem));
+      CHECK(memcmp(&shards[rank].outputs, &shards[0].outputs, sizeof(outputs_t)) == 0);
+    }
+    treeattn_plan_stats_t stats = TREEATTN_PLAN_STATS_INIT;
+    CHECK_OK(treeattn_plan_stats(plans[WORLD - 1], &stats));
+    CHECK(stats.algorithm == all[i].algorithm && strcmp(stats.reason, "asked for") == 0);
+    CHECK(stats.rounds == all[i].rounds && stats.messages == all[i].messages);
+    CHECK(all[i].bytes == 0 ? stats.bytes_sent > 0 : stats.bytes_sent == all[i].bytes);
+    CHECK(all[i].memory == 0 ? stats.exchange_memory > 0 : stats.exchange_memory == all[i].memory);
+    CHECK(stats.exchange_memory < stats.peak_memory);
+    for (int rank = 0; rank < WORLD; rank++) {
+      CHECK_OK(treeattn_plan_destroy(plans[rank]));
+    }
+  }
+  for (int rank = 0; rank < WORLD; rank++) {
+    CHECK_OK(treeattn_stream_destroy(streams[rank]));
+    CHECK_OK(treeattn_comm_destroy(comms[rank]));
+  }
+}
+
 /* Parents may go first: their plans answer PARENT_DESTROYED, write nothing, and can still be destroyed. */
 static void orphans(void) {
   static shard_t shard;
@@ -366,6 +429,7 @@ int main(void) {
   overflowing_sizes();
   creation();
   reports();
+  algorithms();
   orphans();
   CHECK_OK(treeattn_comm_destroy(one));
   CHECK_OK(treeattn_comm_destroy(two[0]));
