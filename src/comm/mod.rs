@@ -1,9 +1,9 @@
 //! Communicators: how the ranks of a group exchange partials, and how they fail together.
 //!
 //! [`Exchange`] is what the runtime sees of one rank's end. `local` is the group within one process (shared memory,
-//! epochs of [`crate::partial::epoch`]), `transport` a rank whose peers the
-//! engine reaches (MPI, gloo); `tree` says who meets whom in a tree over nodes; `verdict` words what ranks say when they
-//! fail. Depends on `device` and `partial`; knows nothing of attention and of backends.
+//! epochs of [`crate::partial::epoch`]), `transport` a rank whose peers the engine reaches (MPI, gloo); `tree` says who
+//! meets whom in a tree over nodes; `verdict` words what ranks say when they fail. Depends on `device` and `partial`;
+//! knows nothing of attention and of backends.
 //!
 //! # How data flows
 //! A step that exchanges begins with [`Exchange::open`], which waits for nobody, and is made of two kinds of movement:

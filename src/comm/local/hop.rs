@@ -21,6 +21,7 @@ impl LocalExchange {
         self.group.odd_opening(self.rank, self.opened())
     }
 
+    /// Opens a step; the last rank to do so compares what all said.
     pub(super) fn open_step(&self, fingerprint: u64) -> Result<()> {
         let (group, own) = (&*self.group, self.own());
         let epoch = self.opened().next();
@@ -35,6 +36,8 @@ impl LocalExchange {
         Ok(())
     }
 
+    /// A hop: posts this rank's bytes, does what is to be done meanwhile, copies the peer's, and waits until its own are
+    /// taken.
     pub(super) fn meet(
         &self,
         hop: &Hop,

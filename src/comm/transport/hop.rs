@@ -20,6 +20,7 @@ impl TransportExchange {
         })
     }
 
+    /// A hop: a message of a fixed size each way, which tells ranks that are out of step; then what it had no room for.
     pub(super) fn meet(&self, hop: &Hop, send: &[u8], recv: &mut [u8]) -> Result<u64> {
         let (number, steps) = (hop.index, self.steps.load(Ordering::Relaxed));
         let what = || format!("step {steps}, hop {number}");

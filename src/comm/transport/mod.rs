@@ -1,10 +1,10 @@
 //! A rank whose peers only the engine reaches: rounds over the engine's own allgather (MPI, gloo, sockets).
 //!
-//! A round is one allgather of messages of a fixed size, a header and up to [`FIRST`] bytes of payload, so that ranks that
-//! are out of step are found before sizes could differ; a larger payload follows in a second allgather once the headers
-//! agree. A hop (`hop`) is the same over the engine's sendrecv, between one rank and the next. Callbacks run on the calling thread only (or on stream threads, where the engine said so). They get what is left
-//! until the deadline and a word to watch; `watch` raises that word when the deadline has passed, for callbacks that look
-//! at nothing else.
+//! A round is one allgather of messages of a fixed size, a header and up to [`FIRST`] bytes of payload, so that ranks
+//! that are out of step are found before sizes could differ; a larger payload follows in a second allgather once the
+//! headers agree. A hop (`hop`) is the same over the engine's sendrecv, between one rank and the next. Callbacks run on
+//! the calling thread only (or on stream threads, where the engine said so). They get what is left until the deadline
+//! and a word to watch; `watch` raises that word when the deadline has passed, for callbacks that look at nothing else.
 
 mod hop;
 mod watch;

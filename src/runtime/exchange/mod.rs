@@ -29,7 +29,7 @@ use std::sync::atomic::Ordering;
 use super::communicator::CommCore;
 use super::output::Output;
 use super::plan::{PlanCore, zeroed};
-use crate::attention::{Algorithm, AttentionDesc, OutputMode};
+use crate::attention::{Algorithm, AttentionDesc, Dtype, OutputMode};
 use crate::comm::{Exchange, RoundHeader, Tree};
 use crate::error::{Error, Result};
 use crate::partial::{DataFault, merge_two};
@@ -62,7 +62,8 @@ pub(super) struct Scratch {
     pub rows: Vec<f32>,
     /// A partial in the wire type, to send; empty where that is f32.
     outgoing: Vec<f32>,
-    /// A peer's partial; for `ALLREDUCE3` the largest lse and the denominators.
+    /// A peer's partial; for `TWO_SHOT` the merged rows of this rank's heads, for `ALLREDUCE3` the largest lse and the
+    /// denominators.
     incoming: Vec<f32>,
 }
 
@@ -86,7 +87,7 @@ impl Scratch {
         let dim = desc.head_dim_v as usize;
         let partial = rows.checked_mul(dim + 1).and_then(|floats| floats.checked_mul(method.partials()));
         let words = (Wire::of(desc).row_bytes() + 4).checked_mul(rows).map(|bytes| bytes.div_ceil(4));
-        let narrow = desc.wire_dtype != crate::attention::Dtype::F32;
+        let narrow = desc.wire_dtype != Dtype::F32;
         let (outgoing, incoming) = match method {
             Method::Tree(_) if narrow => (words, words),
             Method::Tree(_) => (Some(0), words),
@@ -104,7 +105,7 @@ impl Scratch {
 
     /// Bytes of everything.
     pub fn bytes(&self) -> usize {
-        4 * (self.rows.len()) + self.exchange_bytes()
+        4 * self.rows.len() + self.exchange_bytes()
     }
 
     /// Bytes of the partials, own and received.
