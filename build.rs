@@ -51,7 +51,7 @@ fn set_soname() {
     let part = |name: &str| variable(name).unwrap_or_default();
     let (major, minor) = (part("CARGO_PKG_VERSION_MAJOR"), part("CARGO_PKG_VERSION_MINOR"));
     let abi = if major == "0" { format!("0.{minor}") } else { major };
-    if part("CARGO_CFG_TARGET_OS") == "linux" {
+    if part("CARGO_CFG_TARGET_OS") == "linux" && variable("CARGO_FEATURE_SONAME").is_some() {
         println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libtreeattn.so.{abi}");
     }
 }

@@ -69,7 +69,7 @@ impl Open {
 }
 
 /// Sums in two parts, high and low, over 2^max: as good as exact, however many sums they took in. The partial of a row
-/// is (values / weights, (max + log2 weights) ln 2).
+/// is (values / weights, (max + log2 weights) ln 2). Weights are at most 1, so values above 3.4e38 / keys may overflow.
 #[derive(Clone, Copy, Debug)]
 pub struct Total {
     high: *mut f32,

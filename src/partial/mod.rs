@@ -1,8 +1,9 @@
 //! The monoid of partials: (o, lse), its identity (0, -inf) and its merge.
 //!
-//! Everything that meets anywhere in the library (tiles, splits, workers, ranks, nodes) meets by [`merge_into`], [`merge_two`] or
-//! [`merge_ranks`]; the order is fixed by the caller. `epoch` holds the rules of an exchange of partials, whatever
-//! carries it. Depends on nothing but plain data.
+//! Finished partials (those of ranks, of nodes, and the engine's own) meet by [`merge_into`], [`merge_two`] or
+//! [`merge_ranks`]. Inside a rank a backend has folds of its own, by the same algebra on sums that are not normalised yet
+//! (`cpu::state`, and the kernels of a GPU). The order is fixed by the caller throughout. `epoch` holds the rules of an
+//! exchange of partials, whatever carries it. Depends on nothing but plain data.
 
 pub(crate) mod epoch;
 #[cfg(all(test, loom))]
