@@ -41,7 +41,7 @@ fn random_cases(algorithm: Algorithm, count: u64) {
         pool.check(&case);
         pool.forget();
     }
-    pool.tally.tell(algorithm.name());
+    pool.tally.finish(algorithm.name());
 }
 
 /// Worlds of every size; ranks without keys and, as 5 heads are less than most worlds, ranks without heads.
@@ -59,7 +59,7 @@ fn many_ranks(algorithm: Algorithm) {
             pool.forget();
         }
     }
-    pool.tally.tell(algorithm.name());
+    pool.tally.finish(algorithm.name());
 }
 
 macro_rules! algorithms {

@@ -127,7 +127,7 @@ impl Tally {
     }
 
     /// Says what was found. Gives the outputs over their bound, and all.
-    pub fn tell(&self, name: &str) -> (u64, u64) {
+    fn tell(&self, name: &str) -> (u64, u64) {
         let [f32s, f16s, bf16s] = &self.by_dtype;
         println!(
             "{name}: {} cases; f32 {} elements, largest error {:.3} of its bound; f16 {}, {:.3}, {:.4} correctly rounded; \
