@@ -1,0 +1,89 @@
+// Merge of partials that lie in memory: one warp a row, partials in index order.
+//
+// The same rules as everywhere: the maximum of all log-sum-exps first, then a sum in index order; a partial with -inf
+// is empty and its o is never read; a lone partial comes out bit by bit; NaN and +inf make the row NaN.
+#include "numbers.cuh"
+#include "params.cuh"
+#include "ptx.cuh"
+
+namespace treeattn {
+
+constexpr int kMergeColumns = 8;  // of a lane in one pass over the partials
+
+__device__ __forceinline__ float merge_lse(const MergeParams& p, const char* row, int partial) {
+    const float lse = *reinterpret_cast<const float*>(row + partial * p.lse_stride[0]);
+    return p.plus_inf_is_empty && lse == infinity() ? -infinity() : lse * p.to_natural;
+}
+
+__device__ __forceinline__ void merge_row(const MergeParams& p, int64_t row) {
+    const int lane = threadIdx.x % 32;
+    const int64_t token = row / p.heads, head = row % p.heads;
+    const char* o = static_cast<const char*>(p.o) + token * p.o_stride[1] + head * p.o_stride[2];
+    const char* lses = reinterpret_cast<const char*>(p.lse) + token * p.lse_stride[1] + head * p.lse_stride[2];
+    char* out = static_cast<char*>(p.out) + token * p.out_stride[0] + head * p.out_stride[1];
+
+    float top = -infinity();
+    int live = 0;
+    bool bad = false;
+    for (int i = lane; i < p.partials; i += 32) {
+        const float lse = merge_lse(p, lses, i);
+        bad |= !(lse < infinity());
+        live += lse != -infinity();
+        top = fmaxf(top, lse);
+    }
+    bad = __any_sync(0xffffffffu, bad);
+    for (int d = 16; d > 0; d /= 2) {
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
+        live += __shfl_xor_sync(0xffffffffu, live, d);
+    }
+
+    double sum = 0.0;
+    for (int first = 0; first < p.head_dim; first += 32 * kMergeColumns) {
+        float acc[kMergeColumns] = {};
+        sum = 0.0;
+        for (int chunk = 0; chunk < p.partials && !bad; chunk += 32) {
+            float lse = -infinity();
+            if (chunk + lane < p.partials) lse = merge_lse(p, lses, chunk + lane);
+            const double weight = lse == -infinity() ? 0.0 : exp(static_cast<double>(lse) - top);
+            for (int i = 0; i < 32 && chunk + i < p.partials; i++) {
+                if (__shfl_sync(0xffffffffu, lse, i) == -infinity()) continue;
+                const double exact = __shfl_sync(0xffffffffu, weight, i);
+                const float w = static_cast<float>(exact);
+                sum += exact;
+                const char* from = o + (chunk + i) * p.o_stride[0];
+#pragma unroll
+                for (int c = 0; c < kMergeColumns; c++) {
+                    const int d = first + c * 32 + lane;
+                    if (d >= p.head_dim) continue;
+                    const float x = load_element(from + d * p.o_stride[3], p.o_dtype);
+                    acc[c] = live == 1 ? x : fmaf(w, x, acc[c]);
+                }
+            }
+        }
+        const double scale = live <= 1 ? 1.0 : 1.0 / sum;
+#pragma unroll
+        for (int c = 0; c < kMergeColumns; c++) {
+            const int d = first + c * 32 + lane;
+            if (d >= p.head_dim) continue;
+            float x = live <= 1 ? acc[c] : static_cast<float>(acc[c] * scale);
+            if (bad) x = not_a_number();
+            store_element(out + d * p.out_stride[2], p.out_dtype, x);
+        }
+    }
+    if (lane == 0 && p.out_lse != nullptr) {
+        float lse = live <= 1 ? top : static_cast<float>(top + log(sum));
+        if (bad) lse = not_a_number();
+        char* to = reinterpret_cast<char*>(p.out_lse) + token * p.out_lse_stride[0] + head * p.out_lse_stride[1];
+        *reinterpret_cast<float*>(to) = lse;
+    }
+}
+
+}  // namespace treeattn
+
+extern "C" __global__ void __launch_bounds__(256)
+    treeattn_merge_partials(const __grid_constant__ treeattn::MergeParams params) {
+    treeattn::dependency_wait();
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32;
+    if (row < static_cast<int64_t>(params.tokens) * params.heads) treeattn::merge_row(params, row);
+    treeattn::dependency_launch();
+}
