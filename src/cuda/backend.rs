@@ -92,7 +92,7 @@ impl Decode {
 struct Kernels {
     /// Up to 2 rows.
     fma: Option<Decode>,
-    /// Up to 16 rows, and any number where there is no wider kernel.
+    /// Up to 8 rows, and any number where there is no wider kernel.
     narrow: Option<Decode>,
     /// More.
     wide: Option<Decode>,
@@ -108,17 +108,21 @@ impl Kernels {
         };
         let group = i64::from(desc.group());
         let load = |wanted: bool, name: String| if wanted { Decode::new(image, &name).map(Some) } else { Ok(None) };
+        let alike = desc.k_dtype == desc.v_dtype;
+        let dtypes = match alike {
+            true => desc.k_dtype.name().to_string(),
+            false => format!("{}_{}", desc.k_dtype.name(), desc.v_dtype.name()),
+        };
+        let mma = |rows: i32| format!("treeattn_decode_mma_d{qk}x{v}_r{rows}_{dtypes}");
         let fma = format!("treeattn_decode_fma_d{qk}x{v}_r2");
         let has_fma = group <= 2 && image.has(&fma)?;
         let most = group * i64::from(desc.max_query_tokens);
-        let has_wide = (qk, v) != (256, 256);
+        // Where k and v differ, and for 256 dimensions, more rows run as more tiles of 8.
+        let has_wide = alike && (qk, v) != (256, 256);
         Ok(Kernels {
             fma: load(has_fma, fma)?,
-            narrow: load(
-                (most > 2 || !has_fma) && (group <= 16 || !has_wide),
-                format!("treeattn_decode_mma_d{qk}x{v}_r16"),
-            )?,
-            wide: load(most > 16 && has_wide, format!("treeattn_decode_mma_d{qk}x{v}_r32"))?,
+            narrow: load((most > 2 || !has_fma) && (group <= 8 || !has_wide), mma(8))?,
+            wide: load(most > 8 && has_wide, mma(16))?,
         })
     }
 
@@ -130,7 +134,7 @@ impl Kernels {
     fn choose(&self, rows: i64) -> Option<&Decode> {
         match rows {
             ..=2 => self.fma.as_ref().or(self.narrow.as_ref()).or(self.wide.as_ref()),
-            3..=16 => self.narrow.as_ref().or(self.wide.as_ref()).or(self.fma.as_ref()),
+            3..=8 => self.narrow.as_ref().or(self.wide.as_ref()).or(self.fma.as_ref()),
             _ => self.wide.as_ref().or(self.narrow.as_ref()).or(self.fma.as_ref()),
         }
     }
