@@ -118,7 +118,7 @@ impl Kernels {
         let has_fma = group <= 2 && image.has(&fma)?;
         let most = group * i64::from(desc.max_query_tokens);
         // Where k and v differ, and for 256 dimensions, more rows run as more tiles of 8.
-        let has_wide = alike && (qk, v) != (256, 256);
+        let has_wide = alike && qk <= 128;
         Ok(Kernels {
             fma: load(has_fma, fma)?,
             narrow: load((most > 2 || !has_fma) && (group <= 8 || !has_wide), mma(8))?,
@@ -388,8 +388,7 @@ fn fixed(desc: &AttentionDesc, shard: Shard, workspace: Workspace) -> DecodePara
         world: shard.world,
         scale: desc.effective_scale(),
         flags: flag(desc.causal, params::CAUSAL) | flag(desc.kv_stable, params::KV_STABLE),
-        // Two 16-bit terms carry a 16-bit output; an f32 one takes three.
-        weight_parts: if desc.out_dtype == Dtype::F32 { 3 } else { 2 },
+        reserved: 0,
         min_tiles: 0,
         workspace,
         exchange: ExchangeView { reserved: [0; 32] },

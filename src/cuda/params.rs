@@ -105,7 +105,7 @@ pub struct DecodeParams {
     pub world: i32,
     pub scale: f32,
     pub flags: u32,
-    pub weight_parts: i32,
+    pub reserved: i32,
     pub min_tiles: i32,
     pub workspace: Workspace,
     pub exchange: ExchangeView,

@@ -26,6 +26,12 @@ pub fn shape(q_heads: i32, kv_heads: i32, dim: i32, dtype: Dtype) -> AttentionDe
     }
 }
 
+/// How far over its bound an output may be, once in a while: tensor cores cut off the bits of a product that lie below
+/// those of the largest beside it, and where all products of a score are of one sign, that adds up.
+const MOST: f64 = 2.0;
+/// Outputs over their bound, at most, as a part of all.
+const SELDOM: f64 = 1e-4;
+
 /// Random cases `first..first + count` in one layout.
 pub fn random(layout: KvLayout, first: u64, count: u64) {
     let gpu = Gpu::new();
@@ -60,6 +66,7 @@ pub fn random(layout: KvLayout, first: u64, count: u64) {
             found.worst_lse
         );
         assert!(found.elements < 1000 || found.rounded_share() >= least, "{found:?}");
+        assert!(found.broken as f64 <= SELDOM * found.elements as f64, "{found:?}");
     }
 }
 
@@ -92,8 +99,8 @@ fn run(gpu: &Gpu, comms: &mut [Communicator], case: &Case) -> Result<Comparison,
     }
     let found = judge(case, &ranks)?;
     match found.failure {
-        Some(failure) => Err(failure),
-        None => Ok(found),
+        Some(failure) if found.worst.max(found.worst_lse) > MOST => Err(failure),
+        _ => Ok(found),
     }
 }
 

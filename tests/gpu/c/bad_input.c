@@ -167,6 +167,7 @@ static void structs(void) {
   longer.tail[31] = 0;
   outputs_reset();
   CHECK_OK(treeattn_plan_decode(plan, &longer.known, stream));
+  CHECK_OK(treeattn_stream_synchronize(stream));
   const size_t bad[] = {0, 7, (size_t)1 << 17, SIZE_MAX};
   for (int i = 0; i < 4; i++) {
     treeattn_decode_args_t a = step;

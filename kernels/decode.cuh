@@ -1,0 +1,315 @@
+// The body of the decode kernels: tiles are attended as they come, and what warps and blocks made of an item
+// is merged.
+//
+// Every warp runs a pipeline of its own (walk.cuh), with no barrier among warps inside an item. At an item's end the
+// warps' states meet once in shared memory, in the slots that were just consumed.
+#pragma once
+
+#include "walk.cuh"
+
+namespace treeattn {
+
+// The last local slot that query token `token` of a sequence sees, under causality.
+static __device__ __noinline__ int causal_bound(const DecodeParams& p, int b, int first_token, int tokens, int token) {
+    const int64_t position = p.query_position != nullptr
+                                 ? p.query_position[first_token + token]
+                                 : static_cast<int64_t>(p.global_length[b]) - tokens + token;
+    if (p.placement == kExplicit) return static_cast<int>(position);
+    int64_t seen;
+    if (p.placement == kContiguous) {
+        seen = position - (p.kv_start == nullptr ? 0 : p.kv_start[b]) + 1;
+    } else {
+        const int64_t run = p.interleave, round = run * p.world, length = position + 1;
+        seen = length / round * run + min(max(length % round - p.rank * run, static_cast<int64_t>(0)), run);
+    }
+    return static_cast<int>(min(max(seen, static_cast<int64_t>(0)), static_cast<int64_t>(INT32_MAX))) - 1;
+}
+
+// That slot, or (explicit placement) the last position seen.
+__device__ __forceinline__ int row_bound(const DecodeParams& p, const Item& item, int token) {
+    if (!(p.flags & kFlagCausal)) return INT32_MAX;
+    return causal_bound(p, item.b, item.first_token, item.tokens, token);
+}
+
+// Writes two finished columns of a row, and its lse.
+__device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& item, int packed_row, int column,
+                                           RowState s, float2 o) {
+    const int token_of = item.tokens == 1 ? 0 : packed_row / p.group;
+    const int64_t token = item.first_token + token_of;
+    const int64_t head = static_cast<int64_t>(item.head) * p.group + packed_row - token_of * p.group;
+    if (s.l == 0.f) {
+        o = make_float2(0.f, 0.f);
+    } else {
+        const float inverse = __frcp_rn(s.l);
+        o.x *= inverse, o.y *= inverse;
+    }
+    char* to = static_cast<char*>(p.out) + token * p.out_stride[0] + head * p.out_stride[1] + column * p.out_stride[2];
+    if (column < p.head_dim_v) store_two(to, p.out_stride[2], p.out_dtype, o);
+    if (p.lse != nullptr && column == 0) {
+        char* lse = reinterpret_cast<char*>(p.lse) + token * p.lse_stride[0] + head * p.lse_stride[1];
+        *reinterpret_cast<float*>(lse) = s.l == 0.f ? -infinity() : (s.m + log2f(s.l)) * kLn2;
+    }
+}
+
+// Partials in the workspace: rows of o, then (m, l) of each row.
+template <class S>
+struct Partials {
+    static constexpr int kFloats = S::kRows * (S::kDimV + 2);
+    float* base;
+
+    __device__ __forceinline__ float2* o(int64_t slot, int row, int column) const {
+        return reinterpret_cast<float2*>(base + slot * kFloats + row * S::kDimV + column);
+    }
+    __device__ __forceinline__ float2* state(int64_t slot, int row) const {
+        return reinterpret_cast<float2*>(base + slot * kFloats + S::kRows * S::kDimV) + row;
+    }
+    __device__ __forceinline__ void write(int64_t slot, int row, int column, RowState s, float2 x) const {
+        __stcg(o(slot, row, column), x);
+        if (column == 0) __stcg(state(slot, row), make_float2(s.m, s.l));
+    }
+};
+
+// The end of an item, first half: the warps' states, which lie in shared memory at o_at[warp], become one, and that is
+// the result or the block's partial.
+template <class S, class Family>
+__device__ __forceinline__ void merge_warps(const DecodeParams& p, const Item& item, char* shared, Family& family,
+                                            int mine, int rows) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int* o_at = reinterpret_cast<int*>(shared + S::kFlagAt) + 4;
+    const float* maxima = reinterpret_cast<const float*>(shared + S::kStateAt);
+    const float* sums = maxima + S::kWarps * S::kRows;
+    const Partials<S> partials{p.workspace.partials};
+    const int64_t slot = partial_slots(Split{item.first_block, item.splits, item.split}, 0).at(item.split);
+    constexpr int kColumns = S::kDimV / 2;
+    if (lane == 0) o_at[warp] = mine;
+    family.show_maxima(shared);
+    __syncthreads();
+#pragma unroll 1
+    for (int first = 0; first < rows; first += S::kCloseRows) {
+        if (first > 0) __syncthreads();
+        family.close(shared, reinterpret_cast<float*>(shared + mine), first);
+        __syncthreads();
+        const int here = min(rows - first, S::kCloseRows);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < here * kColumns; i += S::kThreads) {
+            const int row = i / kColumns, column = i % kColumns * 2;
+            const int at = (row * S::kPitchO + column) * 4;
+            float2 o = make_float2(0.f, 0.f);
+            RowState state{-infinity(), 0.f};
+#pragma unroll
+            for (int k = 0; k < S::kWarps; k++) {
+                const float2 x = *reinterpret_cast<const float2*>(shared + o_at[k] + at);
+                state.m = fmaxf(state.m, maxima[k * S::kRows + first + row]);
+                state.l += sums[k * S::kRows + first + row];
+                o.x += x.x, o.y += x.y;
+            }
+            if (item.splits == 1) {
+                finish_row(p, item, item.row_tile * S::kRows + first + row, column, state, o);
+            } else {
+                partials.write(slot, first + row, column, state, o);
+            }
+        }
+    }
+}
+
+// Second half, where other blocks hold the rest of the item: the last block of a group to come merges what the group
+// left, in one level or two.
+template <class S>
+__device__ __forceinline__ void merge_partials(const DecodeParams& p, const Item& item, char* shared, int rows) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int* flag = reinterpret_cast<int*>(shared + S::kFlagAt);
+    RowWeights* weights = reinterpret_cast<RowWeights*>(shared + S::kWeightsAt);
+    const Split split{item.first_block, item.splits, item.split};
+    const Partials<S> partials{p.workspace.partials};
+    const int groups = (split.count + kFanIn - 1) / kFanIn, group = split.index / kFanIn;
+    constexpr int kColumns = S::kDimV / 2;
+    bool whole = groups == 1;
+    Slots from = partial_slots(split, group * kFanIn);
+    int n = min(split.count - group * kFanIn, kFanIn);
+    uint32_t* counter = group_counter(p.workspace, split, group);
+#pragma unroll 1
+    while (true) {
+        __syncthreads();
+        if (threadIdx.x == 0) *flag = count_arrival(counter, n - 1) == static_cast<uint32_t>(n - 1);
+        __syncthreads();
+        if (*flag == 0) return;
+#pragma unroll 1
+        for (int first = 0; first < rows * kColumns; first += S::kThreads) {
+            // Values and states are asked for together.
+            const int i = first + threadIdx.x;
+            const int row = i / kColumns, column = i % kColumns * 2;
+            const bool mine = i < rows * kColumns;
+            const float2* value = partials.o(from.base, row, column);
+            float2 x[kFanIn];
+            x[0] = mine ? __ldcg(partials.o(from.first, row, column)) : make_float2(0.f, 0.f);
+#pragma unroll
+            for (int k = 1; k < kFanIn; k++) {
+                value += static_cast<int64_t>(from.step) * (Partials<S>::kFloats / 2);
+                if (mine && k < n) x[k] = __ldcg(value);
+            }
+            if (first == 0) {
+#pragma unroll 1
+                for (int r = warp; r < rows; r += S::kWarps) {
+                    const float2 s = lane < n ? __ldcg(partials.state(from.at(lane), r)) : make_float2(0.f, 0.f);
+                    weigh(weights[r], s);
+                }
+                __syncthreads();
+            }
+            if (!mine) continue;
+            const RowWeights& w = weights[row];
+            const float2 o = weighted_sum<kFanIn>(w, x);
+            if (whole) {
+                finish_row(p, item, item.row_tile * S::kRows + row, column, RowState{w.m, w.l}, o);
+            } else {
+                partials.write(group_slots(split).at(group), row, column, RowState{w.m, w.l}, o);
+            }
+        }
+        if (whole) return;
+        from = group_slots(split);
+        n = groups;
+        counter = item_counter(p.workspace, split);
+        whole = true;
+    }
+}
+
+// Query tokens before the first sequence's and after the last one's: nobody attends for them, their rows are empty.
+static __device__ __noinline__ void write_unowned(const DecodeParams& p) {
+    int begin = p.query_start[0], end = 0;
+#pragma unroll 1
+    for (int b = threadIdx.x % 32; b <= p.batch; b += 32) end = max(end, p.query_start[b]);
+    end = min(max(warp_max(end), 0), p.query_tokens), begin = min(max(begin, 0), p.query_tokens);
+    const int tokens = begin + p.query_tokens - end;
+    const int64_t rows = static_cast<int64_t>(tokens) * p.q_heads;
+#pragma unroll 1
+    for (int64_t r = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; r < rows; r += gridDim.x * (blockDim.x / 32)) {
+        const int64_t nth = r / p.q_heads, head = r - nth * p.q_heads, token = nth < begin ? nth : nth - begin + end;
+        char* to = static_cast<char*>(p.out) + token * p.out_stride[0] + head * p.out_stride[1];
+#pragma unroll 1
+        for (int c = threadIdx.x % 32 * 2; c < p.head_dim_v; c += 64) {
+            store_two(to + c * p.out_stride[2], p.out_stride[2], p.out_dtype, make_float2(0.f, 0.f));
+        }
+        if (p.lse != nullptr && threadIdx.x % 32 == 0) {
+            char* lse = reinterpret_cast<char*>(p.lse) + token * p.lse_stride[0] + head * p.lse_stride[1];
+            *reinterpret_cast<float*>(lse) = -infinity();
+        }
+    }
+}
+
+// Parameters lie in constant memory, which is cold when a kernel begins: an instruction that takes an operand from it
+// stalls on each new line, one line after the other. Fetched like this the lines come together.
+__device__ __forceinline__ void touch_parameters(const DecodeParams& p, int* unused) {
+    constexpr int kLines = (offsetof(DecodeParams, exchange) + 63) / 64;
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(&p) + threadIdx.y;  // a zero that the compiler can't see
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < kLines; i++) sum ^= words[i * 16];
+    if (threadIdx.x == 0) *unused = static_cast<int>(sum);
+}
+
+// The kernel. A family holds one warp's state (running maximum, sum and output of its rows) and says how a tile is
+// attended: stage_query, begin, attend, poison, show_maxima, close.
+template <class Family>
+__device__ __forceinline__ void decode(const DecodeParams& p) {
+    using S = typename Family::S;
+    extern __shared__ __align__(128) char shared[];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const uint32_t slots = shared_address(shared) + warp * S::kStages * S::kSlotBytes;
+    touch_parameters(p, reinterpret_cast<int*>(shared + S::kFlagAt) + 1);
+    for (int i = 0; i < S::kStages; i++) clear_padding<S>(p, slots + i * S::kSlotBytes, lane);
+    __syncwarp();
+    Walk<S> walk(p, shared);
+    const Share share = walk.prepare();
+    const bool shared_out = share.blocks > 0;
+    dependency_wait();
+    dependency_launch();
+
+    Family family;
+    Tile tile = {};
+    Item& item = *reinterpret_cast<Item*>(shared + S::kItemAt);  // the one at hand, for the whole block
+    int rows = 0;
+    const auto take_item = [&](const Item& next) {
+        rows = min(next.tokens * p.group - next.row_tile * S::kRows, S::kRows);
+        family.stage_query(p, next, shared, rows);
+        if (threadIdx.x == 0) item = next;
+    };
+    int stage = 0, filled = 0;
+    Item first;
+    if (shared_out) {
+        if (walk.done) return;
+        const uint32_t small = walk.touch_small(share);
+        first = walk.start_shared(share);
+        asm volatile("" ::"r"(small));
+    } else {
+        if (p.query_start != nullptr) write_unowned(p);
+        first = walk.start();
+    }
+    if (walk.done) return;
+
+    // The ring is full before the first tile is attended; from then on a slot is filled again as soon as it is free.
+    int next_tile = share.index * S::kWarps + warp;  // of a shared-out item, the next to be attended
+    while (true) {
+        if (shared_out) {
+            walk.fill_shared(stage);
+        } else {
+            walk.fill(stage);
+        }
+        if (++stage == S::kStages) stage = 0;
+        if (++filled < S::kStages) {
+            // The first keys are on their way before the queries are laid out.
+            if (filled == 1) take_item(first);
+            continue;
+        }
+        const int4* from = reinterpret_cast<const int4*>(shared + S::kInfoAt) + (warp * S::kStages + stage) * 3;
+        if (shared_out) {
+            tile.base = next_tile * kTile;
+            tile.keys = min(max(walk.keys - tile.base, 0), kTile);
+            tile.flags = walk.flags | (filled == S::kStages ? kSlotFirst : 0);
+            next_tile += walk.step;
+            if (next_tile >= walk.tile_end) tile.flags |= kSlotLast | kSlotFinal;
+            if (p.kv_layout != kStrided && tile.keys > 0 && (from->x & kSlotPoison)) {
+                if (lane == 0) report_fault(p, 0, kFaultPage);
+                tile.flags |= kSlotPoison;
+                tile.keys = 0;
+            }
+        } else {
+            tile = *reinterpret_cast<const Tile*>(from);
+            if (tile.flags & kSlotEnd) break;
+            if ((tile.flags & kSlotFirst) && filled > S::kStages) {
+                const Item next = *reinterpret_cast<const Item*>(from + 1);
+                take_item(next);
+            }
+        }
+        if (tile.flags & kSlotFirst) {
+            __syncthreads();
+            family.begin(p, shared);
+        }
+        const uint32_t slot = slots + stage * S::kSlotBytes;
+        copy_async_wait<S::kStages - 1>();
+        __syncwarp();
+        if (tile.keys > 0) family.attend(p, tile, shared, slot);
+        if (tile.flags & kSlotPoison) family.poison();
+        if (tile.flags & kSlotLast) {
+            // The slot is consumed and not yet filled again.
+            merge_warps<S>(p, item, shared, family, (warp * S::kStages + stage) * S::kSlotBytes, rows);
+            if (item.splits > 1) merge_partials<S>(p, item, shared, rows);
+            if (tile.flags & kSlotFinal) break;
+            __syncthreads();
+            clear_padding<S>(p, slot, lane);
+        }
+        __syncwarp();
+    }
+    copy_async_wait<0>();
+}
+
+// A kernel and its constant, by the naming rule of params.cuh.
+#define TREEATTN_DECODE_KERNEL(NAME, FAMILY)                                                                          \
+    extern "C" __device__ const treeattn::KernelShape NAME##_shape = {                                                \
+        FAMILY::S::kThreads, FAMILY::S::kSharedBytes,    FAMILY::S::kBlocks,                                          \
+        FAMILY::S::kRows,    FAMILY::S::kDimQk,          FAMILY::S::kDimV,                                            \
+        FAMILY::S::kRows * (FAMILY::S::kDimV + 2) * 4,   0};                                                          \
+    extern "C" __global__ void __launch_bounds__(FAMILY::S::kThreads, FAMILY::S::kBlocks)                           \
+        NAME(const __grid_constant__ treeattn::DecodeParams params) {                                                 \
+        treeattn::decode<FAMILY>(params);                                                                             \
+    }
+
+}  // namespace treeattn

@@ -1,0 +1,98 @@
+// Element types: 16-bit pairs, splits into exact 16-bit terms, loads and stores by run-time code.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+#include "params.cuh"
+
+namespace treeattn {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
+
+template <bool Bf16>
+__device__ __forceinline__ float2 unpack_pair(uint32_t bits) {
+    if constexpr (Bf16) {
+        return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+    } else {
+        return __half22float2(*reinterpret_cast<const __half2*>(&bits));
+    }
+}
+
+// Rounds to nearest even.
+template <bool Bf16>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+    if constexpr (Bf16) {
+        __nv_bfloat162 r = __floats2bfloat162_rn(low, high);
+        return *reinterpret_cast<uint32_t*>(&r);
+    } else {
+        __half2 r = __floats2half2_rn(low, high);
+        return *reinterpret_cast<uint32_t*>(&r);
+    }
+}
+
+// Whether one of the two 16-bit numbers is an infinity or a NaN.
+__device__ __forceinline__ bool pair_not_finite(uint32_t bits, bool bf16) {
+    const uint32_t exponent = bf16 ? 0x7f80u : 0x7c00u;
+    return (bits & exponent) == exponent || (bits >> 16 & exponent) == exponent;
+}
+
+__device__ __forceinline__ int element_size(int32_t dtype) { return dtype == kF32 ? 4 : 2; }
+
+__device__ __forceinline__ float load_element(const void* p, int32_t dtype) {
+    if (dtype == kF32) return *static_cast<const float*>(p);
+    const uint32_t bits = *static_cast<const uint16_t*>(p);
+    return dtype == kBf16 ? unpack_pair<true>(bits).x : unpack_pair<false>(bits).x;
+}
+
+__device__ __forceinline__ void store_element(void* p, int32_t dtype, float x) {
+    if (dtype == kF32) {
+        *static_cast<float*>(p) = x;
+    } else {
+        const uint32_t bits = dtype == kBf16 ? pack_pair<true>(x, x) : pack_pair<false>(x, x);
+        *static_cast<uint16_t*>(p) = static_cast<uint16_t>(bits);
+    }
+}
+
+// Two neighbours along the head dimension.
+__device__ __forceinline__ void store_two(char* p, int64_t stride, int32_t dtype, float2 x) {
+    const int size = element_size(dtype);
+    const bool packed = stride == size && (reinterpret_cast<uintptr_t>(p) & (2 * size - 1)) == 0;
+    if (packed && dtype == kF32) {
+        *reinterpret_cast<float2*>(p) = x;
+    } else if (packed) {
+        *reinterpret_cast<uint32_t*>(p) = dtype == kBf16 ? pack_pair<true>(x.x, x.y) : pack_pair<false>(x.x, x.y);
+    } else {
+        store_element(p, dtype, x.x);
+        store_element(p + stride, dtype, x.y);
+    }
+}
+
+// Eight neighbours along the head dimension.
+__device__ __forceinline__ void load_eight(float (&x)[8], const char* p, int64_t stride, int32_t dtype) {
+    const int size = element_size(dtype);
+    if (stride == size && (reinterpret_cast<uintptr_t>(p) & 15) == 0) {
+        if (dtype == kF32) {
+            const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
+            x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+        } else {
+            const uint4 a = *reinterpret_cast<const uint4*>(p);
+            const uint32_t w[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float2 f = dtype == kBf16 ? unpack_pair<true>(w[i]) : unpack_pair<false>(w[i]);
+                x[2 * i] = f.x, x[2 * i + 1] = f.y;
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] = load_element(p + i * stride, dtype);
+    }
+}
+
+}  // namespace treeattn

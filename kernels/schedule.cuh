@@ -1,0 +1,438 @@
+// Who does what, and in which order partials merge. Split borders and merge order are decided here and nowhere else.
+//
+// All work lies on one flat line: sequence after sequence, in it kv head after kv head, query tile after query tile,
+// and along a query tile (an *item*) its key tiles of kTile keys. An item without keys still counts one unit, so that
+// somebody owns its rows. Block g of the grid takes units [g * slice, (g + 1) * slice). Each block finds its place by
+// itself from the lengths. An item that one block holds whole is finished there. Of any other item every block
+// leaves one partial, and the last block to come merges them in index order; above kFanIn partials this happens in
+// two levels, groups of kFanIn first.
+#pragma once
+
+#include "numbers.cuh"
+#include "params.cuh"
+#include "ptx.cuh"
+
+namespace treeattn {
+
+constexpr int kTile = 16;          // keys a unit: one k-step of the tensor core's second product
+constexpr int kFanIn = 16;         // partials merged in one go
+constexpr int kDefaultMinTiles = 4;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// One sequence as read and checked.
+struct Sequence {
+    int first_token;
+    int tokens;       // query tokens
+    int keys;         // local slots; 0 where faulty
+    uint32_t fault;
+    int64_t page_row; // its first entry in the page table
+    int row_tiles;
+    int key_tiles;    // at least 1
+
+    __device__ __forceinline__ int64_t units(int kv_heads) const {
+        return static_cast<int64_t>(key_tiles) * row_tiles * kv_heads;
+    }
+};
+
+__device__ __forceinline__ void read_keys(const DecodeParams& p, int b, Sequence& s) {
+    int64_t room = p.kv_capacity;
+    s.page_row = 0;
+    if (p.kv_layout == kBlockTable) s.page_row = b * p.block_table_stride;
+    if (p.kv_layout == kCsrPages) {
+        const int64_t begin = p.page_indptr[b], end = p.page_indptr[b + 1];
+        if (begin < 0 || end < begin || end > p.num_page_indices) {
+            s.fault = kFaultPageRow;
+            return;
+        }
+        s.page_row = begin;
+        const int64_t pages = end - begin;
+        if (p.last_page_len != nullptr && pages > 0) {
+            const int last = p.last_page_len[b];
+            const int64_t keys = (pages - 1) * p.page_size + last;
+            if (last < 1 || last > p.page_size) {
+                s.fault = kFaultPageRow;
+            } else if (keys > room) {
+                s.fault = kFaultKvLength;
+            } else {
+                s.keys = static_cast<int>(keys);
+            }
+            return;
+        }
+        room = min(room, pages * p.page_size);
+    }
+    if (p.kv_length == nullptr) return;
+    const int keys = p.kv_length[b];
+    if (keys < 0 || keys > room) {
+        s.fault = kFaultKvLength;
+    } else {
+        s.keys = keys;
+    }
+}
+
+// Reads sequence b; `taken` is where the query tokens of the sequences before it end, so that no token has two owners.
+template <int Rows>
+__device__ __forceinline__ Sequence read_sequence(const DecodeParams& p, int b, int& taken) {
+    Sequence s;
+    s.keys = 0;
+    s.fault = kFaultNone;
+    if (p.query_start == nullptr) {
+        s.tokens = p.batch == 1 ? p.query_tokens : p.query_tokens / p.batch;
+        s.first_token = b * s.tokens;
+    } else {
+        const int begin = p.query_start[b], end = p.query_start[b + 1], all = p.query_tokens;
+        if (begin < taken || end < begin || end > all) s.fault = kFaultQueryStart;
+        const int from = min(max(begin, taken), all), to = min(max(end, taken), all);
+        s.first_token = from;
+        s.tokens = max(to - from, 0);
+        taken = max(taken, to);
+    }
+    if (s.fault == kFaultNone) read_keys(p, b, s);
+    s.row_tiles = (s.tokens * p.group + Rows - 1) / Rows;
+    s.key_tiles = max((s.keys + kTile - 1) / kTile, 1);
+    return s;
+}
+
+static __device__ __noinline__ void raise_status(uint64_t* status, uint64_t* host_status, uint64_t word) {
+    const uint64_t before = atomicMax(reinterpret_cast<unsigned long long*>(status), word);
+    if (before < word && host_status != nullptr) {
+        *reinterpret_cast<volatile uint64_t*>(host_status) = word;
+        __threadfence_system();
+    }
+}
+
+__device__ __forceinline__ void report_fault(const DecodeParams& p, int b, uint32_t cause) {
+    raise_status(p.workspace.status, p.workspace.host_status, pack_status(static_cast<uint32_t>(b), cause));
+}
+
+// Units a block. `items` of equal length that the grid can share out evenly get borders at item ends, if that costs at
+// most 1/16: fewer blocks then hold two items, and an item has fewer partials.
+__device__ __forceinline__ int64_t slice_units(int64_t total, int64_t items, int64_t longest, int min_tiles) {
+    const int64_t grid = gridDim.x;
+    int64_t slice = (total + grid - 1) / grid;
+    if (items > 0 && items <= grid && total == items * longest) {
+        const int64_t blocks = grid / items;
+        const int64_t even = (longest + blocks - 1) / blocks;
+        if (even * 16 <= slice * 17) slice = even;
+    }
+    return max(slice, static_cast<int64_t>(min_tiles > 0 ? min_tiles : kDefaultMinTiles));
+}
+
+// Which part of an item a block holds.
+struct Split {
+    int first_block;
+    int count;  // partials of the item; 1: the block holds it whole
+    int index;  // of this block's
+};
+
+// The short way for a single sequence whose items the grid can share out with little left over: block g holds part
+// g % blocks of item g / blocks. Which item that is does not depend on the length.
+struct Share {
+    int blocks;  // of an item; 0: take the flat line
+    int index, first_block;
+    int head, row_tile;
+
+    // Part i takes every blocks-th group of `tiles` key tiles, beginning at group i.
+    __device__ __forceinline__ Split split(int key_tiles, int tiles) const {
+        return Split{first_block, min(blocks, (key_tiles + tiles - 1) / tiles), index};
+    }
+};
+
+__device__ __forceinline__ Share share_of(const DecodeParams& p, int rows) {
+    Share s;
+    s.blocks = 0;
+    if (p.batch != 1 || p.query_start != nullptr || p.query_tokens == 0) return s;
+    const unsigned row_tiles = (static_cast<unsigned>(p.query_tokens) * p.group + rows - 1) / rows;
+    const unsigned items = row_tiles * p.kv_heads, grid = gridDim.x;
+    if (items > grid) return s;
+    const unsigned blocks = grid / items;
+    if (items * blocks * 16 < grid * 15 && items * blocks > 16) return s;
+    if (blockIdx.x >= items * blocks) {
+        // Left over: a part past the end of the last item.
+        s.index = blocks, s.first_block = (items - 1) * blocks;
+    } else {
+        s.first_block = blockIdx.x / blocks * blocks;
+        s.index = blockIdx.x - s.first_block;
+    }
+    const unsigned item = s.first_block / blocks;
+    s.head = row_tiles == 1 ? item : item / row_tiles;
+    s.row_tile = item - s.head * row_tiles;
+    s.blocks = blocks;
+    return s;
+}
+
+// Where a block's slice begins.
+struct Place {
+    int64_t slice;
+    int64_t begin, end;       // the block's units; begin >= end: none
+    int64_t sequence_begin;   // first unit of sequence b
+    int b;
+    int taken;
+};
+
+struct PlaceScratch {
+    int64_t warp_units[32];
+    int64_t units, items;
+    int longest, sorted;
+    int64_t found_begin;
+    int found;
+    int warp_flags[32];
+};
+
+__device__ __forceinline__ int64_t warp_prefix(int64_t x, int lane) {
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const int64_t y = __shfl_up_sync(kAllLanes, x, d);
+        if (lane >= d) x += y;
+    }
+    return x;
+}
+__device__ __forceinline__ int64_t warp_sum(int64_t x) {
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
+    return x;
+}
+__device__ __forceinline__ int warp_max(int x) {
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) x = max(x, __shfl_xor_sync(kAllLanes, x, d));
+    return x;
+}
+
+// Whether the query tokens of sequence b follow on those of its predecessor as they should, seen from b alone.
+__device__ __forceinline__ bool starts_in_order(const DecodeParams& p, int b) {
+    if (p.query_start == nullptr) return true;
+    const int begin = p.query_start[b], end = p.query_start[b + 1];
+    return begin >= 0 && end >= begin && end <= p.query_tokens;
+}
+
+// The honest but slow way, for a query_start that is out of order: one sequence after the other.
+template <int Rows>
+__device__ __noinline__ Place place_serially(const DecodeParams& p) {
+    Place place;
+    place.b = 0, place.taken = 0, place.sequence_begin = 0;
+    int64_t total = 0, items = 0, longest = 0;
+    int taken = 0;
+#pragma unroll 1
+    for (int b = 0; b < p.batch; b++) {
+        const Sequence s = read_sequence<Rows>(p, b, taken);
+        if (s.fault != kFaultNone && blockIdx.x == 0 && threadIdx.x == 0) report_fault(p, b, s.fault);
+        total += s.units(p.kv_heads);
+        items += static_cast<int64_t>(s.row_tiles) * p.kv_heads;
+        if (s.row_tiles > 0) longest = max(longest, static_cast<int64_t>(s.key_tiles));
+    }
+    place.slice = slice_units(total, items, longest, p.min_tiles);
+    place.begin = min(blockIdx.x * place.slice, total);
+    place.end = min(place.begin + place.slice, total);
+    taken = 0;
+    int64_t begin = 0;
+#pragma unroll 1
+    for (int b = 0; b < p.batch && place.begin < place.end; b++) {
+        const int before = taken;
+        const int64_t next = begin + read_sequence<Rows>(p, b, taken).units(p.kv_heads);
+        if (place.begin < next) {
+            place.b = b, place.taken = before, place.sequence_begin = begin;
+            break;
+        }
+        begin = next;
+    }
+    return place;
+}
+
+// Finds the block's slice. Batches of up to 32 need no barrier: every warp finds it for itself.
+template <int Rows>
+__device__ __noinline__ Place find_place(const DecodeParams& p, PlaceScratch* scratch) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Place place;
+    place.begin = place.end = 0;
+    place.b = 0, place.taken = 0, place.sequence_begin = 0;
+    if (p.batch <= 32) {
+        Sequence s;
+        int64_t units = 0;
+        int items = 0, longest = 0;
+        bool sorted = true;
+        if (lane < p.batch) {
+            sorted = starts_in_order(p, lane);
+            int taken = p.query_start == nullptr ? 0 : p.query_start[lane];
+            s = read_sequence<Rows>(p, lane, taken);
+            units = s.units(p.kv_heads);
+            items = s.row_tiles * p.kv_heads;
+            longest = s.row_tiles > 0 ? s.key_tiles : 0;
+        }
+        if (__all_sync(kAllLanes, sorted)) {
+            if (lane < p.batch && s.fault != kFaultNone && blockIdx.x == 0 && warp == 0) report_fault(p, lane, s.fault);
+            int64_t end = units, total = units, all = items;
+            if (p.batch > 1) {
+                end = warp_prefix(units, lane);
+                total = __shfl_sync(kAllLanes, end, 31);
+                all = warp_sum(items);
+            } else {
+                total = __shfl_sync(kAllLanes, units, 0);
+                all = __shfl_sync(kAllLanes, items, 0);
+            }
+            place.slice = slice_units(total, all, warp_max(longest), p.min_tiles);
+            place.begin = min(blockIdx.x * place.slice, total);
+            place.end = min(place.begin + place.slice, total);
+            const uint32_t after = __ballot_sync(kAllLanes, lane < p.batch && place.begin < end);
+            const int b = after == 0 ? 0 : __ffs(after) - 1;
+            place.b = b;
+            place.sequence_begin = __shfl_sync(kAllLanes, end - units, b);
+            place.taken = p.query_start == nullptr || after == 0 ? 0 : p.query_start[b];
+            return place;
+        }
+        return place_serially<Rows>(p);
+    }
+
+    // Two passes over the batch, blockDim.x sequences at a time: the total, then the place.
+    const int warps = blockDim.x / 32;
+    int64_t total = 0, items = 0;
+    int longest = 0;
+    bool sorted = true;
+#pragma unroll 1
+    for (int b = threadIdx.x; b < p.batch; b += blockDim.x) {
+        sorted = sorted && starts_in_order(p, b);
+        int taken = p.query_start == nullptr ? 0 : p.query_start[b];
+        const Sequence s = read_sequence<Rows>(p, b, taken);
+        total += s.units(p.kv_heads);
+        items += static_cast<int64_t>(s.row_tiles) * p.kv_heads;
+        if (s.row_tiles > 0) longest = max(longest, s.key_tiles);
+    }
+    total = warp_sum(total), items = warp_sum(items), longest = warp_max(longest);
+    if (threadIdx.x == 0) scratch->units = 0, scratch->items = 0, scratch->longest = 0, scratch->sorted = 1;
+    __syncthreads();
+    if (lane == 0) {
+        atomicAdd(reinterpret_cast<unsigned long long*>(&scratch->units), static_cast<unsigned long long>(total));
+        atomicAdd(reinterpret_cast<unsigned long long*>(&scratch->items), static_cast<unsigned long long>(items));
+        atomicMax(&scratch->longest, longest);
+    }
+    if (!sorted) scratch->sorted = 0;
+    __syncthreads();
+    if (scratch->sorted == 0) {
+        return place_serially<Rows>(p);
+    }
+    total = scratch->units;
+    place.slice = slice_units(total, scratch->items, scratch->longest, p.min_tiles);
+    place.begin = min(blockIdx.x * place.slice, total);
+    place.end = min(place.begin + place.slice, total);
+    if (place.begin >= place.end && blockIdx.x != 0) return place;
+    int64_t begin = 0;
+#pragma unroll 1
+    for (int first = 0; first < p.batch; first += blockDim.x) {
+        const int b = first + threadIdx.x;
+        int64_t units = 0;
+        if (b < p.batch) {
+            int taken = p.query_start == nullptr ? 0 : p.query_start[b];
+            const Sequence s = read_sequence<Rows>(p, b, taken);
+            units = s.units(p.kv_heads);
+            if (s.fault != kFaultNone && blockIdx.x == 0) report_fault(p, b, s.fault);
+        }
+        const int64_t inclusive = warp_prefix(units, lane);
+        if (lane == 31) scratch->warp_units[warp] = inclusive;
+        if (threadIdx.x == 0) scratch->found = -1;
+        __syncthreads();
+        int64_t before = begin;
+#pragma unroll 1
+        for (int w = 0; w < warps; w++) {
+            if (w < warp) before += scratch->warp_units[w];
+            begin += scratch->warp_units[w];
+        }
+        const int64_t end = before + inclusive;
+        if (units > 0 && place.begin < end && place.begin >= end - units) {
+            scratch->found = b;
+            scratch->found_begin = end - units;
+        }
+        __syncthreads();
+        const int found = scratch->found;
+        const int64_t found_begin = scratch->found_begin;
+        __syncthreads();
+        if (found >= 0 && place.begin < place.end) {
+            place.b = found;
+            place.sequence_begin = found_begin;
+            place.taken = p.query_start == nullptr ? 0 : p.query_start[found];
+            if (blockIdx.x != 0) break;  // block 0 goes on: it reports faults
+        }
+    }
+    return place;
+}
+
+__device__ __forceinline__ Split split_of(int64_t item_begin, int key_tiles, int64_t slice) {
+    Split s;
+    s.first_block = static_cast<int>(item_begin / slice);
+    s.count = static_cast<int>((item_begin + key_tiles - 1) / slice) - s.first_block + 1;
+    s.index = static_cast<int>(blockIdx.x) - s.first_block;
+    return s;
+}
+
+// A block leaves at most two partials, so that it has two slots: an odd one for an item that begins in it and goes on
+// after it, an even one for an item that began before it. Groups of kFanIn partials, where an item has more than one,
+// leave theirs in a second set of slots in the same way.
+struct Slots {
+    int64_t first;  // slot of the first partial
+    int64_t base;   // partial i > 0 lies in slot base + i * step
+    int step;
+
+    __device__ __forceinline__ int64_t at(int i) const {
+        return i == 0 ? first : base + static_cast<int64_t>(i) * step;
+    }
+};
+
+__device__ __forceinline__ Slots partial_slots(const Split& s, int begin) {
+    const int64_t base = 2 * static_cast<int64_t>(s.first_block + begin);
+    return Slots{base + (begin == 0 ? 1 : 0), base, 2};
+}
+__device__ __forceinline__ Slots group_slots(const Split& s) {
+    const int64_t base = 2 * (static_cast<int64_t>(gridDim.x) + s.first_block);
+    return Slots{base + 1, base, 2 * kFanIn};
+}
+
+// Counters of arrivals, reset by the last to come: first groups by their item's first block, later groups by the block
+// they begin in, and items.
+__device__ __forceinline__ uint32_t* group_counter(const Workspace& w, const Split& s, int group) {
+    return w.counters + (group == 0 ? 0 : gridDim.x) + s.first_block + group * kFanIn;
+}
+__device__ __forceinline__ uint32_t* item_counter(const Workspace& w, const Split& s) {
+    return w.counters + 2 * gridDim.x + s.first_block;
+}
+
+// The merge, everywhere: weights against the common maximum, sums in index order. A state with l = 0 is empty and its
+// o is never read. m in units of log2.
+struct RowState {
+    float m, l;
+};
+
+// What the merge of one row's states came to: the weight of each against the common maximum, and the whole.
+struct alignas(16) RowWeights {
+    float weight[kFanIn];
+    float m, l;
+    uint32_t live;  // one bit a state: an empty one's o is never looked at
+    uint32_t unused;
+};
+
+// Weighs the states of a row, one a lane of the calling warp, empty (l = 0) from n on.
+__device__ __forceinline__ void weigh(RowWeights& to, float2 state) {
+    const int lane = threadIdx.x % 32;
+    const bool live = state.y != 0.f;
+    float m = live ? state.x : -infinity();
+#pragma unroll
+    for (int d = kFanIn / 2; d > 0; d /= 2) m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, d));
+    const float w = live ? exp2_approx(state.x - m) : 0.f;
+    float l = w * state.y;
+#pragma unroll
+    for (int d = kFanIn / 2; d > 0; d /= 2) l += __shfl_xor_sync(kAllLanes, l, d);
+    const uint32_t lanes = __ballot_sync(kAllLanes, live);
+    if (lane < kFanIn) to.weight[lane] = w;
+    if (lane == 0) to.m = m, to.l = l, to.live = lanes;
+}
+
+// Sums o of the states in index order.
+template <int Most>
+__device__ __forceinline__ float2 weighted_sum(const RowWeights& w, const float2 (&x)[Most]) {
+    float2 o = make_float2(0.f, 0.f);
+    const uint32_t live = w.live;
+#pragma unroll
+    for (int k = 0; k < Most; k++) {
+        const float weight = w.weight[k];
+        if (live >> k & 1) o.x = fmaf(x[k].x, weight, o.x), o.y = fmaf(x[k].y, weight, o.y);
+    }
+    return o;
+}
+
+}  // namespace treeattn

@@ -1,0 +1,533 @@
+// A warp's walk along its block's slice of the work, and the copies from the cache.
+//
+// A warp takes every kWarps-th key tile of an item and copies it into a ring of kStages shared-memory slots of its own.
+// Copies run ahead over item ends.
+//
+// In flight per SM (128 dims, 16-bit): 8 warps * 3 stages * 16 keys * 512 B = 192 KiB, against some 30 KiB that
+// latency * bandwidth asks for; the rest covers the stalls at item ends.
+#pragma once
+
+#include "numbers.cuh"
+#include "params.cuh"
+#include "ptx.cuh"
+#include "schedule.cuh"
+
+namespace treeattn {
+
+// Shared memory a block may use, by architecture (the host pass only needs some value).
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
+constexpr int kSharedLimit = 227 * 1024;
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
+constexpr int kSharedLimit = 163 * 1024;
+#else
+constexpr int kSharedLimit = 99 * 1024;
+#endif
+
+// What a pipeline slot holds, written by the warp that fills it; the item only in its first slot.
+struct alignas(16) Tile {
+    int flags;  // kSlot*
+    int base;   // first local slot of the tile
+    int keys;   // live keys, 0 to kTile
+    int b;      // sequence
+};
+struct alignas(16) Item {
+    int head;  // kv head
+    int row_tile;
+    int first_token;
+    int tokens;
+    int splits, split, first_block;
+    int b;
+};
+struct SlotInfo {
+    Tile tile;
+    Item item;
+};
+static_assert(sizeof(SlotInfo) == 48, "copied as three vectors");
+enum : int { kSlotEnd = 1, kSlotLast = 2, kSlotFirst = 4, kSlotPoison = 8, kSlotFinal = 16 };
+
+// Where a warp's walk along a flat slice is, as far as only the steps from item to item need it: in shared memory, for
+// want of registers. All lanes read it, one writes it, with the warp synchronised in between.
+struct Stand {
+    Place place;
+    Sequence seq;
+    int64_t item_begin;
+    int head, row_tile;
+    Item item;  // the one at hand, as the slot of its first tile will say
+};
+
+template <int HeadDimQk, int HeadDimV, int Rows, int QueryBytes>
+struct Shape {
+    static constexpr int kRows = Rows;
+    static constexpr int kDimQk = HeadDimQk, kDimV = HeadDimV;
+    static constexpr int kBlocks = 1;
+    // One 16-byte unit of padding makes a row an odd number of units: eight neighbouring rows then lie in different
+    // banks, for any copy engine and any stride in the cache.
+    static constexpr int kPitchK = HeadDimQk * 2 + 16, kPitchV = HeadDimV * 2 + 16;
+    static constexpr int kSlotBytes = kTile * (kPitchK + kPitchV);
+    // O of up to 16 rows in fp32 goes over a consumed slot at an item's end. The pitch keeps a warp's stores in
+    // different banks.
+    static constexpr int kCloseRows = Rows < 16 ? Rows : 16;
+    static constexpr int kPitchO = HeadDimV + 4;
+    static_assert(kCloseRows * kPitchO * 4 <= kSlotBytes, "a slot holds the rows of O");
+    static constexpr int kSmall = 1024 + static_cast<int>(sizeof(PlaceScratch)) +
+                                  Rows * (8 + static_cast<int>(sizeof(RowWeights))) +
+                                  8 * (Rows * 8 + 4 + static_cast<int>(sizeof(Stand)));
+    static constexpr int kEntryBytes = kTile * 4;
+    static constexpr int per_warp(int stages) {
+        return stages * (kSlotBytes + static_cast<int>(sizeof(SlotInfo)) + kEntryBytes);
+    }
+    static constexpr bool fits(int warps, int stages) {
+        return warps * per_warp(stages) + QueryBytes + kSmall <= kSharedLimit / kBlocks - (kBlocks - 1) * 512;
+    }
+    static constexpr int kWarps = fits(8, 2) ? 8 : fits(4, 2) ? 4 : 2;
+    static constexpr int kStages = fits(kWarps, 4) ? 4 : fits(kWarps, 3) ? 3 : 2;
+    static_assert(fits(kWarps, kStages), "shared memory");
+    static constexpr int kThreads = kWarps * 32;
+
+    static constexpr int kQueryAt = kWarps * kStages * kSlotBytes;
+    static constexpr int kInfoAt = kQueryAt + QueryBytes;
+    static constexpr int kEntriesAt = kInfoAt + kWarps * kStages * static_cast<int>(sizeof(SlotInfo));
+    static constexpr int kStateAt = kEntriesAt + kWarps * kStages * kEntryBytes;
+    static constexpr int kRowAt = kStateAt + kWarps * Rows * 8;
+    static constexpr int kWeightsAt = kRowAt + Rows * 8;
+    static constexpr int kItemAt = kWeightsAt + Rows * static_cast<int>(sizeof(RowWeights));
+    static constexpr int kStandAt = kItemAt + static_cast<int>(sizeof(Item));
+    static constexpr int kScratchAt = kStandAt + kWarps * static_cast<int>(sizeof(Stand));
+    static constexpr int kFlagAt = kScratchAt + static_cast<int>(sizeof(PlaceScratch));
+    static constexpr int kSharedBytes = kFlagAt + 16 + 4 * kWarps;
+    static_assert(kQueryAt % 16 == 0 && kInfoAt % 16 == 0 && kStateAt % 16 == 0 && kRowAt % 8 == 0, "alignment");
+    static_assert(kSharedBytes <= kSharedLimit, "shared memory");
+};
+
+// The walk of one warp along its block's slice; it fills pipeline slots.
+template <class S>
+struct Walk {
+    const DecodeParams& p;
+    char* shared;
+    int b;                // sequence
+    int keys;             // its local slots
+    int64_t page_row;     // its first entry in the page table
+    int tile, tile_end;   // this warp's next tile of the item, and where the block's part of it ends
+    int step;             // tiles from one of this warp's to its next
+    int flags;            // of the item's next slot: kSlotFirst, kSlotPoison, kSlotFinal
+    bool done;
+    // Where copies begin: 16 bytes a lane, kLanes* lanes a row, 32 / kLanes* rows an instruction. Strided layout: of
+    // the next tile; paged: of slot 0 of page 0.
+    const char* k_row;
+    const char* v_row;
+    int page_shift;       // log2 of the page size, -1 where it is no power of two
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+
+    // Lanes a row: the next power of two, so that a lane keeps its column.
+    static __host__ __device__ constexpr int lanes_of(int dim) { return dim <= 64 ? 8 : dim <= 128 ? 16 : 32; }
+
+    __device__ __forceinline__ Walk(const DecodeParams& params, char* memory) : p(params), shared(memory) {
+        const unsigned size = p.page_size;
+        page_shift = p.kv_layout != kStrided && (size & (size - 1)) == 0 ? __ffs(size) - 1 : -1;
+    }
+
+    // Whether a tile's rows lie at one stride: always, unless pages end inside tiles.
+    __device__ __forceinline__ bool regular() const { return p.kv_layout == kStrided || page_shift >= 4; }
+
+    // What can be known without touching memory; before the dependency wait.
+    __device__ __forceinline__ Share prepare() {
+        const Share share = share_of(p, S::kRows);
+        step = S::kWarps;
+        done = false;
+        if (share.blocks > 0) {
+            b = 0;
+            step = S::kWarps * share.blocks;
+            tile = share.index * S::kWarps + warp;
+            done = share.index >= share.blocks;
+            find_rows(share.head);
+        }
+        return share;
+    }
+
+    // Asks for everything small that a shared-out item needs, at once: what waits for one thing after the other, or for
+    // keys that were asked for before, waits long.
+    __device__ __forceinline__ uint32_t touch_small(const Share& share) const {
+        uint32_t x = p.kv_length == nullptr ? 0 : load_cached(p.kv_length);
+        if ((p.flags & kFlagCausal) && p.global_length != nullptr) x ^= load_cached(p.global_length);
+        if ((p.flags & kFlagCausal) && p.kv_start != nullptr) x ^= load_cached(p.kv_start);
+        const int unit = 32 / element_size(p.q_dtype);  // one sector a lane
+#pragma unroll 1
+        for (int row = warp; row < S::kRows; row += S::kWarps) {
+            const int packed = share.row_tile * S::kRows + row;
+            const int token = p.query_tokens == 1 ? 0 : packed / p.group;
+            if (token >= p.query_tokens || lane * unit >= p.head_dim_qk) continue;
+            const int64_t q_head = static_cast<int64_t>(share.head) * p.group + packed - token * p.group;
+            x ^= load_cached(static_cast<const char*>(p.q) + token * p.q_stride[0] +
+                             q_head * p.q_stride[1] + lane * unit * p.q_stride[2]);
+        }
+        return x;
+    }
+
+    __device__ __forceinline__ void take_sequence(const Sequence& seq) {
+        keys = seq.keys;
+        page_row = seq.page_row;
+        flags = seq.fault != kFaultNone || positions_bad(seq) ? kSlotPoison : 0;
+    }
+
+    // Begins a shared-out item, and says which it is.
+    __device__ __forceinline__ Item start_shared(const Share& share) {
+        int taken = 0;
+        const Sequence seq = read_sequence<S::kRows>(p, 0, taken);
+        if (blockIdx.x == 0 && threadIdx.x == 0 && seq.fault != kFaultNone) report_fault(p, 0, seq.fault);
+        tile_end = seq.key_tiles;
+        done = share.index * S::kWarps >= seq.key_tiles;
+        const Split split = share.split(seq.key_tiles, S::kWarps);
+        if (!done) {
+            take_sequence(seq);
+            read_entries(0);
+        }
+        return Item{share.head, share.row_tile, 0, seq.tokens, split.count, split.index, split.first_block, 0};
+    }
+
+    __device__ __forceinline__ Stand& stand() const {
+        return reinterpret_cast<Stand*>(shared + S::kStandAt)[warp];
+    }
+
+    // Begins a flat slice.
+    __device__ __forceinline__ Item start() {
+        Stand at;
+        at.place = find_place<S::kRows>(p, reinterpret_cast<PlaceScratch*>(shared + S::kScratchAt));
+        done = at.place.begin >= at.place.end;
+        if (done) return Item{};
+        b = at.place.b;
+        at.seq = read_sequence<S::kRows>(p, b, at.place.taken);
+        const int64_t into = at.place.begin - at.place.sequence_begin;
+        const int64_t item = into / at.seq.key_tiles;
+        at.head = static_cast<int>(item / at.seq.row_tiles);
+        at.row_tile = static_cast<int>(item) - at.head * at.seq.row_tiles;
+        at.item_begin = at.place.sequence_begin + item * at.seq.key_tiles;
+        take_sequence(at.seq);
+        enter_item(at, 0);
+        return at.item;
+    }
+
+    // Positions are judged where they are used; a bad one poisons the sequence's rows.
+    __device__ __forceinline__ bool positions_bad(const Sequence& seq) const {
+        if (!(p.flags & kFlagCausal) || seq.keys == 0) return false;
+        return positions_bad(p, b, seq.first_token, seq.tokens, seq.keys);
+    }
+    static __device__ __noinline__ bool positions_bad(const DecodeParams& p, int b, int first_token, int tokens,
+                                                      int keys) {
+        const int lane = threadIdx.x % 32;
+        bool bad = false;
+        if (p.query_position == nullptr) {
+            bad = p.global_length[b] < tokens;
+        } else {
+#pragma unroll 1
+            for (int i = lane; i < tokens; i += 32) bad |= p.query_position[first_token + i] < 0;
+        }
+        const int64_t limit = INT32_MAX;
+        if (p.placement == kContiguous) {
+            const int64_t start = p.kv_start == nullptr ? 0 : p.kv_start[b];
+            bad |= start < 0 || start + keys - 1 > limit;
+        } else if (p.placement == kInterleaved) {
+            const int64_t last = keys - 1, run = p.interleave;
+            bad |= (last / run * p.world + p.rank) * run + last % run > limit;
+        }
+        bad = __any_sync(kAllLanes, bad);
+        if (bad && threadIdx.x == 0) report_fault(p, b, kFaultPosition);
+        return bad;
+    }
+
+    // `stage`: the slot that the item's first tile will have.
+    __device__ __forceinline__ void enter_item(Stand& at, int stage) {
+        const int64_t from = max(at.place.begin - at.item_begin, static_cast<int64_t>(0));
+        const int64_t to = min(at.place.end - at.item_begin, static_cast<int64_t>(at.seq.key_tiles));
+        tile = static_cast<int>(from) + warp;
+        tile_end = static_cast<int>(to);
+        flags |= kSlotFirst;
+        if (at.item_begin + at.seq.key_tiles >= at.place.end) flags |= kSlotFinal;
+        const Split split = split_of(at.item_begin, at.seq.key_tiles, at.place.slice);
+        at.item = Item{at.head,     at.row_tile, at.seq.first_token, at.seq.tokens,
+                       split.count, split.index, split.first_block,  b};
+        __syncwarp();
+        if (lane == 0) stand() = at;
+        __syncwarp();
+        find_rows(at.head);
+        read_entries(stage);
+    }
+
+    // Page entries come into shared memory kStages tiles ahead (small pages: one a key; else one a tile): those of an
+    // item's first tiles when the item begins, the others together with the tile that has the slot before.
+    __device__ __forceinline__ int* entries(int stage) const {
+        return reinterpret_cast<int*>(shared + S::kEntriesAt) + (warp * S::kStages + stage) * kTile;
+    }
+    __device__ __forceinline__ bool has_entry(int of_tile, int slot) const {
+        return lane < (regular() ? 1 : kTile) && of_tile < tile_end && slot < keys;
+    }
+    __device__ __forceinline__ void read_entries(int stage) {
+        if (p.kv_layout == kStrided) return;
+        __syncwarp();
+        int entry[S::kStages];
+#pragma unroll
+        for (int i = 0; i < S::kStages; i++) {
+            const int slot = (tile + i * step) * kTile + lane;
+            entry[i] = has_entry(tile + i * step, slot) ? table()[page_of(slot)] : -1;
+        }
+#pragma unroll
+        for (int i = 0; i < S::kStages; i++) {
+            if (lane < kTile) entries(stage)[lane] = entry[i];
+            if (++stage == S::kStages) stage = 0;
+        }
+        __syncwarp();
+    }
+    // Asks for the entry of the tile that gets the slot next; it has come when this tile has.
+    __device__ __forceinline__ void ask_entry(int stage) {
+        const int slot = (tile + S::kStages * step) * kTile + lane;
+        __syncwarp();
+        if (has_entry(tile + S::kStages * step, slot)) {
+            copy_async4(shared_address(entries(stage) + lane), table() + page_of(slot));
+        }
+    }
+
+    __device__ __forceinline__ void find_rows(int head) {
+        k_row = static_cast<const char*>(p.k) + head * p.k_stride[2];
+        v_row = static_cast<const char*>(p.v) + head * p.v_stride[2];
+        if (p.kv_layout == kStrided) {
+            const int64_t first = static_cast<int64_t>(tile) * kTile;
+            k_row += b * p.k_stride[0] + first * p.k_stride[1];
+            v_row += b * p.v_stride[0] + first * p.v_stride[1];
+        }
+    }
+
+    __device__ __forceinline__ void next_item(int stage) {
+        if (flags & kSlotFinal) {
+            done = true;
+            return;
+        }
+        __syncwarp();
+        Stand at = stand();
+        at.item_begin += at.seq.key_tiles;
+        if (++at.row_tile == at.seq.row_tiles) {
+            at.row_tile = 0;
+            if (++at.head == p.kv_heads) {
+                at.head = 0;
+                do {
+                    b++;
+                    at.seq = read_sequence<S::kRows>(p, b, at.place.taken);
+                } while (at.seq.row_tiles == 0);
+                take_sequence(at.seq);
+            }
+        }
+        enter_item(at, stage);
+        prefetch_query(at);
+    }
+
+    // The next item's queries come up while keys do.
+    __device__ __forceinline__ void prefetch_query(const Stand& at) const {
+        const int packed = at.row_tile * S::kRows + warp;
+        const int token = at.seq.tokens == 1 ? 0 : packed / p.group;
+        const int unit = 128 / element_size(p.q_dtype);  // one line a lane
+        if (warp < S::kRows && token < at.seq.tokens && lane * unit < p.head_dim_qk) {
+            const int64_t q_head = static_cast<int64_t>(at.head) * p.group + packed - token * p.group;
+            prefetch(static_cast<const char*>(p.q) + (at.seq.first_token + token) * p.q_stride[0] +
+                     q_head * p.q_stride[1] + lane * unit * p.q_stride[2]);
+        }
+    }
+
+    __device__ __forceinline__ const int32_t* table() const {
+        return (p.kv_layout == kBlockTable ? p.block_table : p.page_indices) + page_row;
+    }
+
+    // Copies the warp's next tile into a slot; says whether a page of it does not exist.
+    __device__ __forceinline__ bool copy_tile(int stage, int base, int live) {
+        const uint32_t slot_address = shared_address(shared) + (warp * S::kStages + stage) * S::kSlotBytes;
+        bool bad = false;
+        if (regular()) {
+            const char* k = k_row;
+            const char* v = v_row;
+            if (p.kv_layout == kStrided) {
+                k_row += static_cast<int64_t>(step) * kTile * p.k_stride[1];
+                v_row += static_cast<int64_t>(step) * kTile * p.v_stride[1];
+            } else if (live > 0) {
+                const int page = base >> page_shift;
+                const int entry = entries(stage)[regular() ? 0 : lane % kTile];
+                bad = entry < 0 || entry >= p.num_pages;
+                if (bad) live = 0;
+                const int64_t inner = base - (page << page_shift);
+                k += entry * p.k_stride[0] + inner * p.k_stride[1];
+                v += entry * p.v_stride[0] + inner * p.v_stride[1];
+            }
+            if (live > 0 && !(p.flags & kFlagNoBulk)) {
+                copy_regular<S::kDimQk, S::kPitchK>(slot_address, k, p.k_stride[1], live, p.head_dim_qk);
+                copy_regular<S::kDimV, S::kPitchV>(slot_address + kTile * S::kPitchK, v, p.v_stride[1], live,
+                                                   p.head_dim_v);
+            } else if (live > 0) {
+                const bool of_v = lane >= kTile;
+                const int64_t r = lane % kTile;
+                copy_elements(p, slot_address, of_v ? v + r * p.v_stride[1] : k + r * p.k_stride[1], live);
+            }
+        } else {
+            // Lane r addresses row r of K, lane 16 + r row r of V.
+            const bool of_v = lane >= kTile;
+            const char* from = of_v ? v_row : k_row;
+            const int slot = base + lane % kTile;
+            const int entry = entries(stage)[regular() ? 0 : lane % kTile];
+            if (lane % kTile < live) {
+                const int page = page_of(slot);
+                bad = entry < 0 || entry >= p.num_pages;
+                from += entry * (of_v ? p.v_stride[0] : p.k_stride[0]) +
+                        (slot - page * p.page_size) * (of_v ? p.v_stride[1] : p.k_stride[1]);
+            }
+            bad = __any_sync(kAllLanes, bad);
+            if (bad) live = 0;
+            if (live > 0 && !(p.flags & kFlagNoBulk)) {
+                copy_rows<S::kDimQk, S::kPitchK>(slot_address, from, 0, live, p.head_dim_qk);
+                copy_rows<S::kDimV, S::kPitchV>(slot_address + kTile * S::kPitchK, from, kTile, live, p.head_dim_v);
+            } else if (live > 0) {
+                copy_elements(p, slot_address, from, live);
+            }
+        }
+        return bad;
+    }
+
+    // Fills a slot with the warp's next tile of a shared-out item.
+    __device__ __forceinline__ void fill_shared(int stage) {
+        if (tile < tile_end) {
+            const int base = tile * kTile;
+            const bool bad = copy_tile(stage, base, min(max(keys - base, 0), kTile));
+            if (p.kv_layout != kStrided) {
+                int4* info = reinterpret_cast<int4*>(shared + S::kInfoAt) + (warp * S::kStages + stage) * 3;
+                if (lane == 0) info->x = bad ? kSlotPoison : 0;
+                ask_entry(stage);
+            }
+            tile += step;
+        }
+        copy_async_commit();
+    }
+
+    // Fills a slot with the warp's next tile (possibly an empty one: every warp has a slot of every item).
+    __device__ __forceinline__ void fill(int stage) {
+        int4* info = reinterpret_cast<int4*>(shared + S::kInfoAt) + (warp * S::kStages + stage) * 3;
+        if (done) {
+            if (lane == 0) info->x = kSlotEnd;
+            copy_async_commit();
+            __syncwarp();
+            return;
+        }
+        const int base = tile * kTile;
+        const bool last = tile + S::kWarps >= tile_end;
+        const int live = tile < tile_end ? min(max(keys - base, 0), kTile) : 0;
+        const bool bad = copy_tile(stage, base, live);
+        if (p.kv_layout != kStrided && !last) ask_entry(stage);
+        copy_async_commit();
+
+        if (lane == 0) {
+            info[0] = make_int4(flags | (last ? kSlotLast : 0) | (bad ? kSlotPoison : 0), base, bad ? 0 : live, b);
+            if (flags & kSlotFirst) {
+                const int4* item = reinterpret_cast<const int4*>(&stand().item);
+                info[1] = item[0], info[2] = item[1];
+            }
+            if (bad) report_fault(p, b, kFaultPage);
+        }
+        __syncwarp();
+
+        flags &= ~kSlotFirst;
+        tile += S::kWarps;
+        if (last) next_item(stage + 1 == S::kStages ? 0 : stage + 1);
+    }
+
+    __device__ __forceinline__ int page_of(int slot) const {
+        return page_shift >= 0 ? slot >> page_shift
+                               : static_cast<int>(static_cast<unsigned>(slot) / static_cast<unsigned>(p.page_size));
+    }
+
+    static __device__ __forceinline__ void store_zero(uint32_t address) {
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+    }
+
+    // An aligned address for copies of nothing.
+    __device__ __forceinline__ const char* nowhere() const {
+        return reinterpret_cast<const char*>(p.workspace.partials);
+    }
+
+    // A tile at one stride. Rows past the length get zeros: a zero weight does not silence a NaN.
+    template <int Dim, int Pitch>
+    __device__ __forceinline__ void copy_regular(uint32_t to, const char* from, int64_t stride, int live, int dim) {
+        constexpr int kLanes = lanes_of(Dim), kRows = 32 / kLanes;
+        const int row = lane / kLanes, unit = lane % kLanes;
+        if (unit * 8 >= dim) return;
+        from += row * stride + unit * 16;
+        to += row * Pitch + unit * 16;
+        if (live == kTile) {
+#pragma unroll
+            for (int i = 0; i < kTile; i += kRows) {
+                copy_async16(to + i * Pitch, from, 16);
+                from += kRows * stride;
+            }
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < kTile; i += kRows) {
+                const bool real = row + i < live;
+                copy_async16(to + i * Pitch, real ? from : nowhere(), real ? 16 : 0);
+                from += kRows * stride;
+            }
+        }
+    }
+
+    // A tile whose rows lie anywhere: lane first_lane + r holds the address of row r.
+    template <int Dim, int Pitch>
+    __device__ __forceinline__ void copy_rows(uint32_t to, const char* from, int first_lane, int live, int dim) {
+        constexpr int kLanes = lanes_of(Dim), kRows = 32 / kLanes;
+        const uint64_t mine = reinterpret_cast<uint64_t>(from);
+        const int row = lane / kLanes, unit = lane % kLanes;
+        const bool inside = unit * 8 < dim;
+        to += row * Pitch + unit * 16;
+#pragma unroll
+        for (int i = 0; i < kTile; i += kRows) {
+            const uint64_t row_from = __shfl_sync(kAllLanes, mine, first_lane + i + row);
+            const bool real = row + i < live;
+            if (inside) {
+                copy_async16(to + i * Pitch, real ? reinterpret_cast<const char*>(row_from) + unit * 16 : nowhere(),
+                             real ? 16 : 0);
+            }
+        }
+    }
+
+    // Rows that no 16-byte copy can take.
+    static __device__ __noinline__ void copy_elements(const DecodeParams& p, uint32_t to, const char* from, int live) {
+        const int lane = threadIdx.x % 32;
+        const uint64_t mine = reinterpret_cast<uint64_t>(from);
+#pragma unroll 1
+        for (int row = 0; row < kTile; row++) {
+#pragma unroll 1
+            for (int part = 0; part < 2; part++) {
+                const uint64_t row_from = __shfl_sync(kAllLanes, mine, part * kTile + row);
+                const uint32_t row_to = to + (part ? kTile * S::kPitchK + row * S::kPitchV : row * S::kPitchK);
+                const int64_t stride = part ? p.v_stride[3] : p.k_stride[3];
+#pragma unroll 1
+                for (int d = lane; d < (part ? p.head_dim_v : p.head_dim_qk); d += 32) {
+                    uint16_t x = 0;
+                    if (row < live) x = *reinterpret_cast<const uint16_t*>(row_from + d * stride);
+                    asm volatile("st.shared.u16 [%0], %1;" ::"r"(row_to + d * 2), "h"(x) : "memory");
+                }
+            }
+        }
+    }
+};
+
+// Columns between a head dim and its class hold zeros, in K against zeros of q, in V for columns nobody reads.
+template <class S>
+__device__ __forceinline__ void clear_padding(const DecodeParams& p, uint32_t slot, int lane) {
+    if (p.head_dim_qk < S::kDimQk) {
+        const int units = (S::kDimQk - p.head_dim_qk) / 8;
+#pragma unroll 1
+        for (int i = lane; i < kTile * units; i += 32) {
+            Walk<S>::store_zero(slot + i / units * S::kPitchK + p.head_dim_qk * 2 + i % units * 16);
+        }
+    }
+    if (p.head_dim_v < S::kDimV) {
+        const int units = (S::kDimV - p.head_dim_v) / 8;
+#pragma unroll 1
+        for (int i = lane; i < kTile * units; i += 32) {
+            Walk<S>::store_zero(slot + kTile * S::kPitchK + i / units * S::kPitchV + p.head_dim_v * 2 + i % units * 16);
+        }
+    }
+}
+
+}  // namespace treeattn
