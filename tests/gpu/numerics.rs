@@ -11,7 +11,7 @@ use crate::support::case::Case;
 use crate::support::npy;
 use crate::support::rank::{Ints, Rank};
 use crate::support::rng::Rng;
-use crate::support::run::judge;
+use crate::support::run::{judge, judge_with};
 use crate::support::values::Values;
 use crate::support::{only_case, seed};
 
@@ -97,7 +97,8 @@ fn run(gpu: &Gpu, comms: &mut [Communicator], case: &Case) -> Result<Comparison,
             return Err(format!("rank {rank} reports {error}"));
         }
     }
-    let found = judge(case, &ranks)?;
+    // Weights go through tensor cores as 16-bit terms, and f16 ones end at 2^-39 of the largest.
+    let found = judge_with(case, &ranks, (case.desc.v_dtype == Dtype::F16).then(|| 2f64.powi(-39)))?;
     match found.failure {
         Some(failure) if found.worst.max(found.worst_lse) > MOST => Err(failure),
         _ => Ok(found),

@@ -58,7 +58,7 @@ impl Comparison {
 
 impl Reference {
     /// How far element `d` of row `row` may lie from the reference: 2^-24 (4 + 2 score) A, what the wire rounds off,
-    /// 1 ulp of a 16-bit output, and what underflow may take (a weight below 2^-126 counts as none); never so far that
+    /// 1 ulp of a 16-bit output, and what underflow may take (a weight below `least_weight` counts as none); never so far that
     /// an average would leave the range of the values, which is all that holds for scores past 2^23.
     pub fn bound(&self, row: usize, d: usize, precision: Precision) -> f64 {
         let at = row * self.dim + d;
@@ -67,7 +67,7 @@ impl Reference {
             return 0.0;
         }
         let terms = self.keys[row] as f64 + 64.0;
-        let underflow = terms * (2f64.powi(-126) * largest + 2f64.powi(-149));
+        let underflow = terms * (self.least_weight * largest + 2f64.powi(-149));
         let c = 2f64.powi(-24) * (4.0 + 2.0 * self.score[row]);
         let range = o + 1.0001 * largest;
         // From c = 1 on float32 scores no longer tell which key is the largest: all that is left is the range, and

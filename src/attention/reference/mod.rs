@@ -38,6 +38,9 @@ pub struct Reference {
     pub score: Vec<f64>,
     /// The keys that each row sees.
     pub keys: Vec<u64>,
+    /// Weights below this part of the largest may count as none: 2^-126, what float32 weights have; to be set where a
+    /// backend's are narrower.
+    pub least_weight: f64,
     /// The first sequence with bad data.
     pub fault: Option<DataFault>,
 }
@@ -214,6 +217,7 @@ impl Reference {
             largest: zeroed(elements)?,
             score: zeroed(rows)?,
             keys,
+            least_weight: 2f64.powi(-126),
             fault: None,
         })
     }
