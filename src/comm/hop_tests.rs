@@ -138,7 +138,7 @@ fn a_message_of_another_size_is_desync_between_the_two() {
 
 #[test]
 fn the_rank_that_never_opens_is_named_by_those_who_wait_for_others() {
-    let step = Duration::from_millis(300);
+    let step = Duration::from_secs(1);
     let results = on_threads(local_group(5, &config(step)).unwrap(), |rank| {
         if rank.shard().rank == 3 {
             let began = Instant::now();
