@@ -8,14 +8,16 @@
 //! (super::state::Total)), so that the order costs no accuracy at any length.
 
 use super::sequences::Sequence;
-use super::tile::TILE;
+use super::tile::{TILE, run};
 
-/// Keys of a leaf: how many add up before they are closed into the total of their piece, given the keys of the piece.
-/// Rounding averages out over leaves, so few keys are cut finer.
-pub fn leaf(keys: usize) -> usize {
+/// Keys of a leaf: how many add up before they are closed into the total of their piece, given the keys and rows of the
+/// piece. Rounding averages out over leaves, so few keys are cut finer; and equal keys have equal errors, the more of
+/// them the shorter the runs of keys that meet in registers.
+pub fn leaf(keys: usize, rows: usize) -> usize {
     match keys {
         ..=64 => 4,
-        _ => 64,
+        65..=512 => 64,
+        _ => 16 * run(rows),
     }
 }
 

@@ -80,7 +80,7 @@ impl<'a> Task<'a> {
             worker,
             piece,
             sequence,
-            leaf: leaf((piece.end * TILE).min(sequence.keys) - piece.begin * TILE),
+            leaf: leaf((piece.end * TILE).min(sequence.keys) - piece.begin * TILE, piece.rows),
             widen: [false; 2],
             ahead: [0; 2],
             distance: 2 * keys_together(piece.rows),

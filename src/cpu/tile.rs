@@ -11,8 +11,12 @@ use super::simd::{Element, Simd};
 /// Keys a tile.
 pub const TILE: usize = 64;
 /// Keys whose weighted values meet in registers before they are added to the accumulator: bounds the rounding of
-/// equal-sign sums.
-const RUN: usize = 4;
+/// equal-sign sums. Where there is one row to each kv head, memory sets the pace and is read better in shorter runs.
+pub fn run(rows: usize) -> usize {
+    if rows == 1 { SHORT } else { LONG }
+}
+const SHORT: usize = 4;
+const LONG: usize = 8;
 /// Elements of q.k that meet in one set of accumulators: bounds the rounding of long dot products.
 const DOT: usize = 128;
 /// Maxima from here on have no fraction to round up; the product with a score must then be rounded just as the maximum
@@ -533,8 +537,10 @@ unsafe fn value_rows<S: Simd, E: Element, const RQ: usize, const WIDE: usize, co
         let dim = if DIM > 0 { DIM } else { a.dim };
         let mut d = 0;
         while d + WIDE * S::LANES <= dim {
-            if b.end - b.key == RUN {
-                value_block::<S, E, RQ, WIDE, RUN>(a, dim, b, d, asking);
+            if b.end - b.key == LONG {
+                value_block::<S, E, RQ, WIDE, LONG>(a, dim, b, d, asking);
+            } else if RQ == 1 && b.end - b.key == SHORT {
+                value_block::<S, E, RQ, WIDE, SHORT>(a, dim, b, d, asking);
             } else {
                 value_block::<S, E, RQ, WIDE, 0>(a, dim, b, d, asking);
             }
@@ -566,8 +572,9 @@ pub unsafe fn values<S: Simd, E: Element, const W4: usize, const W1: usize>(a: &
 #[inline(always)]
 unsafe fn values_of<S: Simd, E: Element, const W4: usize, const W1: usize, const DIM: usize>(a: &ValueArgs) {
     unsafe {
-        for key in (0..a.keys).step_by(RUN) {
-            let end = a.keys.min(key + RUN);
+        let run = run(a.rows);
+        for key in (0..a.keys).step_by(run) {
+            let end = a.keys.min(key + run);
             let mut asking = Asking::of(&a.ahead, key, end - key, a.heads);
             for head in 0..a.heads {
                 let mut b = Block { head, row: 0, key, end };
