@@ -1,12 +1,24 @@
-//! The one way in which a thread of this library waits for another: spin briefly, then park on a futex.
+//! The one way in which a thread of this library waits for another: linger briefly, then park on a futex.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// The longest that a wait spins before it parks.
-const SPIN: Duration = Duration::from_micros(20);
-/// Pauses between two looks at the clock while spinning.
+/// The longest that a wait lingers before it parks.
+const LINGER: Duration = Duration::from_micros(20);
+/// Pauses between two looks while spinning.
 const PAUSES: u32 = 16;
+
+/// What a wait does before it parks, for at most 20 us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Linger {
+    /// Looks again and again, where the one that is waited for has a core of its own.
+    Spin,
+    /// Gives its core to others and looks when it gets it back, where the one that is waited for may need this core. Where
+    /// nobody does, or what is waited for is near, this saves two trips through the scheduler.
+    Yield,
+    /// Nothing: what is waited for is far.
+    Park,
+}
 
 /// A word that changes with every ring, and the count of threads asleep on it.
 ///
@@ -34,10 +46,14 @@ impl Bell {
         }
     }
 
-    /// Waits until the bell has rung since `seen`, or `deadline` has passed; may also return early. `spin`: try
-    /// for [`SPIN`] before parking.
-    pub(crate) fn wait(&self, seen: u32, spin: bool, deadline: Option<Instant>) {
-        if spin && self.spin(seen) {
+    /// Waits until the bell has rung since `seen`, or `deadline` has passed; may also return early.
+    pub(crate) fn wait(&self, seen: u32, linger: Linger, deadline: Option<Instant>) {
+        let rung = match linger {
+            Linger::Spin => self.linger(seen, || (0..PAUSES).for_each(|_| std::hint::spin_loop())),
+            Linger::Yield => self.linger(seen, std::thread::yield_now),
+            Linger::Park => false,
+        };
+        if rung {
             return;
         }
         let left = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
@@ -49,19 +65,16 @@ impl Bell {
         self.sleepers.fetch_sub(1, Ordering::SeqCst);
     }
 
-    fn spin(&self, seen: u32) -> bool {
+    /// Whether the bell rings within [`LINGER`].
+    fn linger(&self, seen: u32, pause: impl Fn()) -> bool {
         let start = Instant::now();
-        loop {
-            for _ in 0..PAUSES {
-                if self.now() != seen {
-                    return true;
-                }
-                std::hint::spin_loop();
+        while start.elapsed() <= LINGER {
+            if self.now() != seen {
+                return true;
             }
-            if start.elapsed() > SPIN {
-                return false;
-            }
+            pause();
         }
+        false
     }
 }
 
@@ -85,9 +98,9 @@ mod tests {
     fn a_wait_ends_by_ring_or_deadline() {
         let bell = Bell::default();
         let seen = bell.now();
-        bell.wait(seen, true, Some(Instant::now() + Duration::from_millis(5)));
+        bell.wait(seen, Linger::Spin, Some(Instant::now() + Duration::from_millis(5)));
         assert_eq!(bell.now(), seen);
-        for spin in [false, true] {
+        for linger in [Linger::Spin, Linger::Yield, Linger::Park] {
             let seen = bell.now();
             std::thread::scope(|scope| {
                 scope.spawn(|| {
@@ -95,7 +108,7 @@ mod tests {
                     bell.ring();
                 });
                 while bell.now() == seen {
-                    bell.wait(seen, spin, None);
+                    bell.wait(seen, linger, None);
                 }
             });
         }

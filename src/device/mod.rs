@@ -1,7 +1,7 @@
 //! Devices, host memory, threads. Depends on nothing of the library but its errors and fault points.
 //!
 //! `host` says what the machine has, `buffer` holds aligned memory, `workers` a rank's threads, `queue` the in-order
-//! queue behind a CPU stream, `bell` the one place that spins and parks, `thread` the one place that starts threads,
+//! queue behind a CPU stream, `bell` the one place that spins, yields and parks, `thread` the one place that starts threads,
 //! `float_state` the guard of the floating-point control register, `cuda` the GPUs.
 
 mod bell;
@@ -13,7 +13,7 @@ mod queue;
 mod thread;
 mod workers;
 
-pub(crate) use bell::Bell;
+pub(crate) use bell::{Bell, Linger};
 pub use buffer::HostBuffer;
 pub use float_state::FloatState;
 pub use host::available_cores;

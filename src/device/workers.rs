@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use super::bell::Bell;
+use super::bell::{Bell, Linger};
 use super::float_state::FloatState;
 use super::thread::{panic_message, spawn};
 use crate::error::{Error, ErrorKind, Result};
@@ -32,7 +32,7 @@ struct Shared {
     /// Helpers that have not finished the job.
     left: AtomicUsize,
     stop: AtomicBool,
-    spin: bool,
+    linger: Linger,
     /// Written by the caller while no helper runs, read by helpers after `start`.
     job: UnsafeCell<Option<*const Job<'static>>>,
     panicked: Mutex<Option<String>>,
@@ -57,7 +57,7 @@ impl Workers {
             done: Bell::default(),
             left: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
-            spin,
+            linger: if spin { Linger::Spin } else { Linger::Park },
             job: UnsafeCell::new(None),
             panicked: Mutex::new(None),
         });
@@ -99,7 +99,7 @@ impl Workers {
             if shared.left.load(Ordering::Acquire) == 0 {
                 break;
             }
-            shared.done.wait(seen, shared.spin, None);
+            shared.done.wait(seen, shared.linger, None);
         }
         match shared.panicked.lock().unwrap_or_else(PoisonError::into_inner).take() {
             None => Ok(()),
@@ -124,7 +124,7 @@ impl Shared {
     fn help(&self, index: usize, mut seen: u32) {
         loop {
             while self.start.now() == seen {
-                self.start.wait(seen, self.spin, None);
+                self.start.wait(seen, self.linger, None);
             }
             // One ring a run, and no run begins before this helper has finished the last.
             seen = seen.wrapping_add(1);

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::post::Post;
 use crate::comm::{Round, verdict};
-use crate::device::{Bell, HostBuffer};
+use crate::device::{Bell, HostBuffer, Linger};
 use crate::error::{Error, Result};
 use crate::partial::epoch::{Arrivals, Cursor, Epoch, Header, SLOTS, Slot};
 
@@ -18,7 +18,7 @@ pub(super) struct Group {
     pub(super) id: u64,
     pub(super) setup_timeout: Duration,
     pub(super) step_timeout: Duration,
-    pub(super) spin: bool,
+    pub(super) linger: Linger,
     pub(super) capacity: usize,
     pub(super) bell: Bell,
     pub(super) arrivals: Line<Arrivals<AtomicU32>>,
@@ -181,7 +181,7 @@ impl Group {
                 // Everyone is between publishing and arriving.
                 (late, deadline) = (true, deadline + GRACE);
             }
-            limit.bell.wait(seen, self.spin, Some(deadline));
+            limit.bell.wait(seen, self.linger, Some(deadline));
         }
     }
 }

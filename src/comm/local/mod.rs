@@ -3,7 +3,8 @@
 //! Every rank has a window of two slots. It writes its payload into the slot of the epoch's parity and publishes the
 //! header; the last rank to arrive completes the epoch and rings; then every rank reads every payload in place. Why two
 //! slots suffice is said in [`crate::partial::epoch`]. Ranks wait on their calling thread only, by [`Bell`]: they spin
-//! for at most 20 us where the machine has a core a rank, else they park at once, and only the last arrival wakes.
+//! for at most 20 us where the machine has a core a rank, else they yield as long, then they park, and only the last
+//! arrival wakes.
 //!
 //! A step is opened in slots of the same kind, one for each parity of the step: as no rank ends a step that exchanges
 //! before all have opened it, none is more than one ahead. The last to open compares what all said. Hops wait on a bell
@@ -22,7 +23,7 @@ use std::time::{Duration, Instant};
 use self::group::{Absence, Group, Limit, Line, LocalRound, Rank, lock};
 use super::{CommConfig, Exchange, Hop, Round, RoundHeader, verdict};
 use crate::attention::Shard;
-use crate::device::{Bell, HostBuffer, available_cores};
+use crate::device::{Bell, HostBuffer, Linger, available_cores};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault;
 use crate::partial::epoch::{Arrivals, Cursor, Epoch, Header, MAX_PAYLOAD, MAX_WINDOWS, SLOTS};
@@ -61,7 +62,7 @@ pub(super) fn local_group_at(world: usize, config: &CommConfig, start: Epoch) ->
         id: GROUPS.fetch_add(1, Ordering::Relaxed) + 1,
         setup_timeout: config.setup_timeout,
         step_timeout: config.step_timeout,
-        spin: world <= available_cores(),
+        linger: if world <= available_cores() { Linger::Spin } else { Linger::Yield },
         capacity,
         bell: Bell::default(),
         arrivals: Line(Arrivals::starting_at(Default::default(), AtomicU32::new(0), start)),
@@ -300,7 +301,7 @@ impl Exchange for LocalExchange {
             group.id,
             world,
             self.rank,
-            if group.spin { "spin 20 us, then park" } else { "park" },
+            if group.linger == Linger::Spin { "spin 20 us, then park" } else { "yield 20 us, then park" },
             group.capacity,
             self.window_bytes(),
             group.setup_timeout.as_millis(),

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::device::Bell;
+use crate::device::{Bell, Linger};
 
 /// How often the watch looks at the clock.
 const WATCH: Duration = Duration::from_millis(100);
@@ -40,7 +40,7 @@ impl Watch {
                 self.late.store(true, Ordering::Release);
                 self.abort.store(1, Ordering::Release);
             }
-            self.bell.wait(seen, false, Some(Instant::now() + WATCH));
+            self.bell.wait(seen, Linger::Park, Some(Instant::now() + WATCH));
         }
     }
 }
