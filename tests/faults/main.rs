@@ -110,7 +110,7 @@ fn processes_in_network_namespaces() {
 #[test]
 fn namespaces_inside() {
     if processes::inside_namespaces() {
-        trials(Place::Namespaces, if full() { 200 } else { 8 }, processes::run_in_namespaces);
+        trials(Place::Namespaces, if full() { 1000 } else { 8 }, processes::run_in_namespaces);
     }
 }
 
