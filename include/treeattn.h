@@ -1213,6 +1213,85 @@ treeattn_status_t treeattn_comm_abort(struct treeattn_comm_t *comm);
  */
 treeattn_status_t treeattn_comm_destroy(struct treeattn_comm_t *comm);
 
+/* Communicators over NCCL ------------------------------------------------------------------------------------------ */
+
+/**
+ * Gives a fresh name for a communicator to be: one rank asks for it and brings its 128 bytes to all others in any way
+ * (a file, a pipe, MPI), then every rank calls `treeattn_comm_create_nccl` with it. A name serves once.
+ *
+ * NCCL is the one in this process, else libnccl.so.2, else the one that pip installed in $VIRTUAL_ENV or beside the python
+ * of $PATH. Where it is elsewhere, the program loads it first: dlopen is enough.
+ *
+ * @param runtime the runtime.
+ * @param out     where the 128 bytes go: an `ncclUniqueId`.
+ * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT; UNAVAILABLE: there is no NCCL of version 2.18 or
+ *         later, the message says where it was looked for and what was found; NCCL: what NCCL says, for example that
+ *         there is no network interface to listen on.
+ *
+ * NCCL listens in this process, on a socket and a thread of its own, until all ranks have come: the process stays until
+ * then. Thread safety: any thread. Does not wait for other ranks; loads NCCL the first time. Not capture-safe. Since 0.1.
+ */
+treeattn_status_t treeattn_nccl_unique_id(struct treeattn_runtime_t *runtime,
+                                          uint8_t *out);
+
+/**
+ * Creates this rank's end of a communicator whose ranks NCCL connects: one GPU a rank, in processes or on threads of
+ * their own, on one machine or several.
+ *
+ * Collective: every rank calls it, with the same id, world and config, and its own rank and GPU.
+ *
+ * @param runtime the runtime.
+ * @param id      the 128 bytes that `treeattn_nccl_unique_id` gave one of the ranks.
+ * @param world   number of ranks, 1 to 4,096.
+ * @param rank    this rank, 0 to world - 1.
+ * @param device  this rank's GPU.
+ * @param config  NULL for defaults. `nccl_path` names the NCCL to load, `node_groups` is NULL.
+ * @param comm    where the handle goes.
+ * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT; UNSUPPORTED: not a GPU; UNAVAILABLE: no such
+ *         GPU, or no NCCL of version 2.18 or later; CAPTURING; TIMEOUT: a rank did not come before the setup deadline;
+ *         MISMATCH: the ranks run different versions of this library or of NCCL; NCCL: what NCCL says, for example that a
+ *         GPU is used twice; NO_MEMORY; NO_DEVICE_MEMORY; CUDA; CUDA_FATAL; CUDA_PRIOR; SYSTEM. An error is of this
+ *         rank; peers that still wait for it end by their deadlines.
+ *
+ * Ownership: the caller destroys the communicator; the id may be freed at once. Thread safety: any thread; one thread
+ * that makes several ranks would wait for itself, so that each needs one of its own. Blocks until all ranks have come, at
+ * most the setup deadline and 1 s. Not capture-safe. Since 0.1.
+ */
+treeattn_status_t treeattn_comm_create_nccl(struct treeattn_runtime_t *runtime,
+                                            const uint8_t *id,
+                                            int32_t world,
+                                            int32_t rank,
+                                            treeattn_device_t device,
+                                            const struct treeattn_comm_config_t *config,
+                                            struct treeattn_comm_t **comm);
+
+/**
+ * Creates this rank's end of a communicator with the ranks of an NCCL communicator that the engine has.
+ *
+ * Collective: every rank of `nccl_comm` calls it, each on its own communicator, with the same config. A communicator of
+ * the library's own is split off with ncclCommSplit; the given one is never used again by the library, and may go before
+ * the result does.
+ *
+ * @param runtime   the runtime.
+ * @param nccl_comm the engine's `ncclComm_t`, of the NCCL that is loaded in this process (where there are several
+ *                  copies, `nccl_path` of the config says which). Nobody else uses it during the call.
+ * @param device    the GPU of `nccl_comm`.
+ * @param config    NULL for defaults; `node_groups` is NULL.
+ * @param comm      where the handle goes.
+ * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT: also where `nccl_comm` is of another device;
+ *         UNSUPPORTED: not a GPU; UNAVAILABLE: no such GPU, or no NCCL in this process, or one before 2.18; otherwise as
+ *         `treeattn_comm_create_nccl`. After TIMEOUT `nccl_comm` may still be in use by the split: abort it before it is
+ *         destroyed.
+ *
+ * Ownership: the caller destroys the communicator, and keeps `nccl_comm`. Thread safety: any thread. Blocks until all
+ * ranks have come, at most the setup deadline and 1 s. Not capture-safe. Since 0.1.
+ */
+treeattn_status_t treeattn_comm_wrap_nccl(struct treeattn_runtime_t *runtime,
+                                          void *nccl_comm,
+                                          treeattn_device_t device,
+                                          const struct treeattn_comm_config_t *config,
+                                          struct treeattn_comm_t **comm);
+
 /* Plans: support queries, creation, steps, reports ----------------------------------------------------------------- */
 
 /**

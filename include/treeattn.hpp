@@ -8,6 +8,7 @@
 #ifndef TREEATTN_HPP
 #define TREEATTN_HPP
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -314,6 +315,43 @@ class Communicator : public detail::Handle<treeattn_comm_t, treeattn_comm_destro
                                             std::int32_t world, std::int32_t rank, treeattn_device_t device,
                                             const treeattn_comm_config_t* config = nullptr) {
     return try_create_from_transport(runtime, callbacks, world, rank, device, config).value();
+  }
+
+  /// A fresh name for a communicator over NCCL: for one rank to ask for, and to bring to all.
+  static Result<std::array<std::uint8_t, 128>> try_nccl_unique_id(const Runtime& runtime) noexcept {
+    std::array<std::uint8_t, 128> id = {};
+    Status status(treeattn_nccl_unique_id(runtime.get(), id.data()));
+    using Id = Result<std::array<std::uint8_t, 128>>;
+    return status ? Id(id) : Id(std::move(status));
+  }
+  static std::array<std::uint8_t, 128> nccl_unique_id(const Runtime& runtime) {
+    return try_nccl_unique_id(runtime).value();
+  }
+
+  /// This rank's end of a group that NCCL connects, on a GPU. Collective.
+  static Result<Communicator> try_create_nccl(const Runtime& runtime, const std::array<std::uint8_t, 128>& id,
+                                              std::int32_t world, std::int32_t rank, treeattn_device_t device,
+                                              const treeattn_comm_config_t* config = nullptr) noexcept {
+    treeattn_comm_t* comm = nullptr;
+    Status status(treeattn_comm_create_nccl(runtime.get(), id.data(), world, rank, device, config, &comm));
+    return status ? Result<Communicator>(Communicator(comm)) : Result<Communicator>(std::move(status));
+  }
+  static Communicator create_nccl(const Runtime& runtime, const std::array<std::uint8_t, 128>& id, std::int32_t world,
+                                  std::int32_t rank, treeattn_device_t device,
+                                  const treeattn_comm_config_t* config = nullptr) {
+    return try_create_nccl(runtime, id, world, rank, device, config).value();
+  }
+
+  /// This rank's end of a group with the ranks of the engine's `ncclComm_t`, split off it. Collective.
+  static Result<Communicator> try_wrap_nccl(const Runtime& runtime, void* nccl_comm, treeattn_device_t device,
+                                            const treeattn_comm_config_t* config = nullptr) noexcept {
+    treeattn_comm_t* comm = nullptr;
+    Status status(treeattn_comm_wrap_nccl(runtime.get(), nccl_comm, device, config, &comm));
+    return status ? Result<Communicator>(Communicator(comm)) : Result<Communicator>(std::move(status));
+  }
+  static Communicator wrap_nccl(const Runtime& runtime, void* nccl_comm, treeattn_device_t device,
+                                const treeattn_comm_config_t* config = nullptr) {
+    return try_wrap_nccl(runtime, nccl_comm, device, config).value();
   }
 
   std::int32_t rank() const {

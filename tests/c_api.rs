@@ -113,6 +113,7 @@ programs! {
     handles,
     local,
     merge,
+    nccl,
     pages,
     plan,
     runtime,

@@ -1,8 +1,8 @@
 //! Communicators: how the ranks of a group exchange partials, and how they fail together.
 //!
 //! [`Exchange`] is what the runtime sees of one rank's end. `local` is the group within one process (shared memory,
-//! epochs of [`crate::partial::epoch`]), `transport` a rank whose peers the engine reaches (MPI, gloo); `tree` says who
-//! meets whom in a tree over nodes; `verdict` words what ranks say when they fail. Depends on `device` and `partial`;
+//! epochs of [`crate::partial::epoch`]), `transport` a rank whose peers the engine reaches (MPI, gloo), `nccl` one whose
+//! peers NCCL reaches; `tree` says who meets whom in a tree over nodes; `verdict` words what ranks say when they fail. Depends on `device` and `partial`;
 //! knows nothing of attention and of backends.
 //!
 //! # How data flows
@@ -22,6 +22,7 @@
 
 mod config;
 mod local;
+pub(crate) mod nccl;
 mod transport;
 mod tree;
 mod verdict;

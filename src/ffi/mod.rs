@@ -20,6 +20,7 @@ mod guard;
 mod handle;
 mod layout;
 pub mod local;
+pub mod nccl;
 pub mod plan;
 pub mod runtime;
 pub mod selfcheck;

@@ -101,22 +101,15 @@ impl Communicator {
             let spin = threads.saturating_mul(devices.len()) <= cores;
             let group = exchange.group_id();
             ranks.push(Communicator {
-                core: Arc::new(CommCore {
-                    runtime: runtime.clone(),
+                core: Arc::new(CommCore::new(
+                    runtime,
                     device,
-                    cuda: if device.kind == DeviceKind::Cuda { Some(CudaDevice::get(device)?) } else { None },
-                    cuda_plans: Mutex::new(Vec::new()),
-                    config: config.clone(),
-                    workers: Workers::new(threads, &format!("treeattn-{rank}"), spin)?,
-                    exchange: Box::new(exchange),
-                    nodes: nodes.clone(),
+                    config,
+                    Workers::new(threads, &format!("treeattn-{rank}"), spin)?,
+                    Box::new(exchange),
+                    nodes.clone(),
                     group,
-                    plans: AtomicU64::new(0),
-                    calls: AtomicU64::new(0),
-                    last_plan: AtomicU64::new(0),
-                    pending: Mutex::new(None),
-                    closed: AtomicBool::new(false),
-                }),
+                )?),
             });
         }
         let message = format!("local communicator of {} ranks, {threads} threads a rank", devices.len());
@@ -150,17 +143,7 @@ impl Communicator {
             return Err(Error::invalid("node_groups", found, "none where each rank has a node_group of its own"));
         }
         let exchange = TransportExchange::new(transport, Shard { rank, world }, config)?;
-        let here = exchange.allgather(boot_id().as_bytes())?;
-        let local = here.iter().filter(|id| **id == here[rank as usize]).count();
-        let groups = exchange.allgather(&config.node_group.to_le_bytes())?;
-        // Ranks without a group of their own are told apart by their machines.
-        let unset = 0i32.to_le_bytes();
-        let keys: Vec<(&[u8], &[u8])> = groups
-            .iter()
-            .zip(&here)
-            .map(|(group, id)| if **group == unset { (&unset[..], &id[..]) } else { (&group[..], &[][..]) })
-            .collect();
-        let nodes = node_numbers(&keys);
+        let (nodes, local) = machines(&exchange, config)?;
         let threads = match config.threads_per_rank {
             0 => (available_cores() / local).max(1),
             threads => threads,
@@ -169,22 +152,15 @@ impl Communicator {
         runtime
             .log(LogLevel::Info, &format!("rank {rank} of {world}, {local} on this machine, {threads} threads each"));
         Ok(Communicator {
-            core: Arc::new(CommCore {
-                runtime: runtime.clone(),
+            core: Arc::new(CommCore::new(
+                runtime,
                 device,
-                cuda: None,
-                cuda_plans: Mutex::new(Vec::new()),
-                config: config.clone(),
-                workers: Workers::new(threads, &format!("treeattn-{rank}"), spin)?,
-                exchange: Box::new(exchange),
+                config,
+                Workers::new(threads, &format!("treeattn-{rank}"), spin)?,
+                Box::new(exchange),
                 nodes,
-                group: 0,
-                plans: AtomicU64::new(0),
-                calls: AtomicU64::new(0),
-                last_plan: AtomicU64::new(0),
-                pending: Mutex::new(None),
-                closed: AtomicBool::new(false),
-            }),
+                0,
+            )?),
         })
     }
 
@@ -253,12 +229,55 @@ impl Communicator {
     }
 }
 
+/// The node of each rank, and how many ranks are on this machine. Collective.
+pub(super) fn machines(exchange: &dyn Exchange, config: &CommConfig) -> Result<(Vec<usize>, usize)> {
+    let here = exchange.allgather(boot_id().as_bytes())?;
+    let local = here.iter().filter(|id| **id == here[exchange.shard().rank as usize]).count();
+    let groups = exchange.allgather(&config.node_group.to_le_bytes())?;
+    // Ranks without a group of their own are told apart by their machines.
+    let unset = 0i32.to_le_bytes();
+    let keys: Vec<(&[u8], &[u8])> = groups
+        .iter()
+        .zip(&here)
+        .map(|(group, id)| if **group == unset { (&unset[..], &id[..]) } else { (&group[..], &[][..]) })
+        .collect();
+    Ok((node_numbers(&keys), local))
+}
+
 /// Tells machines apart; empty where the system does not say, which counts all ranks as local.
 fn boot_id() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
 }
 
 impl CommCore {
+    /// One rank, with what its device needs.
+    pub fn new(
+        runtime: &Runtime,
+        device: Device,
+        config: &CommConfig,
+        workers: Workers,
+        exchange: Box<dyn Exchange>,
+        nodes: Vec<usize>,
+        group: u64,
+    ) -> Result<CommCore> {
+        Ok(CommCore {
+            runtime: runtime.clone(),
+            device,
+            cuda: if device.kind == DeviceKind::Cuda { Some(CudaDevice::get(device)?) } else { None },
+            cuda_plans: Mutex::new(Vec::new()),
+            config: config.clone(),
+            workers,
+            exchange,
+            nodes,
+            group,
+            plans: AtomicU64::new(0),
+            calls: AtomicU64::new(0),
+            last_plan: AtomicU64::new(0),
+            pending: Mutex::new(None),
+            closed: AtomicBool::new(false),
+        })
+    }
+
     pub fn shard(&self) -> Shard {
         self.exchange.shard()
     }

@@ -14,11 +14,13 @@ mod energy;
 mod exchange;
 mod execute;
 mod merge;
+mod nccl;
 mod output;
 mod plan;
 mod selfcheck;
 mod stream;
 
+pub use crate::comm::nccl::UNIQUE_ID_BYTES as NCCL_UNIQUE_ID_BYTES;
 pub use crate::comm::{AllgatherCallback, CommConfig, SendrecvCallback, Transport};
 pub use crate::device::{Device, DeviceInfo, DeviceKind};
 pub use buffer::Buffer;

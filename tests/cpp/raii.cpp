@@ -96,6 +96,15 @@ int main() {
   CHECK(treeattn::Communicator::try_create_from_transport(runtime, callbacks, 1, 0, TREEATTN_CPU(0)).status().code() ==
         TREEATTN_ERROR_INVALID_ARGUMENT);
 
+  // NCCL connects GPUs only, and wants a communicator to wrap.
+  const std::array<std::uint8_t, 128> id = {};
+  CHECK(treeattn::Communicator::try_create_nccl(runtime, id, 1, 0, TREEATTN_CPU(0)).status().code() ==
+        TREEATTN_ERROR_UNSUPPORTED);
+  CHECK(treeattn::Communicator::try_wrap_nccl(runtime, nullptr, TREEATTN_CUDA(0)).status().code() ==
+        TREEATTN_ERROR_INVALID_ARGUMENT);
+  const auto fresh = treeattn::Communicator::try_nccl_unique_id(runtime);
+  CHECK(fresh || fresh.status().message().find("NCCL") != std::string::npos);
+
   // Both forms say the same.
   desc.kv_heads = 3;
   std::vector<treeattn::Communicator> alone = treeattn::Communicator::create_local(runtime, {TREEATTN_CPU(0)});

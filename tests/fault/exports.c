@@ -189,6 +189,16 @@ static void transports(treeattn_runtime_t *runtime) {
   EXPECT(treeattn_comm_destroy(comm) == TREEATTN_OK);
 }
 
+static void over_nccl(treeattn_runtime_t *runtime) {
+  treeattn_comm_t *comm = NULL;
+  uint8_t id[128] = {0};
+  int stand_in = 0;
+  PANICS(treeattn_nccl_unique_id(runtime, id));
+  PANICS(treeattn_comm_create_nccl(runtime, id, 1, 0, TREEATTN_CUDA(0), NULL, &comm));
+  PANICS(treeattn_comm_wrap_nccl(runtime, &stand_in, TREEATTN_CUDA(0), NULL, &comm));
+  EXPECT(comm == NULL && id[0] == 0);
+}
+
 static void plans(treeattn_runtime_t *runtime, treeattn_comm_t *comm) {
   const treeattn_attention_desc_t desc = shape();
   const treeattn_decode_args_t args = step();
@@ -272,6 +282,7 @@ int main(void) {
   PANICS_THEN_WORKS(treeattn_runtime_set_log_callback(runtime, log_line, &lines));
   buffers(runtime);
   transports(runtime);
+  over_nccl(runtime);
 
   PANICS(treeattn_comm_create_local(runtime, 2, devices, NULL, comms));
   EXPECT(comms[0] == NULL && comms[1] == NULL);

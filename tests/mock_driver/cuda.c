@@ -159,6 +159,7 @@ status cuStreamSynchronize(void *stream) {
     status result = (status)values[FAIL_SYNC];
     return result;
 }
+status cuStreamQuery(void *stream) { return stream ? (status)values[FAIL_SYNC] : INVALID_VALUE; }
 status cuStreamIsCapturing(void *stream, unsigned *state) { return (void)stream, *state = (unsigned)values[CAPTURE], OK; }
 status cuStreamGetCtx(void *stream, void **context) {
     return *context = values[FOREIGN] ? (void *)0x9999 : *(void **)stream, OK;

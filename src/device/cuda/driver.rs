@@ -72,6 +72,7 @@ driver! {
     stream_create: "cuStreamCreate"(*mut sys::CUstream, c_uint);
     stream_destroy: "cuStreamDestroy_v2"(sys::CUstream);
     stream_synchronize: "cuStreamSynchronize"(sys::CUstream);
+    stream_query: "cuStreamQuery"(sys::CUstream);
     stream_is_capturing: "cuStreamIsCapturing"(sys::CUstream, *mut c_uint);
     stream_get_ctx: "cuStreamGetCtx"(sys::CUstream, *mut sys::CUcontext);
     module_load_data: "cuModuleLoadData"(*mut sys::CUmodule, *const c_void);

@@ -113,6 +113,11 @@ impl Words {
         self.address
     }
 
+    /// Where the host has them.
+    pub(super) fn host(&self) -> *mut u64 {
+        self.host
+    }
+
     /// Word `index`, which becomes 0.
     ///
     /// # Safety

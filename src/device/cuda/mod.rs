@@ -2,7 +2,7 @@
 //!
 //! `driver` finds the library and turns its errors into ours, `context` retains the primary context and makes it
 //! current for the length of a call, `holdings` frees what was allocated, `memory` copies and looks at pointers,
-//! `stream` wraps streams, `module` loads and launches the kernels that build.rs compiled.
+//! `stream` wraps streams, `staging` moves bytes without a blocking call, `module` loads and launches the kernels that build.rs compiled.
 //!
 //! Nothing here changes the caller's current device or waits for the device, unless it says that it blocks.
 
@@ -11,10 +11,12 @@ mod driver;
 mod holdings;
 mod memory;
 mod module;
+mod staging;
 mod stream;
 
 pub(crate) use context::{CudaDevice, Entered, count, info};
 pub(crate) use holdings::{Holdings, PATIENCE, Words};
 pub(crate) use memory::PointerCheck;
 pub(crate) use module::{Image, Kernel};
+pub(crate) use staging::Staging;
 pub(crate) use stream::CudaStream;

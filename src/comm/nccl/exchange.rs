@@ -1,0 +1,237 @@
+//! An allgather of blobs over NCCL: what ranks of several processes need to set up what they share.
+//!
+//! It serves setup only and has neither rounds nor hops: steps of GPUs exchange on the GPUs.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::rank::{Limit, NcclRank, PATIENCE};
+use crate::attention::Shard;
+use crate::comm::{CommConfig, Exchange, Hop, Round, RoundHeader, verdict};
+use crate::device::cuda::Staging;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Bytes that a rank sends at a time. Longer blobs go in several.
+const CHUNK: usize = 4096;
+/// Says that a message is one of these, and which version of them.
+const MAGIC: u64 = 0x7ee5_a77e_0001_0001;
+/// Longest blob.
+const MAX_BLOB: u64 = 1 << 20;
+/// Pause between two looks at the stream.
+const PAUSE: Duration = Duration::from_micros(50);
+
+/// One rank's end of a group over NCCL.
+pub(crate) struct NcclExchange {
+    rank: Arc<NcclRank>,
+    setup_timeout: Duration,
+    step_timeout: Duration,
+    /// This rank's chunk, then those of all.
+    staging: Mutex<Staging>,
+    bytes: usize,
+    error: Mutex<Option<Error>>,
+    is_gone: AtomicBool,
+}
+
+impl NcclExchange {
+    /// The group of a communicator that is there. Collective: compares the versions of all ranks, of this library and of
+    /// NCCL, within `limit`.
+    pub fn new(rank: NcclRank, config: &CommConfig, limit: Limit) -> Result<NcclExchange> {
+        let world = rank.shard().world as usize;
+        let bytes = (world + 1) * CHUNK;
+        let exchange = NcclExchange {
+            staging: Mutex::new(Staging::new(rank.device(), bytes, config.step_timeout)?),
+            rank: Arc::new(rank),
+            setup_timeout: config.setup_timeout,
+            step_timeout: config.step_timeout,
+            bytes,
+            error: Mutex::new(None),
+            is_gone: AtomicBool::new(false),
+        };
+        let mine = format!("libtreeattn {}, NCCL {}", env!("CARGO_PKG_VERSION"), exchange.rank.library().version());
+        let all = exchange.gather(mine.as_bytes(), limit).inspect_err(|error| exchange.latch(error))?;
+        if let Some(odd) = all.iter().position(|theirs| *theirs != all[0]) {
+            let text = |rank: usize| String::from_utf8_lossy(&all[rank]).into_owned();
+            let message =
+                format!("versions: found {} on rank {odd} and {} on rank 0, wanted the same", text(odd), text(0));
+            let error = Error::new(ErrorKind::Mismatch, message).with_rank(odd as i32);
+            exchange.latch(&error);
+            return Err(error);
+        }
+        Ok(exchange)
+    }
+
+    /// Every rank's blob. The lengths first, then the blobs in chunks, all of the longest's size.
+    fn gather(&self, blob: &[u8], limit: Limit) -> Result<Vec<Vec<u8>>> {
+        if blob.len() as u64 > MAX_BLOB {
+            return Err(Error::invalid("blob", blob.len(), format!("at most {MAX_BLOB} bytes")));
+        }
+        let mut sizes = Vec::new();
+        let first = [MAGIC.to_le_bytes(), (blob.len() as u64).to_le_bytes()].concat();
+        for (rank, message) in self.chunk(&first, limit)?.iter().enumerate() {
+            let [magic, size] = [0, 8].map(|at| word(&message[at..]));
+            if magic != MAGIC || size > MAX_BLOB {
+                let text = format!("setup exchange: rank {rank} sent no message of this library's version");
+                return Err(Error::new(ErrorKind::Desync, text).with_rank(rank as i32));
+            }
+            sizes.push(size as usize);
+        }
+        let longest = sizes.iter().copied().max().unwrap_or(0);
+        let mut padded = blob.to_vec();
+        padded.resize(longest, 0);
+        let mut all = vec![Vec::with_capacity(longest); sizes.len()];
+        for chunk in padded.chunks(CHUNK) {
+            for (all, part) in all.iter_mut().zip(self.chunk(chunk, limit)?) {
+                all.extend(part);
+            }
+        }
+        all.iter_mut().zip(sizes).for_each(|(all, size)| all.truncate(size));
+        Ok(all)
+    }
+
+    /// One allgather of at most [`CHUNK`] bytes a rank, the same number on all.
+    fn chunk(&self, send: &[u8], limit: Limit) -> Result<Vec<Vec<u8>>> {
+        let world = self.rank.shard().world as usize;
+        let mut staging = self.staging.lock();
+        staging.upload(0, send)?;
+        let (from, to) = (staging.address(), staging.address() + CHUNK as u64);
+        // SAFETY: the device side holds world + 1 chunks, and lives as long as its stream.
+        unsafe { self.rank.all_gather(from, to, send.len(), staging.stream(), limit)? };
+        staging.download(CHUNK, world * send.len())?;
+        while !staging.is_done()? {
+            // Also tells that a peer has failed.
+            self.rank.state("ncclAllGather")?;
+            if Instant::now() >= limit.until {
+                self.rank.abort(PATIENCE);
+                return Err(limit.expired("setup exchange"));
+            }
+            std::thread::sleep(PAUSE);
+        }
+        let all = staging.read(CHUNK, world * send.len())?;
+        Ok(all.chunks(send.len()).map(<[u8]>::to_vec).collect())
+    }
+
+    /// Breaks this end with the first error.
+    fn latch(&self, error: &Error) {
+        let mut latched = self.error.lock();
+        if latched.is_none() {
+            *latched = Some(verdict::failed(self.rank.shard().rank as usize, error));
+        }
+    }
+
+    fn no_steps(&self) -> Error {
+        Error::unsupported("algorithm", "an exchange of host memory", "LOCAL output over this communicator")
+    }
+}
+
+impl Exchange for NcclExchange {
+    fn shard(&self) -> Shard {
+        self.rank.shard()
+    }
+
+    fn capacity(&self) -> usize {
+        0
+    }
+
+    fn window_bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn allgather(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>> {
+        if let Some(error) = self.status() {
+            return Err(error);
+        }
+        self.gather(blob, Limit::new("setup_timeout", self.setup_timeout)).map_err(|error| {
+            self.latch(&error);
+            // An abort on another thread ends the wait with NCCL's words for it.
+            self.status().unwrap_or(error)
+        })
+    }
+
+    fn open(&self, _fingerprint: u64) -> Result<()> {
+        Err(self.no_steps())
+    }
+
+    fn round(
+        &self,
+        _header: RoundHeader,
+        _bytes: usize,
+        _fill: &mut dyn FnMut(&mut [u8]),
+        _take: &mut dyn FnMut(&dyn Round),
+    ) -> Result<()> {
+        Err(self.no_steps())
+    }
+
+    fn hop(
+        &self,
+        _hop: &Hop,
+        _send: &[u8],
+        _recv: &mut [u8],
+        _meanwhile: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<u64> {
+        Err(self.no_steps())
+    }
+
+    fn has_hops(&self) -> bool {
+        false
+    }
+
+    fn reads_in_place(&self) -> bool {
+        false
+    }
+
+    fn step_timeout(&self) -> Duration {
+        self.step_timeout
+    }
+
+    fn status(&self) -> Option<Error> {
+        self.error.lock().clone()
+    }
+
+    fn step(&self) -> u64 {
+        0
+    }
+
+    fn abort(&self) {
+        self.latch(&verdict::aborted(self.rank.shard().rank as usize));
+        self.rank.abort(Duration::ZERO);
+    }
+
+    fn fail(&self, error: &Error) {
+        self.latch(error);
+    }
+
+    fn leave(&self) {
+        if !self.is_gone.swap(true, Ordering::AcqRel) {
+            let rank = self.rank.shard().rank;
+            let message = format!("communicator: rank {rank} has left it");
+            self.latch(&Error::new(ErrorKind::ParentDestroyed, message).with_rank(rank));
+        }
+    }
+
+    fn describe(&self) -> String {
+        let (shard, library) = (self.rank.shard(), self.rank.library());
+        format!(
+            concat!(
+                r#"{{"kind":"nccl","world":{},"rank":{},"nccl_version":"{}","nccl_library":{:?},"window_bytes":{},"#,
+                r#""setup_timeout_ms":{},"step_timeout_ms":{},"links":[],"algorithms":[]}}"#
+            ),
+            shard.world,
+            shard.rank,
+            library.version(),
+            library.file(),
+            self.bytes,
+            self.setup_timeout.as_millis(),
+            self.step_timeout.as_millis(),
+        )
+    }
+}
+
+/// The 64-bit word that a message begins with.
+fn word(message: &[u8]) -> u64 {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&message[..8]);
+    u64::from_le_bytes(bytes)
+}
