@@ -250,11 +250,7 @@ struct Mma {
             for (int n = 0; n < kStepsV; n++) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    uint16_t bits;
-                    asm volatile("ld.shared.u16 %0, [%1];"
-                                 : "=h"(bits)
-                                 : "r"(row_address + n * 32 + half * 16)
-                                 : "memory");
+                    const uint16_t bits = load_shared16(row_address + n * 32 + half * 16);
                     const float x = unpack_pair<Bf16V>(bits).x;
 #pragma unroll
                     for (int t = 0; t < kRowTiles; t++) {
@@ -268,7 +264,7 @@ struct Mma {
             }
             __syncwarp();
             for (int i = lane * 4; i < HeadDimV * 2; i += 128) {
-                asm volatile("st.shared.u32 [%0], %1;" ::"r"(row_address - lane / 4 * 2 + i), "r"(0) : "memory");
+                store_shared(row_address - lane / 4 * 2 + i, 0);
             }
             __syncwarp();
         }
@@ -281,9 +277,7 @@ struct Mma {
         const uint32_t row_address = slot + kTile * S::kPitchK + lane % 16 * S::kPitchV + lane / 16 * 4;
 #pragma unroll 4
         for (int i = 0; i < HeadDimV * 2; i += 8) {
-            uint32_t bits;
-            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(bits) : "r"(row_address + i) : "memory");
-            found |= pair_not_finite(bits, Bf16V);
+            found |= pair_not_finite(load_shared(row_address + i), Bf16V);
         }
         const uint32_t lanes = __ballot_sync(kAllLanes, found);
         return (lanes | lanes >> 16) & 0xffffu;

@@ -350,10 +350,6 @@ struct Walk {
                                : static_cast<int>(static_cast<unsigned>(slot) / static_cast<unsigned>(p.page_size));
     }
 
-    static __device__ __forceinline__ void store_zero(uint32_t address) {
-        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
-    }
-
     // An aligned address for copies of nothing.
     __device__ __forceinline__ const char* nowhere() const {
         return reinterpret_cast<const char*>(p.workspace.partials);
@@ -417,7 +413,7 @@ struct Walk {
                 for (int d = lane; d < (part ? p.head_dim_v : p.head_dim_qk); d += 32) {
                     uint16_t x = 0;
                     if (row < live) x = *reinterpret_cast<const uint16_t*>(row_from + d * stride);
-                    asm volatile("st.shared.u16 [%0], %1;" ::"r"(row_to + d * 2), "h"(x) : "memory");
+                    store_shared16(row_to + d * 2, x);
                 }
             }
         }
@@ -431,14 +427,14 @@ __device__ __forceinline__ void clear_padding(const DecodeParams& p, uint32_t sl
         const int units = (S::kDimQk - p.head_dim_qk) / 8;
 #pragma unroll 1
         for (int i = lane; i < kTile * units; i += 32) {
-            Walk<S>::store_zero(slot + i / units * S::kPitchK + p.head_dim_qk * 2 + i % units * 16);
+            clear_shared(slot + i / units * S::kPitchK + p.head_dim_qk * 2 + i % units * 16);
         }
     }
     if (p.head_dim_v < S::kDimV) {
         const int units = (S::kDimV - p.head_dim_v) / 8;
 #pragma unroll 1
         for (int i = lane; i < kTile * units; i += 32) {
-            Walk<S>::store_zero(slot + kTile * S::kPitchK + i / units * S::kPitchV + p.head_dim_v * 2 + i % units * 16);
+            clear_shared(slot + kTile * S::kPitchK + i / units * S::kPitchV + p.head_dim_v * 2 + i % units * 16);
         }
     }
 }
