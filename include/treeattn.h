@@ -514,7 +514,10 @@ typedef int32_t treeattn_algorithm_t;
  */
 #define TREEATTN_ALGORITHM_TREE 3
 
-/** The paper's three reductions (a maximum, two sums): a baseline. */
+/**
+ * The paper's three reductions (a maximum, two sums): a baseline. GPUs make them over NCCL, which takes each GPU once; once
+ * a step has failed, graphs that were captured from it must not be replayed.
+ */
 #define TREEATTN_ALGORITHM_ALLREDUCE3 4
 
 /** Keys and values passed round: a baseline. Needs the transport's `sendrecv`. */

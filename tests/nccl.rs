@@ -8,8 +8,10 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use treeattn::attention::{AttentionDesc, Dtype, OutputMode};
-use treeattn::runtime::{CommConfig, Communicator, Device, DeviceKind, Plan, Runtime, RuntimeConfig};
+use treeattn::attention::{Algorithm, AttentionDesc, Dtype, OutputMode, Tensor};
+use treeattn::runtime::{
+    Buffer, CommConfig, Communicator, Device, DeviceKind, MergeArgs, Plan, Runtime, RuntimeConfig, Stream,
+};
 use treeattn::{Error, ErrorKind};
 
 /// Set once the stand-ins are where the loader looks first.
@@ -69,6 +71,8 @@ fn main() -> ExitCode {
             test("a_peer_that_does_not_plan_is_a_timeout", false, a_peer_that_does_not_plan_is_a_timeout),
             test("an_abort_ends_a_wait", false, an_abort_ends_a_wait),
             test("leaving_does_not_wait_for_peers", false, leaving_does_not_wait_for_peers),
+            test("local_ranks_connect_for_allreduces", true, local_ranks_connect_for_allreduces),
+            test("allreduces_that_cannot_be_are_explained", true, allreduces_that_cannot_be_are_explained),
         ],
     )
     .exit_code()
@@ -407,4 +411,86 @@ fn leaving_does_not_wait_for_peers() {
     let started = Instant::now();
     drop(comms);
     assert!(started.elapsed() < HANG);
+}
+
+fn by_allreduces() -> AttentionDesc {
+    AttentionDesc { kv_heads: 0, output: OutputMode::Replicated, algorithm: Algorithm::Allreduce3, ..shape() }
+}
+
+/// Enqueues a merge of this rank's partial; the kernels do nothing here, but the allreduces do.
+fn merge(plan: &Plan, rank: i32) -> Result<(), Error> {
+    let runtime = runtime();
+    let (stream, bytes) =
+        (Stream::new(&runtime, gpu(rank)).unwrap(), Buffer::alloc(&runtime, gpu(rank), 16384).unwrap());
+    let part = |at: usize| Tensor { data: bytes.data().wrapping_byte_add(at), bytes: 4096, stride: [0; 4] };
+    let args = MergeArgs {
+        query_tokens: 1,
+        heads: 8,
+        head_dim: 64,
+        o: part(0),
+        o_dtype: Dtype::F32,
+        lse: part(4096),
+        lse_base: 0,
+        plus_inf_is_empty: false,
+        out: part(8192),
+        out_dtype: None,
+        out_lse: part(12288),
+    };
+    // SAFETY: the buffer outlives the step, which is waited for.
+    unsafe { plan.merge(&args, Some(&stream)) }?;
+    stream.synchronize()
+}
+
+fn local_ranks_connect_for_allreduces() {
+    let devices = [gpu(1), gpu(0)];
+    let comms = Communicator::create_local(&runtime(), &devices, &config(HANG)).unwrap();
+    // From one thread, then from one a rank, over the same connection.
+    let mut plans = Plan::create_all(&[&comms[0], &comms[1]], &by_allreduces()).unwrap();
+    plans.extend(on_ranks(2, |rank| Plan::create(&comms[rank as usize], &by_allreduces()).unwrap()));
+    for pair in plans.chunks(2) {
+        for step in 1..=3 {
+            on_ranks(2, |rank| merge(&pair[rank as usize], 1 - rank).unwrap());
+            let stats = pair[0].stats().unwrap();
+            assert_eq!((stats.algorithm, stats.steps, stats.rounds), (Algorithm::Allreduce3, step, 3 * step));
+            // 8 rows of 64, their lse, their weights, and two words a rank.
+            assert_eq!(stats.bytes_sent, step * 4 * (8 * 64 + 8 + 8 + 4));
+        }
+    }
+    // Each rank on a thread of its own from the start.
+    let comms = Communicator::create_local(&runtime(), &devices, &config(HANG)).unwrap();
+    let plans = on_ranks(2, |rank| Plan::create(&comms[rank as usize], &by_allreduces()).unwrap());
+    on_ranks(2, |rank| merge(&plans[rank as usize], 1 - rank).unwrap());
+    // Ranks that NCCL connected in the first place.
+    let comms = group(2, &config(HANG));
+    let plans = on_ranks(2, |rank| Plan::create(&comms[rank as usize], &by_allreduces()).unwrap());
+    on_ranks(2, |rank| merge(&plans[rank as usize], rank).unwrap());
+    // One that waits alone.
+    let started = Instant::now();
+    let found = error(merge(&plans[0], 0));
+    assert_eq!(found.kind(), ErrorKind::Timeout);
+    assert!(started.elapsed() < HANG);
+    assert_eq!(comms[0].status().unwrap().error.map(|error| error.kind()), Some(ErrorKind::Timeout));
+    assert_eq!(error(merge(&plans[0], 0)).kind(), ErrorKind::Timeout, "broken for good");
+}
+
+fn allreduces_that_cannot_be_are_explained() {
+    let none = CommConfig { nccl_path: Some("/nowhere/libnccl.so.2".into()), ..config(HANG) };
+    let cases = [
+        ([gpu(0), gpu(1)], none, ErrorKind::Unavailable, "/nowhere/libnccl.so.2"),
+        ([gpu(1), gpu(1)], config(HANG), ErrorKind::Unsupported, "cuda:1 on ranks 0 and 1"),
+    ];
+    for (devices, config, kind, text) in cases {
+        let comms = Communicator::create_local(&runtime(), &devices, &config).unwrap();
+        let mut errors = on_ranks(2, |rank| error(Plan::create(&comms[rank as usize], &by_allreduces())));
+        errors.push(error(Plan::create_all(&[&comms[0], &comms[1]], &by_allreduces())));
+        for error in errors {
+            assert_eq!(error.kind(), kind, "{error}");
+            assert!(error.message().contains(text), "{error}");
+        }
+    }
+    let comms = Communicator::create_local(&runtime(), &[gpu(0), gpu(1)], &config(HANG)).unwrap();
+    let narrow = AttentionDesc { wire_dtype: Dtype::Bf16, ..by_allreduces() };
+    let error = error(Plan::create_all(&[&comms[0], &comms[1]], &narrow));
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.message().starts_with("wire_dtype: found bf16"), "{error}");
 }

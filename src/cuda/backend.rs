@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::allreduce::PartialTarget;
 use super::merge::{Merge, MergeStep};
 use super::params::{self, DecodeParams, ExchangeView, KernelShape, Workspace};
 use crate::attention::{AttentionDesc, Dtype, KvLayout, MaskKind, Placement, QueryInput, Reproducibility, Shard, Step};
@@ -208,6 +209,15 @@ impl CudaBackend {
 
     /// Enqueues a step. Allocates nothing, waits for nothing, may be captured.
     pub fn decode(&self, step: &Step, stream: &CudaStream) -> Result<()> {
+        self.attend(step, None, stream)
+    }
+
+    /// As [`CudaBackend::decode`], but the shard's partial goes to `target` and not to the step's output.
+    pub fn decode_to(&self, step: &Step, target: PartialTarget, stream: &CudaStream) -> Result<()> {
+        self.attend(step, Some(target), stream)
+    }
+
+    fn attend(&self, step: &Step, target: Option<PartialTarget>, stream: &CudaStream) -> Result<()> {
         let Some(attention) = &self.attention else {
             return Err(Error::new(ErrorKind::Internal, "plan: a step of a merge-only plan"));
         };
@@ -221,7 +231,16 @@ impl CudaBackend {
         let Some(decode) = attention.kernels.choose(i64::from(self.desc.group()) * i64::from(each)) else {
             return Err(Error::new(ErrorKind::Internal, "plan: found no kernel"));
         };
-        let parameters = self.parameters(&attention.fixed, step);
+        let mut parameters = self.parameters(&attention.fixed, step);
+        if let Some(target) = target {
+            let (row, heads) = (4 * i64::from(self.desc.head_dim_v), i64::from(self.desc.q_heads));
+            parameters.out = target.o;
+            parameters.out_dtype = Dtype::F32 as i32;
+            parameters.out_stride = [heads * row, row, 4];
+            parameters.lse = target.lse;
+            parameters.lse_stride = [heads * 4, 4];
+            parameters.workspace.status = target.status;
+        }
         // SAFETY: what the kernel takes; the workspace lives as long as `self`, and the caller of the step vouches for
         // the rest.
         unsafe { decode.kernel.launch(&entered, stream, decode.grid, &parameters, self.dependent) }

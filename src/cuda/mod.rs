@@ -1,12 +1,15 @@
 //! The CUDA backend: exact attention over one rank's shard on a GPU, in one launch a step.
 //!
 //! [`CudaBackend`] is a plan's part of it: the kernel, its workspace and its grid, chosen once; `params` mirrors what
-//! the kernels take (`kernels/params.cuh`), `merge` launches the merge of given partials. Depends on `attention`,
+//! the kernels take (`kernels/params.cuh`), `merge` launches the merge of given partials, `allreduce` what lies between the
+//! allreduces of the baseline. Depends on `attention`,
 //! `partial` and `device` only; knows nothing of other ranks.
 
+mod allreduce;
 mod backend;
 mod merge;
 mod params;
 
+pub(crate) use allreduce::{Allreduce, AllreduceOutput, AllreduceShape};
 pub(crate) use backend::{CudaBackend, supported};
 pub(crate) use merge::{Merge, MergeStep};

@@ -160,7 +160,8 @@ pub const TREEATTN_ALGORITHM_TWO_SHOT: treeattn_algorithm_t = treeattn_algorithm
 /// A tree over nodes (see `node_group`): within each node first, then between them by recursive doubling, then back.
 /// Needs the transport's `sendrecv`.
 pub const TREEATTN_ALGORITHM_TREE: treeattn_algorithm_t = treeattn_algorithm_t(3);
-/// The paper's three reductions (a maximum, two sums): a baseline.
+/// The paper's three reductions (a maximum, two sums): a baseline. GPUs make them over NCCL, which takes each GPU once; once
+/// a step has failed, graphs that were captured from it must not be replayed.
 pub const TREEATTN_ALGORITHM_ALLREDUCE3: treeattn_algorithm_t = treeattn_algorithm_t(4);
 /// Keys and values passed round: a baseline. Needs the transport's `sendrecv`.
 pub const TREEATTN_ALGORITHM_RING: treeattn_algorithm_t = treeattn_algorithm_t(5);

@@ -5,8 +5,10 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
+use super::allreduce3::Watched;
 use super::context::{LogLevel, Runtime};
 use crate::attention::Shard;
+use crate::comm::nccl::NcclRank;
 use crate::comm::{CommConfig, Exchange, Transport, TransportExchange, local_group, node_numbers};
 use crate::cuda::CudaBackend;
 use crate::device::cuda::CudaDevice;
@@ -51,6 +53,10 @@ pub(super) struct CommCore {
     pub cuda: Option<Arc<CudaDevice>>,
     /// Plans of a CUDA rank, whose bad data `status` reads, by their numbers.
     cuda_plans: Mutex<Vec<(u64, Weak<CudaBackend>)>>,
+    /// Steps over NCCL whose bad data `status` reads, by the numbers of their plans.
+    nccl_plans: Mutex<Vec<(u64, Weak<Watched>)>>,
+    /// This rank of NCCL's communicator, where there is one: made with the communicator, or by its first plan that needs it.
+    pub nccl: Mutex<Option<Arc<NcclRank>>>,
     pub config: CommConfig,
     pub workers: Workers,
     pub exchange: Box<dyn Exchange>,
@@ -265,6 +271,8 @@ impl CommCore {
             device,
             cuda: if device.kind == DeviceKind::Cuda { Some(CudaDevice::get(device)?) } else { None },
             cuda_plans: Mutex::new(Vec::new()),
+            nccl_plans: Mutex::new(Vec::new()),
+            nccl: Mutex::new(None),
             config: config.clone(),
             workers,
             exchange,
@@ -306,8 +314,20 @@ impl CommCore {
         plans.push((plan, Arc::downgrade(backend)));
     }
 
+    /// The same for a plan whose steps exchange over NCCL.
+    pub fn watch_nccl(&self, plan: u64, steps: &Arc<Watched>) {
+        let mut plans = self.nccl_plans.lock();
+        plans.retain(|(_, steps)| steps.strong_count() > 0);
+        plans.push((plan, Arc::downgrade(steps)));
+    }
+
     /// Takes what steps on a GPU have found since the last time. Does not wait for them.
     fn collect_faults(&self) {
+        for (plan, steps) in &*self.nccl_plans.lock() {
+            if let Some((rank, fault)) = steps.upgrade().and_then(|steps| steps.take_fault()) {
+                self.report(rank, *plan, fault);
+            }
+        }
         for (plan, backend) in &*self.cuda_plans.lock() {
             if let Some(fault) = backend.upgrade().and_then(|backend| backend.take_fault()) {
                 self.report(self.shard().rank, *plan, fault);

@@ -7,6 +7,7 @@
 //! turns the shard into partials, `exchange` makes the merged ones of them (`execute` holds it together), and the rows are
 //! rounded once into the caller's output.
 
+mod allreduce3;
 mod buffer;
 mod communicator;
 mod context;

@@ -115,6 +115,8 @@ fn connect(
         library.file()
     );
     runtime.log(LogLevel::Info, &message);
+    let rank = Arc::clone(exchange.rank());
     let core = CommCore::new(runtime, device, config, workers, Box::new(exchange), nodes, 0)?;
+    *core.nccl.lock() = Some(rank);
     Ok(Communicator { core: Arc::new(core) })
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use super::allreduce3::{self, GpuAllreduce};
 use super::communicator::{CommCore, Communicator};
 use super::context::Runtime;
 use super::exchange::{Method, Scratch, Wire};
@@ -71,6 +72,8 @@ pub(super) struct PlanCore {
     pub id: u64,
     /// Heads that this rank's merged output holds.
     pub heads: Range<usize>,
+    /// What a step over NCCL needs beside the backend.
+    pub allreduce: Option<GpuAllreduce>,
     pub backend: Backend,
     pub wire: Wire,
     pub method: Method,
@@ -110,8 +113,8 @@ pub fn attention_supported(runtime: &Runtime, device: Device, desc: &AttentionDe
             let wanted = "an algorithm that exchanges partials, for a merge-only plan";
             return Err(Error::unsupported("algorithm", desc.algorithm.name(), wanted));
         }
-        (DeviceKind::Cpu, _) | (_, Algorithm::Auto | Algorithm::OneShot) => {}
-        (_, other) => return Err(Error::unsupported("algorithm", other.name(), "AUTO and ONE_SHOT")),
+        (DeviceKind::Cpu, _) | (_, Algorithm::Auto | Algorithm::OneShot | Algorithm::Allreduce3) => {}
+        (_, other) => return Err(Error::unsupported("algorithm", other.name(), "AUTO, ONE_SHOT and ALLREDUCE3")),
     }
     match device.kind {
         DeviceKind::Cpu => cpu::supported(desc),
@@ -133,6 +136,7 @@ impl Plan {
             let blobs = core.exchange.allgather(&agreement(core, desc, mine.as_ref().err()))?;
             let core = mine?;
             compare(&blobs)?;
+            allreduce3::connect(&[&core])?;
             return Ok(Plan::commit(core));
         }
         Ok(Plan::commit(mine?))
@@ -165,13 +169,18 @@ impl Plan {
             return Err(Error::new(ErrorKind::Mismatch, message).with_rank(odd.rank()));
         }
         let built: Result<Vec<_>> = comms.iter().map(|comm| PlanCore::build(&comm.core, desc)).collect();
-        Ok(built?.into_iter().map(Plan::commit).collect())
+        let built = built?;
+        allreduce3::connect(&built.iter().collect::<Vec<_>>())?;
+        Ok(built.into_iter().map(Plan::commit).collect())
     }
 
     fn commit(core: PlanCore) -> Plan {
         core.comm.plans.store(core.id, Ordering::Relaxed);
         if let Backend::Cuda(backend) = &core.backend {
             core.comm.watch(core.id, backend);
+        }
+        if let Some(steps) = core.allreduce.as_ref().and_then(GpuAllreduce::steps) {
+            core.comm.watch_nccl(core.id, steps);
         }
         Plan { core: Arc::new(core) }
     }
@@ -190,7 +199,11 @@ impl Plan {
         }
         let step = Step::new(&core.desc, core.shard, args, core.heads.len() as i32)?;
         if let Backend::Cuda(backend) = &core.backend {
-            backend.decode(&step, Stream::cuda(stream, core.comm.device)?)?;
+            let stream = Stream::cuda(stream, core.comm.device)?;
+            match &core.allreduce {
+                Some(allreduce) => allreduce.decode(core, backend, &step, stream)?,
+                None => backend.decode(&step, stream)?,
+            }
             core.count_step();
             return Ok(());
         }
@@ -224,7 +237,11 @@ impl Plan {
         }
         let input = MergeInput::for_plan(args, &core.desc, core.heads.len())?;
         if let Backend::Cuda(backend) = &core.backend {
-            backend.merge(&input.on_device(1), Stream::cuda(stream, core.comm.device)?)?;
+            let (step, stream) = (input.on_device(1), Stream::cuda(stream, core.comm.device)?);
+            match &core.allreduce {
+                Some(allreduce) => allreduce.merge(core, backend, &step, stream)?,
+                None => backend.merge(&step, stream)?,
+            }
             core.count_step();
             return Ok(());
         }
@@ -351,9 +368,11 @@ impl PlanCore {
             OutputMode::Replicated | OutputMode::Local => 0..desc.q_heads,
         };
         let backend = match &comm.cuda {
-            Some(_) if desc.output != OutputMode::Local && shard.world > 1 => {
+            Some(_)
+                if desc.output != OutputMode::Local && shard.world > 1 && desc.algorithm != Algorithm::Allreduce3 =>
+            {
                 let found = format!("{} over {} ranks", desc.output.name(), shard.world);
-                return Err(Error::unsupported("output", found, "LOCAL for several CUDA ranks"));
+                return Err(Error::unsupported("output", found, "LOCAL, or ALLREDUCE3 for several CUDA ranks"));
             }
             Some(device) => Backend::Cuda(Arc::new(CudaBackend::new(device, desc, shard, comm.config.step_timeout)?)),
             None if desc.is_merge_only() => Backend::Cpu(None),
@@ -375,6 +394,11 @@ impl PlanCore {
             Backend::Cpu(backend) => backend.as_ref().map_or(0, CpuBackend::memory),
             Backend::Cuda(backend) => backend.memory(),
         };
+        let allreduce = match (&comm.cuda, &method) {
+            (Some(device), Method::Allreduce3) => Some(GpuAllreduce::new(device, desc, comm, shard, &heads)?),
+            _ => None,
+        };
+        let backend_bytes = backend_bytes + allreduce.as_ref().map_or(0, GpuAllreduce::memory);
         let (blocks, others) = method.bytes();
         let memory = PlanMemory {
             workspace: (backend_bytes + scratch.bytes() + blocks + others) as u64,
@@ -386,6 +410,7 @@ impl PlanCore {
             shard,
             id: comm.plans.load(Ordering::Relaxed) + 1,
             heads: heads.start as usize..heads.end as usize,
+            allreduce,
             backend,
             wire: Wire::of(desc),
             algorithm: method.algorithm(desc.algorithm),

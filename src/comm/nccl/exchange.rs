@@ -63,6 +63,11 @@ impl NcclExchange {
         Ok(exchange)
     }
 
+    /// The communicator below.
+    pub fn rank(&self) -> &Arc<NcclRank> {
+        &self.rank
+    }
+
     /// Every rank's blob. The lengths first, then the blobs in chunks, all of the longest's size.
     fn gather(&self, blob: &[u8], limit: Limit) -> Result<Vec<Vec<u8>>> {
         if blob.len() as u64 > MAX_BLOB {
@@ -117,7 +122,7 @@ impl NcclExchange {
     fn latch(&self, error: &Error) {
         let mut latched = self.error.lock();
         if latched.is_none() {
-            *latched = Some(verdict::failed(self.rank.shard().rank as usize, error));
+            *latched = Some(error.clone());
         }
     }
 

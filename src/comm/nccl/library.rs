@@ -22,6 +22,8 @@ pub(super) const SUCCESS: Status = 0;
 pub(super) const IN_PROGRESS: Status = 7;
 /// `ncclUint8`.
 pub(super) const UINT8: c_int = 1;
+/// `ncclFloat32`.
+pub(super) const FLOAT32: c_int = 7;
 
 /// The oldest version that has every call and field used here, as `ncclGetVersion` gives it.
 const OLDEST: c_int = 21801;
@@ -98,6 +100,7 @@ calls! {
     comm_user_rank: "ncclCommUserRank"(RawComm, *mut c_int) -> Status;
     comm_cu_device: "ncclCommCuDevice"(RawComm, *mut c_int) -> Status;
     all_gather: "ncclAllGather"(*const c_void, *mut c_void, usize, c_int, RawComm, *mut c_void) -> Status;
+    all_reduce: "ncclAllReduce"(*const c_void, *mut c_void, usize, c_int, c_int, RawComm, *mut c_void) -> Status;
     get_error_string: "ncclGetErrorString"(Status) -> *const c_char;
     get_last_error: "ncclGetLastError"(RawComm) -> *const c_char;
 }

@@ -13,7 +13,7 @@ mod rank;
 
 pub(crate) use exchange::NcclExchange;
 pub(crate) use library::Library as NcclLibrary;
-pub(crate) use rank::{Limit as NcclLimit, NcclRank};
+pub(crate) use rank::{Limit as NcclLimit, NcclRank, Reduction};
 
 /// Bytes of what names a communicator to be, `ncclUniqueId`.
 pub const UNIQUE_ID_BYTES: usize = 128;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::library::{Config, IN_PROGRESS, Library, RawComm, SUCCESS, Status, UINT8, UniqueId};
+use super::library::{Config, FLOAT32, IN_PROGRESS, Library, RawComm, SUCCESS, Status, UINT8, UniqueId};
 use crate::attention::Shard;
 use crate::comm::verdict;
 use crate::device::cuda::{CudaDevice, CudaStream, Entered};
@@ -42,6 +42,13 @@ impl Limit {
     pub fn expired(&self, what: &str) -> Error {
         verdict::timeout(what, &[], self.field, self.timeout)
     }
+}
+
+/// How an allreduce reduces.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Reduction {
+    Sum = 0,
+    Maximum = 2,
 }
 
 /// One rank of an NCCL communicator that the library made. Calls are serialised here.
@@ -200,6 +207,30 @@ impl NcclRank {
             (calls.all_gather)(send, recv, bytes, UINT8, raw, stream)
         })?;
         self.enqueued(status, "ncclAllGather", limit)
+    }
+
+    /// Begins to enqueue the reduction of `count` f32 of every rank from `send` to `recv`, which may be the same. It is
+    /// enqueued once [`NcclRank::settle`] says so, and nothing may be asked of the rank before.
+    ///
+    /// # Safety
+    /// Device memory of `count` f32 each that stays valid until the stream is done.
+    pub unsafe fn begin_all_reduce(
+        &self,
+        send: u64,
+        recv: u64,
+        count: usize,
+        reduction: Reduction,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let status = self.link.call(|calls, raw| unsafe {
+            // SAFETY (of the block): as the caller vouches; the stream is of the same device.
+            let (send, recv, stream) = (send as *const c_void, recv as *mut c_void, stream.handle().cast());
+            (calls.all_reduce)(send, recv, count, FLOAT32, reduction as c_int, raw, stream)
+        })?;
+        match status {
+            IN_PROGRESS => Ok(()),
+            status => self.link.checked(status, "ncclAllReduce"),
+        }
     }
 
     /// Follows a collective until it is enqueued.

@@ -118,6 +118,16 @@ impl Words {
         self.host
     }
 
+    /// Word `index`.
+    ///
+    /// # Safety
+    /// The holdings that gave the words are alive.
+    pub unsafe fn load(&self, index: usize) -> u64 {
+        assert!(index < self.count);
+        // SAFETY: inside the allocation, aligned, and reached by atomics only.
+        unsafe { AtomicU64::from_ptr(self.host.add(index)) }.load(Ordering::Acquire)
+    }
+
     /// Word `index`, which becomes 0.
     ///
     /// # Safety

@@ -1,0 +1,153 @@
+// What lies between the three allreduces of the paper's merge (arXiv 2408.04093, algorithm 3): the largest lse of all
+// ranks, the sum of the outputs weighed by exp(lse - largest), the sum of the weights. One warp a row (token, head).
+//
+//   treeattn_allreduce_begin    one block of 32 threads: says that the step waits for peers from now on, and appends the
+//                               bad data that it met to the weights, which are summed
+//   treeattn_allreduce_weigh    o becomes its numerator, in place
+//   treeattn_allreduce_finish   the quotient is written; the row becomes the identity for the next step; the last row
+//                               says that the step is over
+//
+// The library's own exchange does not use them: they are a baseline.
+#include <stddef.h>
+
+#include "numbers.cuh"
+#include "ptx.cuh"
+
+namespace treeattn {
+
+struct AllreduceParams {
+    float* o;                   //   0  [token, head, dim] this rank's partial; numerators after weigh
+    float* lse;                 //   8  [token, head]
+    float* most;                //  16  [token, head] the largest lse of all ranks
+    float* weights;             //  24  [token, head], then two words of bad data a rank
+    void* out;                  //  32  [token, own head, dim]
+    float* out_lse;             //  40  [token, own head]; may be null
+    int64_t out_stride[3];      //  48  token, head, dim; bytes
+    int64_t out_lse_stride[2];  //  72  token, head
+    uint64_t* status;           //  88  this rank's bad data (pack_status), 0 for none; taken by begin
+    uint64_t* words;            //  96  device memory of the plan: steps begun, steps ended
+    const uint64_t* failed;     // 104  device memory: not 0 once the communicator is broken, outputs are then NaN
+    uint64_t* host;             // 112  mapped host memory: steps begun, steps ended, bad data with its rank
+    int32_t tokens;             // 120
+    int32_t heads;              // 124
+    int32_t head_dim;           // 128
+    int32_t out_dtype;          // 132
+    int32_t first_head;         // 136  of this rank's output
+    int32_t own_heads;          // 140  of this rank's output
+    int32_t rank;               // 144
+    int32_t world;              // 148
+    uint32_t* arrived;          // 152  blocks of finish that are done; it leaves 0
+};
+static_assert(offsetof(AllreduceParams, out_stride) == 48, "mirrored by the launch side");
+static_assert(offsetof(AllreduceParams, status) == 88, "mirrored by the launch side");
+static_assert(offsetof(AllreduceParams, tokens) == 120, "mirrored by the launch side");
+static_assert(sizeof(AllreduceParams) == 160, "mirrored by the launch side");
+
+// Counts a step in device memory, and tells the host.
+__device__ __forceinline__ void count_step(const AllreduceParams& p, int which) {
+    const uint64_t steps = p.words[which] + 1;
+    p.words[which] = steps;
+    *reinterpret_cast<volatile uint64_t*>(p.host + which) = steps;
+}
+
+__device__ __forceinline__ float* bad_data(const AllreduceParams& p) {
+    return p.weights + static_cast<int64_t>(p.tokens) * p.heads;
+}
+
+// Bad data in two numbers that a sum with zeros leaves as they are: cause and the upper half of the sequence, its lower half.
+__device__ __forceinline__ void begin(const AllreduceParams& p) {
+    float* to = bad_data(p);
+    const uint64_t word = *p.status;
+    const uint32_t cause = static_cast<uint32_t>(word);
+    const uint32_t sequence = 0xffffffffu - static_cast<uint32_t>(word >> 32);
+    for (int i = threadIdx.x; i < p.world; i += 32) {
+        const bool own = i == p.rank && cause != kFaultNone;
+        to[2 * i] = own ? static_cast<float>(cause << 16 | sequence >> 16) : 0.0f;
+        to[2 * i + 1] = own ? static_cast<float>(sequence & 0xffffu) : 0.0f;
+    }
+    __syncwarp();
+    if (threadIdx.x == 0) {
+        *p.status = 0;
+        count_step(p, 0);
+    }
+}
+
+__device__ __forceinline__ void weigh(const AllreduceParams& p, int64_t row) {
+    const int lane = threadIdx.x % 32;
+    const float lse = p.lse[row], most = p.most[row];
+    float* o = p.o + row * p.head_dim;
+    // A NaN of a peer may have lost against a number: its own weight is then NaN, and so is the sum.
+    const bool bad = !(most < infinity());
+    double weight = exp(static_cast<double>(lse) - static_cast<double>(most));
+    if (lse == -infinity()) weight = 0.0;
+    if (bad) weight = not_a_number();
+    for (int d = lane; d < p.head_dim; d += 32) {
+        o[d] = lse == -infinity() && !bad ? 0.0f : static_cast<float>(weight * o[d]);
+    }
+    if (lane == 0) p.weights[row] = static_cast<float>(weight);
+}
+
+__device__ __forceinline__ void finish(const AllreduceParams& p, int64_t row) {
+    const int lane = threadIdx.x % 32;
+    const int64_t token = row / p.heads;
+    const int head = static_cast<int>(row % p.heads) - p.first_head;
+    const float most = p.most[row], sum = p.weights[row];
+    const bool failed = *p.failed != 0;
+    // No rank had keys. (Where a rank had a NaN, the sum is one.)
+    const bool empty = most == -infinity() && sum == 0.0f;
+    if (head >= 0 && head < p.own_heads) {
+        char* out = static_cast<char*>(p.out) + token * p.out_stride[0] + head * p.out_stride[1];
+        for (int d = lane; d < p.head_dim; d += 32) {
+            float x = empty ? 0.0f : p.o[row * p.head_dim + d] / sum;
+            if (failed) x = not_a_number();
+            store_element(out + d * p.out_stride[2], p.out_dtype, x);
+        }
+        if (lane == 0 && p.out_lse != nullptr) {
+            float lse = empty ? most : static_cast<float>(most + log(static_cast<double>(sum)));
+            if (failed) lse = not_a_number();
+            char* to = reinterpret_cast<char*>(p.out_lse) + token * p.out_lse_stride[0] + head * p.out_lse_stride[1];
+            *reinterpret_cast<float*>(to) = lse;
+        }
+    }
+    // A row that the next step does not write is padding.
+    if (lane == 0) p.lse[row] = -infinity();
+}
+
+// The bad data of the lowest rank goes to the host.
+__device__ __forceinline__ void end(const AllreduceParams& p) {
+    const float* bad = bad_data(p);
+    for (int i = 0; i < p.world && *p.failed == 0; i++) {
+        const uint32_t high = static_cast<uint32_t>(bad[2 * i]), low = static_cast<uint32_t>(bad[2 * i + 1]);
+        if (high == 0) continue;
+        const uint64_t word = pack_status((high & 0xffffu) << 16 | low, high >> 16 | static_cast<uint32_t>(i) << 8);
+        *reinterpret_cast<volatile uint64_t*>(p.host + 2) = word;
+        break;
+    }
+    count_step(p, 1);
+}
+
+}  // namespace treeattn
+
+extern "C" __global__ void __launch_bounds__(32)
+    treeattn_allreduce_begin(const __grid_constant__ treeattn::AllreduceParams params) {
+    treeattn::dependency_wait();
+    treeattn::begin(params);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    treeattn_allreduce_weigh(const __grid_constant__ treeattn::AllreduceParams params) {
+    treeattn::dependency_wait();
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32;
+    if (row < static_cast<int64_t>(params.tokens) * params.heads) treeattn::weigh(params, row);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    treeattn_allreduce_finish(const __grid_constant__ treeattn::AllreduceParams params) {
+    treeattn::dependency_wait();
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32;
+    if (row < static_cast<int64_t>(params.tokens) * params.heads) treeattn::finish(params, row);
+    __syncthreads();
+    if (threadIdx.x == 0 && treeattn::count_arrival(params.arrived, gridDim.x - 1) == gridDim.x - 1) {
+        treeattn::end(params);
+    }
+}
