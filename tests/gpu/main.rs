@@ -4,6 +4,7 @@
 //! tests of numbers; `TREEATTN_TEST_DATA` is the folder of the real inputs. `tests/gpu/pack.sh` makes a folder of all this
 //! that runs where there is no Rust.
 
+mod allreduce;
 mod driver;
 mod mirror;
 mod numerics;
@@ -65,7 +66,8 @@ fn apart(name: &'static str) -> Trial {
 
 fn main() -> ExitCode {
     if let Ok(name) = std::env::var(ALONE) {
-        let Some((_, body)) = APART.iter().find(|(known, _)| *known == name) else { return ExitCode::FAILURE };
+        let all = APART.iter().chain(&[("allreduce3_replays", allreduce::replays as fn())]);
+        let Some((_, body)) = all.into_iter().find(|(known, _)| *known == name) else { return ExitCode::FAILURE };
         body();
         return ExitCode::SUCCESS;
     }
@@ -103,6 +105,19 @@ fn main() -> ExitCode {
         test("five_million_pages", streams::five_million_pages),
     ]);
     tests.extend(APART.iter().map(|(name, _)| apart(name)));
-    let tests = tests.into_iter().map(|test| test.with_ignored_flag(missing.is_some())).collect();
+    let mut tests: Vec<_> = tests.into_iter().map(|test| test.with_ignored_flag(missing.is_some())).collect();
+    let no_nccl = missing.clone().or_else(allreduce::missing);
+    if let (Some(why), None) = (&no_nccl, &missing) {
+        eprintln!("tests of NCCL are ignored: {why}");
+    }
+    let over_nccl = [
+        test("allreduce3_numbers", allreduce::numbers),
+        test("allreduce3_merges", allreduce::merges),
+        test("allreduce3_bad_data", allreduce::bad_data),
+        test("allreduce3_over_an_id", allreduce::over_an_id),
+        test("allreduce3_a_rank_that_does_not_come", allreduce::a_rank_that_does_not_come),
+        apart("allreduce3_replays"),
+    ];
+    tests.extend(over_nccl.map(|test| test.with_ignored_flag(no_nccl.is_some())));
     libtest_mimic::run(&arguments, tests).exit_code()
 }

@@ -14,17 +14,23 @@ pub const GPU: Device = Device { kind: DeviceKind::Cuda, ordinal: 0 };
 /// Buffers begin at multiples of this, plus what their host address has beyond one.
 const ALIGN: usize = 256;
 
-/// What it takes to run steps on the first GPU.
+/// What it takes to run steps on a GPU.
 pub struct Gpu {
     pub runtime: Runtime,
+    pub device: Device,
     pub stream: Stream,
 }
 
 impl Gpu {
+    /// The first.
     pub fn new() -> Gpu {
-        let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
-        let stream = Stream::new(&runtime, GPU).unwrap();
-        Gpu { runtime, stream }
+        Gpu::numbered(&Runtime::new(RuntimeConfig::default()).unwrap(), GPU.ordinal)
+    }
+
+    pub fn numbered(runtime: &Runtime, ordinal: i32) -> Gpu {
+        let device = Device { ordinal, ..GPU };
+        let stream = Stream::new(runtime, device).unwrap();
+        Gpu { runtime: runtime.clone(), device, stream }
     }
 
     /// Communicators of `world` ranks, all on this GPU.
@@ -58,7 +64,7 @@ impl Mirror {
             places.push((host, memory.len(), offset));
             end = offset + memory.len().max(1);
         }
-        let buffer = Buffer::alloc(&gpu.runtime, GPU, end + ALIGN).unwrap();
+        let buffer = Buffer::alloc(&gpu.runtime, gpu.device, end + ALIGN).unwrap();
         assert_eq!(buffer.data() as usize % ALIGN, 0);
         let mut staged = vec![0xffu8; buffer.bytes()];
         for (memory, &(_, len, offset)) in memories(rank).zip(&places) {

@@ -1,0 +1,329 @@
+//! `ALLREDUCE3` over NCCL, on as many GPUs as there are, up to four.
+
+use std::time::{Duration, Instant};
+
+use treeattn::ErrorKind;
+use treeattn::attention::{Algorithm, AttentionDesc, Dtype, OutputMode, Placement, Tensor};
+use treeattn::runtime::{
+    Buffer, CommConfig, Communicator, Device, DeviceKind, MergeArgs, Plan, Runtime, RuntimeConfig, Stream,
+};
+
+use crate::driver::{Current, RawStream};
+use crate::mirror::{GPU, Gpu, Mirror};
+use crate::numerics::shape;
+use crate::support::case::Case;
+use crate::support::rank::{Ints, Rank};
+use crate::support::run::judge;
+use crate::support::values::Values;
+
+/// Far more than anything here takes.
+const HANG: Duration = Duration::from_secs(120);
+
+fn runtime() -> Runtime {
+    Runtime::new(RuntimeConfig::default()).unwrap()
+}
+
+fn count() -> i32 {
+    runtime().device_count(DeviceKind::Cuda).unwrap().min(4)
+}
+
+/// Why these tests cannot run here.
+pub fn missing() -> Option<String> {
+    if count() < 2 {
+        return Some("fewer than two GPUs".into());
+    }
+    Communicator::nccl_unique_id(&runtime()).err().map(|error| error.to_string())
+}
+
+fn by_allreduces(desc: AttentionDesc) -> AttentionDesc {
+    AttentionDesc { algorithm: Algorithm::Allreduce3, ..desc }
+}
+
+/// Ranks on a GPU each, in this process.
+struct Group {
+    gpus: Vec<Gpu>,
+    comms: Vec<Communicator>,
+}
+
+impl Group {
+    fn new(world: usize, step_timeout: Duration) -> Group {
+        let runtime = runtime();
+        let devices: Vec<Device> = (0..world as i32).map(|ordinal| Device { ordinal, ..GPU }).collect();
+        let config = CommConfig { step_timeout, ..CommConfig::default() };
+        let comms = Communicator::create_local(&runtime, &devices, &config).unwrap();
+        let gpus = devices.iter().map(|device| Gpu::numbered(&runtime, device.ordinal)).collect();
+        Group { gpus, comms }
+    }
+
+    fn plans(&self, desc: &AttentionDesc) -> Vec<Plan> {
+        Plan::create_all(&self.comms.iter().collect::<Vec<_>>(), desc).unwrap()
+    }
+
+    /// One step of all ranks, from this thread.
+    fn step(&self, plans: &[Plan], mirrors: &[Mirror], ranks: &mut [Rank]) {
+        for ((gpu, plan), mirror) in self.gpus.iter().zip(plans).zip(mirrors) {
+            // SAFETY: the device memory outlives the step, which is waited for.
+            unsafe { plan.decode(&mirror.args, Some(&gpu.stream)) }.unwrap();
+        }
+        for ((gpu, mirror), rank) in self.gpus.iter().zip(mirrors).zip(ranks) {
+            gpu.stream.synchronize().unwrap();
+            mirror.fetch(rank);
+        }
+    }
+
+    fn mirrors(&self, ranks: &[Rank]) -> Vec<Mirror> {
+        self.gpus.iter().zip(ranks).map(|(gpu, rank)| Mirror::new(gpu, rank)).collect()
+    }
+}
+
+fn ranks(case: &Case) -> Vec<Rank> {
+    (0..case.world).map(|rank| Rank::new(case, rank)).collect()
+}
+
+/// Outputs against float64: every output mode and type, empty shards and sequences, several query tokens.
+pub fn numbers() {
+    let half = shape(8, 2, 64, Dtype::F16);
+    let shapes = [
+        half,
+        AttentionDesc { out_dtype: Dtype::F32, ..shape(6, 6, 128, Dtype::Bf16) },
+        AttentionDesc { output: OutputMode::Scattered, out_dtype: Dtype::F32, ..half },
+        AttentionDesc { output: OutputMode::Scattered, causal: true, ..shape(5, 1, 128, Dtype::Bf16) },
+        AttentionDesc { placement: Placement::Interleaved { run: 4 }, causal: true, ..half },
+    ];
+    for world in 2..=count() as usize {
+        let group = Group::new(world, Duration::from_secs(10));
+        for (i, desc) in shapes.into_iter().enumerate() {
+            let sequences: [&[(usize, usize)]; 3] = [&[(300, 1)], &[(130, 3), (0, 1), (1, 1)], &[(0, 2)]];
+            for (j, sequences) in sequences.into_iter().enumerate() {
+                let case = Case::plain(by_allreduces(desc), world, sequences, Values::Normal, (10 * i + j) as u64);
+                let (mut ranks, plans) = (ranks(&case), group.plans(&case.desc));
+                let mut first = Vec::new();
+                // Twice, over other garbage.
+                for fill in [0xff, 0x3c] {
+                    ranks.iter_mut().for_each(|rank| rank.prefill(fill));
+                    let mirrors = group.mirrors(&ranks);
+                    group.step(&plans, &mirrors, &mut ranks);
+                    assert!(ranks.iter().all(|rank| rank.strays(&case, fill) == 0), "{}", case.describe());
+                    let bits: Vec<_> = ranks.iter().map(|rank| rank.bits(&case)).collect();
+                    assert!(first.is_empty() || first == bits, "other bits\n{}", case.describe());
+                    first = bits;
+                }
+                let found = judge(&case, &ranks).unwrap();
+                assert_eq!(found.failure, None, "{}", case.describe());
+                for comm in &group.comms {
+                    assert!(comm.status().unwrap().error.is_none());
+                }
+            }
+        }
+    }
+}
+
+/// Partials of an engine's own, an empty one and a NaN among them.
+pub fn merges() {
+    let (world, heads, dim) = (count() as usize, 4usize, 64usize);
+    let group = Group::new(world, Duration::from_secs(10));
+    let desc = AttentionDesc { kv_heads: 0, max_query_tokens: 3, out_dtype: Dtype::F32, ..shape(4, 4, 64, Dtype::F16) };
+    let plans = group.plans(&by_allreduces(desc));
+    let tokens = 3;
+    let rows = tokens * heads;
+    // Row r of rank p: an lse that differs, o that is constant in a row.
+    let lse = |rank: usize, row: usize| match row {
+        1 => f32::NEG_INFINITY,
+        2 if rank == 0 => f32::NEG_INFINITY,
+        3 if rank == 1 => f32::NAN,
+        _ => (rank as f32 - 0.5) * (row as f32 + 1.0),
+    };
+    let o =
+        |rank: usize, row: usize| if lse(rank, row) == f32::NEG_INFINITY { f32::NAN } else { (rank * 10 + row) as f32 };
+    let bytes = |values: Vec<f32>| values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>();
+    let o_bytes = 4 * rows * dim;
+    let buffers: Vec<Buffer> = (0..world)
+        .map(|rank| {
+            let all = (0..rows)
+                .flat_map(|row| std::iter::repeat_n(o(rank, row), dim))
+                .chain((0..rows).map(|row| lse(rank, row)));
+            let buffer =
+                Buffer::alloc(&group.gpus[rank].runtime, group.gpus[rank].device, 2 * (o_bytes + 4 * rows)).unwrap();
+            buffer.upload(0, &bytes(all.collect())).unwrap();
+            buffer
+        })
+        .collect();
+    for (rank, buffer) in buffers.iter().enumerate() {
+        let part = |at: usize, bytes: usize| Tensor {
+            data: buffer.data().wrapping_byte_add(at),
+            bytes: bytes as u64,
+            stride: [0; 4],
+        };
+        let second = o_bytes + 4 * rows;
+        let args = MergeArgs {
+            query_tokens: tokens as i32,
+            heads: 0,
+            head_dim: 0,
+            o: part(0, o_bytes),
+            o_dtype: Dtype::F32,
+            lse: part(o_bytes, 4 * rows),
+            lse_base: 0,
+            plus_inf_is_empty: false,
+            out: part(second, o_bytes),
+            out_dtype: None,
+            out_lse: part(second + o_bytes, 4 * rows),
+        };
+        // SAFETY: the buffers outlive the step, which is waited for.
+        unsafe { plans[rank].merge(&args, Some(&group.gpus[rank].stream)) }.unwrap();
+    }
+    for (gpu, buffer) in group.gpus.iter().zip(&buffers) {
+        gpu.stream.synchronize().unwrap();
+        let mut found = vec![0; o_bytes + 4 * rows];
+        buffer.download(o_bytes + 4 * rows, &mut found).unwrap();
+        let found: Vec<f32> = found.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        for row in 0..rows {
+            let most = (0..world).map(|rank| f64::from(lse(rank, row))).fold(f64::NEG_INFINITY, f64::max);
+            let weight = |rank: usize| (f64::from(lse(rank, row)) - most).exp();
+            let live = (0..world).filter(|&rank| lse(rank, row) != f32::NEG_INFINITY);
+            let sum: f64 = live.clone().map(weight).sum();
+            let wanted: f64 = live.map(|rank| weight(rank) * f64::from(o(rank, row))).sum::<f64>() / sum;
+            let (got, got_lse) = (f64::from(found[row * dim + 7]), f64::from(found[rows * dim + row]));
+            match row {
+                1 => assert_eq!((got, got_lse), (0.0, f64::NEG_INFINITY)),
+                3 => assert!(got.is_nan() && got_lse.is_nan(), "{got} {got_lse}"),
+                _ => {
+                    assert!((got - wanted).abs() < 1e-5 * (1.0 + wanted.abs()), "row {row}: {got}, wanted {wanted}");
+                    assert!((got_lse - most - sum.ln()).abs() < 1e-5 * (1.0 + most.abs()), "row {row}: {got_lse}");
+                }
+            }
+        }
+    }
+}
+
+/// A length out of range on one rank: NaN for that sequence and the same report on every rank, and nothing else.
+pub fn bad_data() {
+    let world = count() as usize;
+    let group = Group::new(world, Duration::from_secs(10));
+    let desc = by_allreduces(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
+    let case = Case::plain(desc, world, &[(100, 1), (90, 1), (80, 1)], Values::Normal, 5);
+    let (mut ranks, plans) = (ranks(&case), group.plans(&case.desc));
+    ranks[1].set(Ints::KvLength, 1, -3);
+    let mirrors = group.mirrors(&ranks);
+    group.step(&plans, &mirrors, &mut ranks);
+    for (rank, comm) in ranks.iter().zip(&group.comms) {
+        for head in 0..8 {
+            assert!(
+                rank.row(&case, 1, head).0.iter().all(|x| x.is_nan()) && rank.lse_of(&case, 1, head).unwrap().is_nan()
+            );
+            assert!(rank.row(&case, 0, head).0.iter().all(|x| x.is_finite()));
+        }
+        let status = comm.status().unwrap();
+        assert_eq!(status.error.map(|error| error.kind()), Some(ErrorKind::InvalidData));
+        assert_eq!((status.rank, status.sequence), (1, 1));
+        assert!(comm.status().unwrap().error.is_none(), "told once");
+    }
+    ranks[1].set(Ints::KvLength, 1, case.sequences[1].held[1].len() as i32);
+    let mirrors = group.mirrors(&ranks);
+    group.step(&plans, &mirrors, &mut ranks);
+    assert_eq!(judge(&case, &ranks).unwrap().failure, None);
+    assert!(group.comms.iter().all(|comm| comm.status().unwrap().error.is_none()));
+}
+
+/// Ranks that NCCL connected, on threads of their own.
+pub fn over_an_id() {
+    let world = count() as usize;
+    let runtime = runtime();
+    let id = Communicator::nccl_unique_id(&runtime).unwrap();
+    let desc = by_allreduces(shape(8, 2, 128, Dtype::Bf16));
+    let case = Case::plain(desc, world, &[(200, 2), (3, 1)], Values::Normal, 8);
+    let ranks: Vec<Rank> = std::thread::scope(|scope| {
+        let (runtime, id, case) = (&runtime, &id, &case);
+        let rank = move |rank: usize| {
+            let (gpu, mut memory) = (Gpu::numbered(runtime, rank as i32), Rank::new(case, rank));
+            let config = CommConfig::default();
+            let comm = Communicator::create_nccl(runtime, id, world as i32, rank as i32, gpu.device, &config).unwrap();
+            let plan = Plan::create(&comm, &case.desc).unwrap();
+            let mirror = Mirror::new(&gpu, &memory);
+            for _ in 0..3 {
+                mirror.decode(&gpu, &plan, &mut memory).unwrap();
+            }
+            assert!(comm.status().unwrap().error.is_none());
+            memory
+        };
+        let threads: Vec<_> = (0..world).map(|r| scope.spawn(move || rank(r))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(judge(&case, &ranks).unwrap().failure, None);
+}
+
+/// A step that one rank does not take part in ends by the deadline, with NaN; a new group works.
+pub fn a_rank_that_does_not_come() {
+    let desc = by_allreduces(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
+    let case = Case::plain(desc, 2, &[(100, 1)], Values::Normal, 5);
+    let group = Group::new(2, Duration::from_millis(500));
+    let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
+    let mirrors = group.mirrors(&all);
+    group.step(&plans, &mirrors, &mut all);
+    let started = Instant::now();
+    // SAFETY: the device memory outlives the step, which is waited for.
+    unsafe { plans[0].decode(&mirrors[0].args, Some(&group.gpus[0].stream)) }.unwrap();
+    group.gpus[0].stream.synchronize().unwrap();
+    assert!(started.elapsed() < HANG);
+    mirrors[0].fetch(&mut all[0]);
+    assert!(all[0].row(&case, 0, 3).0.iter().all(|x| x.is_nan()));
+    for comm in &group.comms {
+        assert_eq!(comm.status().unwrap().error.map(|error| error.kind()), Some(ErrorKind::Timeout));
+    }
+    // SAFETY: nothing is enqueued.
+    let error = unsafe { plans[1].decode(&mirrors[1].args, Some(&group.gpus[1].stream)) }.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Timeout);
+    drop((plans, group));
+    let group = Group::new(2, Duration::from_secs(10));
+    let plans = group.plans(&case.desc);
+    group.step(&plans, &mirrors, &mut all);
+    assert_eq!(judge(&case, &all).unwrap().failure, None);
+}
+
+/// Captured on every GPU by one thread, replayed over other lengths.
+pub fn replays() {
+    let world = count() as usize;
+    let group = Group::new(world, Duration::from_secs(10));
+    let desc = by_allreduces(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
+    let case = Case::plain(desc, world, &[(400, 1), (90, 1)], Values::Normal, 5);
+    let (mut ranks, plans) = (ranks(&case), group.plans(&case.desc));
+    let mirrors = group.mirrors(&ranks);
+    let replays: Vec<_> = (0..world)
+        .map(|rank| {
+            let current = Current::new(rank as i32);
+            let raw = RawStream::new();
+            let gpu = &group.gpus[rank];
+            // SAFETY: the raw stream outlives the wrapped one, which is gone after the capture.
+            let stream = unsafe { Stream::wrap_cuda(&gpu.runtime, gpu.device, raw.pointer()) }.unwrap();
+            let graph = raw.capture(|| {
+                // SAFETY: the device memory outlives the replays, which are waited for.
+                unsafe { plans[rank].decode(&mirrors[rank].args, Some(&stream)) }.unwrap();
+            });
+            (graph, raw, current)
+        })
+        .collect();
+    for lengths in [[400, 90], [17, 0], [1, 1], [0, 90]] {
+        for (r, rank) in ranks.iter_mut().enumerate() {
+            for (b, &length) in lengths.iter().enumerate() {
+                let held = case.sequences[b].held[r].iter().filter(|&&position| position < length as usize).count();
+                rank.set(Ints::KvLength, b, held as i32);
+            }
+            rank.prefill(0xff);
+            mirrors[r].update_all(rank);
+        }
+        group.step(&plans, &mirrors, &mut ranks);
+        let eager: Vec<_> = ranks.iter().map(|rank| rank.bits(&case)).collect();
+        for _ in 0..3 {
+            for (mirror, rank) in mirrors.iter().zip(&mut ranks) {
+                rank.prefill(0xff);
+                mirror.update_all(rank);
+            }
+            replays.iter().for_each(|(graph, raw, _)| graph.replay(raw));
+            replays.iter().for_each(|(_, raw, _)| raw.synchronize());
+            mirrors.iter().zip(&mut ranks).for_each(|(mirror, rank)| mirror.fetch(rank));
+            let bits: Vec<_> = ranks.iter().map(|rank| rank.bits(&case)).collect();
+            assert!(bits == eager, "{lengths:?}: other bits in a replay");
+        }
+    }
+    // In reverse: contexts are a stack.
+    replays.into_iter().rev().for_each(drop);
+}
