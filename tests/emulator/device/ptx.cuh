@@ -1,0 +1,57 @@
+// kernels/ptx.cuh for the host: the same names, without PTX.
+#pragma once
+
+#include "builtins.h"
+
+namespace treeattn {
+
+inline uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
+inline void dependency_wait() { emulator::dependency_wait(); }
+inline void dependency_launch() { emulator::dependency_launch(); }
+
+// Exact up to the last bits, where the GPU is not; numbers too small for a normal float are 0.
+inline float exp2_approx(float x) {
+    if (fabsf(x) < 1.17549435e-38f) return 1.f;
+    const float y = exp2f(x);
+    return y < 1.17549435e-38f ? 0.f : y;
+}
+
+inline void copy_async16(uint32_t to, const void* from, uint32_t bytes) { emulator::copy_async(to, from, bytes, 16); }
+inline void copy_async4(uint32_t to, const void* from) { emulator::copy_async(to, from, 4, 4); }
+inline void copy_async_commit() { emulator::copy_commit(); }
+template <int Pending>
+inline void copy_async_wait() {
+    emulator::copy_wait(Pending);
+}
+
+inline void load_matrices(uint32_t (&r)[4], uint32_t address) { emulator::load_matrices(r, address, false); }
+inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) { emulator::load_matrices(r, address, true); }
+
+inline uint32_t load_shared(uint32_t address) {
+    return *reinterpret_cast<const uint32_t*>(emulator::shared_pointer(address));
+}
+inline uint16_t load_shared16(uint32_t address) {
+    return *reinterpret_cast<const uint16_t*>(emulator::shared_pointer(address));
+}
+inline void store_shared(uint32_t address, uint32_t x) {
+    *reinterpret_cast<uint32_t*>(emulator::shared_pointer(address)) = x;
+}
+inline void store_shared16(uint32_t address, uint16_t x) {
+    *reinterpret_cast<uint16_t*>(emulator::shared_pointer(address)) = x;
+}
+inline void clear_shared(uint32_t address) { memset(emulator::shared_pointer(address), 0, 16); }
+
+inline uint32_t transpose(uint32_t x) { return emulator::transpose(x); }
+inline uint32_t load_cached(const void* p) { return *static_cast<const uint32_t*>(p); }
+inline void prefetch(const void*) {}
+
+template <bool Bf16>
+inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    emulator::multiply(d, a, b0, b1, Bf16);
+}
+
+inline uint32_t count_arrival(uint32_t* counter, uint32_t last) {
+    return emulator::change(counter, [last](uint32_t old) { return old >= last ? 0 : old + 1; });
+}
+
+}  // namespace treeattn
