@@ -67,8 +67,8 @@ struct Walk {
 #pragma unroll 1
         for (int row = warp; row < S::kRows; row += S::kWarps) {
             const int packed = share.row_tile * S::kRows + row;
+            if (packed >= p.query_tokens * p.group || lane * unit >= p.head_dim_qk) continue;
             const int token = p.query_tokens == 1 ? 0 : packed / p.group;
-            if (token >= p.query_tokens || lane * unit >= p.head_dim_qk) continue;
             const int64_t q_head = static_cast<int64_t>(share.head) * p.group + packed - token * p.group;
             x ^= load_cached(static_cast<const char*>(p.q) + token * p.q_stride[0] +
                              q_head * p.q_stride[1] + lane * unit * p.q_stride[2]);
@@ -236,7 +236,7 @@ struct Walk {
         const int packed = at.row_tile * S::kRows + warp;
         const int token = at.seq.tokens == 1 ? 0 : packed / p.group;
         const int unit = 128 / element_size(p.q_dtype);  // one line a lane
-        if (warp < S::kRows && token < at.seq.tokens && lane * unit < p.head_dim_qk) {
+        if (warp < S::kRows && packed < at.seq.tokens * p.group && lane * unit < p.head_dim_qk) {
             const int64_t q_head = static_cast<int64_t>(at.head) * p.group + packed - token * p.group;
             prefetch(static_cast<const char*>(p.q) + (at.seq.first_token + token) * p.q_stride[0] +
                      q_head * p.q_stride[1] + lane * unit * p.q_stride[2]);
