@@ -125,11 +125,6 @@ void make_runnable(Warp* warp) {
     engine().runnable.push_back(warp);
 }
 
-const char* symbol(const void* address) {
-    Dl_info info;
-    return dladdr(address, &info) && info.dli_sname ? info.dli_sname : "?";
-}
-
 // Where everybody stands, to stderr.
 void report(const char* why) {
     Engine& e = engine();
@@ -521,10 +516,13 @@ void on_fault(int signal, siginfo_t* info, void* context) {
     }
     e.faulted = current;
     auto* registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
-    fprintf(stderr, "emulator: illegal address %#lx in %s (%s), device %d, block %u, thread %u, instruction %#lx\n",
+    Dl_info file = {};
+    dladdr(reinterpret_cast<void*>(registers[REG_RIP]), &file);
+    fprintf(stderr, "emulator: illegal address %#lx in %s, device %d, block %u, thread %u; addr2line -Cfie %s %#lx\n",
             (unsigned long)e.fault_address, current->block->grid->operation->kernel->name,
-            symbol(reinterpret_cast<void*>(registers[REG_RIP])), current->block->grid->device->ordinal,
-            current->block->index.x, current->index.x, (unsigned long)registers[REG_RIP]);
+            current->block->grid->device->ordinal, current->block->index.x, current->index.x,
+            file.dli_fname ? file.dli_fname : "?",
+            (unsigned long)registers[REG_RIP] - reinterpret_cast<unsigned long>(file.dli_fbase));
     // The fiber goes on in the scheduler, and never comes back.
     registers[REG_RIP] = reinterpret_cast<greg_t>(+[] {
         void* unused;
