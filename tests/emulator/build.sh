@@ -3,14 +3,17 @@
 #
 #   build.sh FOLDER     libcuda.so and libcuda.so.1 in FOLDER; what is up to date stays
 #
-# CXX is the compiler (default: g++, 12 or later). JOBS compile at once (default: all cores).
+# CXX is the compiler (default: g++, 12 or later). JOBS compile at once (default: all cores). Exit status 77: not on this
+# machine.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 kernels=$here/../../kernels
-[ $# -eq 1 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -eq 1 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 cxx=${CXX:-g++}
+[ "$(uname -sm)" = "Linux x86_64" ] || { echo "the emulator is written for Linux on x86-64" >&2; exit 77; }
+[ "$("$cxx" -dumpversion 2>/dev/null | cut -d . -f 1)" -ge 12 ] 2>/dev/null || { echo "found no $cxx 12 or later" >&2; exit 77; }
 flags=(-std=c++20 -O2 -g1 -fPIC -fvisibility=hidden -march=native -fno-strict-aliasing -fno-math-errno -w)
 
 # One build at a time: tests run side by side.
@@ -18,7 +21,7 @@ exec 9>"$folder/lock"
 flock 9
 
 # What was compiled from the same text is kept: of_kernels for the kernels' objects, of_all for the library.
-sum() { cat "$@" "$here/build.sh" <("$cxx" --version) | sha256sum; }
+sum() { cat "$@" "$here/build.sh" <("$cxx" --version) <(grep -m 1 ^flags /proc/cpuinfo) | sha256sum; }
 of_kernels=$(sum "$here"/engine.h "$here"/device/* "$kernels"/*.cu "$kernels"/*.cuh)
 of_all=$of_kernels$(sum "$here"/*.h "$here"/*.cpp)
 if [ "$(cat "$folder/all.stamp" 2>/dev/null)" = "$of_all" ]; then exit 0; fi

@@ -765,12 +765,11 @@ void dependency_launch() {
 
 uint64_t global_timer() {
     poll("a read of the timer");
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return static_cast<uint64_t>(t.tv_sec) * 1000000000ull + static_cast<uint64_t>(t.tv_nsec);
+    return static_cast<uint64_t>(now() * 1e9);
 }
 
-uint64_t clock_cycles() { return global_timer(); }
+// Many a nanosecond: who waits for cycles wants others to come in between, not to lose time.
+uint64_t clock_cycles() { return global_timer() * 64; }
 
 void copy_async(uint32_t to, const void* from, uint32_t bytes, uint32_t size) {
     if (to % size != 0 || (bytes > 0 && reinterpret_cast<uintptr_t>(from) % size != 0)) {

@@ -12,37 +12,17 @@ mod space;
 mod streams;
 #[path = "../support/mod.rs"]
 mod support;
+mod trial;
 
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::Arguments;
 use treeattn::attention::KvLayout;
-use treeattn::runtime::{DeviceKind, Plan, Runtime, RuntimeConfig};
 
-/// Names the one test that the process was started for.
-const ALONE: &str = "TREEATTN_TEST_ALONE";
+use trial::{alone, apart, missing, test};
+
 /// Random cases are run by as many tests, side by side.
 const PARTS: u64 = 8;
-
-/// Why GPU tests cannot run here.
-fn missing() -> Option<String> {
-    let runtime = Runtime::new(RuntimeConfig::default()).ok()?;
-    if runtime.device_count(DeviceKind::Cuda) == Ok(0) {
-        return Some("no GPU".into());
-    }
-    let comm = treeattn::runtime::Communicator::create_local(&runtime, &[mirror::GPU], &Default::default());
-    let desc = numerics::shape(8, 2, 64, treeattn::attention::Dtype::Bf16);
-    comm.and_then(|comm| Plan::create(&comm[0], &desc).map(drop)).err().map(|error| error.to_string())
-}
-
-fn test(name: impl Into<String>, body: impl FnOnce() + Send + 'static) -> Trial {
-    Trial::test(name, move || {
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).map_err(|panic| {
-            let text = panic.downcast_ref::<String>().cloned();
-            Failed::from(text.or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string())).unwrap_or_default())
-        })
-    })
-}
 
 /// Tests that want a process of their own: one ends its CUDA context, a capture forbids others to create things
 /// meanwhile, a clock wants no neighbours.
@@ -53,23 +33,9 @@ const APART: [(&str, fn()); 4] = [
     ("host_time", streams::host_time),
 ];
 
-fn apart(name: &'static str) -> Trial {
-    Trial::test(name, move || {
-        let output = Command::new(std::env::current_exe()?).env(ALONE, name).output()?;
-        print!("{}", String::from_utf8_lossy(&output.stdout));
-        if output.status.success() {
-            return Ok(());
-        }
-        Err(format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr)).into())
-    })
-}
-
 fn main() -> ExitCode {
-    if let Ok(name) = std::env::var(ALONE) {
-        let all = APART.iter().chain(&[("allreduce3_replays", allreduce::replays as fn())]);
-        let Some((_, body)) = all.into_iter().find(|(known, _)| *known == name) else { return ExitCode::FAILURE };
-        body();
-        return ExitCode::SUCCESS;
+    if let Some(status) = alone(&[&APART[..], &[("allreduce3_replays", allreduce::replays)]].concat()) {
+        return status;
     }
     let arguments = Arguments::from_args();
     let missing = missing();
@@ -90,21 +56,21 @@ fn main() -> ExitCode {
         test("minilm", numerics::minilm),
         test("exact", numerics::exact),
         test("repeats", numerics::repeats),
-        test("batch_300", numerics::batch_300),
+        test("batch_300", || numerics::large_batch(300)),
         test("like_the_cpu", numerics::like_the_cpu),
         test("nan_in_the_newest_value", numerics::nan_in_the_newest_value),
         test("two_streams", numerics::two_streams),
         test("bad_data", numerics::bad_data),
         test("stale_entries", numerics::stale_entries),
         test("merge_partials", numerics::merge_partials),
-        test("late_predecessors", streams::late_predecessors),
+        test("late_predecessors", || streams::late_predecessors(40)),
         test("current_context", streams::current_context),
         test("refusals", streams::refusals),
         test("drops_in_flight", streams::drops_in_flight),
         test("beyond_4_gib", streams::beyond_4_gib),
         test("five_million_pages", streams::five_million_pages),
     ]);
-    tests.extend(APART.iter().map(|(name, _)| apart(name)));
+    tests.extend(APART.iter().map(|(name, _)| apart(name, &[])));
     let mut tests: Vec<_> = tests.into_iter().map(|test| test.with_ignored_flag(missing.is_some())).collect();
     let no_nccl = missing.clone().or_else(allreduce::missing);
     if let (Some(why), None) = (&no_nccl, &missing) {
@@ -116,7 +82,7 @@ fn main() -> ExitCode {
         test("allreduce3_bad_data", allreduce::bad_data),
         test("allreduce3_over_an_id", allreduce::over_an_id),
         test("allreduce3_a_rank_that_does_not_come", allreduce::a_rank_that_does_not_come),
-        apart("allreduce3_replays"),
+        apart("allreduce3_replays", &[]),
     ];
     tests.extend(over_nccl.map(|test| test.with_ignored_flag(no_nccl.is_some())));
     libtest_mimic::run(&arguments, tests).exit_code()

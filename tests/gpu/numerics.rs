@@ -190,13 +190,13 @@ pub fn repeats() {
     }
 }
 
-/// Three hundred sequences, their lengths rising and falling, some empty.
-pub fn batch_300() {
+/// Many sequences, their lengths rising and falling, some empty.
+pub fn large_batch(batch: usize) {
     for falling in [false, true] {
         for layout in [KvLayout::Strided, KvLayout::BlockTable, KvLayout::CsrPages] {
             let page_size = if layout == KvLayout::Strided { 0 } else { 16 };
             let desc = AttentionDesc { kv_layout: layout, page_size, ..shape(8, 2, 64, Dtype::Bf16) };
-            let mut sequences: Vec<_> = (0..300).map(|b| (if b % 50 == 7 { 0 } else { 5 * b }, 1)).collect();
+            let mut sequences: Vec<_> = (0..batch).map(|b| (if b % 50 == 7 { 0 } else { 5 * b }, 1)).collect();
             if falling {
                 sequences.reverse();
             }

@@ -72,7 +72,7 @@ pub fn replays() {
 }
 
 /// A predecessor that lets dependents start at once, and only then writes lengths, keys, values and queries.
-pub fn late_predecessors() {
+pub fn late_predecessors(runs: usize) {
     let _current = Current::new(0);
     let copy = RawKernel::new("late_copy");
     for sequences in [&[(400, 1)][..], &[(30_000, 1), (5, 1)], &[(64, 4), (900, 2), (0, 1)]] {
@@ -85,7 +85,7 @@ pub fn late_predecessors() {
         // SAFETY: the raw stream outlives the wrapped one.
         let stream = unsafe { Stream::wrap_cuda(&ready.gpu.runtime, GPU, raw.pointer()) }.unwrap();
         let words = (good.bytes() / 16) as u64;
-        for run in 0..40 {
+        for run in 0..runs {
             let work = Mirror::new(&ready.gpu, &ready.rank);
             work.fill(0);
             copy.launch(&raw, if run % 2 == 0 { 4 } else { 264 }, &[good.address(), work.address(), words, 200_000]);

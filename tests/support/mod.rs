@@ -7,6 +7,7 @@
 #![allow(dead_code)] // every test executable uses its own part
 
 pub mod case;
+pub mod emulator;
 pub mod memory;
 pub mod npy;
 pub mod random;

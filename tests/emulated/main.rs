@@ -1,0 +1,105 @@
+//! The tests of a GPU (`tests/gpu`) on the emulator of `tests/emulator`, with counts that a CPU can bear, and tests of the
+//! emulator where others build on it. *Ignored* where there is no compiler for it, or where the build carries no kernels.
+//!
+//! Variables are those of `tests/gpu` and of the emulator; TREEATTN_TEST_EMULATED scales the number of random cases.
+
+#[path = "../gpu/driver.rs"]
+#[allow(dead_code)] // as below
+mod driver;
+#[path = "../gpu/mirror.rs"]
+mod mirror;
+#[path = "../gpu/numerics.rs"]
+#[allow(dead_code)] // some tests are too much for a CPU
+mod numerics;
+mod peers;
+#[path = "../gpu/space.rs"]
+mod space;
+#[path = "../gpu/streams.rs"]
+#[allow(dead_code)] // as above
+mod streams;
+#[path = "../support/mod.rs"]
+mod support;
+#[path = "../gpu/trial.rs"]
+mod trial;
+
+use std::process::ExitCode;
+
+use libtest_mimic::Arguments;
+use treeattn::attention::{Dtype, KvLayout};
+
+use mirror::Ready;
+use support::case::Case;
+use support::run::judge;
+use support::values::Values;
+use trial::{alone, apart, missing, test};
+
+const LAYOUTS: [KvLayout; 3] = [KvLayout::Strided, KvLayout::BlockTable, KvLayout::CsrPages];
+/// As many blocks as it takes for partials to merge in two levels.
+const MANY_SMS: &[(&str, &str)] = &[("EMULATOR_SMS", "40"), ("EMULATOR_SEED", "2")];
+
+const APART: [(&str, fn(), &[(&str, &str)]); 7] = [
+    ("dead_context", streams::dead_context, &[]),
+    ("captures", streams::captures, &[]),
+    ("replays", streams::replays, &[]),
+    ("many_blocks", many_blocks, MANY_SMS),
+    ("peers", peers::peers, &[]),
+    ("no_peers", peers::no_peers, &[("EMULATOR_PEERS", "0")]),
+    ("processes", peers::processes, &[]),
+];
+
+fn many_blocks() {
+    for layout in LAYOUTS {
+        numerics::random(layout, 1000, 2 * scale());
+    }
+    for sequences in [&[(12_000, 1)][..], &[(9_000, 1), (50, 1), (14_000, 2)]] {
+        let desc = numerics::shape(8, 2, 64, Dtype::Bf16);
+        let mut ready = Ready::new(Case::plain(desc, 1, sequences, Values::Normal, 4));
+        let first = ready.bits();
+        assert_eq!(judge(&ready.case, std::slice::from_ref(&ready.rank)).unwrap().failure, None);
+        assert!(ready.bits() == first, "other bits");
+    }
+}
+
+fn scale() -> u64 {
+    std::env::var("TREEATTN_TEST_EMULATED").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
+fn main() -> ExitCode {
+    let emulator = support::emulator::enter(&[]);
+    let bodies = APART.map(|(name, body, _)| (name, body));
+    let others = [("peer_process", peers::peer_process as fn()), ("deadlock", peers::deadlock)];
+    if let Some(status) = alone(&[&bodies[..], &others].concat()) {
+        return status;
+    }
+    let arguments = Arguments::from_args();
+    let missing = emulator.err().or_else(missing);
+    if let Some(why) = &missing {
+        eprintln!("tests on emulated GPUs are ignored: {why}");
+    }
+    let mut tests: Vec<_> = APART.iter().map(|&(name, _, variables)| apart(name, variables)).collect();
+    for (name, layout) in ["strided", "block_table", "csr_pages"].into_iter().zip(LAYOUTS) {
+        let count = 25 * scale();
+        tests.extend(
+            [0, 1].map(|part| {
+                test(format!("random_{name}_{part}"), move || numerics::random(layout, part * count, count))
+            }),
+        );
+    }
+    tests.extend([
+        test("small", numerics::small),
+        test("minilm", numerics::minilm),
+        test("exact", numerics::exact),
+        test("batch_60", || numerics::large_batch(60)),
+        test("like_the_cpu", numerics::like_the_cpu),
+        test("nan_in_the_newest_value", numerics::nan_in_the_newest_value),
+        test("bad_data", numerics::bad_data),
+        test("stale_entries", numerics::stale_entries),
+        test("merge_partials", numerics::merge_partials),
+        test("late_predecessors", || streams::late_predecessors(4)),
+        test("current_context", streams::current_context),
+        test("refusals", streams::refusals),
+        test("a_deadlock_is_explained", peers::a_deadlock_is_explained),
+    ]);
+    let tests = tests.into_iter().map(|test| test.with_ignored_flag(missing.is_some())).collect();
+    libtest_mimic::run(&arguments, tests).exit_code()
+}

@@ -1,0 +1,54 @@
+//! Tests as functions that panic, in this process or in one of their own.
+
+use std::process::{Command, ExitCode};
+
+use libtest_mimic::{Failed, Trial};
+use treeattn::attention::Dtype;
+use treeattn::runtime::{Communicator, DeviceKind, Plan, Runtime, RuntimeConfig};
+
+use crate::mirror::GPU;
+use crate::numerics::shape;
+
+/// Names the one test that the process was started for.
+const ALONE: &str = "TREEATTN_TEST_ALONE";
+
+/// Why tests of a GPU cannot run here.
+pub fn missing() -> Option<String> {
+    let runtime = Runtime::new(RuntimeConfig::default()).ok()?;
+    if runtime.device_count(DeviceKind::Cuda) == Ok(0) {
+        return Some("no GPU".into());
+    }
+    let comm = Communicator::create_local(&runtime, &[GPU], &Default::default());
+    let desc = shape(8, 2, 64, Dtype::Bf16);
+    comm.and_then(|comm| Plan::create(&comm[0], &desc).map(drop)).err().map(|error| error.to_string())
+}
+
+pub fn test(name: impl Into<String>, body: impl FnOnce() + Send + 'static) -> Trial {
+    Trial::test(name, move || {
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).map_err(|panic| {
+            let text = panic.downcast_ref::<String>().cloned();
+            Failed::from(text.or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string())).unwrap_or_default())
+        })
+    })
+}
+
+/// A test in a process of its own, which [`alone`] runs there, with these variables set.
+pub fn apart(name: &'static str, variables: &'static [(&'static str, &'static str)]) -> Trial {
+    Trial::test(name, move || {
+        let mut command = Command::new(std::env::current_exe()?);
+        let output = command.env(ALONE, name).envs(variables.iter().copied()).output()?;
+        print!("{}", String::from_utf8_lossy(&output.stdout));
+        if output.status.success() {
+            return Ok(());
+        }
+        Err(format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr)).into())
+    })
+}
+
+/// Runs the one test that the process was started for, if it was.
+pub fn alone(bodies: &[(&str, fn())]) -> Option<ExitCode> {
+    let name = std::env::var(ALONE).ok()?;
+    let Some((_, body)) = bodies.iter().find(|(known, _)| *known == name) else { return Some(ExitCode::FAILURE) };
+    body();
+    Some(ExitCode::SUCCESS)
+}
