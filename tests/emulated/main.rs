@@ -33,11 +33,14 @@ use support::run::judge;
 use support::values::Values;
 use trial::{alone, apart, missing, test};
 
+type Variables = &'static [(&'static str, &'static str)];
+
 const LAYOUTS: [KvLayout; 3] = [KvLayout::Strided, KvLayout::BlockTable, KvLayout::CsrPages];
 /// As many blocks as it takes for partials to merge in two levels.
-const MANY_SMS: &[(&str, &str)] = &[("EMULATOR_SMS", "40"), ("EMULATOR_SEED", "2")];
+const MANY_SMS: Variables = &[("EMULATOR_SMS", "40"), ("EMULATOR_SEED", "2")];
 
-const APART: [(&str, fn(), &[(&str, &str)]); 7] = [
+/// Tests in processes of their own, with what is set there.
+const APART: [(&str, fn(), Variables); 7] = [
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
     ("replays", streams::replays, &[]),
@@ -49,7 +52,7 @@ const APART: [(&str, fn(), &[(&str, &str)]); 7] = [
 
 fn many_blocks() {
     for layout in LAYOUTS {
-        numerics::random(layout, 1000, 2 * scale());
+        numerics::random(layout, 1000, 6 * scale());
     }
     for sequences in [&[(12_000, 1)][..], &[(9_000, 1), (50, 1), (14_000, 2)]] {
         let desc = numerics::shape(8, 2, 64, Dtype::Bf16);
