@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <list>
 #include <mutex>
@@ -111,13 +112,44 @@ struct Engine {
     uint64_t random = 1;
     Thread* faulted = nullptr;
     uintptr_t fault_address = 0;
+    struct Late {
+        uint64_t* to;
+        uint64_t value;
+        Block* block;
+    };
+    std::vector<Late> late;  // stores on their way
     double last_progress = 0;
+    std::atomic<uint64_t> turns = 0;
     double patience = 0;
 };
 Engine* const only = new Engine;
 inline Engine& engine() { return *only; }
 
 sigjmp_buf* copying = nullptr;
+
+// A store arrives: the first of those to the same address.
+void arrive_late(size_t i) {
+    auto& late = engine().late;
+    for (size_t first = 0; first < i; first++) {
+        if (late[first].to == late[i].to) i = first;
+    }
+    __atomic_store_n(late[i].to, late[i].value, __ATOMIC_RELEASE);
+    late.erase(late.begin() + static_cast<long>(i));
+}
+
+template <class Which>
+void arrive_all(Which which) {
+    auto& late = engine().late;
+    for (size_t i = 0; i < late.size();) {
+        if (which(late[i])) {
+            // It may be another one, earlier, that arrives.
+            arrive_late(i);
+            i = 0;
+        } else {
+            i++;
+        }
+    }
+}
 
 void make_runnable(Warp* warp) {
     if (warp->queued || warp->ready == 0) return;
@@ -303,6 +335,7 @@ void forget_warp(std::vector<Warp*>& list, Warp* warp) {
 
 void end_block(Block* block) {
     Engine& e = engine();
+    arrive_all([block](const Engine::Late& late) { return late.block == block; });
     Grid* grid = block->grid;
     const unsigned threads = grid->threads.x * grid->threads.y * grid->threads.z;
     for (Warp* warp : block->warps) {
@@ -562,6 +595,8 @@ void scheduler() {
             if (e.dirty) continue;
         }
         for (int slice = 0; slice < 1024 && !e.dirty && e.faulted == nullptr; slice++) {
+            e.turns.fetch_add(1, std::memory_order_relaxed);
+            if (!e.late.empty() && random_bits() % 4 == 0) arrive_late(random_bits() % e.late.size());
             const bool poll_now = e.runnable.empty() || (!e.pollers.empty() && random_bits() % 8 == 0);
             auto& list = poll_now ? e.pollers : e.runnable;
             if (list.empty()) break;
@@ -627,7 +662,18 @@ void submit(const std::shared_ptr<Operation>& operation) {
 void wait_until(const std::function<bool()>& done) {
     Engine& e = engine();
     std::unique_lock lock(e.mutex, std::adopt_lock);
-    e.progress.wait(lock, done);
+    const std::chrono::duration<double> step(e.patience > 0 ? e.patience : 1e6);
+    uint64_t turns = e.turns;
+    while (!e.progress.wait_for(lock, step, done)) {
+        if (e.turns == turns && e.patience > 0 && current != nullptr) {
+            const Thread* thread = current;
+            fprintf(stderr, "emulator: thread %u of block %u lets nobody else run\n", thread->index.x,
+                    thread->block->index.x);
+            report("a loop without emulator::poll()");
+            abort();
+        }
+        turns = e.turns;
+    }
     lock.release();
 }
 
@@ -685,6 +731,27 @@ void poll(const char* where) {
 
 void maybe_yield() {
     if (random_bits() % 2 == 0) yield_warp();
+}
+
+void store_later(uint64_t* to, uint64_t x) {
+    auto& late = engine().late;
+    late.push_back({to, x, current->block});
+    if (late.size() > 256) arrive_late(random_bits() % late.size());
+    maybe_yield();
+}
+
+uint64_t load_watched(const uint64_t* from) {
+    poll("a load of what others store");
+    const Block* block = current->block;
+    arrive_all([=](const Engine::Late& late) { return late.to == from && late.block == block; });
+    return __atomic_load_n(from, __ATOMIC_ACQUIRE);
+}
+
+void fence() {
+    const Block* block = current->block;
+    arrive_all([block](const Engine::Late& late) { return late.block == block; });
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    maybe_yield();
 }
 
 bool arrive(Meeting kind, uint32_t mask) {

@@ -177,6 +177,13 @@ void poll(const char* where = "poll");
 // Lets others run, now and then.
 void maybe_yield();
 
+// A relaxed store to memory that others watch: it arrives later, in any order with those to other addresses. Fences, what
+// releases, and a block's end come after all that the block has stored so before.
+void store_later(uint64_t* to, uint64_t x);
+// What others have stored; lets them.
+uint64_t load_watched(const uint64_t* from);
+void fence();
+
 void barrier();
 void dependency_wait();
 void dependency_launch();

@@ -23,10 +23,10 @@ EMULATOR_KERNEL(write_to)
 static void signal_and_wait(const uint64_t theirs, const uint64_t mine, const uint64_t value, const uint64_t patience,
                             const uint64_t result) {
     if (threadIdx.x != 0) return;
-    atomicExch(reinterpret_cast<uint64_t*>(theirs), value);
+    emulator::store_later(reinterpret_cast<uint64_t*>(theirs), value);
     const uint64_t begin = emulator::global_timer();
     bool late = false;
-    while (__atomic_load_n(reinterpret_cast<uint64_t*>(mine), __ATOMIC_SEQ_CST) < value && !late) {
+    while (emulator::load_watched(reinterpret_cast<uint64_t*>(mine)) < value && !late) {
         late = emulator::global_timer() - begin > patience;
     }
     *reinterpret_cast<uint64_t*>(result) = late ? 2 : 1;

@@ -202,13 +202,10 @@ inline int __any_sync(unsigned mask, int predicate) { return emulator::vote(mask
 inline int __all_sync(unsigned mask, int predicate) { return emulator::vote(mask, predicate != 0) == mask; }
 inline unsigned __activemask() { return emulator::current->warp->live; }
 
-// --- memory: one order for all, with other threads in between ---
+// --- memory: one order for all but emulator::store_later, with other threads in between ---
 
 inline void __threadfence_block() { emulator::maybe_yield(); }
-inline void __threadfence() {
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    emulator::maybe_yield();
-}
+inline void __threadfence() { emulator::fence(); }
 inline void __threadfence_system() { __threadfence(); }
 
 template <class T>

@@ -51,6 +51,7 @@ inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 }
 
 inline uint32_t count_arrival(uint32_t* counter, uint32_t last) {
+    emulator::fence();
     return emulator::change(counter, [last](uint32_t old) { return old >= last ? 0 : old + 1; });
 }
 
