@@ -145,6 +145,8 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& p, const Item
 #pragma unroll
             for (int k = 1; k < kFanIn; k++) {
                 value += static_cast<int64_t>(from.step) * (Partials<S>::kFloats / 2);
+                // Set in any case: what may be unset would hold its registers through the whole kernel.
+                x[k] = make_float2(0.f, 0.f);
                 if (mine && k < n) x[k] = __ldcg(value);
             }
             if (first == 0) {
@@ -301,15 +303,15 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     copy_async_wait<0>();
 }
 
-// A kernel and its constant, by the naming rule of params.cuh.
-#define TREEATTN_DECODE_KERNEL(NAME, FAMILY)                                                                          \
+// A kernel and its constant, by the naming rule of params.cuh. BODY<FAMILY> is what it does.
+#define TREEATTN_DECODE_KERNEL(NAME, FAMILY, BODY)                                                                    \
     extern "C" __device__ const treeattn::KernelShape NAME##_shape = {                                                \
         FAMILY::S::kThreads, FAMILY::S::kSharedBytes,    FAMILY::S::kBlocks,                                          \
         FAMILY::S::kRows,    FAMILY::S::kDimQk,          FAMILY::S::kDimV,                                            \
         FAMILY::S::kRows * (FAMILY::S::kDimV + 2) * 4,   0};                                                          \
     extern "C" __global__ void __launch_bounds__(FAMILY::S::kThreads, FAMILY::S::kBlocks)                           \
         NAME(const __grid_constant__ treeattn::DecodeParams params) {                                                 \
-        treeattn::decode<FAMILY>(params);                                                                             \
+        BODY<FAMILY>(params);                                                                                         \
     }
 
 }  // namespace treeattn

@@ -11,8 +11,6 @@ namespace treeattn {
 constexpr int kQueryParts = 3;
 // 16-bit floats underflow below 2^-24: f16 weights carry 2^15, so that a weight of 2^-39 still counts.
 constexpr float kHalfBias = 32768.f;
-// Where neighbouring floats are half a unit apart: a product of this size is rounded by up to a quarter.
-constexpr float kCoarse = 4194304.f;
 
 template <int HeadDimQk, int HeadDimV, int Rows, bool Bf16K, bool Bf16V>
 struct Mma {
@@ -433,7 +431,7 @@ struct Mma {
     using Mma_d##QK##x##V##_r##ROWS##_##NAME = Mma<QK, V, ROWS, BF16_K, BF16_V>;                                      \
     }                                                                                                                 \
     TREEATTN_DECODE_KERNEL(treeattn_decode_mma_d##QK##x##V##_r##ROWS##_##NAME,                                        \
-                           treeattn::Mma_d##QK##x##V##_r##ROWS##_##NAME)
+                           treeattn::Mma_d##QK##x##V##_r##ROWS##_##NAME, treeattn::decode)
 // Where k and v differ, rows beyond 8 run as more tiles; so they do for more than 128 dims, for which
 // 16 rows take more registers than a thread has.
 #define TREEATTN_MMA_R8(QK, V)                                                                                        \

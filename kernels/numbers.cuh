@@ -11,6 +11,8 @@ namespace treeattn {
 
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
+// Where neighbouring floats are half a unit apart: a product of this size is rounded by up to a quarter.
+constexpr float kCoarse = 4194304.f;
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }

@@ -1,0 +1,357 @@
+// Decode on CUDA cores: 2 packed query rows a tile, for heads that share their keys with nobody.
+//
+// Tensor cores would be busy with empty rows there, and what limits the kernel is how fast keys come. They come by
+// plain 16-byte loads into registers, at the highest rate that memory gives, and are used once.
+//
+// What a tile of 16 keys costs, in instructions of a warp, at 128 dims and one row: 128 to make fp32 of K and V and
+// 128 to multiply; 30 to sum the scores over lanes, 16 keys at once; some 30 for the weights and 24 to hand them round;
+// 8 to add the tile's output; 16 loads, with some 60 for their addresses and predicates. That is 27 a key, 43 with two rows.
+// At 4.55 TB/s a multiprocessor gets a key (512 bytes) every 25 clocks and could issue 100 instructions meanwhile.
+//
+// In flight a multiprocessor: 16 warps * 8 KiB, less what is being consumed. A warp holds the tile at hand, 64 registers
+// of its 128 at 128 dims; K of the next one is asked for when the scores are made, V when the output is.
+#include "decode.cuh"
+#include "loads.cuh"
+
+namespace treeattn {
+
+// Warps a block and blocks a multiprocessor, with 128 registers a thread, or 255 for wide rows.
+constexpr int kFmaWarps = 16, kFmaBlocks = 1;
+constexpr int kFmaWideWarps = 8, kFmaWideBlocks = 1;
+constexpr int kFmaRows = 2;
+
+template <int HeadDimQk, int HeadDimV, bool Bf16K, bool Bf16V>
+struct Fma {
+    static constexpr bool kWide = HeadDimQk > 128;
+    static constexpr int kLanesK = HeadDimQk <= 64 ? 8 : HeadDimQk <= 128 ? 16 : 32, kRowsK = 32 / kLanesK;
+    static constexpr int kLanesV = HeadDimV <= 64 ? 8 : HeadDimV <= 128 ? 16 : 32, kRowsV = 32 / kLanesV;
+    static constexpr int kLoadsK = kTile / kRowsK, kLoadsV = kTile / kRowsV;
+    static constexpr int kQueryBytes = kLanesK * 32;  // of a row, fp32: each lane's low four columns, then the high
+    using S = LoadShape<HeadDimQk, HeadDimV, kFmaRows, kWide ? kFmaWideWarps : kFmaWarps,
+                        kWide ? kFmaWideBlocks : kFmaBlocks, kFmaRows * kQueryBytes>;
+    using Loads = LoadWalk<S>;
+    static_assert(kLanesK == Loads::lanes_of(HeadDimQk) && kLanesV == Loads::lanes_of(HeadDimV), "as they are loaded");
+
+    // Row i * kRows* + lane / kLanes* of the tile, columns 8 (lane % kLanes*) and on.
+    uint4 k[kLoadsK], v[kLoadsV];
+    // Of the key that this lane weighs (key_of), after scores().
+    float score[kFmaRows];
+    // Columns as those of v, over the keys that this lane loads. l of the keys that it weighs; lanes 2 i and 2 i + 1
+    // weigh the same one.
+    float o[kFmaRows][8];
+    float m[kFmaRows], l[kFmaRows];
+
+    // Scores are summed so that lane (key % kRowsK) * kLanesK + 2 (key / kRowsK), and the next, end up with that of key.
+    static __device__ __forceinline__ int key_of(int lane) { return lane % kLanesK / 2 * kRowsK + lane / kLanesK; }
+
+    // Writes the item's query tile to shared memory, one warp a row.
+    static __device__ __forceinline__ void stage_query(const DecodeParams& p, const Item& item, char* shared,
+                                                       int rows) {
+        const int lane = threadIdx.x % 32, row = threadIdx.x / 32;
+        if (row >= kFmaRows) return;
+        const int packed = item.row_tile * kFmaRows + row;
+        const int token = item.tokens == 1 ? 0 : packed / p.group;
+        const int64_t head = static_cast<int64_t>(item.head) * p.group + packed - token * p.group;
+        float x[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
+        if (row < rows && lane * 8 < p.head_dim_qk) {
+            const char* from =
+                static_cast<const char*>(p.q) + (item.first_token + token) * p.q_stride[0] + head * p.q_stride[1];
+            load_eight(x, from + lane * 8 * p.q_stride[2], p.q_stride[2], p.q_dtype);
+        }
+        if (lane < kLanesK) {
+            float4* to = reinterpret_cast<float4*>(shared + S::kQueryAt + row * kQueryBytes) + lane;
+            to[0] = make_float4(x[0], x[1], x[2], x[3]);
+            to[kLanesK] = make_float4(x[4], x[5], x[6], x[7]);
+        }
+        if (lane == 0) {
+            reinterpret_cast<int*>(shared + S::kRowAt)[row] = row < rows ? row_bound(p, item, token) : INT32_MAX;
+        }
+    }
+
+    __device__ __forceinline__ void begin() {
+#pragma unroll
+        for (int i = 0; i < kLoadsK; i++) k[i] = make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < kLoadsV; i++) v[i] = make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int r = 0; r < kFmaRows; r++) {
+            m[r] = -infinity(), l[r] = 0.f;
+#pragma unroll
+            for (int c = 0; c < 8; c++) o[r][c] = 0.f;
+        }
+    }
+
+    template <bool Bf16>
+    static __device__ __forceinline__ void unpack(float (&x)[8], const uint4& bits) {
+        const uint32_t word[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2 pair = unpack_pair<Bf16>(word[i]);
+            x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+        }
+    }
+
+    // Sums each of x over the lanes of a row; of the sums a lane keeps that of key_of(lane).
+    static __device__ __forceinline__ float sum_over_lanes(float (&x)[kLoadsK]) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int n = kLoadsK / 2; n > 0; n /= 2) {
+            // Each lane gives away what its partner, 2 n lanes off, keeps.
+            const bool upper = lane & (2 * n);
+#pragma unroll
+            for (int i = 0; i < n; i++) {
+                const float keep = upper ? x[n + i] : x[i], give = upper ? x[i] : x[n + i];
+                x[i] = keep + __shfl_xor_sync(kAllLanes, give, 2 * n);
+            }
+        }
+        return x[0] + __shfl_xor_sync(kAllLanes, x[0], 1);
+    }
+
+    // Makes the scores of the tile; k is free then.
+    template <int Rows>
+    __device__ __forceinline__ void scores(const char* shared) {
+        const float4* from = reinterpret_cast<const float4*>(shared + S::kQueryAt) + threadIdx.x % kLanesK;
+        float4 low[Rows], high[Rows];
+#pragma unroll
+        for (int r = 0; r < Rows; r++) {
+            low[r] = from[r * 2 * kLanesK], high[r] = from[r * 2 * kLanesK + kLanesK];
+        }
+        float sum[Rows][kLoadsK];
+#pragma unroll
+        for (int i = 0; i < kLoadsK; i++) {
+            float x[8];
+            unpack<Bf16K>(x, k[i]);
+#pragma unroll
+            for (int r = 0; r < Rows; r++) {
+                const float even = fmaf(high[r].z, x[6], fmaf(high[r].x, x[4], fmaf(low[r].z, x[2], low[r].x * x[0])));
+                const float odd = fmaf(high[r].w, x[7], fmaf(high[r].y, x[5], fmaf(low[r].w, x[3], low[r].y * x[1])));
+                sum[r][i] = even + odd;
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < Rows; r++) score[r] = sum_over_lanes(sum[r]);
+    }
+
+    // Weighs the tile's keys and adds their values; v is free then.
+    template <int Rows>
+    __device__ __forceinline__ void accumulate(const DecodeParams& p, const Span& tile, const char* shared, int b,
+                                               uint32_t& fault) {
+        const int lane = threadIdx.x % 32, key = key_of(lane);
+        const float scale = p.scale * kLog2E;
+        const bool by_position = p.placement == kExplicit && (p.flags & kFlagCausal);
+        bool visible[Rows];
+#pragma unroll
+        for (int r = 0; r < Rows; r++) visible[r] = true;
+        const int* bounds = reinterpret_cast<const int*>(shared + S::kRowAt);
+        const bool masked =
+            by_position || tile.keys < kTile || tile.base + kTile - 1 > uniform(min(bounds[0], bounds[1]));
+        if (masked) {
+            int place = tile.base + key;
+            bool bad = false;
+            if (by_position && key < tile.keys) {
+                place = p.kv_position[b * p.kv_position_stride + place];
+                bad = place < 0;
+            }
+            if (__any_sync(kAllLanes, bad)) {
+                poison();
+                fault = kFaultPosition;
+            }
+#pragma unroll
+            for (int r = 0; r < Rows; r++) visible[r] = key < tile.keys && place <= bounds[r];
+        }
+
+        // A hidden key's weight is less than nothing, so that not even a NaN is taken from its values.
+        float weight[Rows], grow[Rows];
+#pragma unroll
+        for (int r = 0; r < Rows; r++) {
+            // To log2 units. A hidden score becomes -inf, whatever it was.
+            const float s = visible[r] ? score[r] : -infinity();
+            const float x = visible[r] ? s * scale : -infinity();
+            float top = x;
+#pragma unroll
+            for (int d = 2; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, d));
+            const float before = m[r], now = fmaxf(before, top);
+            const float reference = now == -infinity() ? 0.f : now;
+            m[r] = now;
+            grow[r] = exp2_approx(before - reference);
+            // The product unrounded, except where the score is hidden (-inf times a negative scale) and where
+            // its rounding is so coarse that the largest would be far from its own reference.
+            float power = fmaf(s, scale, -reference);
+            if (fabsf(reference) >= kCoarse || s == -infinity()) power = x - reference;
+            const float w = exp2_approx(power);
+            l[r] = fmaf(l[r], grow[r], w);
+            weight[r] = visible[r] ? w : -1.f;
+        }
+
+        // A tile's output is summed from zero: long sums drift less.
+        float d[Rows][8];
+        if (masked) {
+            sum_values<Rows, true>(d, weight);
+        } else {
+            sum_values<Rows, false>(d, weight);
+        }
+#pragma unroll
+        for (int r = 0; r < Rows; r++) {
+#pragma unroll
+            for (int c = 0; c < 8; c++) o[r][c] = fmaf(o[r][c], grow[r], d[r][c]);
+        }
+    }
+
+    // Masked: some weights may be less than nothing, and their values are not even looked at.
+    template <int Rows, bool Masked>
+    __device__ __forceinline__ void sum_values(float (&d)[Rows][8], const float (&weight)[Rows]) const {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < kLoadsV; i++) {
+            float x[8];
+            unpack<Bf16V>(x, v[i]);
+#pragma unroll
+            for (int r = 0; r < Rows; r++) {
+                float w;
+                if constexpr (kLanesK == kLanesV) {
+                    w = __shfl_sync(kAllLanes, weight[r], 2 * i, kLanesV);
+                } else {
+                    const int key = i * kRowsV + lane / kLanesV;
+                    w = __shfl_sync(kAllLanes, weight[r], key % kRowsK * kLanesK + key / kRowsK * 2);
+                }
+                const bool take = !Masked || !(w < 0.f);
+#pragma unroll
+                for (int c = 0; c < 8; c++) {
+                    const float before = i == 0 ? 0.f : d[r][c];
+                    d[r][c] = take ? fmaf(w, x[c], before) : before;
+                }
+            }
+        }
+    }
+
+    // A sum that is not a number stays so, and makes the rows' results so.
+    __device__ __forceinline__ void poison() {
+#pragma unroll
+        for (int r = 0; r < kFmaRows; r++) l[r] = not_a_number();
+    }
+
+    __device__ __forceinline__ void show_maxima(char* shared) const {
+        if (threadIdx.x % 32 != 0) return;
+        float* to = reinterpret_cast<float*>(shared + S::kStateAt) + threadIdx.x / 32 * kFmaRows;
+#pragma unroll
+        for (int r = 0; r < kFmaRows; r++) to[r] = m[r];
+    }
+
+    // Writes the warp's sums and its O, both against the maxima of all warps.
+    __device__ __forceinline__ void close(char* shared, float* to, int) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        float* maxima = reinterpret_cast<float*>(shared + S::kStateAt);
+#pragma unroll
+        for (int r = 0; r < kFmaRows; r++) {
+            float top = -infinity();
+#pragma unroll
+            for (int w = 0; w < S::kWarps; w++) top = fmaxf(top, maxima[w * kFmaRows + r]);
+            const float weight = exp2_approx(m[r] - (top == -infinity() ? 0.f : top));
+            float sum = l[r];
+#pragma unroll
+            for (int d = 2; d < 32; d *= 2) sum += __shfl_xor_sync(kAllLanes, sum, d);
+            if (lane == 0) maxima[(S::kWarps + warp) * kFmaRows + r] = sum * weight;
+            float x[8];
+#pragma unroll
+            for (int c = 0; c < 8; c++) {
+                x[c] = o[r][c] * weight;
+#pragma unroll
+                for (int d = kLanesV; d < 32; d *= 2) x[c] += __shfl_xor_sync(kAllLanes, x[c], d);
+            }
+            if (lane < kLanesV && lane * 8 < HeadDimV) {
+                float4* at = reinterpret_cast<float4*>(to + r * S::kPitchO + lane * 8);
+                at[0] = make_float4(x[0], x[1], x[2], x[3]);
+                at[1] = make_float4(x[4], x[5], x[6], x[7]);
+            }
+        }
+    }
+};
+
+// The kernel. As decode(), with a tile in registers for the ring.
+template <class Family>
+__device__ __forceinline__ void decode_loaded(const DecodeParams& p) {
+    using S = typename Family::S;
+    extern __shared__ __align__(128) char shared[];
+    const int warp = threadIdx.x / 32;
+    touch_parameters(p, reinterpret_cast<int*>(shared + S::kFlagAt) + 1);
+    LoadWalk<S> walk(p, shared);
+    const Share share = walk.prepare();
+    dependency_wait();
+    dependency_launch();
+
+    Item& item = *reinterpret_cast<Item*>(shared + S::kItemAt);  // the one at hand, for the whole block
+    Item next_item;
+    if (share.blocks > 0) {
+        if (walk.done) return;
+        const uint32_t small = walk.touch_small(share);
+        next_item = walk.start_shared(share);
+        asm volatile("" ::"r"(small));
+        walk.flags |= kSlotFirst | kSlotFinal;
+    } else {
+        if (p.query_start != nullptr) write_unowned(p);
+        next_item = walk.start();
+    }
+    if (walk.done) return;
+
+    Family family;
+    while (true) {
+        const int rows = uniform(min(next_item.tokens * p.group - next_item.row_tile * kFmaRows, kFmaRows));
+        Family::stage_query(p, next_item, shared, rows);
+        if (threadIdx.x == 0) item = next_item;
+        family.begin();
+        walk.settle();
+        // The tile in registers: none in the first pass.
+        Span tile = {nullptr, nullptr, 0, 0, 0};
+        while (true) {
+            Span next = {nullptr, nullptr, 0, 0, 0};
+            if (!(tile.flags & kSlotLast)) next = walk.plan();
+            if (tile.keys > 0) {
+                if (rows == 1) {
+                    family.template scores<1>(shared);
+                } else {
+                    family.template scores<2>(shared);
+                }
+            }
+            walk.template load<S::kDimQk>(family.k, next.k, p.k_stride, p.head_dim_qk, next.keys);
+            if (tile.keys > 0) {
+                if (rows == 1) {
+                    family.template accumulate<1>(p, tile, shared, item.b, walk.fault);
+                } else {
+                    family.template accumulate<2>(p, tile, shared, item.b, walk.fault);
+                }
+            }
+            if (tile.flags & kSlotPoison) family.poison();
+            walk.template load<S::kDimV>(family.v, next.v, p.v_stride, p.head_dim_v, next.keys);
+            if (tile.flags & kSlotLast) break;
+            // The first keys are on their way before the queries have been laid out.
+            if (tile.flags == 0) __syncthreads();
+            tile = next;
+        }
+        walk.report();
+        merge_warps<S>(p, item, shared, family, warp * S::kCloseBytes, rows);
+        if (item.splits > 1) merge_partials<S>(p, item, shared, rows);
+        if (tile.flags & kSlotFinal) break;
+        __syncthreads();
+        walk.next_item(walk.stage);
+        next_item = walk.stand().item;
+    }
+}
+
+}  // namespace treeattn
+
+#define TREEATTN_FMA(QK, V, NAME, BF16_K, BF16_V)                                                                     \
+    namespace treeattn {                                                                                              \
+    using Fma_d##QK##x##V##_##NAME = Fma<QK, V, BF16_K, BF16_V>;                                                      \
+    }                                                                                                                 \
+    TREEATTN_DECODE_KERNEL(treeattn_decode_fma_d##QK##x##V##_r2_##NAME, treeattn::Fma_d##QK##x##V##_##NAME,           \
+                           treeattn::decode_loaded)
+#define TREEATTN_FMA_ALL(QK, V)                                                                                       \
+    TREEATTN_FMA(QK, V, bf16, true, true)                                                                             \
+    TREEATTN_FMA(QK, V, f16, false, false)                                                                            \
+    TREEATTN_FMA(QK, V, bf16_f16, true, false)                                                                        \
+    TREEATTN_FMA(QK, V, f16_bf16, false, true)
+TREEATTN_FMA_ALL(64, 64)
+TREEATTN_FMA_ALL(96, 96)
+TREEATTN_FMA_ALL(128, 128)
+TREEATTN_FMA_ALL(192, 128)
+TREEATTN_FMA_ALL(256, 256)
