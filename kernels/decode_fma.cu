@@ -16,33 +16,29 @@
 namespace treeattn {
 
 // Warps a block and blocks a multiprocessor, with 128 registers a thread, or 255 for wide rows.
-constexpr int kFmaWarps = 16, kFmaBlocks = 1;
+constexpr int kFmaWarps = 12, kFmaBlocks = 1;
 constexpr int kFmaWideWarps = 8, kFmaWideBlocks = 1;
 constexpr int kFmaRows = 2;
 
 template <int HeadDimQk, int HeadDimV, bool Bf16K, bool Bf16V>
 struct Fma {
     static constexpr bool kWide = HeadDimQk > 128;
-    static constexpr int kLanesK = HeadDimQk <= 64 ? 8 : HeadDimQk <= 128 ? 16 : 32, kRowsK = 32 / kLanesK;
-    static constexpr int kLanesV = HeadDimV <= 64 ? 8 : HeadDimV <= 128 ? 16 : 32, kRowsV = 32 / kLanesV;
-    static constexpr int kLoadsK = kTile / kRowsK, kLoadsV = kTile / kRowsV;
+    static constexpr int kLanesK = HeadDimQk <= 64 ? 8 : HeadDimQk <= 128 ? 16 : 32;
+    static constexpr int kLanesV = HeadDimV <= 64 ? 8 : HeadDimV <= 128 ? 16 : 32;
+    static constexpr int kLoadsK = kLanesK / 2, kLoadsV = kLanesV / 2;  // rows of a team
     static constexpr int kQueryBytes = kLanesK * 32;  // of a row, fp32: each lane's low four columns, then the high
     using S = LoadShape<HeadDimQk, HeadDimV, kFmaRows, kWide ? kFmaWideWarps : kFmaWarps,
                         kWide ? kFmaWideBlocks : kFmaBlocks, kFmaRows * kQueryBytes>;
     using Loads = LoadWalk<S>;
     static_assert(kLanesK == Loads::lanes_of(HeadDimQk) && kLanesV == Loads::lanes_of(HeadDimV), "as they are loaded");
 
-    // Row i * kRows* + lane / kLanes* of the tile, columns 8 (lane % kLanes*) and on.
+    // Row i of this lane's team, columns 8 (lane % kLanes*) and on.
     uint4 k[kLoadsK], v[kLoadsV];
-    // Of the key that this lane weighs (key_of), after scores().
+    // After scores(): of key lane / 2.
     float score[kFmaRows];
-    // Columns as those of v, over the keys that this lane loads. l of the keys that it weighs; lanes 2 i and 2 i + 1
-    // weigh the same one.
+    // Columns as those of v, over the keys of this lane's team. l of key lane / 2 of every tile.
     float o[kFmaRows][8];
     float m[kFmaRows], l[kFmaRows];
-
-    // Scores are summed so that lane (key % kRowsK) * kLanesK + 2 (key / kRowsK), and the next, end up with that of key.
-    static __device__ __forceinline__ int key_of(int lane) { return lane % kLanesK / 2 * kRowsK + lane / kLanesK; }
 
     // Writes the item's query tile to shared memory, one warp a row.
     static __device__ __forceinline__ void stage_query(const DecodeParams& p, const Item& item, char* shared,
@@ -70,10 +66,6 @@ struct Fma {
 
     __device__ __forceinline__ void begin() {
 #pragma unroll
-        for (int i = 0; i < kLoadsK; i++) k[i] = make_uint4(0, 0, 0, 0);
-#pragma unroll
-        for (int i = 0; i < kLoadsV; i++) v[i] = make_uint4(0, 0, 0, 0);
-#pragma unroll
         for (int r = 0; r < kFmaRows; r++) {
             m[r] = -infinity(), l[r] = 0.f;
 #pragma unroll
@@ -91,25 +83,28 @@ struct Fma {
         }
     }
 
-    // Sums each of x over the lanes of a row; of the sums a lane keeps that of key_of(lane).
-    static __device__ __forceinline__ float sum_over_lanes(float (&x)[kLoadsK]) {
-        const int lane = threadIdx.x % 32;
+    // Sums each of x[0] .. x[N - 1] over the 2 N lanes of a team; of the sums its lanes 2 i and 2 i + 1 keep the i-th. With
+    // N rows a team that is the one of key lane / 2.
+    template <int N>
+    static __device__ __forceinline__ float sum_over_lanes(const float (&x)[N]) {
+        if constexpr (N == 1) {
+            return x[0] + __shfl_xor_sync(kAllLanes, x[0], 1);
+        } else {
+            // Each lane gives away what its partner, N lanes off, keeps.
+            const bool upper = threadIdx.x & N;
+            float sum[N / 2];
 #pragma unroll
-        for (int n = kLoadsK / 2; n > 0; n /= 2) {
-            // Each lane gives away what its partner, 2 n lanes off, keeps.
-            const bool upper = lane & (2 * n);
-#pragma unroll
-            for (int i = 0; i < n; i++) {
-                const float keep = upper ? x[n + i] : x[i], give = upper ? x[i] : x[n + i];
-                x[i] = keep + __shfl_xor_sync(kAllLanes, give, 2 * n);
+            for (int i = 0; i < N / 2; i++) {
+                const float keep = upper ? x[N / 2 + i] : x[i], give = upper ? x[i] : x[N / 2 + i];
+                sum[i] = keep + __shfl_xor_sync(kAllLanes, give, N);
             }
+            return sum_over_lanes(sum);
         }
-        return x[0] + __shfl_xor_sync(kAllLanes, x[0], 1);
     }
 
     // Makes the scores of the tile; k is free then.
     template <int Rows>
-    __device__ __forceinline__ void scores(const char* shared) {
+    __device__ __forceinline__ void scores(const DecodeParams& p, const char* shared) {
         const float4* from = reinterpret_cast<const float4*>(shared + S::kQueryAt) + threadIdx.x % kLanesK;
         float4 low[Rows], high[Rows];
 #pragma unroll
@@ -128,6 +123,15 @@ struct Fma {
                 sum[r][i] = even + odd;
             }
         }
+        if (p.head_dim_qk < kLanesK * 8) {
+            // The lanes past the head dim hold a part of K that is not theirs.
+            const bool mine = static_cast<int>(threadIdx.x % kLanesK * 8) < p.head_dim_qk;
+#pragma unroll
+            for (int r = 0; r < Rows; r++) {
+#pragma unroll
+                for (int i = 0; i < kLoadsK; i++) sum[r][i] = mine ? sum[r][i] : 0.f;
+            }
+        }
 #pragma unroll
         for (int r = 0; r < Rows; r++) score[r] = sum_over_lanes(sum[r]);
     }
@@ -136,7 +140,7 @@ struct Fma {
     template <int Rows>
     __device__ __forceinline__ void accumulate(const DecodeParams& p, const Span& tile, const char* shared, int b,
                                                uint32_t& fault) {
-        const int lane = threadIdx.x % 32, key = key_of(lane);
+        const int key = threadIdx.x % 32 / 2;
         const float scale = p.scale * kLog2E;
         const bool by_position = p.placement == kExplicit && (p.flags & kFlagCausal);
         bool visible[Rows];
@@ -200,20 +204,13 @@ struct Fma {
     // Masked: some weights may be less than nothing, and their values are not even looked at.
     template <int Rows, bool Masked>
     __device__ __forceinline__ void sum_values(float (&d)[Rows][8], const float (&weight)[Rows]) const {
-        const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int i = 0; i < kLoadsV; i++) {
             float x[8];
             unpack<Bf16V>(x, v[i]);
 #pragma unroll
             for (int r = 0; r < Rows; r++) {
-                float w;
-                if constexpr (kLanesK == kLanesV) {
-                    w = __shfl_sync(kAllLanes, weight[r], 2 * i, kLanesV);
-                } else {
-                    const int key = i * kRowsV + lane / kLanesV;
-                    w = __shfl_sync(kAllLanes, weight[r], key % kRowsK * kLanesK + key / kRowsK * 2);
-                }
+                const float w = __shfl_sync(kAllLanes, weight[r], 2 * i, kLanesV);
                 const bool take = !Masked || !(w < 0.f);
 #pragma unroll
                 for (int c = 0; c < 8; c++) {
@@ -307,12 +304,12 @@ __device__ __forceinline__ void decode_loaded(const DecodeParams& p) {
             if (!(tile.flags & kSlotLast)) next = walk.plan();
             if (tile.keys > 0) {
                 if (rows == 1) {
-                    family.template scores<1>(shared);
+                    family.template scores<1>(p, shared);
                 } else {
-                    family.template scores<2>(shared);
+                    family.template scores<2>(p, shared);
                 }
             }
-            walk.template load<S::kDimQk>(family.k, next.k, p.k_stride, p.head_dim_qk, next.keys);
+            if (next.keys > 0) walk.template load<S::kDimQk>(family.k, next.k, p.k_stride, p.head_dim_qk);
             if (tile.keys > 0) {
                 if (rows == 1) {
                     family.template accumulate<1>(p, tile, shared, item.b, walk.fault);
@@ -321,7 +318,7 @@ __device__ __forceinline__ void decode_loaded(const DecodeParams& p) {
                 }
             }
             if (tile.flags & kSlotPoison) family.poison();
-            walk.template load<S::kDimV>(family.v, next.v, p.v_stride, p.head_dim_v, next.keys);
+            if (next.keys > 0) walk.template load<S::kDimV>(family.v, next.v, p.v_stride, p.head_dim_v);
             if (tile.flags & kSlotLast) break;
             // The first keys are on their way before the queries have been laid out.
             if (tile.flags == 0) __syncthreads();

@@ -1,8 +1,9 @@
 // A warp's walk whose tiles go straight to registers, and the loads that bring them there: for kernels that spend so
 // little on a tile that the way through shared memory would be the larger part.
 //
-// A tile's keys lie kRows an instruction, 16 bytes a lane. One tile is in registers, one is planned: its rows are
-// asked for as soon as those of the tile before are consumed.
+// A row takes 8, 16 or 32 lanes of 16 bytes. The lanes of a row, a *team*, load all its neighbours too: of 16 rows the
+// first team the first 4, 8 or 16, and so on. One tile is in registers, one is planned: its rows are asked for as soon as
+// those of the tile before are consumed.
 #pragma once
 
 #include "walk.cuh"
@@ -19,7 +20,10 @@ struct LoadShape {
     static constexpr int kStages = 2;  // of page entries only
     static constexpr int kCloseRows = Rows;
     static constexpr int kPitchO = HeadDimV + 4;
-    static constexpr int kCloseBytes = Rows * kPitchO * 4;  // O of a warp, at an item's end
+    // Of a warp: O at an item's end, and K or V of a tile that no 16-byte load can take.
+    static constexpr int kTeam = HeadDimQk > HeadDimV ? HeadDimQk : HeadDimV;
+    static constexpr int kCloseBytes = 256 * (kTeam <= 64 ? 8 : kTeam <= 128 ? 16 : 32);
+    static_assert(Rows * kPitchO * 4 <= kCloseBytes, "O of a warp");
 
     static constexpr int kQueryAt = kWarps * kCloseBytes;
     static constexpr int kEntriesAt = kQueryAt + QueryBytes;
@@ -32,12 +36,12 @@ struct LoadShape {
     static constexpr int kFlagAt = kScratchAt + static_cast<int>(sizeof(PlaceScratch));
     static constexpr int kSharedBytes = kFlagAt + 16 + 4 * kWarps;
     static_assert(kQueryAt % 16 == 0 && kEntriesAt % 16 == 0 && kWeightsAt % 16 == 0 && kItemAt % 16 == 0, "alignment");
-    static_assert(kSharedBytes * kBlocks <= 48 * 1024, "little, so that nothing depends on it");
+    static_assert(kBlocks * (kSharedBytes + 1024) <= kSharedLimit, "shared memory");
 };
 
 // Where a tile lies, and what is to be done with it.
 struct Span {
-    const char* k;  // row 0, where rows lie at one stride; else row r in lanes r and kTile + r
+    const char* k;  // the rows row_of<kDimQk>, row_of<kDimV> of this lane, or the last one
     const char* v;
     int flags;  // kSlot*
     int base;   // first local slot
@@ -61,14 +65,26 @@ struct LoadWalk : Walk<S> {
 
     __device__ __forceinline__ LoadWalk(const DecodeParams& params, char* memory) : Walk<S>(params, memory) {}
 
-    // Says to the compiler that the lanes agree on where they are: what follows then needs neither registers nor
-    // branches for each lane.
+    // Rows of a team.
+    template <int Dim>
+    static constexpr int kTeamRows = Walk<S>::lanes_of(Dim) / 2;
+
+    // The row that this lane finds for its team: two lanes each, so that lane i of a team has its row i.
+    template <int Dim>
+    __device__ __forceinline__ int row_of() const {
+        return lane / Walk<S>::lanes_of(Dim) * kTeamRows<Dim> + lane % kTeamRows<Dim>;
+    }
+
+    // Begins an item. Says to the compiler that the lanes agree on where they are: what follows then needs neither
+    // registers nor branches for each lane.
     __device__ __forceinline__ void settle() {
         tile = uniform(tile), step = uniform(step);
         this->tile_end = uniform(this->tile_end), this->keys = uniform(this->keys), this->b = uniform(this->b);
         this->flags = uniform(this->flags), this->page_row = uniform(this->page_row), stage = uniform(stage);
-        this->k_row = reinterpret_cast<const char*>(uniform(reinterpret_cast<uint64_t>(this->k_row)));
-        this->v_row = reinterpret_cast<const char*>(uniform(reinterpret_cast<uint64_t>(this->v_row)));
+        if (p.kv_layout == kStrided) {
+            this->k_row += row_of<S::kDimQk>() * p.k_stride[1];
+            this->v_row += row_of<S::kDimV>() * p.v_stride[1];
+        }
     }
 
     // The warp's next tile of the item, possibly an empty one: every warp has a tile of every item.
@@ -80,35 +96,38 @@ struct LoadWalk : Walk<S> {
         s.flags = this->flags | (last ? kSlotLast : 0);
         s.k = this->k_row, s.v = this->v_row;
         if (p.kv_layout == kStrided) {
+            if (s.keys < kTile) {
+                s.k -= max(row_of<S::kDimQk>() - s.keys + 1, 0) * p.k_stride[1];
+                s.v -= max(row_of<S::kDimV>() - s.keys + 1, 0) * p.v_stride[1];
+            }
             this->k_row += static_cast<int64_t>(step) * kTile * p.k_stride[1];
             this->v_row += static_cast<int64_t>(step) * kTile * p.v_stride[1];
         } else {
-            find_page(s);
+            copy_async_wait<S::kStages - 1>();
+            __syncwarp();
+            const bool bad_k = find_row(s.k, row_of<S::kDimQk>(), p.k_stride, s);
+            const bool bad_v = find_row(s.v, row_of<S::kDimV>(), p.v_stride, s);
+            if (__any_sync(kAllLanes, bad_k || bad_v)) {
+                s.keys = 0;
+                s.flags |= kSlotPoison;
+                fault = kFaultPage;
+            }
+            this->ask_entry(stage);
+            copy_async_commit();
+            if (++stage == S::kStages) stage = 0;
         }
         tile += step;
         return s;
     }
 
-    __device__ __forceinline__ void find_page(Span& s) {
-        copy_async_wait<S::kStages - 1>();
-        __syncwarp();
-        const int r = this->regular() ? 0 : lane % kTile, slot = s.base + r;
-        bool bad = false;
-        if (r < s.keys) {
-            const int entry = this->entries(stage)[r], page = this->page_of(slot);
-            const int64_t inner = slot - page * p.page_size;
-            bad = entry < 0 || entry >= p.num_pages;
-            s.k += entry * p.k_stride[0] + inner * p.k_stride[1];
-            s.v += entry * p.v_stride[0] + inner * p.v_stride[1];
-        }
-        if (__any_sync(kAllLanes, bad)) {
-            s.keys = 0;
-            s.flags |= kSlotPoison;
-            fault = kFaultPage;
-        }
-        this->ask_entry(stage);
-        copy_async_commit();
-        if (++stage == S::kStages) stage = 0;
+    // Moves `at` from slot 0 of page 0 to a row of the tile; says whether its page does not exist.
+    __device__ __forceinline__ bool find_row(const char*& at, int row, const int64_t (&stride)[4], const Span& s) const {
+        if (s.keys == 0) return false;
+        row = min(row, s.keys - 1);
+        const int slot = s.base + row, page = this->page_of(slot);
+        const int entry = this->entries(stage)[this->regular() ? 0 : row];
+        at += entry * stride[0] + static_cast<int64_t>(slot - page * p.page_size) * stride[1];
+        return entry < 0 || entry >= p.num_pages;
     }
 
     __device__ __forceinline__ void report() {
@@ -116,47 +135,30 @@ struct LoadWalk : Walk<S> {
         fault = kFaultNone;
     }
 
-    // Loads a tile's rows of K or V: row i * kRows + lane / kLanes into x[i]. Rows past the length become zeros; so do
-    // columns past the head dim, if they are zeros before.
-    template <int Dim, int Loads>
-    __device__ __forceinline__ void load(uint4 (&x)[Loads], const char* from, const int64_t (&stride)[4], int dim,
-                                         int keys) const {
-        constexpr int kLanes = Walk<S>::lanes_of(Dim), kRows = 32 / kLanes;
-        static_assert(Loads * kRows == kTile, "a tile");
-        if (keys == 0) return;
-        const int row = lane / kLanes, unit = lane % kLanes;
-        const int rows = unit * 8 < dim ? keys - row : 0;  // of this lane's
-        if (keys < kTile) {
-#pragma unroll
-            for (int i = 0; i < Loads; i++) x[i] = make_uint4(0, 0, 0, 0);
-        }
+    // Loads a tile's rows of K or V: row i of this lane's team into x[i]. Rows past the length and columns past the head
+    // dim are those before once more: no instruction here depends on what there is, and whoever weighs the keys has to
+    // leave them out.
+    template <int Dim>
+    __device__ __forceinline__ void load(uint4 (&x)[kTeamRows<Dim>], const char* from, const int64_t (&stride)[4],
+                                         int dim) const {
+        constexpr int kLanes = Walk<S>::lanes_of(Dim), kRows = kTeamRows<Dim>;
+        const int unit = min(lane % kLanes, dim / 8 - 1);
         const uint64_t mine = reinterpret_cast<uint64_t>(from);
         if (p.flags & kFlagNoBulk) {
-            // One row after the other: slow, and short.
+            // One row after the other, by way of shared memory: slow, but short, and easy on registers.
+            uint4* mine_there = reinterpret_cast<uint4*>(this->shared + this->warp * S::kCloseBytes) + lane;
 #pragma unroll 1
-            for (int i = 0; i < Loads; i++) {
-                const int r = i * kRows + row;
-                const char* at = this->regular() ? from + r * stride[1]
-                                                 : reinterpret_cast<const char*>(__shfl_sync(kAllLanes, mine, r));
-                uint4 bits = make_uint4(0, 0, 0, 0);
-                if (i * kRows < rows) bits = gather(at + unit * 8 * stride[3], stride[3]);
-#pragma unroll
-                for (int j = 0; j < Loads; j++) {
-                    if (i == j) x[j] = bits;
-                }
+            for (int i = 0; i < kRows; i++) {
+                const uint64_t row = __shfl_sync(kAllLanes, mine, i, kLanes);
+                mine_there[i * 32] = gather(reinterpret_cast<const char*>(row) + unit * 8 * stride[3], stride[3]);
             }
-        } else if (this->regular()) {
-            const char* at = from + row * stride[1] + unit * 16;
 #pragma unroll
-            for (int i = 0; i < Loads; i++) {
-                load_once16(x[i], at, i * kRows < rows);
-                at += kRows * stride[1];
-            }
+            for (int i = 0; i < kRows; i++) x[i] = mine_there[i * 32];
         } else {
 #pragma unroll
-            for (int i = 0; i < Loads; i++) {
-                const uint64_t at = __shfl_sync(kAllLanes, mine, i * kRows + row);
-                load_once16(x[i], reinterpret_cast<const char*>(at) + unit * 16, i * kRows < rows);
+            for (int i = 0; i < kRows; i++) {
+                const uint64_t row = __shfl_sync(kAllLanes, mine, i, kLanes);
+                x[i] = load_once16(reinterpret_cast<const char*>(row) + unit * 16);
             }
         }
     }

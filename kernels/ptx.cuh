@@ -90,13 +90,13 @@ __device__ __forceinline__ uint32_t load_cached(const void* p) {
     return x;
 }
 
-// 16 bytes that are read once, past L1; x stays as it is where they are not wanted.
-__device__ __forceinline__ void load_once16(uint4& x, const void* p, bool wanted) {
-    asm volatile(
-        "{\n .reg .pred p;\n setp.ne.u32 p, %5, 0;\n"
-        " @p ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-        : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
-        : "l"(p), "r"(static_cast<uint32_t>(wanted)));
+// 16 bytes that are read once, past L1.
+__device__ __forceinline__ uint4 load_once16(const void* p) {
+    uint4 x;
+    asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(p));
+    return x;
 }
 
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
