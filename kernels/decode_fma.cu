@@ -65,6 +65,11 @@ struct Fma {
     }
 
     __device__ __forceinline__ void begin() {
+        // The tile before is of no use: without this its registers would be held through the merges.
+#pragma unroll
+        for (int i = 0; i < kLoadsK; i++) k[i] = make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < kLoadsV; i++) v[i] = make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int r = 0; r < kFmaRows; r++) {
             m[r] = -infinity(), l[r] = 0.f;

@@ -115,7 +115,7 @@ impl Kernels {
             false => format!("{}_{}", desc.k_dtype.name(), desc.v_dtype.name()),
         };
         let mma = |rows: i32| format!("treeattn_decode_mma_d{qk}x{v}_r{rows}_{dtypes}");
-        let fma = format!("treeattn_decode_fma_d{qk}x{v}_r2");
+        let fma = format!("treeattn_decode_fma_d{qk}x{v}_r2_{dtypes}");
         let has_fma = group <= 2 && image.has(&fma)?;
         let most = group * i64::from(desc.max_query_tokens);
         // Where k and v differ, and for 256 dimensions, more rows run as more tiles of 8.
