@@ -43,6 +43,7 @@ inline void clear_shared(uint32_t address) { memset(emulator::shared_pointer(add
 
 inline uint32_t transpose(uint32_t x) { return emulator::transpose(x); }
 inline uint32_t load_cached(const void* p) { return *static_cast<const uint32_t*>(p); }
+inline uint4 load_once16(const void* p) { return *static_cast<const uint4*>(p); }
 inline void prefetch(const void*) {}
 
 template <bool Bf16>
