@@ -3,19 +3,20 @@
 // Tensor cores would be busy with empty rows there, and what limits the kernel is how fast keys come. They come by
 // plain 16-byte loads into registers, at the highest rate that memory gives, and are used once.
 //
-// What a tile of 16 keys costs, in instructions of a warp, at 128 dims and one row: 128 to make fp32 of K and V and
-// 128 to multiply; 30 to sum the scores over lanes, 16 keys at once; some 30 for the weights and 24 to hand them round;
-// 8 to add the tile's output; 16 loads, with some 60 for their addresses and predicates. That is 27 a key, 43 with two rows.
-// At 4.55 TB/s a multiprocessor gets a key (512 bytes) every 25 clocks and could issue 100 instructions meanwhile.
+// What a tile of 16 keys costs a warp in instructions, at 128 dims and one row: 128 to make fp32 of K and V and 128 to
+// multiply; 30 to sum the scores over lanes, 16 keys at once; some 50 for the weights and to hand them round; 16 loads, with
+// 80 for their addresses; 100 around them. That is 33 a key, and 50 with two rows. At 4.55 TB/s a multiprocessor gets a key
+// (512 bytes) every 25 clocks, and could issue 100 instructions meanwhile.
 //
-// In flight a multiprocessor: 16 warps * 8 KiB, less what is being consumed. A warp holds the tile at hand, 64 registers
-// of its 128 at 128 dims; K of the next one is asked for when the scores are made, V when the output is.
+// In flight a multiprocessor: up to 12 warps * 8 KiB. A warp holds the tile at hand, 64 registers at 128 dims; K of the
+// next one is asked for when the scores are made, V when the output is. A warp that waits some 1,400 clocks for a tile and
+// computes for 900 takes 8 KiB every 2,300: 12 of them 43 bytes a clock, where 20 come.
 #include "decode.cuh"
 #include "loads.cuh"
 
 namespace treeattn {
 
-// Warps a block and blocks a multiprocessor, with 128 registers a thread, or 255 for wide rows.
+// Warps a block and blocks a multiprocessor: 168 registers a thread (128 would not do for two rows), 255 for wide rows.
 constexpr int kFmaWarps = 12, kFmaBlocks = 1;
 constexpr int kFmaWideWarps = 8, kFmaWideBlocks = 1;
 constexpr int kFmaRows = 2;
@@ -169,11 +170,11 @@ struct Fma {
             for (int r = 0; r < Rows; r++) visible[r] = key < tile.keys && place <= bounds[r];
         }
 
-        // A hidden key's weight is less than nothing, so that not even a NaN is taken from its values.
+        // The weight of a hidden key is less than nothing, so that not even a NaN is taken from its values.
         float weight[Rows], grow[Rows];
 #pragma unroll
         for (int r = 0; r < Rows; r++) {
-            // To log2 units. A hidden score becomes -inf, whatever it was.
+            // A hidden score becomes -inf, whatever it was; x is in log2 units.
             const float s = visible[r] ? score[r] : -infinity();
             const float x = visible[r] ? s * scale : -infinity();
             float top = x;
@@ -183,8 +184,8 @@ struct Fma {
             const float reference = now == -infinity() ? 0.f : now;
             m[r] = now;
             grow[r] = exp2_approx(before - reference);
-            // The product unrounded, except where the score is hidden (-inf times a negative scale) and where
-            // its rounding is so coarse that the largest would be far from its own reference.
+            // As on tensor cores: the product unrounded, except where the score is hidden and where it is so large that
+            // the largest, rounded, would be far from its own reference.
             float power = fmaf(s, scale, -reference);
             if (fabsf(reference) >= kCoarse || s == -infinity()) power = x - reference;
             const float w = exp2_approx(power);
@@ -302,7 +303,7 @@ __device__ __forceinline__ void decode_loaded(const DecodeParams& p) {
         if (threadIdx.x == 0) item = next_item;
         family.begin();
         walk.settle();
-        // The tile in registers: none in the first pass.
+        // The tile in registers: none, with no flags, in the first pass.
         Span tile = {nullptr, nullptr, 0, 0, 0};
         while (true) {
             Span next = {nullptr, nullptr, 0, 0, 0};

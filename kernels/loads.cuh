@@ -1,9 +1,9 @@
 // A warp's walk whose tiles go straight to registers, and the loads that bring them there: for kernels that spend so
 // little on a tile that the way through shared memory would be the larger part.
 //
-// A row takes 8, 16 or 32 lanes of 16 bytes. The lanes of a row, a *team*, load all its neighbours too: of 16 rows the
-// first team the first 4, 8 or 16, and so on. One tile is in registers, one is planned: its rows are asked for as soon as
-// those of the tile before are consumed.
+// A row takes 8, 16 or 32 lanes of 16 bytes. These lanes, a *team*, load as many neighbouring rows: of the 16 of a tile
+// the first team takes the first 4, 8 or all 16, the next team the next. One tile is in registers, one is planned: its rows
+// are asked for as soon as those of the tile before are consumed.
 #pragma once
 
 #include "walk.cuh"
@@ -60,7 +60,7 @@ struct LoadWalk : Walk<S> {
     using Walk<S>::lane;
     using Walk<S>::tile;
     using Walk<S>::step;
-    int stage = 0;      // of the next tile's page entries
+    int stage = 0;                // of the next tile's page entries
     uint32_t fault = kFaultNone;  // of the item: reported at its end, as a call among the tiles would cost registers
 
     __device__ __forceinline__ LoadWalk(const DecodeParams& params, char* memory) : Walk<S>(params, memory) {}
