@@ -56,9 +56,10 @@ pub struct Args {
     /// Sequences.
     #[arg(long, value_delimiter = ',', value_parser = size)]
     batch: Vec<usize>,
-    /// Ranks that the keys are sharded over; exchanges are timed for those above 1.
-    #[arg(long, value_delimiter = ',', value_parser = size)]
-    ranks: Vec<usize>,
+    /// Ranks that the keys are sharded over; exchanges are timed for those above 1. Or the GPU of each rank, such as
+    /// cuda:0,cuda:1: then times steps and exchanges between them.
+    #[arg(long, value_delimiter = ',', value_parser = ranks)]
+    ranks: Vec<Ranks>,
     /// Kernels: scalar, avx2, avx512, neon.
     #[arg(long, value_delimiter = ',', value_parser = isa)]
     isa: Vec<Isa>,
@@ -135,6 +136,21 @@ fn size(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(fits).ok_or_else(|| format!("wanted a whole number from 1 to {}", i32::MAX))
 }
 
+/// A number of CPU ranks, or the GPU of one rank.
+#[derive(Clone, Copy, Debug)]
+enum Ranks {
+    Count(usize),
+    On(Device),
+}
+
+fn ranks(text: &str) -> Result<Ranks, String> {
+    if text.contains(':') {
+        let on = device(text).ok().filter(|device| device.kind == DeviceKind::Cuda);
+        return on.map(Ranks::On).ok_or_else(|| "wanted cuda:N".into());
+    }
+    size(text).map(Ranks::Count)
+}
+
 fn page(text: &str) -> Result<usize, String> {
     if text == "0" { Ok(0) } else { size(text) }
 }
@@ -153,6 +169,16 @@ const FULL: Pace = Pace { rounds: 12, block: 0.08, exchanges: 10_000, pool_mib: 
 const QUICK: Pace = Pace { rounds: 2, block: 0.02, exchanges: 500, pool_mib: 256 };
 
 pub fn run(args: &Args) -> Outcome<()> {
+    let devices: Vec<Device> =
+        args.ranks.iter().filter_map(|rank| if let Ranks::On(device) = rank { Some(*device) } else { None }).collect();
+    let counts: Vec<usize> =
+        args.ranks.iter().filter_map(|rank| if let Ranks::Count(n) = rank { Some(*n) } else { None }).collect();
+    if !devices.is_empty() {
+        return match counts.first() {
+            Some(count) => Err(format!("--ranks: found {count} among GPUs, wanted the GPU of each rank").into()),
+            None => cuda::run_ranks(args, &devices),
+        };
+    }
     if args.device.kind == DeviceKind::Cuda {
         return cuda::run(args, args.device);
     }
@@ -166,7 +192,7 @@ pub fn run(args: &Args) -> Outcome<()> {
         dtypes: args.dtype.clone(),
         lengths: args.lengths.clone(),
         batches: args.batch.clone(),
-        ranks: args.ranks.clone(),
+        ranks: counts.clone(),
         isas: args.isa.clone(),
         pages: args.page_size.clone(),
         threads: args.threads,
@@ -193,7 +219,7 @@ pub fn run(args: &Args) -> Outcome<()> {
         return Err(format!("memory to read from: {} MiB wanted, this machine has {has} MiB", pool_bytes >> 20).into());
     }
 
-    let exchanges = match (args.no_exchange, &args.ranks[..]) {
+    let exchanges = match (args.no_exchange, &counts[..]) {
         _ if !args.algorithms.is_empty() => Vec::new(),
         (true, _) => Vec::new(),
         (false, []) => vec![2, 4],

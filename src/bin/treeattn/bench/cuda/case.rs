@@ -118,6 +118,29 @@ pub fn standard(quick: bool) -> Vec<Case> {
     cases
 }
 
+/// The rows of the standard run over several GPUs; `quick` keeps the short ones.
+pub fn sharded(quick: bool) -> Vec<Case> {
+    let mut cases: Vec<Case> = sharded_targets().into_iter().map(|target| target.0).collect();
+    if quick {
+        cases.retain(|case| case.kv_bytes() <= 140 << 20);
+    }
+    cases
+}
+
+/// Shapes, keys of all ranks together; the microseconds that the library aims for on two H200; and what was measured
+/// there with public parts: a fast kernel, an allgather and a merge.
+pub fn sharded_targets() -> Vec<(Case, f64, &'static str)> {
+    vec![
+        (keys(8 << 10), 12.0, "46.7"),
+        (keys(16 << 10), 15.0, "53.1"),
+        (keys(32 << 10), 23.0, "62.4"),
+        (keys(64 << 10), 38.0, "75.2"),
+        (keys(256 << 10), 126.0, "159"),
+        (keys(1 << 20), 482.0, "510"),
+        (Case { batch: 32, ..keys(32 << 10) }, 481.0, ""),
+    ]
+}
+
 /// The axes of a run of one's own; an empty one keeps the base's value.
 #[derive(Clone, Debug, Default)]
 pub struct Axes {

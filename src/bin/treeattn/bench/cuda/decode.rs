@@ -17,9 +17,9 @@ use crate::bench::samples::{Samples, Summary};
 /// Bytes that the steps of a graph read before one reads the same again.
 pub const COLD: usize = 1 << 30;
 /// Most steps of a graph; also of an eager round, which thereby fits the queue of a stream.
-const MOST_STEPS: usize = 256;
+pub const MOST_STEPS: usize = 256;
 /// Seconds that a graph takes, about: long against what starts it.
-const GRAPH: f64 = 4e-3;
+pub const GRAPH: f64 = 4e-3;
 
 /// How long a case is measured, seconds of replay.
 pub struct Pace {
@@ -103,7 +103,8 @@ pub fn time(
     Ok(Timed { replay, eager, host, steps, copies: memory.args.len() })
 }
 
-fn describe(case: &Case) -> Outcome<AttentionDesc> {
+/// The descriptor of a case on one rank.
+pub fn describe(case: &Case) -> Outcome<AttentionDesc> {
     let mut desc = AttentionDesc::new(
         i32::try_from(case.q_heads)?,
         i32::try_from(case.kv_heads)?,
@@ -121,8 +122,8 @@ fn describe(case: &Case) -> Outcome<AttentionDesc> {
 }
 
 /// What the steps of a case read and write beside the pool, and their arguments, one for each copy of the cache.
-struct Memory {
-    args: Vec<DecodeArgs>,
+pub struct Memory {
+    pub args: Vec<DecodeArgs>,
     lse: Buffer,
     /// Held for the steps.
     _inputs: [Buffer; 3],
@@ -130,7 +131,7 @@ struct Memory {
 }
 
 impl Memory {
-    fn new(case: &Case, runtime: &Runtime, device: Device, pool: &Buffer) -> Outcome<Memory> {
+    pub fn new(case: &Case, runtime: &Runtime, device: Device, pool: &Buffer) -> Outcome<Memory> {
         let alloc = |bytes: usize| Buffer::alloc(runtime, device, bytes.max(1));
         let tokens = case.batch * case.query_tokens;
         let row_bytes = case.head_dim * case.dtype.size();
@@ -192,7 +193,7 @@ impl Memory {
     }
 
     /// An error where a row was not written, or is no number.
-    fn check(&self) -> Outcome<()> {
+    pub fn check(&self) -> Outcome<()> {
         let mut bytes = vec![0; self.lse.bytes()];
         self.lse.download(0, &mut bytes)?;
         let finite = |b: &[u8]| f32::from_ne_bytes([b[0], b[1], b[2], b[3]]).is_finite();

@@ -117,6 +117,34 @@ impl Drop for Gpu {
     }
 }
 
+/// A GPU's primary context, current on this thread until dropped.
+pub struct Current(sys::CUdevice);
+
+impl Current {
+    /// The library has seen that the GPU is there.
+    pub fn new(ordinal: i32) -> Outcome<Current> {
+        let (mut device, mut context) = (0, null_mut());
+        // SAFETY: calls with places to write to.
+        unsafe {
+            cuda!(cuDeviceGet(&mut device, ordinal))?;
+            cuda!(cuDevicePrimaryCtxRetain(&mut context, device))?;
+            cuda!(cuCtxPushCurrent_v2(context))?;
+        }
+        Ok(Current(device))
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        let mut context = null_mut();
+        // SAFETY: undoes `new`; made and dropped in one function, so on one thread. Statuses change nothing here.
+        unsafe {
+            let _ = sys::cuCtxPopCurrent_v2(&mut context);
+            let _ = sys::cuDevicePrimaryCtxRelease_v2(self.0);
+        }
+    }
+}
+
 /// A kernel of the bench.
 pub struct Kernel {
     function: sys::CUfunction,

@@ -2,12 +2,13 @@
 //! read its memory.
 //!
 //! `case` says what is timed, `driver` is the CUDA that the library has no call for, `ceiling` measures the memory,
-//! `decode` times the library, `report` tells.
+//! `decode` times the library, `report` tells; `ranks` does all this for several GPUs.
 
 mod case;
 mod ceiling;
 mod decode;
 mod driver;
+mod ranks;
 mod report;
 
 use treeattn::attention::Dtype;
@@ -28,6 +29,8 @@ const FULL: Pace = Pace { block: 0.25, least: 15 };
 const QUICK: Pace = Pace { block: 0.02, least: 5 };
 /// The ceiling is measured again before every so many cases.
 const BETWEEN: usize = 4;
+
+pub use self::ranks::run as run_ranks;
 
 pub fn run(args: &Args, device: Device) -> Outcome<()> {
     refuse(args)?;

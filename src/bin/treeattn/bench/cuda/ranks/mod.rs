@@ -1,0 +1,172 @@
+//! `treeattn bench --ranks cuda:0,cuda:1`: decode steps whose cache is sharded over GPUs, and exchanges alone, the
+//! library's own beside the paper's three allreduces in one run.
+//!
+//! Every rank has a thread, a stream and a pool of random numbers. A step's time is that of the slowest rank. `meeting`
+//! keeps the threads together, `time` measures, `report` tells.
+
+mod meeting;
+mod report;
+mod time;
+
+use treeattn::attention::{Algorithm, Dtype, OutputMode};
+use treeattn::runtime::{Buffer, CommConfig, Communicator, Device, Plan, Runtime, RuntimeConfig};
+
+use self::report::{ExchangeRow, Found, Report, Row};
+use self::time::{Rank, Work, merge_desc};
+use super::case::{self, Axes, Case};
+use super::decode::{Memory, describe, least_pool};
+use super::driver::{Gpu, Stream};
+use super::{FULL, QUICK, QUICK_POOL, fill};
+use crate::bench::Args;
+use crate::{Outcome, print};
+
+/// Bytes of memory to read from on each rank, unless a case needs more.
+const POOL: usize = 4 << 30;
+/// Query tokens of the partials whose exchange is timed: with 32 heads x 128 in f32 16 KB, 132 KB and 1.02 MB.
+const EXCHANGED: [usize; 3] = [1, 8, 62];
+
+pub fn run(args: &Args, devices: &[Device]) -> Outcome<()> {
+    refuse(args)?;
+    let axes = Axes {
+        heads: args.heads.clone(),
+        dtypes: args.dtype.clone(),
+        batches: args.batch.clone(),
+        lengths: args.lengths.clone(),
+        pages: args.page_size.clone(),
+        query_tokens: Vec::new(),
+    };
+    let standard = axes.cases().is_empty() && args.algorithms.is_empty();
+    let cases = if axes.cases().is_empty() { case::sharded(args.quick) } else { axes.cases() };
+    let asked: Vec<Algorithm> = args.algorithms.iter().flat_map(|some| &some.0).copied().collect();
+    let algorithms = if asked.is_empty() { vec![Algorithm::Auto, Algorithm::Allreduce3] } else { asked };
+
+    let runtime = Runtime::new(RuntimeConfig::default())?;
+    let share = |case: &Case| Case { keys: case.keys.div_ceil(devices.len()), ..*case };
+    let least = cases.iter().map(|case| least_pool(&share(case))).max().unwrap_or(0);
+    let pool_bytes = match args.pool_mib {
+        Some(mib) => mib.saturating_mul(1 << 20),
+        None if args.quick => QUICK_POOL,
+        None => POOL,
+    };
+    let pool_bytes = pool_bytes.max(least).next_multiple_of(4 << 20);
+    let comms = Communicator::create_local(&runtime, devices, &CommConfig::default())?;
+    let comms: Vec<&Communicator> = comms.iter().collect();
+    let mut names = Vec::new();
+    let mut ranks = Vec::new();
+    for &device in devices {
+        let info = runtime.device_info(device)?;
+        names.push(format!("{device} {}", info.name));
+        ranks.push(Rank::new(&runtime, device, info, Buffer::alloc(&runtime, device, pool_bytes)?));
+    }
+    let pace = if args.quick { QUICK } else { FULL };
+    let exchanged = if args.no_exchange { &[][..] } else { &EXCHANGED[..] };
+    let progress = crate::bench::progress(cases.len() + exchanged.len());
+
+    let mut rows = Vec::new();
+    let mut filled = None;
+    for &case in &cases {
+        progress.set_message(case.shape());
+        if filled.replace(case.dtype) != Some(case.dtype) {
+            fill_all(&ranks, case.dtype)?;
+        }
+        let mine = share(&case);
+        let memories = ranks
+            .iter()
+            .map(|rank| Memory::new(&mine, &runtime, rank.device, &rank.pool))
+            .collect::<Outcome<Vec<_>>>()?;
+        let time = |output: OutputMode, algorithm: Algorithm| -> Outcome<Found> {
+            let mut desc = describe(&mine)?;
+            (desc.output, desc.algorithm) = (output, algorithm);
+            let plans = match Plan::create_all(&comms, &desc) {
+                Ok(plans) => plans,
+                Err(error) => return Ok(Found::refused(algorithm, &error)),
+            };
+            let works: Vec<Work> =
+                plans.iter().zip(&memories).map(|(plan, memory)| Work::Decode { plan, args: &memory.args }).collect();
+            let found = Found::of(algorithm, &plans[0].stats()?, time::run(&ranks, &works, &pace)?);
+            for memory in &memories {
+                memory.check()?;
+            }
+            Ok(found)
+        };
+        let local = time(OutputMode::Local, Algorithm::Auto)?;
+        let found =
+            algorithms.iter().map(|&algorithm| time(OutputMode::Replicated, algorithm)).collect::<Outcome<Vec<_>>>()?;
+        rows.push(Row::new(case, devices.len(), local, found)?);
+        progress.inc(1);
+    }
+
+    let mut exchanges = Vec::new();
+    for &tokens in exchanged {
+        let desc = merge_desc(tokens)?;
+        progress.set_message(format!("exchange of {} bytes", time::partial_bytes(tokens)));
+        let partials =
+            ranks.iter().map(|rank| time::Partial::new(&runtime, rank, tokens)).collect::<Outcome<Vec<_>>>()?;
+        let mut found = Vec::new();
+        for &algorithm in &algorithms {
+            let plans = match Plan::create_all(&comms, &treeattn::attention::AttentionDesc { algorithm, ..desc }) {
+                Ok(plans) => plans,
+                Err(error) => {
+                    found.push(Found::refused(algorithm, &error));
+                    continue;
+                }
+            };
+            let works: Vec<Work> =
+                plans.iter().zip(&partials).map(|(plan, partial)| Work::Merge { plan, args: &partial.args }).collect();
+            found.push(Found::of(algorithm, &plans[0].stats()?, time::run(&ranks, &works, &pace)?));
+        }
+        exchanges.push(ExchangeRow { bytes: time::partial_bytes(tokens), found });
+        progress.inc(1);
+    }
+    progress.finish_and_clear();
+    for comm in &comms {
+        if let Some(error) = comm.status()?.error {
+            return Err(format!("rank {}: {error}", comm.rank()).into());
+        }
+    }
+
+    let mut report = Report {
+        version: env!("CARGO_PKG_VERSION"),
+        command: std::env::args().collect(),
+        ranks: names,
+        links: serde_json::from_str(&comms[0].describe()?)?,
+        pool_bytes,
+        rows,
+        exchanges,
+        targets: Vec::new(),
+    };
+    if standard && devices.len() == 2 && devices[0] != devices[1] {
+        report.targets = report.judge();
+    }
+    if let Some(path) = &args.json {
+        let text = serde_json::to_string_pretty(&report)? + "\n";
+        std::fs::write(path, text).map_err(|error| format!("--json {}: {error}", path.display()))?;
+    }
+    if let Some(path) = &args.plot {
+        std::fs::write(path, report.plot().svg()).map_err(|error| format!("--plot {}: {error}", path.display()))?;
+    }
+    print(&report.text())
+}
+
+/// An error for words that say nothing here.
+fn refuse(args: &Args) -> Outcome<()> {
+    let given = [
+        ("--isa", args.isa.is_empty()),
+        ("--threads", args.threads.is_none()),
+        ("--query-tokens", args.query_tokens.is_empty()),
+    ];
+    match given.iter().find(|(_, absent)| !absent) {
+        Some((word, _)) => Err(format!("{word}: it is not for ranks on GPUs").into()),
+        None if args.dtype.contains(&Dtype::F32) => Err("--dtype: found f32, wanted f16 or bf16 on a GPU".into()),
+        None => Ok(()),
+    }
+}
+
+/// Writes random numbers to every rank's pool.
+fn fill_all(ranks: &[Rank], dtype: Dtype) -> Outcome<()> {
+    for rank in ranks {
+        let gpu = Gpu::new(rank.device.ordinal, rank.info.name.clone(), rank.info.memory)?;
+        fill(&gpu, &Stream::new()?, &rank.pool, dtype)?;
+    }
+    Ok(())
+}

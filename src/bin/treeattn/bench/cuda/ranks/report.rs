@@ -1,0 +1,262 @@
+//! What a run over GPUs found: the JSON file, the tables and the plot.
+
+use serde::Serialize;
+use treeattn::Error;
+use treeattn::attention::Algorithm;
+use treeattn::runtime::PlanStats;
+
+use crate::Outcome;
+use crate::bench::cuda::case::{self, Case};
+use crate::bench::cuda::decode::Timed;
+use crate::bench::samples::Summary;
+use crate::plot::{Line, Plot};
+use crate::table::Table;
+
+#[derive(Serialize)]
+pub struct Report {
+    pub version: &'static str,
+    pub command: Vec<String>,
+    /// The device of each rank.
+    pub ranks: Vec<String>,
+    /// What the communicator says of itself.
+    pub links: serde_json::Value,
+    /// Bytes of each rank's pool.
+    pub pool_bytes: usize,
+    pub rows: Vec<Row>,
+    pub exchanges: Vec<ExchangeRow>,
+    pub targets: Vec<TargetReport>,
+}
+
+/// One shape; `keys` are those of all ranks together.
+#[derive(Serialize)]
+pub struct Row {
+    #[serde(flatten)]
+    pub case: Case,
+    pub kv_bytes_a_rank: usize,
+    /// The attention kernel alone, on all ranks at once.
+    pub local: Times,
+    pub found: Vec<Found>,
+}
+
+/// The exchange of given partials.
+#[derive(Serialize)]
+pub struct ExchangeRow {
+    /// Of a rank's partial.
+    pub bytes: usize,
+    pub found: Vec<Found>,
+}
+
+/// What an algorithm took, or why there is nothing.
+#[derive(Serialize)]
+pub struct Found {
+    pub asked: &'static str,
+    /// What the plan chose, and why.
+    pub algorithm: &'static str,
+    pub reason: String,
+    pub times: Option<Times>,
+}
+
+/// Seconds a step on the slowest rank.
+#[derive(Clone, Copy, Serialize)]
+pub struct Times {
+    /// From a graph of `steps` steps that reads `copies` copies of the cache in turn.
+    pub replay: Summary,
+    pub steps: usize,
+    pub copies: usize,
+    /// Enqueued one by one, and the host's time for a call.
+    pub eager: Summary,
+    pub host: Summary,
+}
+
+#[derive(Serialize)]
+pub struct TargetReport {
+    pub name: String,
+    pub wanted: String,
+    pub found: String,
+    pub public: &'static str,
+    pub met: bool,
+}
+
+impl From<Timed> for Times {
+    fn from(timed: Timed) -> Times {
+        Times { replay: timed.replay, steps: timed.steps, copies: timed.copies, eager: timed.eager, host: timed.host }
+    }
+}
+
+impl Found {
+    pub fn of(asked: Algorithm, stats: &PlanStats, timed: Timed) -> Found {
+        Found {
+            asked: asked.name(),
+            algorithm: stats.algorithm.name(),
+            reason: stats.reason.clone(),
+            times: Some(timed.into()),
+        }
+    }
+
+    pub fn refused(asked: Algorithm, error: &Error) -> Found {
+        Found { asked: asked.name(), algorithm: asked.name(), reason: error.to_string(), times: None }
+    }
+
+    fn micros(&self) -> Option<f64> {
+        self.times.map(|times| 1e6 * times.replay.median)
+    }
+}
+
+impl Row {
+    pub fn new(case: Case, ranks: usize, local: Found, found: Vec<Found>) -> Outcome<Row> {
+        let Some(local) = local.times else { return Err(local.reason.into()) };
+        Ok(Row { case, kv_bytes_a_rank: case.kv_bytes() / ranks, local, found })
+    }
+
+    /// What the first algorithm took, microseconds.
+    fn ours(&self) -> Option<f64> {
+        self.found.first().and_then(Found::micros)
+    }
+
+    fn added(&self) -> Option<f64> {
+        Some(self.ours()? - 1e6 * self.local.replay.median)
+    }
+}
+
+impl Report {
+    /// What two H200 are to reach, beside what was measured there with public parts.
+    pub fn judge(&self) -> Vec<TargetReport> {
+        let row = |case: Case| self.rows.iter().find(|row| row.case == case);
+        let target = |name: String, most: f64, found: Option<f64>, public: &'static str| {
+            Some(TargetReport {
+                name,
+                wanted: format!("<= {most} us"),
+                found: format!("{:.2} us", found?),
+                public,
+                met: found? <= most,
+            })
+        };
+        let steps = case::sharded_targets()
+            .into_iter()
+            .filter_map(|(case, most, public)| target(case.shape(), most, row(case)?.ours(), public));
+        let exchanges = self.exchanges.iter().zip([3.5, 5.0, 11.0]).filter_map(|(exchange, most)| {
+            let name = format!("exchange alone, {} bytes", exchange.bytes);
+            target(name, most, exchange.found.first()?.micros(), "")
+        });
+        let first = self.rows.iter().find(|row| row.case.batch == 1);
+        let added =
+            first.and_then(|row| target(format!("the exchange's part of {}", row.case.shape()), 3.0, row.added(), ""));
+        let host = first.and_then(|row| {
+            let host = row.found.first()?.times.map(|times| 1e6 * times.host.median);
+            target(format!("host time of an eager call, {}", row.case.shape()), 6.0, host, "")
+        });
+        steps.chain(exchanges).chain(added).chain(host).collect()
+    }
+
+    /// The tables.
+    pub fn text(&self) -> String {
+        let mut text = format!("{} ranks: {}\n\n", self.ranks.len(), self.ranks.join(", "));
+        let us = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.2}"));
+        let columns = |found: &[Found]| -> Vec<String> {
+            let mut all = Vec::new();
+            for (n, one) in found.iter().enumerate() {
+                all.push(format!("{} us", one.asked));
+                if n > 0 {
+                    all.push("x first".into());
+                }
+            }
+            all
+        };
+        let cells = |found: &[Found]| -> Vec<String> {
+            let mut all = Vec::new();
+            for (n, one) in found.iter().enumerate() {
+                all.push(us(one.micros()));
+                if n > 0 {
+                    let over = one.micros().zip(found[0].micros()).map(|(mine, first)| mine / first);
+                    all.push(over.map_or("-".into(), |over| format!("{over:.2}")));
+                }
+            }
+            all
+        };
+        if let Some(first) = self.rows.first() {
+            let mut header: Vec<String> =
+                ["decode", "MB a rank", "local us", "chosen"].map(String::from).into_iter().collect();
+            header.extend(columns(&first.found));
+            header.extend(["first - local", "eager us", "host us"].map(String::from));
+            let mut table = Table::new(&header.iter().map(String::as_str).collect::<Vec<_>>());
+            for row in &self.rows {
+                let times = row.found.first().and_then(|found| found.times);
+                let mut line = vec![
+                    row.case.shape(),
+                    format!("{:.1}", row.kv_bytes_a_rank as f64 / 1e6),
+                    format!("{:.2}", 1e6 * row.local.replay.median),
+                    row.found.first().map_or("-".into(), |found| found.algorithm.into()),
+                ];
+                line.extend(cells(&row.found));
+                line.push(us(row.added()));
+                line.push(us(times.map(|times| 1e6 * times.eager.median)));
+                line.push(us(times.map(|times| 1e6 * times.host.median)));
+                table.row(line);
+            }
+            text.push_str(&table.render());
+        }
+        if let Some(first) = self.exchanges.first() {
+            let mut header = vec!["exchange alone".to_string(), "chosen".into()];
+            header.extend(columns(&first.found));
+            let mut table = Table::new(&header.iter().map(String::as_str).collect::<Vec<_>>());
+            for row in &self.exchanges {
+                let chosen = row.found.first().map_or("-", |found| found.algorithm);
+                let mut line = vec![format!("{} bytes a rank", row.bytes), chosen.into()];
+                line.extend(cells(&row.found));
+                table.row(line);
+            }
+            text.push_str(&format!("\n{}", table.render()));
+        }
+        let all = self.rows.iter().flat_map(|row| &row.found).chain(self.exchanges.iter().flat_map(|row| &row.found));
+        let mut refusals: Vec<String> = Vec::new();
+        for found in all.filter(|found| found.times.is_none()) {
+            let refusal = format!("{}: {}", found.asked, found.reason);
+            if !refusals.contains(&refusal) {
+                refusals.push(refusal);
+            }
+        }
+        for refusal in refusals {
+            text.push_str(&format!("not timed: {refusal}\n"));
+        }
+        if !self.targets.is_empty() {
+            let mut table = Table::new(&["target (two H200)", "wanted", "found", "", "public parts there, us"]);
+            for t in &self.targets {
+                let met = if t.met { "met" } else { "MISSED" };
+                let cells = [&t.name, &t.wanted, &t.found, met, t.public];
+                table.row(cells.into_iter().map(ToString::to_string).collect());
+            }
+            text.push_str(&format!("\n{}", table.render()));
+        }
+        text.push_str(
+            "\nkeys: of all ranks together; bf16 unless named; output on every rank; a replayed graph of many steps on each \
+             rank, each of which reads another copy of the cache; the slowest rank counts\n",
+        );
+        text
+    }
+
+    /// A step's time over the keys of all ranks, a line for each algorithm.
+    pub fn plot(&self) -> Plot {
+        let mut lines: Vec<Line> = Vec::new();
+        let mut add = |name: String, point: (f64, f64)| match lines.iter_mut().find(|line| line.name == name) {
+            Some(line) => line.points.push(point),
+            None => lines.push(Line { name, points: vec![point] }),
+        };
+        for row in self.rows.iter().filter(|row| row.case.batch == 1) {
+            let keys = row.case.keys as f64;
+            add(format!("{}: attention alone", row.case.kind()), (keys, 1e6 * row.local.replay.median));
+            for found in &row.found {
+                if let Some(micros) = found.micros() {
+                    add(format!("{}: {}", row.case.kind(), found.asked), (keys, micros));
+                }
+            }
+        }
+        lines.iter_mut().for_each(|line| line.points.sort_by(|a, b| a.0.total_cmp(&b.0)));
+        Plot {
+            title: format!("Decode over {} GPUs", self.ranks.len()),
+            x_label: "keys of all ranks together".into(),
+            y_label: "microseconds a step".into(),
+            logarithmic: true,
+            lines,
+        }
+    }
+}
