@@ -5,6 +5,7 @@
 //   treeattn_decode_fma_d{QK}x{V}_r2_{TYPES}        2 packed query rows a tile
 //   treeattn_decode_mma_d{QK}x{V}_r{ROWS}_{TYPES}   ROWS = 8 or 16 packed query rows a tile
 //   treeattn_merge_partials                         merge of n given partials
+//   treeattn_exchange                               exchange of partials with peers
 //
 // {QK}x{V} is the smallest class that holds both head dims, out of
 //   64x64, 96x96, 128x128, 192x128, 256x256
@@ -68,16 +69,44 @@ struct Workspace {
 };
 static_assert(sizeof(Workspace) == 32, "mirrored by the launch side");
 
-// A status word: (0xffffffff - sequence) << 32 | cause. The largest word wins, so that the first faulty sequence does.
-__host__ __device__ constexpr uint64_t pack_status(uint32_t sequence, uint32_t cause) {
-    return static_cast<uint64_t>(0xffffffffu - sequence) << 32 | cause;
+// A status word: (0xffffffff - sequence) << 32 | rank << 8 | cause. The largest word wins, so that the first faulty
+// sequence does. A rank on its own says 0.
+__host__ __device__ constexpr uint64_t pack_status(uint32_t sequence, uint32_t cause, uint32_t rank = 0) {
+    return static_cast<uint64_t>(0xffffffffu - sequence) << 32 | rank << 8 | cause;
 }
 
-// Room for the exchange of partials with peers (slots, epochs, peer windows). All zero: none.
+// How the partials of a rank reach its peers: windows, slots, epochs and what ends a wait. All zero: there is no
+// exchange. What lies where in a window is said in ll.cuh; a word there is 64 bits.
 struct ExchangeView {
-    uint64_t reserved[32];
+    const uint64_t* peers;   //   0  [world] addresses of this rank's slot of parity 0 in each rank's window, its own too
+    const uint64_t* bases;   //   8  [world] addresses of each rank's window
+    uint64_t* window;        //  16  this rank's
+    uint64_t* host;          //  24  HostWord, in mapped host memory
+    int64_t slot_words;      //  32  words between slots
+    int64_t parity_words;    //  40  words between the slots of a rank in one parity and in the other
+    int64_t merged_at;       //  48  word of the slot of merged rows in parity 0; the other parity's is the next slot
+    uint64_t fingerprint;    //  56  what this rank takes the step for
+    uint64_t timeout_ns;     //  64  how long a wait may last
+    int32_t world;           //  72  2 to 64
+    int32_t rank;            //  76
+    int32_t wire_dtype;      //  80  f32, f16, bf16
+    int32_t mode;            //  84  ExchangeMode
+    int32_t heads;           //  88  of a partial
+    int32_t first_head;      //  92  of this rank's output; 0 but for kScattered
+    int32_t own_heads;       //  96  of this rank's output, 0 or more
+    int32_t reserved[7];     // 100
 };
-static_assert(sizeof(ExchangeView) == 256, "mirrored by the launch side");
+static_assert(offsetof(ExchangeView, slot_words) == 32, "mirrored by the launch side");
+static_assert(offsetof(ExchangeView, world) == 72, "mirrored by the launch side");
+static_assert(offsetof(ExchangeView, own_heads) == 96, "mirrored by the launch side");
+static_assert(sizeof(ExchangeView) == 128, "mirrored by the launch side");
+
+// ExchangeView::mode
+enum : int32_t {
+    kOneShot = 0,    // every rank gets every row and merges it
+    kScattered = 1,  // the owner of a head gets its rows and merges them, and nobody else has them
+    kTwoShot = 2,    // the owner of a head merges its rows and sends them to all
+};
 
 // One decode step on one device. Strides are bytes. Everything behind a pointer of int32 is read on the device, in the
 // stream's order, and checked before an address is formed from it.
@@ -141,7 +170,7 @@ static_assert(offsetof(DecodeParams, batch) == 280, "mirrored by the launch side
 static_assert(offsetof(DecodeParams, scale) == 352, "mirrored by the launch side");
 static_assert(offsetof(DecodeParams, workspace) == 368, "mirrored by the launch side");
 static_assert(offsetof(DecodeParams, exchange) == 400, "mirrored by the launch side");
-static_assert(sizeof(DecodeParams) == 656, "mirrored by the launch side");
+static_assert(sizeof(DecodeParams) == 528, "mirrored by the launch side");
 
 // Merge of n given partials, in index order. o [partial, token, head, dim], lse [partial, token, head].
 // One warp a row (token, head): grid ceil(tokens * heads / 8), 256 threads, no dynamic shared memory.
@@ -166,5 +195,32 @@ struct MergeParams {
 static_assert(offsetof(MergeParams, o_stride) == 32, "mirrored by the launch side");
 static_assert(offsetof(MergeParams, partials) == 128, "mirrored by the launch side");
 static_assert(sizeof(MergeParams) == 160, "mirrored by the launch side");
+
+// One exchange: this rank's partial goes to its peers, theirs come, and the merged rows are written. A row is (token,
+// head); a launch is about `rows` of them, the same on all ranks, no more than a slot holds. 256 threads a block, one warp
+// a row, any grid of at least 1 block (the same in all launches is not needed), no dynamic shared memory.
+struct ExchangeParams {
+    const void* o;             //   0  [token, head, dim]
+    const float* lse;          //   8  [token, head]
+    void* out;                 //  16  [token, own head, dim]
+    float* out_lse;            //  24  [token, own head]; may be null
+    int64_t o_stride[3];       //  32  bytes
+    int64_t lse_stride[2];     //  56
+    int64_t out_stride[3];     //  72
+    int64_t out_lse_stride[2]; //  96
+    int64_t first_row;         // 112  token * heads + head
+    int64_t rows;              // 120  0: a step without rows
+    int32_t head_dim;          // 128  any number of at least 1
+    int32_t o_dtype;           // 132
+    int32_t out_dtype;         // 136
+    float to_natural;          // 140  1, or ln 2 where the incoming lse has base 2
+    int32_t plus_inf_is_empty; // 144
+    int32_t reserved[3];       // 148
+    ExchangeView view;         // 160
+};
+static_assert(offsetof(ExchangeParams, o_stride) == 32, "mirrored by the launch side");
+static_assert(offsetof(ExchangeParams, first_row) == 112, "mirrored by the launch side");
+static_assert(offsetof(ExchangeParams, view) == 160, "mirrored by the launch side");
+static_assert(sizeof(ExchangeParams) == 288, "mirrored by the launch side");
 
 }  // namespace treeattn

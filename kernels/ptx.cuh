@@ -123,4 +123,30 @@ __device__ __forceinline__ uint32_t count_arrival(uint32_t* counter, uint32_t la
     return before;
 }
 
+// Words that other GPUs, or the host, write and read while the kernel runs: relaxed, at system scope. A word is whole or
+// not there; of two that are written or read together each is.
+__device__ __forceinline__ void store_word(uint64_t* to, uint64_t x) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(x) : "memory");
+}
+__device__ __forceinline__ void store_words(uint64_t* to, uint64_t x, uint64_t y) {
+    asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(x), "l"(y) : "memory");
+}
+__device__ __forceinline__ uint64_t load_word(const uint64_t* from) {
+    uint64_t x;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(x) : "l"(from) : "memory");
+    return x;
+}
+__device__ __forceinline__ ulonglong2 load_words(const uint64_t* from) {
+    ulonglong2 x;
+    asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(x.x), "=l"(x.y) : "l"(from) : "memory");
+    return x;
+}
+
+// A clock that all of a GPU sees alike, nanoseconds.
+__device__ __forceinline__ uint64_t nanoseconds() {
+    uint64_t now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)::"memory");
+    return now;
+}
+
 }  // namespace treeattn

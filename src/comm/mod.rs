@@ -23,6 +23,7 @@
 mod config;
 mod local;
 pub(crate) mod nccl;
+mod peer;
 mod transport;
 mod tree;
 mod verdict;
@@ -33,7 +34,8 @@ mod hop_tests;
 mod tests;
 
 pub use config::CommConfig;
-pub(crate) use local::{MAX_RANKS, local_group};
+pub(crate) use local::{LocalExchange, MAX_RANKS, local_group};
+pub(crate) use peer::{PeerExchange, Windows};
 pub(crate) use transport::TransportExchange;
 pub use transport::{AllgatherCallback, SendrecvCallback, Transport};
 #[cfg(test)]
@@ -144,6 +146,11 @@ pub(crate) trait Exchange: Send + Sync {
 
     /// Ranks, links, capacity and algorithms, as JSON.
     fn describe(&self) -> String;
+
+    /// The windows of ranks on GPUs, whose steps exchange there.
+    fn peers(&self) -> Option<&PeerExchange> {
+        None
+    }
 
     /// Whether rounds may run on a stream's thread.
     fn serves_streams(&self) -> bool {

@@ -61,6 +61,15 @@ pub(super) fn desync(
     Some(Error::new(ErrorKind::Desync, message).with_rank(odd[0] as i32))
 }
 
+/// `rank` is out of step in `what`, as the ranks have told each other.
+pub(super) fn out_of_step(what: &str, rank: usize) -> Error {
+    let message = format!(
+        "{what}: rank {rank} issued another call (or another batch, query_tokens or plan) than most; the communicator is \
+         broken"
+    );
+    Error::new(ErrorKind::Desync, message).with_rank(rank as i32)
+}
+
 /// `peer` sent `me` something else than `what` wants, though both began the same step.
 pub(super) fn differs(what: &str, me: usize, peer: usize) -> Error {
     let message =

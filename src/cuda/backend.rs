@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use super::allreduce::PartialTarget;
 use super::merge::{Merge, MergeStep};
-use super::params::{self, DecodeParams, ExchangeView, KernelShape, Workspace};
+use super::params::{self, DecodeParams, KernelShape, Workspace};
 use crate::attention::{AttentionDesc, Dtype, KvLayout, MaskKind, Placement, QueryInput, Reproducibility, Shard, Step};
 use crate::device::cuda::{CudaDevice, CudaStream, Entered, Holdings, Image, Kernel, PointerCheck, Words};
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::{DataFault, DataFaultCause};
+use crate::partial::{DataFault, DataFaultCause, ExchangeView};
 
 /// The head dimensions that kernels are compiled for, (qk, v): a shape runs in the first class that holds it.
 const CLASSES: [(i32, i32); 5] = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)];
@@ -71,12 +71,12 @@ struct Decode {
 }
 
 impl Decode {
-    fn new(image: &Image, name: &str) -> Result<Decode> {
+    fn new(image: &Image, name: &str, sharing: usize) -> Result<Decode> {
         let mut bytes = [0; size_of::<KernelShape>()];
         image.constant(&format!("{name}_shape"), &mut bytes)?;
         let shape = KernelShape::from_bytes(bytes);
         let kernel = image.kernel(name, shape.threads as u32, shape.dynamic_smem as u32)?;
-        let grid = image.device().units * shape.blocks_per_sm;
+        let grid = (image.device().units * shape.blocks_per_sm / sharing.clamp(1, 1 << 16) as i32).max(1);
         if grid < 1 || shape.partial_bytes < 1 {
             return Err(Error::new(ErrorKind::Internal, format!("{name}: found {shape:?} in the image")));
         }
@@ -101,14 +101,15 @@ struct Kernels {
 
 impl Kernels {
     /// Loads those that the plan's steps can need.
-    fn new(image: &Image, desc: &AttentionDesc) -> Result<Kernels> {
+    fn new(image: &Image, desc: &AttentionDesc, sharing: usize) -> Result<Kernels> {
         let fits = |&&(qk, v): &&(i32, i32)| desc.head_dim_qk <= qk && desc.head_dim_v <= v;
         let Some(&(qk, v)) = CLASSES.iter().find(fits) else {
             let found = format!("{} and {}", desc.head_dim_qk, desc.head_dim_v);
             return Err(Error::unsupported("head_dim_qk, head_dim_v", found, "at most 256 on a GPU"));
         };
         let group = i64::from(desc.group());
-        let load = |wanted: bool, name: String| if wanted { Decode::new(image, &name).map(Some) } else { Ok(None) };
+        let load =
+            |wanted: bool, name: String| if wanted { Decode::new(image, &name, sharing).map(Some) } else { Ok(None) };
         let alike = desc.k_dtype == desc.v_dtype;
         let dtypes = match alike {
             true => desc.k_dtype.name().to_string(),
@@ -164,12 +165,14 @@ pub(crate) struct CudaBackend {
 }
 
 impl CudaBackend {
-    /// Makes every kernel of a plan resident and allocates its workspace. Blocks; `Capturing` during a capture.
+    /// Makes every kernel of a plan resident and allocates its workspace. `sharing` ranks share the GPU, each with its part
+    /// of the grid. Blocks; `Capturing` during a capture.
     /// Dropping waits for the steps that are enqueued, at most `patience`.
     pub fn new(
         device: &Arc<CudaDevice>,
         desc: &AttentionDesc,
         shard: Shard,
+        sharing: usize,
         patience: Duration,
     ) -> Result<CudaBackend> {
         supported(desc)?;
@@ -179,7 +182,7 @@ impl CudaBackend {
         let status = holdings.words(1)?;
         let (mut attention, mut bytes) = (None, 0);
         if !desc.is_merge_only() {
-            let kernels = Kernels::new(&image, desc)?;
+            let kernels = Kernels::new(&image, desc, sharing)?;
             let partials = kernels.all().map(Decode::partials).max().unwrap_or(0).next_multiple_of(ALIGN);
             let counters = kernels.all().map(|decode| COUNTERS_A_BLOCK * decode.grid as usize * 4).max().unwrap_or(0);
             bytes = partials + counters;
@@ -410,6 +413,6 @@ fn fixed(desc: &AttentionDesc, shard: Shard, workspace: Workspace) -> DecodePara
         reserved: 0,
         min_tiles: 0,
         workspace,
-        exchange: ExchangeView { reserved: [0; 32] },
+        exchange: ExchangeView::NONE,
     }
 }

@@ -2,14 +2,16 @@
 //!
 //! [`CudaBackend`] is a plan's part of it: the kernel, its workspace and its grid, chosen once; `params` mirrors what
 //! the kernels take (`kernels/params.cuh`), `merge` launches the merge of given partials, `allreduce` what lies between the
-//! allreduces of the baseline. Depends on `attention`,
-//! `partial` and `device` only; knows nothing of other ranks.
+//! allreduces of the baseline, `exchange` the exchange of partials between GPUs. Depends on `attention`, `partial` and
+//! `device` only: what it knows of other ranks is plain data ([`crate::partial::ExchangeView`]).
 
 mod allreduce;
 mod backend;
+mod exchange;
 mod merge;
 mod params;
 
-pub(crate) use allreduce::{Allreduce, AllreduceOutput, AllreduceShape};
+pub(crate) use allreduce::{Allreduce, AllreduceOutput, AllreduceShape, PartialTarget};
 pub(crate) use backend::{CudaBackend, supported};
+pub(crate) use exchange::{ExchangeKernel, ExchangeStep};
 pub(crate) use merge::{Merge, MergeStep};

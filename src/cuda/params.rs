@@ -2,6 +2,8 @@
 
 use std::mem::offset_of;
 
+use crate::partial::ExchangeView;
+
 /// `DecodeParams::flags`: a key is hidden from queries at earlier global positions.
 pub const CAUSAL: u32 = 1;
 /// Keys and values older than the step's own tokens may be read before the dependency wait.
@@ -48,13 +50,6 @@ pub struct Workspace {
     pub counters: u64,
     pub status: u64,
     pub host_status: u64,
-}
-
-/// Room for the exchange of partials with peers. All zero: none.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-pub struct ExchangeView {
-    pub reserved: [u64; 32],
 }
 
 /// One decode step. Addresses are of the device, strides bytes.
@@ -133,11 +128,37 @@ pub struct MergeParams {
     pub plus_inf_is_empty: i32,
 }
 
+/// One exchange of partials.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct ExchangeParams {
+    pub o: u64,
+    pub lse: u64,
+    pub out: u64,
+    pub out_lse: u64,
+    pub o_stride: [i64; 3],
+    pub lse_stride: [i64; 2],
+    pub out_stride: [i64; 3],
+    pub out_lse_stride: [i64; 2],
+    pub first_row: i64,
+    pub rows: i64,
+    pub head_dim: i32,
+    pub o_dtype: i32,
+    pub out_dtype: i32,
+    pub to_natural: f32,
+    pub plus_inf_is_empty: i32,
+    pub reserved: [i32; 3],
+    pub view: ExchangeView,
+}
+
 // The same offsets and sizes that params.cuh asserts.
 const _: () = {
     assert!(size_of::<KernelShape>() == 32);
     assert!(size_of::<Workspace>() == 32);
-    assert!(size_of::<ExchangeView>() == 256);
+    assert!(size_of::<ExchangeView>() == 128);
+    assert!(offset_of!(ExchangeView, slot_words) == 32);
+    assert!(offset_of!(ExchangeView, world) == 72);
+    assert!(offset_of!(ExchangeView, own_heads) == 96);
     assert!(offset_of!(DecodeParams, q_stride) == 40);
     assert!(offset_of!(DecodeParams, query_start) == 168);
     assert!(offset_of!(DecodeParams, kv_position_stride) == 248);
@@ -145,8 +166,12 @@ const _: () = {
     assert!(offset_of!(DecodeParams, scale) == 352);
     assert!(offset_of!(DecodeParams, workspace) == 368);
     assert!(offset_of!(DecodeParams, exchange) == 400);
-    assert!(size_of::<DecodeParams>() == 656);
+    assert!(size_of::<DecodeParams>() == 528);
     assert!(offset_of!(MergeParams, o_stride) == 32);
     assert!(offset_of!(MergeParams, partials) == 128);
     assert!(size_of::<MergeParams>() == 160);
+    assert!(offset_of!(ExchangeParams, o_stride) == 32);
+    assert!(offset_of!(ExchangeParams, first_row) == 112);
+    assert!(offset_of!(ExchangeParams, view) == 160);
+    assert!(size_of::<ExchangeParams>() == 288);
 };

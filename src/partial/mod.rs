@@ -3,12 +3,16 @@
 //! Finished partials (those of ranks, of nodes, and the engine's own) meet by [`merge_into`], [`merge_two`] or
 //! [`merge_ranks`]. Inside a rank a backend has folds of its own, by the same algebra on sums that are not normalised yet
 //! (`cpu::state`, and the kernels of a GPU). The order is fixed by the caller throughout. `epoch` holds the rules of an
-//! exchange of partials, whatever carries it. Depends on nothing but plain data.
+//! exchange of partials, whatever carries it; `view` is what a GPU's kernel is told of one. Depends on nothing but plain
+//! data.
 
 pub(crate) mod epoch;
 #[cfg(all(test, loom))]
 mod epoch_model;
 mod merge;
+pub(crate) mod view;
+
+pub(crate) use view::ExchangeView;
 
 pub use merge::{PartialRows, merge_into, merge_ranks, merge_two};
 

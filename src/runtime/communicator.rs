@@ -7,14 +7,16 @@ use parking_lot::Mutex;
 
 use super::allreduce3::Watched;
 use super::context::{LogLevel, Runtime};
-use crate::attention::Shard;
+use super::peer;
+use crate::attention::{Algorithm, AttentionDesc, Shard};
 use crate::comm::nccl::NcclRank;
-use crate::comm::{CommConfig, Exchange, Transport, TransportExchange, local_group, node_numbers};
+use crate::comm::{CommConfig, Exchange, LocalExchange, Transport, TransportExchange, local_group, node_numbers};
 use crate::cuda::CudaBackend;
 use crate::device::cuda::CudaDevice;
 use crate::device::{Device, DeviceKind, Workers, available_cores};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::DataFault;
+use crate::partial::epoch::Epoch;
 
 /// One rank of a communicator. Clones are the same rank. Calls that exchange are serialised by the caller; `abort`
 /// and `status` may come from any thread at any time.
@@ -64,6 +66,8 @@ pub(super) struct CommCore {
     pub nodes: Vec<usize>,
     /// Ranks in one process share a group; 0 for a rank whose peers are elsewhere.
     pub group: u64,
+    /// Ranks of the group on this rank's device.
+    pub sharing: usize,
     /// Plans created so far: the next plan's number, the same on all ranks.
     pub plans: AtomicU64,
     /// Exchanging calls so far, part of every step's fingerprint.
@@ -76,6 +80,18 @@ pub(super) struct CommCore {
 impl Communicator {
     /// One communicator a device, rank by rank, all in this process. A device may appear several times.
     pub fn create_local(runtime: &Runtime, devices: &[Device], config: &CommConfig) -> Result<Vec<Communicator>> {
+        Communicator::create_local_at(runtime, devices, config, 0)
+    }
+
+    /// As [`Communicator::create_local`]; GPUs begin with the epoch after `start`, which only tests of its wrap choose.
+    #[doc(hidden)]
+    pub fn create_local_at(
+        runtime: &Runtime,
+        devices: &[Device],
+        config: &CommConfig,
+        start: u32,
+    ) -> Result<Vec<Communicator>> {
+        let start = Epoch::from_flag(start);
         runtime.check_open()?;
         config.check()?;
         if devices.is_empty() {
@@ -102,21 +118,23 @@ impl Communicator {
             }
         };
         let nodes = node_numbers(&groups);
+        let group = local_group(devices.len(), config)?;
+        let group_id = group.first().map_or(0, LocalExchange::group_id);
+        let exchanges: Vec<Box<dyn Exchange>> = if devices[0].kind == DeviceKind::Cuda && devices.len() > 1 {
+            let gpus = devices.iter().map(|&device| CudaDevice::get(device)).collect::<Result<Vec<_>>>()?;
+            let ends = peer::connect(group, &gpus, config, start)?;
+            ends.into_iter().map(|end| Box::new(end) as Box<dyn Exchange>).collect()
+        } else {
+            group.into_iter().map(|end| Box::new(end) as Box<dyn Exchange>).collect()
+        };
         let mut ranks = Vec::with_capacity(devices.len());
-        for (rank, (exchange, &device)) in local_group(devices.len(), config)?.into_iter().zip(devices).enumerate() {
+        for (rank, (exchange, &device)) in exchanges.into_iter().zip(devices).enumerate() {
             let spin = threads.saturating_mul(devices.len()) <= cores;
-            let group = exchange.group_id();
-            ranks.push(Communicator {
-                core: Arc::new(CommCore::new(
-                    runtime,
-                    device,
-                    config,
-                    Workers::new(threads, &format!("treeattn-{rank}"), spin)?,
-                    Box::new(exchange),
-                    nodes.clone(),
-                    group,
-                )?),
-            });
+            let sharing = devices.iter().filter(|&&other| other == device).count();
+            let workers = Workers::new(threads, &format!("treeattn-{rank}"), spin)?;
+            let mut core = CommCore::new(runtime, device, config, workers, exchange, nodes.clone(), group_id)?;
+            core.sharing = sharing;
+            ranks.push(Communicator { core: Arc::new(core) });
         }
         let message = format!("local communicator of {} ranks, {threads} threads a rank", devices.len());
         runtime.log(LogLevel::Info, &message);
@@ -278,6 +296,7 @@ impl CommCore {
             exchange,
             nodes,
             group,
+            sharing: 1,
             plans: AtomicU64::new(0),
             calls: AtomicU64::new(0),
             last_plan: AtomicU64::new(0),
@@ -321,8 +340,16 @@ impl CommCore {
         plans.push((plan, Arc::downgrade(steps)));
     }
 
+    /// Whether CUDA ranks have no way to make the merged output that a plan asks for.
+    pub fn has_no_exchange(&self, desc: &AttentionDesc) -> bool {
+        desc.algorithm != Algorithm::Allreduce3 && self.exchange.peers().is_none()
+    }
+
     /// Takes what steps on a GPU have found since the last time. Does not wait for them.
     fn collect_faults(&self) {
+        if let Some((rank, fault)) = peer::take_fault(self.exchange.peers()) {
+            self.report(rank, self.last_plan.load(Ordering::Relaxed), fault);
+        }
         for (plan, steps) in &*self.nccl_plans.lock() {
             if let Some((rank, fault)) = steps.upgrade().and_then(|steps| steps.take_fault()) {
                 self.report(rank, *plan, fault);

@@ -17,6 +17,7 @@ mod execute;
 mod merge;
 mod nccl;
 mod output;
+mod peer;
 mod plan;
 mod selfcheck;
 mod stream;

@@ -13,6 +13,7 @@ use super::context::Runtime;
 use super::exchange::{Method, Scratch, Wire};
 use super::execute;
 use super::merge::{MergeArgs, MergeInput};
+use super::peer::GpuExchange;
 use super::stream::{Job, Stream};
 use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, OutputMode, Shard, Step, head_range};
 use crate::cpu::{self, CpuBackend};
@@ -74,6 +75,8 @@ pub(super) struct PlanCore {
     pub heads: Range<usize>,
     /// What a step over NCCL needs beside the backend.
     pub allreduce: Option<GpuAllreduce>,
+    /// What a step over the windows of GPUs needs.
+    windows: Option<GpuExchange>,
     pub backend: Backend,
     pub wire: Wire,
     pub method: Method,
@@ -113,8 +116,12 @@ pub fn attention_supported(runtime: &Runtime, device: Device, desc: &AttentionDe
             let wanted = "an algorithm that exchanges partials, for a merge-only plan";
             return Err(Error::unsupported("algorithm", desc.algorithm.name(), wanted));
         }
-        (DeviceKind::Cpu, _) | (_, Algorithm::Auto | Algorithm::OneShot | Algorithm::Allreduce3) => {}
-        (_, other) => return Err(Error::unsupported("algorithm", other.name(), "AUTO, ONE_SHOT and ALLREDUCE3")),
+        (DeviceKind::Cpu, _)
+        | (_, Algorithm::Auto | Algorithm::OneShot | Algorithm::TwoShot | Algorithm::Allreduce3) => {}
+        (_, other) => {
+            let wanted = "AUTO, ONE_SHOT, TWO_SHOT and ALLREDUCE3";
+            return Err(Error::unsupported("algorithm", other.name(), wanted));
+        }
     }
     match device.kind {
         DeviceKind::Cpu => cpu::supported(desc),
@@ -199,10 +206,12 @@ impl Plan {
         }
         let step = Step::new(&core.desc, core.shard, args, core.heads.len() as i32)?;
         if let Backend::Cuda(backend) = &core.backend {
-            let stream = Stream::cuda(stream, core.comm.device)?;
-            match &core.allreduce {
-                Some(allreduce) => allreduce.decode(core, backend, &step, stream)?,
-                None => backend.decode(&step, stream)?,
+            let cuda = Stream::cuda(stream, core.comm.device)?;
+            core.enqueues_on(stream);
+            match (&core.allreduce, &core.windows) {
+                (Some(allreduce), _) => allreduce.decode(core, backend, &step, cuda)?,
+                (_, Some(windows)) => windows.decode(core, backend, &step, cuda)?,
+                _ => backend.decode(&step, cuda)?,
             }
             core.count_step();
             return Ok(());
@@ -237,10 +246,12 @@ impl Plan {
         }
         let input = MergeInput::for_plan(args, &core.desc, core.heads.len())?;
         if let Backend::Cuda(backend) = &core.backend {
-            let (step, stream) = (input.on_device(1), Stream::cuda(stream, core.comm.device)?);
-            match &core.allreduce {
-                Some(allreduce) => allreduce.merge(core, backend, &step, stream)?,
-                None => backend.merge(&step, stream)?,
+            let (step, cuda) = (input.on_device(1), Stream::cuda(stream, core.comm.device)?);
+            core.enqueues_on(stream);
+            match (&core.allreduce, &core.windows) {
+                (Some(allreduce), _) => allreduce.merge(core, backend, &step, cuda)?,
+                (_, Some(windows)) => windows.merge(core, &step, cuda)?,
+                _ => backend.merge(&step, cuda)?,
             }
             core.count_step();
             return Ok(());
@@ -368,13 +379,14 @@ impl PlanCore {
             OutputMode::Replicated | OutputMode::Local => 0..desc.q_heads,
         };
         let backend = match &comm.cuda {
-            Some(_)
-                if desc.output != OutputMode::Local && shard.world > 1 && desc.algorithm != Algorithm::Allreduce3 =>
-            {
+            Some(_) if desc.output != OutputMode::Local && shard.world > 1 && comm.has_no_exchange(desc) => {
                 let found = format!("{} over {} ranks", desc.output.name(), shard.world);
                 return Err(Error::unsupported("output", found, "LOCAL, or ALLREDUCE3 for several CUDA ranks"));
             }
-            Some(device) => Backend::Cuda(Arc::new(CudaBackend::new(device, desc, shard, comm.config.step_timeout)?)),
+            Some(device) => {
+                let (patience, sharing) = (comm.config.step_timeout, comm.sharing);
+                Backend::Cuda(Arc::new(CudaBackend::new(device, desc, shard, sharing, patience)?))
+            }
             None if desc.is_merge_only() => Backend::Cpu(None),
             None => {
                 let (threads, isa) = (comm.workers.threads(), comm.runtime.cpu_isa());
@@ -398,6 +410,17 @@ impl PlanCore {
             (Some(device), Method::Allreduce3) => Some(GpuAllreduce::new(device, desc, comm, shard, &heads)?),
             _ => None,
         };
+        let windows = match (&comm.cuda, &method, comm.exchange.peers()) {
+            (Some(device), Method::Windows, Some(peers)) => {
+                Some(GpuExchange::new(device, desc, peers, shard, &heads, comm.config.step_timeout)?)
+            }
+            _ => None,
+        };
+        let (algorithm, reason) = match &windows {
+            Some(windows) => windows.algorithm(),
+            None => (method.algorithm(desc.algorithm), reason),
+        };
+        let backend_bytes = backend_bytes + windows.as_ref().map_or(0, GpuExchange::memory);
         let backend_bytes = backend_bytes + allreduce.as_ref().map_or(0, GpuAllreduce::memory);
         let (blocks, others) = method.bytes();
         let memory = PlanMemory {
@@ -411,9 +434,10 @@ impl PlanCore {
             id: comm.plans.load(Ordering::Relaxed) + 1,
             heads: heads.start as usize..heads.end as usize,
             allreduce,
+            windows,
             backend,
             wire: Wire::of(desc),
-            algorithm: method.algorithm(desc.algorithm),
+            algorithm,
             method,
             exchange_memory: (scratch.exchange_bytes() + blocks) as u64,
             scratch: Mutex::new(scratch),
@@ -423,6 +447,13 @@ impl PlanCore {
             in_flight: Mutex::new(0),
             idle: Condvar::new(),
         })
+    }
+
+    /// Has a GPU's stream tell of the communicator's failure, if steps of this plan can break it.
+    fn enqueues_on(&self, stream: Option<&Stream>) {
+        if let (Some(stream), true) = (stream, self.allreduce.is_some() || self.windows.is_some()) {
+            stream.exchanged(&self.comm);
+        }
     }
 
     /// Counts a step of this plan.

@@ -1,10 +1,13 @@
 //! Streams: in-order queues of steps. On the CPU a stream is a queue with a thread of its own, on a GPU a CUDA stream.
 
 use std::ffi::c_void;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use once_cell::sync::OnceCell;
+use parking_lot::Mutex;
 
+use super::communicator::CommCore;
 use super::context::Runtime;
 use super::energy::{self, EnergyStep};
 use super::execute;
@@ -34,6 +37,8 @@ pub struct Stream {
     runtime: Runtime,
     device: Device,
     kind: Kind,
+    /// On a GPU, the communicator whose exchange was enqueued last.
+    exchanged: Mutex<Weak<CommCore>>,
 }
 
 enum Kind {
@@ -51,7 +56,7 @@ impl Stream {
             DeviceKind::Cpu => Kind::Cpu(Queue::new(QUEUE_CAPACITY, "treeattn-stream", run)?),
             DeviceKind::Cuda => Kind::cuda(CudaStream::new(&CudaDevice::get(device)?)?),
         };
-        Ok(Stream { runtime: runtime.clone(), device, kind })
+        Ok(Stream { runtime: runtime.clone(), device, kind, exchanged: Mutex::default() })
     }
 
     /// The caller's own CUDA stream (a `CUstream` or `cudaStream_t`; null is the legacy default stream) of the primary
@@ -66,16 +71,29 @@ impl Stream {
         }
         // SAFETY: as the caller vouches.
         let stream = unsafe { CudaStream::wrap(&CudaDevice::get(device)?, cuda_stream) }?;
-        Ok(Stream { runtime: runtime.clone(), device, kind: Kind::cuda(stream) })
+        Ok(Stream { runtime: runtime.clone(), device, kind: Kind::cuda(stream), exchanged: Mutex::default() })
     }
 
     /// Waits until everything enqueued so far is done. On the CPU it returns the first error since the last call and
-    /// forgets it; on a GPU, an asynchronous error of the device (`Capturing` while the stream is captured).
+    /// forgets it; on a GPU, an asynchronous error of the device (`Capturing` while the stream is captured), or why the
+    /// communicator is broken whose exchange was enqueued here last.
     pub fn synchronize(&self) -> Result<()> {
         self.runtime.check_open()?;
         match &self.kind {
             Kind::Cpu(queue) => queue.synchronize(),
-            Kind::Cuda(stream, _) => stream.synchronize(),
+            Kind::Cuda(stream, _) => {
+                stream.synchronize()?;
+                let exchanged = self.exchanged.lock().upgrade();
+                exchanged.map_or(Ok(()), |comm| comm.check_whole())
+            }
+        }
+    }
+
+    /// Remembers whose exchange was enqueued, to tell of its failure.
+    pub(super) fn exchanged(&self, comm: &Arc<CommCore>) {
+        let mut last = self.exchanged.lock();
+        if !std::ptr::eq(last.as_ptr(), Arc::as_ptr(comm)) {
+            *last = Arc::downgrade(comm);
         }
     }
 

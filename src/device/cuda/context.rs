@@ -164,6 +164,11 @@ impl CudaDevice {
         self.device
     }
 
+    /// The driver's handle.
+    pub(super) fn handle(&self) -> sys::CUdevice {
+        self.handle
+    }
+
     /// The primary context.
     pub fn context(&self) -> sys::CUcontext {
         self.context

@@ -54,6 +54,8 @@ driver! {
     ctx_get_current: "cuCtxGetCurrent"(*mut sys::CUcontext);
     ctx_push_current: "cuCtxPushCurrent_v2"(sys::CUcontext);
     ctx_pop_current: "cuCtxPopCurrent_v2"(*mut sys::CUcontext);
+    device_can_access_peer: "cuDeviceCanAccessPeer"(*mut c_int, sys::CUdevice, sys::CUdevice);
+    ctx_enable_peer_access: "cuCtxEnablePeerAccess"(sys::CUcontext, c_uint);
     thread_exchange_capture_mode: "cuThreadExchangeStreamCaptureMode"(*mut sys::CUstreamCaptureMode);
     mem_alloc: "cuMemAlloc_v2"(*mut sys::CUdeviceptr, usize);
     mem_free: "cuMemFree_v2"(sys::CUdeviceptr);

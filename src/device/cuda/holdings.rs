@@ -95,7 +95,7 @@ impl Drop for Holdings {
     }
 }
 
-/// Words in host memory that the device writes and the host reads at any time, without a wait.
+/// Words in host memory that the device and the host write and read at any time, without a wait.
 pub(crate) struct Words {
     host: *mut u64,
     address: u64,
@@ -126,6 +126,16 @@ impl Words {
         assert!(index < self.count);
         // SAFETY: inside the allocation, aligned, and reached by atomics only.
         unsafe { AtomicU64::from_ptr(self.host.add(index)) }.load(Ordering::Acquire)
+    }
+
+    /// Sets word `index`, for the device to see.
+    ///
+    /// # Safety
+    /// The holdings that gave the words are alive.
+    pub unsafe fn store(&self, index: usize, value: u64) {
+        assert!(index < self.count);
+        // SAFETY: inside the allocation, aligned, and reached by atomics only.
+        unsafe { AtomicU64::from_ptr(self.host.add(index)) }.store(value, Ordering::Release);
     }
 
     /// Word `index`, which becomes 0.

@@ -2,7 +2,8 @@
 //!
 //! `driver` finds the library and turns its errors into ours, `context` retains the primary context and makes it
 //! current for the length of a call, `holdings` frees what was allocated, `memory` copies and looks at pointers,
-//! `stream` wraps streams, `staging` moves bytes without a blocking call, `module` loads and launches the kernels that build.rs compiled.
+//! `stream` wraps streams, `staging` moves bytes without a blocking call, `module` loads and launches the kernels that build.rs compiled, `peer` lets
+//! GPUs reach each other's memory.
 //!
 //! Nothing here changes the caller's current device or waits for the device, unless it says that it blocks.
 
@@ -11,6 +12,7 @@ mod driver;
 mod holdings;
 mod memory;
 mod module;
+mod peer;
 mod staging;
 mod stream;
 

@@ -51,6 +51,8 @@ pub(super) enum Method {
     Tree(Tree),
     Allreduce3,
     Ring(Box<Ring>),
+    /// GPUs write into each other's memory ([`GpuExchange`](super::peer::GpuExchange)).
+    Windows,
 }
 
 /// This rank's partial and what algorithms need beside it.
@@ -93,7 +95,7 @@ impl Scratch {
             Method::Tree(_) => (Some(0), words),
             Method::Allreduce3 => (Some(0), rows.checked_mul(2)),
             Method::TwoShot => (Some(0), (rows / desc.q_heads as usize * own_heads).checked_mul(dim + 1)),
-            Method::None | Method::OneShot | Method::Ring(_) => (Some(0), Some(0)),
+            Method::None | Method::OneShot | Method::Ring(_) | Method::Windows => (Some(0), Some(0)),
         };
         Ok(Scratch {
             partial: zeroed("max_query_tokens x q_heads x head_dim_v", partial)?,
@@ -136,6 +138,10 @@ impl Method {
         }
         if shard.world == 1 {
             return Ok((Method::None, "one rank: nothing to exchange"));
+        }
+        if exchange.peers().is_some() && desc.algorithm != Algorithm::Allreduce3 {
+            // Its kernels do it.
+            return Ok((Method::Windows, ""));
         }
         if matches!(desc.algorithm, Algorithm::Tree | Algorithm::Ring) && !exchange.has_hops() {
             let wanted = "AUTO, ONE_SHOT, TWO_SHOT or ALLREDUCE3: the engine's transport has no sendrecv";
@@ -185,7 +191,7 @@ impl Method {
         match self {
             Method::None if asked == Algorithm::Auto => Algorithm::OneShot,
             Method::None => asked,
-            Method::OneShot => Algorithm::OneShot,
+            Method::OneShot | Method::Windows => Algorithm::OneShot,
             Method::TwoShot => Algorithm::TwoShot,
             Method::Tree(_) => Algorithm::Tree,
             Method::Allreduce3 => Algorithm::Allreduce3,
@@ -216,7 +222,7 @@ pub(super) fn run(meeting: &Meeting<'_>, scratch: &mut Scratch) -> Result<Found>
         Method::TwoShot => one_shot::two_shot(meeting, scratch),
         Method::Tree(tree) => tree::run(meeting, tree, scratch),
         Method::Allreduce3 => allreduce::run(meeting, scratch),
-        Method::None | Method::Ring(_) => {
+        Method::None | Method::Ring(_) | Method::Windows => {
             let wanted = "an algorithm that exchanges partials";
             Err(Error::unsupported("algorithm", meeting.plan.desc.algorithm.name(), wanted))
         }
@@ -320,7 +326,7 @@ fn unpack_fault(word: u64) -> Found {
 }
 
 /// FNV-1a over the words that all ranks must agree on.
-fn fingerprint(words: &[u64]) -> u64 {
+pub(super) fn fingerprint(words: &[u64]) -> u64 {
     words
         .iter()
         .flat_map(|word| word.to_le_bytes())

@@ -1,0 +1,367 @@
+// The exchange of partials between ranks: what one rank pushes, and how rows that came are merged.
+//
+// Every rank merges in rank order by one routine (the largest log-sum-exp first, then a left fold, empty partials skipped),
+// and takes its own partial from its own window as well, through the wire's type like the others. So all ranks that merge
+// a row hold the same bits.
+#pragma once
+
+#include "ll.cuh"
+#include "numbers.cuh"
+
+namespace treeattn {
+
+constexpr int kRanksTogether = 4;   // whose words are asked for before the first is looked at: they come at the same time
+constexpr int kWordsAPass = 128;    // of a row's o that a warp holds at a time: 4 words a lane
+constexpr int kPairs = kWordsAPass / 64;
+
+// Delays for tests of the protocol; nothing in other builds.
+enum class Point { kPush, kWait, kConsume };
+#ifdef TREEATTN_DELAYS
+extern "C" __device__ uint32_t treeattn_delays[4];  // most nanoseconds at each point, and a seed
+__device__ __forceinline__ void delay(Point point, uint32_t epoch) {
+    const uint32_t most = treeattn_delays[static_cast<int>(point)];
+    if (most == 0) return;
+    uint32_t x = (epoch * 2654435761u ^ blockIdx.x * 40503u ^ threadIdx.x / 32 * 977u) + treeattn_delays[3];
+    x ^= x >> 15, x *= 2246822519u, x ^= x >> 13;
+    const uint64_t until = nanoseconds() + x % most;
+    while (nanoseconds() < until) {
+    }
+}
+#else
+__device__ __forceinline__ void delay(Point, uint32_t) {}
+#endif
+
+// Two elements as words of o on the wire, and back. For f32 a word is one element, else two.
+struct Wire {
+    bool is_f32, is_bf16;
+
+    __device__ __forceinline__ explicit Wire(int32_t dtype) : is_f32(dtype == kF32), is_bf16(dtype == kBf16) {}
+
+    __device__ __forceinline__ int elements_a_word() const { return is_f32 ? 1 : 2; }
+    __device__ __forceinline__ uint32_t pack(float2 x) const {
+        if (is_f32) return __float_as_uint(x.x);
+        return is_bf16 ? pack_pair<true>(x.x, x.y) : pack_pair<false>(x.x, x.y);
+    }
+    __device__ __forceinline__ float2 unpack(uint32_t bits) const {
+        if (is_f32) return make_float2(__uint_as_float(bits), 0.f);
+        return is_bf16 ? unpack_pair<true>(bits) : unpack_pair<false>(bits);
+    }
+};
+
+// Which rows of a launch are a rank's: those of `own` heads from `first` on. Rows are numbered from the launch's first.
+struct Rows {
+    int64_t begin, before;
+    int heads, first, own;
+    int64_t count;
+
+    __device__ __forceinline__ Rows(const ExchangeParams& p, int first_head, int own_heads)
+        : begin(p.first_row), heads(p.view.heads), first(first_head), own(own_heads) {
+        before = owned_until(begin);
+        count = owned_until(begin + p.rows) - before;
+    }
+    // Owned rows before flat row x.
+    __device__ __forceinline__ int64_t owned_until(int64_t x) const {
+        const int64_t token = x / heads;
+        const int head = static_cast<int>(x - token * heads);
+        return token * own + min(max(head - first, 0), own);
+    }
+    // The n-th owned row of the launch.
+    __device__ __forceinline__ int64_t at(int64_t n) const {
+        const int64_t nth = before + n, token = nth / own;
+        return token * heads + first + (nth - token * own) - begin;
+    }
+};
+
+// Where a row of the output goes. `row` counts from the launch's first.
+struct Target {
+    char* o;
+    float* lse;
+
+    __device__ __forceinline__ Target(const ExchangeParams& p, int64_t row) {
+        const int64_t flat = p.first_row + row, token = flat / p.view.heads;
+        const int64_t head = flat - token * p.view.heads - p.view.first_head;
+        o = static_cast<char*>(p.out) + token * p.out_stride[0] + head * p.out_stride[1];
+        char* at = reinterpret_cast<char*>(p.out_lse) + token * p.out_lse_stride[0] + head * p.out_lse_stride[1];
+        lse = p.out_lse == nullptr ? nullptr : reinterpret_cast<float*>(at);
+    }
+};
+
+// Writes up to two elements of an output row.
+__device__ __forceinline__ void write_elements(const ExchangeParams& p, const Target& to, int d, int n, float2 x) {
+    char* at = to.o + d * p.out_stride[2];
+    if (d + 1 < p.head_dim && n == 2) {
+        store_two(at, p.out_stride[2], p.out_dtype, x);
+    } else if (d < p.head_dim) {
+        store_element(at, p.out_dtype, x.x);
+    }
+}
+
+// One warp writes NaN.
+static __device__ __noinline__ void poison_row(const ExchangeParams& p, int64_t row) {
+    const Target to(p, row);
+    for (int d = threadIdx.x % 32; d < p.head_dim; d += 32) {
+        store_element(to.o + d * p.out_stride[2], p.out_dtype, not_a_number());
+    }
+    if (to.lse != nullptr && threadIdx.x % 32 == 0) *to.lse = not_a_number();
+}
+
+// Calls `send(slot's row)` for every rank that gets a row.
+template <class Send>
+__device__ __forceinline__ void for_receivers(const ExchangeView& v, const Epoch& e, int head, int64_t at, Send send) {
+    if (v.mode == kOneShot) {
+        // The own window last: the others' words have the longer way.
+#pragma unroll 1
+        for (int n = 1; n <= v.world; n++) send(slot_at(v, e, (v.rank + n) % v.world) + at);
+    } else {
+        send(slot_at(v, e, owner_of(head, v.heads, v.world)) + at);
+    }
+}
+
+// One warp pushes a row of this rank's partial. `fault`: the step's bad data, for the wire.
+__device__ __forceinline__ void push_row(const ExchangeParams& p, const Epoch& e, int64_t row, uint32_t fault) {
+    const ExchangeView& v = p.view;
+    const Wire wire(v.wire_dtype);
+    const int lane = threadIdx.x % 32, size = wire.elements_a_word();
+    const int64_t flat = p.first_row + row, token = flat / v.heads, head = flat - token * v.heads;
+    const int64_t words = row_words(p.head_dim, v.wire_dtype), at = kHeaderWords + row * words;
+    const char* lses = reinterpret_cast<const char*>(p.lse) + token * p.lse_stride[0] + head * p.lse_stride[1];
+    float lse = *reinterpret_cast<const float*>(lses);
+    lse = p.plus_inf_is_empty && lse == infinity() ? -infinity() : lse * p.to_natural;
+    const char* o = static_cast<const char*>(p.o) + token * p.o_stride[0] + head * p.o_stride[1];
+    const auto element = [&](int d) {
+        // An empty partial's o is never read.
+        const bool there = d < p.head_dim && lse != -infinity();
+        return there ? load_element(o + d * p.o_stride[2], p.o_dtype) : 0.f;
+    };
+    const auto word = [&](int n) {
+        const int d = n * size;
+        return packet(wire.pack(make_float2(element(d), size == 2 ? element(d + 1) : 0.f)), e.number);
+    };
+    if (lane == 0) {
+        const uint64_t first = packet(__float_as_uint(lse), e.number), second = packet(fault, e.number);
+        for_receivers(v, e, static_cast<int>(head), at, [&](uint64_t* to) { store_words(to, first, second); });
+    }
+#pragma unroll 1
+    for (int n = lane * 2; n < words - kRowHead; n += 64) {
+        const uint64_t x = word(n), y = word(n + 1);
+        for_receivers(v, e, static_cast<int>(head), at + kRowHead + n, [&](uint64_t* to) { store_words(to, x, y); });
+    }
+}
+
+// The log-sum-exps of a row and what follows from them; lane r has those of ranks r and r + 32.
+struct Weights {
+    float lse[2];
+    float weight[2];
+    double sum;      // of all weights, before they were rounded
+    float top;
+    int live;
+    bool bad;
+    uint32_t fault;  // bad data that came with the row, that of the first sequence
+};
+
+// One warp waits for the log-sum-exps of all ranks' partials of the row at word `at` of their slots.
+__device__ __forceinline__ bool wait_weights(const ExchangeView& v, Epoch& e, int64_t at, Weights& w) {
+    const int lane = threadIdx.x % 32;
+    w.fault = 0;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        w.lse[half] = -infinity();
+        const int rank = half * 32 + lane;
+        if (half * 32 >= v.world) continue;
+        bool seen = rank >= v.world;
+        for (int spins = 1;; spins++) {
+            if (!seen) {
+                const ulonglong2 words = load_words(slot_of(v, e, rank) + at);
+                seen = are_of(words, e.number);
+                if (seen) {
+                    w.lse[half] = __uint_as_float(data_of(words.x));
+                    const uint32_t fault = data_of(words.y);
+                    if (fault != 0 && (w.fault == 0 || fault < w.fault)) w.fault = fault;
+                }
+            }
+            if (__all_sync(kWholeWarp, seen)) break;
+            if (spins % kSpins == 0 && give_up(v, e, lowest(seen, rank))) return false;
+        }
+    }
+    w.bad = __any_sync(kWholeWarp, !(w.lse[0] < infinity()) || !(w.lse[1] < infinity()));
+    w.top = fmaxf(w.lse[0], w.lse[1]);
+    w.live = (w.lse[0] != -infinity()) + (w.lse[1] != -infinity());
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) {
+        w.top = fmaxf(w.top, __shfl_xor_sync(kWholeWarp, w.top, d));
+        w.live += __shfl_xor_sync(kWholeWarp, w.live, d);
+        const uint32_t other = __shfl_xor_sync(kWholeWarp, w.fault, d);
+        if (other != 0 && (w.fault == 0 || other < w.fault)) w.fault = other;
+    }
+    w.sum = 0.0;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (half * 32 >= v.world) continue;
+        const bool empty = w.lse[half] == -infinity() || w.bad;
+        const double weight = empty ? 0.0 : exp(static_cast<double>(w.lse[half]) - w.top);
+        w.weight[half] = static_cast<float>(weight);
+        for (int rank = 0; rank < min(v.world - half * 32, 32); rank++) w.sum += __shfl_sync(kWholeWarp, weight, rank);
+    }
+    return true;
+}
+
+// One warp merges a row: waits for every rank's words and gives the merged ones, two at a time, to
+// `take(word of o, its elements, those of the next word)`, then the lse to `end`. False: the communicator is broken.
+template <class Take, class End>
+__device__ __forceinline__ bool merge_row(const ExchangeParams& p, Epoch& e, int64_t row, Take take, End end) {
+    const ExchangeView& v = p.view;
+    const Wire wire(v.wire_dtype);
+    const int lane = threadIdx.x % 32;
+    const int words = static_cast<int>(row_words(p.head_dim, v.wire_dtype)) - kRowHead;
+    const int64_t at = kHeaderWords + row * (words + kRowHead);
+    Weights w;
+    if (!wait_weights(v, e, at, w)) return false;
+    const double scale = w.live <= 1 ? 1.0 : 1.0 / w.sum;
+#pragma unroll 1
+    for (int first = 0; first < words; first += kWordsAPass) {
+        float2 acc[kPairs][2] = {};
+#pragma unroll 1
+        for (int ranks = 0; ranks < v.world; ranks += kRanksTogether) {
+            ulonglong2 x[kRanksTogether][kPairs];
+            for (int spins = 1;; spins++) {
+                bool seen = true;
+                int late = v.world;
+#pragma unroll
+                for (int r = 0; r < kRanksTogether; r++) {
+#pragma unroll
+                    for (int pair = 0; pair < kPairs; pair++) {
+                        const int n = first + pair * 64 + lane * 2;
+                        if (ranks + r >= v.world || n >= words) continue;
+                        x[r][pair] = load_words(slot_of(v, e, ranks + r) + at + kRowHead + n);
+                    }
+                }
+#pragma unroll
+                for (int r = 0; r < kRanksTogether; r++) {
+#pragma unroll
+                    for (int pair = 0; pair < kPairs; pair++) {
+                        const int n = first + pair * 64 + lane * 2;
+                        if (ranks + r >= v.world || n >= words || are_of(x[r][pair], e.number)) continue;
+                        seen = false, late = min(late, ranks + r);
+                    }
+                }
+                if (__all_sync(kWholeWarp, seen)) break;
+                if (spins % kSpins == 0 && give_up(v, e, lowest(seen, late))) return false;
+            }
+#pragma unroll
+            for (int r = 0; r < kRanksTogether; r++) {
+                const int rank = ranks + r;
+                if (rank >= v.world) continue;
+                // Asked by all lanes alike.
+                const float lse = __shfl_sync(kWholeWarp, rank < 32 ? w.lse[0] : w.lse[1], rank % 32);
+                const float weight = __shfl_sync(kWholeWarp, rank < 32 ? w.weight[0] : w.weight[1], rank % 32);
+                if (lse == -infinity()) continue;
+#pragma unroll
+                for (int pair = 0; pair < kPairs; pair++) {
+                    const float2 a = wire.unpack(data_of(x[r][pair].x)), b = wire.unpack(data_of(x[r][pair].y));
+                    const auto add = [&](float& to, float from) { to = w.live == 1 ? from : fmaf(weight, from, to); };
+                    add(acc[pair][0].x, a.x), add(acc[pair][0].y, a.y);
+                    add(acc[pair][1].x, b.x), add(acc[pair][1].y, b.y);
+                }
+            }
+        }
+        const auto finish = [&](float x) {
+            if (w.bad) return not_a_number();
+            return w.live <= 1 ? x : static_cast<float>(x * scale);
+        };
+#pragma unroll
+        for (int pair = 0; pair < kPairs; pair++) {
+            const int n = first + pair * 64 + lane * 2;
+            if (n >= words) continue;
+            const float2 a = make_float2(finish(acc[pair][0].x), finish(acc[pair][0].y));
+            const float2 b = make_float2(finish(acc[pair][1].x), finish(acc[pair][1].y));
+            take(n, a, b);
+        }
+    }
+    float lse = w.live <= 1 ? w.top : static_cast<float>(w.top + log(w.sum));
+    if (w.bad) lse = not_a_number();
+    end(lse, w.fault);
+    return true;
+}
+
+// Tells the host of bad data that came with a row. One thread.
+__device__ __forceinline__ void report_bad_data(const ExchangeView& v, uint32_t fault) {
+    if (fault == 0) return;
+    atomicMax(reinterpret_cast<unsigned long long*>(v.host + kBadData),
+              static_cast<unsigned long long>(unpack_fault(fault)));
+}
+
+// Writes the elements of two neighbouring words of o.
+__device__ __forceinline__ void write_words(const ExchangeParams& p, const Wire& wire, const Target& to, int n,
+                                            float2 a, float2 b) {
+    if (wire.is_f32) {
+        write_elements(p, to, n, 2, make_float2(a.x, b.x));
+    } else {
+        write_elements(p, to, n * 2, 2, a);
+        write_elements(p, to, n * 2 + 2, 2, b);
+    }
+}
+
+// One warp merges a row and writes it.
+__device__ __forceinline__ bool write_merged(const ExchangeParams& p, Epoch& e, int64_t row) {
+    const Wire wire(p.view.wire_dtype);
+    const Target to(p, row);
+    return merge_row(
+        p, e, row, [&](int n, float2 a, float2 b) { write_words(p, wire, to, n, a, b); },
+        [&](float lse, uint32_t fault) {
+            if (threadIdx.x % 32 != 0) return;
+            if (to.lse != nullptr) *to.lse = lse;
+            report_bad_data(p.view, fault);
+        });
+}
+
+// One warp merges a row that is its rank's and pushes it to every rank.
+__device__ __forceinline__ bool push_merged(const ExchangeParams& p, Epoch& e, int64_t row) {
+    const ExchangeView& v = p.view;
+    const Wire wire(v.wire_dtype);
+    const int64_t at = kHeaderWords + row * row_words(p.head_dim, v.wire_dtype);
+    const auto push = [&](int64_t to, uint32_t x, uint32_t y) {
+#pragma unroll 1
+        for (int n = 1; n <= v.world; n++) {
+            store_words(merged_slot(v, e, (v.rank + n) % v.world) + to, packet(x, e.number), packet(y, e.number));
+        }
+    };
+    return merge_row(
+        p, e, row, [&](int n, float2 a, float2 b) { push(at + kRowHead + n, wire.pack(a), wire.pack(b)); },
+        [&](float lse, uint32_t fault) {
+            if (threadIdx.x % 32 == 0) push(at, __float_as_uint(lse), fault);
+        });
+}
+
+// One warp waits for a row that its owner has merged, and writes it.
+__device__ __forceinline__ bool write_received(const ExchangeParams& p, Epoch& e, int64_t row) {
+    const ExchangeView& v = p.view;
+    const Wire wire(v.wire_dtype);
+    const Target to(p, row);
+    const int lane = threadIdx.x % 32;
+    const int words = static_cast<int>(row_words(p.head_dim, v.wire_dtype));
+    const int head = static_cast<int>((p.first_row + row) % v.heads);
+    const uint64_t* from = merged_slot(v, e, v.rank) + kHeaderWords + row * words;
+#pragma unroll 1
+    for (int first = 0; first < words; first += 64) {
+        const int n = first + lane * 2;
+        bool seen = n >= words;
+        for (int spins = 1;; spins++) {
+            ulonglong2 x = {};
+            if (!seen) {
+                x = load_words(from + n);
+                seen = are_of(x, e.number);
+                if (seen && n == 0) {
+                    if (to.lse != nullptr) *to.lse = __uint_as_float(data_of(x.x));
+                    report_bad_data(v, data_of(x.y));
+                } else if (seen) {
+                    write_words(p, wire, to, n - kRowHead, wire.unpack(data_of(x.x)), wire.unpack(data_of(x.y)));
+                }
+            }
+            if (__all_sync(kWholeWarp, seen)) break;
+            if (spins % kSpins == 0 && give_up(v, e, owner_of(head, v.heads, v.world))) return false;
+        }
+    }
+    return true;
+}
+
+}  // namespace treeattn
