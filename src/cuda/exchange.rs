@@ -12,8 +12,8 @@ use crate::partial::ExchangeView;
 const THREADS: u32 = 256;
 /// Rows that a block takes at a time.
 const ROWS: u64 = THREADS as u64 / 32;
-/// Most blocks: few enough that waiting ones of several communicators fit a GPU together.
-const MOST_BLOCKS: u64 = 64;
+/// Most blocks, however large the GPU: enough for a link, and few beside what else runs.
+const MOST_BLOCKS: i32 = 64;
 
 /// One exchange. Byte strides; the first of `o_stride` and of `lse_stride` is that of the token.
 #[derive(Clone, Copy, Debug)]
@@ -68,13 +68,17 @@ pub(crate) struct ExchangeKernel {
     kernel: Kernel,
     pointers: PointerCheck,
     dependent: bool,
+    /// Most blocks: those of all ranks on the GPU are resident together, one a multiprocessor, because they wait for each
+    /// other.
+    most: u64,
 }
 
 impl ExchangeKernel {
-    /// Makes the kernel resident. Blocks; `Capturing` during a capture.
-    pub fn new(device: &Arc<CudaDevice>) -> Result<ExchangeKernel> {
+    /// Makes the kernel resident, for one of `sharing` ranks on the GPU. Blocks; `Capturing` during a capture.
+    pub fn new(device: &Arc<CudaDevice>, sharing: usize) -> Result<ExchangeKernel> {
         let kernel = Image::new(device)?.kernel("treeattn_exchange", THREADS, 0)?;
-        Ok(ExchangeKernel { kernel, pointers: PointerCheck::new(), dependent: device.dependent_launches() })
+        let most = (device.units / sharing.clamp(1, 1 << 16) as i32).clamp(1, MOST_BLOCKS) as u64;
+        Ok(ExchangeKernel { kernel, pointers: PointerCheck::new(), dependent: device.dependent_launches(), most })
     }
 
     /// Refuses memory that is not the device's. Tensors without bytes are never touched, whatever they point to.
@@ -110,7 +114,7 @@ impl ExchangeKernel {
             reserved: [0; 3],
             view: *view,
         };
-        let blocks = (step.rows as u64).div_ceil(ROWS).clamp(1, MOST_BLOCKS);
+        let blocks = (step.rows as u64).div_ceil(ROWS).clamp(1, self.most);
         let entered = self.kernel.device().enter()?;
         // SAFETY: what the kernel takes; the window outlives its communicator's work, and the caller of the step vouches
         // for the rest.

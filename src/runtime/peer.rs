@@ -61,7 +61,7 @@ fn probe(windows: &Windows, start: Epoch, timeout: Duration) -> Result<()> {
         let device = windows.device(rank);
         let view = ExchangeView { fingerprint: PROBE_FINGERPRINT, heads: 1, ..windows.view(rank, timeout) };
         let stream = CudaStream::new(device)?;
-        ExchangeKernel::new(device)?.enqueue(&view, &ExchangeStep::NOTHING, &stream)?;
+        ExchangeKernel::new(device, 1)?.enqueue(&view, &ExchangeStep::NOTHING, &stream)?;
         streams.push(stream);
     }
     for stream in &streams {
@@ -106,14 +106,14 @@ pub(super) struct GpuExchange {
 }
 
 impl GpuExchange {
-    /// The kernel and the workspace. Blocks; `Capturing` during a capture. The error says why, where ranks cannot exchange.
+    /// The kernel and the workspace, for one of `sharing` ranks on the GPU. Blocks; `Capturing` during a capture. The error says why, where ranks cannot exchange.
     pub fn new(
         device: &Arc<CudaDevice>,
         desc: &AttentionDesc,
         peers: &PeerExchange,
         shard: Shard,
         heads: &Range<i32>,
-        patience: Duration,
+        (sharing, patience): (usize, Duration),
     ) -> Result<GpuExchange> {
         let windows = peers.windows().cloned();
         let (dim, rows) = (desc.head_dim_v as usize, desc.max_query_tokens as usize * desc.q_heads as usize);
@@ -141,7 +141,7 @@ impl GpuExchange {
             target = Some(PartialTarget { o: memory, lse: memory + o as u64, status });
         }
         Ok(GpuExchange {
-            kernel: ExchangeKernel::new(device)?,
+            kernel: ExchangeKernel::new(device, sharing)?,
             target,
             view,
             mode,

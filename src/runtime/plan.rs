@@ -412,7 +412,7 @@ impl PlanCore {
         };
         let windows = match (&comm.cuda, &method, comm.exchange.peers()) {
             (Some(device), Method::Windows, Some(peers)) => {
-                Some(GpuExchange::new(device, desc, peers, shard, &heads, comm.config.step_timeout)?)
+                Some(GpuExchange::new(device, desc, peers, shard, &heads, (comm.sharing, comm.config.step_timeout))?)
             }
             _ => None,
         };

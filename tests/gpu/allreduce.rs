@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 use treeattn::ErrorKind;
 use treeattn::attention::{Algorithm, AttentionDesc, Dtype, OutputMode, Placement, Tensor};
 use treeattn::runtime::{
-    Buffer, CommConfig, Communicator, Device, DeviceKind, MergeArgs, Plan, Runtime, RuntimeConfig, Stream,
+    Buffer, CommConfig, Communicator, DeviceKind, MergeArgs, Plan, Runtime, RuntimeConfig, Stream,
 };
 
 use crate::driver::{Current, RawStream};
-use crate::mirror::{GPU, Gpu, Mirror};
+use crate::group::{Group, ranks};
+use crate::mirror::{Gpu, Mirror};
 use crate::numerics::shape;
 use crate::support::case::Case;
 use crate::support::rank::{Ints, Rank};
@@ -37,47 +38,6 @@ pub fn missing() -> Option<String> {
 
 fn by_allreduces(desc: AttentionDesc) -> AttentionDesc {
     AttentionDesc { algorithm: Algorithm::Allreduce3, ..desc }
-}
-
-/// Ranks on a GPU each, in this process.
-struct Group {
-    gpus: Vec<Gpu>,
-    comms: Vec<Communicator>,
-}
-
-impl Group {
-    fn new(world: usize, step_timeout: Duration) -> Group {
-        let runtime = runtime();
-        let devices: Vec<Device> = (0..world as i32).map(|ordinal| Device { ordinal, ..GPU }).collect();
-        let config = CommConfig { step_timeout, ..CommConfig::default() };
-        let comms = Communicator::create_local(&runtime, &devices, &config).unwrap();
-        let gpus = devices.iter().map(|device| Gpu::numbered(&runtime, device.ordinal)).collect();
-        Group { gpus, comms }
-    }
-
-    fn plans(&self, desc: &AttentionDesc) -> Vec<Plan> {
-        Plan::create_all(&self.comms.iter().collect::<Vec<_>>(), desc).unwrap()
-    }
-
-    /// One step of all ranks, from this thread.
-    fn step(&self, plans: &[Plan], mirrors: &[Mirror], ranks: &mut [Rank]) {
-        for ((gpu, plan), mirror) in self.gpus.iter().zip(plans).zip(mirrors) {
-            // SAFETY: the device memory outlives the step, which is waited for.
-            unsafe { plan.decode(&mirror.args, Some(&gpu.stream)) }.unwrap();
-        }
-        for ((gpu, mirror), rank) in self.gpus.iter().zip(mirrors).zip(ranks) {
-            gpu.stream.synchronize().unwrap();
-            mirror.fetch(rank);
-        }
-    }
-
-    fn mirrors(&self, ranks: &[Rank]) -> Vec<Mirror> {
-        self.gpus.iter().zip(ranks).map(|(gpu, rank)| Mirror::new(gpu, rank)).collect()
-    }
-}
-
-fn ranks(case: &Case) -> Vec<Rank> {
-    (0..case.world).map(|rank| Rank::new(case, rank)).collect()
 }
 
 /// Outputs against float64: every output mode and type, empty shards and sequences, several query tokens.

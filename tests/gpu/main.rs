@@ -6,8 +6,10 @@
 
 mod allreduce;
 mod driver;
+mod group;
 mod mirror;
 mod numerics;
+mod ranks;
 mod space;
 mod streams;
 #[path = "../support/mod.rs"]
@@ -26,11 +28,12 @@ const PARTS: u64 = 8;
 
 /// Tests that want a process of their own: one ends its CUDA context, a capture forbids others to create things
 /// meanwhile, a clock wants no neighbours.
-const APART: [(&str, fn()); 4] = [
+const APART: [(&str, fn()); 5] = [
     ("dead_context", streams::dead_context),
     ("captures", streams::captures),
     ("replays", streams::replays),
     ("host_time", streams::host_time),
+    ("ranks_replays", ranks::replays),
 ];
 
 fn main() -> ExitCode {
@@ -69,6 +72,23 @@ fn main() -> ExitCode {
         test("drops_in_flight", streams::drops_in_flight),
         test("beyond_4_gib", streams::beyond_4_gib),
         test("five_million_pages", streams::five_million_pages),
+    ]);
+    for (name, layout) in layouts {
+        for part in 0..2 {
+            let body = move || ranks::random(layout, part * count, count);
+            tests.push(test(format!("ranks_random_{name}_{part}"), body));
+        }
+    }
+    tests.extend([
+        test("ranks_same_as_one", ranks::same_as_one),
+        test("ranks_merges", ranks::merges),
+        test("ranks_bad_data", ranks::bad_data),
+        test("ranks_many_steps", ranks::many_steps),
+        test("ranks_two_communicators", ranks::two_communicators),
+        test("ranks_absent", ranks::a_rank_that_does_not_come),
+        test("ranks_out_of_step", ranks::out_of_step),
+        test("ranks_aborted", ranks::aborted),
+        test("ranks_leave", ranks::leave),
     ]);
     tests.extend(APART.iter().map(|(name, _)| apart(name, &[])));
     let mut tests: Vec<_> = tests.into_iter().map(|test| test.with_ignored_flag(missing.is_some())).collect();

@@ -28,9 +28,9 @@ pub fn shape(q_heads: i32, kv_heads: i32, dim: i32, dtype: Dtype) -> AttentionDe
 
 /// How far over its bound an output may be, once in a while: tensor cores cut off the bits of a product that lie below
 /// those of the largest beside it, and where all products of a score are of one sign, that adds up.
-const MOST: f64 = 2.0;
+pub const MOST: f64 = 2.0;
 /// Outputs over their bound, at most, as a part of all.
-const SELDOM: f64 = 1e-4;
+pub const SELDOM: f64 = 1e-4;
 
 /// Random cases `first..first + count` in one layout.
 pub fn random(layout: KvLayout, first: u64, count: u64) {

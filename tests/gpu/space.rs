@@ -1,6 +1,6 @@
 //! Random cases over what the CUDA backend accepts.
 
-use treeattn::attention::{AttentionDesc, Dtype, KvLayout, OutputMode, Placement};
+use treeattn::attention::{Algorithm, AttentionDesc, Dtype, KvLayout, OutputMode, Placement};
 
 use crate::support::case::{Case, Sequence, spread};
 use crate::support::rng::Rng;
@@ -11,17 +11,32 @@ const WORK: usize = 1 << 21;
 const FLOATS: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
 const HALVES: [Dtype; 2] = [Dtype::F16, Dtype::Bf16];
 
-/// The case of a seed, in one layout.
+/// The case of a seed, in one layout: of one rank, or of several that attend alone.
 pub fn case(seed: u64, layout: KvLayout) -> Case {
+    draw(seed, layout, false)
+}
+
+/// The same of several ranks that exchange.
+pub fn sharded(seed: u64, layout: KvLayout) -> Case {
+    draw(seed, layout, true)
+}
+
+fn draw(seed: u64, layout: KvLayout, sharded: bool) -> Case {
     let mut rng = Rng::new(seed);
     let r = &mut rng;
     let (mut desc, values) = shape(r, layout);
-    let world = r.pick(&[1, 1, 1, 1, 2, 3, 4, 7]);
-    desc.output = if world > 1 {
+    let world = if sharded { r.pick(&[2, 2, 3, 4, 5, 8]) } else { r.pick(&[1, 1, 1, 1, 2, 3, 4, 7]) };
+    desc.output = if sharded {
+        r.pick(&[OutputMode::Replicated, OutputMode::Replicated, OutputMode::Scattered])
+    } else if world > 1 {
         OutputMode::Local
     } else {
         r.pick(&[OutputMode::Replicated, OutputMode::Scattered, OutputMode::Local])
     };
+    if sharded {
+        desc.algorithm = r.pick(&[Algorithm::Auto, Algorithm::OneShot, Algorithm::TwoShot]);
+        desc.wire_dtype = r.pick(&[Dtype::F32, Dtype::F32, Dtype::F16, Dtype::Bf16]);
+    }
     if world == 1 && r.chance(50) {
         desc.placement = Placement::Contiguous;
     }

@@ -1,0 +1,73 @@
+//! Several ranks on GPUs, driven by one thread.
+
+use std::time::Duration;
+
+use treeattn::attention::AttentionDesc;
+use treeattn::runtime::{CommConfig, Communicator, Device, Plan, Runtime, RuntimeConfig};
+
+use crate::mirror::{GPU, Gpu, Mirror};
+use crate::support::case::Case;
+use crate::support::rank::Rank;
+
+/// The ranks of a communicator, each with a stream of its own.
+pub struct Group {
+    pub gpus: Vec<Gpu>,
+    pub comms: Vec<Communicator>,
+}
+
+impl Group {
+    /// A rank on each of the first `world` GPUs.
+    pub fn new(world: usize, step_timeout: Duration) -> Group {
+        Group::over(world, world, step_timeout)
+    }
+
+    /// `world` ranks that take turns over the first `count` GPUs.
+    pub fn over(world: usize, count: usize, step_timeout: Duration) -> Group {
+        Group::starting_at(world, count, step_timeout, 0)
+    }
+
+    /// The same, with the epoch after `start` first.
+    pub fn starting_at(world: usize, count: usize, step_timeout: Duration, start: u32) -> Group {
+        let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+        let devices: Vec<Device> = (0..world).map(|rank| Device { ordinal: (rank % count) as i32, ..GPU }).collect();
+        let config = CommConfig { step_timeout, ..CommConfig::default() };
+        let comms = Communicator::create_local_at(&runtime, &devices, &config, start).unwrap();
+        let gpus = devices.iter().map(|device| Gpu::numbered(&runtime, device.ordinal)).collect();
+        Group { gpus, comms }
+    }
+
+    pub fn plans(&self, desc: &AttentionDesc) -> Vec<Plan> {
+        Plan::create_all(&self.comms.iter().collect::<Vec<_>>(), desc).unwrap()
+    }
+
+    /// Enqueues one step of all ranks.
+    pub fn enqueue(&self, plans: &[Plan], mirrors: &[Mirror]) {
+        for ((gpu, plan), mirror) in self.gpus.iter().zip(plans).zip(mirrors) {
+            // SAFETY: the device memory outlives the step: callers wait for it.
+            unsafe { plan.decode(&mirror.args, Some(&gpu.stream)) }.unwrap();
+        }
+    }
+
+    /// One step of all ranks, waited for, with its outputs brought back.
+    pub fn step(&self, plans: &[Plan], mirrors: &[Mirror], ranks: &mut [Rank]) {
+        self.enqueue(plans, mirrors);
+        for ((gpu, mirror), rank) in self.gpus.iter().zip(mirrors).zip(ranks) {
+            gpu.stream.synchronize().unwrap();
+            mirror.fetch(rank);
+        }
+    }
+
+    pub fn mirrors(&self, ranks: &[Rank]) -> Vec<Mirror> {
+        self.gpus.iter().zip(ranks).map(|(gpu, rank)| Mirror::new(gpu, rank)).collect()
+    }
+
+    /// What each rank reports.
+    pub fn errors(&self) -> Vec<Option<treeattn::Error>> {
+        self.comms.iter().map(|comm| comm.status().unwrap().error).collect()
+    }
+}
+
+/// The memory of all ranks of a case.
+pub fn ranks(case: &Case) -> Vec<Rank> {
+    (0..case.world).map(|rank| Rank::new(case, rank)).collect()
+}
