@@ -56,4 +56,25 @@ inline uint32_t count_arrival(uint32_t* counter, uint32_t last) {
     return emulator::change(counter, [last](uint32_t old) { return old >= last ? 0 : old + 1; });
 }
 
+// Words that others write meanwhile. Who looks for one lets them.
+inline void store_word(uint64_t* to, uint64_t x) {
+    emulator::maybe_yield();
+    __atomic_store_n(to, x, __ATOMIC_RELEASE);
+}
+inline void store_words(uint64_t* to, uint64_t x, uint64_t y) {
+    store_word(to, x);
+    store_word(to + 1, y);
+}
+inline uint64_t load_word(const uint64_t* from) {
+    emulator::poll("load_word");
+    return __atomic_load_n(from, __ATOMIC_ACQUIRE);
+}
+inline ulonglong2 load_words(const uint64_t* from) {
+    emulator::poll("load_words");
+    const uint64_t x = __atomic_load_n(from, __ATOMIC_ACQUIRE);
+    emulator::maybe_yield();
+    return {x, __atomic_load_n(from + 1, __ATOMIC_ACQUIRE)};
+}
+inline uint64_t nanoseconds() { return emulator::global_timer(); }
+
 }  // namespace treeattn
