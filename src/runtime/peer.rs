@@ -72,15 +72,18 @@ fn probe(windows: &Windows, start: Epoch, timeout: Duration) -> Result<()> {
         if failure == 0 && windows.consumed(rank)? == start.next() {
             continue;
         }
-        let other = match failure {
-            0 => rank,
-            failure => verdict::unpack(failure).1.min(windows.world() - 1),
+        let here = windows.device(rank).device();
+        let found = match failure {
+            0 => format!("{here} (rank {rank}), where a test exchange left nothing"),
+            failure => {
+                let other = verdict::unpack(failure).1.min(windows.world() - 1);
+                let there = windows.device(other).device();
+                format!(
+                    "{here} (rank {rank}), which saw nothing of what {there} (rank {other}) wrote to it within {timeout:?}, \
+                     though the driver allows it"
+                )
+            }
         };
-        let (here, there) = (windows.device(rank).device(), windows.device(other).device());
-        let found = format!(
-            "{here} (rank {rank}), which saw nothing of what {there} (rank {other}) wrote to it within {timeout:?}, though \
-             the driver allows it"
-        );
         return Err(Error::unsupported("devices", found, "GPUs whose writes reach each other"));
     }
     Ok(())
