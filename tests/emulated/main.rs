@@ -6,12 +6,16 @@
 #[path = "../gpu/driver.rs"]
 #[allow(dead_code)] // as below
 mod driver;
+#[path = "../gpu/group.rs"]
+mod group;
 #[path = "../gpu/mirror.rs"]
 mod mirror;
 #[path = "../gpu/numerics.rs"]
 #[allow(dead_code)] // some tests are too much for a CPU
 mod numerics;
 mod peers;
+#[path = "../gpu/ranks.rs"]
+mod ranks;
 #[path = "../gpu/space.rs"]
 mod space;
 #[path = "../gpu/streams.rs"]
@@ -40,12 +44,13 @@ const LAYOUTS: [KvLayout; 3] = [KvLayout::Strided, KvLayout::BlockTable, KvLayou
 const MANY_SMS: Variables = &[("EMULATOR_SMS", "40"), ("EMULATOR_SEED", "2")];
 
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 7] = [
+const APART: [(&str, fn(), Variables); 8] = [
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
     ("replays", streams::replays, &[]),
     ("many_blocks", many_blocks, MANY_SMS),
     ("peers", peers::peers, &[]),
+    ("ranks_replays", ranks::replays, &[]),
     ("no_peers", peers::no_peers, &[("EMULATOR_PEERS", "0")]),
     ("processes", peers::processes, &[]),
 ];
@@ -88,7 +93,20 @@ fn main() -> ExitCode {
             }),
         );
     }
+    for (name, layout) in ["strided", "block_table", "csr_pages"].into_iter().zip(LAYOUTS) {
+        let count = 4 * scale();
+        tests.push(test(format!("ranks_random_{name}"), move || ranks::random(layout, 0, count)));
+    }
     tests.extend([
+        test("ranks_same_as_one", ranks::same_as_one),
+        test("ranks_merges", ranks::merges),
+        test("ranks_bad_data", ranks::bad_data),
+        test("ranks_many_steps", ranks::many_steps),
+        test("ranks_two_communicators", ranks::two_communicators),
+        test("ranks_absent", ranks::a_rank_that_does_not_come),
+        test("ranks_out_of_step", ranks::out_of_step),
+        test("ranks_aborted", ranks::aborted),
+        test("ranks_leave", ranks::leave),
         test("small", numerics::small),
         test("minilm", numerics::minilm),
         test("exact", numerics::exact),
