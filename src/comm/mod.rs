@@ -35,7 +35,7 @@ mod tests;
 
 pub use config::CommConfig;
 pub(crate) use local::{LocalExchange, MAX_RANKS, local_group};
-pub(crate) use peer::{PeerExchange, Windows};
+pub(crate) use peer::{Offer, PeerExchange, Windows};
 pub(crate) use transport::TransportExchange;
 pub use transport::{AllgatherCallback, SendrecvCallback, Transport};
 #[cfg(test)]

@@ -75,6 +75,10 @@ impl ExchangeView {
 
 /// What lies where in a window, in words; `kernels/ll.cuh` has the same.
 pub(crate) mod window {
+    /// A peer's process has let go of the window: one word a rank, which no kernel reads.
+    pub const LET_GO: u64 = 16;
+    /// A verdict from a peer that has given up, or left.
+    pub const BROKEN: u64 = 0;
     /// The last epoch that the rank has read to its end.
     pub const CONSUMED: u64 = 128;
     /// Bad data that the running step's attention met.
@@ -133,6 +137,7 @@ mod tests {
             text[..text.find([',', ';']).unwrap()].trim().parse().unwrap()
         };
         let wanted = [
+            ("kBroken", window::BROKEN),
             ("kConsumed", window::CONSUMED),
             ("kFault", window::FAULT),
             ("kControlWords", window::CONTROL_WORDS),

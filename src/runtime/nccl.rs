@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use super::communicator::{CommCore, Communicator, machines};
 use super::context::{LogLevel, Runtime};
+use super::peer;
 use crate::attention::Shard;
-use crate::comm::CommConfig;
 use crate::comm::nccl::{NcclExchange, NcclLibrary, NcclLimit, NcclRank, UNIQUE_ID_BYTES};
+use crate::comm::{CommConfig, Exchange};
 use crate::device::cuda::CudaDevice;
 use crate::device::{Device, DeviceKind, Workers};
 use crate::error::{Error, Result};
@@ -116,7 +117,11 @@ fn connect(
     );
     runtime.log(LogLevel::Info, &message);
     let rank = Arc::clone(exchange.rank());
-    let core = CommCore::new(runtime, device, config, workers, Box::new(exchange), nodes, 0)?;
+    let exchange: Box<dyn Exchange> = match shard.world {
+        1 => Box::new(exchange),
+        _ => Box::new(peer::connect_over(Box::new(exchange), rank.device(), config)?),
+    };
+    let core = CommCore::new(runtime, device, config, workers, exchange, nodes, 0)?;
     *core.nccl.lock() = Some(rank);
     Ok(Communicator { core: Arc::new(core) })
 }

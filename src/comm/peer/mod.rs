@@ -2,12 +2,15 @@
 //!
 //! A step's exchange is one kernel a rank (`kernels/exchange.cu`). It pushes into the windows of all ranks and reads its own;
 //! `windows` owns these and says in an [`ExchangeView`] where they are. What is not a step (the agreement on a plan, the
-//! setup) goes over another [`Exchange`], the *bootstrap*: the local group of a process.
+//! setup) goes over another [`Exchange`], the *bootstrap*: the local group of a process, or NCCL between processes.
+//! `remote` opens the windows of other processes, `exits` sees these end.
 //!
 //! Faults go both ways through words in mapped host memory: a kernel that gives up says why, once and for good, and a word
 //! from the host ends every wait. So an abort, or a rank that leaves, ends waits on a GPU as it does on the CPU, and
 //! nothing here ever waits for a device.
 
+mod exits;
+mod remote;
 mod windows;
 
 use std::sync::Arc;
@@ -16,17 +19,19 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use self::exits::Exits;
+pub(crate) use remote::Offer;
 pub(crate) use windows::Windows;
 
-use super::{CommConfig, Exchange, Hop, LocalExchange, Round, RoundHeader, verdict};
+use super::{CommConfig, Exchange, Hop, Round, RoundHeader, verdict};
 use crate::attention::Shard;
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::view::{host, verdict as word};
 use crate::partial::{DataFault, DataFaultCause, ExchangeView};
 
-/// One rank's end of a group of GPUs in one process.
+/// One rank's end of a group of GPUs.
 pub(crate) struct PeerExchange {
-    bootstrap: LocalExchange,
+    bootstrap: Box<dyn Exchange>,
     rank: usize,
     step_timeout: Duration,
     /// The windows of all ranks, or why there are none: then only steps without an exchange, or over NCCL, are possible.
@@ -34,20 +39,32 @@ pub(crate) struct PeerExchange {
     error: Mutex<Option<Error>>,
     steps: AtomicU64,
     is_gone: AtomicBool,
+    /// Over before the windows are.
+    _exits: Option<Exits>,
 }
 
 impl PeerExchange {
-    /// The end of rank `bootstrap.shard().rank`.
-    pub fn new(bootstrap: LocalExchange, windows: Result<Arc<Windows>>, config: &CommConfig) -> PeerExchange {
-        PeerExchange {
-            rank: bootstrap.shard().rank as usize,
+    /// The end of rank `bootstrap.shard().rank`. Ranks of other processes are watched from now on.
+    pub fn new(
+        bootstrap: Box<dyn Exchange>,
+        windows: Result<Arc<Windows>>,
+        config: &CommConfig,
+    ) -> Result<PeerExchange> {
+        let rank = bootstrap.shard().rank as usize;
+        let exits = match &windows {
+            Ok(windows) => Exits::watch(windows, rank)?,
+            Err(_) => None,
+        };
+        Ok(PeerExchange {
+            rank,
             bootstrap,
             step_timeout: config.step_timeout,
             windows,
             error: Mutex::new(None),
             steps: AtomicU64::new(0),
             is_gone: AtomicBool::new(false),
-        }
+            _exits: exits,
+        })
     }
 
     /// What a kernel of this rank is told; the step's own fields are still to be filled in. The error that says why there
@@ -98,7 +115,7 @@ impl PeerExchange {
     fn command(&self, code: ErrorKind, also_own: bool) {
         let Some(windows) = self.windows() else { return };
         for rank in (0..windows.world()).filter(|&rank| also_own || rank != self.rank) {
-            windows.words(rank).raise(host::COMMAND, word::pack(code.code() as u8, self.rank));
+            windows.tell(rank, word::pack(code.code() as u8, self.rank));
         }
     }
 
@@ -198,7 +215,7 @@ impl Exchange for PeerExchange {
                 .filter(|&peer| peer != self.rank)
                 .map(|peer| {
                     let kind = windows.link(self.rank, peer);
-                    format!(r#"{{"peer":{peer},"device":"{}","kind":"{kind}"}}"#, windows.device(peer).device())
+                    format!(r#"{{"peer":{peer},"device":"{}","kind":"{kind}"}}"#, windows.label(peer))
                 })
                 .collect(),
             Err(_) => Vec::new(),
@@ -215,15 +232,15 @@ impl Exchange for PeerExchange {
         };
         format!(
             concat!(
-                r#"{{"kind":"gpu","group":{},"world":{},"rank":{},{}"capacity_bytes":{},"window_bytes":{},"#,
-                r#""setup":"shared memory","step_timeout_ms":{},"links":[{}],"algorithms":[{}]}}"#
+                r#"{{"kind":"gpu","world":{},"rank":{},{}"capacity_bytes":{},"window_bytes":{},"#,
+                r#""setup":{},"step_timeout_ms":{},"links":[{}],"algorithms":[{}]}}"#
             ),
-            self.bootstrap.group_id(),
             shard.world,
             shard.rank,
             reason,
             self.capacity(),
             self.window_bytes(),
+            self.bootstrap.describe(),
             self.step_timeout.as_millis(),
             links.join(","),
             algorithms,

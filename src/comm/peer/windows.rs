@@ -1,8 +1,10 @@
 //! The windows of a group: device memory that peers push into, and words in host memory beside it.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::remote::{Far, Remote};
 use crate::device::cuda::{CudaDevice, Holdings, Words};
 use crate::error::{Error, Result};
 use crate::partial::ExchangeView;
@@ -20,21 +22,78 @@ fn capacity(world: usize) -> usize {
     (MAX_WINDOWS / (SLOTS * (world + 1) * (WORD as usize / PAYLOAD))).min(MAX_PAYLOAD) / 64 * 64
 }
 
-/// All windows of a group of GPUs in one process. Freed with the last of its ranks, so that no rank writes to memory
-/// that is gone.
+/// The windows of a group of GPUs. Those of a process are freed with the last of its ranks, so that no rank writes to
+/// memory that is gone; how ranks of several processes let go of each other's is said in [`super::remote`].
 pub(crate) struct Windows {
-    members: Vec<Member>,
+    places: Vec<Place>,
     slot_words: u64,
+    /// What it takes to deal with ranks of other processes; none where there are none.
+    far: Option<Far>,
 }
 
-/// One rank's.
-struct Member {
-    device: Arc<CudaDevice>,
-    window: u64,
+/// Where a rank's window is.
+pub(super) enum Place {
+    /// In this process.
+    Here(Arc<Member>),
+    /// In another one.
+    There(Remote),
+}
+
+/// A window of this process.
+pub(super) struct Member {
+    pub device: Arc<CudaDevice>,
+    pub window: u64,
     words: Words,
     /// Addresses in device memory: of this rank's slot in every window, then of every window.
     tables: u64,
     _holdings: Holdings,
+}
+
+/// Words of a slot in windows of `world` ranks, and words of such a window.
+fn sizes(world: usize) -> (u64, u64) {
+    let slot_words = window::HEADER_WORDS + (capacity(world) / PAYLOAD) as u64;
+    (slot_words, window::CONTROL_WORDS + (SLOTS * (world + 1)) as u64 * slot_words)
+}
+
+impl Member {
+    /// A zeroed window for one of `world` ranks; the first epoch comes after `start`. `align`: what its size is a multiple
+    /// of. Giving it back waits at most `patience` for steps that are enqueued. Blocks; `Capturing` during a capture.
+    pub fn new(
+        device: &Arc<CudaDevice>,
+        world: usize,
+        start: Epoch,
+        align: usize,
+        patience: Duration,
+    ) -> Result<Member> {
+        let mut holdings = Holdings::new(device, patience);
+        let member = Member {
+            device: Arc::clone(device),
+            window: holdings.memory(((sizes(world).1 * WORD) as usize).next_multiple_of(align))?,
+            words: holdings.words(host::WORDS)?,
+            tables: holdings.memory(2 * world * WORD as usize)?,
+            _holdings: holdings,
+        };
+        // SAFETY: one word of the window just made.
+        unsafe { device.upload(member.window + window::CONSUMED * WORD, &u64::from(start.flag()).to_ne_bytes())? };
+        Ok(member)
+    }
+
+    /// Tells this rank's kernels where the windows are. Blocks.
+    pub fn connect(&self, rank: usize, windows: &[u64]) -> Result<()> {
+        let slot = (window::CONTROL_WORDS + rank as u64 * sizes(windows.len()).0) * WORD;
+        let slots = windows.iter().map(|window| window + slot);
+        let tables: Vec<u8> = slots.chain(windows.iter().copied()).flat_map(u64::to_ne_bytes).collect();
+        // SAFETY: as many bytes as were allocated.
+        unsafe { self.device.upload(self.tables, &tables) }
+    }
+
+    /// Whether `rank` has let go of this window. Blocks.
+    pub fn is_let_go(&self, rank: usize) -> Result<bool> {
+        let mut word = [0; WORD as usize];
+        // SAFETY: one word of the window.
+        unsafe { self.device.download(self.window + (window::LET_GO + rank as u64) * WORD, &mut word)? };
+        Ok(word != [0; WORD as usize])
+    }
 }
 
 impl Windows {
@@ -43,46 +102,54 @@ impl Windows {
     /// them back waits at most `patience` for steps that are enqueued. Blocks; `Capturing` during a capture.
     pub fn new(devices: &[Arc<CudaDevice>], start: Epoch, patience: Duration) -> Result<Windows> {
         let world = devices.len();
-        if world > window::MAX_RANKS {
-            let wanted = format!("at most {} ranks that exchange on GPUs", window::MAX_RANKS);
-            return Err(Error::unsupported("n", world, wanted));
-        }
+        check_world(world)?;
         for device in devices {
             for peer in devices {
                 device.reach(peer)?;
             }
         }
-        let slot_words = window::HEADER_WORDS + (capacity(world) / PAYLOAD) as u64;
-        let words = window::CONTROL_WORDS + (SLOTS * (world + 1)) as u64 * slot_words;
-        let mut members = Vec::with_capacity(world);
-        for device in devices {
-            let mut holdings = Holdings::new(device, patience);
-            let member = Member {
-                device: Arc::clone(device),
-                window: holdings.memory((words * WORD) as usize)?,
-                words: holdings.words(host::WORDS)?,
-                tables: holdings.memory(2 * world * WORD as usize)?,
-                _holdings: holdings,
-            };
-            // SAFETY: one word of the window just made.
-            unsafe { device.upload(member.window + window::CONSUMED * WORD, &u64::from(start.flag()).to_ne_bytes())? };
-            members.push(member);
+        let members: Result<Vec<Member>> =
+            devices.iter().map(|device| Member::new(device, world, start, 1, patience)).collect();
+        let members = members?;
+        let addresses: Vec<u64> = members.iter().map(|member| member.window).collect();
+        for (rank, member) in members.iter().enumerate() {
+            member.connect(rank, &addresses)?;
         }
-        let windows = Windows { members, slot_words };
-        for (rank, member) in windows.members.iter().enumerate() {
-            let slot = (window::CONTROL_WORDS + rank as u64 * slot_words) * WORD;
-            let slots = windows.members.iter().map(|peer| peer.window + slot);
-            let bases = windows.members.iter().map(|peer| peer.window);
-            let tables: Vec<u8> = slots.chain(bases).flat_map(u64::to_ne_bytes).collect();
-            // SAFETY: as many bytes as were allocated.
-            unsafe { member.device.upload(member.tables, &tables)? };
+        let places = members.into_iter().map(|member| Place::Here(Arc::new(member))).collect();
+        Ok(Windows { places, slot_words: sizes(world).0, far: None })
+    }
+
+    /// Windows that are where `places` says, some of them in other processes.
+    pub(super) fn over(places: Vec<Place>, far: Far) -> Windows {
+        let slot_words = sizes(places.len()).0;
+        Windows { places, slot_words, far: Some(far) }
+    }
+
+    /// A window of this process. A rank's own always is.
+    fn member(&self, rank: usize) -> &Arc<Member> {
+        match &self.places[rank] {
+            Place::Here(member) => member,
+            Place::There(_) => unreachable!("the window of rank {rank} is in another process"),
         }
-        Ok(windows)
+    }
+
+    /// Tells `rank` of a verdict, which ends its kernels' waits. Waits for nothing.
+    pub fn tell(&self, rank: usize, verdict: u64) {
+        match (&self.places[rank], &self.far) {
+            (Place::Here(member), _) => HostWords(&member.words).raise(host::COMMAND, verdict),
+            (Place::There(remote), Some(far)) => far.tell(rank, remote, verdict),
+            (Place::There(_), None) => {}
+        }
+    }
+
+    /// The processes of ranks of other processes, where they can be watched.
+    pub(super) fn processes(&self) -> impl Iterator<Item = (usize, &OwnedFd)> {
+        self.places.iter().enumerate().filter_map(|(rank, place)| place.process().map(|process| (rank, process)))
     }
 
     /// Ranks.
     pub fn world(&self) -> usize {
-        self.members.len()
+        self.places.len()
     }
 
     /// Most payload of a rank in one exchange, bytes.
@@ -92,32 +159,44 @@ impl Windows {
 
     /// Bytes of a window.
     pub fn bytes(&self) -> usize {
-        ((window::CONTROL_WORDS + (SLOTS * (self.world() + 1)) as u64 * self.slot_words) * WORD) as usize
+        (sizes(self.world()).1 * WORD) as usize
     }
 
-    /// The GPU of a rank.
+    /// The GPU of a rank of this process.
     pub fn device(&self, rank: usize) -> &Arc<CudaDevice> {
-        &self.members[rank].device
+        &self.member(rank).device
+    }
+
+    /// What people call a rank's GPU.
+    pub fn label(&self, rank: usize) -> String {
+        match &self.places[rank] {
+            Place::Here(member) => member.device.device().to_string(),
+            Place::There(remote) => remote.label.clone(),
+        }
     }
 
     /// How a rank's words reach a peer.
     pub fn link(&self, rank: usize, peer: usize) -> &'static str {
-        if self.device(rank).device() == self.device(peer).device() { "same device" } else { "peer access" }
+        match (&self.places[rank], &self.places[peer]) {
+            (Place::Here(own), Place::Here(other)) if own.device.device() == other.device.device() => "same device",
+            (_, Place::Here(_)) => "peer access",
+            (_, Place::There(_)) => "peer access to another process",
+        }
     }
 
-    /// The words of a rank in host memory.
+    /// The words in host memory of a rank of this process.
     pub fn words(&self, rank: usize) -> HostWords<'_> {
-        HostWords(&self.members[rank].words)
+        HostWords(&self.member(rank).words)
     }
 
     /// Where the attention kernel of a rank leaves the bad data of a step.
     pub fn fault_address(&self, rank: usize) -> u64 {
-        self.members[rank].window + window::FAULT * WORD
+        self.member(rank).window + window::FAULT * WORD
     }
 
     /// The last epoch that a rank has read to its end. Blocks.
     pub fn consumed(&self, rank: usize) -> Result<Epoch> {
-        let member = &self.members[rank];
+        let member = self.member(rank);
         let mut word = [0; WORD as usize];
         // SAFETY: one word of the window.
         unsafe { member.device.download(member.window + window::CONSUMED * WORD, &mut word)? };
@@ -126,7 +205,7 @@ impl Windows {
 
     /// What a kernel of `rank` is told; the step's own fields are zero.
     pub fn view(&self, rank: usize, timeout: Duration) -> ExchangeView {
-        let (member, world) = (&self.members[rank], self.world() as u64);
+        let (member, world) = (self.member(rank), self.world() as u64);
         ExchangeView {
             peers: member.tables,
             bases: member.tables + world * WORD,
@@ -139,6 +218,23 @@ impl Windows {
             world: world as i32,
             rank: rank as i32,
             ..ExchangeView::NONE
+        }
+    }
+}
+
+/// `Unsupported` where there are more ranks than a kernel serves.
+pub(super) fn check_world(world: usize) -> Result<()> {
+    if world <= window::MAX_RANKS {
+        return Ok(());
+    }
+    let wanted = format!("at most {} ranks that exchange on GPUs", window::MAX_RANKS);
+    Err(Error::unsupported("n", world, wanted))
+}
+
+impl Drop for Windows {
+    fn drop(&mut self) {
+        if let Some(far) = self.far.take() {
+            far.let_go(std::mem::take(&mut self.places));
         }
     }
 }

@@ -54,8 +54,12 @@ driver! {
     ctx_get_current: "cuCtxGetCurrent"(*mut sys::CUcontext);
     ctx_push_current: "cuCtxPushCurrent_v2"(sys::CUcontext);
     ctx_pop_current: "cuCtxPopCurrent_v2"(*mut sys::CUcontext);
+    ctx_synchronize: "cuCtxSynchronize"();
     device_can_access_peer: "cuDeviceCanAccessPeer"(*mut c_int, sys::CUdevice, sys::CUdevice);
     ctx_enable_peer_access: "cuCtxEnablePeerAccess"(sys::CUcontext, c_uint);
+    ipc_get_mem_handle: "cuIpcGetMemHandle"(*mut sys::CUipcMemHandle, sys::CUdeviceptr);
+    ipc_open_mem_handle: "cuIpcOpenMemHandle_v2"(*mut sys::CUdeviceptr, sys::CUipcMemHandle, c_uint);
+    ipc_close_mem_handle: "cuIpcCloseMemHandle"(sys::CUdeviceptr);
     thread_exchange_capture_mode: "cuThreadExchangeStreamCaptureMode"(*mut sys::CUstreamCaptureMode);
     mem_alloc: "cuMemAlloc_v2"(*mut sys::CUdeviceptr, usize);
     mem_free: "cuMemFree_v2"(sys::CUdeviceptr);

@@ -20,5 +20,6 @@ pub(crate) use context::{CudaDevice, Entered, count, info};
 pub(crate) use holdings::{Holdings, PATIENCE, Words};
 pub(crate) use memory::PointerCheck;
 pub(crate) use module::{Image, Kernel};
+pub(crate) use peer::{HANDLE_BYTES, Imported, SHARED_ALIGN};
 pub(crate) use staging::Staging;
 pub(crate) use stream::CudaStream;

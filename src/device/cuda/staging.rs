@@ -60,6 +60,25 @@ impl Staging {
         Ok(())
     }
 
+    /// Enqueues a word for memory elsewhere, by way of the host side at `offset`.
+    ///
+    /// # Safety
+    /// `to` is memory that this device reaches, of 8 bytes, and stays so until the stream is done.
+    pub unsafe fn send(&mut self, offset: usize, word: u64, to: u64) -> Result<()> {
+        self.check(offset, size_of::<u64>())?;
+        let device = self.stream.device();
+        let entered = device.enter()?;
+        // SAFETY: inside the host side, which lives as long as the stream; the rest is the caller's.
+        let status = unsafe {
+            let host = self.words.host().cast::<u8>().add(offset).cast::<u64>();
+            host.write_volatile(word);
+            (device.driver.memcpy_htod_async)(to, host.cast(), size_of::<u64>(), self.stream.handle())
+        };
+        device.check(status, "cuMemcpyHtoDAsync")?;
+        drop(entered);
+        Ok(())
+    }
+
     /// Enqueues the copy of `len` bytes from `offset` on to the host side.
     pub fn download(&mut self, offset: usize, len: usize) -> Result<()> {
         self.check(offset, len)?;
