@@ -24,7 +24,7 @@ fn runtime() -> Runtime {
     Runtime::new(RuntimeConfig::default()).unwrap()
 }
 
-fn count() -> i32 {
+pub fn count() -> i32 {
     runtime().device_count(DeviceKind::Cuda).unwrap().min(4)
 }
 

@@ -9,6 +9,7 @@ mod driver;
 mod group;
 mod mirror;
 mod numerics;
+mod processes;
 mod ranks;
 mod space;
 mod streams;
@@ -37,6 +38,10 @@ const APART: [(&str, fn()); 5] = [
 ];
 
 fn main() -> ExitCode {
+    if let Ok(role) = std::env::var(processes::ROLE) {
+        processes::run(&role);
+        return ExitCode::SUCCESS;
+    }
     if let Some(status) = alone(&[&APART[..], &[("allreduce3_replays", allreduce::replays)]].concat()) {
         return status;
     }
@@ -103,6 +108,11 @@ fn main() -> ExitCode {
         test("allreduce3_over_an_id", allreduce::over_an_id),
         test("allreduce3_a_rank_that_does_not_come", allreduce::a_rank_that_does_not_come),
         apart("allreduce3_replays", &[]),
+        test("processes_numbers", processes::numbers),
+        test("processes_killed", processes::killed),
+        test("processes_leave", processes::leaves),
+        test("processes_sleep", processes::sleeps),
+        test("processes_abort", processes::aborts),
     ];
     tests.extend(over_nccl.map(|test| test.with_ignored_flag(no_nccl.is_some())));
     libtest_mimic::run(&arguments, tests).exit_code()

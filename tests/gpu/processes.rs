@@ -1,0 +1,256 @@
+//! Ranks in processes of their own, a GPU each, brought together by NCCL: answers, and what happens when one goes away.
+//!
+//! This process is rank 0; it starts itself again for the others, and tells them by their environment what to do.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use treeattn::attention::{AttentionDesc, Dtype, OutputMode};
+use treeattn::runtime::{CommConfig, Communicator, Plan, Runtime, RuntimeConfig};
+use treeattn::{Error, ErrorKind};
+
+use crate::mirror::{Gpu, Mirror};
+use crate::numerics::shape;
+use crate::support::case::Case;
+use crate::support::full;
+use crate::support::rank::Rank;
+use crate::support::rng::Rng;
+use crate::support::run::judge;
+use crate::support::values::Values;
+
+/// What a process was started for: id, world, rank, role, a number.
+pub const ROLE: &str = "TREEATTN_TEST_ROLE";
+/// Far more than anything here takes.
+const HANG: Duration = Duration::from_secs(120);
+const STEP: Duration = Duration::from_millis(500);
+
+fn config() -> CommConfig {
+    CommConfig { step_timeout: STEP, ..CommConfig::default() }
+}
+
+/// Cases that every process makes for itself.
+fn cases(world: usize) -> Vec<Case> {
+    let half = shape(8, 2, 64, Dtype::F16);
+    let shapes: [(AttentionDesc, &[(usize, usize)]); 4] = [
+        (half, &[(300, 1)]),
+        (AttentionDesc { out_dtype: Dtype::F32, ..shape(6, 6, 128, Dtype::Bf16) }, &[(130, 3), (0, 1), (1, 1)]),
+        (AttentionDesc { wire_dtype: Dtype::Bf16, ..shape(8, 2, 128, Dtype::Bf16) }, &[(200, 2)]),
+        (AttentionDesc { causal: true, ..half }, &[(0, 1), (90, 4)]),
+    ];
+    let plain = |(i, (desc, sequences)): (usize, (AttentionDesc, &[(usize, usize)]))| {
+        Case::plain(desc, world, sequences, Values::Normal, 70 + i as u64)
+    };
+    shapes.into_iter().enumerate().map(plain).collect()
+}
+
+/// One rank at work: its communicator, and a step to run again and again.
+struct Worker {
+    comm: Communicator,
+    plan: Plan,
+    gpu: Gpu,
+    rank: usize,
+    case: Case,
+    memory: Rank,
+    mirror: Mirror,
+}
+
+impl Worker {
+    fn connect(id: &[u8; 128], world: usize, rank: usize) -> (Gpu, Communicator) {
+        let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+        let gpu = Gpu::numbered(&runtime, rank as i32);
+        let comm = Communicator::create_nccl(&runtime, id, world as i32, rank as i32, gpu.device, &config()).unwrap();
+        (gpu, comm)
+    }
+
+    fn new(id: &[u8; 128], world: usize, rank: usize) -> Worker {
+        let (gpu, comm) = Worker::connect(id, world, rank);
+        let case = cases(world).swap_remove(1);
+        let plan = Plan::create(&comm, &case.desc).unwrap();
+        let memory = Rank::new(&case, rank);
+        let mirror = Mirror::new(&gpu, &memory);
+        Worker { comm, plan, gpu, rank, case, memory, mirror }
+    }
+
+    fn step(&mut self) -> Result<(), Error> {
+        self.mirror.decode(&self.gpu, &self.plan, &mut self.memory)
+    }
+
+    /// Steps until one fails, which then is the error of every call.
+    fn until_it_fails(&mut self) -> Error {
+        let started = Instant::now();
+        let error = loop {
+            if let Err(error) = self.step() {
+                break error;
+            }
+            assert!(started.elapsed() < HANG, "rank {} never failed", self.rank);
+        };
+        let status = self.comm.status().unwrap();
+        assert_eq!(status.error.as_ref().map(Error::kind), Some(error.kind()), "{status:?} {error}");
+        assert_eq!(self.step().unwrap_err().kind(), error.kind(), "broken for good");
+        error
+    }
+
+    /// The same, of a step that was under way: it left NaN.
+    fn until_one_fails(&mut self) -> Error {
+        let error = self.until_it_fails();
+        self.mirror.fetch(&mut self.memory);
+        assert!(self.memory.row(&self.case, 0, 0).0.iter().all(|x| x.is_nan()), "{error}");
+        error
+    }
+}
+
+fn new_id() -> [u8; 128] {
+    Communicator::nccl_unique_id(&Runtime::new(RuntimeConfig::default()).unwrap()).unwrap()
+}
+
+fn start(id: &[u8; 128], world: usize, rank: usize, role: &str, number: u64) -> Child {
+    let id: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+    let role = format!("{id}:{world}:{rank}:{role}:{number}");
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.env(ROLE, role).stdout(Stdio::piped()).spawn().unwrap()
+}
+
+/// What a process said, which must have ended well.
+fn end(child: Child) -> String {
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{:?}", output.status);
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Another rank's process.
+pub fn run(role: &str) {
+    let parts: Vec<&str> = role.split(':').collect();
+    let [id, world, rank, role, number] = parts[..] else { panic!("{role}") };
+    let (world, rank, number) = (world.parse().unwrap(), rank.parse().unwrap(), number.parse::<u64>().unwrap());
+    let byte = |i: usize| u8::from_str_radix(&id[2 * i..][..2], 16).unwrap();
+    let id: [u8; 128] = std::array::from_fn(byte);
+    match role {
+        "numbers" => print!("{}", all_cases(&id, world, rank)),
+        "killed" => {
+            let mut worker = Worker::new(&id, world, rank);
+            (0..number % 7).for_each(|_| worker.step().unwrap());
+            // In the middle of a step, or between two.
+            if number % 2 == 1 {
+                // SAFETY: the device memory outlives this process.
+                unsafe { worker.plan.decode(&worker.mirror.args, Some(&worker.gpu.stream)) }.unwrap();
+            }
+            // SAFETY: ends this process, and nothing else.
+            unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+        }
+        "leaves" => {
+            let mut worker = Worker::new(&id, world, rank);
+            (0..number).for_each(|_| worker.step().unwrap());
+        }
+        "sleeps" => {
+            let worker = Worker::new(&id, world, rank);
+            std::thread::sleep(6 * STEP);
+            let status = worker.comm.status().unwrap();
+            assert!(status.error.is_none(), "no kernel of this rank has looked yet");
+            let mut worker = worker;
+            println!("{:?}", worker.until_it_fails().kind());
+        }
+        "waits" => {
+            let mut worker = Worker::new(&id, world, rank);
+            let error = worker.until_it_fails();
+            println!("{:?} {:?}", error.kind(), error.rank());
+        }
+        other => panic!("{other}"),
+    }
+}
+
+/// Runs every case with the others; says what bits came out.
+fn all_cases(id: &[u8; 128], world: usize, rank: usize) -> String {
+    let (gpu, comm) = Worker::connect(id, world, rank);
+    let text = comm.describe().unwrap();
+    assert!(text.contains("peer access to another process") && text.contains(r#""kind":"nccl""#), "{text}");
+    let mut said = String::new();
+    for case in cases(world) {
+        let plan = Plan::create(&comm, &case.desc).unwrap();
+        let mut ranks: Vec<Rank> = (0..world).map(|rank| Rank::new(&case, rank)).collect();
+        let mirror = Mirror::new(&gpu, &ranks[rank]);
+        let mut bits = Vec::new();
+        for step in 0..5 {
+            mirror.decode(&gpu, &plan, &mut ranks[rank]).unwrap();
+            let found = ranks[rank].bits(&case);
+            assert!(step == 0 || bits == found, "other bits in step {step}");
+            bits = found;
+        }
+        // The judge looks at rank 0's output, and all have the same.
+        let (out, lse) = (ranks[rank].out.bytes().to_vec(), ranks[rank].lse.bytes().to_vec());
+        ranks[0].out.bytes_mut().copy_from_slice(&out);
+        ranks[0].lse.bytes_mut().copy_from_slice(&lse);
+        assert_eq!(case.desc.output, OutputMode::Replicated);
+        let found = judge(&case, &ranks).unwrap();
+        assert_eq!(found.failure, None, "{}", case.describe());
+        let hash = bits
+            .iter()
+            .fold(0xcbf2_9ce4_8422_2325u64, |hash, &word| (hash ^ u64::from(word)).wrapping_mul(0x0000_0100_0000_01b3));
+        said.push_str(&format!("{hash:x}\n"));
+    }
+    assert!(comm.status().unwrap().error.is_none());
+    said
+}
+
+/// The same bits in every process, within their bound.
+pub fn numbers() {
+    for world in 2..=crate::allreduce::count() as usize {
+        let id = new_id();
+        let others: Vec<Child> = (1..world).map(|rank| start(&id, world, rank, "numbers", 0)).collect();
+        let mine = all_cases(&id, world, 0);
+        for other in others {
+            assert_eq!(end(other), mine);
+        }
+    }
+}
+
+/// A process that is killed is named; the survivor lives, and works with the next one.
+pub fn killed() {
+    let rounds = if full() { 100 } else { 6 };
+    let mut rng = Rng::new(crate::support::seed());
+    for round in 0..rounds {
+        let (id, number) = (new_id(), rng.range(0, 1000) as u64);
+        let mut victim = start(&id, 2, 1, "killed", number);
+        let error = Worker::new(&id, 2, 0).until_one_fails();
+        victim.wait().unwrap();
+        assert!(matches!(error.kind(), ErrorKind::PeerLost | ErrorKind::Timeout), "round {round}: {error}");
+        assert_eq!(error.rank(), Some(1), "round {round}: {error}");
+    }
+    numbers();
+}
+
+/// A rank that leaves is told apart from one that is slow.
+pub fn leaves() {
+    for steps in [0, 3] {
+        let id = new_id();
+        let other = start(&id, 2, 1, "leaves", steps);
+        let error = Worker::new(&id, 2, 0).until_one_fails();
+        assert_eq!((error.kind(), error.rank()), (ErrorKind::PeerLost, Some(1)), "{error}");
+        end(other);
+    }
+}
+
+/// A rank that does not come is named within the deadline, and finds the communicator broken when it does.
+pub fn sleeps() {
+    let id = new_id();
+    let other = start(&id, 2, 1, "sleeps", 0);
+    let mut worker = Worker::new(&id, 2, 0);
+    let error = worker.until_one_fails();
+    assert_eq!((error.kind(), error.rank()), (ErrorKind::Timeout, Some(1)), "{error}");
+    assert!(end(other).starts_with("Timeout"));
+}
+
+/// An abort ends the waits of all processes at once.
+pub fn aborts() {
+    let id = new_id();
+    let other = start(&id, 2, 1, "waits", 0);
+    let mut worker = Worker::new(&id, 2, 0);
+    let comm = worker.comm.clone();
+    let aborting = std::thread::spawn(move || {
+        std::thread::sleep(STEP / 5);
+        comm.abort().unwrap();
+    });
+    let error = worker.until_it_fails();
+    assert_eq!((error.kind(), error.rank()), (ErrorKind::Aborted, Some(0)));
+    aborting.join().unwrap();
+    assert_eq!(end(other), "Aborted Some(0)\n");
+}
