@@ -31,15 +31,15 @@ fn config() -> CommConfig {
 /// Cases that every process makes for itself.
 fn cases(world: usize) -> Vec<Case> {
     let half = shape(8, 2, 64, Dtype::F16);
-    let shapes: [(AttentionDesc, &[(usize, usize)]); 4] = [
+    type Question<'a> = (AttentionDesc, &'a [(usize, usize)]);
+    let shapes: [Question; 4] = [
         (half, &[(300, 1)]),
         (AttentionDesc { out_dtype: Dtype::F32, ..shape(6, 6, 128, Dtype::Bf16) }, &[(130, 3), (0, 1), (1, 1)]),
         (AttentionDesc { wire_dtype: Dtype::Bf16, ..shape(8, 2, 128, Dtype::Bf16) }, &[(200, 2)]),
         (AttentionDesc { causal: true, ..half }, &[(0, 1), (90, 4)]),
     ];
-    let plain = |(i, (desc, sequences)): (usize, (AttentionDesc, &[(usize, usize)]))| {
-        Case::plain(desc, world, sequences, Values::Normal, 70 + i as u64)
-    };
+    let plain =
+        |(i, (desc, sequences)): (usize, Question)| Case::plain(desc, world, sequences, Values::Normal, 70 + i as u64);
     shapes.into_iter().enumerate().map(plain).collect()
 }
 
