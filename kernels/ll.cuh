@@ -93,10 +93,12 @@ struct Epoch {
     __device__ __forceinline__ int parity() const { return number % kSlots; }
 };
 
-// Reads where this rank stands, after the dependency wait.
+// Reads where this rank stands, after the dependency wait. One lane asks for the warp: another block may fail meanwhile,
+// and lanes that know of it and lanes that do not would wait for each other.
 __device__ __forceinline__ Epoch begin_epoch(const ExchangeView& v) {
     const uint32_t consumed = static_cast<uint32_t>(load_word(v.window + kConsumed));
-    return Epoch{next_epoch(consumed), load_word(v.window + kFailed) != 0, 0};
+    const int failed = threadIdx.x % 32 == 0 && load_word(v.window + kFailed) != 0;
+    return Epoch{next_epoch(consumed), __shfl_sync(kWholeWarp, failed, 0) != 0, 0};
 }
 
 // This rank's slot in the window of `to`, and the slot of `from` in its own.
