@@ -3,6 +3,9 @@
 //!
 //! Variables are those of `tests/gpu` and of the emulator; TREEATTN_TEST_EMULATED scales the number of random cases.
 
+#[path = "../gpu/allreduce.rs"]
+#[allow(dead_code)] // as below
+mod allreduce;
 #[path = "../gpu/driver.rs"]
 #[allow(dead_code)] // as below
 mod driver;
@@ -14,6 +17,8 @@ mod mirror;
 #[allow(dead_code)] // some tests are too much for a CPU
 mod numerics;
 mod peers;
+#[path = "../gpu/processes.rs"]
+mod processes;
 #[path = "../gpu/ranks.rs"]
 mod ranks;
 #[path = "../gpu/space.rs"]
@@ -44,7 +49,7 @@ const LAYOUTS: [KvLayout; 3] = [KvLayout::Strided, KvLayout::BlockTable, KvLayou
 const MANY_SMS: Variables = &[("EMULATOR_SMS", "40"), ("EMULATOR_SEED", "2")];
 
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 8] = [
+const APART: [(&str, fn(), Variables); 9] = [
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
     ("replays", streams::replays, &[]),
@@ -52,7 +57,8 @@ const APART: [(&str, fn(), Variables); 8] = [
     ("peers", peers::peers, &[]),
     ("ranks_replays", ranks::replays, &[]),
     ("no_peers", peers::no_peers, &[("EMULATOR_PEERS", "0")]),
-    ("processes", peers::processes, &[]),
+    ("memory_of_processes", peers::processes, &[]),
+    ("allreduce3_replays", allreduce::replays, &[]),
 ];
 
 fn many_blocks() {
@@ -74,6 +80,10 @@ fn scale() -> u64 {
 
 fn main() -> ExitCode {
     let emulator = support::emulator::enter(&[]);
+    if let Ok(role) = std::env::var(processes::ROLE) {
+        processes::run(&role);
+        return ExitCode::SUCCESS;
+    }
     let bodies = APART.map(|(name, body, _)| (name, body));
     let others = [("peer_process", peers::peer_process as fn()), ("deadlock", peers::deadlock)];
     if let Some(status) = alone(&[&bodies[..], &others].concat()) {
@@ -107,6 +117,16 @@ fn main() -> ExitCode {
         test("ranks_out_of_step", ranks::out_of_step),
         test("ranks_aborted", ranks::aborted),
         test("ranks_leave", ranks::leave),
+        test("allreduce3_numbers", allreduce::numbers),
+        test("allreduce3_merges", allreduce::merges),
+        test("allreduce3_bad_data", allreduce::bad_data),
+        test("allreduce3_over_an_id", allreduce::over_an_id),
+        test("allreduce3_a_rank_that_does_not_come", allreduce::a_rank_that_does_not_come),
+        test("processes_numbers", processes::numbers),
+        test("processes_killed", processes::killed),
+        test("processes_leave", processes::leaves),
+        test("processes_sleep", processes::sleeps),
+        test("processes_abort", processes::aborts),
         test("small", numerics::small),
         test("minilm", numerics::minilm),
         test("exact", numerics::exact),

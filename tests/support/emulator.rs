@@ -1,4 +1,4 @@
-//! Starts this program again on the GPUs that `tests/emulator` makes out of the CPU.
+//! Starts this program again on the GPUs that `tests/emulator` makes out of the CPU, with an NCCL for them.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -36,8 +36,22 @@ pub fn build() -> Result<PathBuf, String> {
     let output = Command::new(script).arg(&folder).output().map_err(|error| error.to_string())?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     match output.status.code() {
-        Some(0) => Ok(folder),
+        Some(0) => build_nccl(&folder).map(|()| folder),
         Some(77) => Err(said.trim().to_string()),
         _ => panic!("the emulator does not compile: {said}"),
     }
+}
+
+/// Puts the stand-in for NCCL beside the driver. Renamed into place: other programs may be opening it.
+fn build_nccl(folder: &Path) -> Result<(), String> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/mock_nccl/nccl.c");
+    let temporary = folder.join(format!("libnccl.{}", std::process::id()));
+    let mut compiler = Command::new("cc");
+    compiler
+        .args(["-shared", "-fPIC", "-O1", "-pthread", "-Wl,-soname,libnccl.so.2", "-o"])
+        .arg(&temporary)
+        .arg(source);
+    let status = compiler.status().map_err(|error| error.to_string())?;
+    assert!(status.success(), "the stand-in for NCCL does not compile");
+    std::fs::rename(temporary, folder.join("libnccl.so.2")).map_err(|error| error.to_string())
 }
