@@ -5,6 +5,7 @@
 // warps' states meet once in shared memory, in the slots that were just consumed.
 #pragma once
 
+#include "tail.cuh"
 #include "walk.cuh"
 
 namespace treeattn {
@@ -31,9 +32,10 @@ __device__ __forceinline__ int row_bound(const DecodeParams& p, const Item& item
     return causal_bound(p, item.b, item.first_token, item.tokens, token);
 }
 
-// Writes two finished columns of a row, and its lse.
-__device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& item, int packed_row, int column,
-                                           RowState s, float2 o) {
+// Writes two finished columns of a row, and its lse; or pushes them.
+template <class S>
+__device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& item, char* shared, int packed_row,
+                                           int column, RowState s, float2 o) {
     const int token_of = item.tokens == 1 ? 0 : packed_row / p.group;
     const int64_t token = item.first_token + token_of;
     const int64_t head = static_cast<int64_t>(item.head) * p.group + packed_row - token_of * p.group;
@@ -42,6 +44,13 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& it
     } else {
         const float inverse = __frcp_rn(s.l);
         o.x *= inverse, o.y *= inverse;
+    }
+    if (p.flags & kFlagPush) {
+        if (column >= p.head_dim_v) return;
+        const float lse = s.l == 0.f ? -infinity() : (s.m + log2f(s.l)) * kLn2;
+        const Doors& doors = *reinterpret_cast<const Doors*>(shared + S::kDoorsAt);
+        push_columns(p, doors, token, static_cast<int>(head), column, lse, o);
+        return;
     }
     char* to = static_cast<char*>(p.out) + token * p.out_stride[0] + head * p.out_stride[1] + column * p.out_stride[2];
     if (column < p.head_dim_v) store_two(to, p.out_stride[2], p.out_dtype, o);
@@ -104,7 +113,7 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& p, const Item& i
                 o.x += x.x, o.y += x.y;
             }
             if (item.splits == 1) {
-                finish_row(p, item, item.row_tile * S::kRows + first + row, column, state, o);
+                finish_row<S>(p, item, shared, item.row_tile * S::kRows + first + row, column, state, o);
             } else {
                 partials.write(slot, first + row, column, state, o);
             }
@@ -161,7 +170,7 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& p, const Item
             const RowWeights& w = weights[row];
             const float2 o = weighted_sum<kFanIn>(w, x);
             if (whole) {
-                finish_row(p, item, item.row_tile * S::kRows + row, column, RowState{w.m, w.l}, o);
+                finish_row<S>(p, item, shared, item.row_tile * S::kRows + row, column, RowState{w.m, w.l}, o);
             } else {
                 partials.write(group_slots(split).at(group), row, column, RowState{w.m, w.l}, o);
             }
@@ -175,16 +184,26 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& p, const Item
 }
 
 // Query tokens before the first sequence's and after the last one's: nobody attends for them, their rows are empty.
-static __device__ __noinline__ void write_unowned(const DecodeParams& p) {
+static __device__ __noinline__ void write_unowned(const DecodeParams& p, const Doors& doors) {
     int begin = p.query_start[0], end = 0;
 #pragma unroll 1
     for (int b = threadIdx.x % 32; b <= p.batch; b += 32) end = max(end, p.query_start[b]);
     end = min(max(warp_max(end), 0), p.query_tokens), begin = min(max(begin, 0), p.query_tokens);
     const int tokens = begin + p.query_tokens - end;
     const int64_t rows = static_cast<int64_t>(tokens) * p.q_heads;
+    if (rows > 0 && (p.flags & kFlagPush)) {
+        copy_async_wait<0>();
+        __syncthreads();
+    }
 #pragma unroll 1
     for (int64_t r = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; r < rows; r += gridDim.x * (blockDim.x / 32)) {
         const int64_t nth = r / p.q_heads, head = r - nth * p.q_heads, token = nth < begin ? nth : nth - begin + end;
+        if (p.flags & kFlagPush) {
+            for (int c = threadIdx.x % 32 * 2; c < p.head_dim_v; c += 64) {
+                push_columns(p, doors, token, static_cast<int>(head), c, -infinity(), make_float2(0.f, 0.f));
+            }
+            continue;
+        }
         char* to = static_cast<char*>(p.out) + token * p.out_stride[0] + head * p.out_stride[1];
 #pragma unroll 1
         for (int c = threadIdx.x % 32 * 2; c < p.head_dim_v; c += 64) {
@@ -200,11 +219,15 @@ static __device__ __noinline__ void write_unowned(const DecodeParams& p) {
 // Parameters lie in constant memory, which is cold when a kernel begins: an instruction that takes an operand from it
 // stalls on each new line, one line after the other. Fetched like this the lines come together.
 __device__ __forceinline__ void touch_parameters(const DecodeParams& p, int* unused) {
-    constexpr int kLines = (offsetof(DecodeParams, exchange) + 63) / 64;
+    constexpr int kLines = (offsetof(DecodeParams, exchange) + 63) / 64, kAll = (sizeof(DecodeParams) + 63) / 64;
     const uint32_t* words = reinterpret_cast<const uint32_t*>(&p) + threadIdx.y;  // a zero that the compiler can't see
     uint32_t sum = 0;
 #pragma unroll
     for (int i = 0; i < kLines; i++) sum ^= words[i * 16];
+    if (p.flags & kFlagPush) {
+#pragma unroll
+        for (int i = kLines; i < kAll; i++) sum ^= words[i * 16];
+    }
     if (threadIdx.x == 0) *unused = static_cast<int>(sum);
 }
 
@@ -223,7 +246,9 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     const Share share = walk.prepare();
     const bool shared_out = share.blocks > 0;
     dependency_wait();
-    dependency_launch();
+    Doors* doors = reinterpret_cast<Doors*>(shared + S::kDoorsAt);
+    ask_for_doors(p, doors);
+    if (p.waiting == 0) dependency_launch();
 
     Family family;
     Tile tile = {};
@@ -242,7 +267,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
         first = walk.start_shared(share);
         asm volatile("" ::"r"(small));
     } else {
-        if (p.query_start != nullptr) write_unowned(p);
+        if (p.query_start != nullptr) write_unowned(p, *doors);
         first = walk.start();
     }
     if (walk.done) return;
@@ -312,6 +337,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     extern "C" __global__ void __launch_bounds__(FAMILY::S::kThreads, FAMILY::S::kBlocks)                           \
         NAME(const __grid_constant__ treeattn::DecodeParams params) {                                                 \
         BODY<FAMILY>(params);                                                                                         \
+        treeattn::end_step<FAMILY::S>(params);                                                                        \
     }
 
 }  // namespace treeattn

@@ -280,7 +280,10 @@ __device__ __forceinline__ void decode_loaded(const DecodeParams& p) {
     LoadWalk<S> walk(p, shared);
     const Share share = walk.prepare();
     dependency_wait();
-    dependency_launch();
+    Doors* doors = reinterpret_cast<Doors*>(shared + S::kDoorsAt);
+    ask_for_doors(p, doors);
+    copy_async_commit();
+    if (p.waiting == 0) dependency_launch();
 
     Item& item = *reinterpret_cast<Item*>(shared + S::kItemAt);  // the one at hand, for the whole block
     Item next_item;
@@ -291,7 +294,7 @@ __device__ __forceinline__ void decode_loaded(const DecodeParams& p) {
         asm volatile("" ::"r"(small));
         walk.flags |= kSlotFirst | kSlotFinal;
     } else {
-        if (p.query_start != nullptr) write_unowned(p);
+        if (p.query_start != nullptr) write_unowned(p, *doors);
         next_item = walk.start();
     }
     if (walk.done) return;
@@ -331,6 +334,7 @@ __device__ __forceinline__ void decode_loaded(const DecodeParams& p) {
             tile = next;
         }
         walk.report();
+        copy_async_wait<0>();  // the doors are there
         merge_warps<S>(p, item, shared, family, warp * S::kCloseBytes, rows);
         if (item.splits > 1) merge_partials<S>(p, item, shared, rows);
         if (tile.flags & kSlotFinal) break;

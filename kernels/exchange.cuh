@@ -14,22 +14,19 @@ constexpr int kRanksTogether = 4;   // whose words are asked for before the firs
 constexpr int kWordsAPass = 128;    // of a row's o that a warp holds at a time: 4 words a lane
 constexpr int kPairs = kWordsAPass / 64;
 
-// Delays for tests of the protocol; nothing in other builds.
-enum class Point { kPush, kWait, kConsume };
-#ifdef TREEATTN_DELAYS
-extern "C" __device__ uint32_t treeattn_delays[4];  // most nanoseconds at each point, and a seed
+// Delays for tests of the protocol, up to TREEATTN_DELAYS nanoseconds; nothing in other builds.
+enum class Point : uint32_t { kPush = 1, kWait = 2, kConsume = 3 };
 __device__ __forceinline__ void delay(Point point, uint32_t epoch) {
-    const uint32_t most = treeattn_delays[static_cast<int>(point)];
-    if (most == 0) return;
-    uint32_t x = (epoch * 2654435761u ^ blockIdx.x * 40503u ^ threadIdx.x / 32 * 977u) + treeattn_delays[3];
+#ifdef TREEATTN_DELAYS
+    uint32_t x = epoch * 2654435761u ^ blockIdx.x * 40503u ^ threadIdx.x / 32 * 977u ^ static_cast<uint32_t>(point) << 20;
     x ^= x >> 15, x *= 2246822519u, x ^= x >> 13;
-    const uint64_t until = nanoseconds() + x % most;
+    // Most come at once, so that the others are late.
+    if (x % 4 != 0) return;
+    const uint64_t until = nanoseconds() + (x >> 2) % TREEATTN_DELAYS;
     while (nanoseconds() < until) {
     }
-}
-#else
-__device__ __forceinline__ void delay(Point, uint32_t) {}
 #endif
+}
 
 // Two elements as words of o on the wire, and back. For f32 a word is one element, else two.
 struct Wire {
@@ -362,6 +359,36 @@ __device__ __forceinline__ bool write_received(const ExchangeParams& p, Epoch& e
         }
     }
     return true;
+}
+
+// What comes after a rank's pushes: waits for all ranks, merges or receives this rank's rows and writes them, NaN where the
+// communicator is broken. By warp `warp` of `warps` that do it.
+__device__ __forceinline__ void receive(const ExchangeParams& p, Epoch& e, int64_t warp, int64_t warps) {
+    const ExchangeView& v = p.view;
+    delay(Point::kWait, e.number);
+    if (!e.broken) wait_headers(v, e);
+    if (v.mode == kTwoShot) {
+        const int first = first_head_of(v.rank, v.heads, v.world);
+        const Rows own(p, first, first_head_of(v.rank + 1, v.heads, v.world) - first);
+        for (int64_t n = warp; n < own.count && !e.broken; n += warps) push_merged(p, e, own.at(n));
+    }
+    const Rows mine(p, v.first_head, v.own_heads);
+    for (int64_t n = warp; n < mine.count; n += warps) {
+        const int64_t row = mine.at(n);
+        const bool written = !e.broken && (v.mode == kTwoShot ? write_received(p, e, row) : write_merged(p, e, row));
+        if (!written) poison_row(p, row);
+    }
+    delay(Point::kConsume, e.number);
+}
+
+// The end of a launch's part in an exchange, by one thread of each of its blocks once all of the block have read what
+// came: the last one makes room for the next epoch.
+__device__ __forceinline__ void consume(const ExchangeView& v, const Epoch& e, uint32_t blocks) {
+    if (count_arrival(reinterpret_cast<uint32_t*>(v.window + kArrived), blocks - 1) != blocks - 1) return;
+    // Bad data that no row has told of: that of sequences without queries.
+    report_bad_data(v, pack_fault(load_word(v.window + kFault), v.rank));
+    store_word(v.window + kFault, 0);
+    if (load_word(v.window + kFailed) == 0) store_word(v.window + kConsumed, e.number);
 }
 
 }  // namespace treeattn

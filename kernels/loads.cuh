@@ -34,7 +34,8 @@ struct LoadShape {
     static constexpr int kStandAt = kItemAt + static_cast<int>(sizeof(Item));
     static constexpr int kScratchAt = kStandAt + kWarps * static_cast<int>(sizeof(Stand));
     static constexpr int kFlagAt = kScratchAt + static_cast<int>(sizeof(PlaceScratch));
-    static constexpr int kSharedBytes = kFlagAt + 16 + 4 * kWarps;
+    static constexpr int kDoorsAt = (kFlagAt + 16 + 4 * kWarps + 15) / 16 * 16;
+    static constexpr int kSharedBytes = kDoorsAt + static_cast<int>(sizeof(Doors));
     static_assert(kQueryAt % 16 == 0 && kEntriesAt % 16 == 0 && kWeightsAt % 16 == 0 && kItemAt % 16 == 0, "alignment");
     static_assert(kBlocks * (kSharedBytes + 1024) <= kSharedLimit, "shared memory");
 };

@@ -43,6 +43,7 @@ enum : uint32_t {
     kFlagCausal = 1,    // a key is hidden from queries at earlier global positions
     kFlagKvStable = 2,  // keys and values older than the step's own tokens may be read before the dependency wait
     kFlagNoBulk = 4,    // rows of k or v are not 16-byte aligned or not dense: copy them element by element
+    kFlagPush = 8,      // rows are pushed to the ranks of `exchange`, and not written
 };
 
 // How a kernel is launched: `threads` x 1 x 1, a grid of SMs * blocks_per_sm (any grid >= 1 is correct; keep it fixed
@@ -158,10 +159,11 @@ struct DecodeParams {
     int32_t world;                  // 348
     float scale;                    // 352  multiplies q.k; finite
     uint32_t flags;                 // 356
-    int32_t reserved;               // 360
+    int32_t waiting;                // 360  kFlagPush: how many blocks, the last of the grid, merge what comes; 0: a launch
+                                    //      of treeattn_exchange does
     int32_t min_tiles;              // 364  least key tiles of 16 a block takes before the next one gets any; 0: default
     Workspace workspace;            // 368
-    ExchangeView exchange;          // 400
+    ExchangeView exchange;          // 400  kFlagPush; its status word is then kFault of the window
 };
 static_assert(offsetof(DecodeParams, q_stride) == 40, "mirrored by the launch side");
 static_assert(offsetof(DecodeParams, query_start) == 168, "mirrored by the launch side");
@@ -215,7 +217,8 @@ struct ExchangeParams {
     int32_t out_dtype;         // 136
     float to_natural;          // 140  1, or ln 2 where the incoming lse has base 2
     int32_t plus_inf_is_empty; // 144
-    int32_t reserved[3];       // 148
+    int32_t is_pushed;         // 148  1: the launch before has pushed this rank's header and rows
+    int32_t reserved[2];       // 152
     ExchangeView view;         // 160
 };
 static_assert(offsetof(ExchangeParams, o_stride) == 32, "mirrored by the launch side");

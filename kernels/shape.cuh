@@ -6,6 +6,7 @@
 
 #include "params.cuh"
 #include "schedule.cuh"
+#include "tail.cuh"
 
 namespace treeattn {
 
@@ -64,7 +65,7 @@ struct Shape {
     static constexpr int kCloseRows = Rows < 16 ? Rows : 16;
     static constexpr int kPitchO = HeadDimV + 4;
     static_assert(kCloseRows * kPitchO * 4 <= kSlotBytes, "a slot holds the rows of O");
-    static constexpr int kSmall = 1024 + static_cast<int>(sizeof(PlaceScratch)) +
+    static constexpr int kSmall = 1024 + static_cast<int>(sizeof(Doors)) + static_cast<int>(sizeof(PlaceScratch)) +
                                   Rows * (8 + static_cast<int>(sizeof(RowWeights))) +
                                   8 * (Rows * 8 + 4 + static_cast<int>(sizeof(Stand)));
     static constexpr int kEntryBytes = kTile * 4;
@@ -89,7 +90,8 @@ struct Shape {
     static constexpr int kStandAt = kItemAt + static_cast<int>(sizeof(Item));
     static constexpr int kScratchAt = kStandAt + kWarps * static_cast<int>(sizeof(Stand));
     static constexpr int kFlagAt = kScratchAt + static_cast<int>(sizeof(PlaceScratch));
-    static constexpr int kSharedBytes = kFlagAt + 16 + 4 * kWarps;
+    static constexpr int kDoorsAt = (kFlagAt + 16 + 4 * kWarps + 15) / 16 * 16;
+    static constexpr int kSharedBytes = kDoorsAt + static_cast<int>(sizeof(Doors));
     static_assert(kQueryAt % 16 == 0 && kInfoAt % 16 == 0 && kStateAt % 16 == 0 && kRowAt % 8 == 0, "alignment");
     static_assert(kSharedBytes <= kSharedLimit, "shared memory");
 };

@@ -63,6 +63,18 @@ pub(crate) fn supported(desc: &AttentionDesc) -> Result<()> {
     Ok(())
 }
 
+/// Where a step's partial goes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Destination<'a> {
+    /// To the step's output.
+    Output,
+    /// To memory.
+    Partial(PartialTarget),
+    /// To the ranks of an exchange. `status`: where bad data is noted. `waiting`: how many blocks merge what comes, to the
+    /// step's output; 0: another launch has to.
+    Ranks { view: &'a ExchangeView, status: u64, waiting: i32 },
+}
+
 /// A decode kernel with its grid.
 struct Decode {
     kernel: Kernel,
@@ -212,15 +224,11 @@ impl CudaBackend {
 
     /// Enqueues a step. Allocates nothing, waits for nothing, may be captured.
     pub fn decode(&self, step: &Step, stream: &CudaStream) -> Result<()> {
-        self.attend(step, None, stream)
+        self.decode_to(step, Destination::Output, stream)
     }
 
-    /// As [`CudaBackend::decode`], but the shard's partial goes to `target` and not to the step's output.
-    pub fn decode_to(&self, step: &Step, target: PartialTarget, stream: &CudaStream) -> Result<()> {
-        self.attend(step, Some(target), stream)
-    }
-
-    fn attend(&self, step: &Step, target: Option<PartialTarget>, stream: &CudaStream) -> Result<()> {
+    /// As [`CudaBackend::decode`], with the shard's partial going elsewhere than to the step's output.
+    pub fn decode_to(&self, step: &Step, to: Destination<'_>, stream: &CudaStream) -> Result<()> {
         let Some(attention) = &self.attention else {
             return Err(Error::new(ErrorKind::Internal, "plan: a step of a merge-only plan"));
         };
@@ -235,14 +243,23 @@ impl CudaBackend {
             return Err(Error::new(ErrorKind::Internal, "plan: found no kernel"));
         };
         let mut parameters = self.parameters(&attention.fixed, step);
-        if let Some(target) = target {
-            let (row, heads) = (4 * i64::from(self.desc.head_dim_v), i64::from(self.desc.q_heads));
-            parameters.out = target.o;
-            parameters.out_dtype = Dtype::F32 as i32;
-            parameters.out_stride = [heads * row, row, 4];
-            parameters.lse = target.lse;
-            parameters.lse_stride = [heads * 4, 4];
-            parameters.workspace.status = target.status;
+        match to {
+            Destination::Output => {}
+            Destination::Partial(target) => {
+                let (row, heads) = (4 * i64::from(self.desc.head_dim_v), i64::from(self.desc.q_heads));
+                parameters.out = target.o;
+                parameters.out_dtype = Dtype::F32 as i32;
+                parameters.out_stride = [heads * row, row, 4];
+                parameters.lse = target.lse;
+                parameters.lse_stride = [heads * 4, 4];
+                parameters.workspace.status = target.status;
+            }
+            Destination::Ranks { view, status, waiting } => {
+                parameters.flags |= params::PUSH;
+                parameters.waiting = waiting;
+                parameters.exchange = *view;
+                parameters.workspace.status = status;
+            }
         }
         // SAFETY: what the kernel takes; the workspace lives as long as `self`, and the caller of the step vouches for
         // the rest.
@@ -410,7 +427,7 @@ fn fixed(desc: &AttentionDesc, shard: Shard, workspace: Workspace) -> DecodePara
         world: shard.world,
         scale: desc.effective_scale(),
         flags: flag(desc.causal, params::CAUSAL) | flag(desc.kv_stable, params::KV_STABLE),
-        reserved: 0,
+        waiting: 0,
         min_tiles: 0,
         workspace,
         exchange: ExchangeView::NONE,

@@ -40,6 +40,8 @@ pub(crate) struct ExchangeStep {
     /// The first row, token * heads + head, and how many: no more than a slot holds.
     pub first_row: i64,
     pub rows: i64,
+    /// The attention kernel has pushed the partial.
+    pub is_pushed: bool,
 }
 
 impl ExchangeStep {
@@ -60,6 +62,7 @@ impl ExchangeStep {
         out_lse_stride: [0; 4],
         first_row: 0,
         rows: 0,
+        is_pushed: false,
     };
 }
 
@@ -111,7 +114,8 @@ impl ExchangeKernel {
             out_dtype: step.out_dtype as i32,
             to_natural: step.to_natural,
             plus_inf_is_empty: i32::from(step.plus_inf_is_empty),
-            reserved: [0; 3],
+            is_pushed: i32::from(step.is_pushed),
+            reserved: [0; 2],
             view: *view,
         };
         let blocks = (step.rows as u64).div_ceil(ROWS).clamp(1, self.most);

@@ -12,6 +12,6 @@ mod merge;
 mod params;
 
 pub(crate) use allreduce::{Allreduce, AllreduceOutput, AllreduceShape, PartialTarget};
-pub(crate) use backend::{CudaBackend, supported};
+pub(crate) use backend::{CudaBackend, Destination, supported};
 pub(crate) use exchange::{ExchangeKernel, ExchangeStep};
 pub(crate) use merge::{Merge, MergeStep};

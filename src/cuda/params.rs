@@ -10,6 +10,8 @@ pub const CAUSAL: u32 = 1;
 pub const KV_STABLE: u32 = 2;
 /// Rows of k or v are not 16-byte aligned or not dense.
 pub const NO_BULK: u32 = 4;
+/// Rows are pushed to the ranks of `exchange` and not written.
+pub const PUSH: u32 = 8;
 
 /// How a kernel is launched; lies beside it in the image.
 #[derive(Clone, Copy, Debug, Default)]
@@ -100,7 +102,7 @@ pub struct DecodeParams {
     pub world: i32,
     pub scale: f32,
     pub flags: u32,
-    pub reserved: i32,
+    pub waiting: i32,
     pub min_tiles: i32,
     pub workspace: Workspace,
     pub exchange: ExchangeView,
@@ -147,7 +149,8 @@ pub struct ExchangeParams {
     pub out_dtype: i32,
     pub to_natural: f32,
     pub plus_inf_is_empty: i32,
-    pub reserved: [i32; 3],
+    pub is_pushed: i32,
+    pub reserved: [i32; 2],
     pub view: ExchangeView,
 }
 

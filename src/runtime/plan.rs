@@ -83,7 +83,7 @@ pub(super) struct PlanCore {
     pub scratch: Mutex<Scratch>,
     pub counters: Counters,
     algorithm: Algorithm,
-    reason: &'static str,
+    reason: String,
     memory: PlanMemory,
     exchange_memory: u64,
     in_flight: Mutex<usize>,
@@ -288,7 +288,7 @@ impl Plan {
             peak_memory: core.memory.workspace + core.memory.window,
             exchange_memory: core.exchange_memory,
             algorithm: core.algorithm,
-            reason: core.reason.into(),
+            reason: core.reason.clone(),
             rank: core.shard.rank,
         })
     }
@@ -418,7 +418,7 @@ impl PlanCore {
         };
         let (algorithm, reason) = match &windows {
             Some(windows) => windows.algorithm(),
-            None => (method.algorithm(desc.algorithm), reason),
+            None => (method.algorithm(desc.algorithm), reason.to_string()),
         };
         let backend_bytes = backend_bytes + windows.as_ref().map_or(0, GpuExchange::memory);
         let backend_bytes = backend_bytes + allreduce.as_ref().map_or(0, GpuAllreduce::memory);

@@ -20,7 +20,7 @@ use super::communicator::CommCore;
 use super::plan::PlanCore;
 use crate::attention::{AttentionDesc, Dtype, Shard, Step};
 use crate::comm::nccl::{NcclLimit, NcclRank, Reduction};
-use crate::cuda::{Allreduce, AllreduceOutput, AllreduceShape, CudaBackend, MergeStep};
+use crate::cuda::{Allreduce, AllreduceOutput, AllreduceShape, CudaBackend, Destination, MergeStep};
 use crate::device::cuda::{CudaDevice, CudaStream};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -81,7 +81,9 @@ impl GpuAllreduce {
             lse: step.args.lse,
             lse_stride: step.lse_stride,
         };
-        self.exchange(plan, &output, stream, || backend.decode_to(step, self.kernels.target(), stream))
+        self.exchange(plan, &output, stream, || {
+            backend.decode_to(step, Destination::Partial(self.kernels.target()), stream)
+        })
     }
 
     /// Enqueues the same for a partial that the engine made.

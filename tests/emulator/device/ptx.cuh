@@ -57,23 +57,17 @@ inline uint32_t count_arrival(uint32_t* counter, uint32_t last) {
 }
 
 // Words that others write meanwhile. Who looks for one lets them.
-inline void store_word(uint64_t* to, uint64_t x) {
-    emulator::maybe_yield();
-    __atomic_store_n(to, x, __ATOMIC_RELEASE);
-}
+inline void store_word(uint64_t* to, uint64_t x) { emulator::store_later(to, x); }
 inline void store_words(uint64_t* to, uint64_t x, uint64_t y) {
     store_word(to, x);
     store_word(to + 1, y);
 }
 inline uint64_t load_word(const uint64_t* from) {
-    emulator::poll("load_word");
-    return __atomic_load_n(from, __ATOMIC_ACQUIRE);
+    return emulator::load_watched(from);
 }
 inline ulonglong2 load_words(const uint64_t* from) {
-    emulator::poll("load_words");
-    const uint64_t x = __atomic_load_n(from, __ATOMIC_ACQUIRE);
-    emulator::maybe_yield();
-    return {x, __atomic_load_n(from + 1, __ATOMIC_ACQUIRE)};
+    const uint64_t x = emulator::load_watched(from);
+    return {x, emulator::load_watched(from + 1)};
 }
 inline uint64_t nanoseconds() { return emulator::global_timer(); }
 

@@ -1,8 +1,9 @@
-//! Steps of ranks on GPUs that write into each other's memory: attend, push, merge.
+//! Steps of ranks on GPUs that write into each other's memory: attend, push, merge. `connect` brings them together.
 //!
-//! The attention kernel leaves this rank's partial in the plan's workspace, then one dependent exchange kernel pushes it
-//! into the windows of all ranks, waits for theirs in its own, and writes the merged rows. A step with more rows than a
-//! slot of a window holds makes several such exchanges.
+//! A step takes one of three [forms](Form), by its size. They follow one protocol, so that the ranks of a communicator need
+//! not agree on one.
+
+mod connect;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,18 +13,58 @@ use std::time::Duration;
 use super::exchange::fingerprint;
 use super::plan::PlanCore;
 use crate::attention::{Algorithm, AttentionDesc, Dtype, OutputMode, Shard, Step, head_range};
-use crate::comm::{CommConfig, Exchange, LocalExchange, Offer, PeerExchange, Windows};
-use crate::cuda::{CudaBackend, ExchangeKernel, ExchangeStep, MergeStep, PartialTarget};
+use crate::comm::{PeerExchange, Windows};
+use crate::cuda::{CudaBackend, Destination, ExchangeKernel, ExchangeStep, MergeStep, PartialTarget};
 use crate::device::cuda::{CudaDevice, CudaStream, Holdings};
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::epoch::Epoch;
-use crate::partial::view::{ExchangeMode, host, row_words, verdict};
+use crate::partial::view::{ExchangeMode, row_words};
 use crate::partial::{DataFault, ExchangeView};
 
-/// How long the windows of a new group may take to show that they work.
-const PROBE: Duration = Duration::from_secs(5);
-/// What ranks take the probe for.
-const PROBE_FINGERPRINT: u64 = 0x7ee5_a77e_0b0e_0001;
+pub(super) use connect::{connect, connect_over};
+
+/// The environment variable that picks a [`Form`] where the step's size allows it: "memory", "push" or "single".
+const ENVIRONMENT: &str = "TREEATTN_GPU_EXCHANGE";
+/// Rows of a step for which the attention kernel has a block waiting: one a warp.
+const ROWS_A_BLOCK: i64 = 8;
+/// Most blocks that wait. More rows are merged sooner by an exchange kernel, which has more.
+const MOST_WAITING: i64 = 16;
+/// Attention kernels that may wait on a GPU at the same time, of as many communicators, and leave room for the blocks that
+/// they wait for.
+const COMMUNICATORS: i64 = 4;
+
+/// How a step's partials come to the exchange.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    /// Attention leaves the partial in the plan's workspace; an exchange kernel for each slotful of rows pushes and merges.
+    Memory,
+    /// Attention pushes rows as it completes them; one exchange kernel merges.
+    Push,
+    /// Attention pushes rows, and its last blocks merge.
+    Single,
+}
+
+impl Form {
+    /// The form that [`ENVIRONMENT`] asks for.
+    fn asked() -> Result<Option<Form>> {
+        let Some(word) = std::env::var_os(ENVIRONMENT) else { return Ok(None) };
+        match word.to_str() {
+            Some("memory") => Ok(Some(Form::Memory)),
+            Some("push") => Ok(Some(Form::Push)),
+            Some("single") => Ok(Some(Form::Single)),
+            _ => Err(Error::invalid(ENVIRONMENT, word.display(), "\"memory\", \"push\" or \"single\"")),
+        }
+    }
+
+    /// What it is, for people.
+    fn words(self) -> &'static str {
+        match self {
+            Form::Memory => "pushed and merged by kernels of their own",
+            Form::Push => "pushed by the attention kernel, merged by another",
+            Form::Single => "pushed and merged by the attention kernel",
+        }
+    }
+}
+
 /// Payload of a rank above which an exchange of `world` ranks goes in two shots.
 ///
 /// One shot sends (p - 1) S from a rank and two send 2 (p - 1) / p S, so that the second saves (p - 1) (1 - 2 / p) S of a
@@ -35,133 +76,50 @@ fn two_shots_above(world: usize) -> usize {
     if world <= 2 { usize::MAX } else { (HOP_BYTES / ((p - 1.0) * (1.0 - 2.0 / p))) as usize }
 }
 
-/// The ends of a group of GPUs in this process: `bootstraps` and `devices` in rank order, the first epoch after `start`.
-/// Where the GPUs cannot exchange, the ends say why when a plan asks. Blocks; `Capturing` during a capture.
-pub(super) fn connect(
-    bootstraps: Vec<LocalExchange>,
-    devices: &[Arc<CudaDevice>],
-    config: &CommConfig,
-    start: Epoch,
-) -> Result<Vec<PeerExchange>> {
-    let all: Vec<usize> = (0..devices.len()).collect();
-    let windows = Windows::new(devices, start, config.step_timeout)
-        .and_then(|windows| probe(&windows, &all, start, probe_timeout(config)).map(|()| Arc::new(windows)));
-    let windows = or_reason(windows)?;
-    bootstraps.into_iter().map(|bootstrap| PeerExchange::new(Box::new(bootstrap), windows.clone(), config)).collect()
+/// What forms a plan's steps can take.
+#[derive(Clone, Copy, Debug)]
+struct Forms {
+    asked: Option<Form>,
+    /// Rows that a slot holds.
+    most_rows: i64,
+    /// Blocks of the attention kernel that may wait.
+    most_waiting: i64,
 }
 
-/// This rank's end of a group whose ranks may be in other processes, which `bootstrap` connects. Collective. Where the GPUs
-/// cannot exchange, every end says why when a plan asks. Blocks, at most the setup deadline and that of the probe.
-pub(super) fn connect_over(
-    bootstrap: Box<dyn Exchange>,
-    device: &Arc<CudaDevice>,
-    config: &CommConfig,
-) -> Result<PeerExchange> {
-    let shard = bootstrap.shard();
-    let (rank, start) = (shard.rank as usize, Epoch::from_flag(0));
-    let share = || -> Result<Result<Arc<Windows>>> {
-        let offer = Offer::new(device, shard.world as usize, start, config.step_timeout);
-        let said = offer.as_ref().map(|offer| offer.text().to_string());
-        let texts = match (agree(&*bootstrap, said)?, offer) {
-            (Ok(texts), Ok(offer)) => offer.accept(rank, &texts, config.step_timeout),
-            (_, Err(error)) => Err(error),
-            (Err(error), _) => Err(error),
-        };
-        // Every window is zero, and open everywhere, before the first word is written.
-        let ready = agree(&*bootstrap, texts.as_ref().map(|_| String::new()))?;
-        let probed = match (ready, texts) {
-            (Ok(_), Ok(windows)) => probe(&windows, &[rank], start, probe_timeout(config)).map(|()| Arc::new(windows)),
-            (_, Err(error)) => Err(error),
-            (Err(error), Ok(_)) => Err(error),
-        };
-        let all = agree(&*bootstrap, probed.as_ref().map(|_| String::new()))?;
-        Ok(all.and(probed))
-    };
-    let windows = or_reason(share()?)?;
-    PeerExchange::new(bootstrap, windows, config)
-}
+impl Forms {
+    /// For one of `sharing` ranks on a GPU of `units` multiprocessors.
+    fn new(asked: Option<Form>, most_rows: i64, units: i32, sharing: usize) -> Forms {
+        let most_waiting = (i64::from(units) / (COMMUNICATORS * sharing.max(1) as i64)).min(MOST_WAITING);
+        Forms { asked, most_rows, most_waiting }
+    }
 
-/// What every rank says, or why one of them cannot go on. Collective.
-fn agree(bootstrap: &dyn Exchange, mine: std::result::Result<String, &Error>) -> Result<Result<Vec<String>>> {
-    let blob = match mine {
-        Ok(text) => format!("+{text}"),
-        Err(error) => format!("-{}", error.message()),
-    };
-    let mut texts = Vec::new();
-    for (rank, blob) in bootstrap.allgather(blob.as_bytes())?.iter().enumerate() {
-        let text = String::from_utf8_lossy(blob);
-        match (text.strip_prefix('+'), text.strip_prefix('-')) {
-            (Some(text), _) => texts.push(text.to_string()),
-            (_, reason) => {
-                let message = format!("rank {rank}: {}", reason.unwrap_or("found no word of this library's version"));
-                return Ok(Err(Error::new(ErrorKind::Unsupported, message).with_rank(rank as i32)));
-            }
+    /// The form of a step of `rows` rows, and how many blocks of its attention kernel wait.
+    fn of(&self, rows: i64) -> (Form, i32) {
+        let waiting = rows.div_euclid(ROWS_A_BLOCK) + i64::from(rows % ROWS_A_BLOCK > 0);
+        match self.asked {
+            _ if rows == 0 || rows > self.most_rows => (Form::Memory, 0),
+            Some(form @ (Form::Memory | Form::Push)) => (form, 0),
+            _ if waiting <= self.most_waiting => (Form::Single, waiting as i32),
+            _ => (Form::Push, 0),
         }
     }
-    Ok(Ok(texts))
-}
-
-/// Lets a reason why GPUs cannot exchange pass, since other steps are still possible.
-fn or_reason(windows: Result<Arc<Windows>>) -> Result<Result<Arc<Windows>>> {
-    match windows {
-        Err(error) if !matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::Unavailable) => Err(error),
-        windows => Ok(windows),
-    }
-}
-
-fn probe_timeout(config: &CommConfig) -> Duration {
-    config.setup_timeout.min(PROBE)
-}
-
-/// One exchange without rows, of which `ranks` are of this call: that every rank's words reach every other is proven by
-/// nothing else.
-fn probe(windows: &Windows, ranks: &[usize], start: Epoch, timeout: Duration) -> Result<()> {
-    let mut streams = Vec::with_capacity(ranks.len());
-    for &rank in ranks {
-        let device = windows.device(rank);
-        let view = ExchangeView { fingerprint: PROBE_FINGERPRINT, heads: 1, ..windows.view(rank, timeout) };
-        let stream = CudaStream::new(device)?;
-        ExchangeKernel::new(device, 1)?.enqueue(&view, &ExchangeStep::NOTHING, &stream)?;
-        streams.push(stream);
-    }
-    for stream in &streams {
-        stream.synchronize()?;
-    }
-    for &rank in ranks {
-        let failure = windows.words(rank).load(host::FAILURE);
-        if failure == 0 && windows.consumed(rank)? == start.next() {
-            continue;
-        }
-        let here = windows.label(rank);
-        let found = match failure {
-            0 => format!("{here} (rank {rank}), where a test exchange left nothing"),
-            failure => {
-                let other = verdict::unpack(failure).1.min(windows.world() - 1);
-                let there = windows.label(other);
-                format!(
-                    "{here} (rank {rank}), which saw nothing of what {there} (rank {other}) wrote to it within {timeout:?}, \
-                     though the driver allows it"
-                )
-            }
-        };
-        return Err(Error::unsupported("devices", found, "GPUs whose writes reach each other"));
-    }
-    Ok(())
 }
 
 /// What a plan needs beside its backend.
 pub(super) struct GpuExchange {
     kernel: ExchangeKernel,
-    /// Where the attention kernel leaves the partial; none for a merge-only plan.
+    forms: Forms,
+    /// Where the attention kernel leaves the partial of a step of the form `Memory`; none if the plan has no such.
     target: Option<PartialTarget>,
+    /// Where bad data of a running step is noted.
+    status: u64,
     view: ExchangeView,
     mode: ExchangeMode,
     dim: i32,
     out_dtype: Dtype,
-    /// Rows that a slot holds, and the bytes of one.
-    most_rows: i64,
+    /// Bytes of a row.
     row_bytes: u64,
-    reason: &'static str,
+    reason: String,
     bytes: usize,
     /// Held for the kernels that are enqueued.
     _windows: Option<Arc<Windows>>,
@@ -190,9 +148,13 @@ impl GpuExchange {
             own_heads: heads.len() as i32,
             ..peers.view()?
         };
+        let status = windows.as_ref().map_or(0, |windows| windows.fault_address(shard.rank as usize));
+        let most_rows = ((windows.as_ref().map_or(0, |windows| windows.capacity()) / row_bytes) as i64).max(1);
+        let forms = Forms::new(Form::asked()?, most_rows, device.units, sharing);
+        let (form, _) = forms.of(rows as i64);
         let mut holdings = Holdings::new(device, patience);
         let (mut target, mut bytes) = (None, 0);
-        if !desc.is_merge_only() {
+        if !desc.is_merge_only() && form == Form::Memory {
             let too_large = || {
                 let found = format!("{} x {} x {dim}", desc.max_query_tokens, desc.q_heads);
                 Error::invalid("max_query_tokens x q_heads x head_dim_v", found, "a size that fits memory")
@@ -200,17 +162,21 @@ impl GpuExchange {
             let o = rows.checked_mul(4 * dim).and_then(|o| o.checked_next_multiple_of(256)).ok_or_else(too_large)?;
             bytes = o.checked_add(4 * rows).ok_or_else(too_large)?;
             let memory = holdings.memory(bytes)?;
-            let status = windows.as_ref().map_or(0, |windows| windows.fault_address(shard.rank as usize));
             target = Some(PartialTarget { o: memory, lse: memory + o as u64, status });
         }
+        let reason = match desc.is_merge_only() {
+            true => reason.to_string(),
+            false => format!("{reason}; the largest step's are {}", form.words()),
+        };
         Ok(GpuExchange {
             kernel: ExchangeKernel::new(device, sharing)?,
+            forms,
             target,
+            status,
             view,
             mode,
             dim: desc.head_dim_v,
             out_dtype: desc.out_dtype,
-            most_rows: ((peers.windows().map_or(0, |windows| windows.capacity()) / row_bytes) as i64).max(1),
             row_bytes: row_bytes as u64,
             reason,
             bytes,
@@ -225,33 +191,53 @@ impl GpuExchange {
     }
 
     /// The algorithm, and why it was chosen.
-    pub fn algorithm(&self) -> (Algorithm, &'static str) {
+    pub fn algorithm(&self) -> (Algorithm, String) {
         let algorithm = if self.mode == ExchangeMode::TwoShot { Algorithm::TwoShot } else { Algorithm::OneShot };
-        (algorithm, self.reason)
+        (algorithm, self.reason.clone())
     }
 
     /// Enqueues a step: attends the shard, exchanges, writes the merged output.
     pub fn decode(&self, plan: &PlanCore, backend: &CudaBackend, step: &Step, stream: &CudaStream) -> Result<()> {
-        let Some(target) = self.target else {
-            return Err(Error::new(ErrorKind::Internal, "plan: a step of a merge-only plan"));
-        };
-        let (row, heads) = (4 * i64::from(self.dim), i64::from(self.view.heads));
-        let exchange = ExchangeStep {
-            o: target.o,
-            o_stride: [heads * row, row, 4],
-            o_dtype: Dtype::F32,
-            lse: target.lse,
-            lse_stride: [heads * 4, 4],
+        let (tokens, kind) = (step.args.query_tokens, [1, step.args.batch as u64]);
+        let rows = i64::from(tokens) * i64::from(self.view.heads);
+        let merged = ExchangeStep {
             dim: self.dim,
             out: step.args.out,
             out_stride: step.out_stride,
             out_dtype: self.out_dtype,
             out_lse: step.args.lse,
             out_lse_stride: step.lse_stride,
+            rows,
             ..ExchangeStep::NOTHING
         };
-        backend.decode_to(step, target, stream)?;
-        self.exchange(plan, exchange, step.args.query_tokens, [1, step.args.batch as u64], stream)
+        let (form, waiting) = self.forms.of(rows);
+        if form == Form::Memory {
+            let step_of_attention = match self.target {
+                Some(target) => {
+                    backend.decode_to(step, Destination::Partial(target), stream)?;
+                    let (row, heads) = (4 * i64::from(self.dim), i64::from(self.view.heads));
+                    ExchangeStep {
+                        o: target.o,
+                        o_stride: [heads * row, row, 4],
+                        o_dtype: Dtype::F32,
+                        lse: target.lse,
+                        lse_stride: [heads * 4, 4],
+                        ..merged
+                    }
+                }
+                None if rows == 0 => merged,
+                None => return Err(Error::new(ErrorKind::Internal, "plan: a step larger than its largest")),
+            };
+            return self.exchange(plan, step_of_attention, tokens, kind, stream);
+        }
+        let view = self.view_of(plan, tokens, kind, 0);
+        backend.decode_to(step, Destination::Ranks { view: &view, status: self.status, waiting }, stream)?;
+        if form == Form::Push {
+            let step = ExchangeStep { is_pushed: true, ..merged };
+            self.kernel.enqueue(&view, &step, stream).map_err(|error| self.broke(plan, error))?;
+        }
+        self.count(plan, rows as u64);
+        Ok(())
     }
 
     /// Enqueues the exchange of a partial that the engine made.
@@ -277,7 +263,14 @@ impl GpuExchange {
         self.exchange(plan, exchange, step.tokens, [2, 0], stream)
     }
 
-    /// The exchanges of a step of `tokens` tokens. `kind` tells steps of different calls and sizes apart.
+    /// The view of a step of `tokens` tokens, for its exchange that begins with `first_row`. `kind` tells steps of different
+    /// calls and sizes apart.
+    fn view_of(&self, plan: &PlanCore, tokens: i32, kind: [u64; 2], first_row: i64) -> ExchangeView {
+        let words = [plan.id, kind[0], kind[1], tokens as u64, first_row as u64];
+        ExchangeView { fingerprint: fingerprint(&words), ..self.view }
+    }
+
+    /// The exchanges of a step whose partial lies in memory.
     fn exchange(
         &self,
         plan: &PlanCore,
@@ -288,18 +281,19 @@ impl GpuExchange {
     ) -> Result<()> {
         let rows = i64::from(tokens) * i64::from(self.view.heads);
         // A step without rows is an exchange, too: the others wait for it.
-        for first_row in (0..rows.max(1)).step_by(self.most_rows as usize) {
-            let words = [plan.id, kind[0], kind[1], tokens as u64, first_row as u64];
-            let view = ExchangeView { fingerprint: fingerprint(&words), ..self.view };
-            let step = ExchangeStep { first_row, rows: (rows - first_row).min(self.most_rows), ..step };
-            self.kernel.enqueue(&view, &step, stream).map_err(|error| {
-                // What was half enqueued leaves the peers without this rank.
-                plan.comm.exchange.fail(&error);
-                plan.comm.exchange.status().unwrap_or(error)
-            })?;
+        for first_row in (0..rows.max(1)).step_by(self.forms.most_rows as usize) {
+            let view = self.view_of(plan, tokens, kind, first_row);
+            let step = ExchangeStep { first_row, rows: (rows - first_row).min(self.forms.most_rows), ..step };
+            self.kernel.enqueue(&view, &step, stream).map_err(|error| self.broke(plan, error))?;
             self.count(plan, step.rows as u64);
         }
         Ok(())
+    }
+
+    /// What was half enqueued leaves the peers without this rank: they hear of it.
+    fn broke(&self, plan: &PlanCore, error: Error) -> Error {
+        plan.comm.exchange.fail(&error);
+        plan.comm.exchange.status().unwrap_or(error)
     }
 
     /// Counts what this rank sends to others in an exchange of `rows` rows.
@@ -346,6 +340,18 @@ pub(super) fn take_fault(peers: Option<&PeerExchange>) -> Option<(i32, DataFault
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn forms_follow_the_size_of_a_step_and_leave_room_for_others() {
+        let forms = Forms::new(None, 1000, 132, 1);
+        let found = [0, 1, 32, 128, 129, 1000, 1001].map(|rows| forms.of(rows));
+        use Form::{Memory, Push, Single};
+        assert_eq!(found, [(Memory, 0), (Single, 1), (Single, 4), (Single, 16), (Push, 0), (Push, 0), (Memory, 0)]);
+        let shared = Forms::new(None, 1000, 132, 8);
+        assert_eq!([32, 33].map(|rows| shared.of(rows).0), [Single, Push]);
+        assert_eq!(Forms::new(Some(Single), 1000, 4, 2).of(1).0, Push, "no room to wait");
+        assert_eq!(Forms::new(Some(Memory), 1000, 132, 1).of(1).0, Memory);
+    }
 
     #[test]
     fn two_shots_pay_the_sooner_the_more_ranks_there_are() {

@@ -1,0 +1,122 @@
+// A decode kernel's part in an exchange: what it pushes where a rank on its own would write its output, and what comes
+// after its last item.
+//
+// A row goes to the ranks that merge it as soon as the block that completes it has it. In the first form another launch
+// (exchange.cu) merges what came. In the second the last blocks of the grid do, once they owe nothing themselves: no
+// block waits that has a tile, a merge or a push left, and the launches that depend on this one come up only when the
+// waiting is over. So all blocks get their turn as long as those that wait, of all kernels on the GPU, leave room for one
+// more.
+#pragma once
+
+#include "exchange.cuh"
+
+namespace treeattn {
+
+// What pushes need to know, in shared memory: it comes while the first keys do.
+struct alignas(16) Doors {
+    uint64_t slots[64];  // of parity 0: this rank's in each rank's window
+    uint64_t consumed, arrived;
+    uint64_t failed, fault;
+};
+static_assert(kConsumed % 2 == 0 && kFailed == kConsumed + 2, "two words of a window a copy");
+
+// Asks for the doors, with the first copies that the first warp commits. After the dependency wait.
+__device__ __forceinline__ void ask_for_doors(const DecodeParams& p, Doors* doors) {
+    if (!(p.flags & kFlagPush) || threadIdx.x >= 32) return;
+    const uint32_t to = shared_address(doors);
+    const int i = threadIdx.x;
+    // Behind the addresses lie others, so that an odd number of them can be copied in twos.
+    if (i * 2 < p.exchange.world) copy_async16(to + i * 16, p.exchange.peers + i * 2, 16);
+    if (i < 2) {
+        copy_async16(to + offsetof(Doors, consumed) + i * 16, p.exchange.window + kConsumed + i * 2, 16);
+    }
+}
+
+__device__ __forceinline__ Epoch epoch_of(const Doors& doors) {
+    return Epoch{next_epoch(static_cast<uint32_t>(doors.consumed)), doors.failed != 0, 0};
+}
+
+// Calls `send(slot's word)` for every rank that gets words of a head.
+template <class Send>
+__device__ __forceinline__ void for_doors(const ExchangeView& v, const Doors& doors, const Epoch& e, int head,
+                                          int64_t at, Send send) {
+    at += e.parity() * v.parity_words;
+    const auto slot = [&](int rank) { return reinterpret_cast<uint64_t*>(doors.slots[rank]) + at; };
+    if (v.mode != kOneShot) {
+        send(slot(owner_of(head, v.heads, v.world)));
+        return;
+    }
+    // The own window last: the others' words have the longer way.
+    int rank = v.rank;
+#pragma unroll 1
+    for (int n = 0; n < v.world; n++) {
+        if (++rank == v.world) rank = 0;
+        send(slot(rank));
+    }
+}
+
+// Pushes two finished columns of a row, the first an even one, and with column 0 its natural lse.
+__device__ __forceinline__ void push_columns(const DecodeParams& p, const Doors& doors, int64_t token, int head,
+                                             int column, float lse, float2 o) {
+    const ExchangeView& v = p.exchange;
+    const Epoch e = epoch_of(doors);
+    if (e.broken) return;
+    delay(Point::kPush, e.number);
+    const Wire wire(v.wire_dtype);
+    const int64_t at = kHeaderWords + (token * v.heads + head) * row_words(p.head_dim_v, v.wire_dtype);
+    if (column == 0) {
+        // Bad data of the row's own sequence has been reported: it made the row NaN.
+        const uint32_t fault = lse == lse ? 0 : pack_fault(load_word(v.window + kFault), v.rank);
+        const uint64_t x = packet(__float_as_uint(lse), e.number), y = packet(fault, e.number);
+        for_doors(v, doors, e, head, at, [&](uint64_t* to) { store_words(to, x, y); });
+    }
+    if (wire.is_f32) {
+        const uint64_t x = packet(__float_as_uint(o.x), e.number), y = packet(__float_as_uint(o.y), e.number);
+        for_doors(v, doors, e, head, at + kRowHead + column, [&](uint64_t* to) { store_words(to, x, y); });
+    } else {
+        const uint64_t x = packet(wire.pack(o), e.number);
+        for_doors(v, doors, e, head, at + kRowHead + column / 2, [&](uint64_t* to) { store_word(to, x); });
+    }
+}
+
+// After a block's last item, by all of its threads; the doors have come. `step` is shared memory that nobody needs any
+// more.
+static __device__ __noinline__ void end_exchange(const DecodeParams& p, const Doors& doors, ExchangeParams& step) {
+    const ExchangeView& v = p.exchange;
+    Epoch e = epoch_of(doors);
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    if (blockIdx.x == 0 && warp == 0 && !e.broken) push_header(v, e);
+    if (p.waiting == 0) return;
+    const int waiting = min(p.waiting, static_cast<int>(gridDim.x));
+    const int nth = static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x);
+    if (nth < waiting) {
+        if (threadIdx.x < sizeof(ExchangeView) / 16) {
+            reinterpret_cast<int4*>(&step.view)[threadIdx.x] = reinterpret_cast<const int4*>(&v)[threadIdx.x];
+        }
+        if (threadIdx.x == 32 % blockDim.x) {
+            step.out = p.out, step.out_lse = p.lse;
+            for (int i = 0; i < 3; i++) step.out_stride[i] = p.out_stride[i];
+            for (int i = 0; i < 2; i++) step.out_lse_stride[i] = p.lse_stride[i];
+            step.first_row = 0, step.rows = static_cast<int64_t>(p.query_tokens) * v.heads;
+            step.head_dim = p.head_dim_v;
+            step.out_dtype = p.out_dtype;
+        }
+        __syncthreads();
+        receive(step, e, static_cast<int64_t>(nth) * warps + warp, static_cast<int64_t>(waiting) * warps);
+        __syncthreads();
+    }
+    dependency_launch();
+    if (threadIdx.x == 0) consume(v, e, gridDim.x);
+}
+
+// The same, of a kernel of this shape; nothing where there is no exchange.
+template <class S>
+__device__ __forceinline__ void end_step(const DecodeParams& p) {
+    extern __shared__ __align__(128) char shared[];
+    if (!(p.flags & kFlagPush)) return;
+    copy_async_wait<0>();
+    __syncthreads();
+    end_exchange(p, *reinterpret_cast<const Doors*>(shared + S::kDoorsAt), *reinterpret_cast<ExchangeParams*>(shared));
+}
+
+}  // namespace treeattn

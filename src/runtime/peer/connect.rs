@@ -1,0 +1,131 @@
+//! Bringing ranks on GPUs together: windows that reach each other, shown by an exchange.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::comm::{CommConfig, Exchange, LocalExchange, Offer, PeerExchange, Windows};
+use crate::cuda::{ExchangeKernel, ExchangeStep};
+use crate::device::cuda::{CudaDevice, CudaStream};
+use crate::error::{Error, ErrorKind, Result};
+use crate::partial::ExchangeView;
+use crate::partial::epoch::Epoch;
+use crate::partial::view::{host, verdict};
+
+/// How long the windows of a new group may take to show that they work.
+const PROBE: Duration = Duration::from_secs(5);
+/// What ranks take the probe for.
+const PROBE_FINGERPRINT: u64 = 0x7ee5_a77e_0b0e_0001;
+
+/// The ends of a group of GPUs in this process: `bootstraps` and `devices` in rank order, the first epoch after `start`.
+/// Where the GPUs cannot exchange, the ends say why when a plan asks. Blocks; `Capturing` during a capture.
+pub(in crate::runtime) fn connect(
+    bootstraps: Vec<LocalExchange>,
+    devices: &[Arc<CudaDevice>],
+    config: &CommConfig,
+    start: Epoch,
+) -> Result<Vec<PeerExchange>> {
+    let all: Vec<usize> = (0..devices.len()).collect();
+    let windows = Windows::new(devices, start, config.step_timeout)
+        .and_then(|windows| probe(&windows, &all, start, probe_timeout(config)).map(|()| Arc::new(windows)));
+    let windows = or_reason(windows)?;
+    bootstraps.into_iter().map(|bootstrap| PeerExchange::new(Box::new(bootstrap), windows.clone(), config)).collect()
+}
+
+/// This rank's end of a group whose ranks may be in other processes, which `bootstrap` connects. Collective. Where the GPUs
+/// cannot exchange, every end says why when a plan asks. Blocks, at most the setup deadline and that of the probe.
+pub(in crate::runtime) fn connect_over(
+    bootstrap: Box<dyn Exchange>,
+    device: &Arc<CudaDevice>,
+    config: &CommConfig,
+) -> Result<PeerExchange> {
+    let shard = bootstrap.shard();
+    let (rank, start) = (shard.rank as usize, Epoch::from_flag(0));
+    let share = || -> Result<Result<Arc<Windows>>> {
+        let offer = Offer::new(device, shard.world as usize, start, config.step_timeout);
+        let said = offer.as_ref().map(|offer| offer.text().to_string());
+        let texts = match (agree(&*bootstrap, said)?, offer) {
+            (Ok(texts), Ok(offer)) => offer.accept(rank, &texts, config.step_timeout),
+            (_, Err(error)) => Err(error),
+            (Err(error), _) => Err(error),
+        };
+        // Every window is zero, and open everywhere, before the first word is written.
+        let ready = agree(&*bootstrap, texts.as_ref().map(|_| String::new()))?;
+        let probed = match (ready, texts) {
+            (Ok(_), Ok(windows)) => probe(&windows, &[rank], start, probe_timeout(config)).map(|()| Arc::new(windows)),
+            (_, Err(error)) => Err(error),
+            (Err(error), Ok(_)) => Err(error),
+        };
+        let all = agree(&*bootstrap, probed.as_ref().map(|_| String::new()))?;
+        Ok(all.and(probed))
+    };
+    let windows = or_reason(share()?)?;
+    PeerExchange::new(bootstrap, windows, config)
+}
+
+/// What every rank says, or why one of them cannot go on. Collective.
+fn agree(bootstrap: &dyn Exchange, mine: std::result::Result<String, &Error>) -> Result<Result<Vec<String>>> {
+    let blob = match mine {
+        Ok(text) => format!("+{text}"),
+        Err(error) => format!("-{}", error.message()),
+    };
+    let mut texts = Vec::new();
+    for (rank, blob) in bootstrap.allgather(blob.as_bytes())?.iter().enumerate() {
+        let text = String::from_utf8_lossy(blob);
+        match (text.strip_prefix('+'), text.strip_prefix('-')) {
+            (Some(text), _) => texts.push(text.to_string()),
+            (_, reason) => {
+                let message = format!("rank {rank}: {}", reason.unwrap_or("found no word of this library's version"));
+                return Ok(Err(Error::new(ErrorKind::Unsupported, message).with_rank(rank as i32)));
+            }
+        }
+    }
+    Ok(Ok(texts))
+}
+
+/// Lets a reason why GPUs cannot exchange pass, since other steps are still possible.
+fn or_reason(windows: Result<Arc<Windows>>) -> Result<Result<Arc<Windows>>> {
+    match windows {
+        Err(error) if !matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::Unavailable) => Err(error),
+        windows => Ok(windows),
+    }
+}
+
+fn probe_timeout(config: &CommConfig) -> Duration {
+    config.setup_timeout.min(PROBE)
+}
+
+/// One exchange without rows, of which `ranks` are of this call: that every rank's words reach every other is proven by
+/// nothing else.
+fn probe(windows: &Windows, ranks: &[usize], start: Epoch, timeout: Duration) -> Result<()> {
+    let mut streams = Vec::with_capacity(ranks.len());
+    for &rank in ranks {
+        let device = windows.device(rank);
+        let view = ExchangeView { fingerprint: PROBE_FINGERPRINT, heads: 1, ..windows.view(rank, timeout) };
+        let stream = CudaStream::new(device)?;
+        ExchangeKernel::new(device, 1)?.enqueue(&view, &ExchangeStep::NOTHING, &stream)?;
+        streams.push(stream);
+    }
+    for stream in &streams {
+        stream.synchronize()?;
+    }
+    for &rank in ranks {
+        let failure = windows.words(rank).load(host::FAILURE);
+        if failure == 0 && windows.consumed(rank)? == start.next() {
+            continue;
+        }
+        let here = windows.label(rank);
+        let found = match failure {
+            0 => format!("{here} (rank {rank}), where a test exchange left nothing"),
+            failure => {
+                let other = verdict::unpack(failure).1.min(windows.world() - 1);
+                let there = windows.label(other);
+                format!(
+                    "{here} (rank {rank}), which saw nothing of what {there} (rank {other}) wrote to it within {timeout:?}, \
+                     though the driver allows it"
+                )
+            }
+        };
+        return Err(Error::unsupported("devices", found, "GPUs whose writes reach each other"));
+    }
+    Ok(())
+}
