@@ -26,7 +26,7 @@ pub(in crate::runtime) fn connect(
 ) -> Result<Vec<PeerExchange>> {
     let all: Vec<usize> = (0..devices.len()).collect();
     let windows = Windows::new(devices, start, config.step_timeout)
-        .and_then(|windows| probe(&windows, &all, start, probe_timeout(config)).map(|()| Arc::new(windows)));
+        .and_then(|windows| Probe::new(windows, &all)?.run(start, probe_timeout(config)));
     let windows = or_reason(windows)?;
     bootstraps.into_iter().map(|bootstrap| PeerExchange::new(Box::new(bootstrap), windows.clone(), config)).collect()
 }
@@ -43,20 +43,23 @@ pub(in crate::runtime) fn connect_over(
     let share = || -> Result<Result<Arc<Windows>>> {
         let offer = Offer::new(device, shard.world as usize, start, config.step_timeout);
         let said = offer.as_ref().map(|offer| offer.text().to_string());
-        let texts = match (agree(&*bootstrap, said)?, offer) {
-            (Ok(texts), Ok(offer)) => offer.accept(rank, &texts, config.step_timeout),
+        let probe = match (agree(&*bootstrap, said)?, offer) {
+            (Ok(texts), Ok(offer)) => {
+                offer.accept(rank, &texts, config.step_timeout).and_then(|windows| Probe::new(windows, &[rank]))
+            }
             (_, Err(error)) => Err(error),
             (Err(error), _) => Err(error),
         };
         // Every window is zero, and open everywhere, before the first word is written.
-        let ready = agree(&*bootstrap, texts.as_ref().map(|_| String::new()))?;
-        let probed = match (ready, texts) {
-            (Ok(_), Ok(windows)) => probe(&windows, &[rank], start, probe_timeout(config)).map(|()| Arc::new(windows)),
+        let ready = agree(&*bootstrap, probe.as_ref().map(|_| String::new()))?;
+        let windows = match (ready, probe) {
+            (Ok(_), Ok(probe)) => probe.run(start, probe_timeout(config)),
             (_, Err(error)) => Err(error),
             (Err(error), Ok(_)) => Err(error),
         };
-        let all = agree(&*bootstrap, probed.as_ref().map(|_| String::new()))?;
-        Ok(all.and(probed))
+        let all = agree(&*bootstrap, windows.as_ref().map(|_| String::new()))?;
+        // What went wrong here says more than that it did.
+        Ok(windows.and_then(|windows| all.map(|_| windows)))
     };
     let windows = or_reason(share()?)?;
     PeerExchange::new(bootstrap, windows, config)
@@ -94,38 +97,53 @@ fn probe_timeout(config: &CommConfig) -> Duration {
     config.setup_timeout.min(PROBE)
 }
 
-/// One exchange without rows, of which `ranks` are of this call: that every rank's words reach every other is proven by
+/// One exchange without rows, of which some ranks are of this call: that every rank's words reach every other is proven by
 /// nothing else.
-fn probe(windows: &Windows, ranks: &[usize], start: Epoch, timeout: Duration) -> Result<()> {
-    let mut streams = Vec::with_capacity(ranks.len());
-    for &rank in ranks {
-        let device = windows.device(rank);
-        let view = ExchangeView { fingerprint: PROBE_FINGERPRINT, heads: 1, ..windows.view(rank, timeout) };
-        let stream = CudaStream::new(device)?;
-        ExchangeKernel::new(device, 1)?.enqueue(&view, &ExchangeStep::NOTHING, &stream)?;
-        streams.push(stream);
-    }
-    for stream in &streams {
-        stream.synchronize()?;
-    }
-    for &rank in ranks {
-        let failure = windows.words(rank).load(host::FAILURE);
-        if failure == 0 && windows.consumed(rank)? == start.next() {
-            continue;
-        }
-        let here = windows.label(rank);
-        let found = match failure {
-            0 => format!("{here} (rank {rank}), where a test exchange left nothing"),
-            failure => {
-                let other = verdict::unpack(failure).1.min(windows.world() - 1);
-                let there = windows.label(other);
-                format!(
-                    "{here} (rank {rank}), which saw nothing of what {there} (rank {other}) wrote to it within {timeout:?}, \
-                     though the driver allows it"
-                )
-            }
+struct Probe {
+    windows: Windows,
+    /// Kernels are loaded, and unloaded, while no rank waits: both wait for what runs on the GPU.
+    ranks: Vec<(usize, ExchangeKernel, CudaStream)>,
+}
+
+impl Probe {
+    fn new(windows: Windows, ranks: &[usize]) -> Result<Probe> {
+        let ready = |&rank: &usize| {
+            let device = windows.device(rank);
+            Ok((rank, ExchangeKernel::new(device, 1)?, CudaStream::new(device)?))
         };
-        return Err(Error::unsupported("devices", found, "GPUs whose writes reach each other"));
+        let ranks = ranks.iter().map(ready).collect::<Result<_>>()?;
+        Ok(Probe { windows, ranks })
     }
-    Ok(())
+
+    /// The windows, if words reach them. The first epoch came after `start`.
+    fn run(self, start: Epoch, timeout: Duration) -> Result<Arc<Windows>> {
+        let Probe { windows, ranks } = &self;
+        for (rank, kernel, stream) in ranks {
+            let view = ExchangeView { fingerprint: PROBE_FINGERPRINT, heads: 1, ..windows.view(*rank, timeout) };
+            kernel.enqueue(&view, &ExchangeStep::NOTHING, stream)?;
+        }
+        for (_, _, stream) in ranks {
+            stream.synchronize()?;
+        }
+        for &(rank, ..) in ranks {
+            let failure = windows.words(rank).load(host::FAILURE);
+            if failure == 0 && windows.consumed(rank)? == start.next() {
+                continue;
+            }
+            let here = windows.label(rank);
+            let found = match failure {
+                0 => format!("{here} (rank {rank}), where a test exchange left nothing"),
+                failure => {
+                    let other = verdict::unpack(failure).1.min(windows.world() - 1);
+                    let there = windows.label(other);
+                    format!(
+                        "{here} (rank {rank}), which saw nothing of what {there} (rank {other}) wrote to it within \
+                         {timeout:?}, though the driver allows it"
+                    )
+                }
+            };
+            return Err(Error::unsupported("devices", found, "GPUs whose writes reach each other"));
+        }
+        Ok(Arc::new(self.windows))
+    }
 }
