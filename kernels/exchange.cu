@@ -24,12 +24,12 @@ __device__ __forceinline__ void exchange(const ExchangeParams& p) {
     receive(p, e, warp, warps);
     __syncthreads();
     dependency_launch();
-    if (threadIdx.x == 0) consume(v, e, gridDim.x);
+    if (threadIdx.x == 0) consume(v, e, gridDim.x, p.is_last);
 }
 
 }  // namespace treeattn
 
-extern "C" __global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(256, 2)
     treeattn_exchange(const __grid_constant__ treeattn::ExchangeParams params) {
     treeattn::dependency_wait();
     treeattn::exchange(params);

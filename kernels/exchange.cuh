@@ -382,12 +382,14 @@ __device__ __forceinline__ void receive(const ExchangeParams& p, Epoch& e, int64
 }
 
 // The end of a launch's part in an exchange, by one thread of each of its blocks once all of the block have read what
-// came: the last one makes room for the next epoch.
-__device__ __forceinline__ void consume(const ExchangeView& v, const Epoch& e, uint32_t blocks) {
+// came: the last one makes room for the next epoch. `is_last`: of the step's exchanges.
+__device__ __forceinline__ void consume(const ExchangeView& v, const Epoch& e, uint32_t blocks, bool is_last) {
     if (count_arrival(reinterpret_cast<uint32_t*>(v.window + kArrived), blocks - 1) != blocks - 1) return;
-    // Bad data that no row has told of: that of sequences without queries.
-    report_bad_data(v, pack_fault(load_word(v.window + kFault), v.rank));
-    store_word(v.window + kFault, 0);
+    if (is_last) {
+        // Bad data that no row may have told this rank of: it has none, or none of that sequence.
+        report_bad_data(v, pack_fault(load_word(v.window + kFault), v.rank));
+        store_word(v.window + kFault, 0);
+    }
     if (load_word(v.window + kFailed) == 0) store_word(v.window + kConsumed, e.number);
 }
 

@@ -22,7 +22,8 @@ constexpr int kSpins = 64;        // looks at a word between two looks at the cl
 
 // Words of a window before its slots. Peers write the first, the others are the owner's and lie apart.
 enum WindowWord : int {
-    kBroken = 0,      // a peer has given up: a verdict
+    kBroken = 0,      // a peer has given up, or its host has: a verdict
+    kLeft = 192,      // a word a rank: the peer in another process that has left said so
     kConsumed = 128,  // the last epoch that this rank has read to its end
     kArrived = 129,   // u32: blocks of the running launch that are done; 0 between launches
     kFailed = 130,    // the first failure of this rank: a verdict
@@ -32,9 +33,10 @@ enum WindowWord : int {
 
 // Words in mapped host memory.
 enum HostWord : int {
-    kCommand = 0,   // from the host: a verdict that ends every wait
+    kCommand = 0,   // from the host: a verdict that ends every wait, 0 until there is one
     kFailure = 1,   // to the host: the verdict of kFailed
     kBadData = 2,   // to the host: bad data that a step met on any rank, as pack_status
+    kLost = 3,      // from the host: a bit for each rank that has left, or whose process has ended
 };
 
 // A verdict: code | rank << 8 | epoch << 32. Codes of the C ABI.
@@ -42,11 +44,8 @@ enum : uint32_t { kDesync = 7, kTimeout = 8, kPeerLost = 9 };
 
 __device__ __forceinline__ uint64_t verdict(uint32_t code, uint32_t rank) { return code | rank << 8; }
 
-// Whether a verdict that came from elsewhere ends a wait for `missing`: a rank that has left is missed only where it is
-// the one that is waited for, since it may have sent all that is wanted.
-__device__ __forceinline__ bool counts(uint64_t why, int missing) {
-    return why != 0 && ((why & 0xff) != kPeerLost || (why >> 8 & 0xffff) == static_cast<uint64_t>(missing));
-}
+// How long a rank that has left is still waited for: what it enqueued before may be on its way.
+constexpr uint64_t kGrace = 250'000'000;  // ns
 
 // After the largest epoch comes 2: never 0, which is no epoch, and parities alternate for ever.
 __device__ __forceinline__ uint32_t next_epoch(uint32_t epoch) { return epoch == 0xffffffffu ? 2u : epoch + 1; }
@@ -89,6 +88,7 @@ struct Epoch {
     uint32_t number;
     bool broken;     // nothing is sent or waited for any more
     uint64_t until;  // lane 0: when to give up; 0: no wait has been long yet
+    int lost;        // lane 0: the rank that has left, because of which that is soon; -1: none
 
     __device__ __forceinline__ int parity() const { return number % kSlots; }
 };
@@ -98,7 +98,7 @@ struct Epoch {
 __device__ __forceinline__ Epoch begin_epoch(const ExchangeView& v) {
     const uint32_t consumed = static_cast<uint32_t>(load_word(v.window + kConsumed));
     const int failed = threadIdx.x % 32 == 0 && load_word(v.window + kFailed) != 0;
-    return Epoch{next_epoch(consumed), __shfl_sync(kWholeWarp, failed, 0) != 0, 0};
+    return Epoch{next_epoch(consumed), __shfl_sync(kWholeWarp, failed, 0) != 0, 0, -1};
 }
 
 // This rank's slot in the window of `to`, and the slot of `from` in its own.
@@ -133,14 +133,16 @@ static __device__ __noinline__ bool give_up(const ExchangeView& v, Epoch& e, int
         over = load_word(v.window + kFailed) != 0;
         if (!over) {
             uint64_t why = load_word(v.window + kBroken);
-            if (!counts(why, missing)) why = load_word(v.host + kCommand);
-            if (!counts(why, missing)) {
-                why = 0;
+            if (why == 0) why = load_word(v.host + kCommand);
+            if (why == 0) {
                 const uint64_t now = nanoseconds();
-                if (e.until == 0) {
-                    e.until = now + v.timeout_ns;
+                if (e.until == 0) e.until = now + v.timeout_ns;
+                const bool is_lost = (load_word(v.host + kLost) >> missing & 1) || load_word(v.window + kLeft + missing);
+                if (is_lost && e.lost != missing) {
+                    e.lost = missing;
+                    e.until = min(e.until, now + min(v.timeout_ns / 2, kGrace));
                 } else if (now >= e.until) {
-                    why = verdict(kTimeout, missing);
+                    why = verdict(is_lost ? kPeerLost : kTimeout, missing);
                 }
             }
             over = why != 0;

@@ -218,7 +218,8 @@ struct ExchangeParams {
     float to_natural;          // 140  1, or ln 2 where the incoming lse has base 2
     int32_t plus_inf_is_empty; // 144
     int32_t is_pushed;         // 148  1: the launch before has pushed this rank's header and rows
-    int32_t reserved[2];       // 152
+    int32_t is_last;           // 152  1: no other exchange belongs to the step
+    int32_t reserved;          // 156
     ExchangeView view;         // 160
 };
 static_assert(offsetof(ExchangeParams, o_stride) == 32, "mirrored by the launch side");

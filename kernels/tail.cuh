@@ -33,7 +33,7 @@ __device__ __forceinline__ void ask_for_doors(const DecodeParams& p, Doors* door
 }
 
 __device__ __forceinline__ Epoch epoch_of(const Doors& doors) {
-    return Epoch{next_epoch(static_cast<uint32_t>(doors.consumed)), doors.failed != 0, 0};
+    return Epoch{next_epoch(static_cast<uint32_t>(doors.consumed)), doors.failed != 0, 0, -1};
 }
 
 // Calls `send(slot's word)` for every rank that gets words of a head.
@@ -106,7 +106,7 @@ static __device__ __noinline__ void end_exchange(const DecodeParams& p, const Do
         __syncthreads();
     }
     dependency_launch();
-    if (threadIdx.x == 0) consume(v, e, gridDim.x);
+    if (threadIdx.x == 0) consume(v, e, gridDim.x, true);
 }
 
 // The same, of a kernel of this shape; nothing where there is no exchange.

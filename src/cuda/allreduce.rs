@@ -104,7 +104,6 @@ pub(crate) struct Allreduce {
     pointers: PointerCheck,
     shape: AllreduceShape,
     fixed: AllreduceParams,
-    dependent: bool,
     bytes: usize,
     _holdings: Holdings,
 }
@@ -175,7 +174,6 @@ impl Allreduce {
             pointers: PointerCheck::new(),
             shape,
             fixed,
-            dependent: device.dependent_launches(),
             bytes,
             _holdings: holdings,
         })
@@ -274,7 +272,7 @@ impl Allreduce {
         };
         // SAFETY: what the kernels take; the workspace lives as long as `self`, and the caller of the step vouches for the
         // output.
-        unsafe { kernel.launch(&entered, stream, blocks, &parameters, self.dependent) }
+        unsafe { kernel.launch(&entered, stream, blocks, &parameters) }
     }
 
     /// Bytes of device memory.

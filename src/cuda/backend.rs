@@ -170,7 +170,6 @@ pub(crate) struct CudaBackend {
     merge: Merge,
     pointers: PointerCheck,
     status: Words,
-    dependent: bool,
     bytes: usize,
     /// Dropped last: gives the memory back once the device is done with it.
     _holdings: Holdings,
@@ -216,7 +215,6 @@ impl CudaBackend {
             merge,
             pointers: PointerCheck::new(),
             status,
-            dependent: device.dependent_launches(),
             bytes,
             _holdings: holdings,
         })
@@ -263,7 +261,7 @@ impl CudaBackend {
         }
         // SAFETY: what the kernel takes; the workspace lives as long as `self`, and the caller of the step vouches for
         // the rest.
-        unsafe { decode.kernel.launch(&entered, stream, decode.grid, &parameters, self.dependent) }
+        unsafe { decode.kernel.launch(&entered, stream, decode.grid, &parameters) }
     }
 
     /// Refuses memory that is not the device's.

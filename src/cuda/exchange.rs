@@ -12,8 +12,13 @@ use crate::partial::ExchangeView;
 const THREADS: u32 = 256;
 /// Rows that a block takes at a time.
 const ROWS: u64 = THREADS as u64 / 32;
-/// Most blocks, however large the GPU: enough for a link, and few beside what else runs.
+/// Most blocks, however large the GPU: enough for a link.
 const MOST_BLOCKS: i32 = 64;
+/// Blocks that a multiprocessor holds at least, by the kernel's launch bounds.
+const BLOCKS_A_UNIT: i32 = 2;
+/// Communicators whose exchanges may wait on a GPU at the same time: all blocks of a rank must be resident for its peers to
+/// go on, whatever other ranks wait.
+pub(crate) const COMMUNICATORS: i32 = 4;
 
 /// One exchange. Byte strides; the first of `o_stride` and of `lse_stride` is that of the token.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +47,8 @@ pub(crate) struct ExchangeStep {
     pub rows: i64,
     /// The attention kernel has pushed the partial.
     pub is_pushed: bool,
+    /// No other exchange belongs to the step.
+    pub is_last: bool,
 }
 
 impl ExchangeStep {
@@ -63,6 +70,7 @@ impl ExchangeStep {
         first_row: 0,
         rows: 0,
         is_pushed: false,
+        is_last: true,
     };
 }
 
@@ -70,9 +78,7 @@ impl ExchangeStep {
 pub(crate) struct ExchangeKernel {
     kernel: Kernel,
     pointers: PointerCheck,
-    dependent: bool,
-    /// Most blocks: those of all ranks on the GPU are resident together, one a multiprocessor, because they wait for each
-    /// other.
+    /// Most blocks: those of all ranks on the GPU are resident together, because they wait for each other.
     most: u64,
 }
 
@@ -80,8 +86,9 @@ impl ExchangeKernel {
     /// Makes the kernel resident, for one of `sharing` ranks on the GPU. Blocks; `Capturing` during a capture.
     pub fn new(device: &Arc<CudaDevice>, sharing: usize) -> Result<ExchangeKernel> {
         let kernel = Image::new(device)?.kernel("treeattn_exchange", THREADS, 0)?;
-        let most = (device.units / sharing.clamp(1, 1 << 16) as i32).clamp(1, MOST_BLOCKS) as u64;
-        Ok(ExchangeKernel { kernel, pointers: PointerCheck::new(), dependent: device.dependent_launches(), most })
+        let ranks = COMMUNICATORS * sharing.clamp(1, 1 << 16) as i32;
+        let most = (device.units * BLOCKS_A_UNIT / ranks).clamp(1, MOST_BLOCKS) as u64;
+        Ok(ExchangeKernel { kernel, pointers: PointerCheck::new(), most })
     }
 
     /// Refuses memory that is not the device's. Tensors without bytes are never touched, whatever they point to.
@@ -115,13 +122,14 @@ impl ExchangeKernel {
             to_natural: step.to_natural,
             plus_inf_is_empty: i32::from(step.plus_inf_is_empty),
             is_pushed: i32::from(step.is_pushed),
-            reserved: [0; 2],
+            is_last: i32::from(step.is_last),
+            reserved: 0,
             view: *view,
         };
         let blocks = (step.rows as u64).div_ceil(ROWS).clamp(1, self.most);
         let entered = self.kernel.device().enter()?;
         // SAFETY: what the kernel takes; the window outlives its communicator's work, and the caller of the step vouches
         // for the rest.
-        unsafe { self.kernel.launch(&entered, stream, blocks as u32, &parameters, self.dependent) }
+        unsafe { self.kernel.launch(&entered, stream, blocks as u32, &parameters) }
     }
 }

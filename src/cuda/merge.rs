@@ -45,14 +45,13 @@ pub(crate) struct MergeStep {
 pub(crate) struct Merge {
     kernel: Kernel,
     pointers: PointerCheck,
-    dependent: bool,
 }
 
 impl Merge {
     /// Makes the kernel resident. Blocks; `Capturing` during a capture.
     pub fn new(device: &Arc<CudaDevice>) -> Result<Merge> {
         let kernel = Image::new(device)?.kernel("treeattn_merge_partials", 32 * ROWS as u32, 0)?;
-        Ok(Merge { kernel, pointers: PointerCheck::new(), dependent: device.dependent_launches() })
+        Ok(Merge { kernel, pointers: PointerCheck::new() })
     }
 
     /// Enqueues a merge. Allocates nothing, waits for nothing, may be captured.
@@ -94,6 +93,6 @@ impl Merge {
             plus_inf_is_empty: i32::from(step.plus_inf_is_empty),
         };
         // SAFETY: what the kernel takes; the caller of the merge vouches for the memory.
-        unsafe { self.kernel.launch(&entered, stream, blocks as u32, &parameters, self.dependent) }
+        unsafe { self.kernel.launch(&entered, stream, blocks as u32, &parameters) }
     }
 }

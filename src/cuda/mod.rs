@@ -13,5 +13,5 @@ mod params;
 
 pub(crate) use allreduce::{Allreduce, AllreduceOutput, AllreduceShape, PartialTarget};
 pub(crate) use backend::{CudaBackend, Destination, supported};
-pub(crate) use exchange::{ExchangeKernel, ExchangeStep};
+pub(crate) use exchange::{COMMUNICATORS, ExchangeKernel, ExchangeStep};
 pub(crate) use merge::{Merge, MergeStep};

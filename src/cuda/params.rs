@@ -150,7 +150,8 @@ pub struct ExchangeParams {
     pub to_natural: f32,
     pub plus_inf_is_empty: i32,
     pub is_pushed: i32,
-    pub reserved: [i32; 2],
+    pub is_last: i32,
+    pub reserved: i32,
     pub view: ExchangeView,
 }
 

@@ -77,8 +77,10 @@ impl ExchangeView {
 pub(crate) mod window {
     /// A peer's process has let go of the window: one word a rank, which no kernel reads.
     pub const LET_GO: u64 = 16;
-    /// A verdict from a peer that has given up, or left.
+    /// A verdict from a peer that has given up.
     pub const BROKEN: u64 = 0;
+    /// A peer of another process has left: one word a rank.
+    pub const LEFT: u64 = 192;
     /// The last epoch that the rank has read to its end.
     pub const CONSUMED: u64 = 128;
     /// Bad data that the running step's attention met.
@@ -101,7 +103,9 @@ pub(crate) mod host {
     pub const FAILURE: usize = 1;
     /// To the host: bad data that a step met on any rank.
     pub const BAD_DATA: usize = 2;
-    pub const WORDS: usize = 3;
+    /// From the host: a bit for each rank that has left, or whose process has ended.
+    pub const LOST: usize = 3;
+    pub const WORDS: usize = 4;
 }
 
 /// Why a wait ended, as one word: a status code of the C ABI, the rank it is about, and the epoch.
@@ -139,6 +143,7 @@ mod tests {
         let wanted = [
             ("kBroken", window::BROKEN),
             ("kConsumed", window::CONSUMED),
+            ("kLeft", window::LEFT),
             ("kFault", window::FAULT),
             ("kControlWords", window::CONTROL_WORDS),
             ("kHeaderWords", window::HEADER_WORDS),
@@ -147,6 +152,7 @@ mod tests {
             ("kCommand", host::COMMAND as u64),
             ("kFailure", host::FAILURE as u64),
             ("kBadData", host::BAD_DATA as u64),
+            ("kLost", host::LOST as u64),
         ];
         for (name, wanted) in wanted {
             assert_eq!(value(name), wanted, "{name}");

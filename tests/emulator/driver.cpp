@@ -800,7 +800,7 @@ API cuFuncSetAttribute(Function* function, int which, int value) {
     return kOk;
 }
 API cuFuncGetAttribute(int* value, int which, Function* function) {
-    return *value = which == 0 ? 1024 : which == 8 ? function->dynamic_limit : 0, kOk;
+    return *value = which == 0 ? 1024 : which == 5 ? 90 : which == 8 ? function->dynamic_limit : 0, kOk;
 }
 API cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Function*, int threads, size_t shared) {
     return *blocks = static_cast<int>(blocks_per_sm(static_cast<uint32_t>(threads), static_cast<uint32_t>(shared))), kOk;

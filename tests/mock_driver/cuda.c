@@ -188,6 +188,9 @@ status cuModuleGetGlobal_v2(uint64_t *address, size_t *bytes, void *module, cons
     static const int shape[8] = {128, 96 << 10, 2, 16, 128, 128, 16 * 130 * 4, 0};
     return (void)module, *address = (uint64_t)shape, *bytes = sizeof shape, strstr(name, "_shape") ? OK : 500;
 }
+status cuFuncGetAttribute(int *value, int which, void *function) {
+  return (void)function, *value = which == 5 ? 90 : 0, OK;
+}
 status cuFuncSetAttribute(void *function, int which, int value) { return (void)function, (void)which, (void)value, OK; }
 status cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *function, int threads, size_t shared) {
     return (void)function, *blocks = threads <= 1024 && shared <= 227 << 10 ? 2 : 0, OK;

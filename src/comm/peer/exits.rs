@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use super::windows::Windows;
 use crate::device::spawn;
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::view::{host, verdict};
+use crate::partial::view::host;
 
 /// A process by its number, to watch; none where the system has no such thing, or it is not there.
 pub(super) fn open(process: u32) -> Option<OwnedFd> {
@@ -72,10 +72,8 @@ impl Exits {
                 let mut ended = files.iter().map(|file| file.revents != 0);
                 watched.retain(|(peer, _)| {
                     let has_ended = ended.next().unwrap_or(false);
-                    let words = windows.words(rank);
-                    // What ends all waits already says more.
-                    if has_ended && words.load(host::COMMAND) == 0 {
-                        words.raise(host::COMMAND, verdict::pack(ErrorKind::PeerLost.code() as u8, *peer));
+                    if has_ended {
+                        windows.words(rank).add(host::LOST, 1 << *peer);
                     }
                     !has_ended
                 });

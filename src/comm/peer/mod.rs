@@ -112,10 +112,9 @@ impl PeerExchange {
     }
 
     /// Ends the waits of all ranks' kernels with `code`.
-    fn command(&self, code: ErrorKind, also_own: bool) {
-        let Some(windows) = self.windows() else { return };
-        for rank in (0..windows.world()).filter(|&rank| also_own || rank != self.rank) {
-            windows.tell(rank, word::pack(code.code() as u8, self.rank));
+    fn end_all(&self, code: ErrorKind) {
+        if let Some(windows) = self.windows() {
+            windows.end_all(word::pack(code.code() as u8, self.rank));
         }
     }
 
@@ -190,21 +189,24 @@ impl Exchange for PeerExchange {
     }
 
     fn abort(&self) {
+        // First what runs: the bootstrap may have to call a driver that waits for it.
+        self.end_all(ErrorKind::Aborted);
         self.bootstrap.abort();
-        self.command(ErrorKind::Aborted, true);
     }
 
     fn fail(&self, error: &Error) {
         if self.status().is_none() {
+            self.end_all(error.kind());
             self.bootstrap.fail(error);
-            self.command(error.kind(), true);
         }
     }
 
     fn leave(&self) {
         if !self.is_gone.swap(true, Ordering::AcqRel) {
+            if let Some(windows) = self.windows() {
+                windows.leave(self.rank);
+            }
             self.bootstrap.leave();
-            self.command(ErrorKind::PeerLost, false);
         }
     }
 

@@ -37,9 +37,34 @@ pub(super) struct Remote {
 /// What a rank needs for ranks of other processes.
 pub(super) struct Far {
     rank: usize,
-    /// Words on their way to other windows, one a rank.
+    /// Words on their way to other windows, one a rank of each [`Letter`].
     letters: Mutex<Staging>,
+    world: usize,
     patience: Duration,
+}
+
+/// What is said to the rank of another process, once each.
+#[derive(Clone, Copy)]
+pub(super) enum Letter {
+    /// A verdict that ends its waits.
+    Broken,
+    /// This rank has left.
+    Left,
+    /// This rank does not write to the window any more.
+    LetGo,
+}
+
+impl Letter {
+    const COUNT: usize = 3;
+
+    /// The word of the window that takes the letter of `rank`.
+    fn word(self, rank: usize) -> u64 {
+        match self {
+            Letter::Broken => window::BROKEN,
+            Letter::Left => window::LEFT + rank as u64,
+            Letter::LetGo => window::LET_GO + rank as u64,
+        }
+    }
 }
 
 /// A window that others may open, and what they have to know of it.
@@ -83,7 +108,7 @@ impl Offer {
     /// reached. Blocks; `Capturing` during a capture.
     pub fn accept(self, rank: usize, texts: &[String], patience: Duration) -> Result<Windows> {
         let device = &self.member.device;
-        let letters = Staging::new(device, texts.len() * WORD as usize, patience)?;
+        let letters = Staging::new(device, Letter::COUNT * texts.len() * WORD as usize, patience)?;
         let mut places = Vec::with_capacity(texts.len());
         for (peer, text) in texts.iter().enumerate() {
             let place = match peer == rank {
@@ -95,7 +120,7 @@ impl Offer {
         }
         let addresses: Vec<u64> = places.iter().map(Place::address).collect();
         self.member.connect(rank, &addresses)?;
-        Ok(Windows::over(places, Far { rank, letters: Mutex::new(letters), patience }))
+        Ok(Windows::over(places, Far { rank, letters: Mutex::new(letters), world: texts.len(), patience }))
     }
 }
 
@@ -153,15 +178,13 @@ impl Place {
 }
 
 impl Far {
-    /// Leaves a verdict in a peer's window. Waits for nothing.
-    pub fn tell(&self, peer: usize, remote: &Remote, verdict: u64) {
-        self.send(peer, remote.memory.address() + window::BROKEN * WORD, verdict);
-    }
-
-    fn send(&self, peer: usize, to: u64, word: u64) {
+    /// Writes a letter into a peer's window. Waits for nothing that runs on the GPU.
+    pub fn write(&self, letter: Letter, peer: usize, remote: &Remote, word: u64) {
+        let to = remote.memory.address() + letter.word(self.rank) * WORD;
+        let offset = (letter as usize * self.world + peer) * WORD as usize;
         // A peer that hears nothing ends by its deadline; a GPU that takes no copy has told its process.
-        // SAFETY: a word of a window that is open as long as `self`; letters are as many as ranks.
-        let _ = unsafe { self.letters.lock().send(peer * WORD as usize, word, to) };
+        // SAFETY: a word of a window that is open as long as `self`.
+        let _ = unsafe { self.letters.lock().send(offset, word, to) };
     }
 
     /// Lets go of the peers' windows and, once they have done the same, of the own. Keeps its caller at most the patience;
@@ -193,7 +216,7 @@ impl Far {
         for (peer, place) in places.iter().enumerate() {
             let Place::There(remote) = place else { continue };
             if is_done {
-                self.send(peer, remote.memory.address() + (window::LET_GO + own as u64) * WORD, 1);
+                self.write(Letter::LetGo, peer, remote, 1);
             }
         }
         if is_done {

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::remote::{Far, Remote};
+use super::remote::{Far, Letter, Remote};
 use crate::device::cuda::{CudaDevice, Holdings, Words};
 use crate::error::{Error, Result};
 use crate::partial::ExchangeView;
@@ -133,13 +133,39 @@ impl Windows {
         }
     }
 
-    /// Tells `rank` of a verdict, which ends its kernels' waits. Waits for nothing.
-    pub fn tell(&self, rank: usize, verdict: u64) {
-        match (&self.places[rank], &self.far) {
-            (Place::Here(member), _) => HostWords(&member.words).raise(host::COMMAND, verdict),
-            (Place::There(remote), Some(far)) => far.tell(rank, remote, verdict),
-            (Place::There(_), None) => {}
+    /// Ends the waits of all ranks' kernels with a verdict, unless another has. First those of this process: a letter to
+    /// another may have to wait for a call of the driver that such a wait holds up.
+    pub fn end_all(&self, verdict: u64) {
+        for (_, member) in self.members() {
+            HostWords(&member.words).raise(host::COMMAND, verdict);
         }
+        for (rank, remote, far) in self.remotes() {
+            far.write(Letter::Broken, rank, remote, verdict);
+        }
+    }
+
+    /// Tells all others that `rank` has left. Waits for nothing.
+    pub fn leave(&self, rank: usize) {
+        for (_, member) in self.members().filter(|&(peer, _)| peer != rank) {
+            HostWords(&member.words).add(host::LOST, 1 << rank);
+        }
+        for (peer, remote, far) in self.remotes() {
+            far.write(Letter::Left, peer, remote, 1);
+        }
+    }
+
+    fn members(&self) -> impl Iterator<Item = (usize, &Member)> {
+        self.places.iter().enumerate().filter_map(|(rank, place)| match place {
+            Place::Here(member) => Some((rank, &**member)),
+            Place::There(_) => None,
+        })
+    }
+
+    fn remotes(&self) -> impl Iterator<Item = (usize, &Remote, &Far)> {
+        self.places.iter().enumerate().filter_map(|(rank, place)| match (place, &self.far) {
+            (Place::There(remote), Some(far)) => Some((rank, remote, far)),
+            _ => None,
+        })
     }
 
     /// The processes of ranks of other processes, where they can be watched.
@@ -255,10 +281,16 @@ impl HostWords<'_> {
         unsafe { self.0.take(index) }
     }
 
-    /// Sets a word.
+    /// Sets a word that is 0.
     pub fn raise(&self, index: usize, value: u64) {
         // SAFETY: as above.
-        unsafe { self.0.store(index, value) }
+        unsafe { self.0.raise(index, value) }
+    }
+
+    /// Sets bits of a word.
+    pub fn add(&self, index: usize, bits: u64) {
+        // SAFETY: as above.
+        unsafe { self.0.add(index, bits) }
     }
 }
 

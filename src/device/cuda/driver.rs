@@ -86,6 +86,7 @@ driver! {
     module_get_global: "cuModuleGetGlobal_v2"(*mut sys::CUdeviceptr, *mut usize, sys::CUmodule, *const c_char);
     module_get_function: "cuModuleGetFunction"(*mut sys::CUfunction, sys::CUmodule, *const c_char);
     func_set_attribute: "cuFuncSetAttribute"(sys::CUfunction, sys::CUfunction_attribute, c_int);
+    func_get_attribute: "cuFuncGetAttribute"(*mut c_int, sys::CUfunction_attribute, sys::CUfunction);
     occupancy: "cuOccupancyMaxActiveBlocksPerMultiprocessor"(*mut c_int, sys::CUfunction, c_int, usize);
     launch_kernel_ex: "cuLaunchKernelEx"(
         *const sys::CUlaunchConfig,

@@ -128,14 +128,26 @@ impl Words {
         unsafe { AtomicU64::from_ptr(self.host.add(index)) }.load(Ordering::Acquire)
     }
 
-    /// Sets word `index`, for the device to see.
+    /// Sets word `index`, for the device to see, if it is 0.
     ///
     /// # Safety
     /// The holdings that gave the words are alive.
-    pub unsafe fn store(&self, index: usize, value: u64) {
+    pub unsafe fn raise(&self, index: usize, value: u64) {
         assert!(index < self.count);
         // SAFETY: inside the allocation, aligned, and reached by atomics only.
-        unsafe { AtomicU64::from_ptr(self.host.add(index)) }.store(value, Ordering::Release);
+        let word = unsafe { AtomicU64::from_ptr(self.host.add(index)) };
+        // One that is set says what was first.
+        let _ = word.compare_exchange(0, value, Ordering::AcqRel, Ordering::Relaxed);
+    }
+
+    /// Sets bits of word `index`, for the device to see.
+    ///
+    /// # Safety
+    /// The holdings that gave the words are alive.
+    pub unsafe fn add(&self, index: usize, bits: u64) {
+        assert!(index < self.count);
+        // SAFETY: inside the allocation, aligned, and reached by atomics only.
+        unsafe { AtomicU64::from_ptr(self.host.add(index)) }.fetch_or(bits, Ordering::AcqRel);
     }
 
     /// Word `index`, which becomes 0.

@@ -41,6 +41,8 @@ pub(crate) struct Kernel {
     threads: u32,
     /// Dynamic shared memory of a block, bytes.
     shared: u32,
+    /// Whether it may start before its predecessor ends: on the GPU, and as it was compiled.
+    dependent: bool,
 }
 
 // SAFETY: as for the module.
@@ -163,7 +165,7 @@ impl Image {
             .find(name, |driver, module, name| unsafe { (driver.module_get_function)(&mut function, module, name) })?;
         let changing = device.enter_to_change()?;
         let driver = device.driver;
-        let mut blocks = 0;
+        let (mut blocks, mut version) = (0, 0);
         // SAFETY: sets and reads attributes of the function; asking makes it resident, whatever the loading mode.
         unsafe {
             let most = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -174,6 +176,8 @@ impl Image {
             let all = sys::CUshared_carveout_enum::CU_SHAREDMEM_CARVEOUT_MAX_SHARED as i32;
             let carveout = Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
             device.check((driver.func_set_attribute)(function, carveout, all), "cuFuncSetAttribute")?;
+            let made_for = Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION;
+            device.check((driver.func_get_attribute)(&mut version, made_for, function), "cuFuncGetAttribute")?;
             let status = (driver.occupancy)(&mut blocks, function, threads as i32, shared as usize);
             device.check(status, "cuOccupancyMaxActiveBlocksPerMultiprocessor")?;
         }
@@ -183,7 +187,9 @@ impl Image {
                 format!("{name}: a block of {threads} threads and {shared} bytes does not fit {}", device.device());
             return Err(Error::new(ErrorKind::Unavailable, message));
         }
-        Ok(Kernel { module, function, threads, shared })
+        // What was compiled for GPUs without such launches does not wait for what it depends on, wherever it runs.
+        let dependent = device.dependent_launches() && version >= 90;
+        Ok(Kernel { module, function, threads, shared, dependent })
     }
 }
 
@@ -212,8 +218,8 @@ impl Kernel {
         self.module.holdings.device()
     }
 
-    /// Enqueues `grid` blocks with `parameters` by value. Allocates nothing, and may be captured. `dependent`: the
-    /// kernel may start before its predecessor ends, and itself waits where it must.
+    /// Enqueues `grid` blocks with `parameters` by value. Allocates nothing, and may be captured. The kernel may start
+    /// before its predecessor ends, and itself waits where it must.
     ///
     /// # Safety
     /// `P` is what the kernel takes, and the memory it points to stays valid until the kernel is done.
@@ -223,7 +229,6 @@ impl Kernel {
         stream: &CudaStream,
         grid: u32,
         parameters: &P,
-        dependent: bool,
     ) -> Result<()> {
         let mut attribute = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
@@ -240,7 +245,7 @@ impl Kernel {
             sharedMemBytes: self.shared,
             hStream: stream.handle(),
             attrs: &mut attribute,
-            numAttrs: u32::from(dependent),
+            numAttrs: u32::from(self.dependent),
         };
         let mut arguments = [std::ptr::from_ref(parameters).cast_mut().cast::<c_void>()];
         let device = self.device();
@@ -254,7 +259,7 @@ impl Kernel {
 
 impl CudaDevice {
     /// Whether launches may depend programmatically: on the GPU, and in captures, which drivers before 12.3 refuse.
-    pub fn dependent_launches(&self) -> bool {
+    fn dependent_launches(&self) -> bool {
         self.capability.0 >= 9 && self.driver.version() >= (12, 3)
     }
 }

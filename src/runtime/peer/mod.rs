@@ -14,7 +14,7 @@ use super::exchange::fingerprint;
 use super::plan::PlanCore;
 use crate::attention::{Algorithm, AttentionDesc, Dtype, OutputMode, Shard, Step, head_range};
 use crate::comm::{PeerExchange, Windows};
-use crate::cuda::{CudaBackend, Destination, ExchangeKernel, ExchangeStep, MergeStep, PartialTarget};
+use crate::cuda::{COMMUNICATORS, CudaBackend, Destination, ExchangeKernel, ExchangeStep, MergeStep, PartialTarget};
 use crate::device::cuda::{CudaDevice, CudaStream, Holdings};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::view::{ExchangeMode, row_words};
@@ -28,9 +28,6 @@ const ENVIRONMENT: &str = "TREEATTN_GPU_EXCHANGE";
 const ROWS_A_BLOCK: i64 = 8;
 /// Most blocks that wait. More rows are merged sooner by an exchange kernel, which has more.
 const MOST_WAITING: i64 = 16;
-/// Attention kernels that may wait on a GPU at the same time, of as many communicators, and leave room for the blocks that
-/// they wait for.
-const COMMUNICATORS: i64 = 4;
 
 /// How a step's partials come to the exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,7 +86,7 @@ struct Forms {
 impl Forms {
     /// For one of `sharing` ranks on a GPU of `units` multiprocessors.
     fn new(asked: Option<Form>, most_rows: i64, units: i32, sharing: usize) -> Forms {
-        let most_waiting = (i64::from(units) / (COMMUNICATORS * sharing.max(1) as i64)).min(MOST_WAITING);
+        let most_waiting = (i64::from(units) / (i64::from(COMMUNICATORS) * sharing.max(1) as i64)).min(MOST_WAITING);
         Forms { asked, most_rows, most_waiting }
     }
 
@@ -283,7 +280,8 @@ impl GpuExchange {
         // A step without rows is an exchange, too: the others wait for it.
         for first_row in (0..rows.max(1)).step_by(self.forms.most_rows as usize) {
             let view = self.view_of(plan, tokens, kind, first_row);
-            let step = ExchangeStep { first_row, rows: (rows - first_row).min(self.forms.most_rows), ..step };
+            let here = (rows - first_row).min(self.forms.most_rows);
+            let step = ExchangeStep { first_row, rows: here, is_last: first_row + here >= rows, ..step };
             self.kernel.enqueue(&view, &step, stream).map_err(|error| self.broke(plan, error))?;
             self.count(plan, step.rows as u64);
         }
