@@ -49,7 +49,7 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& it
         if (column >= p.head_dim_v) return;
         const float lse = s.l == 0.f ? -infinity() : (s.m + log2f(s.l)) * kLn2;
         const Doors& doors = *reinterpret_cast<const Doors*>(shared + S::kDoorsAt);
-        push_columns(p, doors, token, static_cast<int>(head), column, lse, o);
+        push_columns(doors, token, static_cast<int>(head), column, lse, o);
         return;
     }
     char* to = static_cast<char*>(p.out) + token * p.out_stride[0] + head * p.out_stride[1] + column * p.out_stride[2];
@@ -192,7 +192,7 @@ static __device__ __noinline__ void write_unowned(const DecodeParams& p, const D
     const int tokens = begin + p.query_tokens - end;
     const int64_t rows = static_cast<int64_t>(tokens) * p.q_heads;
     if (rows > 0 && (p.flags & kFlagPush)) {
-        copy_async_wait<0>();
+        await_doors();
         __syncthreads();
     }
 #pragma unroll 1
@@ -200,7 +200,7 @@ static __device__ __noinline__ void write_unowned(const DecodeParams& p, const D
         const int64_t nth = r / p.q_heads, head = r - nth * p.q_heads, token = nth < begin ? nth : nth - begin + end;
         if (p.flags & kFlagPush) {
             for (int c = threadIdx.x % 32 * 2; c < p.head_dim_v; c += 64) {
-                push_columns(p, doors, token, static_cast<int>(head), c, -infinity(), make_float2(0.f, 0.f));
+                push_columns(doors, token, static_cast<int>(head), c, -infinity(), make_float2(0.f, 0.f));
             }
             continue;
         }
@@ -247,7 +247,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     const bool shared_out = share.blocks > 0;
     dependency_wait();
     Doors* doors = reinterpret_cast<Doors*>(shared + S::kDoorsAt);
-    ask_for_doors(p, doors);
+    if (p.flags & kFlagPush) ask_for_doors(p, doors);
     if (p.waiting == 0) dependency_launch();
 
     Family family;

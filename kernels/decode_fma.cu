@@ -17,7 +17,7 @@
 namespace treeattn {
 
 // Warps a block and blocks a multiprocessor: 168 registers a thread (128 would not do for two rows), 255 for wide rows.
-constexpr int kFmaWarps = 12, kFmaBlocks = 1;
+constexpr int kFmaWarps = 5, kFmaBlocks = 2;
 constexpr int kFmaWideWarps = 8, kFmaWideBlocks = 1;
 constexpr int kFmaRows = 2;
 
@@ -281,8 +281,7 @@ __device__ __forceinline__ void decode_loaded(const DecodeParams& p) {
     const Share share = walk.prepare();
     dependency_wait();
     Doors* doors = reinterpret_cast<Doors*>(shared + S::kDoorsAt);
-    ask_for_doors(p, doors);
-    copy_async_commit();
+    if (p.flags & kFlagPush) ask_for_doors(p, doors);
     if (p.waiting == 0) dependency_launch();
 
     Item& item = *reinterpret_cast<Item*>(shared + S::kItemAt);  // the one at hand, for the whole block
@@ -334,7 +333,7 @@ __device__ __forceinline__ void decode_loaded(const DecodeParams& p) {
             tile = next;
         }
         walk.report();
-        copy_async_wait<0>();  // the doors are there
+        if (p.flags & kFlagPush) await_doors();
         merge_warps<S>(p, item, shared, family, warp * S::kCloseBytes, rows);
         if (item.splits > 1) merge_partials<S>(p, item, shared, rows);
         if (tile.flags & kSlotFinal) break;

@@ -17,19 +17,36 @@ struct alignas(16) Doors {
     uint64_t slots[64];  // of parity 0: this rank's in each rank's window
     uint64_t consumed, arrived;
     uint64_t failed, fault;
+    // Of the step's view.
+    const uint64_t* window;
+    int64_t parity_words;
+    int32_t world, rank, mode, heads, wire_dtype;
+    int32_t row_words;
 };
 static_assert(kConsumed % 2 == 0 && kFailed == kConsumed + 2, "two words of a window a copy");
 
-// Asks for the doors, with the first copies that the first warp commits. After the dependency wait.
-__device__ __forceinline__ void ask_for_doors(const DecodeParams& p, Doors* doors) {
-    if (!(p.flags & kFlagPush) || threadIdx.x >= 32) return;
+// Asks for the doors. After the dependency wait; await_doors, or a wait for the first copies that the first warp commits
+// after it, comes before they are used, and then a barrier.
+static __device__ __noinline__ void ask_for_doors(const DecodeParams& p, Doors* doors) {
+    const ExchangeView& v = p.exchange;
     const uint32_t to = shared_address(doors);
     const int i = threadIdx.x;
+    if (i >= 32) return;
     // Behind the addresses lie others, so that an odd number of them can be copied in twos.
-    if (i * 2 < p.exchange.world) copy_async16(to + i * 16, p.exchange.peers + i * 2, 16);
-    if (i < 2) {
-        copy_async16(to + offsetof(Doors, consumed) + i * 16, p.exchange.window + kConsumed + i * 2, 16);
+    if (i * 2 < v.world) copy_async16(to + i * 16, v.peers + i * 2, 16);
+    if (i < 2) copy_async16(to + offsetof(Doors, consumed) + i * 16, v.window + kConsumed + i * 2, 16);
+    if (i == 31) {
+        doors->window = v.window, doors->parity_words = v.parity_words;
+        doors->world = v.world, doors->rank = v.rank, doors->mode = v.mode, doors->heads = v.heads;
+        doors->wire_dtype = v.wire_dtype;
+        doors->row_words = static_cast<int32_t>(row_words(p.head_dim_v, v.wire_dtype));
     }
+}
+
+// What is not committed is not waited for.
+__device__ __forceinline__ void await_doors() {
+    copy_async_commit();
+    copy_async_wait<0>();
 }
 
 __device__ __forceinline__ Epoch epoch_of(const Doors& doors) {
@@ -38,44 +55,44 @@ __device__ __forceinline__ Epoch epoch_of(const Doors& doors) {
 
 // Calls `send(slot's word)` for every rank that gets words of a head.
 template <class Send>
-__device__ __forceinline__ void for_doors(const ExchangeView& v, const Doors& doors, const Epoch& e, int head,
-                                          int64_t at, Send send) {
-    at += e.parity() * v.parity_words;
+__device__ __forceinline__ void for_doors(const Doors& doors, const Epoch& e, int head, int64_t at, Send send) {
+    at += e.parity() * doors.parity_words;
     const auto slot = [&](int rank) { return reinterpret_cast<uint64_t*>(doors.slots[rank]) + at; };
-    if (v.mode != kOneShot) {
-        send(slot(owner_of(head, v.heads, v.world)));
+    const int world = doors.world;
+    if (doors.mode != kOneShot) {
+        send(slot(owner_of(head, doors.heads, world)));
         return;
     }
     // The own window last: the others' words have the longer way.
-    int rank = v.rank;
+    int rank = doors.rank;
 #pragma unroll 1
-    for (int n = 0; n < v.world; n++) {
-        if (++rank == v.world) rank = 0;
+    for (int n = 0; n < world; n++) {
+        if (++rank == world) rank = 0;
         send(slot(rank));
     }
 }
 
-// Pushes two finished columns of a row, the first an even one, and with column 0 its natural lse.
-__device__ __forceinline__ void push_columns(const DecodeParams& p, const Doors& doors, int64_t token, int head,
-                                             int column, float lse, float2 o) {
-    const ExchangeView& v = p.exchange;
+// Pushes two finished columns of a row, the first an even one, and with column 0 its natural lse. A call, and not in
+// line: kernels that write their rows instead would have to step over it.
+static __device__ __noinline__ void push_columns(const Doors& doors, int64_t token, int head, int column, float lse,
+                                                 float2 o) {
     const Epoch e = epoch_of(doors);
     if (e.broken) return;
     delay(Point::kPush, e.number);
-    const Wire wire(v.wire_dtype);
-    const int64_t at = kHeaderWords + (token * v.heads + head) * row_words(p.head_dim_v, v.wire_dtype);
+    const Wire wire(doors.wire_dtype);
+    const int64_t at = kHeaderWords + (token * doors.heads + head) * doors.row_words;
     if (column == 0) {
         // Bad data of the row's own sequence has been reported: it made the row NaN.
-        const uint32_t fault = lse == lse ? 0 : pack_fault(load_word(v.window + kFault), v.rank);
+        const uint32_t fault = lse == lse ? 0 : pack_fault(load_word(doors.window + kFault), doors.rank);
         const uint64_t x = packet(__float_as_uint(lse), e.number), y = packet(fault, e.number);
-        for_doors(v, doors, e, head, at, [&](uint64_t* to) { store_words(to, x, y); });
+        for_doors(doors, e, head, at, [&](uint64_t* to) { store_words(to, x, y); });
     }
     if (wire.is_f32) {
         const uint64_t x = packet(__float_as_uint(o.x), e.number), y = packet(__float_as_uint(o.y), e.number);
-        for_doors(v, doors, e, head, at + kRowHead + column, [&](uint64_t* to) { store_words(to, x, y); });
+        for_doors(doors, e, head, at + kRowHead + column, [&](uint64_t* to) { store_words(to, x, y); });
     } else {
         const uint64_t x = packet(wire.pack(o), e.number);
-        for_doors(v, doors, e, head, at + kRowHead + column / 2, [&](uint64_t* to) { store_word(to, x); });
+        for_doors(doors, e, head, at + kRowHead + column / 2, [&](uint64_t* to) { store_word(to, x); });
     }
 }
 
@@ -114,7 +131,7 @@ template <class S>
 __device__ __forceinline__ void end_step(const DecodeParams& p) {
     extern __shared__ __align__(128) char shared[];
     if (!(p.flags & kFlagPush)) return;
-    copy_async_wait<0>();
+    await_doors();
     __syncthreads();
     end_exchange(p, *reinterpret_cast<const Doors*>(shared + S::kDoorsAt), *reinterpret_cast<ExchangeParams*>(shared));
 }

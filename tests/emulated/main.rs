@@ -40,9 +40,7 @@ use mirror::Ready;
 use support::case::Case;
 use support::run::judge;
 use support::values::Values;
-use trial::{alone, apart, missing, test};
-
-type Variables = &'static [(&'static str, &'static str)];
+use trial::{Variables, alone, apart, missing, test};
 
 const LAYOUTS: [KvLayout; 3] = [KvLayout::Strided, KvLayout::BlockTable, KvLayout::CsrPages];
 /// As many blocks as it takes for partials to merge in two levels.

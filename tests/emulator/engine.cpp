@@ -208,6 +208,7 @@ void open_barrier(Block* block, Warp* running) {
     Thread* me = current;
     Warp* warp = me->warp;
     Block* block = me->block;
+    copy_commit();
     copy_wait(0);
     if (*reinterpret_cast<uint64_t*>(me->stack) != kCanary) fail("the stack of a thread overflowed");
     const uint32_t bit = 1u << me->lane;
@@ -871,9 +872,10 @@ void copy_commit() {
 
 void copy_wait(unsigned pending) {
     Thread* me = current;
-    if (me->groups.size() <= pending && !(pending == 0 && !me->copies.empty())) return;
-    const size_t closed = pending == 0 ? me->groups.size() : me->groups.size() - pending;
-    const size_t end = pending == 0 ? me->copies.size() : me->groups[closed - 1];
+    // What is not committed is in no group, and is not waited for.
+    if (me->groups.size() <= pending) return;
+    const size_t closed = me->groups.size() - pending;
+    const size_t end = me->groups[closed - 1];
     do_copies(me, end);
     me->groups.erase(me->groups.begin(), me->groups.begin() + static_cast<long>(closed));
 }

@@ -22,27 +22,54 @@ use std::process::ExitCode;
 use libtest_mimic::Arguments;
 use treeattn::attention::KvLayout;
 
-use trial::{alone, apart, missing, test};
+use trial::{alone, apart, in_turn, missing, test};
 
 /// Random cases are run by as many tests, side by side.
 const PARTS: u64 = 8;
 
 /// Tests that want a process of their own: one ends its CUDA context, a capture forbids others to create things
 /// meanwhile, a clock wants no neighbours.
-const APART: [(&str, fn()); 5] = [
+const APART: [(&str, fn()); 4] = [
     ("dead_context", streams::dead_context),
     ("captures", streams::captures),
     ("replays", streams::replays),
     ("host_time", streams::host_time),
+];
+
+/// Tests of ranks that wait for each other on one GPU: each in a process of its own and one after the other, since so many
+/// kernels and streams as all of them have would stand in each other's way.
+const RANKS: [(&str, fn()); 16] = [
+    ("ranks_random_strided_0", || ranks::random(KvLayout::Strided, 0, count())),
+    ("ranks_random_strided_1", || ranks::random(KvLayout::Strided, count(), count())),
+    ("ranks_random_block_table_0", || ranks::random(KvLayout::BlockTable, 0, count())),
+    ("ranks_random_block_table_1", || ranks::random(KvLayout::BlockTable, count(), count())),
+    ("ranks_random_csr_pages_0", || ranks::random(KvLayout::CsrPages, 0, count())),
+    ("ranks_random_csr_pages_1", || ranks::random(KvLayout::CsrPages, count(), count())),
+    ("ranks_same_as_one", ranks::same_as_one),
+    ("ranks_merges", ranks::merges),
+    ("ranks_bad_data", ranks::bad_data),
+    ("ranks_many_steps", ranks::many_steps),
+    ("ranks_two_communicators", ranks::two_communicators),
+    ("ranks_absent", ranks::a_rank_that_does_not_come),
+    ("ranks_out_of_step", ranks::out_of_step),
+    ("ranks_aborted", ranks::aborted),
+    ("ranks_leave", ranks::leave),
     ("ranks_replays", ranks::replays),
 ];
+/// A hardware queue for each stream: streams that share one wait for each other.
+const QUEUES: &[(&str, &str)] = &[("CUDA_DEVICE_MAX_CONNECTIONS", "32")];
+
+/// Random cases of a test.
+fn count() -> u64 {
+    if support::full() { 100 } else { 15 }
+}
 
 fn main() -> ExitCode {
     if let Ok(role) = std::env::var(processes::ROLE) {
         processes::run(&role);
         return ExitCode::SUCCESS;
     }
-    if let Some(status) = alone(&[&APART[..], &[("allreduce3_replays", allreduce::replays)]].concat()) {
+    if let Some(status) = alone(&[&APART[..], &RANKS[..], &[("allreduce3_replays", allreduce::replays)]].concat()) {
         return status;
     }
     let arguments = Arguments::from_args();
@@ -50,7 +77,7 @@ fn main() -> ExitCode {
     if let Some(why) = &missing {
         eprintln!("GPU tests are ignored: {why}");
     }
-    let count = if support::full() { 100 } else { 15 };
+    let count = count();
     let mut tests = Vec::new();
     let layouts =
         [("strided", KvLayout::Strided), ("block_table", KvLayout::BlockTable), ("csr_pages", KvLayout::CsrPages)];
@@ -78,23 +105,7 @@ fn main() -> ExitCode {
         test("beyond_4_gib", streams::beyond_4_gib),
         test("five_million_pages", streams::five_million_pages),
     ]);
-    for (name, layout) in layouts {
-        for part in 0..2 {
-            let body = move || ranks::random(layout, part * count, count);
-            tests.push(test(format!("ranks_random_{name}_{part}"), body));
-        }
-    }
-    tests.extend([
-        test("ranks_same_as_one", ranks::same_as_one),
-        test("ranks_merges", ranks::merges),
-        test("ranks_bad_data", ranks::bad_data),
-        test("ranks_many_steps", ranks::many_steps),
-        test("ranks_two_communicators", ranks::two_communicators),
-        test("ranks_absent", ranks::a_rank_that_does_not_come),
-        test("ranks_out_of_step", ranks::out_of_step),
-        test("ranks_aborted", ranks::aborted),
-        test("ranks_leave", ranks::leave),
-    ]);
+    tests.extend(RANKS.iter().map(|&(name, _)| in_turn(name, QUEUES)));
     tests.extend(APART.iter().map(|(name, _)| apart(name, &[])));
     let mut tests: Vec<_> = tests.into_iter().map(|test| test.with_ignored_flag(missing.is_some())).collect();
     let no_nccl = missing.clone().or_else(allreduce::missing);

@@ -1,6 +1,7 @@
 //! Tests as functions that panic, in this process or in one of their own.
 
 use std::process::{Command, ExitCode};
+use std::sync::{Mutex, PoisonError};
 
 use libtest_mimic::{Failed, Trial};
 use treeattn::attention::Dtype;
@@ -32,17 +33,32 @@ pub fn test(name: impl Into<String>, body: impl FnOnce() + Send + 'static) -> Tr
     })
 }
 
+/// Environment variables.
+pub type Variables = &'static [(&'static str, &'static str)];
+
 /// A test in a process of its own, which [`alone`] runs there, with these variables set.
-pub fn apart(name: &'static str, variables: &'static [(&'static str, &'static str)]) -> Trial {
+pub fn apart(name: &'static str, variables: Variables) -> Trial {
+    Trial::test(name, move || run_apart(name, variables))
+}
+
+/// The same, for tests of which one runs at a time.
+#[allow(dead_code)] // not every executable has such
+pub fn in_turn(name: &'static str, variables: Variables) -> Trial {
+    static TURN: Mutex<()> = Mutex::new(());
     Trial::test(name, move || {
-        let mut command = Command::new(std::env::current_exe()?);
-        let output = command.env(ALONE, name).envs(variables.iter().copied()).output()?;
-        print!("{}", String::from_utf8_lossy(&output.stdout));
-        if output.status.success() {
-            return Ok(());
-        }
-        Err(format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr)).into())
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        run_apart(name, variables)
     })
+}
+
+fn run_apart(name: &str, variables: Variables) -> Result<(), Failed> {
+    let mut command = Command::new(std::env::current_exe()?);
+    let output = command.env(ALONE, name).envs(variables.iter().copied()).output()?;
+    print!("{}", String::from_utf8_lossy(&output.stdout));
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr)).into())
 }
 
 /// Runs the one test that the process was started for, if it was.
