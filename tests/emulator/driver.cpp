@@ -774,7 +774,12 @@ API cuModuleLoadData(void** module, const void* image) {
 API cuModuleLoadDataEx(void** module, const void* image, unsigned, int*, void**) {
     return cuModuleLoadData(module, image);
 }
-API cuModuleUnload(void* module) { return delete static_cast<char*>(module), kOk; }
+API cuModuleUnload(void* module) {
+    Lock lock;
+    if (const Status status = check_change()) return status;
+    wait_for_all(current_context());
+    return delete static_cast<char*>(module), kOk;
+}
 API cuModuleGetFunction(Function** function, void* module, const char* name) {
     Lock lock;
     if (module == nullptr) return kInvalidHandle;

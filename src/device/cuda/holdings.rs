@@ -1,14 +1,14 @@
 //! What a device gave and must get back: memory and modules, freed together and in order.
 
 use std::ffi::c_void;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use cudarc::driver::sys;
 
 use super::context::{Changing, CudaDevice};
-use crate::device::thread;
+use crate::device::behind;
 use crate::error::{ErrorKind, Result};
 
 /// How long giving back waits for the device unless somebody says otherwise.
@@ -26,8 +26,8 @@ unsafe impl Send for Item {}
 
 /// Memory and modules of one device. Dropping gives them back in the order in which they came.
 ///
-/// Freeing device memory waits for the work that may use it, here at most the patience given: what a device is not
-/// done with by then is freed when it is, by a thread that stays behind for it.
+/// Freeing memory and unloading modules waits for the work that may use them, here at most the patience given: what a
+/// device is not done with by then is freed when it is, by a thread that stays behind for it.
 pub(crate) struct Holdings {
     device: Arc<CudaDevice>,
     items: Vec<Item>,
@@ -154,27 +154,15 @@ impl CudaDevice {
     /// Frees `items`, in order. During a capture they are kept for the next time, since the graph may be about to use
     /// them; a lost context took them along.
     pub(super) fn give_back(self: &Arc<Self>, items: Vec<Item>, patience: Duration) {
+        if items.is_empty() {
+            return;
+        }
         match self.enter_to_change() {
-            Ok(changing) if !items.iter().any(|item| matches!(item, Item::Memory(_))) => self.free(items, &changing),
             Ok(changing) => {
                 drop(changing);
                 self.keep(items);
-                let (done, wait) = mpsc::channel();
                 let device = Arc::clone(self);
-                let started = thread::spawn("treeattn-free".into(), move || {
-                    device.free_kept();
-                    // Nobody listens any more once the patience is over.
-                    let _ = done.send(());
-                });
-                match started {
-                    Ok(thread) => {
-                        if wait.recv_timeout(patience) != Err(mpsc::RecvTimeoutError::Timeout) {
-                            // It has nothing left to do; a panic in it was freeing's own end.
-                            let _ = thread.join();
-                        }
-                    }
-                    Err(_) => self.free_kept(),
-                }
+                behind(patience, move || device.free_kept());
             }
             Err(error) if error.kind() == ErrorKind::Capturing => self.keep(items),
             Err(_) => {}
