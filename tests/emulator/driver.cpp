@@ -418,8 +418,14 @@ API cuCtxGetDevice(int* device) {
 }
 API cuCtxSynchronize() {
     Lock lock;
-    if (const Status status = check_change()) return status;
     Context* context = current_context();
+    if (context == nullptr) return kInvalidContext;
+    // As seen on an H200: it breaks captures of all threads, whatever their mode and this thread's.
+    Status status = kOk;
+    for (const auto& capture : state().captures) {
+        if (capture->origin->context == context) capture->invalid = true, status = kCaptureUnsupported;
+    }
+    if (status != kOk) return status;
     wait_for_all(context);
     return static_cast<Status>(context->gpu.error);
 }

@@ -173,7 +173,6 @@ status cuIpcOpenMemHandle_v2(uint64_t *data, struct ipc_handle handle, unsigned 
     return (void)data, (void)handle, flags == 1 ? 217 : INVALID_VALUE;
 }
 status cuIpcCloseMemHandle(uint64_t data) { return data ? OK : INVALID_VALUE; }
-status cuCtxSynchronize(void) { return depth ? OK : 201; }
 status cuStreamQuery(void *stream) { return stream ? (status)values[FAIL_SYNC] : INVALID_VALUE; }
 status cuStreamIsCapturing(void *stream, unsigned *state) { return (void)stream, *state = (unsigned)values[CAPTURE], OK; }
 status cuStreamGetCtx(void *stream, void **context) {

@@ -7,15 +7,14 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak, mpsc};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 use super::exits;
 use super::windows::{Member, Place, Windows, check_world};
-use crate::device::cuda::{CudaDevice, HANDLE_BYTES, Imported, SHARED_ALIGN, Staging};
-use crate::device::spawn;
+use crate::device::cuda::{CudaDevice, Fence, HANDLE_BYTES, Imported, SHARED_ALIGN, Staging};
 use crate::error::{Error, Result};
 use crate::partial::epoch::Epoch;
 use crate::partial::view::window;
@@ -25,7 +24,7 @@ const WORD: u64 = 8;
 /// How long a rank that is done waits for the peers' word that they are, too.
 const FAREWELL: Duration = Duration::from_millis(200);
 
-/// A window of another process.
+/// A window of another process. It may be shut in a group that did not come about, which is only let go of.
 pub(super) struct Remote {
     memory: Imported,
     /// What people call its GPU.
@@ -39,12 +38,19 @@ pub(super) struct Far {
     rank: usize,
     /// Words on their way to other windows, one a rank.
     letters: Mutex<Staging>,
-    patience: Duration,
+    /// Whether each rank has opened this rank's window from another process; none: not known.
+    users: Option<Vec<bool>>,
 }
 
 /// A window that others may open, and what they have to know of it.
 pub(crate) struct Offer {
+    rank: usize,
+    world: usize,
     member: Arc<Member>,
+    /// What it takes to let go of what is opened, there before anything is.
+    letters: Staging,
+    fence: Fence,
+    patience: Duration,
     text: String,
 }
 
@@ -54,11 +60,18 @@ static OFFERED: Mutex<Vec<(u64, Weak<Member>)>> = Mutex::new(Vec::new());
 static KEPT: Mutex<Vec<Kept>> = Mutex::new(Vec::new());
 
 impl Offer {
-    /// A zeroed window for one of `world` ranks, as [`Windows::new`] makes them.
-    pub fn new(device: &Arc<CudaDevice>, world: usize, start: Epoch, patience: Duration) -> Result<Offer> {
+    /// A zeroed window for `rank` of `world`, as [`Windows::new`] makes them.
+    pub fn new(
+        device: &Arc<CudaDevice>,
+        (rank, world): (usize, usize),
+        start: Epoch,
+        patience: Duration,
+    ) -> Result<Offer> {
         static NUMBER: AtomicU64 = AtomicU64::new(1);
         check_world(world)?;
         sweep();
+        let letters = Staging::new(device, world * WORD as usize, patience)?;
+        let fence = Fence::new(device, patience)?;
         let member = Arc::new(Member::new(device, world, start, SHARED_ALIGN, patience)?);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let handle: String = device.export(member.window)?.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -71,7 +84,7 @@ impl Offer {
         let mut offered = OFFERED.lock();
         offered.retain(|(_, member)| member.strong_count() > 0);
         offered.push((number, Arc::downgrade(&member)));
-        Ok(Offer { member, text })
+        Ok(Offer { rank, world, member, letters, fence, patience, text })
     }
 
     /// What the other ranks have to know.
@@ -79,28 +92,46 @@ impl Offer {
         &self.text
     }
 
-    /// Opens the windows that all ranks offer, in rank order; `rank` is this one. `Unsupported` where one cannot be
-    /// reached. Blocks; `Capturing` during a capture.
-    pub fn accept(self, rank: usize, texts: &[String], patience: Duration) -> Result<Windows> {
-        let device = &self.member.device;
-        let letters = Staging::new(device, texts.len() * WORD as usize, patience)?;
-        let mut places = Vec::with_capacity(texts.len());
+    /// Opens the windows that all ranks offer, in rank order. The error is `Unsupported` where one cannot be reached; then
+    /// the windows are good for nothing, but must live until no rank can use this one's any more. Blocks; `Capturing`
+    /// during a capture.
+    pub fn accept(self, texts: &[String]) -> (Windows, Result<()>) {
+        let Offer { rank, member, letters, fence, patience, .. } = self;
+        let (mut places, mut all) = (Vec::with_capacity(texts.len()), Ok(()));
         for (peer, text) in texts.iter().enumerate() {
-            let place = match peer == rank {
-                true => Place::Here(Arc::clone(&self.member)),
-                false => open(device, text)
-                    .map_err(|error| Error::new(error.kind(), format!("window of rank {peer}: {}", error.message())))?,
-            };
-            places.push(place);
+            if peer == rank {
+                places.push(Place::Here(Arc::clone(&member)));
+                continue;
+            }
+            let mut remote = Remote { memory: Imported::shut(&member.device), label: String::new(), process: None };
+            let opened = open(&member.device, text, &mut remote);
+            let opened = opened
+                .map_err(|error| Error::new(error.kind(), format!("window of rank {peer}: {}", error.message())))
+                .map(|here| here.map(Place::Here));
+            places.push(match opened {
+                Ok(Some(here)) => here,
+                Ok(None) => Place::There(remote),
+                Err(error) => {
+                    all = all.and(Err(error));
+                    Place::There(remote)
+                }
+            });
         }
         let addresses: Vec<u64> = places.iter().map(Place::address).collect();
-        self.member.connect(rank, &addresses)?;
-        Ok(Windows::over(places, Far { rank, letters: Mutex::new(letters), patience }))
+        let all = all.and_then(|()| member.connect(rank, &addresses));
+        let far = Far { rank, letters: Mutex::new(letters), users: None };
+        (Windows::over(places, far, fence, patience), all)
+    }
+
+    /// Keeps the window, since it is not known who has opened it.
+    pub fn abandon(self) {
+        let peers = (0..self.world).filter(|&peer| peer != self.rank).map(|peer| (peer, None)).collect();
+        KEPT.lock().push(Kept { member: self.member, peers });
     }
 }
 
-/// Opens the window that a peer offers.
-fn open(device: &Arc<CudaDevice>, text: &str) -> Result<Place> {
+/// Opens the window that a peer offers: that of another process into `remote`.
+fn open(device: &Arc<CudaDevice>, text: &str, remote: &mut Remote) -> Result<Option<Arc<Member>>> {
     let lines: Vec<&str> = text.lines().collect();
     let garbled = || Error::unsupported("window", format_args!("{text:?}"), "an offer of this library's version");
     let [place, process, number, handle, label] = lines[..] else { return Err(garbled()) };
@@ -113,7 +144,7 @@ fn open(device: &Arc<CudaDevice>, text: &str) -> Result<Place> {
         let known = OFFERED.lock().iter().find(|(known, _)| *known == number).and_then(|(_, member)| member.upgrade());
         let member = known.ok_or_else(garbled)?;
         device.reach(&member.device)?;
-        return Ok(Place::Here(member));
+        return Ok(Some(member));
     }
     let mut bytes = [0; HANDLE_BYTES];
     if handle.len() != 2 * HANDLE_BYTES || !handle.is_ascii() {
@@ -122,9 +153,11 @@ fn open(device: &Arc<CudaDevice>, text: &str) -> Result<Place> {
     for (i, byte) in bytes.iter_mut().enumerate() {
         *byte = u8::from_str_radix(&handle[2 * i..][..2], 16).map_err(|_| garbled())?;
     }
+    remote.label = label.to_string();
     // First its process, so that no other takes its number meanwhile: it waits for this rank.
-    let process = exits::open(process);
-    Ok(Place::There(Remote { memory: device.import(&bytes)?, label: label.to_string(), process }))
+    remote.process = exits::open(process);
+    remote.memory = device.import(&bytes)?;
+    Ok(None)
 }
 
 /// Tells machines and PID namespaces apart: memory is shared within one only.
@@ -132,6 +165,13 @@ fn machine() -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
     format!("{} {}", read("/proc/sys/kernel/random/boot_id").trim(), namespace.display())
+}
+
+impl Remote {
+    /// Whether this process can reach it.
+    pub fn is_open(&self) -> bool {
+        self.memory.is_open()
+    }
 }
 
 impl Place {
@@ -164,53 +204,37 @@ impl Far {
         let _ = unsafe { self.letters.lock().send(peer * WORD as usize, word, to) };
     }
 
-    /// Lets go of the peers' windows and, once they have done the same, of the own. Keeps its caller at most the patience;
-    /// it may go on behind it.
-    pub fn let_go(self, places: Vec<Place>) {
-        let patience = self.patience;
-        let (done, wait) = mpsc::channel();
-        let started = spawn("treeattn-free".into(), move || {
-            self.part(places);
-            // Nobody listens any more once the patience is over.
-            let _ = done.send(());
-        });
-        if let Ok(thread) = started
-            && wait.recv_timeout(patience) != Err(mpsc::RecvTimeoutError::Timeout)
-        {
-            // It has nothing left to do; a panic in it was its own end.
-            let _ = thread.join();
-        }
+    /// See [`Windows::know_opened`].
+    pub fn know_opened(&mut self, opened: &[Vec<u8>]) {
+        self.users = Some(opened.iter().map(|opened| opened.get(self.rank) != Some(&0)).collect());
     }
 
-    /// What letting go is; may take as long as this GPU's work does.
-    fn part(self, places: Vec<Place>) {
+    /// Lets go of the peers' windows and, once they have done the same, of the own; on a thread of the library. `is_done`:
+    /// this rank's kernels are. If not, the context is lost: nothing can be said to anybody.
+    pub fn part(self, places: Vec<Place>, is_done: bool) {
         let own = self.rank;
         let Some(Place::Here(member)) = places.get(own) else { return };
-        let member = Arc::clone(member);
-        let mut kept = Kept { member: Arc::clone(&member), peers: Vec::new() };
-        // A lost context, or a capture: kernels of this rank may yet write, so that nothing is said to anybody.
-        let is_done = member.device.drain().is_ok();
+        let mut kept = Kept { member: Arc::clone(member), peers: Vec::new() };
         for (peer, place) in places.iter().enumerate() {
-            let Place::There(remote) = place else { continue };
-            if is_done {
+            if let Place::There(remote) = place
+                && remote.is_open()
+                && is_done
+            {
                 self.send(peer, remote.memory.address() + (window::LET_GO + own as u64) * WORD, 1);
             }
         }
         if is_done {
             // The letters are there before the windows are closed.
-            let _ = member.device.drain();
+            let _ = self.letters.lock().settle();
         }
         for (peer, place) in places.into_iter().enumerate() {
-            match place {
-                Place::Here(_) => {}
-                Place::There(remote) if is_done => {
-                    drop(remote.memory);
-                    kept.peers.push((peer, remote.process));
-                }
-                Place::There(remote) => {
-                    kept.peers.push((peer, remote.process));
-                    std::mem::forget(remote.memory);
-                }
+            let Place::There(remote) = place else { continue };
+            if self.users.as_ref().is_none_or(|users| users.get(peer) != Some(&false)) {
+                kept.peers.push((peer, remote.process));
+            }
+            match is_done {
+                true => remote.memory.close(),
+                false => std::mem::forget(remote.memory),
             }
         }
         if !is_done {

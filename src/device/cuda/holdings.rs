@@ -95,6 +95,39 @@ impl Drop for Holdings {
     }
 }
 
+/// Memory that is there to be freed: that waits for all work of its GPU, as synchronising the context would, which breaks
+/// captures of other threads.
+pub(crate) struct Fence {
+    holdings: Holdings,
+    data: u64,
+}
+
+impl Fence {
+    /// Blocks; `Capturing` during a capture.
+    pub fn new(device: &Arc<CudaDevice>, patience: Duration) -> Result<Fence> {
+        let mut holdings = Holdings::new(device, patience);
+        let data = holdings.memory(1)?;
+        Ok(Fence { holdings, data })
+    }
+
+    /// Whether [`Fence::pass`] would wait for the end of a capture first.
+    pub fn is_shut(&self) -> bool {
+        self.holdings.device.check_change().is_err()
+    }
+
+    /// Waits until everything that this process enqueued on the GPU is done; before that, for the end of captures that
+    /// forbid it. For threads of the library. The error is that of a lost context.
+    pub fn pass(mut self) -> Result<()> {
+        self.holdings.items.clear();
+        let device = &self.holdings.device;
+        let changing = device.enter_between_captures()?;
+        // SAFETY: allocated by `new`, and forgotten there just now.
+        device.check_wait(unsafe { (device.driver.mem_free)(self.data) }, "cuMemFree")?;
+        drop(changing);
+        Ok(())
+    }
+}
+
 /// Words in host memory that the device and the host write and read at any time, without a wait.
 pub(crate) struct Words {
     host: *mut u64,
