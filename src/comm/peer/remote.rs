@@ -3,7 +3,8 @@
 //! A rank tells the others by which handle its window is opened; a rank of the same process is reached directly. A window
 //! outlives its owner's last use of it: a peer's kernels may still be writing. So a rank that is done waits for its own
 //! GPU, says to every peer that it has let go of the peer's window, and keeps its own until all have said the same of it or
-//! are gone; for the life of the process if one is silent.
+//! are gone; for the life of the process if one is silent. The word goes through the window, so that it comes before this
+//! is closed; hence the owner's [`GRACE`].
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,6 +15,7 @@ use parking_lot::Mutex;
 
 use super::exits;
 use super::windows::{Member, Place, Windows, check_world};
+use crate::device::behind;
 use crate::device::cuda::{CudaDevice, Fence, HANDLE_BYTES, Imported, SHARED_ALIGN, Staging};
 use crate::error::{Error, Result};
 use crate::partial::epoch::Epoch;
@@ -23,6 +25,8 @@ use crate::partial::view::window;
 const WORD: u64 = 8;
 /// How long a rank that is done waits for the peers' word that they are, too.
 const FAREWELL: Duration = Duration::from_millis(200);
+/// How long a peer that has let go of a window may take to close it: freed before, what happens is not defined.
+const GRACE: Duration = Duration::from_millis(50);
 
 /// A window of another process. It may be shut in a group that did not come about, which is only let go of.
 pub(super) struct Remote {
@@ -69,7 +73,7 @@ impl Offer {
     ) -> Result<Offer> {
         static NUMBER: AtomicU64 = AtomicU64::new(1);
         check_world(world)?;
-        sweep();
+        behind(patience, sweep);
         let letters = Staging::new(device, world * WORD as usize, patience)?;
         let fence = Fence::new(device, patience)?;
         let member = Arc::new(Member::new(device, world, start, SHARED_ALIGN, patience)?);
@@ -126,7 +130,7 @@ impl Offer {
     /// Keeps the window, since it is not known who has opened it.
     pub fn abandon(self) {
         let peers = (0..self.world).filter(|&peer| peer != self.rank).map(|peer| (peer, None)).collect();
-        KEPT.lock().push(Kept { member: self.member, peers });
+        KEPT.lock().push(Kept { member: self.member, peers, free_at: None });
     }
 }
 
@@ -214,7 +218,7 @@ impl Far {
     pub fn part(self, places: Vec<Place>, is_done: bool) {
         let own = self.rank;
         let Some(Place::Here(member)) = places.get(own) else { return };
-        let mut kept = Kept { member: Arc::clone(member), peers: Vec::new() };
+        let mut kept = Kept { member: Arc::clone(member), peers: Vec::new(), free_at: None };
         for (peer, place) in places.iter().enumerate() {
             if let Place::There(remote) = place
                 && remote.is_open()
@@ -242,12 +246,14 @@ impl Far {
             return;
         }
         let until = Instant::now() + FAREWELL;
-        while !kept.is_free() && Instant::now() < until {
+        while !kept.is_free() && (kept.free_at.is_some() || Instant::now() < until) {
             std::thread::sleep(Duration::from_millis(2));
         }
         if !kept.is_free() {
             KEPT.lock().push(kept);
         }
+        // A process that makes no other group sweeps nowhere else.
+        sweep();
     }
 }
 
@@ -256,21 +262,35 @@ struct Kept {
     member: Arc<Member>,
     /// Those that have not let go of it, and their processes.
     peers: Vec<(usize, Option<OwnedFd>)>,
+    /// The end of [`GRACE`], once all of them have, or are gone.
+    free_at: Option<Instant>,
 }
 
 impl Kept {
     /// Whether nobody has the window any more.
     fn is_free(&mut self) -> bool {
+        if self.peers.is_empty() {
+            return self.free_at.is_none_or(|free_at| free_at <= Instant::now());
+        }
         let member = &self.member;
         self.peers.retain(|(peer, process)| {
             let is_gone = process.as_ref().is_some_and(exits::has_exited);
             !is_gone && !member.is_let_go(*peer).unwrap_or(false)
         });
-        self.peers.is_empty()
+        if self.peers.is_empty() {
+            self.free_at = Some(Instant::now() + GRACE);
+        }
+        false
     }
 }
 
-/// Frees the windows of former groups that nobody has any more.
+/// Frees the windows of former groups that nobody has any more. Waits for GPUs, but lets nobody wait for it.
 fn sweep() {
-    KEPT.lock().retain_mut(|kept| !kept.is_free());
+    let mut all = std::mem::take(&mut *KEPT.lock());
+    all.retain_mut(|kept| !kept.is_free());
+    if all.iter().any(|kept| kept.free_at.is_some()) {
+        std::thread::sleep(GRACE);
+        all.retain_mut(|kept| !kept.is_free());
+    }
+    KEPT.lock().extend(all);
 }
