@@ -271,7 +271,8 @@ fn a_slow_device(mock: &Mock) {
     mock.set(Key::SlowFree, 1);
     let began = Instant::now();
     drop(plan);
-    assert!(began.elapsed() < Duration::from_secs(8));
+    // One deadline for its memory, its words and its modules, whose own patience is far longer.
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
     mock.set(Key::SlowFree, 0);
     // The thread that stayed behind ends now.
     for _ in 0..1000 {

@@ -8,6 +8,7 @@ use super::convert;
 use super::guard::guard;
 use super::handle;
 use super::types::*;
+use crate::device::Deadline;
 use crate::error::{Error, ErrorKind, Result};
 use crate::runtime::{self, Communicator, Plan, Runtime, Stream};
 
@@ -264,10 +265,15 @@ pub unsafe extern "C" fn treeattn_plan_destroy(plan: *mut treeattn_plan_t) -> tr
         let Some(plan) = handle::remove_if("plan", plan, Plan::check_destroy)? else {
             return Ok(());
         };
-        if plan.wait(plan.deadline()) {
+        let deadline = plan.deadline();
+        // For the wait, and for all that the plan gives back.
+        let _deadline = Deadline::within(deadline);
+        let is_done = plan.wait(deadline);
+        drop(plan);
+        if is_done {
             return Ok(());
         }
-        let message = format!("plan: found steps still enqueued after {:?}, wanted none", plan.deadline());
+        let message = format!("plan: found steps still enqueued after {deadline:?}, wanted none");
         Err(Error::new(ErrorKind::Timeout, message))
     })
 }

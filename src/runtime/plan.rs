@@ -18,7 +18,7 @@ use super::stream::{Job, Stream};
 use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, OutputMode, Shard, Step, head_range};
 use crate::cpu::{self, CpuBackend};
 use crate::cuda::{self, CudaBackend};
-use crate::device::{Device, DeviceKind};
+use crate::device::{Device, DeviceKind, Within};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault;
 
@@ -28,7 +28,7 @@ pub struct Plan {
     core: PlanRef,
 }
 
-pub(super) type PlanRef = Arc<PlanCore>;
+pub(super) type PlanRef = Arc<Within<PlanCore>>;
 
 /// Memory that a plan holds, in bytes. None of it depends on the length of the cache, but for the blocks of `RING`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -189,7 +189,8 @@ impl Plan {
         if let Some(steps) = core.allreduce.as_ref().and_then(GpuAllreduce::steps) {
             core.comm.watch_nccl(core.id, steps);
         }
-        Plan { core: Arc::new(core) }
+        let deadline = core.comm.config.step_timeout;
+        Plan { core: Arc::new(Within::new(core, deadline)) }
     }
 
     /// Attends this rank's shard, exchanges the partials and writes the merged output. Allocates nothing.

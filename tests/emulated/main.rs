@@ -47,7 +47,7 @@ const LAYOUTS: [KvLayout; 3] = [KvLayout::Strided, KvLayout::BlockTable, KvLayou
 const MANY_SMS: Variables = &[("EMULATOR_SMS", "40"), ("EMULATOR_SEED", "2")];
 
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 9] = [
+const APART: [(&str, fn(), Variables); 12] = [
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
     ("replays", streams::replays, &[]),
@@ -57,6 +57,9 @@ const APART: [(&str, fn(), Variables); 9] = [
     ("no_peers", peers::no_peers, &[("EMULATOR_PEERS", "0")]),
     ("memory_of_processes", peers::processes, &[]),
     ("allreduce3_replays", allreduce::replays, &[]),
+    ("processes_captures", processes::captures, &[]),
+    ("processes_refused", processes::refused, &[]),
+    ("windows_outlive_kernels", peers::windows_outlive_kernels, &[]),
 ];
 
 fn many_blocks() {

@@ -3,10 +3,18 @@
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::ptr::null_mut;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{self, CUdeviceptr, CUresult};
+use treeattn::attention::Dtype;
+use treeattn::runtime::{Device, Stream};
 
-use crate::driver::{Current, RawKernel, RawStream, current, ok};
+use crate::driver::{Current, RawKernel, RawStream, current, ok, used};
+use crate::group::{Group, ranks};
+use crate::mirror::GPU;
+use crate::numerics::shape;
+use crate::support::case::Case;
+use crate::support::values::Values;
 
 /// Words of 16 bytes that are copied about.
 const WORDS: u64 = 64;
@@ -206,4 +214,46 @@ pub fn a_deadlock_is_explained() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && said.contains("deadlock") && said.contains("never_meet"), "{said}");
     assert!(said.contains("0: __syncthreads") && said.contains("1: __syncwarp"), "{said}");
+}
+
+/// The last of a local group goes while a kernel of one rank has yet to begin: nobody is kept for long, and the kernel still
+/// finds the windows of all. So it is where a capture forbids giving anything back.
+pub fn windows_outlive_kernels() {
+    const LATE: Duration = Duration::from_secs(3);
+    let (_first, _second) = (Current::new(0), Current::new(1));
+    let case = Case::plain(shape(8, 2, 64, Dtype::F16), 2, &[(100, 1)], Values::Normal, 5);
+    for is_captured in [false, true] {
+        let group = Group::new(2, Duration::from_millis(100));
+        let (all, plans) = (ranks(&case), group.plans(&case.desc));
+        let mirrors = group.mirrors(&all);
+        let raw = RawStream::new();
+        let device = Device { ordinal: 1, ..GPU };
+        // SAFETY: the raw stream outlives the wrapped one.
+        let stream = unsafe { Stream::wrap_cuda(&group.gpus[1].runtime, device, raw.pointer()) }.unwrap();
+        // The emulator has 64 cycles a nanosecond.
+        RawKernel::new("late_copy").launch(&raw, 1, &[0, 0, 0, LATE.as_nanos() as u64 * 64]);
+        // SAFETY: the device memory outlives the step, which is waited for.
+        unsafe { plans[1].decode(&mirrors[1].args, Some(&stream)) }.unwrap();
+        let other = RawStream::new();
+        // SAFETY: as above.
+        let known = unsafe { Stream::wrap_cuda(&group.gpus[1].runtime, device, other.pointer()) }.unwrap();
+        let Group { gpus, comms } = group;
+        let leave = || {
+            let started = Instant::now();
+            drop((plans, comms));
+            assert!(started.elapsed() < LATE / 2, "{:?}", started.elapsed());
+        };
+        match is_captured {
+            true => drop(other.capture(leave)),
+            false => leave(),
+        }
+        raw.synchronize();
+        drop((known, stream, mirrors, gpus));
+        let started = Instant::now();
+        // All of it is given back at last: windows are larger.
+        while used() > 4 << 20 {
+            assert!(started.elapsed() < LATE, "{} bytes", used());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
 }

@@ -418,8 +418,14 @@ API cuCtxGetDevice(int* device) {
 }
 API cuCtxSynchronize() {
     Lock lock;
-    if (const Status status = check_change()) return status;
     Context* context = current_context();
+    if (context == nullptr) return kInvalidContext;
+    // As seen on an H200: it breaks captures of all threads, whatever their mode and this thread's.
+    Status status = kOk;
+    for (const auto& capture : state().captures) {
+        if (capture->origin->context == context) capture->invalid = true, status = kCaptureUnsupported;
+    }
+    if (status != kOk) return status;
     wait_for_all(context);
     return static_cast<Status>(context->gpu.error);
 }
@@ -774,7 +780,12 @@ API cuModuleLoadData(void** module, const void* image) {
 API cuModuleLoadDataEx(void** module, const void* image, unsigned, int*, void**) {
     return cuModuleLoadData(module, image);
 }
-API cuModuleUnload(void* module) { return delete static_cast<char*>(module), kOk; }
+API cuModuleUnload(void* module) {
+    Lock lock;
+    if (const Status status = check_change()) return status;
+    wait_for_all(current_context());
+    return delete static_cast<char*>(module), kOk;
+}
 API cuModuleGetFunction(Function** function, void* module, const char* name) {
     Lock lock;
     if (module == nullptr) return kInvalidHandle;

@@ -46,6 +46,14 @@ pub fn current() -> usize {
     context as usize
 }
 
+/// Bytes that are allocated on the device of the current context.
+pub fn used() -> usize {
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: writes two sizes.
+    ok(unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) });
+    total - free
+}
+
 /// Host memory that the device can reach. A context must be current.
 pub struct Pinned(pub *mut c_void);
 

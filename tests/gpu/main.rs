@@ -9,6 +9,7 @@ mod driver;
 mod group;
 mod mirror;
 mod numerics;
+#[allow(dead_code)] // some tests are for the emulator
 mod processes;
 mod ranks;
 mod space;

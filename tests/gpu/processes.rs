@@ -3,12 +3,15 @@
 //! This process is rank 0; it starts itself again for the others, and tells them by their environment what to do.
 
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use cudarc::driver::sys;
 use treeattn::attention::{AttentionDesc, Dtype, OutputMode};
 use treeattn::runtime::{CommConfig, Communicator, Plan, Runtime, RuntimeConfig};
 use treeattn::{Error, ErrorKind};
 
+use crate::driver::{Current, Pinned, RawStream, ok, used};
 use crate::mirror::{Gpu, Mirror};
 use crate::numerics::shape;
 use crate::support::case::Case;
@@ -149,6 +152,11 @@ pub fn run(role: &str) {
             let mut worker = worker;
             println!("{:?}", worker.until_it_fails().kind());
         }
+        "refused" => {
+            // SAFETY: nothing else runs in this process yet.
+            unsafe { std::env::set_var("EMULATOR_PEERS", "0") };
+            without_windows(&id, world, rank);
+        }
         "waits" => {
             let mut worker = Worker::new(&id, world, rank);
             let error = worker.until_it_fails();
@@ -253,4 +261,56 @@ pub fn aborts() {
     assert_eq!((error.kind(), error.rank()), (ErrorKind::Aborted, Some(0)));
     aborting.join().unwrap();
     assert_eq!(end(other), "Aborted Some(0)\n");
+}
+
+/// A rank leaves while another thread of its process captures a stream that the library does not know: the capture is
+/// intact, and the other process hears of it. For the emulator: what NCCL does to captures is its own.
+pub fn captures() {
+    let _current = Current::new(0);
+    let raw = RawStream::new();
+    let id = new_id();
+    let other = start(&id, 2, 1, "waits", 0);
+    let ((say, said), (tell, told)) = (mpsc::channel(), mpsc::channel());
+    let leaving = std::thread::spawn(move || {
+        let worker = Worker::new(&id, 2, 0);
+        say.send(()).unwrap();
+        told.recv().unwrap();
+        drop(worker);
+        say.send(()).unwrap();
+    });
+    said.recv_timeout(HANG).unwrap();
+    let memory = Pinned::new(8);
+    let graph = raw.capture(|| {
+        tell.send(()).unwrap();
+        said.recv_timeout(HANG).unwrap();
+        // SAFETY: memory of a word, which outlives the replay.
+        ok(unsafe { sys::cuMemsetD32Async(memory.0 as u64, 7, 1, raw.0) });
+    });
+    graph.replay(&raw);
+    raw.synchronize();
+    // SAFETY: a word that nothing writes any more.
+    assert_eq!(unsafe { memory.0.cast::<u32>().read() }, 7);
+    leaving.join().unwrap();
+    assert_eq!(end(other), "PeerLost Some(0)\n");
+}
+
+/// Windows that one rank cannot open: no rank has one then, and none is left allocated. For the emulator.
+pub fn refused() {
+    let id = new_id();
+    let other = start(&id, 2, 1, "refused", 0);
+    without_windows(&id, 2, 0);
+    end(other);
+}
+
+fn without_windows(id: &[u8; 128], world: usize, rank: usize) {
+    let _current = Current::new(rank as i32);
+    let (_gpu, comm) = Worker::connect(id, world, rank);
+    let text = comm.describe().unwrap();
+    assert!(text.contains("no_windows") && text.contains("window of rank 0"), "{text}");
+    let started = Instant::now();
+    // A window has a slot of 1 MiB, twice its size, for each rank and parity.
+    while used() > 4 << 20 {
+        assert!(started.elapsed() < 20 * STEP, "rank {rank}: {} bytes", used());
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }

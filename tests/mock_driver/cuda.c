@@ -105,13 +105,17 @@ status cuMemAlloc_v2(uint64_t *data, size_t bytes) {
     remember(base, bytes, 2, (int)stack[depth - 1] - 0x1000);
     return *data = (uint64_t)base, OK;
 }
-status cuMemFree_v2(uint64_t data) {
-    status result = change();
+/* The work that what gives something back waits for. */
+static void wait_for_work(void) {
     while (values[SLOW_FREE]) {
         struct timespec pause = {0, 1000000};
         extern int nanosleep(const struct timespec *, struct timespec *);
         nanosleep(&pause, NULL);
     }
+}
+status cuMemFree_v2(uint64_t data) {
+    status result = change();
+    wait_for_work();
     return result ? result : forget((void *)data);
 }
 status cuMemHostAlloc(void **data, size_t bytes, unsigned flags) {
@@ -122,6 +126,7 @@ status cuMemHostAlloc(void **data, size_t bytes, unsigned flags) {
 }
 status cuMemFreeHost(void *data) {
     status result = change();
+    wait_for_work();
     return result ? result : forget(data);
 }
 status cuMemHostGetDevicePointer_v2(uint64_t *address, void *data, unsigned flags) {
@@ -168,7 +173,6 @@ status cuIpcOpenMemHandle_v2(uint64_t *data, struct ipc_handle handle, unsigned 
     return (void)data, (void)handle, flags == 1 ? 217 : INVALID_VALUE;
 }
 status cuIpcCloseMemHandle(uint64_t data) { return data ? OK : INVALID_VALUE; }
-status cuCtxSynchronize(void) { return depth ? OK : 201; }
 status cuStreamQuery(void *stream) { return stream ? (status)values[FAIL_SYNC] : INVALID_VALUE; }
 status cuStreamIsCapturing(void *stream, unsigned *state) { return (void)stream, *state = (unsigned)values[CAPTURE], OK; }
 status cuStreamGetCtx(void *stream, void **context) {
@@ -180,7 +184,7 @@ status cuModuleLoadData(void **module, const void *image) {
     if (values[FAIL_LOAD]) return result = (status)values[FAIL_LOAD], mock_set(FAIL_LOAD, 0), result;
     return *module = malloc(1), add(ALIVE, 1), image ? OK : INVALID_VALUE;
 }
-status cuModuleUnload(void *module) { return free(module), add(ALIVE, -1), OK; }
+status cuModuleUnload(void *module) { return wait_for_work(), free(module), add(ALIVE, -1), OK; }
 status cuModuleGetFunction(void **function, void *module, const char *name) {
     return (void)module, *function = (void *)1, *name ? OK : 500;
 }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::remote::{Far, Letter, Remote};
-use crate::device::cuda::{CudaDevice, Holdings, Words};
+use crate::device::behind;
+use crate::device::cuda::{CudaDevice, Fence, Holdings, Words};
 use crate::error::{Error, Result};
 use crate::partial::ExchangeView;
 use crate::partial::epoch::{Epoch, MAX_PAYLOAD, MAX_WINDOWS, SLOTS};
@@ -22,13 +23,17 @@ fn capacity(world: usize) -> usize {
     (MAX_WINDOWS / (SLOTS * (world + 1) * (WORD as usize / PAYLOAD))).min(MAX_PAYLOAD) / 64 * 64
 }
 
-/// The windows of a group of GPUs. Those of a process are freed with the last of its ranks, so that no rank writes to
-/// memory that is gone; how ranks of several processes let go of each other's is said in [`super::remote`].
+/// The windows of a group of GPUs. Those of a process are freed with the last of its ranks and after all of its kernels, so
+/// that no rank writes to memory that is gone; how ranks of several processes let go of each other's is said in
+/// [`super::remote`].
 pub(crate) struct Windows {
     places: Vec<Place>,
     slot_words: u64,
     /// What it takes to deal with ranks of other processes; none where there are none.
     far: Option<Far>,
+    /// For the GPUs of the ranks whose kernels this process runs over these windows.
+    fences: Vec<Fence>,
+    patience: Duration,
 }
 
 /// Where a rank's window is.
@@ -115,14 +120,29 @@ impl Windows {
         for (rank, member) in members.iter().enumerate() {
             member.connect(rank, &addresses)?;
         }
+        let fences = devices.iter().map(|device| Fence::new(device, patience)).collect::<Result<_>>()?;
         let places = members.into_iter().map(|member| Place::Here(Arc::new(member))).collect();
-        Ok(Windows { places, slot_words: sizes(world).0, far: None })
+        Ok(Windows { places, slot_words: sizes(world).0, far: None, fences, patience })
     }
 
-    /// Windows that are where `places` says, some of them in other processes.
-    pub(super) fn over(places: Vec<Place>, far: Far) -> Windows {
+    /// Windows that are where `places` says, some of them in other processes; `fence` is for the GPU of this rank.
+    pub(super) fn over(places: Vec<Place>, far: Far, fence: Fence, patience: Duration) -> Windows {
         let slot_words = sizes(places.len()).0;
-        Windows { places, slot_words, far: Some(far) }
+        Windows { places, slot_words, far: Some(far), fences: vec![fence], patience }
+    }
+
+    /// Which windows of other processes this one has open, in rank order: what these have to know before they let go of a
+    /// group that did not come about, in which some open nothing.
+    pub fn opened(&self) -> Vec<u8> {
+        let is_open = |place: &Place| matches!(place, Place::There(remote) if remote.is_open());
+        self.places.iter().map(|place| u8::from(is_open(place))).collect()
+    }
+
+    /// The same of every rank. Unless told, this one takes it that all of other processes have its window open.
+    pub fn know_opened(&mut self, opened: &[Vec<u8>]) {
+        if let Some(far) = &mut self.far {
+            far.know_opened(opened);
+        }
     }
 
     /// A window of this process. A rank's own always is.
@@ -259,9 +279,19 @@ pub(super) fn check_world(world: usize) -> Result<()> {
 
 impl Drop for Windows {
     fn drop(&mut self) {
-        if let Some(far) = self.far.take() {
-            far.let_go(std::mem::take(&mut self.places));
-        }
+        let (places, fences) = (std::mem::take(&mut self.places), std::mem::take(&mut self.fences));
+        let far = self.far.take();
+        // Not kept for the end of a capture, which may be this thread's to bring about.
+        let is_shut = fences.iter().any(Fence::is_shut);
+        let patience = if is_shut { Duration::ZERO } else { self.patience };
+        behind(patience, move || {
+            // Freeing a window waits for its own GPU only, and the kernels of any rank may be writing to it. All are waited
+            // for, also when a context is lost, whose kernels are dead.
+            let passed: Vec<bool> = fences.into_iter().map(|fence| fence.pass().is_ok()).collect();
+            if let Some(far) = far {
+                far.part(places, !passed.contains(&false));
+            }
+        });
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
 
 use cudarc::driver::sys;
 use parking_lot::Mutex;
@@ -204,6 +205,16 @@ impl CudaDevice {
         }
         let mode = entered.exchange_capture_mode(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED);
         Ok(Changing { entered, mode })
+    }
+
+    /// As [`CudaDevice::enter_to_change`], once no capture forbids it. For threads of the library.
+    pub fn enter_between_captures(&self) -> Result<Changing<'_>> {
+        loop {
+            match self.enter_to_change() {
+                Err(error) if error.kind() == ErrorKind::Capturing => std::thread::sleep(Duration::from_millis(2)),
+                entered => return entered,
+            }
+        }
     }
 
     /// `Capturing` while a capture forbids giving things back; a lost context forbids nothing.

@@ -54,7 +54,6 @@ driver! {
     ctx_get_current: "cuCtxGetCurrent"(*mut sys::CUcontext);
     ctx_push_current: "cuCtxPushCurrent_v2"(sys::CUcontext);
     ctx_pop_current: "cuCtxPopCurrent_v2"(*mut sys::CUcontext);
-    ctx_synchronize: "cuCtxSynchronize"();
     device_can_access_peer: "cuDeviceCanAccessPeer"(*mut c_int, sys::CUdevice, sys::CUdevice);
     ctx_enable_peer_access: "cuCtxEnablePeerAccess"(sys::CUcontext, c_uint);
     ipc_get_mem_handle: "cuIpcGetMemHandle"(*mut sys::CUipcMemHandle, sys::CUdeviceptr);

@@ -1,14 +1,14 @@
 //! What a device gave and must get back: memory and modules, freed together and in order.
 
 use std::ffi::c_void;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use cudarc::driver::sys;
 
 use super::context::{Changing, CudaDevice};
-use crate::device::thread;
+use crate::device::behind;
 use crate::error::{ErrorKind, Result};
 
 /// How long giving back waits for the device unless somebody says otherwise.
@@ -26,8 +26,8 @@ unsafe impl Send for Item {}
 
 /// Memory and modules of one device. Dropping gives them back in the order in which they came.
 ///
-/// Freeing device memory waits for the work that may use it, here at most the patience given: what a device is not
-/// done with by then is freed when it is, by a thread that stays behind for it.
+/// Freeing memory and unloading modules waits for the work that may use them, here at most the patience given: what a
+/// device is not done with by then is freed when it is, by a thread that stays behind for it.
 pub(crate) struct Holdings {
     device: Arc<CudaDevice>,
     items: Vec<Item>,
@@ -92,6 +92,39 @@ impl Holdings {
 impl Drop for Holdings {
     fn drop(&mut self) {
         self.device.give_back(std::mem::take(&mut self.items), self.patience);
+    }
+}
+
+/// Memory that is there to be freed: that waits for all work of its GPU, as synchronising the context would, which breaks
+/// captures of other threads.
+pub(crate) struct Fence {
+    holdings: Holdings,
+    data: u64,
+}
+
+impl Fence {
+    /// Blocks; `Capturing` during a capture.
+    pub fn new(device: &Arc<CudaDevice>, patience: Duration) -> Result<Fence> {
+        let mut holdings = Holdings::new(device, patience);
+        let data = holdings.memory(1)?;
+        Ok(Fence { holdings, data })
+    }
+
+    /// Whether [`Fence::pass`] would wait for the end of a capture first.
+    pub fn is_shut(&self) -> bool {
+        self.holdings.device.check_change().is_err()
+    }
+
+    /// Waits until everything that this process enqueued on the GPU is done; before that, for the end of captures that
+    /// forbid it. For threads of the library. The error is that of a lost context.
+    pub fn pass(mut self) -> Result<()> {
+        self.holdings.items.clear();
+        let device = &self.holdings.device;
+        let changing = device.enter_between_captures()?;
+        // SAFETY: allocated by `new`, and forgotten there just now.
+        device.check_wait(unsafe { (device.driver.mem_free)(self.data) }, "cuMemFree")?;
+        drop(changing);
+        Ok(())
     }
 }
 
@@ -166,27 +199,15 @@ impl CudaDevice {
     /// Frees `items`, in order. During a capture they are kept for the next time, since the graph may be about to use
     /// them; a lost context took them along.
     pub(super) fn give_back(self: &Arc<Self>, items: Vec<Item>, patience: Duration) {
+        if items.is_empty() {
+            return;
+        }
         match self.enter_to_change() {
-            Ok(changing) if !items.iter().any(|item| matches!(item, Item::Memory(_))) => self.free(items, &changing),
             Ok(changing) => {
                 drop(changing);
                 self.keep(items);
-                let (done, wait) = mpsc::channel();
                 let device = Arc::clone(self);
-                let started = thread::spawn("treeattn-free".into(), move || {
-                    device.free_kept();
-                    // Nobody listens any more once the patience is over.
-                    let _ = done.send(());
-                });
-                match started {
-                    Ok(thread) => {
-                        if wait.recv_timeout(patience) != Err(mpsc::RecvTimeoutError::Timeout) {
-                            // It has nothing left to do; a panic in it was freeing's own end.
-                            let _ = thread.join();
-                        }
-                    }
-                    Err(_) => self.free_kept(),
-                }
+                behind(patience, move || device.free_kept());
             }
             Err(error) if error.kind() == ErrorKind::Capturing => self.keep(items),
             Err(_) => {}

@@ -17,7 +17,7 @@ mod staging;
 mod stream;
 
 pub(crate) use context::{CudaDevice, Entered, count, info};
-pub(crate) use holdings::{Holdings, PATIENCE, Words};
+pub(crate) use holdings::{Fence, Holdings, PATIENCE, Words};
 pub(crate) use memory::PointerCheck;
 pub(crate) use module::{Image, Kernel};
 pub(crate) use peer::{HANDLE_BYTES, Imported, SHARED_ALIGN};

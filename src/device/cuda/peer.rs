@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys;
 
-use super::context::CudaDevice;
+use super::context::{Changing, CudaDevice};
 use crate::error::{Error, ErrorKind, Result};
 
 /// `CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED`.
@@ -21,6 +21,7 @@ pub(crate) const SHARED_ALIGN: usize = 2 << 20;
 /// Memory of another process, as this GPU sees it. Closed when dropped.
 pub(crate) struct Imported {
     device: Arc<CudaDevice>,
+    /// 0 where it is not open.
     address: u64,
 }
 
@@ -29,15 +30,39 @@ impl Imported {
     pub fn address(&self) -> u64 {
         self.address
     }
+
+    /// None yet, or none that could be opened.
+    pub fn shut(device: &Arc<CudaDevice>) -> Imported {
+        Imported { device: Arc::clone(device), address: 0 }
+    }
+
+    /// Whether there is any.
+    pub fn is_open(&self) -> bool {
+        self.address != 0
+    }
+
+    /// Closes it, once no capture forbids that. For threads of the library.
+    pub fn close(mut self) {
+        let device = Arc::clone(&self.device);
+        if let Ok(changing) = device.enter_between_captures() {
+            self.end(&changing);
+        }
+    }
+
+    fn end(&mut self, _changing: &Changing<'_>) {
+        if self.is_open() {
+            // SAFETY: opened once, and closed once.
+            unsafe { (self.device.driver.ipc_close_mem_handle)(std::mem::take(&mut self.address)) };
+        }
+    }
 }
 
 impl Drop for Imported {
     fn drop(&mut self) {
         // A lost context took it along; during a capture it stays until the process ends.
-        if let Ok(changing) = self.device.enter_to_change() {
-            // SAFETY: opened once, and closed once.
-            unsafe { (self.device.driver.ipc_close_mem_handle)(self.address) };
-            drop(changing);
+        let device = Arc::clone(&self.device);
+        if let Ok(changing) = device.enter_to_change() {
+            self.end(&changing);
         }
     }
 }
@@ -99,14 +124,5 @@ impl CudaDevice {
             .map_err(|error| if error.kind() == ErrorKind::Cuda { refused(error.message()) } else { error })?;
         drop(changing);
         Ok(Imported { device: Arc::clone(self), address })
-    }
-
-    /// Waits until everything that was enqueued on this GPU by this process is done. `Capturing` during a capture.
-    pub fn drain(&self) -> Result<()> {
-        let changing = self.enter_to_change()?;
-        // SAFETY: takes nothing.
-        self.check_wait(unsafe { (self.driver.ctx_synchronize)() }, "cuCtxSynchronize")?;
-        drop(changing);
-        Ok(())
     }
 }

@@ -107,6 +107,18 @@ impl Staging {
         }
     }
 
+    /// Waits until everything enqueued so far is done; before that, for the end of captures that forbid it. For threads of
+    /// the library.
+    pub fn settle(&self) -> Result<()> {
+        let device = self.stream.device();
+        let changing = device.enter_between_captures()?;
+        // SAFETY: our own stream.
+        let status = unsafe { (device.driver.stream_synchronize)(self.stream.handle()) };
+        device.check_wait(status, "cuStreamSynchronize")?;
+        drop(changing);
+        Ok(())
+    }
+
     /// `len` bytes of the host side from `offset` on. The stream must be done with them.
     pub fn read(&self, offset: usize, len: usize) -> Result<Vec<u8>> {
         self.check(offset, len)?;

@@ -25,8 +25,10 @@ pub(in crate::runtime) fn connect(
     start: Epoch,
 ) -> Result<Vec<PeerExchange>> {
     let all: Vec<usize> = (0..devices.len()).collect();
-    let windows = Windows::new(devices, start, config.step_timeout)
-        .and_then(|windows| Probe::new(windows, &all)?.run(start, probe_timeout(config)));
+    let windows = Windows::new(devices, start, config.step_timeout).and_then(|windows| {
+        Probe::new(&windows, &all)?.run(&windows, start, probe_timeout(config))?;
+        Ok(Arc::new(windows))
+    });
     let windows = or_reason(windows)?;
     bootstraps.into_iter().map(|bootstrap| PeerExchange::new(Box::new(bootstrap), windows.clone(), config)).collect()
 }
@@ -41,25 +43,33 @@ pub(in crate::runtime) fn connect_over(
     let shard = bootstrap.shard();
     let (rank, start) = (shard.rank as usize, Epoch::from_flag(0));
     let share = || -> Result<Result<Arc<Windows>>> {
-        let offer = Offer::new(device, shard.world as usize, start, config.step_timeout);
-        let said = offer.as_ref().map(|offer| offer.text().to_string());
-        let probe = match (agree(&*bootstrap, said)?, offer) {
-            (Ok(texts), Ok(offer)) => {
-                offer.accept(rank, &texts, config.step_timeout).and_then(|windows| Probe::new(windows, &[rank]))
+        let offer = Offer::new(device, (rank, shard.world as usize), start, config.step_timeout);
+        let said = agree(&*bootstrap, offer.as_ref().map(|offer| offer.text().to_string()));
+        let (mut windows, opened) = match (offer, said) {
+            (Ok(offer), Ok(Ok(texts))) => offer.accept(&texts),
+            (Ok(offer), Err(error)) => {
+                offer.abandon();
+                return Err(error);
             }
-            (_, Err(error)) => Err(error),
-            (Err(error), _) => Err(error),
+            (Err(_), Err(error)) => return Err(error),
+            // All know that one makes no offer, and none opens anything.
+            (Err(error), Ok(_)) | (Ok(_), Ok(Err(error))) => return Ok(Err(error)),
         };
+        let probe = opened.and_then(|()| Probe::new(&windows, &[rank]));
         // Every window is zero, and open everywhere, before the first word is written.
         let ready = agree(&*bootstrap, probe.as_ref().map(|_| String::new()))?;
-        let windows = match (ready, probe) {
-            (Ok(_), Ok(probe)) => probe.run(start, probe_timeout(config)),
+        if ready.is_err() {
+            // Who has opened nothing will not say that it lets go of it.
+            windows.know_opened(&bootstrap.allgather(&windows.opened())?);
+        }
+        let works = match (ready, probe) {
+            (Ok(_), Ok(probe)) => probe.run(&windows, start, probe_timeout(config)),
             (_, Err(error)) => Err(error),
             (Err(error), Ok(_)) => Err(error),
         };
-        let all = agree(&*bootstrap, windows.as_ref().map(|_| String::new()))?;
+        let all = agree(&*bootstrap, works.as_ref().map(|_| String::new()))?;
         // What went wrong here says more than that it did.
-        Ok(windows.and_then(|windows| all.map(|_| windows)))
+        Ok(works.and(all).map(|_| Arc::new(windows)))
     };
     let windows = or_reason(share()?)?;
     PeerExchange::new(bootstrap, windows, config)
@@ -100,24 +110,23 @@ fn probe_timeout(config: &CommConfig) -> Duration {
 /// One exchange without rows, of which some ranks are of this call: that every rank's words reach every other is proven by
 /// nothing else.
 struct Probe {
-    windows: Windows,
     /// Kernels are loaded, and unloaded, while no rank waits: both wait for what runs on the GPU.
     ranks: Vec<(usize, ExchangeKernel, CudaStream)>,
 }
 
 impl Probe {
-    fn new(windows: Windows, ranks: &[usize]) -> Result<Probe> {
+    fn new(windows: &Windows, ranks: &[usize]) -> Result<Probe> {
         let ready = |&rank: &usize| {
             let device = windows.device(rank);
             Ok((rank, ExchangeKernel::new(device, 1)?, CudaStream::new(device)?))
         };
         let ranks = ranks.iter().map(ready).collect::<Result<_>>()?;
-        Ok(Probe { windows, ranks })
+        Ok(Probe { ranks })
     }
 
-    /// The windows, if words reach them. The first epoch came after `start`.
-    fn run(self, start: Epoch, timeout: Duration) -> Result<Arc<Windows>> {
-        let Probe { windows, ranks } = &self;
+    /// Whether words reach the windows. The first epoch came after `start`.
+    fn run(self, windows: &Windows, start: Epoch, timeout: Duration) -> Result<()> {
+        let ranks = &self.ranks;
         for (rank, kernel, stream) in ranks {
             let view = ExchangeView { fingerprint: PROBE_FINGERPRINT, heads: 1, ..windows.view(*rank, timeout) };
             kernel.enqueue(&view, &ExchangeStep::NOTHING, stream)?;
@@ -144,6 +153,6 @@ impl Probe {
             };
             return Err(Error::unsupported("devices", found, "GPUs whose writes reach each other"));
         }
-        Ok(Arc::new(self.windows))
+        Ok(())
     }
 }
