@@ -32,12 +32,10 @@ __device__ __forceinline__ int row_bound(const DecodeParams& p, const Item& item
     return causal_bound(p, item.b, item.first_token, item.tokens, token);
 }
 
-// Writes two finished columns of a row of the tile, and its lse; or lays them where push_item takes them from, `staged`
-// bytes into shared memory.
+// Writes two finished columns of a row, and its lse; or pushes them.
 template <class S>
-__device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& item, char* shared, int staged, int row,
+__device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& item, char* shared, int packed_row,
                                            int column, RowState s, float2 o) {
-    const int packed_row = item.row_tile * S::kRows + row;
     const int token_of = item.tokens == 1 ? 0 : packed_row / p.group;
     const int64_t token = item.first_token + token_of;
     const int64_t head = static_cast<int64_t>(item.head) * p.group + packed_row - token_of * p.group;
@@ -47,21 +45,18 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& it
         const float inverse = __frcp_rn(s.l);
         o.x *= inverse, o.y *= inverse;
     }
-    const bool push = p.flags & kFlagPush;
-    char* to = static_cast<char*>(p.out) + token * p.out_stride[0] + head * p.out_stride[1] + column * p.out_stride[2];
-    if (push) {
-        *reinterpret_cast<float2*>(shared + staged + (row * S::kPitchO + column) * 4) = o;
-    } else if (column < p.head_dim_v) {
-        store_two(to, p.out_stride[2], p.out_dtype, o);
-    }
-    if ((push || p.lse != nullptr) && column == 0) {
+    if (p.flags & kFlagPush) {
+        if (column >= p.head_dim_v) return;
         const float lse = s.l == 0.f ? -infinity() : (s.m + log2f(s.l)) * kLn2;
-        if (push) {
-            reinterpret_cast<Doors*>(shared + S::kDoorsAt)->lse[row] = lse;
-        } else {
-            char* at = reinterpret_cast<char*>(p.lse) + token * p.lse_stride[0] + head * p.lse_stride[1];
-            *reinterpret_cast<float*>(at) = lse;
-        }
+        const Doors& doors = *reinterpret_cast<const Doors*>(shared + S::kDoorsAt);
+        push_columns(doors, token, static_cast<int>(head), column, lse, o);
+        return;
+    }
+    char* to = static_cast<char*>(p.out) + token * p.out_stride[0] + head * p.out_stride[1] + column * p.out_stride[2];
+    if (column < p.head_dim_v) store_two(to, p.out_stride[2], p.out_dtype, o);
+    if (p.lse != nullptr && column == 0) {
+        char* lse = reinterpret_cast<char*>(p.lse) + token * p.lse_stride[0] + head * p.lse_stride[1];
+        *reinterpret_cast<float*>(lse) = s.l == 0.f ? -infinity() : (s.m + log2f(s.l)) * kLn2;
     }
 }
 
@@ -82,16 +77,6 @@ struct Partials {
         if (column == 0) __stcg(state(slot, row), make_float2(s.m, s.l));
     }
 };
-
-// Pushes an item whose rows finish_row has laid in shared memory, where they are to be pushed.
-template <class S>
-__device__ __forceinline__ void push_finished(const DecodeParams& p, const Item& item, char* shared, int rows) {
-    if (!(p.flags & kFlagPush)) return;
-    const int staged = reinterpret_cast<const int*>(shared + S::kFlagAt)[4];
-    __syncthreads();
-    push_item(*reinterpret_cast<const Doors*>(shared + S::kDoorsAt), item, S::kRows, rows,
-              reinterpret_cast<const float*>(shared + staged), S::kPitchO);
-}
 
 // The end of an item, first half: the warps' states, which lie in shared memory at o_at[warp], become one, and that is
 // the result or the block's partial.
@@ -128,13 +113,12 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& p, const Item& i
                 o.x += x.x, o.y += x.y;
             }
             if (item.splits == 1) {
-                finish_row<S>(p, item, shared, o_at[0], first + row, column, state, o);
+                finish_row<S>(p, item, shared, item.row_tile * S::kRows + first + row, column, state, o);
             } else {
                 partials.write(slot, first + row, column, state, o);
             }
         }
     }
-    if (item.splits == 1) push_finished<S>(p, item, shared, rows);
 }
 
 // Second half, where other blocks hold the rest of the item: the last block of a group to come merges what the group
@@ -143,7 +127,6 @@ template <class S>
 __device__ __forceinline__ void merge_partials(const DecodeParams& p, const Item& item, char* shared, int rows) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int* flag = reinterpret_cast<int*>(shared + S::kFlagAt);
-    const int* o_at = reinterpret_cast<const int*>(shared + S::kFlagAt) + 4;
     RowWeights* weights = reinterpret_cast<RowWeights*>(shared + S::kWeightsAt);
     const Split split{item.first_block, item.splits, item.split};
     const Partials<S> partials{p.workspace.partials};
@@ -187,15 +170,12 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& p, const Item
             const RowWeights& w = weights[row];
             const float2 o = weighted_sum<kFanIn>(w, x);
             if (whole) {
-                finish_row<S>(p, item, shared, o_at[0], row, column, RowState{w.m, w.l}, o);
+                finish_row<S>(p, item, shared, item.row_tile * S::kRows + row, column, RowState{w.m, w.l}, o);
             } else {
                 partials.write(group_slots(split).at(group), row, column, RowState{w.m, w.l}, o);
             }
         }
-        if (whole) {
-            push_finished<S>(p, item, shared, rows);
-            return;
-        }
+        if (whole) return;
         from = group_slots(split);
         n = groups;
         counter = item_counter(p.workspace, split);
@@ -219,7 +199,9 @@ static __device__ __noinline__ void write_unowned(const DecodeParams& p, const D
     for (int64_t r = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; r < rows; r += gridDim.x * (blockDim.x / 32)) {
         const int64_t nth = r / p.q_heads, head = r - nth * p.q_heads, token = nth < begin ? nth : nth - begin + end;
         if (p.flags & kFlagPush) {
-            push_empty(doors, token, static_cast<int>(head));
+            for (int c = threadIdx.x % 32 * 2; c < p.head_dim_v; c += 64) {
+                push_columns(doors, token, static_cast<int>(head), c, -infinity(), make_float2(0.f, 0.f));
+            }
             continue;
         }
         char* to = static_cast<char*>(p.out) + token * p.out_stride[0] + head * p.out_stride[1];

@@ -5,7 +5,6 @@
 #pragma once
 
 #include "params.cuh"
-#include "item.cuh"
 #include "schedule.cuh"
 #include "tail.cuh"
 
@@ -26,6 +25,14 @@ struct alignas(16) Tile {
     int base;   // first local slot of the tile
     int keys;   // live keys, 0 to kTile
     int b;      // sequence
+};
+struct alignas(16) Item {
+    int head;  // kv head
+    int row_tile;
+    int first_token;
+    int tokens;
+    int splits, split, first_block;
+    int b;
 };
 struct SlotInfo {
     Tile tile;
@@ -86,7 +93,6 @@ struct Shape {
     static constexpr int kDoorsAt = (kFlagAt + 16 + 4 * kWarps + 15) / 16 * 16;
     static constexpr int kSharedBytes = kDoorsAt + static_cast<int>(sizeof(Doors));
     static_assert(kQueryAt % 16 == 0 && kInfoAt % 16 == 0 && kStateAt % 16 == 0 && kRowAt % 8 == 0, "alignment");
-    static_assert(Rows <= kMostTileRows && Rows <= kCloseRows, "an item's rows are pushed together");
     static_assert(kSharedBytes <= kSharedLimit, "shared memory");
 };
 

@@ -9,11 +9,8 @@
 #pragma once
 
 #include "exchange.cuh"
-#include "item.cuh"
 
 namespace treeattn {
-
-constexpr int kMostTileRows = 16;
 
 // What pushes need to know, in shared memory: it comes while the first keys do.
 struct alignas(16) Doors {
@@ -24,8 +21,7 @@ struct alignas(16) Doors {
     const uint64_t* window;
     int64_t parity_words;
     int32_t world, rank, mode, heads, wire_dtype;
-    int32_t row_words, group;
-    float lse[kMostTileRows];  // of the rows of the item at hand
+    int32_t row_words;
 };
 static_assert(kConsumed % 2 == 0 && kFailed == kConsumed + 2, "two words of a window a copy");
 
@@ -43,7 +39,6 @@ static __device__ __noinline__ void ask_for_doors(const DecodeParams& p, Doors* 
         doors->window = v.window, doors->parity_words = v.parity_words;
         doors->world = v.world, doors->rank = v.rank, doors->mode = v.mode, doors->heads = v.heads;
         doors->wire_dtype = v.wire_dtype;
-        doors->group = p.group;
         doors->row_words = static_cast<int32_t>(row_words(p.head_dim_v, v.wire_dtype));
     }
 }
@@ -55,7 +50,7 @@ __device__ __forceinline__ void await_doors() {
 }
 
 __device__ __forceinline__ Epoch epoch_of(const Doors& doors) {
-    return Epoch{next_epoch(static_cast<uint32_t>(doors.consumed)), doors.failed != 0, 0, -1, 0};
+    return Epoch{next_epoch(static_cast<uint32_t>(doors.consumed)), doors.failed != 0, 0, -1};
 }
 
 // Calls `send(slot's word)` for every rank that gets words of a head.
@@ -77,54 +72,27 @@ __device__ __forceinline__ void for_doors(const Doors& doors, const Epoch& e, in
     }
 }
 
-// Pushes the rows of a finished item, by all threads of a block: o normalised, `pitch` floats a row, the natural lses in
-// the doors. One call an item, so that kernels which write their rows instead have next to nothing to step over.
-static __device__ __noinline__ void push_item(const Doors& doors, const Item& item, int tile_rows, int rows,
-                                              const float* o, int pitch) {
+// Pushes two finished columns of a row, the first an even one, and with column 0 its natural lse. A call, and not in
+// line: kernels that write their rows instead would have to step over it.
+static __device__ __noinline__ void push_columns(const Doors& doors, int64_t token, int head, int column, float lse,
+                                                 float2 o) {
     const Epoch e = epoch_of(doors);
     if (e.broken) return;
     delay(Point::kPush, e.number);
     const Wire wire(doors.wire_dtype);
-    const int pairs = (doors.row_words - kRowHead) / 2, group = doors.group;
-    int head;
-    const auto row_at = [&](int row) {
-        const int packed = item.row_tile * tile_rows + row, token = item.tokens == 1 ? 0 : packed / group;
-        head = item.head * group + packed - token * group;
-        return kHeaderWords + (static_cast<int64_t>(item.first_token + token) * doors.heads + head) * doors.row_words;
-    };
-    for (int i = threadIdx.x; i < rows * pairs; i += blockDim.x) {
-        const int row = i / pairs, n = (i - row * pairs) * 2;
-        const int64_t at = row_at(row) + kRowHead + n;
-        const float* from = o + row * pitch;
-        uint32_t x, y;
-        if (wire.is_f32) {
-            x = __float_as_uint(from[n]), y = __float_as_uint(from[n + 1]);
-        } else {
-            x = wire.pack(make_float2(from[2 * n], from[2 * n + 1]));
-            y = wire.pack(make_float2(from[2 * n + 2], from[2 * n + 3]));
-        }
-        for_doors(doors, e, head, at,
-                  [&](uint64_t* to) { store_words(to, packet(x, e.number), packet(y, e.number)); });
-    }
-    for (int row = threadIdx.x; row < rows; row += blockDim.x) {
-        const float lse = doors.lse[row];
+    const int64_t at = kHeaderWords + (token * doors.heads + head) * doors.row_words;
+    if (column == 0) {
         // Bad data of the row's own sequence has been reported: it made the row NaN.
         const uint32_t fault = lse == lse ? 0 : pack_fault(load_word(doors.window + kFault), doors.rank);
-        const int64_t at = row_at(row);
-        for_doors(doors, e, head, at, [&](uint64_t* to) {
-            store_words(to, packet(__float_as_uint(lse), e.number), packet(fault, e.number));
-        });
+        const uint64_t x = packet(__float_as_uint(lse), e.number), y = packet(fault, e.number);
+        for_doors(doors, e, head, at, [&](uint64_t* to) { store_words(to, x, y); });
     }
-}
-
-// Pushes an empty row, by one warp.
-static __device__ __noinline__ void push_empty(const Doors& doors, int64_t token, int head) {
-    const Epoch e = epoch_of(doors);
-    if (e.broken) return;
-    const int64_t at = kHeaderWords + (token * doors.heads + head) * doors.row_words;
-    for (int n = threadIdx.x % 32 * 2; n < doors.row_words; n += 64) {
-        const uint64_t first = packet(n == 0 ? __float_as_uint(-infinity()) : 0, e.number), second = packet(0, e.number);
-        for_doors(doors, e, head, at + n, [&](uint64_t* to) { store_words(to, first, second); });
+    if (wire.is_f32) {
+        const uint64_t x = packet(__float_as_uint(o.x), e.number), y = packet(__float_as_uint(o.y), e.number);
+        for_doors(doors, e, head, at + kRowHead + column, [&](uint64_t* to) { store_words(to, x, y); });
+    } else {
+        const uint64_t x = packet(wire.pack(o), e.number);
+        for_doors(doors, e, head, at + kRowHead + column / 2, [&](uint64_t* to) { store_word(to, x); });
     }
 }
 
