@@ -19,6 +19,8 @@ constexpr int kSlots = 2;         // a parity each
 constexpr int kHeaderWords = 16;  // at a slot's begin; the fingerprint takes two
 constexpr int kRowHead = 2;       // words of a row before its o: lse, bad data
 constexpr int kSpins = 64;        // looks at a word between two looks at the clock and at what ends a wait
+// Time between a warp's looks at host memory, ns: each goes over PCIe, and many of them hold up all reads of the GPU.
+constexpr uint64_t kHostEvery = 2'000'000;
 
 // Words of a window before its slots. Peers write the first, the others are the owner's and lie apart.
 enum WindowWord : int {
@@ -89,6 +91,7 @@ struct Epoch {
     bool broken;     // nothing is sent or waited for any more
     uint64_t until;  // lane 0: when to give up; 0: no wait has been long yet
     int lost;        // lane 0: the rank that has left, because of which that is soon; -1: none
+    uint64_t ask;    // lane 0: when to look at host memory
 
     __device__ __forceinline__ int parity() const { return number % kSlots; }
 };
@@ -98,7 +101,7 @@ struct Epoch {
 __device__ __forceinline__ Epoch begin_epoch(const ExchangeView& v) {
     const uint32_t consumed = static_cast<uint32_t>(load_word(v.window + kConsumed));
     const int failed = threadIdx.x % 32 == 0 && load_word(v.window + kFailed) != 0;
-    return Epoch{next_epoch(consumed), __shfl_sync(kWholeWarp, failed, 0) != 0, 0, -1};
+    return Epoch{next_epoch(consumed), __shfl_sync(kWholeWarp, failed, 0) != 0, 0, -1, 0};
 }
 
 // This rank's slot in the window of `to`, and the slot of `from` in its own.
@@ -133,18 +136,18 @@ static __device__ __noinline__ bool give_up(const ExchangeView& v, Epoch& e, int
         over = load_word(v.window + kFailed) != 0;
         if (!over) {
             uint64_t why = load_word(v.window + kBroken);
-            if (why == 0) why = load_word(v.host + kCommand);
-            if (why == 0) {
-                const uint64_t now = nanoseconds();
-                if (e.until == 0) e.until = now + v.timeout_ns;
+            const uint64_t now = nanoseconds();
+            if (e.until == 0) e.until = now + v.timeout_ns, e.ask = min(now + kHostEvery, e.until);
+            if (why == 0 && now >= e.ask) {
+                e.ask = now + kHostEvery;
+                why = load_word(v.host + kCommand);
                 const bool is_lost = (load_word(v.host + kLost) >> missing & 1) || load_word(v.window + kLeft + missing);
                 if (is_lost && e.lost != missing) {
                     e.lost = missing;
                     e.until = min(e.until, now + min(v.timeout_ns / 2, kGrace));
-                } else if (now >= e.until) {
-                    why = verdict(is_lost ? kPeerLost : kTimeout, missing);
                 }
             }
+            if (why == 0 && now >= e.until) why = verdict(e.lost == missing ? kPeerLost : kTimeout, missing);
             over = why != 0;
             if (over) fail(v, e.number, why);
         }

@@ -50,7 +50,7 @@ __device__ __forceinline__ void await_doors() {
 }
 
 __device__ __forceinline__ Epoch epoch_of(const Doors& doors) {
-    return Epoch{next_epoch(static_cast<uint32_t>(doors.consumed)), doors.failed != 0, 0, -1};
+    return Epoch{next_epoch(static_cast<uint32_t>(doors.consumed)), doors.failed != 0, 0, -1, 0};
 }
 
 // Calls `send(slot's word)` for every rank that gets words of a head.
