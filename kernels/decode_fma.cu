@@ -17,7 +17,7 @@
 namespace treeattn {
 
 // Warps a block and blocks a multiprocessor: 168 registers a thread (128 would not do for two rows), 255 for wide rows.
-constexpr int kFmaWarps = 5, kFmaBlocks = 2;
+constexpr int kFmaWarps = 6, kFmaBlocks = 2;
 constexpr int kFmaWideWarps = 8, kFmaWideBlocks = 1;
 constexpr int kFmaRows = 2;
 
