@@ -167,7 +167,7 @@ inline T sized() {
 /** Memory of a device, a convenience. Made by `treeattn_buffer_alloc`. */
 typedef struct treeattn_buffer_t treeattn_buffer_t;
 
-/** One rank's end of a communicator. Made by `treeattn_comm_create_local` or `treeattn_comm_create_from_transport`. */
+/** One rank's end of a communicator. Made by one of the calls `treeattn_comm_create_*` and `treeattn_comm_wrap_nccl`. */
 typedef struct treeattn_comm_t treeattn_comm_t;
 
 /** A shape made ready on one rank. Made by `treeattn_plan_create`. */
@@ -1094,15 +1094,21 @@ treeattn_status_t treeattn_buffer_destroy(struct treeattn_buffer_t *buffer);
 /**
  * Creates a communicator whose ranks all live in this process, and gives every rank's end of it.
  *
+ * GPUs reach each other's memory and show it here by an exchange; where they cannot, the plans that would need it are
+ * UNSUPPORTED and say why. Their steps are kernels that wait for each other on the device: one thread may drive all ranks,
+ * step k on all before step k + 1 on any. Ranks that share a GPU divide its multiprocessors; then
+ * CUDA_DEVICE_MAX_CONNECTIONS=32 keeps their streams apart.
+ *
  * @param runtime the runtime.
- * @param n       number of ranks, 1 to 1,024.
- * @param devices each rank's device; a device may appear several times.
+ * @param n       number of ranks, 1 to 1,024; of GPUs that exchange at most 64.
+ * @param devices each rank's device; a device may appear several times. CPUs and GPUs do not mix.
  * @param config  NULL for defaults.
  * @param comms   where the n handles go, rank by rank.
  * @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNSUPPORTED; UNAVAILABLE; NO_MEMORY; SYSTEM (no thread to be
  *         had). On an error no communicator is left.
  *
- * Ownership: the caller destroys each of the n. Thread safety: any thread. Does not block. Not capture-safe.
+ * Ownership: the caller destroys each of the n. Thread safety: any thread. Does not block, but on GPUs while they show
+ * that they reach each other, at most 5 s. Not capture-safe.
  * Since 0.1.
  */
 treeattn_status_t treeattn_comm_create_local(struct treeattn_runtime_t *runtime,

@@ -12,15 +12,21 @@ use crate::runtime::{Communicator, Device, Runtime};
 
 /// Creates a communicator whose ranks all live in this process, and gives every rank's end of it.
 ///
+/// GPUs reach each other's memory and show it here by an exchange; where they cannot, the plans that would need it are
+/// UNSUPPORTED and say why. Their steps are kernels that wait for each other on the device: one thread may drive all ranks,
+/// step k on all before step k + 1 on any. Ranks that share a GPU divide its multiprocessors; then
+/// CUDA_DEVICE_MAX_CONNECTIONS=32 keeps their streams apart.
+///
 /// @param runtime the runtime.
-/// @param n       number of ranks, 1 to 1,024.
-/// @param devices each rank's device; a device may appear several times.
+/// @param n       number of ranks, 1 to 1,024; of GPUs that exchange at most 64.
+/// @param devices each rank's device; a device may appear several times. CPUs and GPUs do not mix.
 /// @param config  NULL for defaults.
 /// @param comms   where the n handles go, rank by rank.
 /// @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNSUPPORTED; UNAVAILABLE; NO_MEMORY; SYSTEM (no thread to be
 ///         had). On an error no communicator is left.
 ///
-/// Ownership: the caller destroys each of the n. Thread safety: any thread. Does not block. Not capture-safe.
+/// Ownership: the caller destroys each of the n. Thread safety: any thread. Does not block, but on GPUs while they show
+/// that they reach each other, at most 5 s. Not capture-safe.
 /// Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_create_local(

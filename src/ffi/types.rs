@@ -20,7 +20,7 @@ pub struct treeattn_buffer_t {
     _private: [u8; 0],
 }
 
-/// One rank's end of a communicator. Made by `treeattn_comm_create_local` or `treeattn_comm_create_from_transport`.
+/// One rank's end of a communicator. Made by one of the calls `treeattn_comm_create_*` and `treeattn_comm_wrap_nccl`.
 pub struct treeattn_comm_t {
     _private: [u8; 0],
 }

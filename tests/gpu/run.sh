@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Runs the packed tests:
 #
-#   run.sh [WORD...]     without words: full c examples sanitize bench
+#   run.sh [WORD...]     without words: full ranks c examples sanitize bench
 #
-#   quick      every test, a few random cases           full   with the acceptance counts
+#   quick      one rank: every test, a few random cases           full   with the acceptance counts
+#   ranks      several ranks, on one GPU and on as many as there are
 #   c          bad input, a dead context and the host's time of a call, from C
 #   examples   the example programs
 #   sanitize   small shapes under compute-sanitizer: memory, races, uninitialised reads
 #   bench      the read ceiling and the kernels, to bench.json and bench.svg in OUT (default: the current folder)
 #
-# FILTER picks tests by name; BENCH holds further words for `treeattn bench`. Each step has a limit, all together 8
+# FILTER picks tests of one rank by name; BENCH holds further words for `treeattn bench`. Each step has a limit, all together 10
 # minutes. All that the steps say goes to log.txt in OUT; the last thing printed is a table of the steps. The exit status
 # is 1 if one failed.
 set -u
@@ -52,11 +53,15 @@ export here PATH="$PATH:/usr/local/cuda/bin"
 
 mkdir -p "$out"
 : >"$out/log.txt"
-[ $# -gt 0 ] || set -- full c examples sanitize bench
+[ $# -gt 0 ] || set -- full ranks c examples sanitize bench
+one=(--skip ranks_ --skip processes_ --skip allreduce3_)
 for word in "$@"; do
     case $word in
-    quick) try 100 30 tests-quick "$here/gpu-tests" ${FILTER:+"$FILTER"} ;;
-    full) TREEATTN_TEST=full try 170 30 tests-full "$here/gpu-tests" ${FILTER:+"$FILTER"} ;;
+    quick) try 100 30 tests-quick "$here/gpu-tests" "${one[@]}" ${FILTER:+"$FILTER"} ;;
+    full) TREEATTN_TEST=full try 170 30 tests-full "$here/gpu-tests" "${one[@]}" ${FILTER:+"$FILTER"} ;;
+    ranks)
+        for filter in ranks_ processes_ allreduce3_; do try 60 20 "tests-${filter%_}" "$here/gpu-tests" "$filter"; done
+        ;;
     c) for program in bad_input dead_context host_time; do try 15 5 "c-$program" "$here/c/$program"; done ;;
     examples) for program in "$here"/examples/*; do [ ! -x "$program" ] || try 20 30 "example-$(basename "$program")" "$program"; done ;;
     sanitize)
@@ -69,7 +74,7 @@ for word in "$@"; do
         # shellcheck disable=SC2086 # several words
         try 140 120 bench "$here/treeattn" bench --device cuda:0 --json "$out/bench.json" --plot "$out/bench.svg" ${BENCH:-}
         ;;
-    *) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 2 ;;
     esac
 done
 printf '\n== summary, %d s in all\n\n' "$SECONDS"
