@@ -67,7 +67,7 @@ impl Epoch {
     pub(crate) const START: Epoch = Epoch(0);
 
     /// The epoch with this flag.
-    pub(crate) fn from_flag(flag: u32) -> Epoch {
+    pub(crate) const fn from_flag(flag: u32) -> Epoch {
         Epoch(flag)
     }
 
@@ -95,6 +95,21 @@ impl Epoch {
     }
 }
 
+/// A word on its way: 32 bits of data below the flag of its epoch.
+pub(crate) fn packet(data: u32, epoch: Epoch) -> u64 {
+    u64::from(epoch.flag()) << 32 | u64::from(data)
+}
+
+/// The epoch of a word, or [`Epoch::START`] where none was written yet.
+pub(crate) fn epoch_of(word: u64) -> Epoch {
+    Epoch::from_flag((word >> 32) as u32)
+}
+
+/// The data of a word of `epoch`; none if it is of another.
+pub(crate) fn data_of(word: u64, epoch: Epoch) -> Option<u32> {
+    (epoch_of(word) == epoch).then_some(word as u32)
+}
+
 /// What a rank tells every peer in every round, data or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
@@ -108,15 +123,16 @@ impl Header {
     /// The words of the header's packets in `epoch`.
     pub(crate) fn encode(self, epoch: Epoch) -> [u64; HEADER_WORDS] {
         let halves = [self.fingerprint, self.fingerprint >> 32, self.fault, self.fault >> 32];
-        halves.map(|half| u64::from(epoch.flag()) << 32 | (half & 0xffff_ffff))
+        halves.map(|half| packet(half as u32, epoch))
     }
 
     /// The header of `epoch` in these words, or none while a word of it is missing.
     pub(crate) fn decode(words: [u64; HEADER_WORDS], epoch: Epoch) -> Option<Header> {
-        if words.iter().any(|word| (word >> 32) as u32 != epoch.flag()) {
-            return None;
+        let mut halves = [0; HEADER_WORDS];
+        for (half, word) in halves.iter_mut().zip(words) {
+            *half = u64::from(data_of(word, epoch)?);
         }
-        let [a, b, c, d] = words.map(|word| word & 0xffff_ffff);
+        let [a, b, c, d] = halves;
         Some(Header { fingerprint: a | b << 32, fault: c | d << 32 })
     }
 }

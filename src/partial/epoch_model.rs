@@ -36,7 +36,18 @@ impl Word64 for AtomicU64 {
 }
 
 /// Two ranks are checked to the end; of three, whose waits interleave without end, what this time allows.
-const LONGEST: Duration = Duration::from_secs(20);
+const LONGEST: Duration = Duration::from_secs(10);
+
+/// What checks interleavings with up to so many preemptions.
+pub(super) fn bounded(preemptions: usize) -> Builder {
+    let mut model = Builder::new();
+    model.preemption_bound = Some(preemptions);
+    model.max_branches = 100_000;
+    model.max_duration = Some(LONGEST);
+    // How many runs go by between two looks at the clock.
+    model.checkpoint_interval = 1000;
+    model
+}
 
 /// How a rank learns that its peers have published.
 #[derive(Clone, Copy, PartialEq)]
@@ -118,11 +129,7 @@ impl World {
 
 /// `epochs` rounds of `ranks` ranks. Without `guard` a rank begins an epoch before it has read the one before.
 fn check(ranks: usize, epochs: usize, preemptions: usize, wait: Wait, guard: bool) {
-    let mut model = Builder::new();
-    model.preemption_bound = Some(preemptions);
-    model.max_branches = 100_000;
-    model.max_duration = Some(LONGEST);
-    model.check(move || {
+    bounded(preemptions).check(move || {
         // The wrap lies between the first and the second epoch.
         let start = Epoch::from_flag(u32::MAX - 1);
         let world = Arc::new(World::new(ranks, start));

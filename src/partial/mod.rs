@@ -10,6 +10,8 @@ pub(crate) mod epoch;
 #[cfg(all(test, loom))]
 mod epoch_model;
 mod merge;
+#[cfg(all(test, loom))]
+mod push_model;
 pub(crate) mod view;
 
 pub(crate) use view::ExchangeView;

@@ -129,17 +129,23 @@ pub(crate) fn row_words(dim: usize, size: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::partial::epoch::{Epoch, SLOTS};
+    use crate::error::ErrorKind;
+    use crate::partial::epoch::{Epoch, SLOTS, packet};
+
+    fn source(name: &str) -> String {
+        std::fs::read_to_string(format!("{}/kernels/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
+    }
+
+    /// The value of a constant or of an enumerator that is a plain number.
+    fn value(source: &str, name: &str) -> u64 {
+        let at = source.find(&format!(" {name} = ")).unwrap_or_else(|| panic!("{name} is not there"));
+        let text = &source[at + name.len() + 4..];
+        text[..text.find([',', ';', '}']).unwrap()].trim().parse().unwrap()
+    }
 
     #[test]
     fn the_kernels_have_the_same_constants() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/ll.cuh");
-        let source = std::fs::read_to_string(path).unwrap();
-        let value = |name: &str| -> u64 {
-            let at = source.find(&format!("{name} = ")).unwrap_or_else(|| panic!("{name} is not in ll.cuh"));
-            let text = &source[at + name.len() + 3..];
-            text[..text.find([',', ';']).unwrap()].trim().parse().unwrap()
-        };
+        let source = source("ll.cuh");
         let wanted = [
             ("kBroken", window::BROKEN),
             ("kConsumed", window::CONSUMED),
@@ -153,13 +159,37 @@ mod tests {
             ("kFailure", host::FAILURE as u64),
             ("kBadData", host::BAD_DATA as u64),
             ("kLost", host::LOST as u64),
+            ("kDesync", ErrorKind::Desync as u64),
+            ("kTimeout", ErrorKind::Timeout as u64),
+            ("kPeerLost", ErrorKind::PeerLost as u64),
         ];
         for (name, wanted) in wanted {
-            assert_eq!(value(name), wanted, "{name}");
+            assert_eq!(value(&source, name), wanted, "{name}");
         }
-        // next_epoch says the same.
+        // Words that only kernels, or only hosts, know lie apart from the others.
+        let let_go = window::LET_GO..window::LET_GO + window::MAX_RANKS as u64;
+        let mut words = ["kBroken", "kConsumed", "kArrived", "kFailed", "kFault"].map(|name| value(&source, name));
+        assert!(words.iter().all(|word| !let_go.contains(word) && *word < window::CONTROL_WORDS));
+        assert!(let_go.end <= window::CONTROL_WORDS);
+        words.sort_unstable();
+        assert!(words.windows(2).all(|pair| pair[0] < pair[1]), "{words:?}");
+        // packet and next_epoch say the same.
+        assert!(source.contains("static_cast<uint64_t>(epoch) << 32 | data;"));
+        assert_eq!(packet(5, Epoch::from_flag(7)), 7 << 32 | 5);
         assert!(source.contains("epoch == 0xffffffffu ? 2u : epoch + 1"));
         assert_eq!(Epoch::from_flag(u32::MAX).next(), Epoch::from_flag(2));
+    }
+
+    #[test]
+    fn the_kernels_have_the_same_modes() {
+        let source = source("params.cuh");
+        for (name, mode) in [
+            ("kOneShot", ExchangeMode::OneShot),
+            ("kScattered", ExchangeMode::Scattered),
+            ("kTwoShot", ExchangeMode::TwoShot),
+        ] {
+            assert_eq!(value(&source, name), mode as u64, "{name}");
+        }
     }
 
     #[test]
