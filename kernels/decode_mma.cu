@@ -145,7 +145,7 @@ struct Mma {
     static __device__ __forceinline__ void scores(const DecodeParams& p, float (&s)[kRowTiles][4], const char* shared,
                                                   uint32_t slot) {
         const int lane = threadIdx.x % 32;
-        const uint32_t k_address = slot + lane % 16 * S::kPitchK + lane / 16 * 16;
+        const uint32_t k_address = slot + S::RowsK::at(lane % 16, lane / 16);
         const uint32_t q_address = shared_address(shared + S::kQueryAt) + lane % 8 * kPitchQ + lane / 8 * 16;
 #pragma unroll
         for (int t = 0; t < kRowTiles; t++) s[t][0] = s[t][1] = s[t][2] = s[t][3] = 0.f;
@@ -155,8 +155,8 @@ struct Mma {
 #pragma unroll
             for (int step = 0; step < kStepsQk; step += 2) {
                 uint32_t k0[4], k1[4];
-                load_matrices(k0, k_address + step * 32);
-                load_matrices(k1, k_address + step * 32 + 32);
+                load_matrices(k0, S::RowsK::step(k_address, step));
+                load_matrices(k1, S::RowsK::step(k_address, step + 1));
 #pragma unroll
                 for (int t = 0; t < kRowTiles; t++) {
                     uint32_t q[4];
@@ -190,8 +190,7 @@ struct Mma {
     __device__ __forceinline__ void accumulate(const float (&w)[kRowTiles][4], const float (&grow)[kRowTiles][2],
                                                uint32_t slot) {
         const int lane = threadIdx.x % 32;
-        const uint32_t v_address =
-            slot + kTile * S::kPitchK + (lane / 16 * 8 + lane % 8) * S::kPitchV + lane / 8 % 2 * 16;
+        const uint32_t v_address = slot + S::kVAt + S::RowsV::at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
         // V is read once a row tile: with the terms of one row tile at a time, everything stays in registers.
 #pragma unroll
         for (int t = 0; t < kRowTiles; t++) {
@@ -200,7 +199,7 @@ struct Mma {
 #pragma unroll
             for (int n = 0; n < kStepsV; n++) {
                 uint32_t v[4];
-                load_matrices_transposed(v, v_address + n * 32);
+                load_matrices_transposed(v, S::RowsV::step(v_address, n));
                 float d[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
                 for (int part = 0; part < kWeightParts; part++) multiply<Bf16V>(d, v, b[part][0], b[part][1]);
@@ -231,7 +230,7 @@ struct Mma {
             keys &= keys - 1;
             const int from = key % 8 * 4 + lane % 4;
             const uint32_t their_seen = __shfl_sync(kAllLanes, seen, from);
-            const uint32_t row_address = slot + kTile * S::kPitchK + key * S::kPitchV + lane / 4 * 2;
+            const uint32_t v_address = slot + S::kVAt;
             float mine[kRowTiles][2];
             bool sees[kRowTiles][2];
 #pragma unroll
@@ -248,7 +247,7 @@ struct Mma {
             for (int n = 0; n < kStepsV; n++) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    const uint16_t bits = load_shared16(row_address + n * 32 + half * 16);
+                    const uint16_t bits = load_shared16(v_address + S::RowsV::at(key, n * 2 + half) + lane / 4 * 2);
                     const float x = unpack_pair<Bf16V>(bits).x;
 #pragma unroll
                     for (int t = 0; t < kRowTiles; t++) {
@@ -262,7 +261,7 @@ struct Mma {
             }
             __syncwarp();
             for (int i = lane * 4; i < HeadDimV * 2; i += 128) {
-                store_shared(row_address - lane / 4 * 2 + i, 0);
+                store_shared(v_address + key * S::RowsV::kPitch + i, 0);
             }
             __syncwarp();
         }
@@ -272,10 +271,11 @@ struct Mma {
     static __device__ __forceinline__ uint32_t keys_not_finite(const DecodeParams& p, uint32_t slot) {
         const int lane = threadIdx.x % 32;
         bool found = false;
-        const uint32_t row_address = slot + kTile * S::kPitchK + lane % 16 * S::kPitchV + lane / 16 * 4;
+        const int row = lane % 16;
 #pragma unroll 4
         for (int i = 0; i < HeadDimV * 2; i += 8) {
-            found |= pair_not_finite(load_shared(row_address + i), Bf16V);
+            const uint32_t at = S::RowsV::at(row, i / 16) + i % 16 + lane / 16 * 4;
+            found |= pair_not_finite(load_shared(slot + S::kVAt + at), Bf16V);
         }
         const uint32_t lanes = __ballot_sync(kAllLanes, found);
         return (lanes | lanes >> 16) & 0xffffu;

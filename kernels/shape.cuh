@@ -51,20 +51,46 @@ struct Stand {
     Item item;  // the one at hand, as the slot of its first tile will say
 };
 
+// Where a tile's rows of K or V lie in shared memory: one after the other, without a gap, and the 16-byte units of a row in
+// an order that depends on the row, so that the same unit of eight neighbouring rows lies in different banks. Units change
+// places within 128 bytes, or within 64 where rows are no multiple of 128, and a unit's number is that of its place XOR a
+// mask. Rows must not be pushed apart by less than 32 bytes instead: copies whose sectors of 32 bytes are cut in two by the
+// place they go to take 5 % longer.
+template <int Dim>
+struct Rows16 {
+    static constexpr int kPitch = Dim * 2;
+    static constexpr int kUnits = kPitch % 128 == 0 ? 8 : 4;  // that change places
+    static_assert(kPitch % 64 == 0, "rows of whole groups");
+
+    static __device__ __forceinline__ constexpr int mask(int row) { return kUnits == 8 ? row % 8 : row / 2 % 4; }
+    static __device__ __forceinline__ constexpr uint32_t at(int row, int unit) {
+        return row * kPitch + (unit ^ mask(row)) * 16;
+    }
+    // The place of unit + 2 step, from that of unit 0 or 1 of the same row.
+    static __device__ __forceinline__ constexpr uint32_t step(uint32_t place, int step) {
+        return (place ^ step % (kUnits / 2) * 32) + step / (kUnits / 2) * (kUnits * 16);
+    }
+    // The place of the same unit of row + more, where the rows' numbers have no bit in common.
+    static __device__ __forceinline__ constexpr uint32_t down(uint32_t place, int more) {
+        return (place ^ mask(more) * 16) + more * kPitch;
+    }
+};
+
 template <int HeadDimQk, int HeadDimV, int Rows, int QueryBytes>
 struct Shape {
     static constexpr int kRows = Rows;
     static constexpr int kDimQk = HeadDimQk, kDimV = HeadDimV;
     static constexpr int kBlocks = 1;
-    // One 16-byte unit of padding makes a row an odd number of units: eight neighbouring rows then lie in different
-    // banks, for any copy engine and any stride in the cache.
-    static constexpr int kPitchK = HeadDimQk * 2 + 16, kPitchV = HeadDimV * 2 + 16;
-    static constexpr int kSlotBytes = kTile * (kPitchK + kPitchV);
     // O of up to 16 rows in fp32 goes over a consumed slot at an item's end. The pitch keeps a warp's stores in
     // different banks.
     static constexpr int kCloseRows = Rows < 16 ? Rows : 16;
     static constexpr int kPitchO = HeadDimV + 4;
-    static_assert(kCloseRows * kPitchO * 4 <= kSlotBytes, "a slot holds the rows of O");
+    using RowsK = Rows16<HeadDimQk>;
+    using RowsV = Rows16<HeadDimV>;
+    static constexpr int kVAt = kTile * RowsK::kPitch;
+    static constexpr int kTileBytes = kVAt + kTile * RowsV::kPitch, kCloseBytes = kCloseRows * kPitchO * 4;
+    static constexpr int kSlotBytes = kTileBytes > kCloseBytes ? kTileBytes : kCloseBytes;
+    static_assert(kVAt % 128 == 0 && kSlotBytes % 128 == 0, "units change places within 128 bytes");
     static constexpr int kSmall = 1024 + static_cast<int>(sizeof(Doors)) + static_cast<int>(sizeof(PlaceScratch)) +
                                   Rows * (8 + static_cast<int>(sizeof(RowWeights))) +
                                   8 * (Rows * 8 + 4 + static_cast<int>(sizeof(Stand)));

@@ -267,9 +267,8 @@ struct Walk {
                 v += entry * p.v_stride[0] + inner * p.v_stride[1];
             }
             if (live > 0 && !(p.flags & kFlagNoBulk)) {
-                copy_regular<S::kDimQk, S::kPitchK>(slot_address, k, p.k_stride[1], live, p.head_dim_qk);
-                copy_regular<S::kDimV, S::kPitchV>(slot_address + kTile * S::kPitchK, v, p.v_stride[1], live,
-                                                   p.head_dim_v);
+                copy_regular<S::kDimQk, 0>(slot_address, k, p.k_stride[1], live, p.head_dim_qk);
+                copy_regular<S::kDimV, S::kVAt>(slot_address, v, p.v_stride[1], live, p.head_dim_v);
             } else if (live > 0) {
                 const bool of_v = lane >= kTile;
                 const int64_t r = lane % kTile;
@@ -290,8 +289,8 @@ struct Walk {
             bad = __any_sync(kAllLanes, bad);
             if (bad) live = 0;
             if (live > 0 && !(p.flags & kFlagNoBulk)) {
-                copy_rows<S::kDimQk, S::kPitchK>(slot_address, from, 0, live, p.head_dim_qk);
-                copy_rows<S::kDimV, S::kPitchV>(slot_address + kTile * S::kPitchK, from, kTile, live, p.head_dim_v);
+                copy_rows<S::kDimQk, 0>(slot_address, from, 0, live, p.head_dim_qk);
+                copy_rows<S::kDimV, S::kVAt>(slot_address, from, kTile, live, p.head_dim_v);
             } else if (live > 0) {
                 copy_elements(p, slot_address, from, live);
             }
@@ -355,45 +354,45 @@ struct Walk {
         return reinterpret_cast<const char*>(p.workspace.partials);
     }
 
-    // A tile at one stride. Rows past the length get zeros: a zero weight does not silence a NaN.
-    template <int Dim, int Pitch>
+    // A tile at one stride, to To bytes into a slot. Rows past the length get zeros: a zero weight does not silence a NaN.
+    template <int Dim, int To>
     __device__ __forceinline__ void copy_regular(uint32_t to, const char* from, int64_t stride, int live, int dim) {
         constexpr int kLanes = lanes_of(Dim), kRows = 32 / kLanes;
         const int row = lane / kLanes, unit = lane % kLanes;
         if (unit * 8 >= dim) return;
         from += row * stride + unit * 16;
-        to += row * Pitch + unit * 16;
+        to += Rows16<Dim>::at(row, unit);
         if (live == kTile) {
 #pragma unroll
             for (int i = 0; i < kTile; i += kRows) {
-                copy_async16(to + i * Pitch, from, 16);
+                copy_async16(Rows16<Dim>::down(to, i) + To, from, 16);
                 from += kRows * stride;
             }
         } else {
 #pragma unroll 1
             for (int i = 0; i < kTile; i += kRows) {
                 const bool real = row + i < live;
-                copy_async16(to + i * Pitch, real ? from : nowhere(), real ? 16 : 0);
+                copy_async16(Rows16<Dim>::down(to, i) + To, real ? from : nowhere(), real ? 16 : 0);
                 from += kRows * stride;
             }
         }
     }
 
     // A tile whose rows lie anywhere: lane first_lane + r holds the address of row r.
-    template <int Dim, int Pitch>
+    template <int Dim, int To>
     __device__ __forceinline__ void copy_rows(uint32_t to, const char* from, int first_lane, int live, int dim) {
         constexpr int kLanes = lanes_of(Dim), kRows = 32 / kLanes;
         const uint64_t mine = reinterpret_cast<uint64_t>(from);
         const int row = lane / kLanes, unit = lane % kLanes;
         const bool inside = unit * 8 < dim;
-        to += row * Pitch + unit * 16;
+        to += Rows16<Dim>::at(row, unit);
 #pragma unroll
         for (int i = 0; i < kTile; i += kRows) {
             const uint64_t row_from = __shfl_sync(kAllLanes, mine, first_lane + i + row);
             const bool real = row + i < live;
             if (inside) {
-                copy_async16(to + i * Pitch, real ? reinterpret_cast<const char*>(row_from) + unit * 16 : nowhere(),
-                             real ? 16 : 0);
+                copy_async16(Rows16<Dim>::down(to, i) + To,
+                             real ? reinterpret_cast<const char*>(row_from) + unit * 16 : nowhere(), real ? 16 : 0);
             }
         }
     }
@@ -407,13 +406,13 @@ struct Walk {
 #pragma unroll 1
             for (int part = 0; part < 2; part++) {
                 const uint64_t row_from = __shfl_sync(kAllLanes, mine, part * kTile + row);
-                const uint32_t row_to = to + (part ? kTile * S::kPitchK + row * S::kPitchV : row * S::kPitchK);
                 const int64_t stride = part ? p.v_stride[3] : p.k_stride[3];
 #pragma unroll 1
                 for (int d = lane; d < (part ? p.head_dim_v : p.head_dim_qk); d += 32) {
                     uint16_t x = 0;
                     if (row < live) x = *reinterpret_cast<const uint16_t*>(row_from + d * stride);
-                    store_shared16(row_to + d * 2, x);
+                    const uint32_t at = part ? S::kVAt + S::RowsV::at(row, d / 8) : S::RowsK::at(row, d / 8);
+                    store_shared16(to + at + d % 8 * 2, x);
                 }
             }
         }
@@ -427,14 +426,14 @@ __device__ __forceinline__ void clear_padding(const DecodeParams& p, uint32_t sl
         const int units = (S::kDimQk - p.head_dim_qk) / 8;
 #pragma unroll 1
         for (int i = lane; i < kTile * units; i += 32) {
-            clear_shared(slot + i / units * S::kPitchK + p.head_dim_qk * 2 + i % units * 16);
+            clear_shared(slot + S::RowsK::at(i / units, p.head_dim_qk / 8 + i % units));
         }
     }
     if (p.head_dim_v < S::kDimV) {
         const int units = (S::kDimV - p.head_dim_v) / 8;
 #pragma unroll 1
         for (int i = lane; i < kTile * units; i += 32) {
-            clear_shared(slot + kTile * S::kPitchK + i / units * S::kPitchV + p.head_dim_v * 2 + i % units * 16);
+            clear_shared(slot + S::kVAt + S::RowsV::at(i / units, p.head_dim_v / 8 + i % units));
         }
     }
 }
