@@ -60,126 +60,125 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& it
     }
 }
 
-// Partials in the workspace: rows of o, then (m, l) of each row.
+// Partials in the workspace: rows of o in whole slices, then (m, l) of each slice.
 template <class S>
 struct Partials {
-    static constexpr int kFloats = S::kRows * (S::kDimV + 2);
+    static constexpr int kSlicesOfRow = slices_of_row(S::kDimV), kSlices = S::kRows * kSlicesOfRow;
+    static constexpr int kFloats = kSlices * (kSliceColumns + 2);
     float* base;
 
-    __device__ __forceinline__ float2* o(int64_t slot, int row, int column) const {
-        return reinterpret_cast<float2*>(base + slot * kFloats + row * S::kDimV + column);
+    __device__ __forceinline__ float2* o(int64_t slot, int slice) const {
+        return reinterpret_cast<float2*>(base + slot * kFloats + slice * kSliceColumns) + threadIdx.x % 32;
     }
-    __device__ __forceinline__ float2* state(int64_t slot, int row) const {
-        return reinterpret_cast<float2*>(base + slot * kFloats + S::kRows * S::kDimV) + row;
+    __device__ __forceinline__ float2* state(int64_t slot, int slice) const {
+        return reinterpret_cast<float2*>(base + slot * kFloats + kSlices * kSliceColumns) + slice;
     }
-    __device__ __forceinline__ void write(int64_t slot, int row, int column, RowState s, float2 x) const {
-        __stcg(o(slot, row, column), x);
-        if (column == 0) __stcg(state(slot, row), make_float2(s.m, s.l));
+    __device__ __forceinline__ void write(int64_t slot, int slice, RowState s, float2 x) const {
+        __stcg(o(slot, slice), x);
+        if (threadIdx.x % 32 == 0) __stcg(state(slot, slice), make_float2(s.m, s.l));
+    }
+
+    static __device__ __forceinline__ int row_of(int slice) { return slice / kSlicesOfRow; }
+    static __device__ __forceinline__ int column_of(int slice) {
+        return slice % kSlicesOfRow * kSliceColumns + threadIdx.x % 32 * 2;
     }
 };
 
-// The end of an item, first half: the warps' states, which lie in shared memory at o_at[warp], become one, and that is
-// the result or the block's partial.
+// The end of an item. The warps' states, which lie in shared memory at o_at[warp], become one. That is the result, or the
+// block's partial, where other blocks hold the rest of the item: then the last warp of a group to come merges what the
+// group left of a slice, in one level or two.
 template <class S, class Family>
-__device__ __forceinline__ void merge_warps(const DecodeParams& p, const Item& item, char* shared, Family& family,
-                                            int mine, int rows) {
+__device__ __forceinline__ void merge_item(const DecodeParams& p, const Item& item, char* shared, Family& family,
+                                           int mine, int rows) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int* o_at = reinterpret_cast<int*>(shared + S::kFlagAt) + 4;
     const float* maxima = reinterpret_cast<const float*>(shared + S::kStateAt);
     const float* sums = maxima + S::kWarps * S::kRows;
+    // What needs no data, before the barrier.
     const Partials<S> partials{p.workspace.partials};
-    const int64_t slot = partial_slots(Split{item.first_block, item.splits, item.split}, 0).at(item.split);
-    constexpr int kColumns = S::kDimV / 2;
+    const Split split{item.first_block, item.splits, item.split};
+    const int groups = (split.count + kFanIn - 1) / kFanIn, group = split.index / kFanIn;
+    const unsigned others = min(split.count - group * kFanIn, kFanIn) - 1;
+    const int64_t slot = partial_slots(split, 0).at(split.index);
+    const Slots of_group = partial_slots(split, group * kFanIn);
+    // One lane a slice, so that the answers come together.
+    static_assert((partials.kSlices + S::kWarps - 1) / S::kWarps <= 32, "slices of a warp");
+    const int slice_of_lane = warp + lane * S::kWarps;
+    uint32_t* const counter = group_counters(p.workspace, split, group, partials.kSlices) + slice_of_lane;
     if (lane == 0) o_at[warp] = mine;
-    family.show_maxima(shared);
+    family.close(shared, reinterpret_cast<float*>(shared + mine));
     __syncthreads();
 #pragma unroll 1
-    for (int first = 0; first < rows; first += S::kCloseRows) {
-        if (first > 0) __syncthreads();
-        family.close(shared, reinterpret_cast<float*>(shared + mine), first);
-        __syncthreads();
-        const int here = min(rows - first, S::kCloseRows);
-#pragma unroll 1
-        for (int i = threadIdx.x; i < here * kColumns; i += S::kThreads) {
-            const int row = i / kColumns, column = i % kColumns * 2;
-            const int at = (row * S::kPitchO + column) * 4;
-            float2 o = make_float2(0.f, 0.f);
-            RowState state{-infinity(), 0.f};
+    for (int slice = warp; slice < rows * partials.kSlicesOfRow; slice += S::kWarps) {
+        const int row = partials.row_of(slice), column = partials.column_of(slice);
+        // Columns past the last are nobody's.
+        const int at = (row * S::kPitchO + (S::kDimV % kSliceColumns == 0 ? column : min(column, S::kDimV - 2))) * 4;
+        float2 o = make_float2(0.f, 0.f);
+        RowState state{-infinity(), 0.f};
 #pragma unroll
-            for (int k = 0; k < S::kWarps; k++) {
-                const float2 x = *reinterpret_cast<const float2*>(shared + o_at[k] + at);
-                state.m = fmaxf(state.m, maxima[k * S::kRows + first + row]);
-                state.l += sums[k * S::kRows + first + row];
-                o.x += x.x, o.y += x.y;
-            }
-            if (item.splits == 1) {
-                finish_row<S>(p, item, shared, item.row_tile * S::kRows + first + row, column, state, o);
-            } else {
-                partials.write(slot, first + row, column, state, o);
-            }
+        for (int k = 0; k < S::kWarps; k++) state.m = fmaxf(state.m, maxima[k * S::kRows + row]);
+        const float reference = state.m == -infinity() ? 0.f : state.m;
+#pragma unroll
+        for (int k = 0; k < S::kWarps; k++) {
+            const float2 x = *reinterpret_cast<const float2*>(shared + o_at[k] + at);
+            const float w = exp2_approx(maxima[k * S::kRows + row] - reference);
+            state.l = fmaf(sums[k * S::kRows + row], w, state.l);
+            o.x = fmaf(x.x, w, o.x), o.y = fmaf(x.y, w, o.y);
+        }
+        if (split.count == 1) {
+            finish_row<S>(p, item, shared, item.row_tile * S::kRows + row, column, state, o);
+        } else {
+            partials.write(slot, slice, state, o);
         }
     }
-}
+    if (split.count == 1) return;
 
-// Second half, where other blocks hold the rest of the item: the last block of a group to come merges what the group
-// left, in one level or two.
-template <class S>
-__device__ __forceinline__ void merge_partials(const DecodeParams& p, const Item& item, char* shared, int rows) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int* flag = reinterpret_cast<int*>(shared + S::kFlagAt);
-    RowWeights* weights = reinterpret_cast<RowWeights*>(shared + S::kWeightsAt);
-    const Split split{item.first_block, item.splits, item.split};
-    const Partials<S> partials{p.workspace.partials};
-    const int groups = (split.count + kFanIn - 1) / kFanIn, group = split.index / kFanIn;
-    constexpr int kColumns = S::kDimV / 2;
-    bool whole = groups == 1;
-    Slots from = partial_slots(split, group * kFanIn);
-    int n = min(split.count - group * kFanIn, kFanIn);
-    uint32_t* counter = group_counter(p.workspace, split, group);
+    __syncwarp();
+    bool is_last = false;
+    if (slice_of_lane < rows * partials.kSlicesOfRow) is_last = count_arrival(counter, others) == others;
+    uint32_t left = __ballot_sync(kAllLanes, is_last);
 #pragma unroll 1
-    while (true) {
-        __syncthreads();
-        if (threadIdx.x == 0) *flag = count_arrival(counter, n - 1) == static_cast<uint32_t>(n - 1);
-        __syncthreads();
-        if (*flag == 0) return;
+    while (left != 0) {
+        const int slice = warp + (__ffs(left) - 1) * S::kWarps;
+        left &= left - 1;
+        Slots from = of_group;
+        int n = others + 1;
+        bool whole = groups == 1;
 #pragma unroll 1
-        for (int first = 0; first < rows * kColumns; first += S::kThreads) {
+        while (true) {
             // Values and states are asked for together.
-            const int i = first + threadIdx.x;
-            const int row = i / kColumns, column = i % kColumns * 2;
-            const bool mine = i < rows * kColumns;
-            const float2* value = partials.o(from.base, row, column);
             float2 x[kFanIn];
-            x[0] = mine ? __ldcg(partials.o(from.first, row, column)) : make_float2(0.f, 0.f);
+            const float2* value = partials.o(from.base, slice);
+            x[0] = __ldcg(partials.o(from.first, slice));
 #pragma unroll
             for (int k = 1; k < kFanIn; k++) {
-                value += static_cast<int64_t>(from.step) * (Partials<S>::kFloats / 2);
+                value += static_cast<int64_t>(from.step) * (partials.kFloats / 2);
                 // Set in any case: what may be unset would hold its registers through the whole kernel.
                 x[k] = make_float2(0.f, 0.f);
-                if (mine && k < n) x[k] = __ldcg(value);
+                if (k < n) x[k] = __ldcg(value);
             }
-            if (first == 0) {
-#pragma unroll 1
-                for (int r = warp; r < rows; r += S::kWarps) {
-                    const float2 s = lane < n ? __ldcg(partials.state(from.at(lane), r)) : make_float2(0.f, 0.f);
-                    weigh(weights[r], s);
-                }
-                __syncthreads();
-            }
-            if (!mine) continue;
-            const RowWeights& w = weights[row];
-            const float2 o = weighted_sum<kFanIn>(w, x);
+            const float2 theirs = lane < n ? __ldcg(partials.state(from.at(lane), slice)) : make_float2(0.f, 0.f);
+            float weight;
+            uint32_t lives;
+            const RowState state = weigh(theirs, weight, lives);
+            const float2 o = weighted_sum<kFanIn>(weight, lives, x);
             if (whole) {
-                finish_row<S>(p, item, shared, item.row_tile * S::kRows + row, column, RowState{w.m, w.l}, o);
-            } else {
-                partials.write(group_slots(split).at(group), row, column, RowState{w.m, w.l}, o);
+                const int packed = item.row_tile * S::kRows + partials.row_of(slice);
+                finish_row<S>(p, item, shared, packed, partials.column_of(slice), state, o);
+                break;
             }
+            partials.write(group_slots(split).at(group), slice, state, o);
+            __syncwarp();
+            uint32_t before = 0;
+            if (lane == 0) {
+                uint32_t* const of_item = item_counters(p.workspace, split, partials.kSlices);
+                before = count_arrival(of_item + slice, groups - 1);
+            }
+            if (__shfl_sync(kAllLanes, before, 0) != static_cast<uint32_t>(groups - 1)) break;
+            from = group_slots(split);
+            n = groups;
+            whole = true;
         }
-        if (whole) return;
-        from = group_slots(split);
-        n = groups;
-        counter = item_counter(p.workspace, split);
-        whole = true;
     }
 }
 
@@ -232,7 +231,7 @@ __device__ __forceinline__ void touch_parameters(const DecodeParams& p, int* unu
 }
 
 // The kernel. A family holds one warp's state (running maximum, sum and output of its rows) and says how a tile is
-// attended: stage_query, begin, attend, poison, show_maxima, close.
+// attended: stage_query, begin, attend, poison, close.
 template <class Family>
 __device__ __forceinline__ void decode(const DecodeParams& p) {
     using S = typename Family::S;
@@ -317,8 +316,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
         if (tile.flags & kSlotPoison) family.poison();
         if (tile.flags & kSlotLast) {
             // The slot is consumed and not yet filled again.
-            merge_warps<S>(p, item, shared, family, (warp * S::kStages + stage) * S::kSlotBytes, rows);
-            if (item.splits > 1) merge_partials<S>(p, item, shared, rows);
+            merge_item<S>(p, item, shared, family, (warp * S::kStages + stage) * S::kSlotBytes, rows);
             if (tile.flags & kSlotFinal) break;
             __syncthreads();
             clear_padding<S>(p, slot, lane);
@@ -333,7 +331,8 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     extern "C" __device__ const treeattn::KernelShape NAME##_shape = {                                                \
         FAMILY::S::kThreads, FAMILY::S::kSharedBytes,    FAMILY::S::kBlocks,                                          \
         FAMILY::S::kRows,    FAMILY::S::kDimQk,          FAMILY::S::kDimV,                                            \
-        FAMILY::S::kRows * (FAMILY::S::kDimV + 2) * 4,   0};                                                          \
+        treeattn::Partials<FAMILY::S>::kFloats * 4,                                                                   \
+        treeattn::Partials<FAMILY::S>::kSlices * treeattn::kCountersOfSlice};                                         \
     extern "C" __global__ void __launch_bounds__(FAMILY::S::kThreads, FAMILY::S::kBlocks)                           \
         NAME(const __grid_constant__ treeattn::DecodeParams params) {                                                 \
         BODY<FAMILY>(params);                                                                                         \

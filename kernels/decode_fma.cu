@@ -233,31 +233,23 @@ struct Fma {
         for (int r = 0; r < kFmaRows; r++) l[r] = not_a_number();
     }
 
-    __device__ __forceinline__ void show_maxima(char* shared) const {
-        if (threadIdx.x % 32 != 0) return;
-        float* to = reinterpret_cast<float*>(shared + S::kStateAt) + threadIdx.x / 32 * kFmaRows;
-#pragma unroll
-        for (int r = 0; r < kFmaRows; r++) to[r] = m[r];
-    }
-
-    // Writes the warp's sums and its O, both against the maxima of all warps.
-    __device__ __forceinline__ void close(char* shared, float* to, int) {
+    // Writes the warp's maxima, sums and O.
+    __device__ __forceinline__ void close(char* shared, float* to) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         float* maxima = reinterpret_cast<float*>(shared + S::kStateAt);
 #pragma unroll
         for (int r = 0; r < kFmaRows; r++) {
-            float top = -infinity();
-#pragma unroll
-            for (int w = 0; w < S::kWarps; w++) top = fmaxf(top, maxima[w * kFmaRows + r]);
-            const float weight = exp2_approx(m[r] - (top == -infinity() ? 0.f : top));
             float sum = l[r];
 #pragma unroll
             for (int d = 2; d < 32; d *= 2) sum += __shfl_xor_sync(kAllLanes, sum, d);
-            if (lane == 0) maxima[(S::kWarps + warp) * kFmaRows + r] = sum * weight;
+            if (lane == 0) {
+                maxima[warp * kFmaRows + r] = m[r];
+                maxima[(S::kWarps + warp) * kFmaRows + r] = sum;
+            }
             float x[8];
 #pragma unroll
             for (int c = 0; c < 8; c++) {
-                x[c] = o[r][c] * weight;
+                x[c] = o[r][c];
 #pragma unroll
                 for (int d = kLanesV; d < 32; d *= 2) x[c] += __shfl_xor_sync(kAllLanes, x[c], d);
             }
@@ -334,8 +326,7 @@ __device__ __forceinline__ void decode_loaded(const DecodeParams& p) {
         }
         walk.report();
         if (p.flags & kFlagPush) await_doors();
-        merge_warps<S>(p, item, shared, family, warp * S::kCloseBytes, rows);
-        if (item.splits > 1) merge_partials<S>(p, item, shared, rows);
+        merge_item<S>(p, item, shared, family, warp * S::kCloseBytes, rows);
         if (tile.flags & kSlotFinal) break;
         __syncthreads();
         walk.next_item(walk.stage);

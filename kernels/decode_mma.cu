@@ -191,20 +191,25 @@ struct Mma {
                                                uint32_t slot) {
         const int lane = threadIdx.x % 32;
         const uint32_t v_address = slot + S::kVAt + S::RowsV::at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-        // V is read once a row tile: with the terms of one row tile at a time, everything stays in registers.
+        uint32_t b[kRowTiles][kWeightParts][2];
 #pragma unroll
-        for (int t = 0; t < kRowTiles; t++) {
-            uint32_t b[kWeightParts][2];
-            split_weights(b, w[t]);
+        for (int t = 0; t < kRowTiles; t++) split_weights(b[t], w[t]);
 #pragma unroll
-            for (int n = 0; n < kStepsV; n++) {
-                uint32_t v[4];
-                load_matrices_transposed(v, S::RowsV::step(v_address, n));
-                float d[4] = {0.f, 0.f, 0.f, 0.f};
+        for (int n = 0; n < kStepsV; n++) {
+            uint32_t v[4];
+            load_matrices_transposed(v, S::RowsV::step(v_address, n));
+            float d[kRowTiles][4];
 #pragma unroll
-                for (int part = 0; part < kWeightParts; part++) multiply<Bf16V>(d, v, b[part][0], b[part][1]);
+            for (int t = 0; t < kRowTiles; t++) d[t][0] = d[t][1] = d[t][2] = d[t][3] = 0.f;
 #pragma unroll
-                for (int i = 0; i < 4; i++) o[t][n][i] = fmaf(o[t][n][i], grow[t][i % 2], d[i]);
+            for (int part = 0; part < kWeightParts; part++) {
+#pragma unroll
+                for (int t = 0; t < kRowTiles; t++) multiply<Bf16V>(d[t], v, b[t][part][0], b[t][part][1]);
+            }
+#pragma unroll
+            for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) o[t][n][i] = fmaf(o[t][n][i], grow[t][i % 2], d[t][i]);
             }
         }
     }
@@ -377,30 +382,12 @@ struct Mma {
         return reinterpret_cast<float*>(shared + S::kStateAt) + warp * Rows + t * 8 + threadIdx.x % 4 * 2;
     }
 
-    __device__ __forceinline__ void show_maxima(char* shared) {
-        if (threadIdx.x % 32 < 4) {
-#pragma unroll
-            for (int t = 0; t < kRowTiles; t++) {
-                *reinterpret_cast<float2*>(of_row(shared, threadIdx.x / 32, t)) = make_float2(m[t][0], m[t][1]);
-            }
-        }
-    }
-
-    // Writes the warp's sums and its O, rows first .. first + kCloseRows - 1, both against the maxima of all warps.
-    __device__ __forceinline__ void close(char* shared, float* to, int first) {
+    // Writes the warp's maxima, sums and O.
+    __device__ __forceinline__ void close(char* shared, float* to) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         const float unbias = Bf16V ? 1.f : 1.f / kHalfBias;
 #pragma unroll
         for (int t = 0; t < kRowTiles; t++) {
-            if (t * 8 < first || t * 8 >= first + S::kCloseRows) continue;
-            float2 top = make_float2(-infinity(), -infinity());
-#pragma unroll
-            for (int w = 0; w < S::kWarps; w++) {
-                const float2 x = *reinterpret_cast<const float2*>(of_row(shared, w, t));
-                top.x = fmaxf(top.x, x.x), top.y = fmaxf(top.y, x.y);
-            }
-            float weight[2] = {exp2_approx(m[t][0] - (top.x == -infinity() ? 0.f : top.x)),
-                               exp2_approx(m[t][1] - (top.y == -infinity() ? 0.f : top.y))};
             float sum[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -408,17 +395,16 @@ struct Mma {
                 sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 4);
                 sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 8);
                 sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 16);
-                sum[i] *= weight[i];
-                weight[i] *= unbias;
             }
             if (lane < 4) {
+                *reinterpret_cast<float2*>(of_row(shared, warp, t)) = make_float2(m[t][0], m[t][1]);
                 *reinterpret_cast<float2*>(of_row(shared, warp, t) + S::kWarps * Rows) = make_float2(sum[0], sum[1]);
             }
-            float* at = to + (t * 8 + lane % 4 * 2 - first) * S::kPitchO + lane / 4;
+            float* at = to + (t * 8 + lane % 4 * 2) * S::kPitchO + lane / 4;
 #pragma unroll
             for (int n = 0; n < kStepsV; n++) {
 #pragma unroll
-                for (int i = 0; i < 4; i++) at[i % 2 * S::kPitchO + n * 16 + i / 2 * 8] = o[t][n][i] * weight[i % 2];
+                for (int i = 0; i < 4; i++) at[i % 2 * S::kPitchO + n * 16 + i / 2 * 8] = o[t][n][i] * unbias;
             }
         }
     }

@@ -18,7 +18,6 @@ struct LoadShape {
     static constexpr int kBlocks = Blocks, kWarps = Warps;
     static constexpr int kThreads = kWarps * 32;
     static constexpr int kStages = 2;  // of page entries only
-    static constexpr int kCloseRows = Rows;
     static constexpr int kPitchO = HeadDimV + 4;
     // Of a warp: O at an item's end, and K or V of a tile that no 16-byte load can take.
     static constexpr int kTeam = HeadDimQk > HeadDimV ? HeadDimQk : HeadDimV;
@@ -29,14 +28,13 @@ struct LoadShape {
     static constexpr int kEntriesAt = kQueryAt + QueryBytes;
     static constexpr int kStateAt = kEntriesAt + kWarps * kStages * kTile * 4;
     static constexpr int kRowAt = kStateAt + kWarps * Rows * 8;
-    static constexpr int kWeightsAt = kRowAt + (Rows * 4 + 15) / 16 * 16;
-    static constexpr int kItemAt = kWeightsAt + Rows * static_cast<int>(sizeof(RowWeights));
+    static constexpr int kItemAt = kRowAt + (Rows * 4 + 15) / 16 * 16;
     static constexpr int kStandAt = kItemAt + static_cast<int>(sizeof(Item));
     static constexpr int kScratchAt = kStandAt + kWarps * static_cast<int>(sizeof(Stand));
     static constexpr int kFlagAt = kScratchAt + static_cast<int>(sizeof(PlaceScratch));
     static constexpr int kDoorsAt = (kFlagAt + 16 + 4 * kWarps + 15) / 16 * 16;
     static constexpr int kSharedBytes = kDoorsAt + static_cast<int>(sizeof(Doors));
-    static_assert(kQueryAt % 16 == 0 && kEntriesAt % 16 == 0 && kWeightsAt % 16 == 0 && kItemAt % 16 == 0, "alignment");
+    static_assert(kQueryAt % 16 == 0 && kEntriesAt % 16 == 0 && kItemAt % 16 == 0, "alignment");
     static_assert(kBlocks * (kSharedBytes + 1024) <= kSharedLimit, "shared memory");
 };
 

@@ -56,15 +56,15 @@ struct KernelShape {
     int32_t rows;           // packed query rows a tile
     int32_t head_dim_qk;    // of the class
     int32_t head_dim_v;
-    int32_t partial_bytes;  // of one split partial: rows * (head_dim_v + 2) * 4
-    int32_t reserved;
+    int32_t partial_bytes;  // of one split partial
+    int32_t counters;       // of a block of the grid
 };
 static_assert(sizeof(KernelShape) == 32, "mirrored by the launch side");
 
 // Device memory of a plan that outlives a step. Never shared by two launches that may overlap.
 struct Workspace {
     float* partials;        // 4 * grid partials of KernelShape::partial_bytes, 256-byte aligned; contents never matter
-    uint32_t* counters;     // 4 * grid; zeroed once when the plan is made, every launch leaves them zero
+    uint32_t* counters;     // grid * KernelShape::counters; zeroed once when the plan is made, every launch leaves them zero
     uint64_t* status;       // 1; 0: no fault so far. See pack_status
     uint64_t* host_status;  // the same word in mapped host memory, written when `status` rises; may be null
 };

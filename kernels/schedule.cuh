@@ -383,13 +383,20 @@ __device__ __forceinline__ Slots group_slots(const Split& s) {
     return Slots{base + 1, base, 2 * kFanIn};
 }
 
-// Counters of arrivals, reset by the last to come: first groups by their item's first block, later groups by the block
-// they begin in, and items.
-__device__ __forceinline__ uint32_t* group_counter(const Workspace& w, const Split& s, int group) {
-    return w.counters + (group == 0 ? 0 : gridDim.x) + s.first_block + group * kFanIn;
+// Two columns a lane are what a warp merges: a *slice* of a row. Warps merge each for itself, slice by slice.
+constexpr int kSliceColumns = 64;
+
+__host__ __device__ constexpr int slices_of_row(int head_dim_v) { return (head_dim_v + kSliceColumns - 1) / kSliceColumns; }
+
+// Counters of arrivals, one a slice of a partial, reset by the last to come: first groups by their item's first block, later
+// groups by the block they begin in, and items.
+constexpr int kCountersOfSlice = 3;
+
+__device__ __forceinline__ uint32_t* group_counters(const Workspace& w, const Split& s, int group, int slices) {
+    return w.counters + static_cast<int64_t>((group == 0 ? 0 : gridDim.x) + s.first_block + group * kFanIn) * slices;
 }
-__device__ __forceinline__ uint32_t* item_counter(const Workspace& w, const Split& s) {
-    return w.counters + 2 * gridDim.x + s.first_block;
+__device__ __forceinline__ uint32_t* item_counters(const Workspace& w, const Split& s, int slices) {
+    return w.counters + static_cast<int64_t>(2 * gridDim.x + s.first_block) * slices;
 }
 
 // The merge, everywhere: weights against the common maximum, sums in index order. A state with l = 0 is empty and its
@@ -398,39 +405,30 @@ struct RowState {
     float m, l;
 };
 
-// What the merge of one row's states came to: the weight of each against the common maximum, and the whole.
-struct alignas(16) RowWeights {
-    float weight[kFanIn];
-    float m, l;
-    uint32_t live;  // one bit a state: an empty one's o is never looked at
-    uint32_t unused;
-};
-
-// Weighs the states of a row, one a lane of the calling warp, empty (l = 0) from n on.
-__device__ __forceinline__ void weigh(RowWeights& to, float2 state) {
-    const int lane = threadIdx.x % 32;
+// Weighs the states of a row, one a lane of the calling warp, empty (l = 0) from kFanIn on or sooner: gives the whole, the
+// weight of the lane's state against the common maximum, and one bit a state that is not empty.
+__device__ __forceinline__ RowState weigh(float2 state, float& weight, uint32_t& lives) {
     const bool live = state.y != 0.f;
     float m = live ? state.x : -infinity();
 #pragma unroll
     for (int d = kFanIn / 2; d > 0; d /= 2) m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, d));
-    const float w = live ? exp2_approx(state.x - m) : 0.f;
-    float l = w * state.y;
+    weight = live ? exp2_approx(state.x - m) : 0.f;
+    float l = weight * state.y;
 #pragma unroll
     for (int d = kFanIn / 2; d > 0; d /= 2) l += __shfl_xor_sync(kAllLanes, l, d);
-    const uint32_t lanes = __ballot_sync(kAllLanes, live);
-    if (lane < kFanIn) to.weight[lane] = w;
-    if (lane == 0) to.m = m, to.l = l, to.live = lanes;
+    lives = __ballot_sync(kAllLanes, live);
+    // The upper half of the warp has made a sum of its own, of nothing.
+    return RowState{__shfl_sync(kAllLanes, m, 0), __shfl_sync(kAllLanes, l, 0)};
 }
 
 // Sums o of the states in index order.
 template <int Most>
-__device__ __forceinline__ float2 weighted_sum(const RowWeights& w, const float2 (&x)[Most]) {
+__device__ __forceinline__ float2 weighted_sum(float weight, uint32_t lives, const float2 (&x)[Most]) {
     float2 o = make_float2(0.f, 0.f);
-    const uint32_t live = w.live;
 #pragma unroll
     for (int k = 0; k < Most; k++) {
-        const float weight = w.weight[k];
-        if (live >> k & 1) o.x = fmaf(x[k].x, weight, o.x), o.y = fmaf(x[k].y, weight, o.y);
+        const float w = __shfl_sync(kAllLanes, weight, k);
+        if (lives >> k & 1) o.x = fmaf(x[k].x, w, o.x), o.y = fmaf(x[k].y, w, o.y);
     }
     return o;
 }

@@ -81,19 +81,16 @@ struct Shape {
     static constexpr int kRows = Rows;
     static constexpr int kDimQk = HeadDimQk, kDimV = HeadDimV;
     static constexpr int kBlocks = 1;
-    // O of up to 16 rows in fp32 goes over a consumed slot at an item's end. The pitch keeps a warp's stores in
-    // different banks.
-    static constexpr int kCloseRows = Rows < 16 ? Rows : 16;
+    // O in fp32 goes over a consumed slot at an item's end. The pitch keeps a warp's stores in different banks.
     static constexpr int kPitchO = HeadDimV + 4;
     using RowsK = Rows16<HeadDimQk>;
     using RowsV = Rows16<HeadDimV>;
     static constexpr int kVAt = kTile * RowsK::kPitch;
-    static constexpr int kTileBytes = kVAt + kTile * RowsV::kPitch, kCloseBytes = kCloseRows * kPitchO * 4;
+    static constexpr int kTileBytes = kVAt + kTile * RowsV::kPitch, kCloseBytes = Rows * kPitchO * 4;
     static constexpr int kSlotBytes = kTileBytes > kCloseBytes ? kTileBytes : kCloseBytes;
     static_assert(kVAt % 128 == 0 && kSlotBytes % 128 == 0, "units change places within 128 bytes");
     static constexpr int kSmall = 1024 + static_cast<int>(sizeof(Doors)) + static_cast<int>(sizeof(PlaceScratch)) +
-                                  Rows * (8 + static_cast<int>(sizeof(RowWeights))) +
-                                  8 * (Rows * 8 + 4 + static_cast<int>(sizeof(Stand)));
+                                  Rows * 8 + 8 * (Rows * 8 + 4 + static_cast<int>(sizeof(Stand)));
     static constexpr int kEntryBytes = kTile * 4;
     static constexpr int per_warp(int stages) {
         return stages * (kSlotBytes + static_cast<int>(sizeof(SlotInfo)) + kEntryBytes);
@@ -111,8 +108,7 @@ struct Shape {
     static constexpr int kEntriesAt = kInfoAt + kWarps * kStages * static_cast<int>(sizeof(SlotInfo));
     static constexpr int kStateAt = kEntriesAt + kWarps * kStages * kEntryBytes;
     static constexpr int kRowAt = kStateAt + kWarps * Rows * 8;
-    static constexpr int kWeightsAt = kRowAt + Rows * 8;
-    static constexpr int kItemAt = kWeightsAt + Rows * static_cast<int>(sizeof(RowWeights));
+    static constexpr int kItemAt = kRowAt + Rows * 8;
     static constexpr int kStandAt = kItemAt + static_cast<int>(sizeof(Item));
     static constexpr int kScratchAt = kStandAt + kWarps * static_cast<int>(sizeof(Stand));
     static constexpr int kFlagAt = kScratchAt + static_cast<int>(sizeof(PlaceScratch));

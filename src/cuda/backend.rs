@@ -15,8 +15,6 @@ use crate::partial::{DataFault, DataFaultCause, ExchangeView};
 const CLASSES: [(i32, i32); 5] = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)];
 /// Partials that a block leaves room for: of its first and its last item, and of the merges' first level.
 const PARTIALS_A_BLOCK: usize = 4;
-/// Counters of a block.
-const COUNTERS_A_BLOCK: usize = 4;
 /// How parts of the workspace are aligned, bytes.
 const ALIGN: usize = 256;
 
@@ -89,7 +87,7 @@ impl Decode {
         let shape = KernelShape::from_bytes(bytes);
         let kernel = image.kernel(name, shape.threads as u32, shape.dynamic_smem as u32)?;
         let grid = (image.device().units * shape.blocks_per_sm / sharing.clamp(1, 1 << 16) as i32).max(1);
-        if grid < 1 || shape.partial_bytes < 1 {
+        if grid < 1 || shape.partial_bytes < 1 || shape.counters < 1 {
             return Err(Error::new(ErrorKind::Internal, format!("{name}: found {shape:?} in the image")));
         }
         Ok(Decode { kernel, shape, grid: grid as u32 })
@@ -98,6 +96,11 @@ impl Decode {
     /// Bytes of its split partials.
     fn partials(&self) -> usize {
         PARTIALS_A_BLOCK * self.grid as usize * self.shape.partial_bytes as usize
+    }
+
+    /// Bytes of its counters.
+    fn counters(&self) -> usize {
+        size_of::<u32>() * self.grid as usize * self.shape.counters as usize
     }
 }
 
@@ -195,7 +198,7 @@ impl CudaBackend {
         if !desc.is_merge_only() {
             let kernels = Kernels::new(&image, desc, sharing)?;
             let partials = kernels.all().map(Decode::partials).max().unwrap_or(0).next_multiple_of(ALIGN);
-            let counters = kernels.all().map(|decode| COUNTERS_A_BLOCK * decode.grid as usize * 4).max().unwrap_or(0);
+            let counters = kernels.all().map(Decode::counters).max().unwrap_or(0);
             bytes = partials + counters;
             let memory = holdings.memory(bytes)?;
             // A fault is rare, so that its word may lie in host memory for good: it is then read and reset by the

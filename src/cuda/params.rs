@@ -24,7 +24,7 @@ pub struct KernelShape {
     pub head_dim_qk: i32,
     pub head_dim_v: i32,
     pub partial_bytes: i32,
-    pub reserved: i32,
+    pub counters: i32,
 }
 
 impl KernelShape {
@@ -39,7 +39,7 @@ impl KernelShape {
             head_dim_qk: word(4),
             head_dim_v: word(5),
             partial_bytes: word(6),
-            reserved: word(7),
+            counters: word(7),
         }
     }
 }
