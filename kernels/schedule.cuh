@@ -5,7 +5,7 @@
 // somebody owns its rows. Block g of the grid takes units [g * slice, (g + 1) * slice). Each block finds its place by
 // itself from the lengths. An item that one block holds whole is finished there. Of any other item every block
 // leaves one partial, and the last block to come merges them in index order; above kFanIn partials this happens in
-// two levels, groups of kFanIn first.
+// two levels, groups of kFanIn first. Slices are large enough for that to do.
 #pragma once
 
 #include "numbers.cuh"
@@ -16,6 +16,7 @@ namespace treeattn {
 
 constexpr int kTile = 16;          // keys a unit: one k-step of the tensor core's second product
 constexpr int kFanIn = 16;         // partials merged in one go
+constexpr int kMostPartials = kFanIn * kFanIn;  // of an item: there are two levels
 constexpr int kDefaultMinTiles = 4;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
@@ -114,6 +115,8 @@ __device__ __forceinline__ int64_t slice_units(int64_t total, int64_t items, int
         const int64_t even = (longest + blocks - 1) / blocks;
         if (even * 16 <= slice * 17) slice = even;
     }
+    // An item may begin inside a slice, and so have a part more than it has slices.
+    slice = max(slice, (longest + kMostPartials - 2) / (kMostPartials - 1));
     return max(slice, static_cast<int64_t>(min_tiles > 0 ? min_tiles : kDefaultMinTiles));
 }
 
@@ -144,7 +147,7 @@ __device__ __forceinline__ Share share_of(const DecodeParams& p, int rows) {
     const unsigned row_tiles = (static_cast<unsigned>(p.query_tokens) * p.group + rows - 1) / rows;
     const unsigned items = row_tiles * p.kv_heads, grid = gridDim.x;
     if (items > grid) return s;
-    const unsigned blocks = grid / items;
+    const unsigned blocks = min(grid / items, static_cast<unsigned>(kMostPartials));
     if (items * blocks * 16 < grid * 15 && items * blocks > 16) return s;
     if (blockIdx.x >= items * blocks) {
         // Left over: a part past the end of the last item.

@@ -45,13 +45,16 @@ use trial::{Variables, alone, apart, missing, test};
 const LAYOUTS: [KvLayout; 3] = [KvLayout::Strided, KvLayout::BlockTable, KvLayout::CsrPages];
 /// As many blocks as it takes for partials to merge in two levels.
 const MANY_SMS: Variables = &[("EMULATOR_SMS", "40"), ("EMULATOR_SEED", "2")];
+/// As many as two levels of merges cannot take: two blocks each are more than 16 x 16.
+const MOST_SMS: Variables = &[("EMULATOR_SMS", "140")];
 
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 12] = [
+const APART: [(&str, fn(), Variables); 13] = [
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
     ("replays", streams::replays, &[]),
     ("many_blocks", many_blocks, MANY_SMS),
+    ("most_blocks", most_blocks, MOST_SMS),
     ("peers", peers::peers, &[]),
     ("ranks_replays", ranks::replays, &[]),
     ("no_peers", peers::no_peers, &[("EMULATOR_PEERS", "0")]),
@@ -66,8 +69,17 @@ fn many_blocks() {
     for layout in LAYOUTS {
         numerics::random(layout, 1000, 6 * scale());
     }
-    for sequences in [&[(12_000, 1)][..], &[(9_000, 1), (50, 1), (14_000, 2)]] {
-        let desc = numerics::shape(8, 2, 64, Dtype::Bf16);
+    in_bits(8, 2, &[&[(12_000, 1)], &[(9_000, 1), (50, 1), (14_000, 2)]]);
+}
+
+fn most_blocks() {
+    in_bits(2, 1, &[&[(30_000, 1)], &[(30_000, 1), (10, 1)]]);
+}
+
+/// Batches of (keys, query tokens), over so many heads, come out within their bound and the same again.
+fn in_bits(q_heads: i32, kv_heads: i32, batches: &[&[(usize, usize)]]) {
+    for sequences in batches {
+        let desc = numerics::shape(q_heads, kv_heads, 64, Dtype::Bf16);
         let mut ready = Ready::new(Case::plain(desc, 1, sequences, Values::Normal, 4));
         let first = ready.bits();
         assert_eq!(judge(&ready.case, std::slice::from_ref(&ready.rank)).unwrap().failure, None);
