@@ -157,7 +157,7 @@ struct LoadWalk : Walk<S> {
 #pragma unroll
             for (int i = 0; i < kRows; i++) {
                 const uint64_t row = __shfl_sync(kAllLanes, mine, i, kLanes);
-                x[i] = load_once16(reinterpret_cast<const char*>(row) + unit * 16);
+                x[i] = load_past16(reinterpret_cast<const char*>(row) + unit * 16, this->keep);
             }
         }
     }

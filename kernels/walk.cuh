@@ -29,6 +29,7 @@ struct Walk {
     const char* k_row;
     const char* v_row;
     int page_shift;       // log2 of the page size, -1 where it is no power of two
+    uint64_t keep;        // how long L2 is to keep keys and values
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
     // Lanes a row: the next power of two, so that a lane keeps its column.
@@ -37,6 +38,9 @@ struct Walk {
     __device__ __forceinline__ Walk(const DecodeParams& params, char* memory) : p(params), shared(memory) {
         const unsigned size = p.page_size;
         page_shift = p.kv_layout != kStrided && (size & (size - 1)) == 0 ? __ffs(size) - 1 : -1;
+        // Only query tiles after the first read them again.
+        const bool once = static_cast<int64_t>(p.query_tokens) * p.group <= static_cast<int64_t>(p.batch) * S::kRows;
+        keep = once ? keep_briefly() : keep_as_usual();
     }
 
     // Whether a tile's rows lie at one stride: always, unless pages end inside tiles.
@@ -365,14 +369,14 @@ struct Walk {
         if (live == kTile) {
 #pragma unroll
             for (int i = 0; i < kTile; i += kRows) {
-                copy_async16(Rows16<Dim>::down(to, i) + To, from, 16);
+                copy_async16(Rows16<Dim>::down(to, i) + To, from, 16, keep);
                 from += kRows * stride;
             }
         } else {
 #pragma unroll 1
             for (int i = 0; i < kTile; i += kRows) {
                 const bool real = row + i < live;
-                copy_async16(Rows16<Dim>::down(to, i) + To, real ? from : nowhere(), real ? 16 : 0);
+                copy_async16(Rows16<Dim>::down(to, i) + To, real ? from : nowhere(), real ? 16 : 0, keep);
                 from += kRows * stride;
             }
         }
@@ -392,7 +396,8 @@ struct Walk {
             const bool real = row + i < live;
             if (inside) {
                 copy_async16(Rows16<Dim>::down(to, i) + To,
-                             real ? reinterpret_cast<const char*>(row_from) + unit * 16 : nowhere(), real ? 16 : 0);
+                             real ? reinterpret_cast<const char*>(row_from) + unit * 16 : nowhere(), real ? 16 : 0,
+                             keep);
             }
         }
     }

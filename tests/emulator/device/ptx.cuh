@@ -17,6 +17,9 @@ inline float exp2_approx(float x) {
 }
 
 inline void copy_async16(uint32_t to, const void* from, uint32_t bytes) { emulator::copy_async(to, from, bytes, 16); }
+inline void copy_async16(uint32_t to, const void* from, uint32_t bytes, uint64_t) { copy_async16(to, from, bytes); }
+inline uint64_t keep_briefly() { return 0; }
+inline uint64_t keep_as_usual() { return 0; }
 inline void copy_async4(uint32_t to, const void* from) { emulator::copy_async(to, from, 4, 4); }
 inline void copy_async_commit() { emulator::copy_commit(); }
 template <int Pending>
@@ -43,7 +46,7 @@ inline void clear_shared(uint32_t address) { memset(emulator::shared_pointer(add
 
 inline uint32_t transpose(uint32_t x) { return emulator::transpose(x); }
 inline uint32_t load_cached(const void* p) { return *static_cast<const uint32_t*>(p); }
-inline uint4 load_once16(const void* p) { return *static_cast<const uint4*>(p); }
+inline uint4 load_past16(const void* p, uint64_t) { return *static_cast<const uint4*>(p); }
 inline void prefetch(const void*) {}
 
 template <bool Bf16>
