@@ -19,7 +19,7 @@ mod numerics;
 mod peers;
 #[path = "../gpu/processes.rs"]
 mod processes;
-#[path = "../gpu/ranks.rs"]
+#[path = "../gpu/ranks/mod.rs"]
 mod ranks;
 #[path = "../gpu/space.rs"]
 mod space;
@@ -56,7 +56,7 @@ const APART: [(&str, fn(), Variables); 13] = [
     ("many_blocks", many_blocks, MANY_SMS),
     ("most_blocks", most_blocks, MOST_SMS),
     ("peers", peers::peers, &[]),
-    ("ranks_replays", ranks::replays, &[]),
+    ("ranks_replays", ranks::order::replays, &[]),
     ("no_peers", peers::no_peers, &[("EMULATOR_PEERS", "0")]),
     ("memory_of_processes", peers::processes, &[]),
     ("allreduce3_replays", allreduce::replays, &[]),
@@ -122,14 +122,14 @@ fn main() -> ExitCode {
     }
     tests.extend([
         test("ranks_same_as_one", ranks::same_as_one),
-        test("ranks_merges", ranks::merges),
-        test("ranks_bad_data", ranks::bad_data),
-        test("ranks_many_steps", ranks::many_steps),
-        test("ranks_two_communicators", ranks::two_communicators),
-        test("ranks_absent", ranks::a_rank_that_does_not_come),
-        test("ranks_out_of_step", ranks::out_of_step),
-        test("ranks_aborted", ranks::aborted),
-        test("ranks_leave", ranks::leave),
+        test("ranks_merges", ranks::merges::merges),
+        test("ranks_bad_data", ranks::faults::bad_data),
+        test("ranks_many_steps", ranks::order::many_steps),
+        test("ranks_two_communicators", ranks::order::two_communicators),
+        test("ranks_absent", ranks::faults::a_rank_that_does_not_come),
+        test("ranks_out_of_step", ranks::faults::out_of_step),
+        test("ranks_aborted", ranks::faults::aborted),
+        test("ranks_leave", ranks::faults::leave),
         test("allreduce3_numbers", allreduce::numbers),
         test("allreduce3_merges", allreduce::merges),
         test("allreduce3_bad_data", allreduce::bad_data),
