@@ -48,8 +48,11 @@ const MANY_SMS: Variables = &[("EMULATOR_SMS", "40"), ("EMULATOR_SEED", "2")];
 /// As many as two levels of merges cannot take: two blocks each are more than 16 x 16.
 const MOST_SMS: Variables = &[("EMULATOR_SMS", "140")];
 
+/// Kernels hold back at random points of an exchange.
+const DELAYS: Variables = &[("EMULATOR_DELAYS", "200000"), ("EMULATOR_SEED", "3")];
+
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 13] = [
+const APART: [(&str, fn(), Variables); 20] = [
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
     ("replays", streams::replays, &[]),
@@ -57,6 +60,13 @@ const APART: [(&str, fn(), Variables); 13] = [
     ("most_blocks", most_blocks, MOST_SMS),
     ("peers", peers::peers, &[]),
     ("ranks_replays", ranks::order::replays, &[]),
+    ("ranks_delayed_replays", ranks::order::delayed_replays, &[]),
+    ("delays_random", delays_random, DELAYS),
+    ("delays_replays", ranks::order::delayed_replays, DELAYS),
+    ("delays_many_steps", ranks::order::many_steps, DELAYS),
+    ("delays_merges", ranks::merges::merges, DELAYS),
+    ("delays_bad_data", ranks::faults::bad_data, DELAYS),
+    ("delays_leave", ranks::faults::leave, DELAYS),
     ("no_peers", peers::no_peers, &[("EMULATOR_PEERS", "0")]),
     ("memory_of_processes", peers::processes, &[]),
     ("allreduce3_replays", allreduce::replays, &[]),
@@ -85,6 +95,10 @@ fn in_bits(q_heads: i32, kv_heads: i32, batches: &[&[(usize, usize)]]) {
         assert_eq!(judge(&ready.case, std::slice::from_ref(&ready.rank)).unwrap().failure, None);
         assert!(ready.bits() == first, "other bits");
     }
+}
+
+fn delays_random() {
+    ranks::random(KvLayout::BlockTable, 500, 4 * scale());
 }
 
 fn scale() -> u64 {
@@ -130,6 +144,12 @@ fn main() -> ExitCode {
         test("ranks_out_of_step", ranks::faults::out_of_step),
         test("ranks_aborted", ranks::faults::aborted),
         test("ranks_leave", ranks::faults::leave),
+        test("ranks_slotfuls", ranks::slotfuls),
+        test("ranks_beside_others", || ranks::order::beside_others(40)),
+        test("ranks_leave_before_rows_come", ranks::faults::leave_before_rows_come),
+        test("ranks_allocations", ranks::faults::allocations),
+        test("ranks_mismatch", ranks::faults::mismatch),
+        test("ranks_bad_data_of_others", ranks::faults::bad_data_of_others),
         test("allreduce3_numbers", allreduce::numbers),
         test("allreduce3_merges", allreduce::merges),
         test("allreduce3_bad_data", allreduce::bad_data),

@@ -39,7 +39,7 @@ const APART: [(&str, fn()); 4] = [
 
 /// Tests of ranks that wait for each other on one GPU: each in a process of its own and one after the other, since so many
 /// kernels and streams as all of them have would stand in each other's way.
-const RANKS: [(&str, fn()); 16] = [
+const RANKS: [(&str, fn()); 23] = [
     ("ranks_random_strided_0", || ranks::random(KvLayout::Strided, 0, count())),
     ("ranks_random_strided_1", || ranks::random(KvLayout::Strided, count(), count())),
     ("ranks_random_block_table_0", || ranks::random(KvLayout::BlockTable, 0, count())),
@@ -56,6 +56,13 @@ const RANKS: [(&str, fn()); 16] = [
     ("ranks_aborted", ranks::faults::aborted),
     ("ranks_leave", ranks::faults::leave),
     ("ranks_replays", ranks::order::replays),
+    ("ranks_slotfuls", ranks::slotfuls),
+    ("ranks_delayed_replays", ranks::order::delayed_replays),
+    ("ranks_beside_others", || ranks::order::beside_others(300)),
+    ("ranks_leave_before_rows_come", ranks::faults::leave_before_rows_come),
+    ("ranks_allocations", ranks::faults::allocations),
+    ("ranks_mismatch", ranks::faults::mismatch),
+    ("ranks_bad_data_of_others", ranks::faults::bad_data_of_others),
 ];
 /// A hardware queue for each stream: streams that share one wait for each other.
 const QUEUES: &[(&str, &str)] = &[("CUDA_DEVICE_MAX_CONNECTIONS", "32")];
