@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `TREEATTN_CUDA` | `auto` (default: compile if nvcc is found), `required` (fail without nvcc), `off` |
 //! | `TREEATTN_CUDA_ARCHS` | what to compile for, as `80,90a,ptx80`: numbers are machine code, `ptx` is for later GPUs |
+//! | `TREEATTN_CUDA_DELAYS` | for tests: kernels hold back at random points of an exchange, at most so many ns; default: never |
 //! | `TREEATTN_NVCC`, `NVCC` | the nvcc to use; else `CUDA_HOME`, `PATH`, /usr/local/cuda and pip's packages are searched |
 //! | `TREEATTN_PREBUILT_KERNELS` | a fatbin, or a folder of them (`OUT_DIR/image` of another build), instead of nvcc |
 //!
@@ -32,7 +33,7 @@ const MANIFEST: &str = "image.txt";
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     set_soname();
-    for name in ["TREEATTN_CUDA", "TREEATTN_CUDA_ARCHS", "TREEATTN_PREBUILT_KERNELS"] {
+    for name in ["TREEATTN_CUDA", "TREEATTN_CUDA_ARCHS", "TREEATTN_CUDA_DELAYS", "TREEATTN_PREBUILT_KERNELS"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
     let out = PathBuf::from(variable("OUT_DIR").unwrap_or_default());
@@ -169,6 +170,12 @@ fn compile(nvcc: &Path, sources: &[PathBuf], folder: &Path) -> Result<Image, Str
         vec!["-std=c++17".to_string(), "-O3".into(), "--fatbin".into(), "-Ikernels".into(), "-Xptxas=-v".into()];
     if toolkit >= (12, 8) {
         flags.push("--compress-mode=size".into());
+    }
+    if let Some(asked) = variable("TREEATTN_CUDA_DELAYS") {
+        let Some(most) = asked.parse::<u32>().ok().filter(|&most| most > 0) else {
+            return Err(format!("TREEATTN_CUDA_DELAYS: found {asked:?}, wanted a number of nanoseconds above 0"));
+        };
+        flags.push(format!("-DTREEATTN_DELAYS={most}"));
     }
     for arch in &archs {
         let (of, code) = match arch.strip_prefix("ptx") {

@@ -19,7 +19,7 @@ mod numerics;
 mod peers;
 #[path = "../gpu/processes.rs"]
 mod processes;
-#[path = "../gpu/ranks.rs"]
+#[path = "../gpu/ranks/mod.rs"]
 mod ranks;
 #[path = "../gpu/space.rs"]
 mod space;
@@ -48,15 +48,25 @@ const MANY_SMS: Variables = &[("EMULATOR_SMS", "40"), ("EMULATOR_SEED", "2")];
 /// As many as two levels of merges cannot take: two blocks each are more than 16 x 16.
 const MOST_SMS: Variables = &[("EMULATOR_SMS", "140")];
 
+/// Kernels hold back at random points of an exchange.
+const DELAYS: Variables = &[("EMULATOR_DELAYS", "200000"), ("EMULATOR_SEED", "3")];
+
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 13] = [
+const APART: [(&str, fn(), Variables); 20] = [
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
     ("replays", streams::replays, &[]),
     ("many_blocks", many_blocks, MANY_SMS),
     ("most_blocks", most_blocks, MOST_SMS),
     ("peers", peers::peers, &[]),
-    ("ranks_replays", ranks::replays, &[]),
+    ("ranks_replays", ranks::order::replays, &[]),
+    ("ranks_delayed_replays", ranks::order::delayed_replays, &[]),
+    ("delays_random", delays_random, DELAYS),
+    ("delays_replays", ranks::order::delayed_replays, DELAYS),
+    ("delays_many_steps", ranks::order::many_steps, DELAYS),
+    ("delays_merges", ranks::merges::merges, DELAYS),
+    ("delays_bad_data", ranks::faults::bad_data, DELAYS),
+    ("delays_leave", ranks::faults::leave, DELAYS),
     ("no_peers", peers::no_peers, &[("EMULATOR_PEERS", "0")]),
     ("memory_of_processes", peers::processes, &[]),
     ("allreduce3_replays", allreduce::replays, &[]),
@@ -85,6 +95,10 @@ fn in_bits(q_heads: i32, kv_heads: i32, batches: &[&[(usize, usize)]]) {
         assert_eq!(judge(&ready.case, std::slice::from_ref(&ready.rank)).unwrap().failure, None);
         assert!(ready.bits() == first, "other bits");
     }
+}
+
+fn delays_random() {
+    ranks::random(KvLayout::BlockTable, 500, 4 * scale());
 }
 
 fn scale() -> u64 {
@@ -122,14 +136,20 @@ fn main() -> ExitCode {
     }
     tests.extend([
         test("ranks_same_as_one", ranks::same_as_one),
-        test("ranks_merges", ranks::merges),
-        test("ranks_bad_data", ranks::bad_data),
-        test("ranks_many_steps", ranks::many_steps),
-        test("ranks_two_communicators", ranks::two_communicators),
-        test("ranks_absent", ranks::a_rank_that_does_not_come),
-        test("ranks_out_of_step", ranks::out_of_step),
-        test("ranks_aborted", ranks::aborted),
-        test("ranks_leave", ranks::leave),
+        test("ranks_merges", ranks::merges::merges),
+        test("ranks_bad_data", ranks::faults::bad_data),
+        test("ranks_many_steps", ranks::order::many_steps),
+        test("ranks_two_communicators", ranks::order::two_communicators),
+        test("ranks_absent", ranks::faults::a_rank_that_does_not_come),
+        test("ranks_out_of_step", ranks::faults::out_of_step),
+        test("ranks_aborted", ranks::faults::aborted),
+        test("ranks_leave", ranks::faults::leave),
+        test("ranks_slotfuls", ranks::slotfuls),
+        test("ranks_beside_others", || ranks::order::beside_others(40)),
+        test("ranks_leave_before_rows_come", ranks::faults::leave_before_rows_come),
+        test("ranks_allocations", ranks::faults::allocations),
+        test("ranks_mismatch", ranks::faults::mismatch),
+        test("ranks_bad_data_of_others", ranks::faults::bad_data_of_others),
         test("allreduce3_numbers", allreduce::numbers),
         test("allreduce3_merges", allreduce::merges),
         test("allreduce3_bad_data", allreduce::bad_data),

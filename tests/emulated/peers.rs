@@ -9,7 +9,7 @@ use cudarc::driver::sys::{self, CUdeviceptr, CUresult};
 use treeattn::attention::Dtype;
 use treeattn::runtime::{Device, Stream};
 
-use crate::driver::{Current, RawKernel, RawStream, current, ok, used};
+use crate::driver::{Current, Pause, RawKernel, RawStream, current, ok, used};
 use crate::group::{Group, ranks};
 use crate::mirror::GPU;
 use crate::numerics::shape;
@@ -230,8 +230,7 @@ pub fn windows_outlive_kernels() {
         let device = Device { ordinal: 1, ..GPU };
         // SAFETY: the raw stream outlives the wrapped one.
         let stream = unsafe { Stream::wrap_cuda(&group.gpus[1].runtime, device, raw.pointer()) }.unwrap();
-        // The emulator has 64 cycles a nanosecond.
-        RawKernel::new("late_copy").launch(&raw, 1, &[0, 0, 0, LATE.as_nanos() as u64 * 64]);
+        Pause::new(1).enqueue(&raw, LATE);
         // SAFETY: the device memory outlives the step, which is waited for.
         unsafe { plans[1].decode(&mirrors[1].args, Some(&stream)) }.unwrap();
         let other = RawStream::new();

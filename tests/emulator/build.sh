@@ -74,7 +74,7 @@ kernel() {
             echo "EMULATOR_CONSTANT($name)"
         done
     } >"$folder/source/$stem.$part.cpp"
-    compile "$folder/source/$stem.$part.cpp" "$folder/$stem.$part.o" "${include[@]}"
+    compile "$folder/source/$stem.$part.cpp" "$folder/$stem.$part.o" "${include[@]}" '-DTREEATTN_DELAYS=emulator::delays()'
 }
 
 rm -f "$folder"/emulator_*.o

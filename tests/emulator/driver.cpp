@@ -349,7 +349,7 @@ API cuDeviceGetAttribute(int* value, int which, int device) {
     case 1: *value = 1024; break;                                       // threads of a block
     case 8: *value = 48 << 10; break;                                   // shared memory of a block
     case 10: *value = 32; break;                                        // lanes of a warp
-    case 13: *value = 1980000; break;                                   // clock, kHz
+    case 13: *value = 64000000; break;                                  // clock, kHz: that of clock64
     case 16: *value = static_cast<int>(gpu.sms.size()); break;          // SMs
     case 33: *value = state().devices[static_cast<size_t>(device)].number + 1; break;  // PCI bus
     case 36: *value = 2619000; break;                                   // memory clock, kHz

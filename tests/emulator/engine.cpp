@@ -839,6 +839,12 @@ uint64_t global_timer() {
 // Many a nanosecond: who waits for cycles wants others to come in between, not to lose time.
 uint64_t clock_cycles() { return global_timer() * 64; }
 
+// What bounds a kernel's delays at points of a protocol, in nanoseconds: below 1 there are none.
+uint64_t delays() {
+    static const uint64_t bound = static_cast<uint64_t>(std::max(1l, setting("EMULATOR_DELAYS", 1)));
+    return bound;
+}
+
 void copy_async(uint32_t to, const void* from, uint32_t bytes, uint32_t size) {
     if (to % size != 0 || (bytes > 0 && reinterpret_cast<uintptr_t>(from) % size != 0)) {
         fail("cp.async of %u bytes from %p to %#x: not aligned", size, from, to);

@@ -189,6 +189,7 @@ void dependency_wait();
 void dependency_launch();
 uint64_t global_timer();
 uint64_t clock_cycles();
+uint64_t delays();
 
 void copy_async(uint32_t to, const void* from, uint32_t bytes, uint32_t size);
 void copy_commit();

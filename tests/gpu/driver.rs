@@ -2,6 +2,7 @@
 
 use std::ffi::{CString, c_void};
 use std::ptr::null_mut;
+use std::time::Duration;
 
 use cudarc::driver::sys::{self, CUresult};
 
@@ -161,5 +162,67 @@ impl RawKernel {
         ok(unsafe {
             sys::cuLaunchKernel(self.0, blocks, 1, 1, 256, 1, 1, 0, stream.0, pointers.as_mut_ptr(), null_mut())
         });
+    }
+}
+
+/// Holds a stream of one GPU up for a while.
+pub struct Pause {
+    kernel: RawKernel,
+    ordinal: i32,
+    kilohertz: u64,
+}
+
+impl Pause {
+    pub fn new(ordinal: i32) -> Pause {
+        let (_current, mut kilohertz) = (Current::new(ordinal), 0);
+        let clock = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE;
+        // SAFETY: writes one number.
+        ok(unsafe { sys::cuDeviceGetAttribute(&mut kilohertz, clock, ordinal) });
+        Pause { kernel: RawKernel::new("late_copy"), ordinal, kilohertz: kilohertz as u64 }
+    }
+
+    /// What is enqueued on `stream` after this waits for about `time` more.
+    pub fn enqueue(&self, stream: &RawStream, time: Duration) {
+        let _current = Current::new(self.ordinal);
+        self.kernel.launch(stream, 1, &[0, 0, 0, time.as_micros() as u64 * self.kilohertz / 1000]);
+    }
+}
+
+/// Memory of one GPU that nobody else may write to.
+pub struct Canary {
+    data: sys::CUdeviceptr,
+    bytes: usize,
+    ordinal: i32,
+}
+
+impl Canary {
+    const FILL: u8 = 0xa5;
+
+    pub fn new(ordinal: i32, bytes: usize) -> Canary {
+        let (_current, mut data) = (Current::new(ordinal), 0);
+        // SAFETY: writes an address; fills what was allocated.
+        unsafe {
+            ok(sys::cuMemAlloc_v2(&mut data, bytes));
+            let stream = RawStream::new();
+            ok(sys::cuMemsetD8Async(data, Canary::FILL, bytes, stream.0));
+            stream.synchronize();
+        }
+        Canary { data, bytes, ordinal }
+    }
+
+    /// Whether it is as it was.
+    pub fn lives(&self) -> bool {
+        let (_current, mut bytes) = (Current::new(self.ordinal), vec![0; self.bytes]);
+        // SAFETY: as long as the memory.
+        ok(unsafe { sys::cuMemcpyDtoH_v2(bytes.as_mut_ptr().cast(), self.data, self.bytes) });
+        bytes.iter().all(|&byte| byte == Canary::FILL)
+    }
+}
+
+impl Drop for Canary {
+    fn drop(&mut self) {
+        let _current = Current::new(self.ordinal);
+        // SAFETY: allocated by `new`.
+        let _ = unsafe { sys::cuMemFree_v2(self.data) };
     }
 }

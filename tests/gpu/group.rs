@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use treeattn::attention::AttentionDesc;
-use treeattn::runtime::{CommConfig, Communicator, Device, Plan, Runtime, RuntimeConfig};
+use treeattn::runtime::{CommConfig, Communicator, Device, Plan, Runtime, RuntimeConfig, Stream};
 
+use crate::driver::{Current, Pause, RawStream};
 use crate::mirror::{GPU, Gpu, Mirror};
 use crate::support::case::Case;
 use crate::support::rank::Rank;
@@ -64,6 +65,31 @@ impl Group {
     /// What each rank reports.
     pub fn errors(&self) -> Vec<Option<treeattn::Error>> {
         self.comms.iter().map(|comm| comm.status().unwrap().error).collect()
+    }
+}
+
+/// A stream of the test's own that a rank's steps can be enqueued on, held up, and captured. A context must be current
+/// when it is dropped.
+pub struct Lane {
+    pub stream: Stream,
+    pub raw: RawStream,
+    pub ordinal: i32,
+    pause: Pause,
+}
+
+impl Lane {
+    pub fn new(gpu: &Gpu) -> Lane {
+        let ordinal = gpu.device.ordinal;
+        let _current = Current::new(ordinal);
+        let raw = RawStream::new();
+        // SAFETY: the raw stream is dropped after the wrapped one.
+        let stream = unsafe { Stream::wrap_cuda(&gpu.runtime, gpu.device, raw.pointer()) }.unwrap();
+        Lane { stream, raw, ordinal, pause: Pause::new(ordinal) }
+    }
+
+    /// What is enqueued after this waits for about `time` more.
+    pub fn pause(&self, time: Duration) {
+        self.pause.enqueue(&self.raw, time);
     }
 }
 

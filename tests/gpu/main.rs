@@ -39,7 +39,7 @@ const APART: [(&str, fn()); 4] = [
 
 /// Tests of ranks that wait for each other on one GPU: each in a process of its own and one after the other, since so many
 /// kernels and streams as all of them have would stand in each other's way.
-const RANKS: [(&str, fn()); 16] = [
+const RANKS: [(&str, fn()); 23] = [
     ("ranks_random_strided_0", || ranks::random(KvLayout::Strided, 0, count())),
     ("ranks_random_strided_1", || ranks::random(KvLayout::Strided, count(), count())),
     ("ranks_random_block_table_0", || ranks::random(KvLayout::BlockTable, 0, count())),
@@ -47,15 +47,22 @@ const RANKS: [(&str, fn()); 16] = [
     ("ranks_random_csr_pages_0", || ranks::random(KvLayout::CsrPages, 0, count())),
     ("ranks_random_csr_pages_1", || ranks::random(KvLayout::CsrPages, count(), count())),
     ("ranks_same_as_one", ranks::same_as_one),
-    ("ranks_merges", ranks::merges),
-    ("ranks_bad_data", ranks::bad_data),
-    ("ranks_many_steps", ranks::many_steps),
-    ("ranks_two_communicators", ranks::two_communicators),
-    ("ranks_absent", ranks::a_rank_that_does_not_come),
-    ("ranks_out_of_step", ranks::out_of_step),
-    ("ranks_aborted", ranks::aborted),
-    ("ranks_leave", ranks::leave),
-    ("ranks_replays", ranks::replays),
+    ("ranks_merges", ranks::merges::merges),
+    ("ranks_bad_data", ranks::faults::bad_data),
+    ("ranks_many_steps", ranks::order::many_steps),
+    ("ranks_two_communicators", ranks::order::two_communicators),
+    ("ranks_absent", ranks::faults::a_rank_that_does_not_come),
+    ("ranks_out_of_step", ranks::faults::out_of_step),
+    ("ranks_aborted", ranks::faults::aborted),
+    ("ranks_leave", ranks::faults::leave),
+    ("ranks_replays", ranks::order::replays),
+    ("ranks_slotfuls", ranks::slotfuls),
+    ("ranks_delayed_replays", ranks::order::delayed_replays),
+    ("ranks_beside_others", || ranks::order::beside_others(300)),
+    ("ranks_leave_before_rows_come", ranks::faults::leave_before_rows_come),
+    ("ranks_allocations", ranks::faults::allocations),
+    ("ranks_mismatch", ranks::faults::mismatch),
+    ("ranks_bad_data_of_others", ranks::faults::bad_data_of_others),
 ];
 /// A hardware queue for each stream: streams that share one wait for each other.
 const QUEUES: &[(&str, &str)] = &[("CUDA_DEVICE_MAX_CONNECTIONS", "32")];

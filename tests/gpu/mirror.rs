@@ -122,6 +122,12 @@ impl Mirror {
         self.buffer.upload(0, &vec![byte; self.buffer.bytes()]).unwrap();
     }
 
+    /// Where the outputs lie on the device, what lies between them included: the address, a multiple of 4, and the bytes.
+    pub fn outputs(&self) -> (u64, usize) {
+        let begin = self.args.out.data as usize;
+        (begin as u64, self.args.lse.data as usize + self.args.lse.bytes as usize - begin)
+    }
+
     /// Copies one of the rank's buffers anew.
     pub fn update(&self, memory: &Memory) {
         if memory.len() > 0 {

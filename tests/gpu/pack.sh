@@ -4,9 +4,10 @@
 #   tests/gpu/pack.sh FOLDER [ARCH]      ARCH: 90a (default), 80, ...; the kernels are compiled for it alone
 #
 # Copy the folder there and run FOLDER/run.sh, which says what it can run. Needs nvcc, found as build.rs finds it, here;
-# there, an NVIDIA driver and glibc as new as this machine's. What was in FOLDER is removed.
+# there, an NVIDIA driver and glibc as new as this machine's. What was in FOLDER is removed. With TREEATTN_CUDA_DELAYS=20000
+# the kernels hold back at random points of an exchange, up to 20 us: run the tests of ranks in such a folder as well.
 set -euo pipefail
-[ $# -ge 1 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

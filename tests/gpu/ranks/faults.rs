@@ -1,0 +1,315 @@
+//! Steps that go wrong, ranks that do not come or leave, and what is left of the others then.
+
+use std::time::{Duration, Instant};
+
+use treeattn::ErrorKind;
+use treeattn::attention::{Algorithm, AttentionDesc, Dtype, OutputMode};
+use treeattn::runtime::{Buffer, Plan};
+
+use super::{HANG, LONG, counts};
+use crate::driver::{Canary, Current};
+use crate::group::{Group, Lane, ranks};
+use crate::numerics::shape;
+use crate::support::case::Case;
+use crate::support::full;
+use crate::support::rank::{Ints, Rank};
+use crate::support::run::judge;
+use crate::support::values::Values;
+
+/// A length out of range on one rank: NaN for that sequence and the same report on every rank, and nothing else.
+pub fn bad_data() {
+    for on in counts() {
+        for (world, algorithm) in [(2, Algorithm::OneShot), (3, Algorithm::TwoShot)] {
+            let group = Group::over(world, on, LONG);
+            let desc = AttentionDesc { algorithm, out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+            let case = Case::plain(desc, world, &[(100, 1), (90, 1), (80, 1)], Values::Normal, 5);
+            let (mut ranks, plans) = (ranks(&case), group.plans(&case.desc));
+            ranks[1].set(Ints::KvLength, 1, -3);
+            let mirrors = group.mirrors(&ranks);
+            group.step(&plans, &mirrors, &mut ranks);
+            for (rank, comm) in ranks.iter().zip(&group.comms) {
+                for head in 0..8 {
+                    assert!(rank.row(&case, 1, head).0.iter().all(|x| x.is_nan()));
+                    assert!(rank.lse_of(&case, 1, head).unwrap().is_nan());
+                    assert!(rank.row(&case, 0, head).0.iter().all(|x| x.is_finite()));
+                }
+                let status = comm.status().unwrap();
+                assert_eq!(status.error.map(|error| error.kind()), Some(ErrorKind::InvalidData));
+                assert_eq!((status.rank, status.sequence), (1, 1));
+                assert!(comm.status().unwrap().error.is_none(), "told once");
+            }
+            ranks[1].set(Ints::KvLength, 1, case.sequences[1].held[1].len() as i32);
+            let mirrors = group.mirrors(&ranks);
+            group.step(&plans, &mirrors, &mut ranks);
+            assert_eq!(judge(&case, &ranks).unwrap().failure, None);
+            assert!(group.errors().into_iter().flatten().next().is_none());
+        }
+    }
+}
+
+/// What is left of a group whose step failed: NaN, an error of `kind` that names `rank`, and a new group works.
+fn failed(group: Group, case: &Case, all: &mut [Rank], survivors: &[usize], kind: ErrorKind, rank: i32) {
+    for &survivor in survivors {
+        let error = group.gpus[survivor].stream.synchronize().unwrap_err();
+        assert_eq!((error.kind(), error.rank()), (kind, Some(rank)), "{error}");
+        let error = group.comms[survivor].status().unwrap().error.unwrap();
+        assert_eq!((error.kind(), error.rank()), (kind, Some(rank)), "{error}");
+    }
+    let on = group.gpus.iter().map(|gpu| gpu.device.ordinal).max().unwrap() as usize + 1;
+    drop(group);
+    let group = Group::over(case.world, on, LONG);
+    let (plans, mirrors) = (group.plans(&case.desc), group.mirrors(all));
+    group.step(&plans, &mirrors, all);
+    assert_eq!(judge(case, all).unwrap().failure, None);
+}
+
+/// A step that one rank does not take part in ends by the deadline, with NaN, and so do the steps behind it.
+pub fn a_rank_that_does_not_come() {
+    for on in counts() {
+        for algorithm in [Algorithm::OneShot, Algorithm::TwoShot] {
+            let desc = AttentionDesc { algorithm, out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+            let case = Case::plain(desc, 3, &[(100, 1)], Values::Normal, 5);
+            let group = Group::over(3, on, Duration::from_millis(500));
+            let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
+            let mirrors = group.mirrors(&all);
+            group.step(&plans, &mirrors, &mut all);
+            let started = Instant::now();
+            for _ in 0..3 {
+                for rank in [0, 2] {
+                    // SAFETY: the device memory outlives the step, which is waited for.
+                    unsafe { plans[rank].decode(&mirrors[rank].args, Some(&group.gpus[rank].stream)) }.unwrap();
+                }
+            }
+            for rank in [0, 2] {
+                let error = group.gpus[rank].stream.synchronize().unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::Timeout);
+                mirrors[rank].fetch(&mut all[rank]);
+                assert!(all[rank].row(&case, 0, 3).0.iter().all(|x| x.is_nan()));
+                assert!(all[rank].lse_of(&case, 0, 3).unwrap().is_nan());
+            }
+            assert!(started.elapsed() < HANG);
+            // SAFETY: nothing is enqueued.
+            let error = unsafe { plans[0].decode(&mirrors[0].args, Some(&group.gpus[0].stream)) }.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Timeout);
+            drop(plans);
+            failed(group, &case, &mut all, &[0, 2], ErrorKind::Timeout, 1);
+        }
+    }
+}
+
+/// Ranks that take a step for another.
+pub fn out_of_step() {
+    for on in counts() {
+        let desc = AttentionDesc { out_dtype: Dtype::F32, max_batch: 2, ..shape(8, 2, 64, Dtype::F16) };
+        let case = Case::plain(desc, 3, &[(100, 1), (30, 1)], Values::Normal, 5);
+        let group = Group::over(3, on, LONG);
+        let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
+        let others = group.plans(&case.desc);
+        let mirrors = group.mirrors(&all);
+        for rank in 0..3 {
+            let plan = if rank == 1 { &others[rank] } else { &plans[rank] };
+            // SAFETY: the device memory outlives the step, which is waited for.
+            unsafe { plan.decode(&mirrors[rank].args, Some(&group.gpus[rank].stream)) }.unwrap();
+        }
+        drop((plans, others));
+        failed(group, &case, &mut all, &[0, 1, 2], ErrorKind::Desync, 1);
+    }
+}
+
+/// An abort from another thread ends a wait at once.
+pub fn aborted() {
+    for on in counts() {
+        let desc = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+        let case = Case::plain(desc, 2, &[(100, 1)], Values::Normal, 5);
+        let group = Group::over(2, on, LONG);
+        let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
+        let mirrors = group.mirrors(&all);
+        let started = Instant::now();
+        // SAFETY: the device memory outlives the step, which is waited for.
+        unsafe { plans[0].decode(&mirrors[0].args, Some(&group.gpus[0].stream)) }.unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(50));
+                group.comms[1].abort().unwrap();
+            });
+            let error = group.gpus[0].stream.synchronize().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Aborted);
+        });
+        assert!(started.elapsed() < LONG);
+        drop(plans);
+        failed(group, &case, &mut all, &[0], ErrorKind::Aborted, 1);
+    }
+}
+
+/// A rank that leaves while another has work in flight: what it had sent counts, what it did not is its loss.
+pub fn leave() {
+    let rounds = if full() { 200 } else { 5 };
+    for on in counts() {
+        let desc = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+        let case = Case::plain(desc, 2, &[(100, 1)], Values::Normal, 5);
+        for round in 0..rounds {
+            let mut group = Group::over(2, on, LONG);
+            let (mut all, mut plans) = (ranks(&case), group.plans(&case.desc));
+            let mirrors = group.mirrors(&all);
+            group.enqueue(&plans, &mirrors);
+            if round % 2 == 0 {
+                // A step that the one who leaves does not take part in.
+                // SAFETY: the device memory outlives the step, which is waited for.
+                unsafe { plans[0].decode(&mirrors[0].args, Some(&group.gpus[0].stream)) }.unwrap();
+            }
+            // First the communicator: giving back a plan's memory waits for all work of the GPU.
+            group.comms.pop().unwrap().close();
+            plans.pop();
+            let ended = group.gpus[0].stream.synchronize();
+            if round % 2 == 0 {
+                let error = ended.unwrap_err();
+                assert_eq!((error.kind(), error.rank()), (ErrorKind::PeerLost, Some(1)), "{error}");
+                continue;
+            }
+            ended.unwrap();
+            group.gpus[1].stream.synchronize().unwrap();
+            mirrors.iter().zip(&mut all).for_each(|(mirror, rank)| mirror.fetch(rank));
+            assert_eq!(judge(&case, &all).unwrap().failure, None);
+        }
+    }
+}
+
+/// A rank that is gone, its plan too, before another's rows come: they end in the window that was its own and nowhere else,
+/// least of all in what has been allocated since.
+pub fn leave_before_rows_come() {
+    let rounds = if full() { 1000 } else { 4 };
+    for on in counts() {
+        let _current = Current::new(0);
+        let desc = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+        let case = Case::plain(desc, 2, &[(100, 1)], Values::Normal, 5);
+        for round in 0..rounds {
+            let mut group = Group::over(2, on, Duration::from_millis(100));
+            let (mut all, mut plans) = (ranks(&case), group.plans(&case.desc));
+            let mirrors = group.mirrors(&all);
+            group.step(&plans, &mirrors, &mut all);
+            let (lane, memory) = (Lane::new(&group.gpus[0]), plans[1].memory().unwrap());
+            let mut gone = plans.pop();
+            if round % 2 == 0 {
+                // Before there is work of the other rank, for which it would wait on a GPU that they share.
+                gone = None;
+            }
+            lane.pause(Duration::from_micros([0, 100, 1000, 5000][round / 2 % 4]));
+            // SAFETY: the device memory outlives the step, which is waited for.
+            unsafe { plans[0].decode(&mirrors[0].args, Some(&lane.stream)) }.unwrap();
+            drop((group.comms.pop(), gone));
+            let there = group.gpus[1].device.ordinal;
+            let canaries = [memory.window, memory.workspace].map(|bytes| Canary::new(there, bytes as usize));
+            let error = lane.stream.synchronize().unwrap_err();
+            assert_eq!((error.kind(), error.rank()), (ErrorKind::PeerLost, Some(1)), "round {round}: {error}");
+            for left in [Some((plans, group)), None] {
+                assert!(canaries.iter().all(Canary::lives), "round {round}: somebody wrote to memory of another");
+                drop(left);
+            }
+        }
+    }
+}
+
+/// Allocations by another thread while a rank waits: the wait ends when the other rank comes, or by its deadline.
+pub fn allocations() {
+    for on in counts() {
+        for comes in [true, false] {
+            let desc = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+            let case = Case::plain(desc, 2, &[(100, 1)], Values::Normal, 5);
+            let group = Group::over(2, on, if comes { LONG } else { Duration::from_millis(500) });
+            let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
+            let mirrors = group.mirrors(&all);
+            group.step(&plans, &mirrors, &mut all);
+            let begun = Instant::now();
+            // SAFETY: the device memory outlives the step, which is waited for.
+            unsafe { plans[0].decode(&mirrors[0].args, Some(&group.gpus[0].stream)) }.unwrap();
+            std::thread::scope(|scope| {
+                let allocating = scope.spawn(|| {
+                    let gpus = &group.gpus;
+                    let some = gpus.iter().map(|gpu| Buffer::alloc(&gpu.runtime, gpu.device, 40 << 20).unwrap());
+                    let canaries = gpus.iter().map(|gpu| Canary::new(gpu.device.ordinal, 40 << 20));
+                    (some.collect::<Vec<_>>(), canaries.collect::<Vec<_>>())
+                });
+                // In the middle of the allocations, or after them if they are fast.
+                std::thread::sleep(Duration::from_millis(20));
+                if comes {
+                    // SAFETY: as above.
+                    unsafe { plans[1].decode(&mirrors[1].args, Some(&group.gpus[1].stream)) }.unwrap();
+                    group.gpus.iter().for_each(|gpu| gpu.stream.synchronize().unwrap());
+                } else {
+                    let error = group.gpus[0].stream.synchronize().unwrap_err();
+                    assert_eq!((error.kind(), error.rank()), (ErrorKind::Timeout, Some(1)), "{error}");
+                }
+                let (_, canaries) = allocating.join().unwrap();
+                assert!(canaries.iter().all(Canary::lives));
+            });
+            assert!(begun.elapsed() < HANG);
+            if comes {
+                mirrors.iter().zip(&mut all).for_each(|(mirror, rank)| mirror.fetch(rank));
+                assert_eq!(judge(&case, &all).unwrap().failure, None);
+            } else {
+                drop(plans);
+                failed(group, &case, &mut all, &[0], ErrorKind::Timeout, 1);
+            }
+        }
+    }
+}
+
+/// Ranks whose plans differ: every one of them hears in which field, and goes on.
+pub fn mismatch() {
+    for on in counts() {
+        let group = Group::over(3, on, LONG);
+        let desc = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+        let case = Case::plain(desc, 3, &[(100, 1)], Values::Normal, 5);
+        let other = AttentionDesc { wire_dtype: Dtype::Bf16, ..case.desc };
+        std::thread::scope(|scope| {
+            let (case, other) = (&case, &other);
+            let created: Vec<_> = group
+                .comms
+                .iter()
+                .map(|comm| scope.spawn(|| Plan::create(comm, if comm.rank() == 1 { other } else { &case.desc })))
+                .collect();
+            for error in created.into_iter().map(|thread| thread.join().unwrap().err().unwrap()) {
+                assert_eq!((error.kind(), error.rank()), (ErrorKind::Mismatch, Some(1)), "{error}");
+                assert!(error.message().starts_with("wire_dtype:"), "{error}");
+            }
+        });
+        let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
+        let mirrors = group.mirrors(&all);
+        group.step(&plans, &mirrors, &mut all);
+        assert_eq!(judge(&case, &all).unwrap().failure, None);
+    }
+}
+
+/// Bad data of now one rank and now another, whose rows go to the owners of their heads: all ranks hear of it.
+pub fn bad_data_of_others() {
+    for on in counts() {
+        for (world, heads) in [(2, 8), (3, 4)] {
+            let group = Group::over(world, on, LONG);
+            let base = AttentionDesc { out_dtype: Dtype::F32, ..shape(heads, 1, 64, Dtype::F16) };
+            let desc = AttentionDesc { output: OutputMode::Scattered, ..base };
+            let case = Case::plain(desc, world, &[(100, 1), (90, 1), (80, 1)], Values::Normal, 5);
+            let (mut ranks, plans) = (ranks(&case), group.plans(&case.desc));
+            for bad in 0..world {
+                ranks[bad].set(Ints::KvLength, 2, -3);
+                let mirrors = group.mirrors(&ranks);
+                group.step(&plans, &mirrors, &mut ranks);
+                for (rank, comm) in ranks.iter().zip(&group.comms) {
+                    for head in rank.heads.clone() {
+                        assert!(rank.row(&case, 2, head).0.iter().all(|x| x.is_nan()));
+                        assert!(rank.row(&case, 1, head).0.iter().all(|x| x.is_finite()));
+                    }
+                    let status = comm.status().unwrap();
+                    let kind = status.error.map(|error| error.kind());
+                    let found = (kind, status.rank, status.sequence);
+                    let wanted = (Some(ErrorKind::InvalidData), bad as i32, 2);
+                    assert_eq!(found, wanted, "rank {} of {world} with {heads} heads", comm.rank());
+                }
+                ranks[bad].set(Ints::KvLength, 2, case.sequences[2].held[bad].len() as i32);
+            }
+            let mirrors = group.mirrors(&ranks);
+            group.step(&plans, &mirrors, &mut ranks);
+            assert_eq!(judge(&case, &ranks).unwrap().failure, None);
+            assert!(group.errors().into_iter().flatten().next().is_none());
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! Ranks on GPUs that exchange through each other's memory: several on one GPU, and over two where there are two.
+
+pub mod faults;
+pub mod merges;
+pub mod order;
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use treeattn::attention::reference::Comparison;
+use treeattn::attention::{Algorithm, AttentionDesc, Dtype, KvLayout, OutputMode};
+use treeattn::runtime::{DeviceKind, Plan, Runtime, RuntimeConfig};
+
+use crate::group::{Group, ranks};
+use crate::numerics::{MOST, SELDOM, shape};
+use crate::space;
+use crate::support::case::Case;
+use crate::support::rng::Rng;
+use crate::support::run::{judge, judge_with};
+use crate::support::values::Values;
+use crate::support::{only_case, seed};
+
+/// Far more than anything here takes.
+const HANG: Duration = Duration::from_secs(120);
+/// A step's deadline where it must not expire.
+const LONG: Duration = Duration::from_secs(60);
+
+/// The GPUs that ranks take turns over: one, and two where there are two.
+fn counts() -> Vec<usize> {
+    let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+    let count = runtime.device_count(DeviceKind::Cuda).unwrap();
+    (1..=count.min(2) as usize).collect()
+}
+
+/// Random cases `first..first + count` in one layout, over one GPU and over two in turn.
+pub fn random(layout: KvLayout, first: u64, count: u64) {
+    let counts = counts();
+    let mut groups: HashMap<(usize, usize), Group> = HashMap::new();
+    let mut by_dtype: [Comparison; 3] = Default::default();
+    let seeds = only_case().map_or_else(
+        || (first..first + count).map(|index| Rng::derive(seed() ^ 0x77, 3 * index + layout as u64)).collect(),
+        |case| vec![case],
+    );
+    let mut failures = Vec::new();
+    for (n, case) in seeds.into_iter().enumerate() {
+        let case = space::sharded(case, layout);
+        if std::env::var_os("TREEATTN_TRACE").is_some() {
+            eprintln!("{}", case.describe());
+        }
+        let on = counts[n % counts.len()];
+        let group = groups.entry((case.world, on)).or_insert_with(|| Group::over(case.world, on, LONG));
+        match run(group, &case) {
+            Ok(found) if case.desc.wire_dtype == Dtype::F32 => by_dtype[case.desc.out_dtype as usize - 1].add(&found),
+            Ok(_) => {}
+            Err(what) => failures.push(format!(
+                "{what}\nover {on} GPUs: {}\nTREEATTN_CASE={} runs this case alone",
+                case.describe(),
+                case.seed
+            )),
+        }
+    }
+    let shown = failures[..failures.len().min(6)].join("\n");
+    assert!(failures.is_empty(), "{} of {count} cases failed, among them\n{shown}", failures.len());
+    for found in &by_dtype {
+        assert!(found.broken as f64 <= SELDOM * found.elements as f64, "{found:?}");
+    }
+}
+
+/// Runs a case twice; what must not matter is filled otherwise the second time.
+fn run(group: &Group, case: &Case) -> Result<Comparison, String> {
+    let mut ranks = ranks(case);
+    let plans =
+        Plan::create_all(&group.comms.iter().collect::<Vec<_>>(), &case.desc).map_err(|e| format!("plan: {e}"))?;
+    let mut first = Vec::new();
+    for fill in [0xff, 0x3c] {
+        ranks.iter_mut().for_each(|rank| rank.prefill(fill));
+        let mirrors = group.mirrors(&ranks);
+        group.step(&plans, &mirrors, &mut ranks);
+        if let Some(rank) = ranks.iter().position(|rank| rank.strays(case, fill) > 0) {
+            return Err(format!("rank {rank} wrote beside its outputs"));
+        }
+        let bits: Vec<_> = ranks.iter().map(|rank| rank.bits(case)).collect();
+        if !first.is_empty() && first != bits {
+            return Err("a second run has other bits".into());
+        }
+        first = bits;
+    }
+    if case.desc.output == OutputMode::Replicated && first.iter().any(|bits| *bits != first[0]) {
+        return Err("ranks hold other bits".into());
+    }
+    if let Some(error) = group.errors().into_iter().flatten().next() {
+        return Err(format!("reported: {error}"));
+    }
+    let found = judge_with(case, &ranks, (case.desc.v_dtype == Dtype::F16).then(|| 2f64.powi(-39)))?;
+    match found.failure {
+        Some(failure) if found.worst.max(found.worst_lse) > MOST => Err(failure),
+        _ => Ok(found),
+    }
+}
+
+/// A cache on one rank of several, the others empty: the answer of one rank that has it all. Every rank in turn.
+pub fn same_as_one() {
+    let desc = AttentionDesc { out_dtype: Dtype::F32, ..shape(6, 2, 64, Dtype::F16) };
+    for on in counts() {
+        for world in [2, 3] {
+            let group = Group::over(world, on, LONG);
+            for holder in 0..world {
+                let mut case = Case::plain(desc, world, &[(90, 1), (0, 1), (40, 2)], Values::Normal, 4);
+                for sequence in &mut case.sequences {
+                    sequence.held = (0..world)
+                        .map(|rank| if rank == holder { (0..sequence.keys).collect() } else { Vec::new() })
+                        .collect();
+                }
+                case.desc.max_kv_length = 90;
+                let found = run(&group, &case).unwrap();
+                assert_eq!(found.failure, None);
+            }
+        }
+    }
+}
+
+/// Steps with more rows than a slot holds, on ranks that share GPUs, in turn with small steps of the same plan.
+pub fn slotfuls() {
+    for on in counts() {
+        for world in [2, 3] {
+            let group = Group::over(world, on, LONG);
+            let base = AttentionDesc { out_dtype: Dtype::F32, ..shape(16, 2, 128, Dtype::F16) };
+            for (algorithm, output) in [
+                (Algorithm::OneShot, OutputMode::Replicated),
+                (Algorithm::TwoShot, OutputMode::Replicated),
+                (Algorithm::Auto, OutputMode::Scattered),
+            ] {
+                let desc = AttentionDesc { algorithm, output, ..base };
+                // 2,096 rows of 520 bytes; a slot has 1 MiB.
+                let large = Case::plain(desc, world, &[(30, 100), (9, 31)], Values::Normal, 8);
+                let small = Case::plain(large.desc, world, &[(25, 1), (0, 1)], Values::Normal, 9);
+                let plans = group.plans(&large.desc);
+                let cases = [large, small];
+                let mut all = cases.each_ref().map(ranks);
+                let mirrors = all.each_ref().map(|ranks| group.mirrors(ranks));
+                let mut first = [Vec::new(), Vec::new()];
+                for round in 0..2 {
+                    mirrors.iter().for_each(|mirrors| group.enqueue(&plans, mirrors));
+                    group.gpus.iter().for_each(|gpu| gpu.stream.synchronize().unwrap());
+                    for (n, ranks) in all.iter_mut().enumerate() {
+                        mirrors[n].iter().zip(&mut *ranks).for_each(|(mirror, rank)| mirror.fetch(rank));
+                        assert_eq!(judge(&cases[n], ranks).unwrap().failure, None);
+                        let bits: Vec<_> = ranks.iter().map(|rank| rank.bits(&cases[n])).collect();
+                        assert!(round == 0 || bits == first[n], "other bits in a second round");
+                        first[n] = bits;
+                    }
+                }
+                let (stats, shots) = (plans[0].stats().unwrap(), if algorithm == Algorithm::TwoShot { 2 } else { 1 });
+                assert_eq!((stats.steps, stats.rounds), (4, 2 * (2 + 1) * shots), "two slotfuls, and one");
+            }
+            assert!(group.errors().into_iter().flatten().next().is_none());
+        }
+    }
+}
