@@ -166,6 +166,7 @@ impl Image {
         let changing = device.enter_to_change()?;
         let driver = device.driver;
         let (mut blocks, mut version) = (0, 0);
+        // How much of L1 is shared memory is left to the driver: loads under way lie in the rest of it.
         // SAFETY: sets and reads attributes of the function; asking makes it resident, whatever the loading mode.
         unsafe {
             let most = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -173,9 +174,6 @@ impl Image {
                 let status = (driver.func_set_attribute)(function, most, shared as i32);
                 device.check(status, &format!("cuFuncSetAttribute({name}, {shared} bytes of shared memory)"))?;
             }
-            let all = sys::CUshared_carveout_enum::CU_SHAREDMEM_CARVEOUT_MAX_SHARED as i32;
-            let carveout = Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
-            device.check((driver.func_set_attribute)(function, carveout, all), "cuFuncSetAttribute")?;
             let made_for = Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION;
             device.check((driver.func_get_attribute)(&mut version, made_for, function), "cuFuncGetAttribute")?;
             let status = (driver.occupancy)(&mut blocks, function, threads as i32, shared as usize);
