@@ -60,9 +60,10 @@ for word in "$@"; do
     quick) try 100 30 tests-quick "$here/gpu-tests" "${one[@]}" ${FILTER:+"$FILTER"} ;;
     full) TREEATTN_TEST=full try 170 30 tests-full "$here/gpu-tests" "${one[@]}" ${FILTER:+"$FILTER"} ;;
     ranks)
-        for filter in ranks_ processes_ allreduce3_; do try 60 20 "tests-${filter%_}" "$here/gpu-tests" "$filter"; done
+        try 80 20 tests-ranks "$here/gpu-tests" ranks_
+        for filter in processes_ allreduce3_; do try 45 20 "tests-${filter%_}" "$here/gpu-tests" "$filter"; done
         ;;
-    c) for program in bad_input dead_context host_time; do try 15 5 "c-$program" "$here/c/$program"; done ;;
+    c) for program in bad_input dead_context host_time; do try 10 5 "c-$program" "$here/c/$program"; done ;;
     examples) for program in "$here"/examples/*; do [ ! -x "$program" ] || try 20 30 "example-$(basename "$program")" "$program"; done ;;
     sanitize)
         # Asking for a kernel that a build does not have is no error.
@@ -72,7 +73,7 @@ for word in "$@"; do
         ;;
     bench)
         # shellcheck disable=SC2086 # several words
-        try 140 120 bench "$here/treeattn" bench --device cuda:0 --json "$out/bench.json" --plot "$out/bench.svg" ${BENCH:-}
+        try 60 120 bench "$here/treeattn" bench --device cuda:0 --json "$out/bench.json" --plot "$out/bench.svg" ${BENCH:-}
         ;;
     *) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 2 ;;
     esac
