@@ -1,5 +1,6 @@
 //! Steps and hops of local groups: under stress, and when ranks fail.
 
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -217,8 +218,12 @@ fn aborts_departures_and_errors_midway_end_every_wait() {
 
 #[test]
 fn a_panic_meanwhile_breaks_the_group_and_takes_the_message_back() {
+    let opened = Barrier::new(2);
     let results = on_threads(local_group(2, &config(LONG)).unwrap(), |rank| {
-        rank.open(1).unwrap();
+        let open = rank.open(1);
+        // The panic breaks the group: whoever opens the step after it is refused.
+        opened.wait();
+        open.unwrap();
         if rank.shard().rank == 1 {
             // Never takes it: looks at the status only.
             let began = Instant::now();
