@@ -1,4 +1,5 @@
-//! Decoding allocates nothing once a plan exists: counted by a global allocator, hence a test executable of its own.
+//! Decoding allocates nothing once a plan exists, and communicators and plans hold what they say: counted by a global
+//! allocator, hence a test executable of its own, with one test.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Barrier;
@@ -11,16 +12,20 @@ use treeattn::runtime::{CommConfig, Communicator, Device, DeviceKind, Plan, Runt
 struct Counting;
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+/// Bytes that are allocated now.
+static LIVE: AtomicUsize = AtomicUsize::new(0);
 
 // SAFETY: hands everything to the system allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        LIVE.fetch_add(layout.size(), Ordering::Relaxed);
         // SAFETY: as the caller vouches.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
         // SAFETY: as the caller vouches.
         unsafe { System.dealloc(pointer, layout) }
     }
@@ -29,10 +34,54 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+const ALGORITHMS: [Algorithm; 5] =
+    [Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Tree, Algorithm::Allreduce3, Algorithm::Ring];
+const CPU: Device = Device { kind: DeviceKind::Cpu, ordinal: 0 };
+
 #[test]
-fn decoding_allocates_nothing() {
-    for algorithm in [Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Tree, Algorithm::Allreduce3, Algorithm::Ring] {
+fn decoding_allocates_nothing_and_plans_hold_what_they_say() {
+    for algorithm in ALGORITHMS {
         decoding_with(algorithm);
+    }
+    for threads in [1, 3] {
+        windows_of(threads);
+        for algorithm in ALGORITHMS {
+            memory_of(algorithm, threads);
+        }
+    }
+}
+
+/// What `make` makes, with the bytes that it holds.
+fn held<T>(make: impl FnOnce() -> T) -> (T, usize) {
+    let before = LIVE.load(Ordering::Relaxed);
+    let made = make();
+    (made, LIVE.load(Ordering::Relaxed) - before)
+}
+
+/// A communicator holds its window, and little beside it. One rank: a larger window would be mapped by itself.
+fn windows_of(threads: usize) {
+    let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+    let config = CommConfig { threads_per_rank: threads, ..CommConfig::default() };
+    let (comms, bytes) = held(|| Communicator::create_local(&runtime, &[CPU], &config).unwrap());
+    let plan = Plan::create(&comms[0], &AttentionDesc::new(8, 2, 64, 500)).unwrap();
+    let window = plan.memory().unwrap().window as usize;
+    assert!((window..window + 16_384).contains(&bytes), "{threads} threads: {bytes} bytes, says {window}");
+}
+
+/// A plan holds its workspace, and little beside it.
+fn memory_of(algorithm: Algorithm, threads: usize) {
+    let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+    let config = CommConfig { threads_per_rank: threads, ..CommConfig::default() };
+    let comms = Communicator::create_local(&runtime, &[CPU; 3], &config).unwrap();
+    for wire_dtype in [Dtype::F32, Dtype::Bf16] {
+        let shape = AttentionDesc::new(32, 8, 64, 100);
+        let desc = AttentionDesc { max_batch: 64, max_query_tokens: 64, wire_dtype, algorithm, ..shape };
+        let (plans, bytes) = held(|| Plan::create_all(&comms.iter().collect::<Vec<_>>(), &desc).unwrap());
+        let says: usize = plans.iter().map(|plan| plan.memory().unwrap().workspace as usize).sum();
+        // Blocks of a ring, mapped by themselves: 64 x 100 tokens, two a rank, each of 8 heads of 64 keys and values.
+        let mapped = if algorithm == Algorithm::Ring { 3 * 2 * 64 * 100 * 8 * (64 + 64) * 4 } else { 0 };
+        let told = format!("{algorithm:?}, {threads} threads, wire {wire_dtype:?}: {bytes} bytes, says {says}");
+        assert!((says..says + 3 * 8192).contains(&(bytes + mapped)), "{told}");
     }
 }
 

@@ -1,0 +1,109 @@
+//! Every wait for a callback ends by its own deadline.
+
+use std::sync::Barrier;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use treeattn::ErrorKind;
+use treeattn::attention::AttentionDesc;
+use treeattn::runtime::{CommConfig, Plan};
+
+use super::mesh::{LONG, Mesh, connect, unix_pairs};
+use super::ranks::*;
+use super::watchdog::Watchdog;
+
+/// The deadline of waits that are to reach it.
+const DEADLINE: Duration = Duration::from_millis(1500);
+/// When such a wait is over even on a busy machine; below twice the deadline.
+const LATE: Duration = Duration::from_millis(2900);
+
+/// Asserts that a wait ended by its deadline, and neither before nor long after.
+fn assert_timed_out(what: &str, error: &treeattn::Error, took: Duration) {
+    assert_eq!(error.kind(), ErrorKind::Timeout, "{what}: {error}");
+    assert!((DEADLINE..LATE).contains(&took), "{what} took {took:?}");
+}
+
+/// Runs each on a thread of its own, for they only wait.
+fn together(cases: impl IntoIterator<Item = impl FnOnce() + Send>) {
+    thread::scope(|scope| cases.into_iter().for_each(|case| drop(scope.spawn(case))));
+}
+
+#[test]
+fn a_rank_that_never_comes_ends_the_step_by_its_deadline() {
+    // Callbacks that look at the time they are given, or at the abort word alone.
+    let cases = ALGORITHMS.into_iter().flat_map(|algorithm| [(algorithm, 0), (algorithm, 1)]);
+    together(cases.map(|(algorithm, deaf)| {
+        move || {
+            // The absent rank stays until the others are done, which would see its sockets close.
+            let done = Barrier::new(3);
+            on_ranks(3, &config(DEADLINE), |mesh, comm| {
+                let plan = Plan::create(comm, &AttentionDesc { algorithm, ..shape(1) }).unwrap();
+                if mesh.rank == 1 {
+                    done.wait();
+                    return;
+                }
+                mesh.deaf.store(deaf, Ordering::Relaxed);
+                let began = Instant::now();
+                let error = decode(&plan, mesh.rank, 1, None).err().unwrap();
+                let took = began.elapsed();
+                let what = format!("{algorithm:?}, deaf {deaf}, rank {}", mesh.rank);
+                assert_timed_out(&what, &error, took);
+                assert_eq!(comm.status().unwrap().error.unwrap().kind(), error.kind(), "{what}");
+                assert_eq!(decode(&plan, mesh.rank, 1, None).err().unwrap().kind(), error.kind(), "{what}");
+                done.wait();
+            });
+        }
+    }));
+}
+
+#[test]
+fn a_rank_that_never_comes_ends_what_is_created_by_the_setup_deadline() {
+    let config = CommConfig { step_timeout: LONG, setup_timeout: DEADLINE, ..config(LONG) };
+    let config = &config;
+    together([0, 1].map(|deaf| {
+        move || {
+            let meshes = Mesh::threads(2, unix_pairs);
+            meshes[0].deaf.store(deaf, Ordering::Relaxed);
+            let _watchdog = Watchdog::new("a communicator without a peer", LONG);
+            let began = Instant::now();
+            let error = connect(&meshes[0], config).err().unwrap();
+            assert_timed_out(&format!("a communicator, deaf {deaf}"), &error, began.elapsed());
+        }
+    }));
+    together([0, 1].map(|deaf| {
+        move || {
+            let done = Barrier::new(2);
+            on_ranks(2, config, |mesh, comm| {
+                if mesh.rank == 1 {
+                    done.wait();
+                    return;
+                }
+                mesh.deaf.store(deaf, Ordering::Relaxed);
+                let began = Instant::now();
+                let error = Plan::create(comm, &shape(1)).err().unwrap();
+                assert_timed_out(&format!("a plan, deaf {deaf}"), &error, began.elapsed());
+                done.wait();
+            });
+        }
+    }));
+}
+
+#[test]
+fn a_rank_that_comes_to_create_after_the_step_deadline_is_waited_for() {
+    let config = config(Duration::from_millis(100));
+    let _watchdog = Watchdog::new("late ranks", LONG);
+    let meshes = Mesh::threads(2, unix_pairs);
+    thread::scope(|scope| {
+        for mesh in &meshes {
+            let config = &config;
+            scope.spawn(move || {
+                let late = || thread::sleep(Duration::from_millis(400 * mesh.rank as u64));
+                late();
+                let comm = connect(mesh, config).unwrap();
+                late();
+                Plan::create(&comm, &shape(1)).unwrap();
+            });
+        }
+    });
+}
