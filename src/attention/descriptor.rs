@@ -1,6 +1,7 @@
 //! The descriptor: everything about an attention shape that stays the same from step to step.
 
 use super::dtype::Dtype;
+use super::format::KvFormat;
 use super::placement::Placement;
 use crate::error::{Error, Result};
 
@@ -15,6 +16,9 @@ macro_rules! codes {
         pub enum $name { $($(#[$vdoc])* $variant = $code),* }
 
         impl $name {
+            /// Every value, in the order of the codes.
+            pub const ALL: [$name; [$($code),*].len()] = [$($name::$variant),*];
+
             /// The value with this code of the C ABI.
             pub fn from_code(field: &str, code: i32) -> Result<$name> {
                 match code {
@@ -216,9 +220,14 @@ impl AttentionDesc {
         if self.scale == 0.0 { (1.0 / f64::from(self.head_dim_qk).sqrt()) as f32 } else { self.scale }
     }
 
-    /// Whether global positions matter.
-    pub fn needs_positions(&self) -> bool {
-        self.causal || self.window != 0 || self.alibi
+    /// How k lies in memory.
+    pub fn k_format(&self) -> KvFormat {
+        KvFormat::of(self.k_dtype)
+    }
+
+    /// How v lies in memory.
+    pub fn v_format(&self) -> KvFormat {
+        KvFormat::of(self.v_dtype)
     }
 
     /// Checks that the fields make sense, on any backend.
@@ -266,41 +275,72 @@ impl AttentionDesc {
 
     /// The fields by name with their values, in the order in which ranks compare them.
     pub fn fields(&self) -> Vec<(&'static str, String)> {
-        let (kind, run) = match self.placement {
+        // Without `..`, so that the compiler asks for every new field here.
+        let AttentionDesc {
+            q_heads,
+            kv_heads,
+            head_dim_qk,
+            head_dim_v,
+            q_dtype,
+            k_dtype,
+            v_dtype,
+            out_dtype,
+            kv_layout,
+            page_size,
+            placement,
+            max_batch,
+            max_query_tokens,
+            max_kv_length,
+            scale,
+            causal,
+            window,
+            softcap,
+            alibi,
+            sinks,
+            mask,
+            mask_dtype,
+            query_input,
+            output,
+            algorithm,
+            reproducibility,
+            wire_dtype,
+            kv_stable,
+        } = *self;
+        let (kind, run) = match placement {
             Placement::Contiguous => ("CONTIGUOUS", 0),
             Placement::Interleaved { run } => ("INTERLEAVED", run),
             Placement::Explicit => ("EXPLICIT", 0),
         };
         vec![
-            ("q_heads", self.q_heads.to_string()),
-            ("kv_heads", self.kv_heads.to_string()),
-            ("head_dim_qk", self.head_dim_qk.to_string()),
-            ("head_dim_v", self.head_dim_v.to_string()),
-            ("q_dtype", self.q_dtype.name().into()),
-            ("k_dtype", self.k_dtype.name().into()),
-            ("v_dtype", self.v_dtype.name().into()),
-            ("out_dtype", self.out_dtype.name().into()),
-            ("kv_layout", self.kv_layout.name().into()),
-            ("page_size", self.page_size.to_string()),
+            ("q_heads", q_heads.to_string()),
+            ("kv_heads", kv_heads.to_string()),
+            ("head_dim_qk", head_dim_qk.to_string()),
+            ("head_dim_v", head_dim_v.to_string()),
+            ("q_dtype", q_dtype.name().into()),
+            ("k_dtype", k_dtype.name().into()),
+            ("v_dtype", v_dtype.name().into()),
+            ("out_dtype", out_dtype.name().into()),
+            ("kv_layout", kv_layout.name().into()),
+            ("page_size", page_size.to_string()),
             ("placement.kind", kind.into()),
             ("placement.interleave", run.to_string()),
-            ("max_batch", self.max_batch.to_string()),
-            ("max_query_tokens", self.max_query_tokens.to_string()),
-            ("max_kv_length", self.max_kv_length.to_string()),
-            ("scale", format!("{:?}", self.scale)),
-            ("causal", i32::from(self.causal).to_string()),
-            ("window", self.window.to_string()),
-            ("softcap", format!("{:?}", self.softcap)),
-            ("alibi", i32::from(self.alibi).to_string()),
-            ("sinks", i32::from(self.sinks).to_string()),
-            ("mask", self.mask.name().into()),
-            ("mask_dtype", self.mask_dtype.map_or("none", Dtype::name).into()),
-            ("query_input", self.query_input.name().into()),
-            ("output", self.output.name().into()),
-            ("algorithm", self.algorithm.name().into()),
-            ("reproducibility", self.reproducibility.name().into()),
-            ("wire_dtype", self.wire_dtype.name().into()),
-            ("kv_stable", i32::from(self.kv_stable).to_string()),
+            ("max_batch", max_batch.to_string()),
+            ("max_query_tokens", max_query_tokens.to_string()),
+            ("max_kv_length", max_kv_length.to_string()),
+            ("scale", format!("{scale:?}")),
+            ("causal", i32::from(causal).to_string()),
+            ("window", window.to_string()),
+            ("softcap", format!("{softcap:?}")),
+            ("alibi", i32::from(alibi).to_string()),
+            ("sinks", i32::from(sinks).to_string()),
+            ("mask", mask.name().into()),
+            ("mask_dtype", mask_dtype.map_or("none", Dtype::name).into()),
+            ("query_input", query_input.name().into()),
+            ("output", output.name().into()),
+            ("algorithm", algorithm.name().into()),
+            ("reproducibility", reproducibility.name().into()),
+            ("wire_dtype", wire_dtype.name().into()),
+            ("kv_stable", i32::from(kv_stable).to_string()),
         ]
     }
 }

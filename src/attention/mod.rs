@@ -3,18 +3,26 @@
 //! Plain data and checks; depends on nothing but [`crate::error`] and, for what bad data is,
 //! [`crate::partial`]. Backends, the runtime and the C ABI build on it.
 
+pub mod capability;
 pub mod descriptor;
 pub mod dtype;
 pub mod energy;
+pub mod format;
 pub mod placement;
 pub mod reference;
+pub mod score;
 pub mod step;
 pub mod tensor;
+pub mod visibility;
 
+pub use capability::{Capabilities, supported};
 pub use descriptor::{
     Algorithm, AttentionDesc, KvLayout, MAX_HEAD_DIM, MaskKind, OutputMode, QueryInput, Reproducibility,
 };
 pub use dtype::Dtype;
+pub use format::KvFormat;
 pub use placement::{Placement, Shard, head_range};
+pub use score::ScoreMod;
 pub use step::{DecodeArgs, Step};
 pub use tensor::Tensor;
+pub use visibility::{KeyPositions, Visibility, VisibilityRule};

@@ -4,6 +4,7 @@ use std::ffi::c_void;
 
 use super::descriptor::{AttentionDesc, KvLayout};
 use super::dtype::Dtype;
+use super::format::KvFormat;
 use super::placement::{Placement, Shard};
 use super::tensor::Tensor;
 use crate::error::{Error, Result};
@@ -60,9 +61,10 @@ pub struct DecodeArgs {
     pub last_page_len: *const i32,
 }
 
-// SAFETY: a description only; the caller vouches for the memory until the step is done.
+// SAFETY: addresses and numbers. Nothing here reads through them; the unsafe code that does says who keeps the memory
+// alive until the step is done.
 unsafe impl Send for DecodeArgs {}
-// SAFETY: as above.
+// SAFETY: as for Send: sharing them shares numbers.
 unsafe impl Sync for DecodeArgs {}
 
 impl Default for DecodeArgs {
@@ -284,13 +286,7 @@ fn strided(name: &str, tensor: &Tensor, dtype: Dtype, shape: [i64; 4]) -> Result
     let packed = tensor.stride.iter().all(|&s| s == 0);
     if packed {
         // Packed over the plan's longest sequence; the batch may still be cut short by `bytes`.
-        let size = dtype.size() as i64;
-        let row = size * shape[3];
-        let token = row * shape[2];
-        let sequence = token.checked_mul(shape[1]).ok_or_else(|| {
-            Error::invalid(format_args!("{name} shape"), format_args!("{shape:?}"), "a size that fits 63 bits")
-        })?;
-        let stride = [sequence, token, row, size];
+        let stride = KvFormat::of(dtype).packed_strides(name, &shape)?;
         let resolved = Tensor { stride, ..*tensor }.resolve(name, dtype, &[shape[0], 1, shape[2], shape[3]])?;
         return Ok((resolved, room(tensor.bytes, dtype, &resolved, &shape)));
     }
@@ -303,8 +299,10 @@ fn room(bytes: u64, dtype: Dtype, stride: &[i64; 4], shape: &[i64; 4]) -> i64 {
     if stride[1] == 0 {
         return i64::MAX;
     }
-    let fixed = dtype.size() as i128
-        + [0, 2, 3].iter().map(|&d| i128::from(stride[d]) * i128::from(shape[d] - 1)).sum::<i128>();
+    let format = KvFormat::of(dtype);
+    let counts = format.block_shape(shape);
+    let fixed = format.block_bytes() as i128
+        + [0, 2, 3].iter().map(|&d| i128::from(stride[d]) * i128::from(counts[d] - 1)).sum::<i128>();
     let left = i128::from(bytes) - fixed;
     if left < 0 { 0 } else { i64::try_from(left / i128::from(stride[1]) + 1).unwrap_or(i64::MAX) }
 }

@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 
 use super::dtype::Dtype;
+use super::format::KvFormat;
 use crate::error::{Error, Result};
 
 /// A caller's buffer with byte strides; what the dimensions mean is said where the tensor is used.
@@ -20,9 +21,10 @@ pub struct Tensor {
     pub stride: [i64; 4],
 }
 
-// SAFETY: a Tensor is a description; whoever dereferences it vouches for the memory behind it.
+// SAFETY: a Tensor is an address and numbers. Nothing here reads through the address; the unsafe code that does says who
+// keeps the memory alive.
 unsafe impl Send for Tensor {}
-// SAFETY: as above.
+// SAFETY: as for Send: sharing it shares numbers.
 unsafe impl Sync for Tensor {}
 
 impl Tensor {
@@ -49,20 +51,21 @@ impl Tensor {
     /// Checks pointer, alignment, strides and extent for `shape` (outermost first; at most 4 dimensions) and gives
     /// the strides to use. A shape with a zero dimension touches nothing and needs no data.
     pub fn resolve(&self, name: &str, dtype: Dtype, shape: &[i64]) -> Result<[i64; 4]> {
-        let stride = self.strides_for(name, dtype, shape)?;
-        let size = dtype.size() as u64;
+        let format = KvFormat::of(dtype);
+        let stride = self.strides_for(name, format, shape)?;
         if shape.contains(&0) {
             return Ok(stride);
         }
         if self.data.is_null() {
             return Err(Error::invalid(format_args!("{name}.data"), "NULL", "a pointer"));
         }
-        if !(self.data as usize).is_multiple_of(dtype.size().min(4)) {
-            let wanted = format!("a pointer aligned to {size} bytes");
+        if !(self.data as usize).is_multiple_of(format.alignment()) {
+            let wanted = format!("a pointer aligned to {} bytes", format.alignment());
             return Err(Error::invalid(format_args!("{name}.data"), format_args!("{:p}", self.data), wanted));
         }
-        let mut extent = size;
-        for (dim, (&n, &s)) in shape.iter().zip(&stride).enumerate() {
+        let mut extent = format.block_bytes() as u64;
+        let counts = format.block_shape(shape);
+        for (dim, (&n, &s)) in counts[..shape.len()].iter().zip(&stride).enumerate() {
             let span = u64::try_from(n - 1).ok().and_then(|n| n.checked_mul(s as u64));
             extent = span.and_then(|span| extent.checked_add(span)).ok_or_else(|| {
                 Error::invalid(format_args!("{name}.stride[{dim}]"), s, "an extent that fits 64 bits")
@@ -80,20 +83,14 @@ impl Tensor {
     }
 
     /// The strides to use for `shape`: the packed ones where all are zero, else these, checked for sign and alignment.
-    fn strides_for(&self, name: &str, dtype: Dtype, shape: &[i64]) -> Result<[i64; 4]> {
-        let size = dtype.size() as i64;
+    fn strides_for(&self, name: &str, format: KvFormat, shape: &[i64]) -> Result<[i64; 4]> {
         let mut stride = self.stride;
         if stride[..shape.len()].iter().all(|&s| s == 0) {
-            let mut next = size;
-            for dim in (0..shape.len()).rev() {
-                stride[dim] = next;
-                next = next.checked_mul(shape[dim].max(1)).ok_or_else(|| {
-                    Error::invalid(format_args!("{name} shape"), format_args!("{shape:?}"), "a size that fits 63 bits")
-                })?;
-            }
+            let packed = format.packed_strides(name, shape)?;
+            stride[..shape.len()].copy_from_slice(&packed[..shape.len()]);
         }
         for (dim, &s) in stride[..shape.len()].iter().enumerate() {
-            let align = size.min(4);
+            let align = format.alignment() as i64;
             if s < 0 || s % align != 0 {
                 let wanted = format!("a byte stride of at least 0, a multiple of {align}");
                 return Err(Error::invalid(format_args!("{name}.stride[{dim}]"), s, wanted));

@@ -8,7 +8,10 @@ use super::partition::Line;
 use super::sequences::{Reader, Sequence};
 use super::tile::TILE;
 use super::worker::{Layout, Output, Shape, Worker};
-use crate::attention::{AttentionDesc, KvLayout, MaskKind, QueryInput, Reproducibility, Shard, Step};
+use crate::attention::{
+    Algorithm, AttentionDesc, Capabilities, Dtype, KvLayout, MAX_HEAD_DIM, MaskKind, QueryInput, Reproducibility,
+    Shard, Step, supported,
+};
 use crate::device::{HostBuffer, Workers};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::{DataFault, PartialRows};
@@ -23,39 +26,21 @@ const STATE_BYTES: usize = 64 << 10;
 /// Tiles a worker should have before the kv heads of a tile are kept together.
 const TILES_TO_BLOCK: u64 = 8;
 
-/// Whether the CPU backend serves a shape. `Unsupported` names the field that it does not.
-pub fn supported(desc: &AttentionDesc) -> Result<()> {
-    let refuse = |field: &str, found: String, wanted: &str| Err(Error::unsupported(field, found, wanted));
-    let on = |flag: bool| i32::from(flag).to_string();
-    if !desc.k_dtype.is_float() {
-        return refuse("k_dtype", desc.k_dtype.name().into(), "f32, f16 and bf16");
-    }
-    if !desc.v_dtype.is_float() {
-        return refuse("v_dtype", desc.v_dtype.name().into(), "f32, f16 and bf16");
-    }
-    if desc.window != 0 {
-        return refuse("window", desc.window.to_string(), "0");
-    }
-    if desc.softcap != 0.0 {
-        return refuse("softcap", desc.softcap.to_string(), "0");
-    }
-    if desc.alibi {
-        return refuse("alibi", on(desc.alibi), "0");
-    }
-    if desc.sinks {
-        return refuse("sinks", on(desc.sinks), "0");
-    }
-    if desc.mask != MaskKind::None {
-        return refuse("mask", desc.mask.name().into(), "NONE");
-    }
-    if desc.query_input != QueryInput::Replicated {
-        return refuse("query_input", desc.query_input.name().into(), "REPLICATED");
-    }
-    if desc.reproducibility != Reproducibility::Repeatable {
-        return refuse("reproducibility", desc.reproducibility.name().into(), "REPEATABLE");
-    }
-    Ok(())
-}
+/// What the CPU backend serves.
+pub const CAPABILITIES: Capabilities = Capabilities {
+    place: "",
+    kv_dtypes: &[Dtype::F32, Dtype::F16, Dtype::Bf16],
+    head_dim_multiple: 1,
+    head_dim_limit: MAX_HEAD_DIM,
+    window: false,
+    softcap: false,
+    alibi: false,
+    sinks: false,
+    masks: &[MaskKind::None],
+    query_inputs: &[QueryInput::Replicated],
+    reproducibility: &[Reproducibility::Repeatable],
+    algorithms: &Algorithm::ALL,
+};
 
 /// Attention over one rank's shard on CPU workers.
 ///
@@ -98,7 +83,7 @@ impl CpuBackend {
 
     fn of(desc: &AttentionDesc, shard: Shard, threads: usize, isa: Isa, tilted: bool) -> Result<CpuBackend> {
         desc.check()?;
-        supported(desc)?;
+        supported(desc, &CAPABILITIES)?;
         if desc.is_merge_only() {
             return Err(Error::invalid("kv_heads", 0, "at least 1 where keys are attended"));
         }

@@ -27,6 +27,6 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
-pub use backend::{CpuBackend, supported};
+pub use backend::{CAPABILITIES, CpuBackend};
 pub use isa::{ENVIRONMENT, Isa, isa};
 pub use pack::Held;

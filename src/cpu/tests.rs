@@ -4,7 +4,7 @@ use half::{bf16, f16};
 
 use super::{CpuBackend, Isa};
 use crate::attention::placement::interleaved_position;
-use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, Placement, Shard, Step, Tensor};
+use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, Placement, Shard, Step, Tensor, supported};
 use crate::device::Workers;
 use crate::partial::{DataFault, DataFaultCause, PartialRows};
 
@@ -531,7 +531,7 @@ fn an_f32_query_is_not_rounded() {
 #[test]
 fn what_is_not_served_is_named() {
     let desc = AttentionDesc::new(4, 2, 64, 10);
-    assert!(super::supported(&desc).is_ok());
+    assert!(supported(&desc, &super::CAPABILITIES).is_ok());
     type Change = fn(&mut AttentionDesc);
     let changes: [(Change, &str); 5] = [
         (|d| d.k_dtype = Dtype::Q8_0, "k_dtype"),
@@ -543,7 +543,7 @@ fn what_is_not_served_is_named() {
     for (change, name) in changes {
         let mut desc = desc;
         change(&mut desc);
-        let error = super::supported(&desc).unwrap_err();
+        let error = supported(&desc, &super::CAPABILITIES).unwrap_err();
         assert_eq!(error.kind(), crate::ErrorKind::Unsupported);
         assert!(error.message().starts_with(name), "{error}");
     }

@@ -6,7 +6,10 @@ use std::time::Duration;
 use super::allreduce::PartialTarget;
 use super::merge::{Merge, MergeStep};
 use super::params::{self, DecodeParams, KernelShape, Workspace};
-use crate::attention::{AttentionDesc, Dtype, KvLayout, MaskKind, Placement, QueryInput, Reproducibility, Shard, Step};
+use crate::attention::{
+    Algorithm, AttentionDesc, Capabilities, Dtype, KvLayout, MaskKind, Placement, QueryInput, Reproducibility, Shard,
+    Step, supported,
+};
 use crate::device::cuda::{CudaDevice, CudaStream, Entered, Holdings, Image, Kernel, PointerCheck, Words};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::{DataFault, DataFaultCause, ExchangeView};
@@ -18,48 +21,21 @@ const PARTIALS_A_BLOCK: usize = 4;
 /// How parts of the workspace are aligned, bytes.
 const ALIGN: usize = 256;
 
-/// `Unsupported` by field name for what the CUDA backend does not serve.
-pub(crate) fn supported(desc: &AttentionDesc) -> Result<()> {
-    let refuse = |field: &str, found: String, wanted: &str| Err(Error::unsupported(field, found, wanted));
-    let on = |flag: bool| i32::from(flag).to_string();
-    let half = |dtype: Dtype| matches!(dtype, Dtype::F16 | Dtype::Bf16);
-    if desc.is_merge_only() {
-        return Ok(());
-    }
-    if !half(desc.k_dtype) {
-        return refuse("k_dtype", desc.k_dtype.name().into(), "f16 and bf16 on a GPU");
-    }
-    if !half(desc.v_dtype) {
-        return refuse("v_dtype", desc.v_dtype.name().into(), "f16 and bf16 on a GPU");
-    }
-    for (field, dim) in [("head_dim_qk", desc.head_dim_qk), ("head_dim_v", desc.head_dim_v)] {
-        if dim % 8 != 0 || dim > 256 {
-            return refuse(field, dim.to_string(), "multiples of 8 up to 256 on a GPU");
-        }
-    }
-    if desc.window != 0 {
-        return refuse("window", desc.window.to_string(), "0");
-    }
-    if desc.softcap != 0.0 {
-        return refuse("softcap", desc.softcap.to_string(), "0");
-    }
-    if desc.alibi {
-        return refuse("alibi", on(desc.alibi), "0");
-    }
-    if desc.sinks {
-        return refuse("sinks", on(desc.sinks), "0");
-    }
-    if desc.mask != MaskKind::None {
-        return refuse("mask", desc.mask.name().into(), "NONE");
-    }
-    if desc.query_input != QueryInput::Replicated {
-        return refuse("query_input", desc.query_input.name().into(), "REPLICATED");
-    }
-    if desc.reproducibility != Reproducibility::Repeatable {
-        return refuse("reproducibility", desc.reproducibility.name().into(), "REPEATABLE");
-    }
-    Ok(())
-}
+/// What the CUDA backend serves.
+pub(crate) const CAPABILITIES: Capabilities = Capabilities {
+    place: " on a GPU",
+    kv_dtypes: &[Dtype::F16, Dtype::Bf16],
+    head_dim_multiple: 8,
+    head_dim_limit: 256,
+    window: false,
+    softcap: false,
+    alibi: false,
+    sinks: false,
+    masks: &[MaskKind::None],
+    query_inputs: &[QueryInput::Replicated],
+    reproducibility: &[Reproducibility::Repeatable],
+    algorithms: &[Algorithm::Auto, Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Allreduce3],
+};
 
 /// Where a step's partial goes.
 #[derive(Clone, Copy, Debug)]
@@ -189,7 +165,7 @@ impl CudaBackend {
         sharing: usize,
         patience: Duration,
     ) -> Result<CudaBackend> {
-        supported(desc)?;
+        supported(desc, &CAPABILITIES)?;
         let image = Image::new(device)?;
         let merge = Merge::new(device)?;
         let mut holdings = Holdings::new(device, patience);

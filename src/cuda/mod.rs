@@ -12,6 +12,6 @@ mod merge;
 mod params;
 
 pub(crate) use allreduce::{Allreduce, AllreduceOutput, AllreduceShape, PartialTarget};
-pub(crate) use backend::{CudaBackend, Destination, supported};
+pub(crate) use backend::{CAPABILITIES, CudaBackend, Destination};
 pub(crate) use exchange::{COMMUNICATORS, ExchangeKernel, ExchangeStep};
 pub(crate) use merge::{Merge, MergeStep};

@@ -3,7 +3,7 @@
 use super::context::Runtime;
 use super::output::Output;
 use super::stream::{Job, Stream};
-use crate::attention::{AttentionDesc, DecodeArgs, Shard, Step, Tensor};
+use crate::attention::{AttentionDesc, DecodeArgs, Shard, Step, Tensor, supported};
 use crate::cpu::{self, CpuBackend, Isa};
 use crate::device::{Device, DeviceKind, FloatState, Workers, available_cores};
 use crate::error::{Error, ErrorKind, Result};
@@ -54,7 +54,7 @@ pub unsafe fn energy(
     if desc.is_merge_only() {
         return Err(Error::invalid("kv_heads", 0, "at least 1 where keys are attended"));
     }
-    cpu::supported(desc)?;
+    supported(desc, &cpu::CAPABILITIES)?;
     let step = Step::new(desc, ALONE, args, desc.q_heads)?.at_zeta(desc, zeta)?;
     let energy = EnergyStep { desc: *desc, step, isa: runtime.cpu_isa() };
     match stream {

@@ -15,7 +15,7 @@ use super::execute;
 use super::merge::{MergeArgs, MergeInput};
 use super::peer::GpuExchange;
 use super::stream::{Job, Stream};
-use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, OutputMode, Shard, Step, head_range};
+use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, OutputMode, Shard, Step, head_range, supported};
 use crate::cpu::{self, CpuBackend};
 use crate::cuda::{self, CudaBackend};
 use crate::device::{Device, DeviceKind, Within};
@@ -111,22 +111,11 @@ pub(super) struct Counters {
 pub fn attention_supported(runtime: &Runtime, device: Device, desc: &AttentionDesc) -> Result<()> {
     runtime.check_device(device)?;
     desc.check()?;
-    match (device.kind, desc.algorithm) {
-        (_, Algorithm::Ring) if desc.is_merge_only() => {
-            let wanted = "an algorithm that exchanges partials, for a merge-only plan";
-            return Err(Error::unsupported("algorithm", desc.algorithm.name(), wanted));
-        }
-        (DeviceKind::Cpu, _)
-        | (_, Algorithm::Auto | Algorithm::OneShot | Algorithm::TwoShot | Algorithm::Allreduce3) => {}
-        (_, other) => {
-            let wanted = "AUTO, ONE_SHOT, TWO_SHOT and ALLREDUCE3";
-            return Err(Error::unsupported("algorithm", other.name(), wanted));
-        }
-    }
-    match device.kind {
-        DeviceKind::Cpu => cpu::supported(desc),
-        DeviceKind::Cuda => cuda::supported(desc),
-    }
+    let backend = match device.kind {
+        DeviceKind::Cpu => &cpu::CAPABILITIES,
+        DeviceKind::Cuda => &cuda::CAPABILITIES,
+    };
+    supported(desc, backend)
 }
 
 impl Plan {

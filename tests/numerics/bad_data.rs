@@ -1,6 +1,6 @@
 //! Lengths, starts, tables and positions out of range: NaN for that sequence on every rank, and nothing else.
 
-use treeattn::attention::{Algorithm, AttentionDesc, KvLayout, Placement};
+use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, KvLayout, Placement, Tensor};
 
 use crate::support::case::Case;
 use crate::support::rank::{Ints, Rank};
@@ -66,6 +66,37 @@ fn lengths() {
             for value in [-1, i32::MIN, i32::MAX, most + 1] {
                 check(&mut pool, &case, (world - 1, Ints::KvLength, 1, value), &[1], "kv_length");
             }
+        }
+    }
+}
+
+/// Keys and values may have room for different numbers of tokens; the smaller one counts, whichever it is.
+#[test]
+fn lengths_beyond_the_room_of_keys_or_values() {
+    let desc = AttentionDesc::new(1, 1, 16, 8);
+    let group = Group::new("scalar", 1, 1);
+    let plans = group.plans(&desc).expect("plans");
+    let (q, mut out) = ([1f32; 16], [0f32; 16]);
+    for (k_room, v_room, length, fits) in [(8, 4, 5, false), (4, 8, 5, false), (8, 4, 4, true), (4, 8, 4, true)] {
+        let (k, v) = (vec![0f32; k_room * 16], vec![2f32; v_room * 16]);
+        let args = DecodeArgs {
+            batch: 1,
+            query_tokens: 1,
+            q: Tensor::from_slice(&q),
+            k: Tensor::from_slice(&k),
+            v: Tensor::from_slice(&v),
+            out: Tensor::from_slice_mut(&mut out),
+            kv_length: &length,
+            ..DecodeArgs::default()
+        };
+        // SAFETY: the arrays outlive the call, which has no stream and so blocks; they are as large as the tensors say.
+        let result = unsafe { plans[0].decode(&args, None) };
+        let what = format!("k {k_room}, v {v_room}, kv_length {length}: {result:?}");
+        if fits {
+            assert!(result.is_ok() && out == [2.0; 16], "{what}");
+        } else {
+            assert_bad_data(&[result], 0, "kv_length");
+            assert!(out.iter().all(|x| x.is_nan()), "{what}");
         }
     }
 }

@@ -8,6 +8,7 @@ mod support;
 
 mod algorithms;
 mod bad_data;
+mod descriptor;
 mod energy;
 mod engine_partials;
 mod exact;

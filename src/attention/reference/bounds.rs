@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use super::Reference;
 use super::inputs::load_row;
+use super::partials::Reference;
 use crate::attention::descriptor::AttentionDesc;
 use crate::attention::dtype::Dtype;
 use crate::attention::step::Step;

@@ -1,12 +1,12 @@
 //! What a step's memory says, one value at a time: lengths, tables, positions, and rows of q, k and v.
 
-use half::{bf16, f16};
-
 use crate::attention::descriptor::{AttentionDesc, KvLayout};
 use crate::attention::dtype::Dtype;
+use crate::attention::format::KvFormat;
 use crate::attention::placement::{Placement, Shard};
 use crate::attention::step::Step;
 use crate::attention::tensor::Tensor;
+use crate::attention::visibility::{KeyPositions, VisibilityRule};
 use crate::partial::DataFaultCause;
 
 /// The inputs of one rank's step.
@@ -104,18 +104,26 @@ impl Inputs<'_> {
                 return Err(DataFaultCause::Page);
             }
         }
-        let positions = 0..=i64::from(i32::MAX);
-        let queries_fit = || (0..sequence.tokens).all(|i| self.query_position(sequence, i) >= 0);
-        let keys_fit = || (0..sequence.keys).all(|slot| positions.contains(&self.key_position(sequence, slot)));
-        if self.desc.causal && !(queries_fit() && keys_fit()) {
-            return Err(DataFaultCause::Position);
+        if !VisibilityRule::of(self.desc).reads_positions() {
+            return Ok(());
         }
-        Ok(())
+        let positions = 0..=i64::from(i32::MAX);
+        let keys = self.key_positions(sequence);
+        let queries_fit = (0..sequence.tokens).all(|i| self.query_position(sequence, i) >= 0);
+        if queries_fit && (0..sequence.keys).all(|slot| positions.contains(&keys.of(slot))) {
+            Ok(())
+        } else {
+            Err(DataFaultCause::Position)
+        }
     }
 
-    /// Whether query token `token` of the sequence sees the key in `slot`.
-    pub fn sees(&self, sequence: &Sequence, token: usize, slot: usize) -> bool {
-        !self.desc.causal || self.key_position(sequence, slot) <= self.query_position(sequence, token)
+    /// The slots that query token `token` of the sequence sees.
+    pub fn visible(&self, sequence: &Sequence, token: usize) -> impl Iterator<Item = usize> {
+        let rule = VisibilityRule::of(self.desc);
+        let read = rule.reads_positions();
+        let position = if read { self.query_position(sequence, token) } else { 0 };
+        let keys = if read { self.key_positions(sequence) } else { KeyPositions::Contiguous { start: 0 } };
+        (0..sequence.keys).filter(move |&slot| rule.sees(&keys, position, slot))
     }
 
     fn query_position(&self, sequence: &Sequence, token: usize) -> i64 {
@@ -127,16 +135,20 @@ impl Inputs<'_> {
         }
     }
 
-    fn key_position(&self, sequence: &Sequence, slot: usize) -> i64 {
-        let (args, b, slot) = (&self.step.args, sequence.index as i64, slot as i64);
+    /// Where the keys of the sequence are, which has some.
+    fn key_positions(&self, sequence: &Sequence) -> KeyPositions<'_> {
+        let (args, b) = (&self.step.args, sequence.index as i64);
         match self.desc.placement {
-            Placement::Contiguous if args.kv_start.is_null() => slot,
-            Placement::Contiguous => read(args.kv_start, b) + slot,
-            Placement::Interleaved { run } => {
-                let (run, world, rank) = (i64::from(run), i64::from(self.shard.world), i64::from(self.shard.rank));
-                (slot / run) * run * world + rank * run + slot % run
+            Placement::Contiguous if args.kv_start.is_null() => KeyPositions::Contiguous { start: 0 },
+            Placement::Contiguous => KeyPositions::Contiguous { start: read(args.kv_start, b) },
+            Placement::Interleaved { run } => KeyPositions::Interleaved { run: i64::from(run), shard: self.shard },
+            Placement::Explicit => {
+                let row = args.kv_position.wrapping_offset((b * self.step.kv_position_stride(self.desc)) as isize);
+                // SAFETY: `Step::new` refused a null or unaligned pointer; the caller of `attend` vouches for a position
+                // for each of the sequence's keys, which nobody writes meanwhile.
+                let positions = unsafe { std::slice::from_raw_parts(row, sequence.keys) };
+                KeyPositions::Explicit { positions }
             }
-            Placement::Explicit => read(args.kv_position, b * self.step.kv_position_stride(self.desc) + slot),
         }
     }
 
@@ -178,15 +190,8 @@ fn read(pointer: *const i32, index: i64) -> i64 {
 /// Loads a row of `out.len()` elements that begins `offset` bytes into the tensor.
 pub(super) fn load_row(tensor: &Tensor, dtype: Dtype, offset: i64, stride: i64, out: &mut [f64]) {
     let row = tensor.data.cast::<u8>().cast_const().wrapping_offset(offset as isize);
-    for (i, out) in out.iter_mut().enumerate() {
-        let element = row.wrapping_offset(i as isize * stride as isize);
-        // SAFETY: the element lies within the extent that `Step::new` checked, at a slot within the checked length.
-        *out = unsafe {
-            match dtype {
-                Dtype::F16 => element.cast::<f16>().read_unaligned().to_f64(),
-                Dtype::Bf16 => element.cast::<bf16>().read_unaligned().to_f64(),
-                _ => f64::from(element.cast::<f32>().read_unaligned()),
-            }
-        };
-    }
+    // SAFETY: the row lies within the extent that `Step::new` checked, at a slot within the checked length; the caller of
+    // `attend` or `compare` vouches for the memory.
+    let known = unsafe { KvFormat::of(dtype).widen_row(row, stride, out) };
+    debug_assert!(known, "{dtype:?} is none of the reference's types");
 }

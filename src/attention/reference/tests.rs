@@ -1,6 +1,6 @@
 use super::*;
-use crate::attention::{DecodeArgs, Dtype, KvLayout, Placement, Tensor};
-use crate::partial::DataFaultCause;
+use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, Placement, Shard, Step, Tensor};
+use crate::partial::{DataFault, DataFaultCause};
 
 /// A step over one head of dimension 1 with V of dimension 2, whose inputs live as long as it does.
 struct Tiny {

@@ -254,4 +254,17 @@ mod tests {
         let report = judge(&wrong);
         assert!(report.message.starts_with("correctly rounded outputs"), "{report:?}");
     }
+
+    /// Bits that differ between ranks or runs fail a check whose numbers are all right.
+    #[test]
+    fn different_bits_do_not_pass() {
+        let desc = AttentionDesc::new(1, 1, 8, 16);
+        let mut tally = Tally::new(&desc, 2);
+        assert!(Tally::new(&desc, 2).report().passed);
+        tally.differs("rank 1, row 0: found other bits than on rank 0".into());
+        tally.differs("rank 1, row 7: found other bits than on rank 0".into());
+        let report = tally.report();
+        assert!(!report.passed && !report.same_bits, "{report:?}");
+        assert!(report.message.contains("row 0"), "the first is told: {report:?}");
+    }
 }

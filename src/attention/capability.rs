@@ -1,0 +1,193 @@
+//! What a backend serves, as data, and the one check of a descriptor against it.
+
+use super::descriptor::{Algorithm, AttentionDesc, MaskKind, QueryInput, Reproducibility};
+use super::dtype::Dtype;
+use crate::error::{Error, Result};
+
+/// What a backend serves of the descriptor's optional parts.
+#[derive(Clone, Copy, Debug)]
+pub struct Capabilities {
+    /// Ends what messages say is supported, where that depends on the backend: " on a GPU", or nothing.
+    pub place: &'static str,
+    /// Element types of k and v.
+    pub kv_dtypes: &'static [Dtype],
+    /// Head dimensions of q, k and v are multiples of this ...
+    pub head_dim_multiple: i32,
+    /// ... up to this.
+    pub head_dim_limit: i32,
+    /// A window.
+    pub window: bool,
+    /// A softcap.
+    pub softcap: bool,
+    /// ALiBi slopes.
+    pub alibi: bool,
+    /// Sinks.
+    pub sinks: bool,
+    /// Kinds of masks.
+    pub masks: &'static [MaskKind],
+    /// What ranks may pass as q.
+    pub query_inputs: &'static [QueryInput],
+    /// Reproducibility modes.
+    pub reproducibility: &'static [Reproducibility],
+    /// Algorithms that plans may ask for.
+    pub algorithms: &'static [Algorithm],
+}
+
+/// Whether what `backend` serves covers `desc`, a checked descriptor: `Unsupported` names the field that it does not.
+///
+/// Of a merge-only plan only the algorithm counts.
+pub fn supported(desc: &AttentionDesc, backend: &Capabilities) -> Result<()> {
+    let one_of = |field: &str, found: &str, is_served: bool, served: &mut dyn Iterator<Item = &'static str>| {
+        if is_served { Ok(()) } else { Err(Error::unsupported(field, found, list(served))) }
+    };
+    let off = |field: &str, is_off: bool, found: String, is_served: bool| {
+        if is_off || is_served { Ok(()) } else { Err(Error::unsupported(field, found, "0")) }
+    };
+    let algorithms = backend.algorithms;
+    if desc.is_merge_only() && desc.algorithm == Algorithm::Ring {
+        let wanted = "an algorithm that exchanges partials, for a merge-only plan";
+        return Err(Error::unsupported("algorithm", desc.algorithm.name(), wanted));
+    }
+    let served = algorithms.contains(&desc.algorithm);
+    one_of("algorithm", desc.algorithm.name(), served, &mut algorithms.iter().map(|a| a.name()))?;
+    if desc.is_merge_only() {
+        return Ok(());
+    }
+    for (field, dtype) in [("k_dtype", desc.k_dtype), ("v_dtype", desc.v_dtype)] {
+        if !backend.kv_dtypes.contains(&dtype) {
+            let served = list(&mut backend.kv_dtypes.iter().map(|dtype| dtype.name()));
+            return Err(Error::unsupported(field, dtype.name(), format!("{served}{}", backend.place)));
+        }
+    }
+    for (field, dim) in [("head_dim_qk", desc.head_dim_qk), ("head_dim_v", desc.head_dim_v)] {
+        let (multiple, limit) = (backend.head_dim_multiple, backend.head_dim_limit);
+        if dim % multiple != 0 || dim > limit {
+            let served = format!("multiples of {multiple} up to {limit}{}", backend.place);
+            return Err(Error::unsupported(field, dim, served));
+        }
+    }
+    off("window", desc.window == 0, desc.window.to_string(), backend.window)?;
+    off("softcap", desc.softcap == 0.0, desc.softcap.to_string(), backend.softcap)?;
+    off("alibi", !desc.alibi, "1".into(), backend.alibi)?;
+    off("sinks", !desc.sinks, "1".into(), backend.sinks)?;
+    let served = backend.masks.contains(&desc.mask);
+    one_of("mask", desc.mask.name(), served, &mut backend.masks.iter().map(|m| m.name()))?;
+    let served = backend.query_inputs.contains(&desc.query_input);
+    one_of("query_input", desc.query_input.name(), served, &mut backend.query_inputs.iter().map(|q| q.name()))?;
+    let modes = backend.reproducibility;
+    let served = modes.contains(&desc.reproducibility);
+    one_of("reproducibility", desc.reproducibility.name(), served, &mut modes.iter().map(|r| r.name()))
+}
+
+/// "a", "a and b", "a, b and c".
+fn list(names: &mut dyn Iterator<Item = &'static str>) -> String {
+    let names: Vec<&str> = names.collect();
+    match names.split_last() {
+        None => "none".into(),
+        Some((last, [])) => (*last).into(),
+        Some((last, rest)) => format!("{} and {last}", rest.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    const SERVED: Capabilities = Capabilities {
+        place: " on a test",
+        kv_dtypes: &[Dtype::F32, Dtype::F16, Dtype::Bf16],
+        head_dim_multiple: 8,
+        head_dim_limit: 256,
+        window: false,
+        softcap: false,
+        alibi: false,
+        sinks: false,
+        masks: &[MaskKind::None],
+        query_inputs: &[QueryInput::Replicated],
+        reproducibility: &[Reproducibility::Repeatable],
+        algorithms: &[Algorithm::Auto, Algorithm::OneShot, Algorithm::Ring],
+    };
+
+    /// Sets one field of a descriptor.
+    type Set = fn(&mut AttentionDesc);
+
+    #[test]
+    fn each_field_is_refused_by_name_and_served_where_the_data_says_so() {
+        let base = AttentionDesc::new(2, 1, 64, 10);
+        supported(&base, &SERVED).unwrap();
+        let cases: [(&str, &str, Set, fn(&mut Capabilities)); 11] = [
+            (
+                "k_dtype: found q8_0",
+                "f32, f16 and bf16 on a test",
+                |d| d.k_dtype = Dtype::Q8_0,
+                |c| {
+                    c.kv_dtypes = &[Dtype::Q8_0, Dtype::F32];
+                },
+            ),
+            (
+                "v_dtype: found f8_e4m3",
+                "f32, f16 and bf16 on a test",
+                |d| d.v_dtype = Dtype::F8E4M3,
+                |c| {
+                    c.kv_dtypes = &[Dtype::F8E4M3, Dtype::F32];
+                },
+            ),
+            (
+                "head_dim_qk: found 60",
+                "multiples of 8 up to 256 on a test",
+                |d| d.head_dim_qk = 60,
+                |c| {
+                    c.head_dim_multiple = 4;
+                },
+            ),
+            (
+                "head_dim_v: found 264",
+                "multiples of 8 up to 256 on a test",
+                |d| d.head_dim_v = 264,
+                |c| {
+                    c.head_dim_limit = 264;
+                },
+            ),
+            ("window: found 3", "0", |d| d.window = 3, |c| c.window = true),
+            ("softcap: found 0.5", "0", |d| d.softcap = 0.5, |c| c.softcap = true),
+            ("alibi: found 1", "0", |d| d.alibi = true, |c| c.alibi = true),
+            ("sinks: found 1", "0", |d| d.sinks = true, |c| c.sinks = true),
+            ("mask: found BOOLEAN", "NONE", |d| d.mask = MaskKind::Boolean, |c| c.masks = &[MaskKind::Boolean]),
+            (
+                "query_input: found SCATTERED",
+                "REPLICATED",
+                |d| d.query_input = QueryInput::Scattered,
+                |c| {
+                    c.query_inputs = &[QueryInput::Scattered];
+                },
+            ),
+            (
+                "reproducibility: found CANONICAL",
+                "REPEATABLE",
+                |d| d.reproducibility = Reproducibility::Canonical,
+                |c| {
+                    c.reproducibility = &[Reproducibility::Canonical];
+                },
+            ),
+        ];
+        for (found, wanted, set, serve) in cases {
+            let (mut desc, mut backend) = (base, SERVED);
+            set(&mut desc);
+            let error = supported(&desc, &backend).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported);
+            assert_eq!(error.message(), format!("{found}, this build supports {wanted}"));
+            serve(&mut backend);
+            supported(&desc, &backend).unwrap();
+        }
+        let mut desc = base;
+        desc.algorithm = Algorithm::Tree;
+        let error = supported(&desc, &SERVED).unwrap_err();
+        assert_eq!(error.message(), "algorithm: found TREE, this build supports AUTO, ONE_SHOT and RING");
+        desc = base;
+        (desc.kv_heads, desc.window) = (0, 7);
+        supported(&desc, &SERVED).unwrap();
+        desc.algorithm = Algorithm::Ring;
+        assert!(supported(&desc, &SERVED).unwrap_err().message().starts_with("algorithm: found RING"));
+    }
+}
