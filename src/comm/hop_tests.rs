@@ -4,9 +4,9 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::local::{LocalExchange, local_group_at};
+use super::local::{LocalRank, local_group_at};
 use super::*;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Result};
 use crate::partial::epoch::Epoch;
 
 /// Long enough that only a hang reaches it.
@@ -16,7 +16,7 @@ fn config(step: Duration) -> CommConfig {
     CommConfig { step_timeout: step, setup_timeout: LONG, ..CommConfig::default() }
 }
 
-fn on_threads<T: Send>(ranks: Vec<LocalExchange>, body: impl Fn(LocalExchange) -> T + Sync) -> Vec<T> {
+fn on_threads<T: Send>(ranks: Vec<LocalRank>, body: impl Fn(LocalRank) -> T + Sync) -> Vec<T> {
     let began = Instant::now();
     let results = std::thread::scope(|scope| {
         let handles: Vec<_> = ranks.into_iter().map(|rank| scope.spawn(|| body(rank))).collect();
@@ -36,7 +36,7 @@ fn size(rank: usize, step: u64) -> usize {
 }
 
 /// Hop `index` of a step: to the rank `shift` below, from the one `shift` above.
-fn hop(rank: &LocalExchange, step: u64, index: u32, shift: usize) -> Result<()> {
+fn hop(rank: &LocalRank, step: u64, index: u32, shift: usize) -> Result<()> {
     let (me, world) = (rank.shard().rank as usize, rank.shard().world as usize);
     let (to, from) = ((me + world - shift % world) % world, (me + shift) % world);
     let send: Vec<u8> = (0..size(me, step)).map(|at| byte(me, step, at)).collect();
@@ -54,7 +54,7 @@ fn hop(rank: &LocalExchange, step: u64, index: u32, shift: usize) -> Result<()> 
 }
 
 /// A step of several hops, and sometimes a round.
-fn whole_step(rank: &LocalExchange, step: u64) -> Result<()> {
+fn whole_step(rank: &LocalRank, step: u64) -> Result<()> {
     rank.open(step)?;
     if step.is_multiple_of(3) {
         rank.round(RoundHeader { fingerprint: step, fault: 0 }, 64, &mut |_| (), &mut |_| ())?;

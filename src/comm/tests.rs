@@ -6,9 +6,10 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::local::{LocalExchange, local_group_at};
+use super::local::{LocalRank, local_group_at};
 use super::*;
-use crate::error::ErrorKind;
+use crate::attention::Shard;
+use crate::error::{ErrorKind, Result};
 use crate::partial::epoch::Epoch;
 
 /// Counts the allocations of each thread.
@@ -63,7 +64,7 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
 }
 
 /// One round in which every rank sends `bytes` that depend on rank and round, and checks all that it gets.
-fn checked_round(rank: &LocalExchange, round: u64, bytes: usize) -> Result<()> {
+fn checked_round(rank: &LocalRank, round: u64, bytes: usize) -> Result<()> {
     let me = rank.shard().rank as usize;
     let world = rank.shard().world as usize;
     let mut fill = |slot: &mut [u8]| {
@@ -88,12 +89,12 @@ fn checked_round(rank: &LocalExchange, round: u64, bytes: usize) -> Result<()> {
     Ok(())
 }
 
-fn plain_round(rank: &LocalExchange) -> Result<()> {
+fn plain_round(rank: &LocalRank) -> Result<()> {
     rank.round(PLAIN, 64, &mut |_| (), &mut |_| ())
 }
 
 /// Runs `body` for every rank, each on a thread of its own, and gives the results in rank order.
-fn on_threads<T: Send>(ranks: Vec<LocalExchange>, body: impl Fn(LocalExchange) -> T + Sync) -> Vec<T> {
+fn on_threads<T: Send>(ranks: Vec<LocalRank>, body: impl Fn(LocalRank) -> T + Sync) -> Vec<T> {
     std::thread::scope(|scope| {
         let handles: Vec<_> = ranks.into_iter().map(|rank| scope.spawn(|| body(rank))).collect();
         handles.into_iter().map(|handle| handle.join().unwrap()).collect()
@@ -115,7 +116,7 @@ fn stress(world: usize, rounds: u64, start: Epoch) {
             }
             checked_round(&rank, round, bytes).unwrap();
         }
-        assert_eq!(rank.step(), rounds);
+        assert_eq!(rank.completed(), rounds);
         rank
     });
 }

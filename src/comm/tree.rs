@@ -79,40 +79,40 @@ impl Tree {
         let inner = all.iter().map(|node| log2(node.len())).max().unwrap_or(0);
         let outer = log2(count);
         let own = &all[nodes[rank]];
-        let place = own.iter().position(|&r| r == rank).unwrap_or(0);
+        let position = own.iter().position(|&r| r == rank).unwrap_or(0);
         let mut hops = Vec::new();
-        gather(own, place, &mut hops);
-        if place == 0 {
+        gather(own, position, &mut hops);
+        if position == 0 {
             let leaders: Vec<usize> = all.iter().map(|node| node[0]).collect();
             double(&leaders, rank, inner, &mut hops);
         }
-        spread(own, place, inner + outer, inner, &mut hops);
+        spread(own, position, inner + outer, inner, &mut hops);
         Tree { hops, levels: 2 * inner + outer, spreads: inner > 0 }
     }
 }
 
 /// Merges a node's partials towards its first member.
-fn gather(members: &[usize], place: usize, hops: &mut Vec<TreeHop>) {
+fn gather(members: &[usize], position: usize, hops: &mut Vec<TreeHop>) {
     for level in 0..log2(members.len()) {
         let (half, index) = (1 << level, 2 * level);
-        if place % (2 * half) == half {
-            hops.push(TreeHop { index, peer: members[place - half], sends: true, receipt: Receipt::Nothing });
+        if position % (2 * half) == half {
+            hops.push(TreeHop { index, peer: members[position - half], sends: true, receipt: Receipt::Nothing });
             return;
         }
-        if place.is_multiple_of(2 * half) && place + half < members.len() {
-            hops.push(TreeHop { index, peer: members[place + half], sends: false, receipt: Receipt::Merge });
+        if position.is_multiple_of(2 * half) && position + half < members.len() {
+            hops.push(TreeHop { index, peer: members[position + half], sends: false, receipt: Receipt::Merge });
         }
     }
 }
 
 /// Spreads the first member's partial through its node: [`gather`] backwards, from level `first` on.
-fn spread(members: &[usize], place: usize, first: u32, levels: u32, hops: &mut Vec<TreeHop>) {
+fn spread(members: &[usize], position: usize, first: u32, levels: u32, hops: &mut Vec<TreeHop>) {
     for level in (0..log2(members.len())).rev() {
         let (half, index) = (1 << level, 2 * (first + levels - 1 - level));
-        if place % (2 * half) == half {
-            hops.push(TreeHop { index, peer: members[place - half], sends: false, receipt: Receipt::Replace });
-        } else if place.is_multiple_of(2 * half) && place + half < members.len() {
-            hops.push(TreeHop { index, peer: members[place + half], sends: true, receipt: Receipt::Nothing });
+        if position % (2 * half) == half {
+            hops.push(TreeHop { index, peer: members[position - half], sends: false, receipt: Receipt::Replace });
+        } else if position.is_multiple_of(2 * half) && position + half < members.len() {
+            hops.push(TreeHop { index, peer: members[position + half], sends: true, receipt: Receipt::Nothing });
         }
     }
 }
@@ -128,15 +128,15 @@ fn double(list: &[usize], rank: usize, first: u32, hops: &mut Vec<TreeHop>) {
     // The rank that sends twice gives to the one left over first, before it merges.
     let index = 2 * (first + log2(list.len()) - 1);
     let swap = |peer: usize| TreeHop { index: index + 1, peer, sends: true, receipt: Receipt::Merge };
-    if let Some(place) = upper.iter().position(|&r| r == rank) {
-        if place + 1 == upper.len() && lower.len() > upper.len() {
+    if let Some(position) = upper.iter().position(|&r| r == rank) {
+        if position + 1 == upper.len() && lower.len() > upper.len() {
             let peer = lower[lower.len() - 1];
             hops.push(TreeHop { index, peer, sends: true, receipt: Receipt::Nothing });
         }
-        hops.push(swap(lower[place]));
-    } else if let Some(place) = lower.iter().position(|&r| r == rank) {
+        hops.push(swap(lower[position]));
+    } else if let Some(position) = lower.iter().position(|&r| r == rank) {
         let left_over = TreeHop { index, peer: upper[upper.len() - 1], sends: false, receipt: Receipt::Merge };
-        hops.push(upper.get(place).map_or(left_over, |&peer| swap(peer)));
+        hops.push(upper.get(position).map_or(left_over, |&peer| swap(peer)));
     }
 }
 

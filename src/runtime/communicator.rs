@@ -10,7 +10,9 @@ use super::context::{LogLevel, Runtime};
 use super::peer;
 use crate::attention::{Algorithm, AttentionDesc, Shard};
 use crate::comm::nccl::NcclRank;
-use crate::comm::{CommConfig, Exchange, LocalExchange, Transport, TransportExchange, local_group, node_numbers};
+use crate::comm::{
+    Bootstrap, CommConfig, GpuRank, LocalRank, Rounds, Transport, TransportRank, local_group, node_numbers,
+};
 use crate::cuda::CudaBackend;
 use crate::device::cuda::CudaDevice;
 use crate::device::{Device, DeviceKind, Workers, available_cores};
@@ -48,6 +50,52 @@ struct PendingFault {
     fault: DataFault,
 }
 
+/// A rank's end of its group, by what its steps exchange with.
+pub(super) enum GroupEnd {
+    /// Rounds in host memory: ranks on CPUs.
+    Cpu(Box<dyn Rounds>),
+    /// Windows of GPUs, or NCCL.
+    Gpus(GpuRank),
+    /// Nothing: one rank, on a GPU.
+    Single(Box<dyn Bootstrap>),
+}
+
+impl GroupEnd {
+    /// What every end can do.
+    pub fn bootstrap(&self) -> &dyn Bootstrap {
+        match self {
+            GroupEnd::Cpu(rounds) => &**rounds,
+            GroupEnd::Gpus(rank) => rank,
+            GroupEnd::Single(bootstrap) => &**bootstrap,
+        }
+    }
+
+    /// The rounds of a rank on CPUs.
+    pub fn rounds(&self) -> Option<&dyn Rounds> {
+        match self {
+            GroupEnd::Cpu(rounds) => Some(&**rounds),
+            GroupEnd::Gpus(_) | GroupEnd::Single(_) => None,
+        }
+    }
+
+    /// The end of a rank on a GPU that has peers.
+    pub fn gpus(&self) -> Option<&GpuRank> {
+        match self {
+            GroupEnd::Gpus(rank) => Some(rank),
+            GroupEnd::Cpu(_) | GroupEnd::Single(_) => None,
+        }
+    }
+
+    /// Exchanges completed on a CPU, enqueued on a GPU.
+    fn steps(&self) -> u64 {
+        match self {
+            GroupEnd::Cpu(rounds) => rounds.completed(),
+            GroupEnd::Gpus(rank) => rank.enqueued(),
+            GroupEnd::Single(_) => 0,
+        }
+    }
+}
+
 pub(super) struct CommCore {
     pub runtime: Runtime,
     pub device: Device,
@@ -61,7 +109,8 @@ pub(super) struct CommCore {
     pub nccl: Mutex<Option<Arc<NcclRank>>>,
     pub config: CommConfig,
     pub workers: Workers,
-    pub exchange: Box<dyn Exchange>,
+    /// This rank's end of the group.
+    pub end: GroupEnd,
     /// The node of each rank.
     pub nodes: Vec<usize>,
     /// Ranks in one process share a group; 0 for a rank whose peers are elsewhere.
@@ -119,20 +168,22 @@ impl Communicator {
         };
         let nodes = node_numbers(&groups);
         let group = local_group(devices.len(), config)?;
-        let group_id = group.first().map_or(0, LocalExchange::group_id);
-        let exchanges: Vec<Box<dyn Exchange>> = if devices[0].kind == DeviceKind::Cuda && devices.len() > 1 {
+        let group_id = group.first().map_or(0, LocalRank::group_id);
+        let ends: Vec<GroupEnd> = if devices[0].kind == DeviceKind::Cuda && devices.len() > 1 {
             let gpus = devices.iter().map(|&device| CudaDevice::get(device)).collect::<Result<Vec<_>>>()?;
             let ends = peer::connect(group, &gpus, config, start)?;
-            ends.into_iter().map(|end| Box::new(end) as Box<dyn Exchange>).collect()
+            ends.into_iter().map(GroupEnd::Gpus).collect()
+        } else if devices[0].kind == DeviceKind::Cuda {
+            group.into_iter().map(|end| GroupEnd::Single(Box::new(end))).collect()
         } else {
-            group.into_iter().map(|end| Box::new(end) as Box<dyn Exchange>).collect()
+            group.into_iter().map(|end| GroupEnd::Cpu(Box::new(end))).collect()
         };
         let mut ranks = Vec::with_capacity(devices.len());
-        for (rank, (exchange, &device)) in exchanges.into_iter().zip(devices).enumerate() {
+        for (rank, (end, &device)) in ends.into_iter().zip(devices).enumerate() {
             let spin = threads.saturating_mul(devices.len()) <= cores;
             let sharing = devices.iter().filter(|&&other| other == device).count();
             let workers = Workers::new(threads, &format!("treeattn-{rank}"), spin)?;
-            let mut core = CommCore::new(runtime, device, config, workers, exchange, nodes.clone(), group_id)?;
+            let mut core = CommCore::new(runtime, device, config, workers, end, nodes.clone(), group_id)?;
             core.sharing = sharing;
             ranks.push(Communicator { core: Arc::new(core) });
         }
@@ -166,8 +217,8 @@ impl Communicator {
             let found = format!("{} groups", config.node_groups.len());
             return Err(Error::invalid("node_groups", found, "none where each rank has a node_group of its own"));
         }
-        let exchange = TransportExchange::new(transport, Shard { rank, world }, config)?;
-        let (nodes, local) = machines(&exchange, config)?;
+        let end = TransportRank::new(transport, Shard { rank, world }, config)?;
+        let (nodes, local) = machines(&end, config)?;
         let threads = match config.threads_per_rank {
             0 => (available_cores() / local).max(1),
             threads => threads,
@@ -181,7 +232,7 @@ impl Communicator {
                 device,
                 config,
                 Workers::new(threads, &format!("treeattn-{rank}"), spin)?,
-                Box::new(exchange),
+                GroupEnd::Cpu(Box::new(end)),
                 nodes,
                 0,
             )?),
@@ -206,7 +257,7 @@ impl Communicator {
     /// Links, capacities and the algorithm table, as JSON.
     pub fn describe(&self) -> Result<String> {
         self.core.check_open()?;
-        Ok(self.core.exchange.describe())
+        Ok(self.core.end.bootstrap().describe())
     }
 
     /// The health of the communicator. Never blocks. Reading takes a pending `InvalidData`; a broken communicator
@@ -216,9 +267,9 @@ impl Communicator {
         let core = &self.core;
         core.collect_faults();
         let mut status = CommStatus {
-            error: core.exchange.status(),
+            error: core.end.bootstrap().status(),
             rank: -1,
-            step: core.exchange.step(),
+            step: core.end.steps(),
             plan: core.last_plan.load(Ordering::Relaxed),
             sequence: -1,
         };
@@ -236,7 +287,7 @@ impl Communicator {
     /// Ends every wait on this communicator, on all ranks, at once; they return `Aborted` from now on.
     pub fn abort(&self) -> Result<()> {
         self.core.check_open()?;
-        self.core.exchange.abort();
+        self.core.end.bootstrap().abort();
         Ok(())
     }
 
@@ -248,16 +299,16 @@ impl Communicator {
     /// Leaves the group: peers that still wait for this rank get `PeerLost`; plans return `ParentDestroyed`.
     pub fn close(&self) {
         if !self.core.closed.swap(true, Ordering::AcqRel) {
-            self.core.exchange.leave();
+            self.core.end.bootstrap().leave();
         }
     }
 }
 
 /// The node of each rank, and how many ranks are on this machine. Collective.
-pub(super) fn machines(exchange: &dyn Exchange, config: &CommConfig) -> Result<(Vec<usize>, usize)> {
-    let here = exchange.allgather(boot_id().as_bytes())?;
-    let local = here.iter().filter(|id| **id == here[exchange.shard().rank as usize]).count();
-    let groups = exchange.allgather(&config.node_group.to_le_bytes())?;
+pub(super) fn machines(end: &dyn Bootstrap, config: &CommConfig) -> Result<(Vec<usize>, usize)> {
+    let here = end.allgather(boot_id().as_bytes())?;
+    let local = here.iter().filter(|id| **id == here[end.shard().rank as usize]).count();
+    let groups = end.allgather(&config.node_group.to_le_bytes())?;
     // Ranks without a group of their own are told apart by their machines.
     let unset = 0i32.to_le_bytes();
     let keys: Vec<(&[u8], &[u8])> = groups
@@ -280,7 +331,7 @@ impl CommCore {
         device: Device,
         config: &CommConfig,
         workers: Workers,
-        exchange: Box<dyn Exchange>,
+        end: GroupEnd,
         nodes: Vec<usize>,
         group: u64,
     ) -> Result<CommCore> {
@@ -293,7 +344,7 @@ impl CommCore {
             nccl: Mutex::new(None),
             config: config.clone(),
             workers,
-            exchange,
+            end,
             nodes,
             group,
             sharing: 1,
@@ -306,7 +357,7 @@ impl CommCore {
     }
 
     pub fn shard(&self) -> Shard {
-        self.exchange.shard()
+        self.end.bootstrap().shard()
     }
 
     pub fn check_open(&self) -> Result<()> {
@@ -320,7 +371,7 @@ impl CommCore {
 
     /// The error that broke the communicator, if it is broken.
     pub fn check_whole(&self) -> Result<()> {
-        match self.exchange.status() {
+        match self.end.bootstrap().status() {
             Some(error) => Err(error),
             None => Ok(()),
         }
@@ -342,12 +393,12 @@ impl CommCore {
 
     /// Whether CUDA ranks have no way to make the merged output that a plan asks for.
     pub fn has_no_exchange(&self, desc: &AttentionDesc) -> bool {
-        desc.algorithm != Algorithm::Allreduce3 && self.exchange.peers().is_none()
+        desc.algorithm != Algorithm::Allreduce3 && self.end.gpus().is_none()
     }
 
     /// Takes what steps on a GPU have found since the last time. Does not wait for them.
     fn collect_faults(&self) {
-        if let Some((rank, fault)) = peer::take_fault(self.exchange.peers()) {
+        if let Some((rank, fault)) = self.end.gpus().and_then(GpuRank::take_fault) {
             self.report(rank, self.last_plan.load(Ordering::Relaxed), fault);
         }
         for (plan, steps) in &*self.nccl_plans.lock() {
@@ -379,7 +430,7 @@ impl CommCore {
 impl Drop for CommCore {
     fn drop(&mut self) {
         if !*self.closed.get_mut() {
-            self.exchange.leave();
+            self.end.bootstrap().leave();
         }
     }
 }

@@ -108,7 +108,7 @@ fn finish(plan: &PlanCore, sent: Result<Found>, scratch: &mut Scratch, tokens: u
         Ok(None) => Ok(()),
         Err(error) => {
             // A rank that cannot finish its step breaks the communicator, or its peers would wait for the deadline.
-            plan.comm.exchange.fail(&error);
+            plan.comm.end.bootstrap().fail(&error);
             // SAFETY: the output was resolved for [tokens, this rank's heads].
             unsafe { output.poison(tokens, plan.heads.len(), &mut scratch.rows) };
             Err(error)

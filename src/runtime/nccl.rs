@@ -3,12 +3,12 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use super::communicator::{CommCore, Communicator, machines};
+use super::communicator::{CommCore, Communicator, GroupEnd, machines};
 use super::context::{LogLevel, Runtime};
 use super::peer;
 use crate::attention::Shard;
-use crate::comm::nccl::{NcclExchange, NcclLibrary, NcclLimit, NcclRank, UNIQUE_ID_BYTES};
-use crate::comm::{CommConfig, Exchange};
+use crate::comm::CommConfig;
+use crate::comm::nccl::{NcclBootstrap, NcclLibrary, NcclLimit, NcclRank, UNIQUE_ID_BYTES};
 use crate::device::cuda::CudaDevice;
 use crate::device::{Device, DeviceKind, Workers};
 use crate::error::{Error, Result};
@@ -105,8 +105,8 @@ fn connect(
     limit: NcclLimit,
 ) -> Result<Communicator> {
     let (shard, library) = (rank.shard(), rank.library());
-    let exchange = NcclExchange::new(rank, config, limit)?;
-    let (nodes, local) = machines(&exchange, config)?;
+    let bootstrap = NcclBootstrap::new(rank, config, limit)?;
+    let (nodes, local) = machines(&bootstrap, config)?;
     let workers = Workers::new(1, &format!("treeattn-{}", shard.rank), false)?;
     let message = format!(
         "rank {} of {} on {device}, {local} on this machine, over NCCL {} ({})",
@@ -116,12 +116,12 @@ fn connect(
         library.file()
     );
     runtime.log(LogLevel::Info, &message);
-    let rank = Arc::clone(exchange.rank());
-    let exchange: Box<dyn Exchange> = match shard.world {
-        1 => Box::new(exchange),
-        _ => Box::new(peer::connect_over(Box::new(exchange), rank.device(), config)?),
+    let rank = Arc::clone(bootstrap.rank());
+    let end = match shard.world {
+        1 => GroupEnd::Single(Box::new(bootstrap)),
+        _ => GroupEnd::Gpus(peer::connect_over(Box::new(bootstrap), rank.device(), config)?),
     };
-    let core = CommCore::new(runtime, device, config, workers, exchange, nodes, 0)?;
+    let core = CommCore::new(runtime, device, config, workers, end, nodes, 0)?;
     *core.nccl.lock() = Some(rank);
     Ok(Communicator { core: Arc::new(core) })
 }

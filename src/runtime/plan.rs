@@ -129,7 +129,7 @@ impl Plan {
         let mine = PlanCore::build(core, desc);
         if core.shard().world > 1 {
             // A rank that fails here still takes part, so that its peers hear of it at once.
-            let blobs = core.exchange.allgather(&agreement(core, desc, mine.as_ref().err()))?;
+            let blobs = core.end.bootstrap().allgather(&agreement(core, desc, mine.as_ref().err()))?;
             let core = mine?;
             compare(&blobs)?;
             allreduce3::connect(&[&core])?;
@@ -328,7 +328,7 @@ impl Plan {
             let _counted = InFlight::new(&self.core);
             return now().map_err(explain_timeout);
         };
-        if !self.core.comm.exchange.serves_streams() {
+        if !self.core.comm.end.rounds().is_none_or(|rounds| rounds.serves_streams()) {
             let wanted = "none: this transport's callbacks run on calling threads only";
             return Err(Error::invalid("stream", "a stream", wanted));
         }
@@ -400,7 +400,7 @@ impl PlanCore {
             (Some(device), Method::Allreduce3) => Some(GpuAllreduce::new(device, desc, comm, shard, &heads)?),
             _ => None,
         };
-        let windows = match (&comm.cuda, &method, comm.exchange.peers()) {
+        let windows = match (&comm.cuda, &method, comm.end.gpus()) {
             (Some(device), Method::Windows, Some(peers)) => {
                 Some(GpuExchange::new(device, desc, peers, shard, &heads, (comm.sharing, comm.config.step_timeout))?)
             }
@@ -415,7 +415,7 @@ impl PlanCore {
         let (blocks, others) = method.bytes();
         let memory = PlanMemory {
             workspace: (backend_bytes + scratch.bytes() + blocks + others) as u64,
-            window: comm.exchange.window_bytes() as u64,
+            window: comm.end.bootstrap().window_bytes() as u64,
         };
         Ok(PlanCore {
             comm: Arc::clone(comm),

@@ -1,11 +1,12 @@
-//! What the ranks of a local group share: windows, slots, the board of allgathers, and how they wait and fail together.
+//! What the ranks of a local group share: windows, slots, blobs of allgathers, and how they wait and fail together.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::post::Post;
-use crate::comm::{Round, verdict};
+use super::message::MessageSlot;
+use crate::comm::errors;
+use crate::comm::rounds::Round;
 use crate::device::{Bell, HostBuffer, Linger};
 use crate::error::{Error, Result};
 use crate::partial::epoch::{Arrivals, Cursor, Epoch, Header, SLOTS, Slot};
@@ -21,17 +22,17 @@ pub(super) struct Group {
     pub(super) linger: Linger,
     pub(super) capacity: usize,
     pub(super) bell: Bell,
-    pub(super) arrivals: Line<Arrivals<AtomicU32>>,
+    pub(super) arrivals: Padded<Arrivals<AtomicU32>>,
     /// Openings of steps.
-    pub(super) openings: Line<Arrivals<AtomicU32>>,
+    pub(super) openings: Padded<Arrivals<AtomicU32>>,
     /// Set with `error`.
     pub(super) broken: AtomicBool,
     pub(super) error: Mutex<Option<Error>>,
     /// Ranks that have left.
     pub(super) gone: AtomicU32,
     /// What each rank gave in its last two allgathers: number and blob, by parity.
-    pub(super) board: Mutex<Vec<[Blob; SLOTS]>>,
-    pub(super) ranks: Vec<Rank>,
+    pub(super) blobs: Mutex<Vec<[Blob; SLOTS]>>,
+    pub(super) ranks: Vec<RankState>,
     /// The payloads, `SLOTS` x `capacity` bytes a rank; reached by `payload` and `payload_mut` alone.
     pub(super) windows: HostBuffer,
 }
@@ -42,19 +43,19 @@ pub(super) type Blob = (u64, Vec<u8>);
 /// A value on cache lines of its own.
 #[repr(align(128))]
 #[derive(Default)]
-pub(super) struct Line<T>(pub(super) T);
+pub(super) struct Padded<T>(pub(super) T);
 
 /// One rank's state. Its peers read the slots and `gone`.
 #[repr(align(128))]
 #[derive(Default)]
-pub(super) struct Rank {
-    pub(super) slots: [Line<Slot<AtomicU64>>; SLOTS],
+pub(super) struct RankState {
+    pub(super) slots: [Padded<Slot<AtomicU64>>; SLOTS],
     pub(super) cursor: Cursor<AtomicU32>,
     /// What it opened its last two steps for, and how many it has opened.
-    pub(super) opened: [Line<Slot<AtomicU64>>; SLOTS],
+    pub(super) opened: [Padded<Slot<AtomicU64>>; SLOTS],
     pub(super) opening: AtomicU32,
     pub(super) steps: AtomicU64,
-    pub(super) post: Post,
+    pub(super) message: MessageSlot,
     /// Rings for this rank's hops.
     pub(super) bell: Bell,
     pub(super) rounds: AtomicU64,
@@ -74,7 +75,8 @@ pub(super) struct LocalRound<'a> {
 
 impl Round for LocalRound<'_> {
     fn payload(&self, rank: usize) -> &[u8] {
-        // SAFETY: the epoch is complete, and no rank writes this slot before this rank has consumed it.
+        // SAFETY: a `LocalRound` is made when the epoch is complete, with the `bytes` that every rank published in it, and
+        // gone before its rank consumes the epoch; until then no rank begins the next epoch of this slot.
         unsafe { self.group.payload(rank, self.epoch.slot(), self.bytes) }
     }
 
@@ -84,20 +86,25 @@ impl Round for LocalRound<'_> {
 }
 
 impl Group {
+    /// The first `bytes` bytes of a rank's slot. Panics outside the windows.
+    ///
     /// # Safety
-    /// `bytes` is at most the capacity, and nobody writes the slot while the slice lives.
+    /// Nobody writes the slot while the slice lives.
     pub(super) unsafe fn payload(&self, rank: usize, slot: usize, bytes: usize) -> &[u8] {
-        assert!(rank < self.ranks.len() && bytes <= self.capacity);
-        // SAFETY: inside the windows, by the assertion; the rest is the caller's.
+        assert!(rank < self.ranks.len() && slot < SLOTS && bytes <= self.capacity);
+        // SAFETY: the windows hold SLOTS x capacity bytes a rank, so the range is inside them by the assertion (a slot is a
+        // parity); they are initialised and live as long as `self`; the caller keeps writers away.
         unsafe { std::slice::from_raw_parts(self.windows.as_ptr().add((rank * SLOTS + slot) * self.capacity), bytes) }
     }
 
+    /// As [`Group::payload`], to write.
+    ///
     /// # Safety
-    /// As [`Group::payload`], and nobody reads the slot either.
+    /// Nobody else reads or writes the slot while the slice lives.
     #[allow(clippy::mut_from_ref)] // the protocol, not the borrow, makes it exclusive
     pub(super) unsafe fn payload_mut(&self, rank: usize, slot: usize, bytes: usize) -> &mut [u8] {
-        assert!(rank < self.ranks.len() && bytes <= self.capacity);
-        // SAFETY: inside the windows, by the assertion; the rest is the caller's.
+        assert!(rank < self.ranks.len() && slot < SLOTS && bytes <= self.capacity);
+        // SAFETY: inside the windows, as in `payload`; the caller keeps everybody else away.
         unsafe {
             std::slice::from_raw_parts_mut(self.windows.as_mut_ptr().add((rank * SLOTS + slot) * self.capacity), bytes)
         }
@@ -134,7 +141,7 @@ impl Group {
             return None;
         }
         let step = self.ranks[me].steps.load(Ordering::Relaxed);
-        verdict::desync(|| format!("step {step}"), me, world, |rank| self.opening(rank, epoch).unwrap_or(0))
+        errors::desync(|| format!("step {step}"), me, world, |rank| self.opening(rank, epoch).unwrap_or(0))
     }
 
     pub(super) fn broken(&self) -> Option<Error> {
@@ -151,7 +158,7 @@ impl Group {
         done: impl Fn() -> bool,
         absence: impl Fn(usize) -> Absence,
         what: impl Fn() -> String,
-        limit: Limit<'_>,
+        limit: WaitLimit<'_>,
     ) -> Result<()> {
         let mut deadline = limit.until;
         let mut late = false;
@@ -165,18 +172,18 @@ impl Group {
             }
             if self.gone.load(Ordering::Acquire) > 0 {
                 let lost = (0..self.ranks.len())
-                    .find(|&r| self.ranks[r].gone.load(Ordering::Acquire) && absence(r) != Absence::Here);
+                    .find(|&r| self.ranks[r].gone.load(Ordering::Acquire) && absence(r) != Absence::Present);
                 if let Some(rank) = lost {
-                    return Err(self.break_with(verdict::peer_lost(&what(), rank)));
+                    return Err(self.break_with(errors::peer_lost(&what(), rank)));
                 }
             }
             if Instant::now() >= deadline {
                 // Who has not even begun is to blame before those who may be waiting for it, too.
-                let most = (0..self.ranks.len()).map(&absence).max().unwrap_or(Absence::Here);
-                let late_ranks = (0..self.ranks.len()).filter(|&r| most != Absence::Here && absence(r) == most);
+                let most = (0..self.ranks.len()).map(&absence).max().unwrap_or(Absence::Present);
+                let late_ranks = (0..self.ranks.len()).filter(|&r| most != Absence::Present && absence(r) == most);
                 let missing: Vec<usize> = late_ranks.collect();
                 if !missing.is_empty() || late {
-                    return Err(self.break_with(verdict::timeout(&what(), &missing, limit.field, limit.timeout)));
+                    return Err(self.break_with(errors::timeout(&what(), &missing, limit.field, limit.timeout)));
                 }
                 // Everyone is between publishing and arriving.
                 (late, deadline) = (true, deadline + GRACE);
@@ -190,16 +197,16 @@ impl Group {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Absence {
     /// It has given it, or need not.
-    Here,
+    Present,
     /// It has begun the step.
-    Waited,
+    Late,
     /// It has not.
     Absent,
 }
 
 /// How long a wait may last, and what ends it early.
 #[derive(Clone, Copy)]
-pub(super) struct Limit<'a> {
+pub(super) struct WaitLimit<'a> {
     pub(super) bell: &'a Bell,
     pub(super) until: Instant,
     /// The deadline's name and length, for messages.

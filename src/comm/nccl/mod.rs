@@ -1,17 +1,17 @@
 //! Communicators over NCCL, which is loaded at run time.
 //!
 //! `find` knows where NCCL may be, `library` has its calls, `rank` is one rank's end of a communicator that never blocks
-//! beyond a deadline, `exchange` an allgather of blobs over it, by which ranks of several processes set up what they share.
+//! beyond a deadline, `bootstrap` an allgather of blobs over it, by which ranks of several processes set up what they share.
 //! Depends on `device` and on `comm`'s own words.
 //!
 //! Communicators are always of our own making: an engine's is split, and never used otherwise.
 
-mod exchange;
+mod bootstrap;
 mod find;
 mod library;
 mod rank;
 
-pub(crate) use exchange::NcclExchange;
+pub(crate) use bootstrap::NcclBootstrap;
 pub(crate) use library::Library as NcclLibrary;
 pub(crate) use rank::{Limit as NcclLimit, NcclRank, Reduction};
 

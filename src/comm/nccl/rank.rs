@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 
 use super::library::{Config, FLOAT32, IN_PROGRESS, Library, RawComm, SUCCESS, Status, UINT8, UniqueId};
 use crate::attention::Shard;
-use crate::comm::verdict;
+use crate::comm::errors;
 use crate::device::cuda::{CudaDevice, CudaStream, Entered};
 use crate::device::spawn;
 use crate::error::{Error, ErrorKind, Result};
@@ -40,7 +40,7 @@ impl Limit {
 
     /// The error of a wait for `what` that took too long. NCCL does not say for whom.
     pub fn expired(&self, what: &str) -> Error {
-        verdict::timeout(what, &[], self.field, self.timeout)
+        errors::timeout(what, &[], self.field, self.timeout)
     }
 }
 

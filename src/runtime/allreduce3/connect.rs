@@ -76,7 +76,7 @@ fn agree(comm: &CommCore, name: impl FnOnce() -> Result<UniqueId>) -> Result<(Un
             Err(error) => blob.extend([&error.kind().code().to_le_bytes()[..], error.message().as_bytes()].concat()),
         }
     }
-    let all = comm.exchange.allgather(&blob)?;
+    let all = comm.end.bootstrap().allgather(&blob)?;
     let number = |blob: &[u8], at: usize| {
         blob.get(at..at + 4).map(|bytes| i32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
     };

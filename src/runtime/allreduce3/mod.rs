@@ -131,8 +131,8 @@ impl GpuAllreduce {
         };
         enqueue().map_err(|error| {
             // What was half enqueued leaves the peers without this rank.
-            plan.comm.exchange.fail(&error);
-            plan.comm.exchange.status().unwrap_or(error)
+            plan.comm.end.bootstrap().fail(&error);
+            plan.comm.end.bootstrap().status().unwrap_or(error)
         })?;
         // What a ring moves: every rank sends each part 2 (p - 1) / p times.
         let world = plan.shard.world as u64;

@@ -124,9 +124,9 @@ impl Watched {
             };
             if waiting.is_some_and(|(_, since)| since.elapsed() > self.timeout) {
                 let limit = NcclLimit::new("step_timeout", self.timeout);
-                comm.exchange.fail(&expired(limit, begun));
+                comm.end.bootstrap().fail(&expired(limit, begun));
             }
-            if comm.exchange.status().is_some() {
+            if comm.end.bootstrap().status().is_some() {
                 self.cell.poison();
                 self.rank.abort(PATIENCE);
                 return;

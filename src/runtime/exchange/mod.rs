@@ -30,8 +30,8 @@ use super::communicator::CommCore;
 use super::output::Output;
 use super::plan::{PlanCore, zeroed};
 use crate::attention::{Algorithm, AttentionDesc, Dtype, OutputMode};
-use crate::comm::{Exchange, RoundHeader, Tree};
-use crate::error::{Error, Result};
+use crate::comm::{RoundHeader, Rounds, Tree};
+use crate::error::{Error, ErrorKind, Result};
 use crate::partial::{DataFault, merge_two};
 pub(super) use ring::{Ring, decode as decode_ring};
 pub(super) use wire::Wire;
@@ -74,6 +74,7 @@ pub(super) struct Meeting<'a> {
     pub plan: &'a PlanCore,
     pub tokens: usize,
     pub output: &'a Output,
+    rounds: &'a dyn Rounds,
     header: RoundHeader,
 }
 
@@ -131,18 +132,20 @@ impl Wire {
 impl Method {
     /// What `desc` asks for on a communicator, with the reason; `Unsupported` where it has not got what that needs.
     pub fn choose(desc: &AttentionDesc, comm: &CommCore) -> Result<(Method, &'static str)> {
-        let exchange = &*comm.exchange;
-        let shard = exchange.shard();
+        let shard = comm.shard();
         if desc.output == OutputMode::Local {
             return Ok((Method::None, "local output: nothing to exchange"));
         }
         if shard.world == 1 {
             return Ok((Method::None, "one rank: nothing to exchange"));
         }
-        if exchange.peers().is_some() && desc.algorithm != Algorithm::Allreduce3 {
+        if comm.end.gpus().is_some() && desc.algorithm != Algorithm::Allreduce3 {
             // Its kernels do it.
             return Ok((Method::Windows, ""));
         }
+        let Some(exchange) = comm.end.rounds() else {
+            return Ok((Method::Allreduce3, "asked for"));
+        };
         if matches!(desc.algorithm, Algorithm::Tree | Algorithm::Ring) && !exchange.has_hops() {
             let wanted = "AUTO, ONE_SHOT, TWO_SHOT or ALLREDUCE3: the engine's transport has no sendrecv";
             return Err(Error::unsupported("algorithm", desc.algorithm.name(), wanted));
@@ -210,8 +213,11 @@ pub(super) fn begin<'a>(
 ) -> Result<Meeting<'a>> {
     let call = plan.comm.calls.fetch_add(1, Ordering::Relaxed);
     let fingerprint = fingerprint(&[plan.id, call, kind[0], kind[1], kind[2]]);
-    plan.comm.exchange.open(fingerprint)?;
-    Ok(Meeting { plan, tokens, output, header: RoundHeader { fingerprint, fault: DataFault::pack(fault) } })
+    let Some(rounds) = plan.comm.end.rounds() else {
+        return Err(Error::new(ErrorKind::Internal, "plan: a CPU step of a rank on a GPU"));
+    };
+    rounds.open(fingerprint)?;
+    Ok(Meeting { plan, tokens, output, rounds, header: RoundHeader { fingerprint, fault: DataFault::pack(fault) } })
 }
 
 /// Exchanges the partial of `scratch` and writes the merged output. Gives the first rank's bad data, if any.
@@ -230,8 +236,8 @@ pub(super) fn run(meeting: &Meeting<'_>, scratch: &mut Scratch) -> Result<Found>
 }
 
 impl Meeting<'_> {
-    fn exchange(&self) -> &dyn Exchange {
-        &*self.plan.comm.exchange
+    fn exchange(&self) -> &dyn Rounds {
+        self.rounds
     }
 
     fn world(&self) -> usize {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::comm::{CommConfig, Exchange, LocalExchange, Offer, PeerExchange, Windows};
+use crate::comm::{Bootstrap, CommConfig, GpuRank, LocalRank, Offer, Windows};
 use crate::cuda::{ExchangeKernel, ExchangeStep};
 use crate::device::cuda::{CudaDevice, CudaStream};
 use crate::error::{Error, ErrorKind, Result};
@@ -19,27 +19,27 @@ const PROBE_FINGERPRINT: u64 = 0x7ee5_a77e_0b0e_0001;
 /// The ends of a group of GPUs in this process: `bootstraps` and `devices` in rank order, the first epoch after `start`.
 /// Where the GPUs cannot exchange, the ends say why when a plan asks. Blocks; `Capturing` during a capture.
 pub(in crate::runtime) fn connect(
-    bootstraps: Vec<LocalExchange>,
+    bootstraps: Vec<LocalRank>,
     devices: &[Arc<CudaDevice>],
     config: &CommConfig,
     start: Epoch,
-) -> Result<Vec<PeerExchange>> {
+) -> Result<Vec<GpuRank>> {
     let all: Vec<usize> = (0..devices.len()).collect();
     let windows = Windows::new(devices, start, config.step_timeout).and_then(|windows| {
         Probe::new(&windows, &all)?.run(&windows, start, probe_timeout(config))?;
         Ok(Arc::new(windows))
     });
     let windows = or_reason(windows)?;
-    bootstraps.into_iter().map(|bootstrap| PeerExchange::new(Box::new(bootstrap), windows.clone(), config)).collect()
+    bootstraps.into_iter().map(|bootstrap| GpuRank::new(Box::new(bootstrap), windows.clone(), config)).collect()
 }
 
 /// This rank's end of a group whose ranks may be in other processes, which `bootstrap` connects. Collective. Where the GPUs
 /// cannot exchange, every end says why when a plan asks. Blocks, at most the setup deadline and that of the probe.
 pub(in crate::runtime) fn connect_over(
-    bootstrap: Box<dyn Exchange>,
+    bootstrap: Box<dyn Bootstrap>,
     device: &Arc<CudaDevice>,
     config: &CommConfig,
-) -> Result<PeerExchange> {
+) -> Result<GpuRank> {
     let shard = bootstrap.shard();
     let (rank, start) = (shard.rank as usize, Epoch::from_flag(0));
     let share = || -> Result<Result<Arc<Windows>>> {
@@ -72,11 +72,11 @@ pub(in crate::runtime) fn connect_over(
         Ok(works.and(all).map(|_| Arc::new(windows)))
     };
     let windows = or_reason(share()?)?;
-    PeerExchange::new(bootstrap, windows, config)
+    GpuRank::new(bootstrap, windows, config)
 }
 
 /// What every rank says, or why one of them cannot go on. Collective.
-fn agree(bootstrap: &dyn Exchange, mine: std::result::Result<String, &Error>) -> Result<Result<Vec<String>>> {
+fn agree(bootstrap: &dyn Bootstrap, mine: std::result::Result<String, &Error>) -> Result<Result<Vec<String>>> {
     let blob = match mine {
         Ok(text) => format!("+{text}"),
         Err(error) => format!("-{}", error.message()),

@@ -13,12 +13,12 @@ use std::time::Duration;
 use super::exchange::fingerprint;
 use super::plan::PlanCore;
 use crate::attention::{Algorithm, AttentionDesc, Dtype, OutputMode, Shard, Step, head_range};
-use crate::comm::{PeerExchange, Windows};
+use crate::comm::{GpuRank, Windows};
 use crate::cuda::{COMMUNICATORS, CudaBackend, Destination, ExchangeKernel, ExchangeStep, MergeStep, PartialTarget};
 use crate::device::cuda::{CudaDevice, CudaStream, Holdings};
 use crate::error::{Error, ErrorKind, Result};
+use crate::partial::ExchangeView;
 use crate::partial::view::{ExchangeMode, row_words};
-use crate::partial::{DataFault, ExchangeView};
 
 pub(super) use connect::{connect, connect_over};
 
@@ -128,7 +128,7 @@ impl GpuExchange {
     pub fn new(
         device: &Arc<CudaDevice>,
         desc: &AttentionDesc,
-        peers: &PeerExchange,
+        peers: &GpuRank,
         shard: Shard,
         heads: &Range<i32>,
         (sharing, patience): (usize, Duration),
@@ -290,8 +290,8 @@ impl GpuExchange {
 
     /// What was half enqueued leaves the peers without this rank: they hear of it.
     fn broke(&self, plan: &PlanCore, error: Error) -> Error {
-        plan.comm.exchange.fail(&error);
-        plan.comm.exchange.status().unwrap_or(error)
+        plan.comm.end.bootstrap().fail(&error);
+        plan.comm.end.bootstrap().status().unwrap_or(error)
     }
 
     /// Counts what this rank sends to others in an exchange of `rows` rows.
@@ -308,7 +308,7 @@ impl GpuExchange {
         plan.counters.rounds.fetch_add(rounds, Ordering::Relaxed);
         plan.counters.messages.fetch_add(messages, Ordering::Relaxed);
         plan.counters.bytes_sent.fetch_add(sent * self.row_bytes, Ordering::Relaxed);
-        if let Some(peers) = plan.comm.exchange.peers() {
+        if let Some(peers) = plan.comm.end.gpus() {
             peers.count_step();
         }
     }
@@ -328,11 +328,6 @@ fn choose(desc: &AttentionDesc, world: usize, bytes: usize) -> (ExchangeMode, &'
         ),
         _ => (ExchangeMode::OneShot, "one hop: the largest partial is small for a link"),
     }
-}
-
-/// The bad data that steps over windows have met, with the rank.
-pub(super) fn take_fault(peers: Option<&PeerExchange>) -> Option<(i32, DataFault)> {
-    peers.and_then(PeerExchange::take_fault)
 }
 
 #[cfg(test)]

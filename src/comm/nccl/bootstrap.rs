@@ -1,6 +1,6 @@
 //! An allgather of blobs over NCCL: what ranks of several processes need to set up what they share.
 //!
-//! It serves setup only and has neither rounds nor hops: steps of GPUs exchange on the GPUs.
+//! It serves setup only: steps of GPUs exchange on the GPUs.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +10,9 @@ use parking_lot::Mutex;
 
 use super::rank::{Limit, NcclRank, PATIENCE};
 use crate::attention::Shard;
-use crate::comm::{CommConfig, Exchange, Hop, Round, RoundHeader, verdict};
+use crate::comm::bootstrap::Bootstrap;
+use crate::comm::config::CommConfig;
+use crate::comm::errors;
 use crate::device::cuda::Staging;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -24,7 +26,7 @@ const MAX_BLOB: u64 = 1 << 20;
 const PAUSE: Duration = Duration::from_micros(50);
 
 /// One rank's end of a group over NCCL.
-pub(crate) struct NcclExchange {
+pub(crate) struct NcclBootstrap {
     rank: Arc<NcclRank>,
     setup_timeout: Duration,
     step_timeout: Duration,
@@ -35,13 +37,13 @@ pub(crate) struct NcclExchange {
     is_gone: AtomicBool,
 }
 
-impl NcclExchange {
+impl NcclBootstrap {
     /// The group of a communicator that is there. Collective: compares the versions of all ranks, of this library and of
     /// NCCL, within `limit`.
-    pub fn new(rank: NcclRank, config: &CommConfig, limit: Limit) -> Result<NcclExchange> {
+    pub fn new(rank: NcclRank, config: &CommConfig, limit: Limit) -> Result<NcclBootstrap> {
         let world = rank.shard().world as usize;
         let bytes = (world + 1) * CHUNK;
-        let exchange = NcclExchange {
+        let bootstrap = NcclBootstrap {
             staging: Mutex::new(Staging::new(rank.device(), bytes, config.step_timeout)?),
             rank: Arc::new(rank),
             setup_timeout: config.setup_timeout,
@@ -50,17 +52,17 @@ impl NcclExchange {
             error: Mutex::new(None),
             is_gone: AtomicBool::new(false),
         };
-        let mine = format!("libtreeattn {}, NCCL {}", env!("CARGO_PKG_VERSION"), exchange.rank.library().version());
-        let all = exchange.gather(mine.as_bytes(), limit).inspect_err(|error| exchange.latch(error))?;
+        let mine = format!("libtreeattn {}, NCCL {}", env!("CARGO_PKG_VERSION"), bootstrap.rank.library().version());
+        let all = bootstrap.gather(mine.as_bytes(), limit).inspect_err(|error| bootstrap.latch(error))?;
         if let Some(odd) = all.iter().position(|theirs| *theirs != all[0]) {
             let text = |rank: usize| String::from_utf8_lossy(&all[rank]).into_owned();
             let message =
                 format!("versions: found {} on rank {odd} and {} on rank 0, wanted the same", text(odd), text(0));
             let error = Error::new(ErrorKind::Mismatch, message).with_rank(odd as i32);
-            exchange.latch(&error);
+            bootstrap.latch(&error);
             return Err(error);
         }
-        Ok(exchange)
+        Ok(bootstrap)
     }
 
     /// The communicator below.
@@ -125,19 +127,11 @@ impl NcclExchange {
             *latched = Some(error.clone());
         }
     }
-
-    fn no_steps(&self) -> Error {
-        Error::unsupported("algorithm", "an exchange of host memory", "LOCAL output over this communicator")
-    }
 }
 
-impl Exchange for NcclExchange {
+impl Bootstrap for NcclBootstrap {
     fn shard(&self) -> Shard {
         self.rank.shard()
-    }
-
-    fn capacity(&self) -> usize {
-        0
     }
 
     fn window_bytes(&self) -> usize {
@@ -155,52 +149,12 @@ impl Exchange for NcclExchange {
         })
     }
 
-    fn open(&self, _fingerprint: u64) -> Result<()> {
-        Err(self.no_steps())
-    }
-
-    fn round(
-        &self,
-        _header: RoundHeader,
-        _bytes: usize,
-        _fill: &mut dyn FnMut(&mut [u8]),
-        _take: &mut dyn FnMut(&dyn Round),
-    ) -> Result<()> {
-        Err(self.no_steps())
-    }
-
-    fn hop(
-        &self,
-        _hop: &Hop,
-        _send: &[u8],
-        _recv: &mut [u8],
-        _meanwhile: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<u64> {
-        Err(self.no_steps())
-    }
-
-    fn has_hops(&self) -> bool {
-        false
-    }
-
-    fn reads_in_place(&self) -> bool {
-        false
-    }
-
-    fn step_timeout(&self) -> Duration {
-        self.step_timeout
-    }
-
     fn status(&self) -> Option<Error> {
         self.error.lock().clone()
     }
 
-    fn step(&self) -> u64 {
-        0
-    }
-
     fn abort(&self) {
-        self.latch(&verdict::aborted(self.rank.shard().rank as usize));
+        self.latch(&errors::aborted(self.rank.shard().rank as usize));
         self.rank.abort(Duration::ZERO);
     }
 

@@ -1,0 +1,202 @@
+//! One rank's end of a group of GPUs.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::exits::Exits;
+use super::windows::Windows;
+use crate::attention::Shard;
+use crate::comm::bootstrap::Bootstrap;
+use crate::comm::config::CommConfig;
+use crate::comm::errors;
+use crate::error::{Error, ErrorKind, Result};
+use crate::partial::view::{host, verdict as word};
+use crate::partial::{DataFault, DataFaultCause, ExchangeView};
+
+/// One rank's end of a group of GPUs.
+pub(crate) struct GpuRank {
+    bootstrap: Box<dyn Bootstrap>,
+    rank: usize,
+    step_timeout: Duration,
+    /// The windows of all ranks, or why there are none: then only steps without an exchange, or over NCCL, are possible.
+    windows: Result<Arc<Windows>>,
+    error: Mutex<Option<Error>>,
+    steps: AtomicU64,
+    is_gone: AtomicBool,
+    /// Over before the windows are.
+    _exits: Option<Exits>,
+}
+
+impl GpuRank {
+    /// The end of rank `bootstrap.shard().rank`. Ranks of other processes are watched from now on.
+    pub fn new(bootstrap: Box<dyn Bootstrap>, windows: Result<Arc<Windows>>, config: &CommConfig) -> Result<GpuRank> {
+        let rank = bootstrap.shard().rank as usize;
+        let exits = match &windows {
+            Ok(windows) => Exits::watch(windows, rank)?,
+            Err(_) => None,
+        };
+        Ok(GpuRank {
+            rank,
+            bootstrap,
+            step_timeout: config.step_timeout,
+            windows,
+            error: Mutex::new(None),
+            steps: AtomicU64::new(0),
+            is_gone: AtomicBool::new(false),
+            _exits: exits,
+        })
+    }
+
+    /// What a kernel of this rank is told; the step's own fields are still to be filled in. The error that says why there
+    /// are no windows.
+    pub fn view(&self) -> Result<ExchangeView> {
+        let windows = self.windows.as_ref().map_err(Clone::clone)?;
+        Ok(windows.view(self.rank, self.step_timeout))
+    }
+
+    /// The windows, which live as long as somebody has them.
+    pub fn windows(&self) -> Option<&Arc<Windows>> {
+        self.windows.as_ref().ok()
+    }
+
+    /// Most payload of this rank in one exchange, bytes.
+    pub fn capacity(&self) -> usize {
+        self.windows().map_or(0, |windows| windows.capacity())
+    }
+
+    /// Exchanges that were enqueued.
+    pub fn enqueued(&self) -> u64 {
+        self.steps.load(Ordering::Relaxed)
+    }
+
+    /// Counts an exchange that was enqueued.
+    pub fn count_step(&self) {
+        self.steps.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The bad data that steps have met on some rank since the last time, if any. Waits for nothing.
+    pub fn take_fault(&self) -> Option<(i32, DataFault)> {
+        let status = self.windows()?.words(self.rank).take(host::BAD_DATA);
+        let cause = DataFaultCause::from_code(status as u8)?;
+        Some(((status >> 8) as u16 as i32, DataFault { sequence: (u32::MAX - (status >> 32) as u32) as i32, cause }))
+    }
+
+    /// What this rank's kernels said when they gave up.
+    fn failure(&self) -> Option<Error> {
+        let failure = self.windows()?.words(self.rank).load(host::FAILURE);
+        if failure == 0 {
+            return None;
+        }
+        let (code, rank, epoch) = word::unpack(failure);
+        let what = format!("exchange {epoch}");
+        Some(match ErrorKind::from_code(i32::from(code)) {
+            Some(ErrorKind::Timeout) => errors::timeout(&what, &[rank], "step_timeout", self.step_timeout),
+            Some(ErrorKind::PeerLost) => errors::peer_lost(&what, rank),
+            Some(ErrorKind::Desync) => errors::out_of_step(&what, rank),
+            Some(ErrorKind::Aborted) => errors::aborted(rank),
+            kind => {
+                let message = format!("{what}: rank {rank} could not go on; the communicator is broken");
+                Error::new(kind.unwrap_or(ErrorKind::Internal), message).with_rank(rank as i32)
+            }
+        })
+    }
+
+    /// Ends the waits of all ranks' kernels with `code`.
+    fn end_all(&self, code: ErrorKind) {
+        if let Some(windows) = self.windows() {
+            windows.end_all(word::pack(code.code() as u8, self.rank));
+        }
+    }
+}
+
+impl Bootstrap for GpuRank {
+    fn shard(&self) -> Shard {
+        self.bootstrap.shard()
+    }
+
+    fn window_bytes(&self) -> usize {
+        self.windows().map_or(0, |windows| windows.bytes())
+    }
+
+    fn allgather(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.bootstrap.allgather(blob)
+    }
+
+    fn status(&self) -> Option<Error> {
+        let mut latched = self.error.lock();
+        if latched.is_none() {
+            *latched = self.failure().or_else(|| self.bootstrap.status());
+        }
+        latched.clone()
+    }
+
+    fn abort(&self) {
+        // First what runs: the bootstrap may have to call a driver that waits for it.
+        self.end_all(ErrorKind::Aborted);
+        self.bootstrap.abort();
+    }
+
+    fn fail(&self, error: &Error) {
+        if self.status().is_none() {
+            self.end_all(error.kind());
+            self.bootstrap.fail(error);
+        }
+    }
+
+    fn leave(&self) {
+        if !self.is_gone.swap(true, Ordering::AcqRel) {
+            if let Some(windows) = self.windows() {
+                windows.leave(self.rank);
+            }
+            self.bootstrap.leave();
+        }
+    }
+
+    fn describe(&self) -> String {
+        let shard = self.shard();
+        let links: Vec<String> = match &self.windows {
+            Ok(windows) => (0..windows.world())
+                .filter(|&peer| peer != self.rank)
+                .map(|peer| {
+                    let kind = windows.link(self.rank, peer);
+                    format!(r#"{{"peer":{peer},"device":"{}","kind":"{kind}"}}"#, windows.label(peer))
+                })
+                .collect(),
+            Err(_) => Vec::new(),
+        };
+        let reason = match &self.windows {
+            Ok(_) => String::new(),
+            Err(error) => format!(r#""no_windows":{:?},"#, error.message()),
+        };
+        let algorithms = match &self.windows {
+            Ok(windows) => ["ONE_SHOT", "TWO_SHOT"]
+                .map(|name| format!(r#"{{"name":"{name}","chunk_bytes":{}}}"#, windows.capacity()))
+                .join(","),
+            Err(_) => String::new(),
+        };
+        format!(
+            concat!(
+                r#"{{"kind":"gpu","world":{},"rank":{},{}"capacity_bytes":{},"window_bytes":{},"#,
+                r#""setup":{},"step_timeout_ms":{},"links":[{}],"algorithms":[{}]}}"#
+            ),
+            shard.world,
+            shard.rank,
+            reason,
+            self.capacity(),
+            self.window_bytes(),
+            self.bootstrap.describe(),
+            self.step_timeout.as_millis(),
+            links.join(","),
+            algorithms,
+        )
+    }
+}
+
+impl Drop for GpuRank {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
