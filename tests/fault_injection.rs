@@ -19,11 +19,11 @@ fn threads_queues_and_buffers_survive_their_faults() {
         workers.run(&|_| ()).unwrap();
     }
 
-    let queue = Queue::new(4, "test", |_: u32| Ok(())).unwrap();
+    let queue = Queue::new(4, "test").unwrap();
     for (text, kind) in [("queue.run=fail", ErrorKind::NoMemory), ("queue.run=panic", ErrorKind::Internal)] {
         fault::arm(text).unwrap();
-        for n in 0..3 {
-            queue.push(n, Duration::from_secs(20)).unwrap();
+        for _ in 0..3 {
+            queue.push(|| Ok(()), Duration::from_secs(20)).unwrap();
         }
         assert_eq!(queue.synchronize().unwrap_err().kind(), kind, "{text}");
         queue.synchronize().unwrap();

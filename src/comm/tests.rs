@@ -377,8 +377,8 @@ fn a_thousand_groups_with_threads_leave_nothing_behind() {
         let ranks = local_group(3, &config(LONG)).unwrap();
         let workers = crate::device::Workers::new(3, "test", cycle % 2 == 0).unwrap();
         workers.run(&|_| ()).unwrap();
-        let queue = crate::device::Queue::new(4, "test", |()| Ok(())).unwrap();
-        queue.push((), LONG).unwrap();
+        let queue = crate::device::Queue::new(4, "test").unwrap();
+        queue.push(|| Ok(()), LONG).unwrap();
         if cycle % 50 == 0 {
             on_threads(ranks, |rank| checked_round(&rank, 0, 64).unwrap());
         }

@@ -1,6 +1,7 @@
 //! The in-order queue behind a CPU stream.
 
 use std::collections::VecDeque;
+use std::mem::{ManuallyDrop, MaybeUninit};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -10,28 +11,33 @@ use super::thread::{panic_message, spawn};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault;
 
-/// Jobs run one after the other, in the order pushed, on a thread of the queue's own.
+/// Bytes that a task's closure may capture: the arguments of a decode step, their strides, and what runs it.
+const TASK_BYTES: usize = 1000;
+/// Alignment of what a closure captures.
+const TASK_ALIGN: usize = 8;
+
+/// Tasks run one after the other, in the order pushed, on a thread of the queue's own.
 ///
-/// A job's error (or panic, as `Internal`) does not stop the queue: the first one since the last
+/// A task's error (or panic, as `Internal`) does not stop the queue: the first one since the last
 /// [`synchronize`](Self::synchronize) is kept for it. Dropping finishes what is queued and joins the thread.
 #[derive(Debug)]
-pub struct Queue<J: Send + 'static> {
-    shared: Arc<Shared<J>>,
+pub struct Queue {
+    shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
-struct Shared<J> {
-    state: Mutex<State<J>>,
-    /// Signalled when there is a job, or the end.
+struct Shared {
+    state: Mutex<State>,
+    /// Signalled when there is a task, or the end.
     work: Condvar,
-    /// Signalled when a job is done.
+    /// Signalled when a task is done.
     progress: Condvar,
 }
 
 #[derive(Debug)]
-struct State<J> {
-    jobs: VecDeque<J>,
+struct State {
+    tasks: VecDeque<Task>,
     capacity: usize,
     pushed: u64,
     done: u64,
@@ -39,56 +45,117 @@ struct State<J> {
     stop: bool,
 }
 
-impl<J: Send + 'static> Queue<J> {
-    /// A queue of at most `capacity` waiting jobs (at least 1), whose thread is called `name` and hands each to `run`.
+/// A closure kept in place, so that queueing one allocates nothing.
+#[repr(C, align(8))]
+struct Task {
+    closure: MaybeUninit<[u8; TASK_BYTES]>,
+    /// Calls the closure, which is then gone.
+    call: unsafe fn(*mut u8) -> Result<()>,
+    /// Drops it uncalled.
+    discard: unsafe fn(*mut u8),
+}
+
+// SAFETY: a task is made of a closure that is `Send`, and of two functions.
+unsafe impl Send for Task {}
+
+impl std::fmt::Debug for Task {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Task")
+    }
+}
+
+impl Task {
+    fn new<F: FnOnce() -> Result<()> + Send + 'static>(closure: F) -> Task {
+        const {
+            assert!(size_of::<F>() <= TASK_BYTES && align_of::<F>() <= TASK_ALIGN, "a task captures too much");
+        }
+        /// # Safety
+        /// `closure` is an `F` that is not used again.
+        unsafe fn call<F: FnOnce() -> Result<()>>(closure: *mut u8) -> Result<()> {
+            // SAFETY: the caller's promise; read once, so that it is dropped once.
+            (unsafe { closure.cast::<F>().read() })()
+        }
+        /// # Safety
+        /// As `call`.
+        unsafe fn discard<F>(closure: *mut u8) {
+            // SAFETY: the caller's promise.
+            unsafe { closure.cast::<F>().drop_in_place() };
+        }
+        let mut task = Task { closure: MaybeUninit::uninit(), call: call::<F>, discard: discard::<F> };
+        // SAFETY: the field is the first of a struct aligned to 8 bytes and has room for an `F`, as asserted above.
+        unsafe { task.closure.as_mut_ptr().cast::<F>().write(closure) };
+        task
+    }
+
+    fn run(self) -> Result<()> {
+        let mut task = ManuallyDrop::new(self);
+        // SAFETY: `new` wrote the closure that `call` was made for, moving a task moves its bytes, and the task is not
+        // dropped, so that nothing uses the closure again.
+        unsafe { (task.call)(task.closure.as_mut_ptr().cast()) }
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        // SAFETY: as in `run`, whose tasks do not come here.
+        unsafe { (self.discard)(self.closure.as_mut_ptr().cast()) };
+    }
+}
+
+impl Queue {
+    /// A queue of at most `capacity` waiting tasks (at least 1), whose thread is called `name`.
     /// Errors: `InvalidArgument`, `NoMemory`, `System` where the machine starts no thread.
-    pub fn new(capacity: usize, name: &str, mut run: impl FnMut(J) -> Result<()> + Send + 'static) -> Result<Self> {
+    pub fn new(capacity: usize, name: &str) -> Result<Queue> {
         if capacity == 0 {
             return Err(Error::invalid("capacity", capacity, "at least 1"));
         }
-        let mut jobs = VecDeque::new();
-        if jobs.try_reserve_exact(capacity).is_err() {
-            let bytes = capacity.saturating_mul(size_of::<J>());
-            return Err(Error::new(ErrorKind::NoMemory, format!("queue: no {bytes} bytes for {capacity} jobs")));
+        let mut tasks = VecDeque::new();
+        if tasks.try_reserve_exact(capacity).is_err() {
+            let bytes = capacity.saturating_mul(size_of::<Task>());
+            return Err(Error::new(ErrorKind::NoMemory, format!("queue: no {bytes} bytes for {capacity} tasks")));
         }
-        let state = State { jobs, capacity, pushed: 0, done: 0, error: None, stop: false };
+        let state = State { tasks, capacity, pushed: 0, done: 0, error: None, stop: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), work: Condvar::new(), progress: Condvar::new() });
-        let mine = Arc::clone(&shared);
-        let thread = spawn(name.to_string(), move || mine.serve(&mut run))?;
+        let serving = Arc::clone(&shared);
+        let thread = spawn(name.to_string(), move || serving.serve())?;
         Ok(Queue { shared, thread: Some(thread) })
     }
 
-    /// Queues a job. Allocates nothing. Where the queue is full it waits for room, at most `timeout`, then gives
-    /// `Timeout` and drops the job.
-    pub fn push(&self, job: J, timeout: Duration) -> Result<()> {
+    /// Queues a task, whose closure must fit the queue's slots (checked when it is compiled). Allocates nothing. Where the
+    /// queue is full it waits for room, at most `timeout`, then gives `Timeout` and drops the task.
+    pub fn push<F>(&self, task: F, timeout: Duration) -> Result<()>
+    where
+        F: FnOnce() -> Result<()> + Send + 'static,
+    {
         let mut state = self.shared.lock();
-        if state.jobs.len() == state.capacity {
+        if state.tasks.len() == state.capacity {
             let deadline = Instant::now().checked_add(timeout);
-            while state.jobs.len() == state.capacity {
+            while state.tasks.len() == state.capacity {
                 let left = match deadline {
                     Some(deadline) => deadline.saturating_duration_since(Instant::now()),
                     None => timeout,
                 };
                 if left.is_zero() {
-                    let text = format!("stream: {} jobs are queued and none ended within {timeout:?}", state.capacity);
+                    let text = format!("stream: {} steps are queued and none ended within {timeout:?}", state.capacity);
+                    drop(state);
                     return Err(Error::new(ErrorKind::Timeout, text));
                 }
                 let waited = self.shared.progress.wait_timeout(state, left);
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
         }
-        state.jobs.push_back(job);
+        state.tasks.push_back(Task::new(task));
         state.pushed += 1;
         drop(state);
         self.shared.work.notify_one();
         Ok(())
     }
 
-    /// Waits until every job pushed before is done, then returns the first error since the last call, and forgets it.
-    /// From a job of the queue itself it is `Busy`.
+    /// Waits until every task pushed before is done, then returns the first error since the last call, and forgets it.
+    /// From a task of the queue itself it is `Busy`.
     pub fn synchronize(&self) -> Result<()> {
         if self.on_own_thread() {
-            return Err(Error::new(ErrorKind::Busy, "stream: a job cannot wait for the stream that runs it"));
+            return Err(Error::new(ErrorKind::Busy, "stream: a step cannot wait for the stream that runs it"));
         }
         let mut state = self.shared.lock();
         let last = state.pushed;
@@ -103,7 +170,7 @@ impl<J: Send + 'static> Queue<J> {
     }
 }
 
-impl<J: Send + 'static> Drop for Queue<J> {
+impl Drop for Queue {
     fn drop(&mut self) {
         self.shared.lock().stop = true;
         self.shared.work.notify_one();
@@ -111,28 +178,28 @@ impl<J: Send + 'static> Drop for Queue<J> {
         if let Some(thread) = self.thread.take()
             && !own
         {
-            // The thread catches every panic of its jobs, so it ends in order.
+            // The thread catches every panic of its tasks, so it ends in order.
             let _ = thread.join();
         }
     }
 }
 
-impl<J> Shared<J> {
-    fn lock(&self) -> MutexGuard<'_, State<J>> {
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn serve(&self, run: &mut impl FnMut(J) -> Result<()>) {
+    fn serve(&self) {
         let mut state = self.lock();
         loop {
-            if let Some(job) = state.jobs.pop_front() {
+            if let Some(task) = state.tasks.pop_front() {
                 drop(state);
                 let result = catch_unwind(AssertUnwindSafe(|| {
                     fault::point("queue.run")?;
-                    run(job)
+                    task.run()
                 }));
                 let result = result.unwrap_or_else(|payload| {
-                    let text = format!("a job of the stream panicked: {}", panic_message(&*payload));
+                    let text = format!("a step of the stream panicked: {}", panic_message(&*payload));
                     Err(Error::new(ErrorKind::Internal, text))
                 });
                 state = self.lock();
@@ -153,49 +220,55 @@ impl<J> Shared<J> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::mpsc;
 
     const LONG: Duration = Duration::from_secs(20);
 
     #[test]
-    fn jobs_run_in_order_and_drop_finishes_them() {
+    fn tasks_run_in_order_and_drop_finishes_them() {
         let (send, receive) = mpsc::channel();
-        let queue = Queue::new(4, "test", move |n: u32| {
-            send.send(n).map_err(|_| Error::new(ErrorKind::Internal, "nobody listens"))
-        })
-        .unwrap();
+        let queue = Queue::new(4, "test").unwrap();
         for n in 0..1000 {
-            queue.push(n, LONG).unwrap();
+            let send = send.clone();
+            let task = move || send.send(n).map_err(|_| Error::new(ErrorKind::Internal, "nobody listens"));
+            queue.push(task, LONG).unwrap();
         }
-        drop(queue);
+        drop((queue, send));
         assert_eq!(receive.iter().collect::<Vec<_>>(), (0..1000).collect::<Vec<_>>());
     }
 
     #[test]
     fn the_first_error_is_reported_once_and_a_panic_is_one() {
-        let queue = Queue::new(16, "test", |n: u32| match n {
-            0 => Ok(()),
-            1 => panic!("told to"),
-            _ => Err(Error::invalid("n", n, "0")),
-        })
-        .unwrap();
+        let queue = Queue::new(16, "test").unwrap();
+        let task = |n: u32| {
+            move || match n {
+                0 => Ok(()),
+                1 => panic!("told to"),
+                _ => Err(Error::invalid("n", n, "0")),
+            }
+        };
         for n in [0, 1, 2, 0] {
-            queue.push(n, LONG).unwrap();
+            queue.push(task(n), LONG).unwrap();
         }
         let error = queue.synchronize().unwrap_err();
         assert_eq!((error.kind(), error.message().contains("told to")), (ErrorKind::Internal, true));
         queue.synchronize().unwrap();
-        queue.push(2, LONG).unwrap();
+        queue.push(task(2), LONG).unwrap();
         assert_eq!(queue.synchronize().unwrap_err().kind(), ErrorKind::InvalidArgument);
     }
 
     #[test]
     fn a_full_queue_waits_then_gives_up() {
         let (open, gate) = mpsc::channel::<()>();
-        let queue = Queue::new(1, "test", move |()| gate.recv().map_err(|_| Error::new(ErrorKind::Internal, "gate")));
-        let queue = queue.unwrap();
+        let gate = Arc::new(Mutex::new(gate));
+        let queue = Queue::new(1, "test").unwrap();
+        let task = || {
+            let gate = Arc::clone(&gate);
+            move || gate.lock().unwrap().recv().map_err(|_| Error::new(ErrorKind::Internal, "gate"))
+        };
         // The first is taken from the queue at some moment, so at most two fit.
-        let results: Vec<_> = (0..3).map(|_| queue.push((), Duration::from_millis(30))).collect();
+        let results: Vec<_> = (0..3).map(|_| queue.push(task(), Duration::from_millis(30))).collect();
         assert_eq!(results[2].as_ref().unwrap_err().kind(), ErrorKind::Timeout);
         let accepted = results.iter().filter(|r| r.is_ok()).count();
         for _ in 0..accepted {
@@ -203,7 +276,40 @@ mod tests {
         }
         queue.synchronize().unwrap();
         assert!((1..=2).contains(&accepted));
-        assert_eq!(Queue::new(0, "test", |()| Ok(())).unwrap_err().kind(), ErrorKind::InvalidArgument);
-        assert_eq!(Queue::new(usize::MAX, "test", |_: u64| Ok(())).unwrap_err().kind(), ErrorKind::NoMemory);
+        assert_eq!(Queue::new(0, "test").unwrap_err().kind(), ErrorKind::InvalidArgument);
+        assert_eq!(Queue::new(usize::MAX, "test").unwrap_err().kind(), ErrorKind::NoMemory);
+    }
+
+    #[test]
+    fn what_a_task_captures_is_dropped_once_run_refused_or_panicked() {
+        static DROPS: AtomicUsize = AtomicUsize::new(0);
+        struct Counted([u64; 100]);
+        impl Drop for Counted {
+            fn drop(&mut self) {
+                assert!(self.0.iter().all(|&word| word == 7));
+                DROPS.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let (open, gate) = mpsc::channel::<()>();
+        let queue = Queue::new(1, "test").unwrap();
+        let blocking = move || gate.recv().map_err(|_| Error::new(ErrorKind::Internal, "gate"));
+        queue.push(blocking, LONG).unwrap();
+        let counted = |panics: bool| {
+            let counted = Counted([7; 100]);
+            move || {
+                // The whole of it is captured, not its numbers.
+                let counted = &counted;
+                assert!(!panics || counted.0[0] != 7, "told to");
+                Ok(())
+            }
+        };
+        // One waits behind the blocking task, which the thread has or has not yet taken; the other is refused.
+        let queued = [counted(false), counted(false)].map(|task| queue.push(task, Duration::from_millis(30)));
+        let refused = queued.iter().filter(|result| result.is_err()).count();
+        assert_eq!(DROPS.load(Ordering::Relaxed), refused);
+        open.send(()).unwrap();
+        queue.push(counted(true), LONG).unwrap();
+        assert_eq!(queue.synchronize().unwrap_err().kind(), ErrorKind::Internal);
+        assert_eq!(DROPS.load(Ordering::Relaxed), 3);
     }
 }

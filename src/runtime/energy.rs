@@ -2,7 +2,7 @@
 
 use super::context::Runtime;
 use super::output::Output;
-use super::stream::{Job, Stream};
+use super::stream::Stream;
 use crate::attention::{AttentionDesc, DecodeArgs, Shard, Step, Tensor, supported};
 use crate::cpu::{self, CpuBackend, Isa};
 use crate::device::{Device, DeviceKind, FloatState, Workers, available_cores};
@@ -18,7 +18,7 @@ const ALONE: Shard = Shard { rank: 0, world: 1 };
 
 /// A checked evaluation.
 #[derive(Clone, Copy)]
-pub(super) struct EnergyStep {
+struct EnergyStep {
     desc: AttentionDesc,
     step: Step,
     isa: Isa,
@@ -59,12 +59,12 @@ pub unsafe fn energy(
     let energy = EnergyStep { desc: *desc, step, isa: runtime.cpu_isa() };
     match stream {
         None => run(&energy),
-        Some(stream) => stream.push(Job::Energy(energy), ENQUEUE_TIMEOUT),
+        Some(stream) => stream.push(move || run(&energy), ENQUEUE_TIMEOUT),
     }
 }
 
 /// Evaluates on the calling thread and, if there is much to read, on others.
-pub(super) fn run(energy: &EnergyStep) -> Result<()> {
+fn run(energy: &EnergyStep) -> Result<()> {
     let _float = FloatState::enter();
     let EnergyStep { desc, step, isa } = energy;
     let threads = if step.args.k.bytes.saturating_add(step.args.v.bytes) < LARGE { 1 } else { available_cores() };

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 
 use super::context::Runtime;
 use super::output::Output;
-use super::stream::{Job, Stream};
+use super::stream::Stream;
 use crate::attention::step::{disjoint, no_broadcast};
 use crate::attention::{AttentionDesc, Dtype, MAX_HEAD_DIM, Tensor};
 use crate::cuda::MergeStep;
@@ -100,12 +100,12 @@ pub unsafe fn merge_partials(
     }
     match stream {
         None => run_partials(&input, count),
-        Some(stream) => stream.push(Job::MergePartials { input, count }, ENQUEUE_TIMEOUT),
+        Some(stream) => stream.push(move || run_partials(&input, count), ENQUEUE_TIMEOUT),
     }
 }
 
 /// Merges partials of one place.
-pub(super) fn run_partials(input: &MergeInput, count: usize) -> Result<()> {
+fn run_partials(input: &MergeInput, count: usize) -> Result<()> {
     let _float = FloatState::enter();
     let (mut scratch, mut merged) = ([0.0f32; MAX_HEAD_DIM as usize], [0.0f32; MAX_HEAD_DIM as usize]);
     let (scratch, merged) = (&mut scratch[..input.dim], &mut merged[..input.dim]);

@@ -14,7 +14,7 @@ use super::exchange::{Method, Scratch, Wire};
 use super::execute;
 use super::merge::{MergeArgs, MergeInput};
 use super::peer::GpuExchange;
-use super::stream::{Job, Stream};
+use super::stream::Stream;
 use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, OutputMode, Shard, Step, head_range, supported};
 use crate::cpu::{self, CpuBackend};
 use crate::cuda::{self, CudaBackend};
@@ -206,7 +206,7 @@ impl Plan {
             core.count_step();
             return Ok(());
         }
-        self.submit(stream, |plan| Job::Decode { plan, step }, || execute::decode(core, &step))
+        self.submit(stream, move |plan| execute::decode(plan, &step))
     }
 
     /// Attends this rank's shard only; out and lse hold all heads. No exchange.
@@ -219,7 +219,7 @@ impl Plan {
         if let Backend::Cuda(backend) = &core.backend {
             return backend.decode(&step, Stream::cuda(stream, core.comm.device)?);
         }
-        self.submit(stream, |plan| Job::Partial { plan, step }, || execute::partial(core, &step))
+        self.submit(stream, move |plan| execute::partial(plan, &step))
     }
 
     /// Exchanges and merges partials that the engine made: every rank passes its own.
@@ -246,7 +246,7 @@ impl Plan {
             core.count_step();
             return Ok(());
         }
-        self.submit(stream, |plan| Job::Merge { plan, input }, || execute::merge(core, &input))
+        self.submit(stream, move |plan| execute::merge(plan, &input))
     }
 
     /// The descriptor.
@@ -321,18 +321,18 @@ impl Plan {
     fn submit(
         &self,
         stream: Option<&Stream>,
-        job: impl FnOnce(InFlight) -> Job,
-        now: impl FnOnce() -> Result<()>,
+        step: impl FnOnce(&PlanCore) -> Result<()> + Send + 'static,
     ) -> Result<()> {
         let Some(stream) = stream else {
             let _counted = InFlight::new(&self.core);
-            return now().map_err(explain_timeout);
+            return step(&self.core).map_err(explain_timeout);
         };
         if !self.core.comm.end.rounds().is_none_or(|rounds| rounds.serves_streams()) {
             let wanted = "none: this transport's callbacks run on calling threads only";
             return Err(Error::invalid("stream", "a stream", wanted));
         }
-        stream.push(job(InFlight::new(&self.core)), self.core.comm.config.step_timeout)
+        let plan = InFlight::new(&self.core);
+        stream.push(move || step(&plan.0), self.core.comm.config.step_timeout)
     }
 }
 
@@ -343,10 +343,6 @@ impl InFlight {
     fn new(plan: &PlanRef) -> InFlight {
         *plan.in_flight.lock() += 1;
         InFlight(Arc::clone(plan))
-    }
-
-    pub fn plan(&self) -> &PlanCore {
-        &self.0
     }
 }
 

@@ -9,11 +9,6 @@ use parking_lot::Mutex;
 
 use super::communicator::CommCore;
 use super::context::Runtime;
-use super::energy::{self, EnergyStep};
-use super::execute;
-use super::merge::{self, MergeInput};
-use super::plan::InFlight;
-use crate::attention::Step;
 use crate::cuda::{Merge, MergeStep};
 use crate::device::cuda::{CudaDevice, CudaStream};
 use crate::device::{Device, DeviceKind, Queue};
@@ -21,16 +16,6 @@ use crate::error::{Error, Result};
 
 /// Steps that a stream holds before enqueueing waits.
 const QUEUE_CAPACITY: usize = 1024;
-
-/// One piece of work on a stream, by value, so that enqueueing allocates nothing.
-#[allow(clippy::large_enum_variant)] // boxing would allocate on every step
-pub(super) enum Job {
-    Decode { plan: InFlight, step: Step },
-    Partial { plan: InFlight, step: Step },
-    Merge { plan: InFlight, input: MergeInput },
-    MergePartials { input: MergeInput, count: usize },
-    Energy(EnergyStep),
-}
 
 /// An in-order queue of steps on one device.
 pub struct Stream {
@@ -42,7 +27,7 @@ pub struct Stream {
 }
 
 enum Kind {
-    Cpu(Queue<Job>),
+    Cpu(Queue),
     /// With what merges given partials on it.
     Cuda(CudaStream, OnceCell<Merge>),
 }
@@ -53,7 +38,7 @@ impl Stream {
     pub fn new(runtime: &Runtime, device: Device) -> Result<Stream> {
         runtime.check_device(device)?;
         let kind = match device.kind {
-            DeviceKind::Cpu => Kind::Cpu(Queue::new(QUEUE_CAPACITY, "treeattn-stream", run)?),
+            DeviceKind::Cpu => Kind::Cpu(Queue::new(QUEUE_CAPACITY, "treeattn-stream")?),
             DeviceKind::Cuda => Kind::cuda(CudaStream::new(&CudaDevice::get(device)?)?),
         };
         Ok(Stream { runtime: runtime.clone(), device, kind, exchanged: Mutex::default() })
@@ -111,10 +96,13 @@ impl Stream {
     }
 
     /// Puts a step of a CPU device on the stream.
-    pub(super) fn push(&self, job: Job, timeout: Duration) -> Result<()> {
+    pub(super) fn push<F>(&self, step: F, timeout: Duration) -> Result<()>
+    where
+        F: FnOnce() -> Result<()> + Send + 'static,
+    {
         self.runtime.check_open()?;
         match &self.kind {
-            Kind::Cpu(queue) => queue.push(job, timeout),
+            Kind::Cpu(queue) => queue.push(step, timeout),
             Kind::Cuda(..) => Err(self.foreign(Device::CPU)),
         }
     }
@@ -151,15 +139,5 @@ impl Kind {
     fn cuda(stream: CudaStream) -> Kind {
         let merge = Merge::new(stream.device()).map_or_else(|_| OnceCell::new(), OnceCell::with_value);
         Kind::Cuda(stream, merge)
-    }
-}
-
-fn run(job: Job) -> Result<()> {
-    match job {
-        Job::Decode { plan, step } => execute::decode(plan.plan(), &step),
-        Job::Partial { plan, step } => execute::partial(plan.plan(), &step),
-        Job::Merge { plan, input } => execute::merge(plan.plan(), &input),
-        Job::MergePartials { input, count } => merge::run_partials(&input, count),
-        Job::Energy(step) => energy::run(&step),
     }
 }
