@@ -136,7 +136,7 @@ impl Queue {
                     None => timeout,
                 };
                 if left.is_zero() {
-                    let text = format!("stream: {} steps are queued and none ended within {timeout:?}", state.capacity);
+                    let text = format!("stream: {} jobs are queued and none ended within {timeout:?}", state.capacity);
                     drop(state);
                     return Err(Error::new(ErrorKind::Timeout, text));
                 }
@@ -155,7 +155,7 @@ impl Queue {
     /// From a task of the queue itself it is `Busy`.
     pub fn synchronize(&self) -> Result<()> {
         if self.on_own_thread() {
-            return Err(Error::new(ErrorKind::Busy, "stream: a step cannot wait for the stream that runs it"));
+            return Err(Error::new(ErrorKind::Busy, "stream: a job cannot wait for the stream that runs it"));
         }
         let mut state = self.shared.lock();
         let last = state.pushed;
@@ -199,7 +199,7 @@ impl Shared {
                     task.run()
                 }));
                 let result = result.unwrap_or_else(|payload| {
-                    let text = format!("a step of the stream panicked: {}", panic_message(&*payload));
+                    let text = format!("a job of the stream panicked: {}", panic_message(&*payload));
                     Err(Error::new(ErrorKind::Internal, text))
                 });
                 state = self.lock();
