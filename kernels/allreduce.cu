@@ -8,40 +8,11 @@
 //                               says that the step is over
 //
 // The library's own exchange does not use them: they are a baseline.
-#include <stddef.h>
-
 #include "numbers.cuh"
+#include "params.cuh"
 #include "ptx.cuh"
 
 namespace treeattn {
-
-struct AllreduceParams {
-    float* o;                   //   0  [token, head, dim] this rank's partial; numerators after weigh
-    float* lse;                 //   8  [token, head]
-    float* most;                //  16  [token, head] the largest lse of all ranks
-    float* weights;             //  24  [token, head], then two words of bad data a rank
-    void* out;                  //  32  [token, own head, dim]
-    float* out_lse;             //  40  [token, own head]; may be null
-    int64_t out_stride[3];      //  48  token, head, dim; bytes
-    int64_t out_lse_stride[2];  //  72  token, head
-    uint64_t* status;           //  88  this rank's bad data (pack_status), 0 for none; taken by begin
-    uint64_t* words;            //  96  device memory of the plan: steps begun, steps ended
-    const uint64_t* failed;     // 104  device memory: not 0 once the communicator is broken, outputs are then NaN
-    uint64_t* host;             // 112  mapped host memory: steps begun, steps ended, bad data with its rank
-    int32_t tokens;             // 120
-    int32_t heads;              // 124
-    int32_t head_dim;           // 128
-    int32_t out_dtype;          // 132
-    int32_t first_head;         // 136  of this rank's output
-    int32_t own_heads;          // 140  of this rank's output
-    int32_t rank;               // 144
-    int32_t world;              // 148
-    uint32_t* arrived;          // 152  blocks of finish that are done; it leaves 0
-};
-static_assert(offsetof(AllreduceParams, out_stride) == 48, "mirrored by the launch side");
-static_assert(offsetof(AllreduceParams, status) == 88, "mirrored by the launch side");
-static_assert(offsetof(AllreduceParams, tokens) == 120, "mirrored by the launch side");
-static_assert(sizeof(AllreduceParams) == 160, "mirrored by the launch side");
 
 // Counts a step in device memory, and tells the host.
 __device__ __forceinline__ void count_step(const AllreduceParams& p, int which) {
@@ -96,17 +67,16 @@ __device__ __forceinline__ void finish(const AllreduceParams& p, int64_t row) {
     // No rank had keys. (Where a rank had a NaN, the sum is one.)
     const bool empty = most == -infinity() && sum == 0.0f;
     if (head >= 0 && head < p.own_heads) {
-        char* out = static_cast<char*>(p.out) + token * p.out_stride[0] + head * p.out_stride[1];
+        char* out = p.target.row(token, head);
         for (int d = lane; d < p.head_dim; d += 32) {
             float x = empty ? 0.0f : p.o[row * p.head_dim + d] / sum;
             if (failed) x = not_a_number();
-            store_element(out + d * p.out_stride[2], p.out_dtype, x);
+            store_element(out + d * p.target.o_stride[2], p.target.dtype, x);
         }
-        if (lane == 0 && p.out_lse != nullptr) {
+        if (lane == 0 && p.target.lse != nullptr) {
             float lse = empty ? most : static_cast<float>(most + log(static_cast<double>(sum)));
             if (failed) lse = not_a_number();
-            char* to = reinterpret_cast<char*>(p.out_lse) + token * p.out_lse_stride[0] + head * p.out_lse_stride[1];
-            *reinterpret_cast<float*>(to) = lse;
+            *p.target.lse_of(token, head) = lse;
         }
     }
     // A row that the next step does not write is padding.
@@ -151,3 +121,5 @@ extern "C" __global__ void __launch_bounds__(256)
         treeattn::end(params);
     }
 }
+
+TREEATTN_ABI(allreduce)

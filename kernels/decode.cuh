@@ -46,17 +46,17 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& it
         o.x *= inverse, o.y *= inverse;
     }
     if (p.flags & kFlagPush) {
-        if (column >= p.head_dim_v) return;
+        if (column >= p.head_dim_v()) return;
         const float lse = s.l == 0.f ? -infinity() : (s.m + log2f(s.l)) * kLn2;
         const Doors& doors = *reinterpret_cast<const Doors*>(shared + S::kDoorsAt);
         push_columns(doors, token, static_cast<int>(head), column, lse, o);
         return;
     }
-    char* to = static_cast<char*>(p.out) + token * p.out_stride[0] + head * p.out_stride[1] + column * p.out_stride[2];
-    if (column < p.head_dim_v) store_two(to, p.out_stride[2], p.out_dtype, o);
-    if (p.lse != nullptr && column == 0) {
-        char* lse = reinterpret_cast<char*>(p.lse) + token * p.lse_stride[0] + head * p.lse_stride[1];
-        *reinterpret_cast<float*>(lse) = s.l == 0.f ? -infinity() : (s.m + log2f(s.l)) * kLn2;
+    const RowTarget& target = p.target;
+    char* to = target.row(token, head) + column * target.o_stride[2];
+    if (column < p.head_dim_v()) store_two(to, target.o_stride[2], target.dtype, o);
+    if (target.lse != nullptr && column == 0) {
+        *target.lse_of(token, head) = s.l == 0.f ? -infinity() : (s.m + log2f(s.l)) * kLn2;
     }
 }
 
@@ -198,20 +198,18 @@ static __device__ __noinline__ void write_unowned(const DecodeParams& p, const D
     for (int64_t r = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; r < rows; r += gridDim.x * (blockDim.x / 32)) {
         const int64_t nth = r / p.q_heads, head = r - nth * p.q_heads, token = nth < begin ? nth : nth - begin + end;
         if (p.flags & kFlagPush) {
-            for (int c = threadIdx.x % 32 * 2; c < p.head_dim_v; c += 64) {
+            for (int c = threadIdx.x % 32 * 2; c < p.head_dim_v(); c += 64) {
                 push_columns(doors, token, static_cast<int>(head), c, -infinity(), make_float2(0.f, 0.f));
             }
             continue;
         }
-        char* to = static_cast<char*>(p.out) + token * p.out_stride[0] + head * p.out_stride[1];
+        const RowTarget& target = p.target;
+        char* to = target.row(token, head);
 #pragma unroll 1
-        for (int c = threadIdx.x % 32 * 2; c < p.head_dim_v; c += 64) {
-            store_two(to + c * p.out_stride[2], p.out_stride[2], p.out_dtype, make_float2(0.f, 0.f));
+        for (int c = threadIdx.x % 32 * 2; c < p.head_dim_v(); c += 64) {
+            store_two(to + c * target.o_stride[2], target.o_stride[2], target.dtype, make_float2(0.f, 0.f));
         }
-        if (p.lse != nullptr && threadIdx.x % 32 == 0) {
-            char* lse = reinterpret_cast<char*>(p.lse) + token * p.lse_stride[0] + head * p.lse_stride[1];
-            *reinterpret_cast<float*>(lse) = -infinity();
-        }
+        if (target.lse != nullptr && threadIdx.x % 32 == 0) *target.lse_of(token, head) = -infinity();
     }
 }
 
@@ -329,9 +327,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
 // A kernel and its constant, by the naming rule of params.cuh. BODY<FAMILY> is what it does.
 #define TREEATTN_DECODE_KERNEL(NAME, FAMILY, BODY)                                                                    \
     extern "C" __device__ const treeattn::KernelShape NAME##_shape = {                                                \
-        FAMILY::S::kThreads, FAMILY::S::kSharedBytes,    FAMILY::S::kBlocks,                                          \
-        FAMILY::S::kRows,    FAMILY::S::kDimQk,          FAMILY::S::kDimV,                                            \
-        treeattn::Partials<FAMILY::S>::kFloats * 4,                                                                   \
+        FAMILY::S::kThreads, FAMILY::S::kSharedBytes, FAMILY::S::kBlocks, treeattn::Partials<FAMILY::S>::kFloats * 4, \
         treeattn::Partials<FAMILY::S>::kSlices * treeattn::kCountersOfSlice};                                         \
     extern "C" __global__ void __launch_bounds__(FAMILY::S::kThreads, FAMILY::S::kBlocks)                           \
         NAME(const __grid_constant__ treeattn::DecodeParams params) {                                                 \

@@ -318,7 +318,7 @@ __device__ __forceinline__ void decode_loaded(const DecodeParams& p) {
                 }
             }
             if (tile.flags & kSlotPoison) family.poison();
-            if (next.keys > 0) walk.template load<S::kDimV>(family.v, next.v, p.v_stride, p.head_dim_v);
+            if (next.keys > 0) walk.template load<S::kDimV>(family.v, next.v, p.v_stride, p.head_dim_v());
             if (tile.flags & kSlotLast) break;
             // The first keys are on their way before the queries have been laid out.
             if (tile.flags == 0) __syncthreads();
@@ -352,3 +352,5 @@ TREEATTN_FMA_ALL(96, 96)
 TREEATTN_FMA_ALL(128, 128)
 TREEATTN_FMA_ALL(192, 128)
 TREEATTN_FMA_ALL(256, 256)
+
+TREEATTN_ABI(decode_fma)

@@ -16,7 +16,7 @@ __device__ __forceinline__ void exchange(const ExchangeParams& p) {
     if (!e.broken && !p.is_pushed) {
         delay(Point::kPush, e.number);
         if (warp == 0) push_header(v, e);
-        if (p.o != nullptr) {
+        if (p.source.o != nullptr) {
             const uint32_t fault = pack_fault(load_word(v.window + kFault), v.rank);
             for (int64_t row = warp; row < p.rows; row += warps) push_row(p, e, row, fault);
         }
@@ -34,3 +34,5 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     treeattn::dependency_wait();
     treeattn::exchange(params);
 }
+
+TREEATTN_ABI(exchange)

@@ -69,35 +69,35 @@ struct Rows {
     }
 };
 
-// Where a row of the output goes. `row` counts from the launch's first.
-struct Target {
+// A row of the output. `row` counts from the launch's first.
+struct OutputRow {
     char* o;
     float* lse;
 
-    __device__ __forceinline__ Target(const ExchangeParams& p, int64_t row) {
+    __device__ __forceinline__ OutputRow(const ExchangeParams& p, int64_t row) {
         const int64_t flat = p.first_row + row, token = flat / p.view.heads;
         const int64_t head = flat - token * p.view.heads - p.view.first_head;
-        o = static_cast<char*>(p.out) + token * p.out_stride[0] + head * p.out_stride[1];
-        char* at = reinterpret_cast<char*>(p.out_lse) + token * p.out_lse_stride[0] + head * p.out_lse_stride[1];
-        lse = p.out_lse == nullptr ? nullptr : reinterpret_cast<float*>(at);
+        o = p.target.row(token, head);
+        lse = p.target.lse_of(token, head);
     }
 };
 
 // Writes up to two elements of an output row.
-__device__ __forceinline__ void write_elements(const ExchangeParams& p, const Target& to, int d, int n, float2 x) {
-    char* at = to.o + d * p.out_stride[2];
-    if (d + 1 < p.head_dim && n == 2) {
-        store_two(at, p.out_stride[2], p.out_dtype, x);
-    } else if (d < p.head_dim) {
-        store_element(at, p.out_dtype, x.x);
+__device__ __forceinline__ void write_elements(const ExchangeParams& p, const OutputRow& to, int d, int n, float2 x) {
+    const RowTarget& target = p.target;
+    char* at = to.o + d * target.o_stride[2];
+    if (d + 1 < target.dim && n == 2) {
+        store_two(at, target.o_stride[2], target.dtype, x);
+    } else if (d < target.dim) {
+        store_element(at, target.dtype, x.x);
     }
 }
 
 // One warp writes NaN.
 static __device__ __noinline__ void poison_row(const ExchangeParams& p, int64_t row) {
-    const Target to(p, row);
-    for (int d = threadIdx.x % 32; d < p.head_dim; d += 32) {
-        store_element(to.o + d * p.out_stride[2], p.out_dtype, not_a_number());
+    const OutputRow to(p, row);
+    for (int d = threadIdx.x % 32; d < p.target.dim; d += 32) {
+        store_element(to.o + d * p.target.o_stride[2], p.target.dtype, not_a_number());
     }
     if (to.lse != nullptr && threadIdx.x % 32 == 0) *to.lse = not_a_number();
 }
@@ -120,15 +120,14 @@ __device__ __forceinline__ void push_row(const ExchangeParams& p, const Epoch& e
     const Wire wire(v.wire_dtype);
     const int lane = threadIdx.x % 32, size = wire.elements_a_word();
     const int64_t flat = p.first_row + row, token = flat / v.heads, head = flat - token * v.heads;
-    const int64_t words = row_words(p.head_dim, v.wire_dtype), at = kHeaderWords + row * words;
-    const char* lses = reinterpret_cast<const char*>(p.lse) + token * p.lse_stride[0] + head * p.lse_stride[1];
-    float lse = *reinterpret_cast<const float*>(lses);
-    lse = p.plus_inf_is_empty && lse == infinity() ? -infinity() : lse * p.to_natural;
-    const char* o = static_cast<const char*>(p.o) + token * p.o_stride[0] + head * p.o_stride[1];
+    const RowSource& source = p.source;
+    const int64_t words = row_words(source.dim, v.wire_dtype), at = kHeaderWords + row * words;
+    const float lse = source.natural(*reinterpret_cast<const float*>(source.lse_of(token, head)));
+    const char* o = source.row(token, head);
     const auto element = [&](int d) {
         // An empty partial's o is never read.
-        const bool there = d < p.head_dim && lse != -infinity();
-        return there ? load_element(o + d * p.o_stride[2], p.o_dtype) : 0.f;
+        const bool there = d < source.dim && lse != -infinity();
+        return there ? load_element(o + d * source.o_stride[2], source.dtype) : 0.f;
     };
     const auto word = [&](int n) {
         const int d = n * size;
@@ -209,7 +208,7 @@ __device__ __forceinline__ bool merge_row(const ExchangeParams& p, Epoch& e, int
     const ExchangeView& v = p.view;
     const Wire wire(v.wire_dtype);
     const int lane = threadIdx.x % 32;
-    const int words = static_cast<int>(row_words(p.head_dim, v.wire_dtype)) - kRowHead;
+    const int words = static_cast<int>(row_words(p.target.dim, v.wire_dtype)) - kRowHead;
     const int64_t at = kHeaderWords + row * (words + kRowHead);
     Weights w;
     if (!wait_weights(v, e, at, w)) return false;
@@ -288,7 +287,7 @@ __device__ __forceinline__ void report_bad_data(const ExchangeView& v, uint32_t 
 }
 
 // Writes the elements of two neighbouring words of o.
-__device__ __forceinline__ void write_words(const ExchangeParams& p, const Wire& wire, const Target& to, int n,
+__device__ __forceinline__ void write_words(const ExchangeParams& p, const Wire& wire, const OutputRow& to, int n,
                                             float2 a, float2 b) {
     if (wire.is_f32) {
         write_elements(p, to, n, 2, make_float2(a.x, b.x));
@@ -301,7 +300,7 @@ __device__ __forceinline__ void write_words(const ExchangeParams& p, const Wire&
 // One warp merges a row and writes it.
 __device__ __forceinline__ bool write_merged(const ExchangeParams& p, Epoch& e, int64_t row) {
     const Wire wire(p.view.wire_dtype);
-    const Target to(p, row);
+    const OutputRow to(p, row);
     return merge_row(
         p, e, row, [&](int n, float2 a, float2 b) { write_words(p, wire, to, n, a, b); },
         [&](float lse, uint32_t fault) {
@@ -315,7 +314,7 @@ __device__ __forceinline__ bool write_merged(const ExchangeParams& p, Epoch& e, 
 __device__ __forceinline__ bool push_merged(const ExchangeParams& p, Epoch& e, int64_t row) {
     const ExchangeView& v = p.view;
     const Wire wire(v.wire_dtype);
-    const int64_t at = kHeaderWords + row * row_words(p.head_dim, v.wire_dtype);
+    const int64_t at = kHeaderWords + row * row_words(p.target.dim, v.wire_dtype);
     const auto push = [&](int64_t to, uint32_t x, uint32_t y) {
 #pragma unroll 1
         for (int n = 1; n <= v.world; n++) {
@@ -333,9 +332,9 @@ __device__ __forceinline__ bool push_merged(const ExchangeParams& p, Epoch& e, i
 __device__ __forceinline__ bool write_received(const ExchangeParams& p, Epoch& e, int64_t row) {
     const ExchangeView& v = p.view;
     const Wire wire(v.wire_dtype);
-    const Target to(p, row);
+    const OutputRow to(p, row);
     const int lane = threadIdx.x % 32;
-    const int words = static_cast<int>(row_words(p.head_dim, v.wire_dtype));
+    const int words = static_cast<int>(row_words(p.target.dim, v.wire_dtype));
     const int head = static_cast<int>((p.first_row + row) % v.heads);
     const uint64_t* from = merged_slot(v, e, v.rank) + kHeaderWords + row * words;
 #pragma unroll 1

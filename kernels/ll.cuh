@@ -6,7 +6,7 @@
 //
 // Every exchange has an epoch. A rank pushes epoch e + 1 only when its own `consumed` says e, and every rank pushes a
 // header to every rank in every epoch, rows or not. Two slots, one a parity of the epoch, are then enough: src/partial/
-// epoch.rs says why, and has the same constants.
+// epoch.rs says why. Where the words of a window and of host memory lie is said in src/partial/view.rs.
 #pragma once
 
 #include "params.cuh"
@@ -15,48 +15,26 @@
 namespace treeattn {
 
 constexpr uint32_t kWholeWarp = 0xffffffffu;
-constexpr int kSlots = 2;         // a parity each
-constexpr int kHeaderWords = 16;  // at a slot's begin; the fingerprint takes two
-constexpr int kRowHead = 2;       // words of a row before its o: lse, bad data
 constexpr int kSpins = 64;        // looks at a word between two looks at the clock and at what ends a wait
 // Time between a warp's looks at host memory, ns: each goes over PCIe, and many of them hold up all reads of the GPU.
 constexpr uint64_t kHostEvery = 2'000'000;
 
-// Words of a window before its slots. Peers write the first, the others are the owner's and lie apart.
-enum WindowWord : int {
-    kBroken = 0,      // a peer has given up, or its host has: a verdict
-    kLeft = 192,      // a word a rank: the peer in another process that has left said so
-    kConsumed = 128,  // the last epoch that this rank has read to its end
-    kArrived = 129,   // u32: blocks of the running launch that are done; 0 between launches
-    kFailed = 130,    // the first failure of this rank: a verdict
-    kFault = 131,     // bad data that the running step's attention met, as pack_status; 0: none
-    kControlWords = 512,
-};
-
-// Words in mapped host memory.
-enum HostWord : int {
-    kCommand = 0,   // from the host: a verdict that ends every wait, 0 until there is one
-    kFailure = 1,   // to the host: the verdict of kFailed
-    kBadData = 2,   // to the host: bad data that a step met on any rank, as pack_status
-    kLost = 3,      // from the host: a bit for each rank that has left, or whose process has ended
-};
-
-// A verdict: code | rank << 8 | epoch << 32. Codes of the C ABI.
-enum : uint32_t { kDesync = 7, kTimeout = 8, kPeerLost = 9 };
-
-__device__ __forceinline__ uint64_t verdict(uint32_t code, uint32_t rank) { return code | rank << 8; }
+// A failure (partial::word::Failure): code | rank << 8 | epoch << 32.
+__device__ __forceinline__ uint64_t failure(uint32_t code, uint32_t rank) { return code | rank << kRankShift; }
 
 // How long a rank that has left is still waited for: what it enqueued before may be on its way.
 constexpr uint64_t kGrace = 250'000'000;  // ns
 
-// After the largest epoch comes 2: never 0, which is no epoch, and parities alternate for ever.
-__device__ __forceinline__ uint32_t next_epoch(uint32_t epoch) { return epoch == 0xffffffffu ? 2u : epoch + 1; }
+// Never 0, which is no epoch, and parities alternate for ever.
+__device__ __forceinline__ uint32_t next_epoch(uint32_t epoch) {
+    return epoch == 0xffffffffu ? kAfterWrap : epoch + 1;
+}
 
 __device__ __forceinline__ uint64_t packet(uint32_t data, uint32_t epoch) {
-    return static_cast<uint64_t>(epoch) << 32 | data;
+    return static_cast<uint64_t>(epoch) << kFlagShift | data;
 }
 __device__ __forceinline__ uint32_t data_of(uint64_t word) { return static_cast<uint32_t>(word); }
-__device__ __forceinline__ bool is_of(uint64_t word, uint32_t epoch) { return word >> 32 == epoch; }
+__device__ __forceinline__ bool is_of(uint64_t word, uint32_t epoch) { return word >> kFlagShift == epoch; }
 __device__ __forceinline__ bool are_of(ulonglong2 words, uint32_t epoch) {
     return is_of(words.x, epoch) && is_of(words.y, epoch);
 }
@@ -70,7 +48,7 @@ __device__ __forceinline__ int64_t row_words(int head_dim, int32_t wire_dtype) {
 // Bad data on the wire: 0, or sequence + 1 (saturating), rank, cause.
 __device__ __forceinline__ uint32_t pack_fault(uint64_t status, uint32_t rank) {
     if (status == 0) return 0;
-    const uint32_t sequence = min(0xffffffffu - static_cast<uint32_t>(status >> 32), (1u << 23) - 2);
+    const uint32_t sequence = min(0xffffffffu - static_cast<uint32_t>(status >> kHighShift), (1u << 23) - 2);
     return (sequence + 1) << 9 | rank << 3 | (static_cast<uint32_t>(status) & 7);
 }
 __device__ __forceinline__ uint64_t unpack_fault(uint32_t fault) {
@@ -118,7 +96,7 @@ __device__ __forceinline__ uint64_t* merged_slot(const ExchangeView& v, const Ep
 
 // Fails the communicator, unless it has: for the host, for this rank's later launches and for its peers.
 static __device__ __noinline__ void fail(const ExchangeView& v, uint32_t epoch, uint64_t why) {
-    const uint64_t word = (why & 0xffffffffu) | static_cast<uint64_t>(epoch) << 32;
+    const uint64_t word = (why & 0xffffffffu) | static_cast<uint64_t>(epoch) << kHighShift;
     auto* failed = reinterpret_cast<unsigned long long*>(v.window + kFailed);
     if (atomicCAS(failed, 0ull, static_cast<unsigned long long>(word)) != 0) return;
     store_word(v.host + kFailure, word);
@@ -147,7 +125,7 @@ static __device__ __noinline__ bool give_up(const ExchangeView& v, Epoch& e, int
                     e.until = min(e.until, now + min(v.timeout_ns / 2, kGrace));
                 }
             }
-            if (why == 0 && now >= e.until) why = verdict(e.lost == missing ? kPeerLost : kTimeout, missing);
+            if (why == 0 && now >= e.until) why = failure(e.lost == missing ? kPeerLost : kTimeout, missing);
             over = why != 0;
             if (over) fail(v, e.number, why);
         }
@@ -227,7 +205,7 @@ __device__ __forceinline__ bool wait_headers(const ExchangeView& v, Epoch& e) {
                     if (spins % kSpins == 0 && give_up(v, e, lowest(come, there))) return false;
                 }
             }
-            if (lane == 0) fail(v, e.number, verdict(kDesync, odd_rank(v, e)));
+            if (lane == 0) fail(v, e.number, failure(kDesync, odd_rank(v, e)));
             e.broken = true;
             return false;
         }

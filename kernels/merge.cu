@@ -11,16 +11,17 @@ namespace treeattn {
 constexpr int kMergeColumns = 8;  // of a lane in one pass over the partials
 
 __device__ __forceinline__ float merge_lse(const MergeParams& p, const char* row, int partial) {
-    const float lse = *reinterpret_cast<const float*>(row + partial * p.lse_stride[0]);
-    return p.plus_inf_is_empty && lse == infinity() ? -infinity() : lse * p.to_natural;
+    return p.source.natural(*reinterpret_cast<const float*>(row + partial * p.step[1]));
 }
 
 __device__ __forceinline__ void merge_row(const MergeParams& p, int64_t row) {
     const int lane = threadIdx.x % 32;
     const int64_t token = row / p.heads, head = row % p.heads;
-    const char* o = static_cast<const char*>(p.o) + token * p.o_stride[1] + head * p.o_stride[2];
-    const char* lses = reinterpret_cast<const char*>(p.lse) + token * p.lse_stride[1] + head * p.lse_stride[2];
-    char* out = static_cast<char*>(p.out) + token * p.out_stride[0] + head * p.out_stride[1];
+    const RowSource& source = p.source;
+    const RowTarget& target = p.target;
+    const char* o = source.row(token, head);
+    const char* lses = source.lse_of(token, head);
+    char* out = target.row(token, head);
 
     float top = -infinity();
     int live = 0;
@@ -38,7 +39,7 @@ __device__ __forceinline__ void merge_row(const MergeParams& p, int64_t row) {
     }
 
     double sum = 0.0;
-    for (int first = 0; first < p.head_dim; first += 32 * kMergeColumns) {
+    for (int first = 0; first < target.dim; first += 32 * kMergeColumns) {
         float acc[kMergeColumns] = {};
         sum = 0.0;
         for (int chunk = 0; chunk < p.partials && !bad; chunk += 32) {
@@ -50,12 +51,12 @@ __device__ __forceinline__ void merge_row(const MergeParams& p, int64_t row) {
                 const double exact = __shfl_sync(0xffffffffu, weight, i);
                 const float w = static_cast<float>(exact);
                 sum += exact;
-                const char* from = o + (chunk + i) * p.o_stride[0];
+                const char* from = o + (chunk + i) * p.step[0];
 #pragma unroll
                 for (int c = 0; c < kMergeColumns; c++) {
                     const int d = first + c * 32 + lane;
-                    if (d >= p.head_dim) continue;
-                    const float x = load_element(from + d * p.o_stride[3], p.o_dtype);
+                    if (d >= target.dim) continue;
+                    const float x = load_element(from + d * source.o_stride[2], source.dtype);
                     acc[c] = live == 1 ? x : fmaf(w, x, acc[c]);
                 }
             }
@@ -64,17 +65,16 @@ __device__ __forceinline__ void merge_row(const MergeParams& p, int64_t row) {
 #pragma unroll
         for (int c = 0; c < kMergeColumns; c++) {
             const int d = first + c * 32 + lane;
-            if (d >= p.head_dim) continue;
+            if (d >= target.dim) continue;
             float x = live <= 1 ? acc[c] : static_cast<float>(acc[c] * scale);
             if (bad) x = not_a_number();
-            store_element(out + d * p.out_stride[2], p.out_dtype, x);
+            store_element(out + d * target.o_stride[2], target.dtype, x);
         }
     }
-    if (lane == 0 && p.out_lse != nullptr) {
+    if (lane == 0 && target.lse != nullptr) {
         float lse = live <= 1 ? top : static_cast<float>(top + log(sum));
         if (bad) lse = not_a_number();
-        char* to = reinterpret_cast<char*>(p.out_lse) + token * p.out_lse_stride[0] + head * p.out_lse_stride[1];
-        *reinterpret_cast<float*>(to) = lse;
+        *target.lse_of(token, head) = lse;
     }
 }
 
@@ -87,3 +87,5 @@ extern "C" __global__ void __launch_bounds__(256)
     if (row < static_cast<int64_t>(params.tokens) * params.heads) treeattn::merge_row(params, row);
     treeattn::dependency_launch();
 }
+
+TREEATTN_ABI(merge)

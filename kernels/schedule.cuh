@@ -17,7 +17,7 @@ namespace treeattn {
 constexpr int kTile = 16;          // keys a unit: one k-step of the tensor core's second product
 constexpr int kFanIn = 16;         // partials merged in one go
 constexpr int kMostPartials = kFanIn * kFanIn;  // of an item: there are two levels
-constexpr int kDefaultMinTiles = 4;
+constexpr int kMinTiles = 4;       // a block takes before the next one gets any
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // One sequence as read and checked.
@@ -93,21 +93,17 @@ __device__ __forceinline__ Sequence read_sequence(const DecodeParams& p, int b, 
     return s;
 }
 
-static __device__ __noinline__ void raise_status(uint64_t* status, uint64_t* host_status, uint64_t word) {
-    const uint64_t before = atomicMax(reinterpret_cast<unsigned long long*>(status), word);
-    if (before < word && host_status != nullptr) {
-        *reinterpret_cast<volatile uint64_t*>(host_status) = word;
-        __threadfence_system();
-    }
+static __device__ __noinline__ void raise_status(uint64_t* status, uint64_t word) {
+    atomicMax(reinterpret_cast<unsigned long long*>(status), word);
 }
 
 __device__ __forceinline__ void report_fault(const DecodeParams& p, int b, uint32_t cause) {
-    raise_status(p.workspace.status, p.workspace.host_status, pack_status(static_cast<uint32_t>(b), cause));
+    raise_status(p.workspace.status, pack_status(static_cast<uint32_t>(b), cause));
 }
 
 // Units a block. `items` of equal length that the grid can share out evenly get borders at item ends, if that costs at
 // most 1/16: fewer blocks then hold two items, and an item has fewer partials.
-__device__ __forceinline__ int64_t slice_units(int64_t total, int64_t items, int64_t longest, int min_tiles) {
+__device__ __forceinline__ int64_t slice_units(int64_t total, int64_t items, int64_t longest) {
     const int64_t grid = gridDim.x;
     int64_t slice = (total + grid - 1) / grid;
     if (items > 0 && items <= grid && total == items * longest) {
@@ -117,7 +113,7 @@ __device__ __forceinline__ int64_t slice_units(int64_t total, int64_t items, int
     }
     // An item may begin inside a slice, and so have a part more than it has slices.
     slice = max(slice, (longest + kMostPartials - 2) / (kMostPartials - 1));
-    return max(slice, static_cast<int64_t>(min_tiles > 0 ? min_tiles : kDefaultMinTiles));
+    return max(slice, static_cast<int64_t>(kMinTiles));
 }
 
 // Which part of an item a block holds.
@@ -222,7 +218,7 @@ __device__ __noinline__ Place place_serially(const DecodeParams& p) {
         items += static_cast<int64_t>(s.row_tiles) * p.kv_heads;
         if (s.row_tiles > 0) longest = max(longest, static_cast<int64_t>(s.key_tiles));
     }
-    place.slice = slice_units(total, items, longest, p.min_tiles);
+    place.slice = slice_units(total, items, longest);
     place.begin = min(blockIdx.x * place.slice, total);
     place.end = min(place.begin + place.slice, total);
     taken = 0;
@@ -271,7 +267,7 @@ __device__ __noinline__ Place find_place(const DecodeParams& p, PlaceScratch* sc
                 total = __shfl_sync(kAllLanes, units, 0);
                 all = __shfl_sync(kAllLanes, items, 0);
             }
-            place.slice = slice_units(total, all, warp_max(longest), p.min_tiles);
+            place.slice = slice_units(total, all, warp_max(longest));
             place.begin = min(blockIdx.x * place.slice, total);
             place.end = min(place.begin + place.slice, total);
             const uint32_t after = __ballot_sync(kAllLanes, lane < p.batch && place.begin < end);
@@ -312,7 +308,7 @@ __device__ __noinline__ Place find_place(const DecodeParams& p, PlaceScratch* sc
         return place_serially<Rows>(p);
     }
     total = scratch->units;
-    place.slice = slice_units(total, scratch->items, scratch->longest, p.min_tiles);
+    place.slice = slice_units(total, scratch->items, scratch->longest);
     place.begin = min(blockIdx.x * place.slice, total);
     place.end = min(place.begin + place.slice, total);
     if (place.begin >= place.end && blockIdx.x != 0) return place;

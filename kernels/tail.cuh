@@ -14,7 +14,7 @@ namespace treeattn {
 
 // What pushes need to know, in shared memory: it comes while the first keys do.
 struct alignas(16) Doors {
-    uint64_t slots[64];  // of parity 0: this rank's in each rank's window
+    uint64_t slots[kMaxRanks];  // of parity 0: this rank's in each rank's window
     uint64_t consumed, arrived;
     uint64_t failed, fault;
     // Of the step's view.
@@ -39,7 +39,7 @@ static __device__ __noinline__ void ask_for_doors(const DecodeParams& p, Doors* 
         doors->window = v.window, doors->parity_words = v.parity_words;
         doors->world = v.world, doors->rank = v.rank, doors->mode = v.mode, doors->heads = v.heads;
         doors->wire_dtype = v.wire_dtype;
-        doors->row_words = static_cast<int32_t>(row_words(p.head_dim_v, v.wire_dtype));
+        doors->row_words = static_cast<int32_t>(row_words(p.head_dim_v(), v.wire_dtype));
     }
 }
 
@@ -107,16 +107,12 @@ static __device__ __noinline__ void end_exchange(const DecodeParams& p, const Do
     const int waiting = min(p.waiting, static_cast<int>(gridDim.x));
     const int nth = static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x);
     if (nth < waiting) {
-        if (threadIdx.x < sizeof(ExchangeView) / 16) {
-            reinterpret_cast<int4*>(&step.view)[threadIdx.x] = reinterpret_cast<const int4*>(&v)[threadIdx.x];
+        if (threadIdx.x < sizeof(ExchangeView) / 8) {
+            reinterpret_cast<uint64_t*>(&step.view)[threadIdx.x] = reinterpret_cast<const uint64_t*>(&v)[threadIdx.x];
         }
         if (threadIdx.x == 32 % blockDim.x) {
-            step.out = p.out, step.out_lse = p.lse;
-            for (int i = 0; i < 3; i++) step.out_stride[i] = p.out_stride[i];
-            for (int i = 0; i < 2; i++) step.out_lse_stride[i] = p.lse_stride[i];
+            step.target = p.target;
             step.first_row = 0, step.rows = static_cast<int64_t>(p.query_tokens) * v.heads;
-            step.head_dim = p.head_dim_v;
-            step.out_dtype = p.out_dtype;
         }
         __syncthreads();
         receive(step, e, static_cast<int64_t>(nth) * warps + warp, static_cast<int64_t>(waiting) * warps);

@@ -272,7 +272,7 @@ struct Walk {
             }
             if (live > 0 && !(p.flags & kFlagNoBulk)) {
                 copy_regular<S::kDimQk, 0>(slot_address, k, p.k_stride[1], live, p.head_dim_qk);
-                copy_regular<S::kDimV, S::kVAt>(slot_address, v, p.v_stride[1], live, p.head_dim_v);
+                copy_regular<S::kDimV, S::kVAt>(slot_address, v, p.v_stride[1], live, p.head_dim_v());
             } else if (live > 0) {
                 const bool of_v = lane >= kTile;
                 const int64_t r = lane % kTile;
@@ -294,7 +294,7 @@ struct Walk {
             if (bad) live = 0;
             if (live > 0 && !(p.flags & kFlagNoBulk)) {
                 copy_rows<S::kDimQk, 0>(slot_address, from, 0, live, p.head_dim_qk);
-                copy_rows<S::kDimV, S::kVAt>(slot_address, from, kTile, live, p.head_dim_v);
+                copy_rows<S::kDimV, S::kVAt>(slot_address, from, kTile, live, p.head_dim_v());
             } else if (live > 0) {
                 copy_elements(p, slot_address, from, live);
             }
@@ -413,7 +413,7 @@ struct Walk {
                 const uint64_t row_from = __shfl_sync(kAllLanes, mine, part * kTile + row);
                 const int64_t stride = part ? p.v_stride[3] : p.k_stride[3];
 #pragma unroll 1
-                for (int d = lane; d < (part ? p.head_dim_v : p.head_dim_qk); d += 32) {
+                for (int d = lane; d < (part ? p.head_dim_v() : p.head_dim_qk); d += 32) {
                     uint16_t x = 0;
                     if (row < live) x = *reinterpret_cast<const uint16_t*>(row_from + d * stride);
                     const uint32_t at = part ? S::kVAt + S::RowsV::at(row, d / 8) : S::RowsK::at(row, d / 8);
@@ -434,11 +434,11 @@ __device__ __forceinline__ void clear_padding(const DecodeParams& p, uint32_t sl
             clear_shared(slot + S::RowsK::at(i / units, p.head_dim_qk / 8 + i % units));
         }
     }
-    if (p.head_dim_v < S::kDimV) {
-        const int units = (S::kDimV - p.head_dim_v) / 8;
+    if (p.head_dim_v() < S::kDimV) {
+        const int units = (S::kDimV - p.head_dim_v()) / 8;
 #pragma unroll 1
         for (int i = lane; i < kTile * units; i += 32) {
-            clear_shared(slot + S::kVAt + S::RowsV::at(i / units, p.head_dim_v / 8 + i % units));
+            clear_shared(slot + S::kVAt + S::RowsV::at(i / units, p.head_dim_v() / 8 + i % units));
         }
     }
 }

@@ -144,10 +144,14 @@ fn main() -> ExitCode {
 fn build_mock() -> bool {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("mock_driver");
     std::fs::create_dir_all(&folder).unwrap();
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/mock_driver/cuda.c");
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let source = sources.join("tests/mock_driver/cuda.c");
+    // What images say of themselves.
+    let header = std::fs::read_to_string(sources.join("kernels/abi.cuh")).unwrap();
+    let abi = header.split_once("kAbi = ").and_then(|(_, rest)| rest.split_once(';')).unwrap().0.to_string();
     for name in ["libcuda.so", "libcuda.so.1"] {
         let mut compiler = Command::new("cc");
-        compiler.args(["-shared", "-fPIC", "-O1", "-o"]).arg(folder.join(name)).arg(&source);
+        compiler.args(["-shared", "-fPIC", "-O1", &format!("-DABI={abi}"), "-o"]).arg(folder.join(name)).arg(&source);
         if !compiler.status().is_ok_and(|status| status.success()) {
             return false;
         }

@@ -8,6 +8,7 @@ use super::format::KvFormat;
 use super::placement::{Placement, Shard};
 use super::tensor::Tensor;
 use crate::error::{Error, Result};
+use crate::partial::rows::RowTarget;
 
 /// The arguments of one decode step on one rank. Pointers are to memory of the plan's device.
 ///
@@ -119,6 +120,19 @@ pub struct Step {
 }
 
 impl Step {
+    /// Where the step's output goes.
+    pub(crate) fn target(&self, desc: &AttentionDesc) -> RowTarget {
+        let [token, head, dim, _] = self.out_stride;
+        RowTarget {
+            o: self.args.out.data as u64,
+            lse: self.args.lse.data as u64,
+            o_stride: [token, head, dim],
+            lse_stride: [self.lse_stride[0], self.lse_stride[1]],
+            dtype: desc.out_dtype,
+            dim: desc.head_dim_v,
+        }
+    }
+
     /// Checks everything that the host can see of `args`. `out_heads` is how many heads out and lse hold.
     pub fn new(desc: &AttentionDesc, shard: Shard, args: &DecodeArgs, out_heads: i32) -> Result<Step> {
         bounded("batch", args.batch, 0, desc.max_batch, "max_batch")?;

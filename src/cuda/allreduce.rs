@@ -1,62 +1,20 @@
 //! A GPU's part of `ALLREDUCE3`: its partial, and the kernels between the allreduces (`kernels/allreduce.cu`).
 
-use std::mem::offset_of;
+use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::abi;
 use super::merge::MergeStep;
-use crate::attention::{Dtype, Tensor};
+use super::params::AllreduceParams;
 use crate::device::cuda::{CudaDevice, CudaStream, Holdings, Image, Kernel, PointerCheck};
 use crate::error::{Error, ErrorKind, Result};
+use crate::partial::RowTarget;
 
 /// Rows of a block, one a warp.
 const ROWS: u64 = 8;
 /// How parts of the workspace are aligned, bytes.
 const ALIGN: usize = 256;
-
-/// Where the attention kernel leaves a rank's partial, packed, f32: o [token, head, dim], lse [token, head]; and its bad
-/// data.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct PartialTarget {
-    pub o: u64,
-    pub lse: u64,
-    pub status: u64,
-}
-
-/// What `kernels/allreduce.cu` takes, field by field.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-struct AllreduceParams {
-    o: u64,
-    lse: u64,
-    most: u64,
-    weights: u64,
-    out: u64,
-    out_lse: u64,
-    out_stride: [i64; 3],
-    out_lse_stride: [i64; 2],
-    status: u64,
-    words: u64,
-    failed: u64,
-    host: u64,
-    tokens: i32,
-    heads: i32,
-    head_dim: i32,
-    out_dtype: i32,
-    first_head: i32,
-    own_heads: i32,
-    rank: i32,
-    world: i32,
-    arrived: u64,
-}
-
-// The same offsets and sizes that allreduce.cu asserts.
-const _: () = {
-    assert!(offset_of!(AllreduceParams, out_stride) == 48);
-    assert!(offset_of!(AllreduceParams, status) == 88);
-    assert!(offset_of!(AllreduceParams, tokens) == 120);
-    assert!(size_of::<AllreduceParams>() == 160);
-};
 
 /// The shape of a plan's allreduces.
 #[derive(Clone, Copy, Debug)]
@@ -65,22 +23,18 @@ pub(crate) struct AllreduceShape {
     pub tokens: i32,
     pub heads: i32,
     pub dim: i32,
-    /// This rank's output: its dtype, its first head and their number.
-    pub out_dtype: Dtype,
+    /// This rank's output: its first head and their number.
     pub first_head: i32,
     pub own_heads: i32,
     pub rank: i32,
     pub world: i32,
 }
 
-/// Where this rank's part of the merged output goes. Byte strides.
+/// Where this rank's part of the merged output goes, [token, own head, dim].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AllreduceOutput {
     pub tokens: i32,
-    pub out: Tensor,
-    pub out_stride: [i64; 4],
-    pub lse: Tensor,
-    pub lse_stride: [i64; 4],
+    pub target: RowTarget,
 }
 
 /// Device memory of the values to reduce, f32, and how many they are in a step.
@@ -103,6 +57,7 @@ pub(crate) struct Allreduce {
     finish: Kernel,
     pointers: PointerCheck,
     shape: AllreduceShape,
+    partial: RowTarget,
     fixed: AllreduceParams,
     bytes: usize,
     _holdings: Holdings,
@@ -120,7 +75,8 @@ impl Allreduce {
         patience: Duration,
     ) -> Result<Allreduce> {
         let image = Image::new(device)?;
-        let kernel = |name: &str, threads| image.kernel(&format!("treeattn_allreduce_{name}"), threads, 0);
+        let kernel =
+            |name: &str, threads| abi::kernel(&image, "allreduce", &format!("treeattn_allreduce_{name}"), threads, 0);
         let rows = shape.tokens as usize * shape.heads as usize;
         let too_large = || {
             let found = format!("{} x {} x {}", shape.tokens, shape.heads, shape.dim);
@@ -149,10 +105,7 @@ impl Allreduce {
             lse,
             most,
             weights,
-            out: 0,
-            out_lse: 0,
-            out_stride: [0; 3],
-            out_lse_stride: [0; 2],
+            target: RowTarget::NONE,
             status: words,
             words: words + 8,
             failed,
@@ -160,7 +113,6 @@ impl Allreduce {
             tokens: 0,
             heads: shape.heads,
             head_dim: shape.dim,
-            out_dtype: shape.out_dtype as i32,
             first_head: shape.first_head,
             own_heads: shape.own_heads,
             rank: shape.rank,
@@ -173,6 +125,7 @@ impl Allreduce {
             finish: kernel("finish", 32 * ROWS as u32)?,
             pointers: PointerCheck::new(),
             shape,
+            partial: RowTarget::packed(o, lse, shape.heads, shape.dim),
             fixed,
             bytes,
             _holdings: holdings,
@@ -188,23 +141,18 @@ impl Allreduce {
     }
 
     /// Where a step's partial goes.
-    pub fn target(&self) -> PartialTarget {
-        PartialTarget { o: self.fixed.o, lse: self.fixed.lse, status: self.fixed.status }
+    pub fn target(&self) -> &RowTarget {
+        &self.partial
+    }
+
+    /// Where its bad data is noted.
+    pub fn status(&self) -> u64 {
+        self.fixed.status
     }
 
     /// `step`, which merges one given partial, as one that leaves it where a step's partial goes.
     pub fn take_in(&self, step: &MergeStep) -> MergeStep {
-        let tensor = |data: u64| Tensor { data: data as *mut _, bytes: u64::MAX, stride: [0; 4] };
-        let (dim, heads) = (4 * i64::from(self.shape.dim), i64::from(self.shape.heads));
-        MergeStep {
-            heads: self.shape.heads,
-            out: tensor(self.fixed.o),
-            out_stride: [heads * dim, dim, 4, 0],
-            out_dtype: Dtype::F32,
-            out_lse: tensor(self.fixed.lse),
-            out_lse_stride: [heads * 4, 4, 0, 0],
-            ..*step
-        }
+        MergeStep { heads: self.shape.heads, target: self.partial, ..*step }
     }
 
     /// What a step of `tokens` query tokens reduces.
@@ -232,9 +180,10 @@ impl Allreduce {
                 format!("plan: {rows} rows in a step, wanted at most the plan's"),
             ));
         }
-        for (name, tensor) in [("out.data", output.out), ("lse.data", output.lse)] {
-            if tensor.bytes > 0 {
-                self.pointers.check(device, name, tensor.data)?;
+        // A tensor of no rows may point anywhere.
+        if output.tokens > 0 && self.shape.own_heads > 0 {
+            for (name, address) in [("out.data", output.target.o), ("lse.data", output.target.lse)] {
+                self.pointers.check(device, name, address as *const c_void)?;
             }
         }
         Ok(())
@@ -261,15 +210,7 @@ impl Allreduce {
 
     fn launch(&self, kernel: &Kernel, blocks: u32, output: &AllreduceOutput, stream: &CudaStream) -> Result<()> {
         let entered = kernel.device().enter()?;
-        let s = output.out_stride;
-        let parameters = AllreduceParams {
-            out: output.out.data as u64,
-            out_lse: output.lse.data as u64,
-            out_stride: [s[0], s[1], s[2]],
-            out_lse_stride: [output.lse_stride[0], output.lse_stride[1]],
-            tokens: output.tokens,
-            ..self.fixed
-        };
+        let parameters = AllreduceParams { target: output.target, tokens: output.tokens, ..self.fixed };
         // SAFETY: what the kernels take; the workspace lives as long as `self`, and the caller of the step vouches for the
         // output.
         unsafe { kernel.launch(&entered, stream, blocks, &parameters) }

@@ -3,16 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::allreduce::PartialTarget;
+use super::abi;
 use super::merge::{Merge, MergeStep};
-use super::params::{self, DecodeParams, KernelShape, Workspace};
+use super::params::{self, DecodeParams, KernelShape, PlacementKind, Workspace};
 use crate::attention::{
     Algorithm, AttentionDesc, Capabilities, Dtype, KvLayout, MaskKind, Placement, QueryInput, Reproducibility, Shard,
     Step, supported,
 };
 use crate::device::cuda::{CudaDevice, CudaStream, Entered, Holdings, Image, Kernel, PointerCheck, Words};
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::{DataFault, DataFaultCause, ExchangeView};
+use crate::partial::{DataFault, ExchangeView, RowTarget};
 
 /// The head dimensions that kernels are compiled for, (qk, v): a shape runs in the first class that holds it.
 const CLASSES: [(i32, i32); 5] = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)];
@@ -42,8 +42,8 @@ pub(crate) const CAPABILITIES: Capabilities = Capabilities {
 pub(crate) enum Destination<'a> {
     /// To the step's output.
     Output,
-    /// To memory.
-    Partial(PartialTarget),
+    /// To memory. `status`: where bad data is noted.
+    Partial { target: &'a RowTarget, status: u64 },
     /// To the ranks of an exchange. `status`: where bad data is noted. `waiting`: how many blocks merge what comes, to the
     /// step's output; 0: another launch has to.
     Ranks { view: &'a ExchangeView, status: u64, waiting: i32 },
@@ -57,7 +57,9 @@ struct Decode {
 }
 
 impl Decode {
-    fn new(image: &Image, name: &str, sharing: usize) -> Result<Decode> {
+    /// The kernel `treeattn_NAME` of `kernels/SOURCE.cu`.
+    fn new(image: &Image, source: &str, name: &str, sharing: usize) -> Result<Decode> {
+        abi::check(image, source)?;
         let mut bytes = [0; size_of::<KernelShape>()];
         image.constant(&format!("{name}_shape"), &mut bytes)?;
         let shape = KernelShape::from_bytes(bytes);
@@ -99,8 +101,10 @@ impl Kernels {
             return Err(Error::unsupported("head_dim_qk, head_dim_v", found, "at most 256 on a GPU"));
         };
         let group = i64::from(desc.group());
-        let load =
-            |wanted: bool, name: String| if wanted { Decode::new(image, &name, sharing).map(Some) } else { Ok(None) };
+        let load = |wanted: bool, source: &str, name: String| match wanted {
+            true => Decode::new(image, source, &name, sharing).map(Some),
+            false => Ok(None),
+        };
         let alike = desc.k_dtype == desc.v_dtype;
         let dtypes = match alike {
             true => desc.k_dtype.name().to_string(),
@@ -113,9 +117,9 @@ impl Kernels {
         // Where k and v differ, and for 256 dimensions, more rows run as more tiles of 8.
         let has_wide = alike && qk <= 128;
         Ok(Kernels {
-            fma: load(has_fma, fma)?,
-            narrow: load((most > 2 || !has_fma) && (group <= 8 || !has_wide), mma(8))?,
-            wide: load(most > 8 && has_wide, mma(16))?,
+            fma: load(has_fma, "decode_fma", fma)?,
+            narrow: load((most > 2 || !has_fma) && (group <= 8 || !has_wide), "decode_mma", mma(8))?,
+            wide: load(most > 8 && has_wide, "decode_mma", mma(16))?,
         })
     }
 
@@ -179,12 +183,8 @@ impl CudaBackend {
             let memory = holdings.memory(bytes)?;
             // A fault is rare, so that its word may lie in host memory for good: it is then read and reset by the
             // host alone, without the device.
-            let workspace = Workspace {
-                partials: memory,
-                counters: memory + partials as u64,
-                status: status.address(),
-                host_status: 0,
-            };
+            let workspace =
+                Workspace { partials: memory, counters: memory + partials as u64, status: status.address() };
             attention = Some(Attention { kernels, fixed: fixed(desc, shard, workspace) });
         }
         Ok(CudaBackend {
@@ -222,14 +222,9 @@ impl CudaBackend {
         let mut parameters = self.parameters(&attention.fixed, step);
         match to {
             Destination::Output => {}
-            Destination::Partial(target) => {
-                let (row, heads) = (4 * i64::from(self.desc.head_dim_v), i64::from(self.desc.q_heads));
-                parameters.out = target.o;
-                parameters.out_dtype = Dtype::F32 as i32;
-                parameters.out_stride = [heads * row, row, 4];
-                parameters.lse = target.lse;
-                parameters.lse_stride = [heads * 4, 4];
-                parameters.workspace.status = target.status;
+            Destination::Partial { target, status } => {
+                parameters.target = *target;
+                parameters.workspace.status = status;
             }
             Destination::Ranks { view, status, waiting } => {
                 parameters.flags |= params::PUSH;
@@ -277,20 +272,16 @@ impl CudaBackend {
 
     fn parameters(&self, fixed: &DecodeParams, step: &Step) -> DecodeParams {
         let args = &step.args;
-        let three = |s: [i64; 4]| [s[0], s[1], s[2]];
         let ints = |pointer: *const i32| pointer as u64;
         let no_bulk = if self.bulk(step) { 0 } else { params::NO_BULK };
         DecodeParams {
             q: args.q.data as u64,
             k: args.k.data as u64,
             v: args.v.data as u64,
-            out: args.out.data as u64,
-            lse: args.lse.data as u64,
-            q_stride: three(step.q_stride),
+            target: step.target(&self.desc),
+            q_stride: [step.q_stride[0], step.q_stride[1], step.q_stride[2]],
             k_stride: step.k_stride,
             v_stride: step.v_stride,
-            out_stride: three(step.out_stride),
-            lse_stride: [step.lse_stride[0], step.lse_stride[1]],
             query_start: ints(args.query_start),
             kv_length: ints(args.kv_length),
             global_length: ints(args.global_length),
@@ -336,8 +327,7 @@ impl CudaBackend {
     pub fn take_fault(&self) -> Option<DataFault> {
         // SAFETY: the holdings live as long as `self`.
         let word = unsafe { self.status.take(0) };
-        let cause = DataFaultCause::from_code(word as u8)?;
-        Some(DataFault { sequence: (u32::MAX - (word >> 32) as u32) as i32, cause })
+        DataFault::from_word(word).map(|(_, fault)| fault)
     }
 
     /// `Capturing` while a capture forbids giving the workspace back.
@@ -354,22 +344,19 @@ impl CudaBackend {
 /// The parameters that are the same in every step of a plan.
 fn fixed(desc: &AttentionDesc, shard: Shard, workspace: Workspace) -> DecodeParams {
     let (placement, interleave) = match desc.placement {
-        Placement::Contiguous => (0, 1),
-        Placement::Interleaved { run } => (1, run),
-        Placement::Explicit => (2, 1),
+        Placement::Contiguous => (PlacementKind::Contiguous, 1),
+        Placement::Interleaved { run } => (PlacementKind::Interleaved, run),
+        Placement::Explicit => (PlacementKind::Explicit, 1),
     };
     let flag = |on: bool, flag: u32| if on { flag } else { 0 };
     DecodeParams {
         q: 0,
         k: 0,
         v: 0,
-        out: 0,
-        lse: 0,
+        target: RowTarget::NONE,
         q_stride: [0; 3],
         k_stride: [0; 4],
         v_stride: [0; 4],
-        out_stride: [0; 3],
-        lse_stride: [0; 2],
         query_start: 0,
         kv_length: 0,
         global_length: 0,
@@ -390,12 +377,8 @@ fn fixed(desc: &AttentionDesc, shard: Shard, workspace: Workspace) -> DecodePara
         kv_heads: desc.kv_heads,
         group: desc.group(),
         head_dim_qk: desc.head_dim_qk,
-        head_dim_v: desc.head_dim_v,
-        q_dtype: desc.q_dtype as i32,
-        k_dtype: desc.k_dtype as i32,
-        v_dtype: desc.v_dtype as i32,
-        out_dtype: desc.out_dtype as i32,
-        kv_layout: desc.kv_layout as i32,
+        q_dtype: desc.q_dtype,
+        kv_layout: desc.kv_layout,
         page_size: desc.page_size,
         num_pages: 0,
         placement,
@@ -405,7 +388,6 @@ fn fixed(desc: &AttentionDesc, shard: Shard, workspace: Workspace) -> DecodePara
         scale: desc.effective_scale(),
         flags: flag(desc.causal, params::CAUSAL) | flag(desc.kv_stable, params::KV_STABLE),
         waiting: 0,
-        min_tiles: 0,
         workspace,
         exchange: ExchangeView::NONE,
     }

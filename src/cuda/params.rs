@@ -1,8 +1,9 @@
-//! What the kernels take: `kernels/params.cuh`, field by field.
+//! What the kernels take: plain data, mirrored in `kernels/params.cuh`. `abi` compares the two, field by field.
+//!
+//! Addresses are of the device, strides bytes.
 
-use std::mem::offset_of;
-
-use crate::partial::ExchangeView;
+use crate::attention::{Dtype, KvLayout};
+use crate::partial::{ExchangeView, RowSource, RowTarget};
 
 /// `DecodeParams::flags`: a key is hidden from queries at earlier global positions.
 pub const CAUSAL: u32 = 1;
@@ -13,17 +14,31 @@ pub const NO_BULK: u32 = 4;
 /// Rows are pushed to the ranks of `exchange` and not written.
 pub const PUSH: u32 = 8;
 
+/// Which token of a sequence lies in which local slot; `attention::Placement` as the kernels have it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum PlacementKind {
+    /// Slot i holds position kv_start + i.
+    Contiguous = 0,
+    /// Runs of `interleave` positions go to the ranks in turn.
+    Interleaved = 1,
+    /// Slot i holds position kv_position[i].
+    Explicit = 2,
+}
+
 /// How a kernel is launched; lies beside it in the image.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct KernelShape {
+    /// Threads of a block.
     pub threads: i32,
+    /// Dynamic shared memory of a block, bytes.
     pub dynamic_smem: i32,
+    /// Blocks a multiprocessor.
     pub blocks_per_sm: i32,
-    pub rows: i32,
-    pub head_dim_qk: i32,
-    pub head_dim_v: i32,
+    /// Bytes of one split partial.
     pub partial_bytes: i32,
+    /// Counters of a block of the grid.
     pub counters: i32,
 }
 
@@ -35,39 +50,35 @@ impl KernelShape {
             threads: word(0),
             dynamic_smem: word(1),
             blocks_per_sm: word(2),
-            rows: word(3),
-            head_dim_qk: word(4),
-            head_dim_v: word(5),
-            partial_bytes: word(6),
-            counters: word(7),
+            partial_bytes: word(3),
+            counters: word(4),
         }
     }
 }
 
-/// Device memory of a plan that outlives a step.
+/// Memory of a plan that outlives a step.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct Workspace {
+    /// Split partials.
     pub partials: u64,
+    /// Counters, zero between launches.
     pub counters: u64,
+    /// The word of bad data ([`crate::partial::DataFault::word`]).
     pub status: u64,
-    pub host_status: u64,
 }
 
-/// One decode step. Addresses are of the device, strides bytes.
+/// One decode step.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct DecodeParams {
     pub q: u64,
     pub k: u64,
     pub v: u64,
-    pub out: u64,
-    pub lse: u64,
     pub q_stride: [i64; 3],
     pub k_stride: [i64; 4],
     pub v_stride: [i64; 4],
-    pub out_stride: [i64; 3],
-    pub lse_stride: [i64; 2],
+    pub target: RowTarget,
     pub query_start: u64,
     pub kv_length: u64,
     pub global_length: u64,
@@ -88,22 +99,17 @@ pub struct DecodeParams {
     pub kv_heads: i32,
     pub group: i32,
     pub head_dim_qk: i32,
-    pub head_dim_v: i32,
-    pub q_dtype: i32,
-    pub k_dtype: i32,
-    pub v_dtype: i32,
-    pub out_dtype: i32,
-    pub kv_layout: i32,
+    pub q_dtype: Dtype,
+    pub kv_layout: KvLayout,
     pub page_size: i32,
     pub num_pages: i32,
-    pub placement: i32,
+    pub placement: PlacementKind,
     pub interleave: i32,
     pub rank: i32,
     pub world: i32,
     pub scale: f32,
     pub flags: u32,
     pub waiting: i32,
-    pub min_tiles: i32,
     pub workspace: Workspace,
     pub exchange: ExchangeView,
 }
@@ -112,70 +118,50 @@ pub struct DecodeParams {
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct MergeParams {
-    pub o: u64,
-    pub lse: u64,
-    pub out: u64,
-    pub out_lse: u64,
-    pub o_stride: [i64; 4],
-    pub lse_stride: [i64; 3],
-    pub out_stride: [i64; 3],
-    pub out_lse_stride: [i64; 2],
+    /// The first partial.
+    pub source: RowSource,
+    pub target: RowTarget,
+    /// Bytes from a partial's o, and from its lse, to the next one's.
+    pub step: [i64; 2],
     pub partials: i32,
     pub tokens: i32,
     pub heads: i32,
-    pub head_dim: i32,
-    pub o_dtype: i32,
-    pub out_dtype: i32,
-    pub to_natural: f32,
-    pub plus_inf_is_empty: i32,
 }
 
 /// One exchange of partials.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct ExchangeParams {
-    pub o: u64,
-    pub lse: u64,
-    pub out: u64,
-    pub out_lse: u64,
-    pub o_stride: [i64; 3],
-    pub lse_stride: [i64; 2],
-    pub out_stride: [i64; 3],
-    pub out_lse_stride: [i64; 2],
+    pub source: RowSource,
+    pub target: RowTarget,
     pub first_row: i64,
     pub rows: i64,
-    pub head_dim: i32,
-    pub o_dtype: i32,
-    pub out_dtype: i32,
-    pub to_natural: f32,
-    pub plus_inf_is_empty: i32,
     pub is_pushed: i32,
     pub is_last: i32,
-    pub reserved: i32,
     pub view: ExchangeView,
 }
 
-// The same offsets and sizes that params.cuh asserts.
-const _: () = {
-    assert!(size_of::<KernelShape>() == 32);
-    assert!(size_of::<Workspace>() == 32);
-    assert!(size_of::<ExchangeView>() == 128);
-    assert!(offset_of!(ExchangeView, slot_words) == 32);
-    assert!(offset_of!(ExchangeView, world) == 72);
-    assert!(offset_of!(ExchangeView, own_heads) == 96);
-    assert!(offset_of!(DecodeParams, q_stride) == 40);
-    assert!(offset_of!(DecodeParams, query_start) == 168);
-    assert!(offset_of!(DecodeParams, kv_position_stride) == 248);
-    assert!(offset_of!(DecodeParams, batch) == 280);
-    assert!(offset_of!(DecodeParams, scale) == 352);
-    assert!(offset_of!(DecodeParams, workspace) == 368);
-    assert!(offset_of!(DecodeParams, exchange) == 400);
-    assert!(size_of::<DecodeParams>() == 528);
-    assert!(offset_of!(MergeParams, o_stride) == 32);
-    assert!(offset_of!(MergeParams, partials) == 128);
-    assert!(size_of::<MergeParams>() == 160);
-    assert!(offset_of!(ExchangeParams, o_stride) == 32);
-    assert!(offset_of!(ExchangeParams, first_row) == 112);
-    assert!(offset_of!(ExchangeParams, view) == 160);
-    assert!(size_of::<ExchangeParams>() == 288);
-};
+/// What lies between the allreduces of the baseline.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct AllreduceParams {
+    /// This rank's partial, then its numerators.
+    pub o: u64,
+    pub lse: u64,
+    /// The largest lse of all ranks.
+    pub most: u64,
+    pub weights: u64,
+    pub target: RowTarget,
+    pub status: u64,
+    pub words: u64,
+    pub failed: u64,
+    pub host: u64,
+    pub arrived: u64,
+    pub tokens: i32,
+    pub heads: i32,
+    pub head_dim: i32,
+    pub first_head: i32,
+    pub own_heads: i32,
+    pub rank: i32,
+    pub world: i32,
+}

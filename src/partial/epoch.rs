@@ -16,6 +16,10 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Slots of a window: one a parity of the epoch.
 pub(crate) const SLOTS: usize = 2;
+/// Where the flag of a packet lies in its word; the data lies below.
+pub(crate) const FLAG_SHIFT: u32 = 32;
+/// The epoch after the largest one: never 0, which is no epoch, and of the other parity.
+pub(crate) const AFTER_WRAP: u32 = 2;
 /// Most payload of a rank in one round, bytes.
 pub(crate) const MAX_PAYLOAD: usize = 1 << 20;
 /// Most memory of the windows of a group together, bytes.
@@ -79,7 +83,7 @@ impl Epoch {
     /// The epoch after it.
     pub(crate) fn next(self) -> Epoch {
         match self.0.wrapping_add(1) {
-            0 => Epoch(2),
+            0 => Epoch(AFTER_WRAP),
             flag => Epoch(flag),
         }
     }
@@ -97,12 +101,12 @@ impl Epoch {
 
 /// A word on its way: 32 bits of data below the flag of its epoch.
 pub(crate) fn packet(data: u32, epoch: Epoch) -> u64 {
-    u64::from(epoch.flag()) << 32 | u64::from(data)
+    u64::from(epoch.flag()) << FLAG_SHIFT | u64::from(data)
 }
 
 /// The epoch of a word, or [`Epoch::START`] where none was written yet.
 pub(crate) fn epoch_of(word: u64) -> Epoch {
-    Epoch::from_flag((word >> 32) as u32)
+    Epoch::from_flag((word >> FLAG_SHIFT) as u32)
 }
 
 /// The data of a word of `epoch`; none if it is of another.

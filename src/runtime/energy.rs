@@ -1,7 +1,6 @@
 //! The energy and its gradient over keys that lie in one place ([`crate::attention::energy`]).
 
 use super::context::Runtime;
-use super::output::Output;
 use super::stream::Stream;
 use crate::attention::{AttentionDesc, DecodeArgs, Shard, Step, Tensor, supported};
 use crate::cpu::{self, CpuBackend, Isa};
@@ -75,14 +74,7 @@ fn run(energy: &EnergyStep) -> Result<()> {
     let rows = (step.args.query_tokens as usize).checked_mul(heads);
     let (mut o, mut lse) = (zeroed(rows.and_then(|rows| rows.checked_mul(dim)))?, zeroed(rows)?);
     let fault = backend.attend(step, &workers, PartialRows { o: &mut o, lse: &mut lse, dim })?;
-    let output = Output {
-        o: step.args.out,
-        o_stride: step.out_stride,
-        dtype: desc.out_dtype,
-        lse: step.args.lse,
-        lse_stride: step.lse_stride,
-        dim,
-    };
+    let output = step.target(desc);
     for (row, (o, &lse)) in o.chunks_exact(dim).zip(&lse).enumerate() {
         // SAFETY: the output was resolved for [tokens, heads]; the caller keeps it valid.
         unsafe { output.write(row / heads, row % heads, o, lse) };

@@ -2,19 +2,18 @@
 
 use super::exchange::{self, Found, Method, Scratch};
 use super::merge::MergeInput;
-use super::output::Output;
 use super::plan::{Backend, PlanCore};
 use crate::attention::Step;
 use crate::device::FloatState;
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::{DataFault, PartialRows};
+use crate::partial::{DataFault, PartialRows, RowTarget};
 
 /// A decode step: shard, exchange, output.
 pub(super) fn decode(plan: &PlanCore, step: &Step) -> Result<()> {
     let _float = FloatState::enter();
     let mut scratch = plan.scratch.lock();
     let tokens = step.args.query_tokens as usize;
-    let output = step_output(plan, step);
+    let output = step.target(&plan.desc);
     if let (Method::Ring(ring), Backend::Cpu(Some(backend))) = (&plan.method, &plan.backend) {
         plan.count_step();
         let sent = exchange::decode_ring(plan, (ring, backend), step, &mut scratch, &output);
@@ -40,7 +39,7 @@ pub(super) fn partial(plan: &PlanCore, step: &Step) -> Result<()> {
     let _float = FloatState::enter();
     let mut scratch = plan.scratch.lock();
     let fault = attend(plan, step, &mut scratch)?;
-    write_own(plan, &mut scratch, step.args.query_tokens as usize, &step_output(plan, step));
+    write_own(plan, &mut scratch, step.args.query_tokens as usize, &step.target(&plan.desc));
     report(plan, plan.shard.rank, fault)
 }
 
@@ -69,17 +68,6 @@ pub(super) fn merge(plan: &PlanCore, input: &MergeInput) -> Result<()> {
     finish(plan, sent, &mut scratch, input.tokens, &input.output)
 }
 
-fn step_output(plan: &PlanCore, step: &Step) -> Output {
-    Output {
-        o: step.args.out,
-        o_stride: step.out_stride,
-        dtype: plan.desc.out_dtype,
-        lse: step.args.lse,
-        lse_stride: step.lse_stride,
-        dim: plan.desc.head_dim_v as usize,
-    }
-}
-
 /// Turns the shard into partials in the plan's scratch.
 fn attend(plan: &PlanCore, step: &Step, scratch: &mut Scratch) -> Result<Option<DataFault>> {
     let Backend::Cpu(Some(backend)) = &plan.backend else {
@@ -92,7 +80,7 @@ fn attend(plan: &PlanCore, step: &Step, scratch: &mut Scratch) -> Result<Option<
 }
 
 /// Writes this rank's own partial, all heads.
-fn write_own(plan: &PlanCore, scratch: &mut Scratch, tokens: usize, output: &Output) {
+fn write_own(plan: &PlanCore, scratch: &mut Scratch, tokens: usize, output: &RowTarget) {
     let (heads, dim) = (plan.desc.q_heads as usize, plan.desc.head_dim_v as usize);
     let (lse, o) = scratch.partial(tokens * heads, dim);
     for (row, o) in o.chunks_exact(dim).enumerate() {
@@ -102,7 +90,13 @@ fn write_own(plan: &PlanCore, scratch: &mut Scratch, tokens: usize, output: &Out
 }
 
 /// Ends an exchanged step: the error of the step, with NaN in the output, or the pending bad data.
-fn finish(plan: &PlanCore, sent: Result<Found>, scratch: &mut Scratch, tokens: usize, output: &Output) -> Result<()> {
+fn finish(
+    plan: &PlanCore,
+    sent: Result<Found>,
+    scratch: &mut Scratch,
+    tokens: usize,
+    output: &RowTarget,
+) -> Result<()> {
     match sent {
         Ok(Some((rank, fault))) => report(plan, rank, Some(fault)),
         Ok(None) => Ok(()),

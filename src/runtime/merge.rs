@@ -3,14 +3,13 @@
 use half::{bf16, f16};
 
 use super::context::Runtime;
-use super::output::Output;
 use super::stream::Stream;
 use crate::attention::step::{disjoint, no_broadcast};
 use crate::attention::{AttentionDesc, Dtype, MAX_HEAD_DIM, Tensor};
 use crate::cuda::MergeStep;
 use crate::device::{Device, DeviceKind, FloatState};
 use crate::error::{Error, Result};
-use crate::partial::merge_ranks;
+use crate::partial::{RowSource, RowTarget, merge_ranks};
 
 /// How long enqueueing a merge may wait for room on its stream.
 const ENQUEUE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
@@ -51,14 +50,11 @@ pub(super) struct MergeInput {
     pub tokens: usize,
     pub heads: usize,
     pub dim: usize,
-    o: Tensor,
-    o_stride: [i64; 4],
-    o_dtype: Dtype,
-    lse: Tensor,
-    lse_stride: [i64; 4],
-    to_natural: f32,
-    plus_inf_is_empty: bool,
-    pub output: Output,
+    /// The first partial.
+    source: RowSource,
+    /// Bytes from a partial's o, and from its lse, to the next one's.
+    step: [i64; 2],
+    pub output: RowTarget,
 }
 
 /// Merges `count` partials in order into one, on `device`.
@@ -184,20 +180,24 @@ impl MergeInput {
             tokens: args.query_tokens as usize,
             heads: out_heads,
             dim,
-            o: args.o,
-            o_stride,
-            o_dtype: args.o_dtype,
-            lse: args.lse,
-            lse_stride,
-            to_natural,
-            plus_inf_is_empty: args.plus_inf_is_empty,
-            output: Output {
-                o: args.out,
-                o_stride: out_stride,
+            source: RowSource {
+                o: args.o.data as u64,
+                lse: args.lse.data as u64,
+                o_stride: [o_stride[1], o_stride[2], o_stride[3]],
+                lse_stride: [lse_stride[1], lse_stride[2]],
+                dtype: args.o_dtype,
+                dim: dim as i32,
+                to_natural,
+                plus_inf_is_empty: i32::from(args.plus_inf_is_empty),
+            },
+            step: [o_stride[0], lse_stride[0]],
+            output: RowTarget {
+                o: args.out.data as u64,
+                lse: args.out_lse.data as u64,
+                o_stride: [out_stride[0], out_stride[1], out_stride[2]],
+                lse_stride: [out_lse_stride[0], out_lse_stride[1]],
                 dtype: out_dtype,
-                lse: args.out_lse,
-                lse_stride: out_lse_stride,
-                dim,
+                dim: dim as i32,
             },
         })
     }
@@ -208,19 +208,9 @@ impl MergeInput {
             count: count as i32,
             tokens: self.tokens as i32,
             heads: self.heads as i32,
-            dim: self.dim as i32,
-            o: self.o,
-            o_stride: self.o_stride,
-            o_dtype: self.o_dtype,
-            lse: self.lse,
-            lse_stride: self.lse_stride,
-            to_natural: self.to_natural,
-            plus_inf_is_empty: self.plus_inf_is_empty,
-            out: self.output.o,
-            out_stride: self.output.o_stride,
-            out_dtype: self.output.dtype,
-            out_lse: self.output.lse,
-            out_lse_stride: self.output.lse_stride,
+            source: self.source,
+            step: self.step,
+            target: self.output,
         }
     }
 
@@ -229,9 +219,14 @@ impl MergeInput {
     /// # Safety
     /// The tensors are valid for reads of (partial, row).
     pub unsafe fn lse(&self, partial: usize, row: usize) -> f32 {
-        // SAFETY: as the caller vouches.
-        let lse = unsafe { self.at(&self.lse, &self.lse_stride, partial, row).cast::<f32>().read() };
-        if self.plus_inf_is_empty && lse == f32::INFINITY { f32::NEG_INFINITY } else { lse * self.to_natural }
+        let (token, head) = (row / self.heads, row % self.heads);
+        let [s_token, s_head] = self.source.lse_stride;
+        let offset = partial as i64 * self.step[1] + token as i64 * s_token + head as i64 * s_head;
+        // SAFETY: the offset lies inside the extent that `Tensor::resolve` checked for shapes with (partial, row), and the
+        // caller keeps the memory valid.
+        let lse = unsafe { (self.source.lse as *const u8).offset(offset as isize).cast::<f32>().read() };
+        let is_empty = self.source.plus_inf_is_empty != 0 && lse == f32::INFINITY;
+        if is_empty { f32::NEG_INFINITY } else { lse * self.source.to_natural }
     }
 
     /// Converts a row of o; a row whose `lse` says empty is not read.
@@ -243,28 +238,22 @@ impl MergeInput {
             to.fill(0.0);
             return;
         }
-        let stride = self.o_stride[3] as isize;
-        // SAFETY: as the caller vouches.
+        let (token, head) = (row / self.heads, row % self.heads);
+        let [s_token, s_head, s_dim] = self.source.o_stride;
+        let offset = partial as i64 * self.step[0] + token as i64 * s_token + head as i64 * s_head;
+        // SAFETY: the offsets lie inside the extent that `Tensor::resolve` checked for shapes with (partial, row), and the
+        // caller keeps the memory valid.
         unsafe {
-            let from = self.at(&self.o, &self.o_stride, partial, row);
+            let from = (self.source.o as *const u8).offset(offset as isize);
             for (i, x) in to.iter_mut().enumerate() {
-                let from = from.offset(i as isize * stride);
-                *x = match self.o_dtype {
+                let from = from.offset(i as isize * s_dim as isize);
+                *x = match self.source.dtype {
                     Dtype::F16 => from.cast::<f16>().read().to_f32(),
                     Dtype::Bf16 => from.cast::<bf16>().read().to_f32(),
                     _ => from.cast::<f32>().read(),
                 };
             }
         }
-    }
-
-    /// # Safety
-    /// (partial, row) lies inside the resolved shape.
-    unsafe fn at(&self, tensor: &Tensor, stride: &[i64; 4], partial: usize, row: usize) -> *const u8 {
-        let (token, head) = (row / self.heads, row % self.heads);
-        let offset = partial as i64 * stride[0] + token as i64 * stride[1] + head as i64 * stride[2];
-        // SAFETY: as the caller vouches.
-        unsafe { tensor.data.cast::<u8>().offset(offset as isize) }
     }
 }
 

@@ -3,31 +3,22 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use crate::attention::{Dtype, Tensor};
+use crate::attention::Dtype;
+use crate::partial::RowTarget;
 
-/// The caller's output: o [token, head, dim] of `dtype` and, if wanted, lse [token, head] f32.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Output {
-    pub o: Tensor,
-    pub o_stride: [i64; 4],
-    pub dtype: Dtype,
-    pub lse: Tensor,
-    pub lse_stride: [i64; 4],
-    pub dim: usize,
-}
-
-impl Output {
+impl RowTarget {
     /// Writes one row. `head` counts from the output's own first head.
     ///
     /// # Safety
-    /// The tensors were resolved for shapes that contain (token, head) and are valid for writes by this thread.
-    pub unsafe fn write(&self, token: usize, head: usize, o: &[f32], lse: f32) {
-        let [s_token, s_head, s_dim, _] = self.o_stride;
+    /// The target is of host memory and was resolved for a shape that contains (token, head); the row is valid for writes
+    /// by this thread.
+    pub(super) unsafe fn write(&self, token: usize, head: usize, o: &[f32], lse: f32) {
+        let [s_token, s_head, s_dim] = self.o_stride;
         let offset = token as i64 * s_token + head as i64 * s_head;
-        debug_assert_eq!(o.len(), self.dim);
+        debug_assert_eq!(o.len(), self.dim as usize);
         // SAFETY: the offsets lie inside the extent that `Tensor::resolve` checked; alignment was checked with it.
         unsafe {
-            let row = self.o.data.cast::<u8>().offset(offset as isize);
+            let row = (self.o as *mut u8).offset(offset as isize);
             match self.dtype {
                 Dtype::F16 if s_dim == 2 => packed::<f16>(row, o.len()).convert_from_f32_slice(o),
                 Dtype::F32 => scatter(row.cast::<f32>(), s_dim, o, |x| x),
@@ -35,9 +26,9 @@ impl Output {
                 Dtype::Bf16 => scatter(row.cast::<bf16>(), s_dim, o, bf16::from_f32),
                 Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::Q8_0 | Dtype::Q4_0 => {}
             }
-            if !self.lse.data.is_null() {
+            if self.lse != 0 {
                 let offset = token as i64 * self.lse_stride[0] + head as i64 * self.lse_stride[1];
-                self.lse.data.cast::<u8>().offset(offset as isize).cast::<f32>().write(lse);
+                (self.lse as *mut u8).offset(offset as isize).cast::<f32>().write(lse);
             }
         }
     }
@@ -45,13 +36,13 @@ impl Output {
     /// Writes NaN to every row: what a step that did not come off leaves behind.
     ///
     /// # Safety
-    /// As [`Output::write`] for all rows.
-    pub unsafe fn poison(&self, tokens: usize, heads: usize, scratch: &mut [f32]) {
-        let row = &mut scratch[..self.dim];
+    /// As [`RowTarget::write`] for all rows.
+    pub(super) unsafe fn poison(&self, tokens: usize, heads: usize, scratch: &mut [f32]) {
+        let row = &mut scratch[..self.dim as usize];
         row.fill(f32::NAN);
         for token in 0..tokens {
             for head in 0..heads {
-                // SAFETY: as the caller vouches.
+                // SAFETY: the caller's promise covers every (token, head) below these bounds.
                 unsafe { self.write(token, head, row, f32::NAN) };
             }
         }

@@ -13,8 +13,9 @@ use crate::comm::bootstrap::Bootstrap;
 use crate::comm::config::CommConfig;
 use crate::comm::errors;
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::view::{host, verdict as word};
-use crate::partial::{DataFault, DataFaultCause, ExchangeView};
+use crate::partial::view::host;
+use crate::partial::word::Failure;
+use crate::partial::{DataFault, ExchangeView};
 
 /// One rank's end of a group of GPUs.
 pub(crate) struct GpuRank {
@@ -79,9 +80,7 @@ impl GpuRank {
 
     /// The bad data that steps have met on some rank since the last time, if any. Waits for nothing.
     pub fn take_fault(&self) -> Option<(i32, DataFault)> {
-        let status = self.windows()?.words(self.rank).take(host::BAD_DATA);
-        let cause = DataFaultCause::from_code(status as u8)?;
-        Some(((status >> 8) as u16 as i32, DataFault { sequence: (u32::MAX - (status >> 32) as u32) as i32, cause }))
+        DataFault::from_word(self.windows()?.words(self.rank).take(host::BAD_DATA))
     }
 
     /// What this rank's kernels said when they gave up.
@@ -90,7 +89,7 @@ impl GpuRank {
         if failure == 0 {
             return None;
         }
-        let (code, rank, epoch) = word::unpack(failure);
+        let Failure { code, rank, epoch } = Failure::from_word(failure);
         let what = format!("exchange {epoch}");
         Some(match ErrorKind::from_code(i32::from(code)) {
             Some(ErrorKind::Timeout) => errors::timeout(&what, &[rank], "step_timeout", self.step_timeout),
@@ -107,7 +106,7 @@ impl GpuRank {
     /// Ends the waits of all ranks' kernels with `code`.
     fn end_all(&self, code: ErrorKind) {
         if let Some(windows) = self.windows() {
-            windows.end_all(word::pack(code.code() as u8, self.rank));
+            windows.end_all(Failure { code: code.code() as u8, rank: self.rank, epoch: 0 }.word());
         }
     }
 }

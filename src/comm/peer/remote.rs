@@ -50,7 +50,7 @@ pub(super) struct Far {
 /// What is said to the rank of another process, once each.
 #[derive(Clone, Copy)]
 pub(super) enum Letter {
-    /// A verdict that ends its waits.
+    /// A failure that ends its waits.
     Broken,
     /// This rank has left.
     Left,

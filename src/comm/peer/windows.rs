@@ -153,14 +153,14 @@ impl Windows {
         }
     }
 
-    /// Ends the waits of all ranks' kernels with a verdict, unless another has. First those of this process: a letter to
+    /// Ends the waits of all ranks' kernels with a failure, unless another has. First those of this process: a letter to
     /// another may have to wait for a call of the driver that such a wait holds up.
-    pub fn end_all(&self, verdict: u64) {
+    pub fn end_all(&self, failure: u64) {
         for (_, member) in self.members() {
-            HostWords(&member.words).raise(host::COMMAND, verdict);
+            HostWords(&member.words).raise(host::COMMAND, failure);
         }
         for (rank, remote, far) in self.remotes() {
-            far.write(Letter::Broken, rank, remote, verdict);
+            far.write(Letter::Broken, rank, remote, failure);
         }
     }
 

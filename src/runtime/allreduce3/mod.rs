@@ -51,7 +51,6 @@ impl GpuAllreduce {
             tokens: desc.max_query_tokens,
             heads: desc.q_heads,
             dim: desc.head_dim_v,
-            out_dtype: desc.out_dtype,
             first_head: heads.start,
             own_heads: heads.len() as i32,
             rank: shard.rank,
@@ -74,27 +73,14 @@ impl GpuAllreduce {
 
     /// Enqueues a step: attends the shard, reduces, writes the merged output.
     pub fn decode(&self, plan: &PlanCore, backend: &CudaBackend, step: &Step, stream: &CudaStream) -> Result<()> {
-        let output = AllreduceOutput {
-            tokens: step.args.query_tokens,
-            out: step.args.out,
-            out_stride: step.out_stride,
-            lse: step.args.lse,
-            lse_stride: step.lse_stride,
-        };
-        self.exchange(plan, &output, stream, || {
-            backend.decode_to(step, Destination::Partial(self.kernels.target()), stream)
-        })
+        let output = AllreduceOutput { tokens: step.args.query_tokens, target: step.target(&plan.desc) };
+        let attended = Destination::Partial { target: self.kernels.target(), status: self.kernels.status() };
+        self.exchange(plan, &output, stream, || backend.decode_to(step, attended, stream))
     }
 
     /// Enqueues the same for a partial that the engine made.
     pub fn merge(&self, plan: &PlanCore, backend: &CudaBackend, step: &MergeStep, stream: &CudaStream) -> Result<()> {
-        let output = AllreduceOutput {
-            tokens: step.tokens,
-            out: step.out,
-            out_stride: step.out_stride,
-            lse: step.out_lse,
-            lse_stride: step.out_lse_stride,
-        };
+        let output = AllreduceOutput { tokens: step.tokens, target: step.target };
         self.exchange(plan, &output, stream, || backend.merge(&self.kernels.take_in(step), stream))
     }
 

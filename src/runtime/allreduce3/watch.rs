@@ -13,7 +13,7 @@ use crate::comm::nccl::{NcclLimit, NcclRank};
 use crate::device::cuda::{CudaDevice, CudaStream, Holdings, Staging, Words};
 use crate::device::{Bell, Linger, spawn};
 use crate::error::{Error, Result};
-use crate::partial::{DataFault, DataFaultCause};
+use crate::partial::DataFault;
 use crate::runtime::communicator::CommCore;
 
 /// How often the watch looks.
@@ -106,7 +106,7 @@ impl Watched {
     /// The bad data that a step of some rank met since the last time, if any, with the rank.
     pub fn take_fault(&self) -> Option<(i32, DataFault)> {
         // SAFETY: the holdings live as long as the cell.
-        unpack(unsafe { self.cell.words.take(FAULT) })
+        DataFault::from_word(unsafe { self.cell.words.take(FAULT) })
     }
 
     /// Looks until the plan is over, or a step is: its peers did not come, or something else broke the communicator.
@@ -139,13 +139,6 @@ impl Watched {
 
 fn expired(limit: NcclLimit, step: u64) -> Error {
     limit.expired(&format!("step {step} over NCCL"))
-}
-
-/// The bad data in a word of the kernels: the complement of the sequence, the rank, the cause.
-fn unpack(word: u64) -> Option<(i32, DataFault)> {
-    let cause = DataFaultCause::from_code(word as u8)?;
-    let sequence = (u32::MAX - (word >> 32) as u32) as i32;
-    Some(((word >> 8 & 0xff_ffff) as i32, DataFault { sequence, cause }))
 }
 
 /// The thread that watches a plan's steps; over when dropped.
@@ -182,17 +175,5 @@ impl Drop for Watch {
             // A panic in it was its own end.
             let _ = thread.join();
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bad_data_comes_with_its_rank() {
-        let word = u64::from(u32::MAX - 70_000) << 32 | 63 << 8 | 2;
-        let fault = DataFault { sequence: 70_000, cause: DataFaultCause::KvLength };
-        assert_eq!((unpack(word), unpack(0)), (Some((63, fault)), None));
     }
 }

@@ -88,8 +88,7 @@ fn allreduce(
         let shared = std::cell::RefCell::new(&mut *values);
         let mut fill = |slot: &mut [u8]| wire::encode(dtype, slot, &shared.borrow());
         let mut take = |round: &dyn Round| {
-            *found = found
-                .or_else(|| (0..world).find_map(|rank| Some((rank as i32, DataFault::unpack(round.fault(rank))?))));
+            *found = found.or_else(|| (0..world).find_map(|rank| DataFault::from_word(round.fault(rank))));
             reduce(&mut shared.borrow_mut()[mine.clone()], mine.start, round, world, dtype, reduction);
         };
         exchange.round(meeting.header, n * dtype.size(), &mut fill, &mut take)?;

@@ -27,12 +27,11 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use super::communicator::CommCore;
-use super::output::Output;
 use super::plan::{PlanCore, zeroed};
 use crate::attention::{Algorithm, AttentionDesc, Dtype, OutputMode};
 use crate::comm::{RoundHeader, Rounds, Tree};
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::{DataFault, merge_two};
+use crate::partial::{DataFault, RowTarget, merge_two};
 pub(super) use ring::{Ring, decode as decode_ring};
 pub(super) use wire::Wire;
 
@@ -73,7 +72,7 @@ pub(super) struct Scratch {
 pub(super) struct Meeting<'a> {
     pub plan: &'a PlanCore,
     pub tokens: usize,
-    pub output: &'a Output,
+    pub output: &'a RowTarget,
     rounds: &'a dyn Rounds,
     header: RoundHeader,
 }
@@ -207,7 +206,7 @@ impl Method {
 pub(super) fn begin<'a>(
     plan: &'a PlanCore,
     tokens: usize,
-    output: &'a Output,
+    output: &'a RowTarget,
     fault: Option<DataFault>,
     kind: [u64; 3],
 ) -> Result<Meeting<'a>> {
@@ -217,7 +216,8 @@ pub(super) fn begin<'a>(
         return Err(Error::new(ErrorKind::Internal, "plan: a CPU step of a rank on a GPU"));
     };
     rounds.open(fingerprint)?;
-    Ok(Meeting { plan, tokens, output, rounds, header: RoundHeader { fingerprint, fault: DataFault::pack(fault) } })
+    let fault = fault.map_or(0, |fault| fault.word(plan.shard.rank));
+    Ok(Meeting { plan, tokens, output, rounds, header: RoundHeader { fingerprint, fault } })
 }
 
 /// Exchanges the partial of `scratch` and writes the merged output. Gives the first rank's bad data, if any.
@@ -317,18 +317,13 @@ impl Meeting<'_> {
 /// What a worker does with some rows.
 type Work<'a> = dyn Fn(Range<usize>, &mut [f32]) + Sync + 'a;
 
-/// The bad data of one rank as a word that orders by rank; 0 is none.
-fn fault_word(rank: usize, packed: u64) -> u64 {
-    if packed == 0 { 0 } else { (rank as u64 + 1) << 40 | packed }
-}
-
-/// The word of the lower rank.
+/// Of two fault words that of the lower rank.
 fn first_fault(a: u64, b: u64) -> u64 {
-    if a == 0 || b != 0 && b < a { b } else { a }
-}
-
-fn unpack_fault(word: u64) -> Found {
-    DataFault::unpack(word & ((1 << 40) - 1)).map(|fault| ((word >> 40) as i32 - 1, fault))
+    match (DataFault::from_word(a), DataFault::from_word(b)) {
+        (Some((rank, _)), Some((other, _))) if other < rank => b,
+        (None, _) => b,
+        _ => a,
+    }
 }
 
 /// FNV-1a over the words that all ranks must agree on.
@@ -347,9 +342,7 @@ mod tests {
     #[test]
     fn the_bad_data_of_the_lowest_rank_wins() {
         let fault = DataFault { sequence: i32::MAX, cause: DataFaultCause::Position };
-        let word = |rank| fault_word(rank, DataFault::pack(Some(fault)));
-        assert_eq!(unpack_fault(word(4095)), Some((4095, fault)));
-        assert_eq!((unpack_fault(0), fault_word(3, 0)), (None, 0));
+        let word = |rank| fault.word(rank);
         for (a, b, lowest) in [(0, 0, 0), (word(2), 0, word(2)), (0, word(2), word(2)), (word(7), word(2), word(2))] {
             assert_eq!((first_fault(a, b), first_fault(b, a)), (lowest, lowest));
         }

@@ -156,5 +156,5 @@ fn heads_of(meeting: &Meeting<'_>, rank: usize) -> Range<usize> {
 }
 
 fn first_fault(world: usize, round: &dyn Round) -> Found {
-    (0..world).find_map(|rank| Some((rank as i32, DataFault::unpack(round.fault(rank))?)))
+    (0..world).find_map(|rank| DataFault::from_word(round.fault(rank)))
 }

@@ -15,7 +15,6 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use super::super::output::Output;
 use super::super::plan::PlanCore;
 use super::{Found, Meeting, Scratch, Wire, begin, wire};
 use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, Placement, Shard, Step, Tensor};
@@ -23,7 +22,7 @@ use crate::comm::{Hop, Round};
 use crate::cpu::{CpuBackend, Held, Isa};
 use crate::device::HostBuffer;
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::{DataFault, PartialRows};
+use crate::partial::{DataFault, PartialRows, RowTarget};
 
 /// Bytes that a rank tells of a sequence: its keys (-1 for bad data) and the position of the first.
 const TOLD: usize = 8;
@@ -198,7 +197,7 @@ pub(in crate::runtime) fn decode(
     (ring, backend): (&Ring, &CpuBackend),
     step: &Step,
     scratch: &mut Scratch,
-    output: &Output,
+    output: &RowTarget,
 ) -> Result<Found> {
     let (batch, tokens) = (step.args.batch as usize, step.args.query_tokens as usize);
     let mut state = ring.state.lock();
@@ -253,7 +252,7 @@ fn tell(meeting: &Meeting<'_>, own: &[Held], told: &mut [[i32; 2]]) -> Result<Fo
     };
     let mut take = |round: &dyn Round| {
         for rank in 0..meeting.world() {
-            found = found.or_else(|| Some((rank as i32, DataFault::unpack(round.fault(rank))?)));
+            found = found.or_else(|| DataFault::from_word(round.fault(rank)));
             let theirs = &mut told[rank * own.len()..][..own.len()];
             for (to, from) in theirs.iter_mut().zip(round.payload(rank).chunks_exact(TOLD)) {
                 let word = |i: usize| i32::from_ne_bytes([from[i], from[i + 1], from[i + 2], from[i + 3]]);

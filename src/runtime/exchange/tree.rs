@@ -2,10 +2,11 @@
 
 use std::time::Instant;
 
-use super::{Found, Meeting, Scratch, fault_word, first_fault, unpack_fault, wire};
+use super::{Found, Meeting, Scratch, first_fault, wire};
 use crate::attention::Dtype;
 use crate::comm::{Hop, Receipt, RoundHeader, Tree};
 use crate::error::Result;
+use crate::partial::DataFault;
 
 /// Walks the hops of this rank; afterwards its partial is that of all ranks.
 pub(super) fn run(meeting: &Meeting<'_>, tree: &Tree, scratch: &mut Scratch) -> Result<Found> {
@@ -16,7 +17,7 @@ pub(super) fn run(meeting: &Meeting<'_>, tree: &Tree, scratch: &mut Scratch) -> 
     let partial = &mut partial[..rows * (dim + 1)];
     let outgoing = wire::bytes_mut(outgoing);
     let incoming = wire::bytes_mut(incoming);
-    let mut fault = fault_word(meeting.rank(), meeting.header.fault);
+    let mut fault = meeting.header.fault;
     for hop in &tree.hops {
         let round_trip = hop.sends || hop.receipt == Receipt::Merge;
         if round_trip {
@@ -54,7 +55,7 @@ pub(super) fn run(meeting: &Meeting<'_>, tree: &Tree, scratch: &mut Scratch) -> 
     for (row, &lse) in lse.iter().enumerate() {
         meeting.write(row, &o[row * dim..][..dim], lse);
     }
-    Ok(unpack_fault(fault))
+    Ok(DataFault::from_word(fault))
 }
 
 /// Takes this rank's partial through the wire type, as its peers will see it; leaves it in `outgoing`, too.

@@ -9,7 +9,8 @@ use crate::device::cuda::{CudaDevice, CudaStream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::ExchangeView;
 use crate::partial::epoch::Epoch;
-use crate::partial::view::{host, verdict};
+use crate::partial::view::host;
+use crate::partial::word::Failure;
 
 /// How long the windows of a new group may take to show that they work.
 const PROBE: Duration = Duration::from_secs(5);
@@ -143,7 +144,7 @@ impl Probe {
             let found = match failure {
                 0 => format!("{here} (rank {rank}), where a test exchange left nothing"),
                 failure => {
-                    let other = verdict::unpack(failure).1.min(windows.world() - 1);
+                    let other = Failure::from_word(failure).rank.min(windows.world() - 1);
                     let there = windows.label(other);
                     format!(
                         "{here} (rank {rank}), which saw nothing of what {there} (rank {other}) wrote to it within \

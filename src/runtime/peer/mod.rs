@@ -12,13 +12,13 @@ use std::time::Duration;
 
 use super::exchange::fingerprint;
 use super::plan::PlanCore;
-use crate::attention::{Algorithm, AttentionDesc, Dtype, OutputMode, Shard, Step, head_range};
+use crate::attention::{Algorithm, AttentionDesc, OutputMode, Shard, Step, head_range};
 use crate::comm::{GpuRank, Windows};
-use crate::cuda::{COMMUNICATORS, CudaBackend, Destination, ExchangeKernel, ExchangeStep, MergeStep, PartialTarget};
+use crate::cuda::{COMMUNICATORS, CudaBackend, Destination, ExchangeKernel, ExchangeStep, MergeStep};
 use crate::device::cuda::{CudaDevice, CudaStream, Holdings};
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::ExchangeView;
 use crate::partial::view::{ExchangeMode, row_words};
+use crate::partial::{ExchangeView, RowSource, RowTarget};
 
 pub(super) use connect::{connect, connect_over};
 
@@ -107,13 +107,11 @@ pub(super) struct GpuExchange {
     kernel: ExchangeKernel,
     forms: Forms,
     /// Where the attention kernel leaves the partial of a step of the form `Memory`; none if the plan has no such.
-    target: Option<PartialTarget>,
+    target: Option<RowTarget>,
     /// Where bad data of a running step is noted.
     status: u64,
     view: ExchangeView,
     mode: ExchangeMode,
-    dim: i32,
-    out_dtype: Dtype,
     /// Bytes of a row.
     row_bytes: u64,
     reason: String,
@@ -159,7 +157,7 @@ impl GpuExchange {
             let o = rows.checked_mul(4 * dim).and_then(|o| o.checked_next_multiple_of(256)).ok_or_else(too_large)?;
             bytes = o.checked_add(4 * rows).ok_or_else(too_large)?;
             let memory = holdings.memory(bytes)?;
-            target = Some(PartialTarget { o: memory, lse: memory + o as u64, status });
+            target = Some(RowTarget::packed(memory, memory + o as u64, desc.q_heads, desc.head_dim_v));
         }
         let reason = match desc.is_merge_only() {
             true => reason.to_string(),
@@ -172,8 +170,6 @@ impl GpuExchange {
             status,
             view,
             mode,
-            dim: desc.head_dim_v,
-            out_dtype: desc.out_dtype,
             row_bytes: row_bytes as u64,
             reason,
             bytes,
@@ -197,30 +193,13 @@ impl GpuExchange {
     pub fn decode(&self, plan: &PlanCore, backend: &CudaBackend, step: &Step, stream: &CudaStream) -> Result<()> {
         let (tokens, kind) = (step.args.query_tokens, [1, step.args.batch as u64]);
         let rows = i64::from(tokens) * i64::from(self.view.heads);
-        let merged = ExchangeStep {
-            dim: self.dim,
-            out: step.args.out,
-            out_stride: step.out_stride,
-            out_dtype: self.out_dtype,
-            out_lse: step.args.lse,
-            out_lse_stride: step.lse_stride,
-            rows,
-            ..ExchangeStep::NOTHING
-        };
+        let merged = ExchangeStep { target: step.target(&plan.desc), rows, ..ExchangeStep::NOTHING };
         let (form, waiting) = self.forms.of(rows);
         if form == Form::Memory {
             let step_of_attention = match self.target {
                 Some(target) => {
-                    backend.decode_to(step, Destination::Partial(target), stream)?;
-                    let (row, heads) = (4 * i64::from(self.dim), i64::from(self.view.heads));
-                    ExchangeStep {
-                        o: target.o,
-                        o_stride: [heads * row, row, 4],
-                        o_dtype: Dtype::F32,
-                        lse: target.lse,
-                        lse_stride: [heads * 4, 4],
-                        ..merged
-                    }
+                    backend.decode_to(step, Destination::Partial { target: &target, status: self.status }, stream)?;
+                    ExchangeStep { source: RowSource::written(&target), ..merged }
                 }
                 None if rows == 0 => merged,
                 None => return Err(Error::new(ErrorKind::Internal, "plan: a step larger than its largest")),
@@ -239,24 +218,15 @@ impl GpuExchange {
 
     /// Enqueues the exchange of a partial that the engine made.
     pub fn merge(&self, plan: &PlanCore, step: &MergeStep, stream: &CudaStream) -> Result<()> {
-        self.kernel.check(&[("o.data", &step.o), ("lse.data", &step.lse)])?;
-        self.kernel.check(&[("out.data", &step.out), ("out_lse.data", &step.out_lse)])?;
-        let exchange = ExchangeStep {
-            o: step.o.data as u64,
-            o_stride: [step.o_stride[1], step.o_stride[2], step.o_stride[3]],
-            o_dtype: step.o_dtype,
-            lse: step.lse.data as u64,
-            lse_stride: [step.lse_stride[1], step.lse_stride[2]],
-            to_natural: step.to_natural,
-            plus_inf_is_empty: step.plus_inf_is_empty,
-            dim: step.dim,
-            out: step.out,
-            out_stride: step.out_stride,
-            out_dtype: step.out_dtype,
-            out_lse: step.out_lse,
-            out_lse_stride: step.out_lse_stride,
-            ..ExchangeStep::NOTHING
-        };
+        let (source, target) = (step.source, step.target);
+        // Tensors of no rows may point anywhere.
+        if step.tokens > 0 {
+            self.kernel.check(&[("o.data", source.o), ("lse.data", source.lse)])?;
+        }
+        if step.tokens > 0 && self.view.own_heads > 0 {
+            self.kernel.check(&[("out.data", target.o), ("out_lse.data", target.lse)])?;
+        }
+        let exchange = ExchangeStep { source, target, ..ExchangeStep::NOTHING };
         self.exchange(plan, exchange, step.tokens, [2, 0], stream)
     }
 

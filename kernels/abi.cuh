@@ -1,0 +1,221 @@
+// Generated from src/cuda/abi.rs: TREEATTN_BLESS=1 cargo test --lib abi writes it anew.
+//
+// What the library and its kernels agree on. TREEATTN_CHECK_LAYOUT asserts that the structs of params.cuh and
+// rows.cuh are those of the library, field by field.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace treeattn {
+
+// Element types.
+enum : int32_t {
+    kF32 = 1,
+    kF16 = 2,
+    kBf16 = 3,
+};
+// Layouts of k and v.
+enum : int32_t {
+    kStrided = 0,
+    kBlockTable = 1,
+    kCsrPages = 2,
+};
+// Placements of tokens.
+enum : int32_t {
+    kContiguous = 0,
+    kInterleaved = 1,
+    kExplicit = 2,
+};
+// DecodeParams::flags, as src/cuda/params.rs says.
+enum : uint32_t {
+    kFlagCausal = 1,
+    kFlagKvStable = 2,
+    kFlagNoBulk = 4,
+    kFlagPush = 8,
+};
+// Which input of a step was out of range (partial::DataFaultCause).
+enum : uint32_t {
+    kFaultNone = 0,
+    kFaultQueryStart = 1,
+    kFaultKvLength = 2,
+    kFaultPage = 3,
+    kFaultPageRow = 4,
+    kFaultPosition = 5,
+};
+// ExchangeView::mode: who gets which rows (partial::view::ExchangeMode).
+enum : int32_t {
+    kOneShot = 0,
+    kScattered = 1,
+    kTwoShot = 2,
+};
+// Words of a window before its slots (partial::view::window).
+enum : int {
+    kBroken = 0,
+    kConsumed = 128,
+    kArrived = 129,
+    kFailed = 130,
+    kFault = 131,
+    kLeft = 192,
+    kControlWords = 512,
+};
+// Words of a slot before its rows, and of a row before its o.
+enum : int {
+    kHeaderWords = 16,
+    kRowHead = 2,
+};
+// Words in mapped host memory (partial::view::host).
+enum : int {
+    kCommand = 0,
+    kFailure = 1,
+    kBadData = 2,
+    kLost = 3,
+};
+// Most ranks; slots of a rank, one a parity of the epoch.
+enum : int {
+    kMaxRanks = 64,
+    kSlots = 2,
+};
+// Where the flag of a packet lies; the epoch after the largest one.
+enum : uint32_t {
+    kFlagShift = 32,
+    kAfterWrap = 2,
+};
+// Where failures and bad data have their rank, and their epoch or sequence.
+enum : int {
+    kRankShift = 8,
+    kHighShift = 32,
+};
+// Codes of a failure: those of the C ABI.
+enum : uint32_t {
+    kDesync = 7,
+    kTimeout = 8,
+    kPeerLost = 9,
+};
+
+// The hash of all that is said here; each image carries it.
+constexpr uint64_t kAbi = 0x3f5c38a2eabf588d;
+
+}  // namespace treeattn
+
+// Once in each kernels/NAME.cu: the image's word that it was compiled from this.
+#define TREEATTN_ABI(NAME) extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kAbi;
+
+#define TREEATTN_CHECK_LAYOUT \
+    static_assert(sizeof(KernelShape) == 20, "KernelShape"); \
+    static_assert(offsetof(KernelShape, threads) == 0, "KernelShape::threads"); \
+    static_assert(offsetof(KernelShape, dynamic_smem) == 4, "KernelShape::dynamic_smem"); \
+    static_assert(offsetof(KernelShape, blocks_per_sm) == 8, "KernelShape::blocks_per_sm"); \
+    static_assert(offsetof(KernelShape, partial_bytes) == 12, "KernelShape::partial_bytes"); \
+    static_assert(offsetof(KernelShape, counters) == 16, "KernelShape::counters"); \
+    static_assert(sizeof(Workspace) == 24, "Workspace"); \
+    static_assert(offsetof(Workspace, partials) == 0, "Workspace::partials"); \
+    static_assert(offsetof(Workspace, counters) == 8, "Workspace::counters"); \
+    static_assert(offsetof(Workspace, status) == 16, "Workspace::status"); \
+    static_assert(sizeof(RowTarget) == 64, "RowTarget"); \
+    static_assert(offsetof(RowTarget, o) == 0, "RowTarget::o"); \
+    static_assert(offsetof(RowTarget, lse) == 8, "RowTarget::lse"); \
+    static_assert(offsetof(RowTarget, o_stride) == 16, "RowTarget::o_stride"); \
+    static_assert(offsetof(RowTarget, lse_stride) == 40, "RowTarget::lse_stride"); \
+    static_assert(offsetof(RowTarget, dtype) == 56, "RowTarget::dtype"); \
+    static_assert(offsetof(RowTarget, dim) == 60, "RowTarget::dim"); \
+    static_assert(sizeof(RowSource) == 72, "RowSource"); \
+    static_assert(offsetof(RowSource, o) == 0, "RowSource::o"); \
+    static_assert(offsetof(RowSource, lse) == 8, "RowSource::lse"); \
+    static_assert(offsetof(RowSource, o_stride) == 16, "RowSource::o_stride"); \
+    static_assert(offsetof(RowSource, lse_stride) == 40, "RowSource::lse_stride"); \
+    static_assert(offsetof(RowSource, dtype) == 56, "RowSource::dtype"); \
+    static_assert(offsetof(RowSource, dim) == 60, "RowSource::dim"); \
+    static_assert(offsetof(RowSource, to_natural) == 64, "RowSource::to_natural"); \
+    static_assert(offsetof(RowSource, plus_inf_is_empty) == 68, "RowSource::plus_inf_is_empty"); \
+    static_assert(sizeof(ExchangeView) == 104, "ExchangeView"); \
+    static_assert(offsetof(ExchangeView, peers) == 0, "ExchangeView::peers"); \
+    static_assert(offsetof(ExchangeView, bases) == 8, "ExchangeView::bases"); \
+    static_assert(offsetof(ExchangeView, window) == 16, "ExchangeView::window"); \
+    static_assert(offsetof(ExchangeView, host) == 24, "ExchangeView::host"); \
+    static_assert(offsetof(ExchangeView, slot_words) == 32, "ExchangeView::slot_words"); \
+    static_assert(offsetof(ExchangeView, parity_words) == 40, "ExchangeView::parity_words"); \
+    static_assert(offsetof(ExchangeView, merged_at) == 48, "ExchangeView::merged_at"); \
+    static_assert(offsetof(ExchangeView, fingerprint) == 56, "ExchangeView::fingerprint"); \
+    static_assert(offsetof(ExchangeView, timeout_ns) == 64, "ExchangeView::timeout_ns"); \
+    static_assert(offsetof(ExchangeView, world) == 72, "ExchangeView::world"); \
+    static_assert(offsetof(ExchangeView, rank) == 76, "ExchangeView::rank"); \
+    static_assert(offsetof(ExchangeView, wire_dtype) == 80, "ExchangeView::wire_dtype"); \
+    static_assert(offsetof(ExchangeView, mode) == 84, "ExchangeView::mode"); \
+    static_assert(offsetof(ExchangeView, heads) == 88, "ExchangeView::heads"); \
+    static_assert(offsetof(ExchangeView, first_head) == 92, "ExchangeView::first_head"); \
+    static_assert(offsetof(ExchangeView, own_heads) == 96, "ExchangeView::own_heads"); \
+    static_assert(sizeof(DecodeParams) == 488, "DecodeParams"); \
+    static_assert(offsetof(DecodeParams, q) == 0, "DecodeParams::q"); \
+    static_assert(offsetof(DecodeParams, k) == 8, "DecodeParams::k"); \
+    static_assert(offsetof(DecodeParams, v) == 16, "DecodeParams::v"); \
+    static_assert(offsetof(DecodeParams, q_stride) == 24, "DecodeParams::q_stride"); \
+    static_assert(offsetof(DecodeParams, k_stride) == 48, "DecodeParams::k_stride"); \
+    static_assert(offsetof(DecodeParams, v_stride) == 80, "DecodeParams::v_stride"); \
+    static_assert(offsetof(DecodeParams, target) == 112, "DecodeParams::target"); \
+    static_assert(offsetof(DecodeParams, query_start) == 176, "DecodeParams::query_start"); \
+    static_assert(offsetof(DecodeParams, kv_length) == 184, "DecodeParams::kv_length"); \
+    static_assert(offsetof(DecodeParams, global_length) == 192, "DecodeParams::global_length"); \
+    static_assert(offsetof(DecodeParams, kv_start) == 200, "DecodeParams::kv_start"); \
+    static_assert(offsetof(DecodeParams, kv_position) == 208, "DecodeParams::kv_position"); \
+    static_assert(offsetof(DecodeParams, query_position) == 216, "DecodeParams::query_position"); \
+    static_assert(offsetof(DecodeParams, block_table) == 224, "DecodeParams::block_table"); \
+    static_assert(offsetof(DecodeParams, page_indptr) == 232, "DecodeParams::page_indptr"); \
+    static_assert(offsetof(DecodeParams, page_indices) == 240, "DecodeParams::page_indices"); \
+    static_assert(offsetof(DecodeParams, last_page_len) == 248, "DecodeParams::last_page_len"); \
+    static_assert(offsetof(DecodeParams, kv_position_stride) == 256, "DecodeParams::kv_position_stride"); \
+    static_assert(offsetof(DecodeParams, block_table_stride) == 264, "DecodeParams::block_table_stride"); \
+    static_assert(offsetof(DecodeParams, num_page_indices) == 272, "DecodeParams::num_page_indices"); \
+    static_assert(offsetof(DecodeParams, kv_capacity) == 280, "DecodeParams::kv_capacity"); \
+    static_assert(offsetof(DecodeParams, batch) == 288, "DecodeParams::batch"); \
+    static_assert(offsetof(DecodeParams, query_tokens) == 292, "DecodeParams::query_tokens"); \
+    static_assert(offsetof(DecodeParams, q_heads) == 296, "DecodeParams::q_heads"); \
+    static_assert(offsetof(DecodeParams, kv_heads) == 300, "DecodeParams::kv_heads"); \
+    static_assert(offsetof(DecodeParams, group) == 304, "DecodeParams::group"); \
+    static_assert(offsetof(DecodeParams, head_dim_qk) == 308, "DecodeParams::head_dim_qk"); \
+    static_assert(offsetof(DecodeParams, q_dtype) == 312, "DecodeParams::q_dtype"); \
+    static_assert(offsetof(DecodeParams, kv_layout) == 316, "DecodeParams::kv_layout"); \
+    static_assert(offsetof(DecodeParams, page_size) == 320, "DecodeParams::page_size"); \
+    static_assert(offsetof(DecodeParams, num_pages) == 324, "DecodeParams::num_pages"); \
+    static_assert(offsetof(DecodeParams, placement) == 328, "DecodeParams::placement"); \
+    static_assert(offsetof(DecodeParams, interleave) == 332, "DecodeParams::interleave"); \
+    static_assert(offsetof(DecodeParams, rank) == 336, "DecodeParams::rank"); \
+    static_assert(offsetof(DecodeParams, world) == 340, "DecodeParams::world"); \
+    static_assert(offsetof(DecodeParams, scale) == 344, "DecodeParams::scale"); \
+    static_assert(offsetof(DecodeParams, flags) == 348, "DecodeParams::flags"); \
+    static_assert(offsetof(DecodeParams, waiting) == 352, "DecodeParams::waiting"); \
+    static_assert(offsetof(DecodeParams, workspace) == 360, "DecodeParams::workspace"); \
+    static_assert(offsetof(DecodeParams, exchange) == 384, "DecodeParams::exchange"); \
+    static_assert(sizeof(MergeParams) == 168, "MergeParams"); \
+    static_assert(offsetof(MergeParams, source) == 0, "MergeParams::source"); \
+    static_assert(offsetof(MergeParams, target) == 72, "MergeParams::target"); \
+    static_assert(offsetof(MergeParams, step) == 136, "MergeParams::step"); \
+    static_assert(offsetof(MergeParams, partials) == 152, "MergeParams::partials"); \
+    static_assert(offsetof(MergeParams, tokens) == 156, "MergeParams::tokens"); \
+    static_assert(offsetof(MergeParams, heads) == 160, "MergeParams::heads"); \
+    static_assert(sizeof(ExchangeParams) == 264, "ExchangeParams"); \
+    static_assert(offsetof(ExchangeParams, source) == 0, "ExchangeParams::source"); \
+    static_assert(offsetof(ExchangeParams, target) == 72, "ExchangeParams::target"); \
+    static_assert(offsetof(ExchangeParams, first_row) == 136, "ExchangeParams::first_row"); \
+    static_assert(offsetof(ExchangeParams, rows) == 144, "ExchangeParams::rows"); \
+    static_assert(offsetof(ExchangeParams, is_pushed) == 152, "ExchangeParams::is_pushed"); \
+    static_assert(offsetof(ExchangeParams, is_last) == 156, "ExchangeParams::is_last"); \
+    static_assert(offsetof(ExchangeParams, view) == 160, "ExchangeParams::view"); \
+    static_assert(sizeof(AllreduceParams) == 168, "AllreduceParams"); \
+    static_assert(offsetof(AllreduceParams, o) == 0, "AllreduceParams::o"); \
+    static_assert(offsetof(AllreduceParams, lse) == 8, "AllreduceParams::lse"); \
+    static_assert(offsetof(AllreduceParams, most) == 16, "AllreduceParams::most"); \
+    static_assert(offsetof(AllreduceParams, weights) == 24, "AllreduceParams::weights"); \
+    static_assert(offsetof(AllreduceParams, target) == 32, "AllreduceParams::target"); \
+    static_assert(offsetof(AllreduceParams, status) == 96, "AllreduceParams::status"); \
+    static_assert(offsetof(AllreduceParams, words) == 104, "AllreduceParams::words"); \
+    static_assert(offsetof(AllreduceParams, failed) == 112, "AllreduceParams::failed"); \
+    static_assert(offsetof(AllreduceParams, host) == 120, "AllreduceParams::host"); \
+    static_assert(offsetof(AllreduceParams, arrived) == 128, "AllreduceParams::arrived"); \
+    static_assert(offsetof(AllreduceParams, tokens) == 136, "AllreduceParams::tokens"); \
+    static_assert(offsetof(AllreduceParams, heads) == 140, "AllreduceParams::heads"); \
+    static_assert(offsetof(AllreduceParams, head_dim) == 144, "AllreduceParams::head_dim"); \
+    static_assert(offsetof(AllreduceParams, first_head) == 148, "AllreduceParams::first_head"); \
+    static_assert(offsetof(AllreduceParams, own_heads) == 152, "AllreduceParams::own_heads"); \
+    static_assert(offsetof(AllreduceParams, rank) == 156, "AllreduceParams::rank"); \
+    static_assert(offsetof(AllreduceParams, world) == 160, "AllreduceParams::world");

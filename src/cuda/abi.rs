@@ -1,0 +1,366 @@
+//! What the library and its kernels agree on: every constant that both know, the place of every field of what kernels take.
+//!
+//! [`CONSTANTS`] and [`LAYOUTS`] are the one list. `kernels/abi.cuh` is generated from it, so that kernels have no
+//! constants of their own to drift, and holds an assertion for each field, so that a struct of `kernels/params.cuh` that
+//! differs does not compile. The hash of the list is checked twice: when this file is compiled, against the header; when
+//! kernels are loaded, against the image, which may have been compiled from other sources (`TREEATTN_PREBUILT_KERNELS`).
+
+use std::mem::{offset_of, size_of};
+
+use super::params::{
+    self, AllreduceParams, DecodeParams, ExchangeParams, KernelShape, MergeParams, PlacementKind, Workspace,
+};
+use crate::attention::{Dtype, KvLayout};
+use crate::device::cuda::{Image, Kernel};
+use crate::error::{Error, ErrorKind, Result};
+use crate::partial::epoch::{AFTER_WRAP, FLAG_SHIFT, SLOTS};
+use crate::partial::view::{ExchangeMode, ExchangeView, host, window};
+use crate::partial::{DataFaultCause, RowSource, RowTarget, word};
+
+/// Constants of one kind.
+struct Constants {
+    /// What they are.
+    about: &'static str,
+    /// Their type in C++.
+    kind: &'static str,
+    values: &'static [(&'static str, u64)],
+}
+
+/// Where the fields of a struct lie.
+struct Layout {
+    name: &'static str,
+    size: u64,
+    fields: &'static [(&'static str, u64)],
+}
+
+macro_rules! constants {
+    ($about:literal, $kind:literal, { $($name:ident = $value:expr),* $(,)? }) => {
+        Constants { about: $about, kind: $kind, values: &[$((stringify!($name), $value as u64)),*] }
+    };
+}
+
+macro_rules! layout {
+    ($type:ident { $($field:ident),* $(,)? }) => {{
+        // Does not compile where a field is missing.
+        const _: fn($type) = |$type { $($field: _),* }| {};
+        Layout {
+            name: stringify!($type),
+            size: size_of::<$type>() as u64,
+            fields: &[$((stringify!($field), offset_of!($type, $field) as u64)),*],
+        }
+    }};
+}
+
+const CONSTANTS: &[Constants] = &[
+    constants!("Element types.", "int32_t", { kF32 = Dtype::F32, kF16 = Dtype::F16, kBf16 = Dtype::Bf16 }),
+    constants!("Layouts of k and v.", "int32_t", {
+        kStrided = KvLayout::Strided,
+        kBlockTable = KvLayout::BlockTable,
+        kCsrPages = KvLayout::CsrPages,
+    }),
+    constants!("Placements of tokens.", "int32_t", {
+        kContiguous = PlacementKind::Contiguous,
+        kInterleaved = PlacementKind::Interleaved,
+        kExplicit = PlacementKind::Explicit,
+    }),
+    constants!("DecodeParams::flags, as src/cuda/params.rs says.", "uint32_t", {
+        kFlagCausal = params::CAUSAL,
+        kFlagKvStable = params::KV_STABLE,
+        kFlagNoBulk = params::NO_BULK,
+        kFlagPush = params::PUSH,
+    }),
+    constants!("Which input of a step was out of range (partial::DataFaultCause).", "uint32_t", {
+        kFaultNone = 0,
+        kFaultQueryStart = DataFaultCause::QueryStart,
+        kFaultKvLength = DataFaultCause::KvLength,
+        kFaultPage = DataFaultCause::Page,
+        kFaultPageRow = DataFaultCause::PageRow,
+        kFaultPosition = DataFaultCause::Position,
+    }),
+    constants!("ExchangeView::mode: who gets which rows (partial::view::ExchangeMode).", "int32_t", {
+        kOneShot = ExchangeMode::OneShot,
+        kScattered = ExchangeMode::Scattered,
+        kTwoShot = ExchangeMode::TwoShot,
+    }),
+    constants!("Words of a window before its slots (partial::view::window).", "int", {
+        kBroken = window::BROKEN,
+        kConsumed = window::CONSUMED,
+        kArrived = window::ARRIVED,
+        kFailed = window::FAILED,
+        kFault = window::FAULT,
+        kLeft = window::LEFT,
+        kControlWords = window::CONTROL_WORDS,
+    }),
+    constants!("Words of a slot before its rows, and of a row before its o.", "int", {
+        kHeaderWords = window::HEADER_WORDS,
+        kRowHead = window::ROW_HEAD,
+    }),
+    constants!("Words in mapped host memory (partial::view::host).", "int", {
+        kCommand = host::COMMAND,
+        kFailure = host::FAILURE,
+        kBadData = host::BAD_DATA,
+        kLost = host::LOST,
+    }),
+    constants!("Most ranks; slots of a rank, one a parity of the epoch.", "int", {
+        kMaxRanks = window::MAX_RANKS,
+        kSlots = SLOTS,
+    }),
+    constants!("Where the flag of a packet lies; the epoch after the largest one.", "uint32_t", {
+        kFlagShift = FLAG_SHIFT,
+        kAfterWrap = AFTER_WRAP,
+    }),
+    constants!("Where failures and bad data have their rank, and their epoch or sequence.", "int", {
+        kRankShift = word::RANK_SHIFT,
+        kHighShift = word::HIGH_SHIFT,
+    }),
+    constants!("Codes of a failure: those of the C ABI.", "uint32_t", {
+        kDesync = ErrorKind::Desync,
+        kTimeout = ErrorKind::Timeout,
+        kPeerLost = ErrorKind::PeerLost,
+    }),
+];
+
+const LAYOUTS: &[Layout] = &[
+    layout!(KernelShape { threads, dynamic_smem, blocks_per_sm, partial_bytes, counters }),
+    layout!(Workspace { partials, counters, status }),
+    layout!(RowTarget { o, lse, o_stride, lse_stride, dtype, dim }),
+    layout!(RowSource { o, lse, o_stride, lse_stride, dtype, dim, to_natural, plus_inf_is_empty }),
+    layout!(ExchangeView {
+        peers,
+        bases,
+        window,
+        host,
+        slot_words,
+        parity_words,
+        merged_at,
+        fingerprint,
+        timeout_ns,
+        world,
+        rank,
+        wire_dtype,
+        mode,
+        heads,
+        first_head,
+        own_heads,
+    }),
+    layout!(DecodeParams {
+        q,
+        k,
+        v,
+        q_stride,
+        k_stride,
+        v_stride,
+        target,
+        query_start,
+        kv_length,
+        global_length,
+        kv_start,
+        kv_position,
+        query_position,
+        block_table,
+        page_indptr,
+        page_indices,
+        last_page_len,
+        kv_position_stride,
+        block_table_stride,
+        num_page_indices,
+        kv_capacity,
+        batch,
+        query_tokens,
+        q_heads,
+        kv_heads,
+        group,
+        head_dim_qk,
+        q_dtype,
+        kv_layout,
+        page_size,
+        num_pages,
+        placement,
+        interleave,
+        rank,
+        world,
+        scale,
+        flags,
+        waiting,
+        workspace,
+        exchange,
+    }),
+    layout!(MergeParams { source, target, step, partials, tokens, heads }),
+    layout!(ExchangeParams { source, target, first_row, rows, is_pushed, is_last, view }),
+    layout!(AllreduceParams {
+        o,
+        lse,
+        most,
+        weights,
+        target,
+        status,
+        words,
+        failed,
+        host,
+        arrived,
+        tokens,
+        heads,
+        head_dim,
+        first_head,
+        own_heads,
+        rank,
+        world,
+    }),
+];
+
+/// FNV-1a.
+const fn hash_bytes(mut hash: u64, bytes: &[u8]) -> u64 {
+    let mut i = 0;
+    while i < bytes.len() {
+        hash = (hash ^ bytes[i] as u64).wrapping_mul(0x0000_0100_0000_01b3);
+        i += 1;
+    }
+    hash
+}
+
+const fn hash_values(mut hash: u64, values: &[(&str, u64)]) -> u64 {
+    let mut i = 0;
+    while i < values.len() {
+        hash = hash_bytes(hash_bytes(hash, values[i].0.as_bytes()), &values[i].1.to_le_bytes());
+        i += 1;
+    }
+    hash
+}
+
+/// The hash of the list.
+const ABI: u64 = {
+    let (mut hash, mut i) = (0xcbf2_9ce4_8422_2325, 0);
+    while i < CONSTANTS.len() {
+        hash = hash_bytes(hash_bytes(hash, CONSTANTS[i].about.as_bytes()), CONSTANTS[i].kind.as_bytes());
+        hash = hash_values(hash, CONSTANTS[i].values);
+        i += 1;
+    }
+    i = 0;
+    while i < LAYOUTS.len() {
+        hash = hash_bytes(hash, LAYOUTS[i].name.as_bytes());
+        hash = hash_values(hash_bytes(hash, &LAYOUTS[i].size.to_le_bytes()), LAYOUTS[i].fields);
+        i += 1;
+    }
+    hash
+};
+
+/// What `kernels/abi.cuh` says of [`ABI`]: the hexadecimal number after "kAbi = 0x"; 0 if there is none.
+const fn said(header: &[u8]) -> u64 {
+    const BEFORE: &[u8] = b"kAbi = 0x";
+    let (mut at, mut matched) = (0, 0);
+    while at < header.len() && matched < BEFORE.len() {
+        matched = if header[at] == BEFORE[matched] { matched + 1 } else { (header[at] == BEFORE[0]) as usize };
+        at += 1;
+    }
+    let mut value = 0;
+    while at < header.len() && header[at].is_ascii_hexdigit() {
+        let digit = if header[at] <= b'9' { header[at] - b'0' } else { header[at] - b'a' + 10 };
+        value = value << 4 | digit as u64;
+        at += 1;
+    }
+    value
+}
+
+// Tests are compiled in any case: one of them writes the header.
+#[cfg(not(test))]
+const _: () = assert!(
+    said(include_bytes!("../../kernels/abi.cuh")) == ABI,
+    "kernels/abi.cuh does not say what src/cuda/abi.rs does: TREEATTN_BLESS=1 cargo test --lib abi writes it anew"
+);
+
+/// The kernel `name` of `kernels/SOURCE.cu`, made resident; `Unavailable` where the image was compiled from other sources
+/// than this library. Blocks; `Capturing` during a capture.
+pub(super) fn kernel(image: &Image, source: &str, name: &str, threads: u32, shared: u32) -> Result<Kernel> {
+    check(image, source)?;
+    image.kernel(name, threads, shared)
+}
+
+/// Refuses an image whose kernels of `kernels/SOURCE.cu` take other parameters. As [`kernel`].
+pub(super) fn check(image: &Image, source: &str) -> Result<()> {
+    let mut bytes = [0; size_of::<u64>()];
+    image.constant(&format!("treeattn_{source}_abi"), &mut bytes)?;
+    let found = u64::from_ne_bytes(bytes);
+    if found == ABI {
+        return Ok(());
+    }
+    let message = format!(
+        "kernels: found {source} compiled from other sources than this library (interface {found:016x}), wanted \
+         {ABI:016x}: compile the image anew"
+    );
+    Err(Error::new(ErrorKind::Unavailable, message))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Write;
+
+    use super::*;
+
+    fn header() -> String {
+        let mut text = String::from(
+            "// Generated from src/cuda/abi.rs: TREEATTN_BLESS=1 cargo test --lib abi writes it anew.\n//\n\
+             // What the library and its kernels agree on. TREEATTN_CHECK_LAYOUT asserts that the structs of params.cuh and\n\
+             // rows.cuh are those of the library, field by field.\n\
+             #pragma once\n\n#include <stddef.h>\n#include <stdint.h>\n\nnamespace treeattn {\n\n",
+        );
+        for constants in CONSTANTS {
+            writeln!(text, "// {}\nenum : {} {{", constants.about, constants.kind).unwrap();
+            for (name, value) in constants.values {
+                writeln!(text, "    {name} = {value},").unwrap();
+            }
+            text.push_str("};\n");
+        }
+        write!(
+            text,
+            "\n// The hash of all that is said here; each image carries it.\nconstexpr uint64_t kAbi = 0x{ABI:016x};\n\n\
+             }}  // namespace treeattn\n\n\
+             // Once in each kernels/NAME.cu: the image's word that it was compiled from this.\n\
+             #define TREEATTN_ABI(NAME) extern \"C\" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kAbi;\n\n\
+             #define TREEATTN_CHECK_LAYOUT"
+        )
+        .unwrap();
+        for layout in LAYOUTS {
+            let name = layout.name;
+            write!(text, " \\\n    static_assert(sizeof({name}) == {}, \"{name}\");", layout.size).unwrap();
+            for (field, offset) in layout.fields {
+                write!(text, " \\\n    static_assert(offsetof({name}, {field}) == {offset}, \"{name}::{field}\");")
+                    .unwrap();
+            }
+        }
+        text.push('\n');
+        text
+    }
+
+    #[test]
+    fn the_kernels_have_the_same_constants_and_layouts() {
+        let (path, wanted) = (format!("{}/kernels/abi.cuh", env!("CARGO_MANIFEST_DIR")), header());
+        if std::env::var_os("TREEATTN_BLESS").is_some() {
+            std::fs::write(&path, &wanted).unwrap();
+        }
+        let found = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(found == wanted, "{path} is not what src/cuda/abi.rs says: run this test with TREEATTN_BLESS=1");
+        assert_eq!(said(found.as_bytes()), ABI);
+    }
+
+    #[test]
+    fn the_number_of_a_header_is_found() {
+        assert_eq!(said(b"x kkAbi = 0x00ff;"), 0xff);
+        assert_eq!((said(b"kAbi = 12;"), said(b"")), (0, 0));
+    }
+
+    #[test]
+    fn words_of_a_window_lie_apart() {
+        let ranks = window::MAX_RANKS as u64;
+        let words = [window::BROKEN, window::CONSUMED, window::ARRIVED, window::FAILED, window::FAULT];
+        let mut taken: Vec<_> = words.map(|word| word..word + 1).to_vec();
+        taken.extend([window::LET_GO..window::LET_GO + ranks, window::LEFT..window::LEFT + ranks]);
+        taken.sort_by_key(|range| range.start);
+        assert!(taken.windows(2).all(|pair| pair[0].end <= pair[1].start), "{taken:?}");
+        assert!(taken.last().unwrap().end <= window::CONTROL_WORDS);
+        // A copy of 16 bytes takes two.
+        assert_eq!(
+            (window::CONSUMED % 2, window::ARRIVED, window::FAILED, window::FAULT),
+            (0, window::CONSUMED + 1, window::CONSUMED + 2, window::CONSUMED + 3)
+        );
+    }
+}

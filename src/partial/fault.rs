@@ -1,0 +1,82 @@
+//! Bad data that a step met, and the one word that carries it: in headers between ranks, in windows, in host memory.
+
+use super::word::{HIGH_SHIFT, RANK_MASK, RANK_SHIFT};
+
+/// A bad length, position or table entry met while a step ran.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DataFault {
+    /// The first sequence that it was found in.
+    pub sequence: i32,
+    /// What was found.
+    pub cause: DataFaultCause,
+}
+
+/// Which input of a step was out of range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum DataFaultCause {
+    /// `query_start` decreases, starts below 0 or ends above `query_tokens`.
+    QueryStart = 1,
+    /// `kv_length` below 0, above the plan's maximum, or above what k and v have room for.
+    KvLength = 2,
+    /// A block table or CSR entry in use is not a page.
+    Page = 3,
+    /// `page_indptr` decreases or leaves `page_indices`, or `last_page_len` is not 1 to page_size.
+    PageRow = 4,
+    /// A global length or position is negative or too large.
+    Position = 5,
+}
+
+impl DataFaultCause {
+    /// The cause with this code.
+    pub fn from_code(code: u8) -> Option<DataFaultCause> {
+        use DataFaultCause::*;
+        [QueryStart, KvLength, Page, PageRow, Position].into_iter().find(|&c| c as u8 == code)
+    }
+
+    /// The argument to name in a message.
+    pub fn argument(self) -> &'static str {
+        match self {
+            DataFaultCause::QueryStart => "query_start",
+            DataFaultCause::KvLength => "kv_length",
+            DataFaultCause::Page => "block_table or page_indices",
+            DataFaultCause::PageRow => "page_indptr or last_page_len",
+            DataFaultCause::Position => "global_length, kv_start, kv_position or query_position",
+        }
+    }
+}
+
+impl DataFault {
+    /// The word of a fault that rank `rank` met: the complement of the sequence, 24 bits of the rank, 8 bits of the cause.
+    /// The largest word of a rank is that of its first faulty sequence; 0 is no fault. `pack_status` in
+    /// `kernels/params.cuh` makes the same.
+    pub fn word(self, rank: i32) -> u64 {
+        let sequence = u64::from(u32::MAX - self.sequence as u32);
+        sequence << HIGH_SHIFT | u64::from(rank as u32 & RANK_MASK) << RANK_SHIFT | u64::from(self.cause as u8)
+    }
+
+    /// Rank and fault of a word, none of 0.
+    pub fn from_word(word: u64) -> Option<(i32, DataFault)> {
+        let cause = DataFaultCause::from_code(word as u8)?;
+        let sequence = (u32::MAX - (word >> HIGH_SHIFT) as u32).cast_signed();
+        Some(((word as u32 >> RANK_SHIFT).cast_signed(), DataFault { sequence, cause }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_carries_rank_sequence_and_cause_and_orders_by_sequence() {
+        let fault = DataFault { sequence: 70_000, cause: DataFaultCause::KvLength };
+        assert_eq!(fault.word(63), u64::from(u32::MAX - 70_000) << 32 | 63 << 8 | 2);
+        for (sequence, rank) in [(0, 0), (i32::MAX, 4095), (5, (1 << 24) - 1)] {
+            let fault = DataFault { sequence, cause: DataFaultCause::Position };
+            assert_eq!(DataFault::from_word(fault.word(rank)), Some((rank, fault)));
+        }
+        assert_eq!((DataFault::from_word(0), DataFault::from_word(6)), (None, None));
+        let later = DataFault { sequence: 70_001, cause: DataFaultCause::Position };
+        assert!(fault.word(0) > later.word(63));
+    }
+}
