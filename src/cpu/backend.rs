@@ -3,11 +3,12 @@
 use parking_lot::Mutex;
 
 use super::isa::Isa;
-use super::kernels::{Kernels, element};
-use super::partition::Line;
+use super::kernel::table::Kernels;
+use super::partition::Partition;
 use super::sequences::{Reader, Sequence};
-use super::tile::TILE;
-use super::worker::{Layout, Output, Shape, Worker};
+use super::shape::{Layout, Shape, SumsOf};
+use super::slice;
+use super::worker::{Output, Worker};
 use crate::attention::{
     Algorithm, AttentionDesc, Capabilities, Dtype, KvLayout, MAX_HEAD_DIM, MaskKind, QueryInput, Reproducibility,
     Shard, Step, supported,
@@ -16,13 +17,6 @@ use crate::device::{HostBuffer, Workers};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::{DataFault, PartialRows};
 
-/// Most rows of a row block.
-const ROW_BLOCK: usize = 32;
-const _: () = assert!(ROW_BLOCK <= TILE);
-/// Most rows of a row block for which k and v are widened in every row group instead of once.
-const WIDEN_ABOVE: usize = 8;
-/// Bytes of accumulators that one worker keeps going at a time.
-const STATE_BYTES: usize = 64 << 10;
 /// Tiles a worker should have before the kv heads of a tile are kept together.
 const TILES_TO_BLOCK: u64 = 8;
 
@@ -62,12 +56,12 @@ pub(super) struct Scratch {
     pub(super) sequences: Vec<Sequence>,
 }
 
-/// A worker's scratch by index.
+/// The scratch of all workers.
 #[derive(Clone, Copy)]
-struct Base(*mut f32);
+struct ScratchBase(*mut f32);
 
-// SAFETY: every worker takes its own part.
-unsafe impl Sync for Base {}
+// SAFETY: an address. Workers write through it, each to its own part ([`Layout::floats`] apart).
+unsafe impl Sync for ScratchBase {}
 
 impl CpuBackend {
     /// The backend of a checked shape for `threads` workers. Errors: `Unsupported` by field, `Unavailable` where the
@@ -81,7 +75,7 @@ impl CpuBackend {
         CpuBackend::of(desc, shard, threads, isa, true)
     }
 
-    fn of(desc: &AttentionDesc, shard: Shard, threads: usize, isa: Isa, tilted: bool) -> Result<CpuBackend> {
+    fn of(desc: &AttentionDesc, shard: Shard, threads: usize, isa: Isa, with_zeta: bool) -> Result<CpuBackend> {
         desc.check()?;
         supported(desc, &CAPABILITIES)?;
         if desc.is_merge_only() {
@@ -94,7 +88,7 @@ impl CpuBackend {
             let message = format!("isa: found {}, this machine has not got it", isa.name());
             return Err(Error::new(ErrorKind::Unavailable, message));
         };
-        let shape = shape(desc, tilted);
+        let shape = Shape::new(desc, with_zeta)?;
         let too_large = || Error::new(ErrorKind::NoMemory, "cpu scratch: its size does not fit the address space");
         let layout = Layout::of(&shape).ok_or_else(too_large)?;
         let bytes = layout.floats.checked_mul(4 * threads).ok_or_else(too_large)?;
@@ -135,12 +129,12 @@ impl CpuBackend {
         if workers.threads() != self.threads {
             return Err(Error::invalid("workers", workers.threads(), format!("{} threads", self.threads)));
         }
-        if step.zeta.data.is_null() == self.shape.tilt.is_some() {
+        if step.zeta.data.is_null() == self.shape.mods.is_biased() {
             return Err(Error::new(ErrorKind::Internal, "step: with a zeta in a plan without, or the other way round"));
         }
-        if rows.dim != self.shape.dim_v || rows.lse.len() != count || rows.o.len() != count * rows.dim {
+        if rows.dim != self.shape.kv[1].dim || rows.lse.len() != count || rows.o.len() != count * rows.dim {
             let found = format!("{} o, {} lse, dim {}", rows.o.len(), rows.lse.len(), rows.dim);
-            return Err(Error::invalid("rows", found, format!("{count} rows of {}", self.shape.dim_v)));
+            return Err(Error::invalid("rows", found, format!("{count} rows of {}", self.shape.kv[1].dim)));
         }
         let mut scratch = self.scratch.lock();
         let Scratch { floats, sequences } = &mut *scratch;
@@ -149,14 +143,15 @@ impl CpuBackend {
         };
         rows.o.fill(0.0);
         rows.lse.fill(f32::NEG_INFINITY);
-        let reader = Reader { desc: &self.desc, shard, step };
+        // SAFETY: the step is one of this plan's, and its caller vouched for the memory behind it until the step is done.
+        let reader = unsafe { Reader::new(&self.desc, shard, step) };
         let fault = reader.sequences(sequences);
         let (heads, group) = (self.desc.kv_heads as usize, self.shape.group);
         let most = sequences.iter().map(|s| s.tokens * group).max().unwrap_or(0);
         let row_block = most.clamp(1, self.shape.row_block);
-        let total = Line::lay(sequences, heads, group, row_block);
+        let total = Partition::measure(sequences, heads, group, row_block);
         if total > 0 {
-            let line = Line {
+            let partition = Partition {
                 sequences,
                 total,
                 workers: self.threads,
@@ -166,7 +161,7 @@ impl CpuBackend {
                 row_block,
             };
             let output = Output { o: rows.o.as_mut_ptr(), lse: rows.lse.as_mut_ptr(), dim: rows.dim };
-            self.run(reader, &line, Base(floats.as_mut_ptr().cast()), output, workers)?;
+            self.run(reader, &partition, ScratchBase(floats.as_mut_ptr().cast()), output, workers)?;
         }
         let Some((first, cause)) = fault else { return Ok(None) };
         for sequence in sequences.iter().filter(|s| s.fault.is_some()) {
@@ -178,24 +173,34 @@ impl CpuBackend {
         Ok(Some(DataFault { sequence: first as i32, cause }))
     }
 
-    fn run(&self, reader: Reader<'_>, line: &Line<'_>, base: Base, output: Output, workers: &Workers) -> Result<()> {
+    fn run(
+        &self,
+        reader: Reader<'_>,
+        partition: &Partition<'_>,
+        base: ScratchBase,
+        output: Output,
+        workers: &Workers,
+    ) -> Result<()> {
+        let (shape, kernels, layout) = (&self.shape, &self.kernels, &self.layout);
         let worker = |w: usize| {
             let base = &base;
-            let scratch = base.0.wrapping_add(w * self.layout.floats);
-            Worker { shape: &self.shape, kernels: &self.kernels, reader, line, layout: &self.layout, scratch, output }
+            let scratch = base.0.wrapping_add(w * layout.floats);
+            Worker { shape, kernels, reader, partition, layout, scratch, output }
         };
-        // SAFETY: each worker has its part of the scratch; the caller of the step vouches for the step's memory.
-        workers.run(&|w| unsafe { worker(w).run(w) })?;
-        line.splits(|item, first, last| {
+        // SAFETY: the scratch has a part for each worker, and `w` is below their number; the memory of the step is its
+        // caller's, and the output was checked to have every row.
+        workers.run(&|w| unsafe { slice::run(&worker(w), w) })?;
+        partition.shared_items(|item, first, last| {
             let main = worker(first);
-            // SAFETY: the workers are done; first and last are workers with scratch of this layout.
+            // SAFETY: the workers are done. The first left the beginning of the item in its scratch, those after it that
+            // begin inside the item its end; nobody else writes the item's rows.
             unsafe {
-                let total = self.layout.split(main.scratch, &self.shape, 1);
-                for w in (first + 1..=last).filter(|&w| line.has_rest(w)) {
-                    let rest = self.layout.split(worker(w).scratch, &self.shape, 0);
-                    total.meet(&self.kernels, &rest, item.rows * item.heads);
+                let sums = layout.sums(main.scratch, shape, SumsOf::Beginning);
+                for w in (first + 1..=last).filter(|&w| partition.begins_inside(w)) {
+                    let more = layout.sums(worker(w).scratch, shape, SumsOf::End);
+                    sums.merge(kernels, &more, item.rows * item.heads);
                 }
-                main.write(item, &total);
+                main.write(item, &sums);
             }
         });
         Ok(())
@@ -211,37 +216,7 @@ impl CpuBackend {
         if !side_by_side || tiles < TILES_TO_BLOCK * self.threads as u64 {
             return 1;
         }
-        let together = (self.shape.states().rows / row_block).clamp(1, heads);
+        let together = (self.shape.sums().rows / row_block).clamp(1, heads);
         heads.div_ceil(heads.div_ceil(together))
     }
-}
-
-fn shape(desc: &AttentionDesc, tilted: bool) -> Shape {
-    let group = desc.group() as usize;
-    let row_block = (group.saturating_mul(desc.max_query_tokens as usize)).min(ROW_BLOCK);
-    let heads = desc.kv_heads as usize;
-    let row_bytes = 4 * (desc.head_dim_v as usize).next_multiple_of(16);
-    let together = (STATE_BYTES / (row_bytes * row_block)).clamp(1, heads);
-    let head_block = heads.div_ceil(heads.div_ceil(together));
-    let scale = f64::from(desc.effective_scale());
-    Shape {
-        q_heads: desc.q_heads as usize,
-        group,
-        row_block,
-        head_block,
-        dim_qk: desc.head_dim_qk as usize,
-        dim_v: desc.head_dim_v as usize,
-        size: [desc.k_dtype.size(), desc.v_dtype.size()],
-        element: [element(desc.q_dtype), element(desc.k_dtype), element(desc.v_dtype)],
-        factor: split(if tilted { 1.0 } else { scale.abs() } * std::f64::consts::LOG2_E),
-        negate: scale < 0.0,
-        widen_above: WIDEN_ABOVE,
-        tilt: tilted.then_some(desc.effective_scale().abs()),
-    }
-}
-
-/// `x` as a sum of two floats.
-fn split(x: f64) -> [f32; 2] {
-    let high = x as f32;
-    [high, (x - f64::from(high)) as f32]
 }

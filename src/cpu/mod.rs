@@ -1,27 +1,38 @@
 //! The CPU backend: exact attention over one rank's shard on the rank's workers.
 //!
-//! [`CpuBackend`] turns a step into partials. `sequences` reads and checks what the step says, `partition` cuts the flat
-//! line of (sequence, rows, kv heads, tiles) into equal slices, `worker` takes a slice piece by piece and `task` a piece
-//! tile by tile (`rows`: where keys and values lie; `ahead`: rows that are asked for early; `tile`: the kernel, over the
-//! vectors of `simd`, compiled once an instruction set by `kernels`), and `state` holds unfinished partials. `pack` copies keys
-//! and values for ranks that attend them elsewhere. Depends on `attention`, `partial` and `device` only; knows nothing of
-//! other ranks.
+//! [`CpuBackend`] (`backend`) turns a step into partials. From the outside in:
+//!
+//! | file | does |
+//! |---|---|
+//! | `pack` | copies keys and values for ranks that attend them elsewhere |
+//! | `backend` | a step: checks, runs the workers, merges the items that they share |
+//! | `slice` | a worker's slice, split by split |
+//! | `task` | a split, tile by tile; `seen`: which keys of a tile are visible |
+//! | `worker` | what a worker works with; loads queries, writes rows |
+//! | `rows` | where keys and values of a tile lie |
+//! | `partition` | cuts the flat line of (sequence, rows, kv heads, tiles) into equal slices |
+//! | `sequences` | reads and checks what the step says |
+//! | `shape` | sizes and formats of the plan, and the layout of scratch; `sums`: unfinished partials |
+//! | `kernel` | what is done to a tile, compiled once an instruction set; `simd`: vectors and codecs; `isa` |
+//!
+//! A file imports only files below it. Depends on `attention`, `partial` and `device` only; knows nothing of other ranks.
 //!
 //! Unfinished partials keep numerator and denominator apart, over a power of two, so that no rescale rounds; they become
 //! (o, lse) once, at the end.
 
-mod ahead;
 mod backend;
 mod isa;
-mod kernels;
+mod kernel;
 mod pack;
 mod partition;
 mod rows;
+mod seen;
 mod sequences;
+mod shape;
 mod simd;
-mod state;
+mod slice;
+mod sums;
 mod task;
-mod tile;
 mod worker;
 
 #[cfg(test)]

@@ -3,9 +3,10 @@
 use std::ops::Range;
 
 use super::backend::CpuBackend;
+use super::kernel::args::TILE;
 use super::rows::Rows;
 use super::sequences::Reader;
-use super::tile::TILE;
+use super::shape::RowShape;
 use crate::attention::Step;
 use crate::device::Workers;
 use crate::error::{Error, Result};
@@ -24,40 +25,37 @@ pub struct Held {
     pub start: i64,
 }
 
-/// Where packed rows go, one kind of tensor.
+/// Where packed rows of keys or values go.
 #[derive(Clone, Copy)]
 struct Target {
     data: *mut u8,
     heads: usize,
-    dim: usize,
-    size: usize,
-    /// Byte strides of the source: head, element.
+    row: RowShape,
+    /// Byte strides of the source: head, block of the format.
     stride: [i64; 2],
 }
 
-// SAFETY: every worker writes tokens of its own.
+// SAFETY: an address and numbers. Workers write through it, each the tokens of its own range.
 unsafe impl Sync for Target {}
 
 impl Target {
     /// Copies the token whose kv head 0 is at `from` to place `token`.
     ///
     /// # Safety
-    /// Source and target are valid for a token.
+    /// `from` is a token of the source with all its heads; the target has that place, which nobody else writes.
     unsafe fn put(&self, token: usize, from: *const u8) {
-        let row = self.dim * self.size;
+        let (format, dim) = (self.row.format, self.row.dim);
+        let bytes = format.row_bytes(dim);
         let [head_stride, stride] = self.stride;
-        // SAFETY: as the caller vouches; strides are those of the source.
+        // SAFETY: heads and blocks of the token and of its place, which the caller vouches for.
         unsafe {
-            let to = self.data.add(token * self.heads * row);
-            if stride == self.size as i64 && (head_stride == row as i64 || self.heads == 1) {
-                return std::ptr::copy_nonoverlapping(from, to, self.heads * row);
+            let to = self.data.add(token * self.heads * bytes);
+            if format.is_packed(stride) && (head_stride == bytes as i64 || self.heads == 1) {
+                return std::ptr::copy_nonoverlapping(from, to, self.heads * bytes);
             }
             for head in 0..self.heads {
-                let (from, to) = (from.offset(head as isize * head_stride as isize), to.add(head * row));
-                for i in 0..self.dim {
-                    let from = from.offset(i as isize * stride as isize);
-                    std::ptr::copy_nonoverlapping(from, to.add(i * self.size), self.size);
-                }
+                let from = from.offset(head as isize * head_stride as isize);
+                format.pack_row(from, stride, dim, to.add(head * bytes));
             }
         }
     }
@@ -71,12 +69,13 @@ impl CpuBackend {
         else {
             return Err(Error::invalid("batch", step.args.batch, format!("{}, at most the plan's", held.len())));
         };
-        let fault = Reader { desc: &self.desc, shard: self.shard, step }.sequences(sequences);
+        // SAFETY: the step is one of this plan's, and its caller vouched for the memory behind it until the step is done.
+        let fault = unsafe { Reader::new(&self.desc, self.shard, step) }.sequences(sequences);
         for (held, sequence) in held.iter_mut().zip(&*sequences) {
             *held = Held {
                 first_token: sequence.first_token,
                 tokens: sequence.tokens,
-                keys: sequence.fault.is_none().then_some(sequence.keys),
+                keys: sequence.fault.is_none().then_some(sequence.visible.hi),
                 start: sequence.start,
             };
         }
@@ -90,26 +89,26 @@ impl CpuBackend {
         let Some(sequence) = scratch.sequences.get(b) else {
             return Err(Error::invalid("b", b, format!("below {}", scratch.sequences.len())));
         };
-        let desc = &self.desc;
-        let [k_size, v_size] = self.shape.size;
-        let heads = desc.kv_heads as usize;
-        let target = |data: &mut [u8], dim: usize, size: usize, stride: &[i64; 4]| -> Result<Target> {
-            let wanted = sequence.keys * heads * dim * size;
+        let (keys, heads) = (sequence.visible.hi, self.desc.kv_heads as usize);
+        let target = |data: &mut [u8], row: RowShape, stride: &[i64; 4]| -> Result<Target> {
+            let wanted = keys * heads * row.format.row_bytes(row.dim);
             if data.len() != wanted {
                 return Err(Error::invalid("packed keys or values", data.len(), format!("{wanted} bytes")));
             }
-            Ok(Target { data: data.as_mut_ptr(), heads, dim, size, stride: [stride[2], stride[3]] })
+            Ok(Target { data: data.as_mut_ptr(), heads, row, stride: [stride[2], stride[3]] })
         };
-        let k = target(k, self.shape.dim_qk, k_size, &step.k_stride)?;
-        let v = target(v, self.shape.dim_v, v_size, &step.v_stride)?;
+        let k = target(k, self.shape.kv[0], &step.k_stride)?;
+        let v = target(v, self.shape.kv[1], &step.v_stride)?;
+        // SAFETY: as in `survey`.
+        let reader = unsafe { Reader::new(&self.desc, self.shard, step) };
         let part = |slots: Range<usize>| {
             let mut rows = Rows::EMPTY;
             for slot in slots.clone().step_by(TILE) {
-                let keys = TILE.min(slots.end - slot);
-                rows.fill(desc, step, b, sequence, slot, keys);
-                for t in 0..keys {
-                    // SAFETY: slots within the checked length; the caller of the step vouches for its memory, and the
-                    // targets have room for all of them.
+                let count = TILE.min(slots.end - slot);
+                rows.fill(&reader, b, sequence, slot, count);
+                for t in 0..count {
+                    // SAFETY: the slots are held, and the caller of the step vouched for its memory; the targets were
+                    // checked to have a place for every key, and the ranges of the workers are apart.
                     unsafe {
                         k.put(slot + t, rows.k[t]);
                         v.put(slot + t, rows.v[t]);
@@ -117,7 +116,7 @@ impl CpuBackend {
                 }
             }
         };
-        let (keys, threads) = (sequence.keys, workers.threads());
+        let threads = workers.threads();
         workers.run(&|w| part(w * keys / threads..(w + 1) * keys / threads))
     }
 
@@ -125,7 +124,8 @@ impl CpuBackend {
     pub fn pack_positions(&self, step: &Step, b: usize, to: &mut [i32]) {
         let first = b as i64 * step.kv_position_stride(&self.desc);
         for (slot, to) in to.iter_mut().enumerate() {
-            // SAFETY: the caller of the step vouches for as many positions as the sequence has keys.
+            // SAFETY: with explicit placement and causality `Step::new` refused a null pointer, and the caller of the step
+            // vouched for a position for each key that the sequence holds, of which `to` has no more.
             *to = unsafe { *step.args.kv_position.offset((first + slot as i64) as isize) };
         }
     }

@@ -1,8 +1,8 @@
 //! Where the keys and values of a tile lie: one pointer a key, from strides or through page tables.
 
-use super::sequences::Sequence;
-use super::tile::TILE;
-use crate::attention::{AttentionDesc, KvLayout, Step};
+use super::kernel::args::TILE;
+use super::sequences::{Reader, Sequence};
+use crate::attention::KvLayout;
 
 /// Pointers to kv head 0 of each key and value of a tile; past the last key, up to a multiple of 16, they repeat it.
 #[derive(Clone, Copy, Debug)]
@@ -17,8 +17,9 @@ impl Rows {
     /// No rows.
     pub const EMPTY: Rows = Rows { k: [std::ptr::null(); TILE], v: [std::ptr::null(); TILE] };
 
-    /// Points at slots `slot` to `slot + keys` of sequence `b`, `keys` from 1 to TILE, all within its checked length.
-    pub fn fill(&mut self, desc: &AttentionDesc, step: &Step, b: usize, sequence: &Sequence, slot: usize, keys: usize) {
+    /// Points at slots `slot` to `slot + keys` of sequence `b`, `keys` from 1 to TILE, all of them held.
+    pub fn fill(&mut self, reader: &Reader<'_>, b: usize, sequence: &Sequence, slot: usize, keys: usize) {
+        let (desc, step) = (reader.desc(), reader.step());
         let args = &step.args;
         let (k_data, v_data) = (args.k.data.cast::<u8>().cast_const(), args.v.data.cast::<u8>().cast_const());
         let (ks, vs) = (&step.k_stride, &step.v_stride);
@@ -31,9 +32,10 @@ impl Rows {
             let (mut entry, mut inside, mut t) = (slot / page_size, slot % page_size, 0);
             while t < keys {
                 let run = (page_size - inside).min(keys - t);
-                // SAFETY: the entry belongs to a slot within the sequence's checked length.
+                // SAFETY: the entry belongs to a slot that the sequence holds, and those were read and checked by the reader,
+                // whose maker vouched for the table.
                 let page = unsafe { *table.offset((sequence.first_page + entry as i64) as isize) };
-                // Checked before; the clamp keeps the address inside should the table change under us.
+                // Checked before; the clamp keeps the address inside should the table have changed since.
                 let page = i64::from(page.clamp(0, args.num_pages - 1));
                 let at = |s: &[i64; 4]| (page * s[0] + inside as i64 * s[1]) as isize;
                 self.run(t, run, k_data.wrapping_offset(at(ks)), v_data.wrapping_offset(at(vs)), ks[1], vs[1]);

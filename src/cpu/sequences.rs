@@ -1,7 +1,6 @@
 //! The sequences of a step: what their lengths, starts, tables and positions say, checked before any address is formed.
 
-use crate::attention::placement::interleaved_position;
-use crate::attention::{AttentionDesc, KvLayout, Placement, Shard, Step};
+use crate::attention::{AttentionDesc, KeyPositions, KvLayout, Placement, Shard, Step, Visibility, VisibilityRule};
 use crate::partial::DataFaultCause;
 
 /// One sequence of a step, as read and checked.
@@ -11,8 +10,10 @@ pub struct Sequence {
     pub first_token: usize,
     /// Its query tokens.
     pub tokens: usize,
-    /// Local slots that some query token may see: 0 up to here.
-    pub keys: usize,
+    /// Tokens that it holds on this rank.
+    pub held: usize,
+    /// Which of their slots some query token can see.
+    pub visible: Visibility,
     /// Contiguous placement: global position of local slot 0.
     pub start: i64,
     /// Global position of its first query token, where none are given one by one.
@@ -25,24 +26,40 @@ pub struct Sequence {
     pub fault: Option<DataFaultCause>,
 }
 
-/// Reads a step's int32 inputs. The caller of the step vouches that they hold what the step's fields say.
+/// Reads a step's int32 inputs.
 #[derive(Clone, Copy, Debug)]
 pub struct Reader<'a> {
-    /// The shape.
-    pub desc: &'a AttentionDesc,
-    /// This rank.
-    pub shard: Shard,
-    /// The step.
-    pub step: &'a Step,
+    desc: &'a AttentionDesc,
+    shard: Shard,
+    step: &'a Step,
 }
 
 fn read(pointer: *const i32, index: i64) -> i32 {
-    // SAFETY: `Step::new` checked the pointer; the caller of the step vouches for the elements, and every index here is
-    // within what the step's fields say.
+    // SAFETY: `Step::new` refused a null or unaligned pointer where this one is read. Every index here is within what the
+    // step's fields say, and whoever made the reader vouched for as many elements.
     unsafe { *pointer.offset(index as isize) }
 }
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
+    /// A reader of the step, for keys that `shard` holds.
+    ///
+    /// # Safety
+    /// `step` was made from `desc`, and its int32 inputs hold what its fields say, written by nobody, as long as the
+    /// reader is used.
+    pub unsafe fn new(desc: &'a AttentionDesc, shard: Shard, step: &'a Step) -> Reader<'a> {
+        Reader { desc, shard, step }
+    }
+
+    /// The shape.
+    pub fn desc(&self) -> &'a AttentionDesc {
+        self.desc
+    }
+
+    /// The step.
+    pub fn step(&self) -> &'a Step {
+        self.step
+    }
+
     /// Fills `out[..batch]`. Gives the first faulty sequence, if any.
     pub fn sequences(&self, out: &mut [Sequence]) -> Option<(usize, DataFaultCause)> {
         let mut first = None;
@@ -52,7 +69,7 @@ impl Reader<'_> {
             let checked =
                 self.queries(b, &mut taken, &mut sequence).and_then(|()| self.keys_and_positions(b, &mut sequence));
             if let Err(cause) = checked {
-                sequence.keys = 0;
+                (sequence.held, sequence.visible) = (0, Visibility::NONE);
                 sequence.fault = Some(cause);
                 first = first.or(Some((b, cause)));
             }
@@ -87,13 +104,17 @@ impl Reader<'_> {
             return Ok(());
         }
         self.pages(keys, out)?;
-        out.keys = keys as usize;
-        if self.desc.causal {
-            self.positions(b, keys, out)?;
-            if self.desc.placement != Placement::Explicit {
-                out.keys = (0..out.tokens).map(|i| self.limit(out, i, keys as usize)).max().unwrap_or(0);
-            }
+        out.held = keys as usize;
+        let rule = VisibilityRule::of(self.desc);
+        if !rule.reads_positions() {
+            out.visible = rule.visible(&KeyPositions::Contiguous { start: 0 }, out.held, 0);
+            return Ok(());
         }
+        self.positions(b, out)?;
+        let positions = self.key_positions(b, out);
+        out.visible = (0..out.tokens)
+            .map(|i| rule.visible(&positions, out.held, self.position(out, i)))
+            .fold(Visibility::NONE, Visibility::union);
         Ok(())
     }
 
@@ -143,10 +164,9 @@ impl Reader<'_> {
         if bad { Err(DataFaultCause::Page) } else { Ok(()) }
     }
 
-    /// Reads and checks the global positions that causality needs.
-    fn positions(&self, b: usize, keys: i64, out: &mut Sequence) -> Result<(), DataFaultCause> {
+    /// Reads and checks the global positions that visibility needs.
+    fn positions(&self, b: usize, out: &mut Sequence) -> Result<(), DataFaultCause> {
         let args = &self.step.args;
-        let limit = i64::from(i32::MAX);
         if args.query_position.is_null() {
             out.first_position = i64::from(read(args.global_length, b as i64)) - out.tokens as i64;
             if out.first_position < 0 {
@@ -155,30 +175,25 @@ impl Reader<'_> {
         } else if (0..out.tokens).any(|i| self.position(out, i) < 0) {
             return Err(DataFaultCause::Position);
         }
-        match self.desc.placement {
-            Placement::Contiguous => {
-                out.start = if args.kv_start.is_null() { 0 } else { i64::from(read(args.kv_start, b as i64)) };
-                if out.start < 0 || out.start + keys - 1 > limit {
-                    return Err(DataFaultCause::Position);
-                }
-            }
-            Placement::Interleaved { run } => {
-                if interleaved_position(i64::from(run), self.shard, keys - 1) > limit {
-                    return Err(DataFaultCause::Position);
-                }
-            }
-            Placement::Explicit => {
-                let row = self.position_row(b);
-                if (0..keys).any(|slot| read(args.kv_position, row + slot) < 0) {
-                    return Err(DataFaultCause::Position);
-                }
-            }
+        if self.desc.placement == Placement::Contiguous && !args.kv_start.is_null() {
+            out.start = i64::from(read(args.kv_start, b as i64));
         }
-        Ok(())
+        if self.key_positions(b, out).are_valid(out.held) { Ok(()) } else { Err(DataFaultCause::Position) }
     }
 
-    fn position_row(&self, b: usize) -> i64 {
-        b as i64 * self.step.kv_position_stride(self.desc)
+    /// Where the keys of sequence `b` are, whose start is read.
+    fn key_positions(&self, b: usize, sequence: &Sequence) -> KeyPositions<'a> {
+        match self.desc.placement {
+            Placement::Contiguous => KeyPositions::Contiguous { start: sequence.start },
+            Placement::Interleaved { run } => KeyPositions::Interleaved { run: i64::from(run), shard: self.shard },
+            Placement::Explicit => {
+                let row = b as i64 * self.step.kv_position_stride(self.desc);
+                let row = self.step.args.kv_position.wrapping_offset(row as isize);
+                // SAFETY: positions are read only where visibility needs them, and there `Step::new` refused a null or
+                // unaligned pointer. Whoever made the reader vouched for a position for each token that is held.
+                KeyPositions::Explicit { positions: unsafe { std::slice::from_raw_parts(row, sequence.held) } }
+            }
+        }
     }
 
     /// The global position of query token `i` of a sequence.
@@ -191,36 +206,12 @@ impl Reader<'_> {
         }
     }
 
-    /// How many of the first `keys` slots query token `i` sees, where positions rise with the slot.
-    fn limit(&self, sequence: &Sequence, i: usize, keys: usize) -> usize {
-        let position = self.position(sequence, i);
-        let seen = match self.desc.placement {
-            Placement::Contiguous => position - sequence.start + 1,
-            Placement::Interleaved { run } => {
-                let (run, world, rank) = (i64::from(run), i64::from(self.shard.world), i64::from(self.shard.rank));
-                let (round, length) = (run * world, position + 1);
-                length / round * run + (length % round - rank * run).clamp(0, run)
-            }
-            Placement::Explicit => keys as i64,
-        };
-        seen.clamp(0, keys as i64) as usize
-    }
-
     /// Which of `keys` <= 64 slots from `slot` on query token `i` of sequence `b` sees: bit t is slot + t.
     pub fn visible(&self, b: usize, sequence: &Sequence, i: usize, slot: usize, keys: usize) -> u64 {
-        if !self.desc.causal {
-            return low_bits(keys);
+        let rule = VisibilityRule::of(self.desc);
+        if !rule.reads_positions() {
+            return rule.mask(&KeyPositions::Contiguous { start: 0 }, 0, slot, keys);
         }
-        if self.desc.placement == Placement::Explicit {
-            let (row, position) = (self.position_row(b) + slot as i64, self.position(sequence, i));
-            let seen = |t: usize| i64::from(read(self.step.args.kv_position, row + t as i64)) <= position;
-            return (0..keys).fold(0, |mask, t| mask | u64::from(seen(t)) << t);
-        }
-        low_bits(self.limit(sequence, i, slot + keys).saturating_sub(slot))
+        rule.mask(&self.key_positions(b, sequence), self.position(sequence, i), slot, keys)
     }
-}
-
-/// The lowest `n` <= 64 bits.
-pub fn low_bits(n: usize) -> u64 {
-    if n >= 64 { u64::MAX } else { (1 << n) - 1 }
 }

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Simd, exp2_fraction};
+use super::vector::{Simd, exp2_fraction};
 
 /// AVX2, FMA, F16C.
 #[derive(Clone, Copy)]
@@ -15,22 +15,27 @@ unsafe impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m256 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { _mm256_set1_ps(x) }
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> __m256 {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe { _mm256_loadu_ps(p) }
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: __m256) {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe { _mm256_storeu_ps(p, v) }
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u8) -> __m256 {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u8) -> __m256 {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe {
             let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
@@ -38,26 +43,32 @@ unsafe impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn add(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { _mm256_add_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn sub(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { _mm256_sub_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { _mm256_mul_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { _mm256_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
     unsafe fn max(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { _mm256_max_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn max_lane(v: __m256) -> f32 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe {
             let m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
             let m = _mm_max_ps(m, _mm_movehl_ps(m, m));
@@ -66,6 +77,7 @@ unsafe impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn round(x: __m256) -> __m256 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe {
             // A NaN passes: max gives its second operand then.
             let x = _mm256_max_ps(_mm256_set1_ps(-126.0), x);
@@ -74,6 +86,7 @@ unsafe impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn exp2_unless_hidden(x: __m256, whole: __m256, rest: __m256, score: __m256) -> __m256 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe {
             let live = _mm256_cmp_ps::<_CMP_NEQ_UQ>(score, _mm256_set1_ps(f32::NEG_INFINITY));
             let enough = _mm256_cmp_ps::<_CMP_NLT_UQ>(x, _mm256_set1_ps(-126.0));
@@ -85,6 +98,7 @@ unsafe impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn sum_lanes<const RQ: usize, const RT: usize>(acc: &[[__m256; RT]; RQ], out: *mut f32, stride: usize) {
         const { assert!(RQ * RT == 8) };
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe {
             let at = |i: usize| acc[i / RT][i % RT];
             let quad = |j: usize| {
@@ -112,6 +126,7 @@ unsafe impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
+        // SAFETY: the instruction set is there; asking never faults, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Simd, exp2_fraction};
+use super::vector::{Simd, exp2_fraction};
 
 /// AVX-512.
 #[derive(Clone, Copy)]
@@ -15,23 +15,28 @@ unsafe impl Simd for Avx512 {
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { _mm512_set1_ps(x) }
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> __m512 {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe { _mm512_loadu_ps(p) }
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: __m512) {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe { _mm512_storeu_ps(p, v) }
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u8) -> __m512 {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         // Said with the current direction, which does not matter here, the instruction takes its operand from memory.
         unsafe { _mm512_cvt_roundph_ps::<_MM_FROUND_CUR_DIRECTION>(_mm256_loadu_si256(p.cast())) }
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u8) -> __m512 {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
@@ -39,34 +44,42 @@ unsafe impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { _mm512_add_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { _mm512_sub_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { _mm512_mul_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
     unsafe fn max(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { _mm512_max_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn max_lane(v: __m512) -> f32 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { _mm512_reduce_max_ps(v) }
     }
     #[inline(always)]
     unsafe fn round(x: __m512) -> __m512 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) }
     }
     #[inline(always)]
     unsafe fn exp2_unless_hidden(x: __m512, whole: __m512, rest: __m512, score: __m512) -> __m512 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe {
             let live = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(score, _mm512_set1_ps(f32::NEG_INFINITY));
             let enough = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(-126.0));
@@ -76,6 +89,7 @@ unsafe impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn sum_lanes<const RQ: usize, const RT: usize>(acc: &[[__m512; RT]; RQ], out: *mut f32, stride: usize) {
         const { assert!(RQ * RT == 16) };
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe {
             // Four by four: lane group g of quad[j] holds the four partial sums of accumulators 4j to 4j + 3.
             let mut quad = [_mm512_setzero_ps(); 4];
@@ -112,6 +126,7 @@ unsafe impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
+        // SAFETY: the instruction set is there; asking never faults, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
 }

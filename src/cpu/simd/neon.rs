@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::{Simd, exp2_fraction};
+use super::vector::{Simd, exp2_fraction};
 
 /// NEON.
 #[derive(Clone, Copy)]
@@ -16,18 +16,22 @@ unsafe impl Simd for Neon {
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { vdupq_n_f32(x) }
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe { vld1q_f32(p) }
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: float32x4_t) {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe { vst1q_f32(p, v) }
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u8) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe {
             let halves = vld1_u16(p.cast());
             let wide: float32x4_t;
@@ -38,34 +42,42 @@ unsafe impl Simd for Neon {
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u8) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p.cast()))) }
     }
     #[inline(always)]
     unsafe fn add(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { vaddq_f32(a, b) }
     }
     #[inline(always)]
     unsafe fn sub(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { vsubq_f32(a, b) }
     }
     #[inline(always)]
     unsafe fn mul(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { vmulq_f32(a, b) }
     }
     #[inline(always)]
     unsafe fn fma(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { vfmaq_f32(c, a, b) }
     }
     #[inline(always)]
     unsafe fn max(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { vmaxq_f32(a, b) }
     }
     #[inline(always)]
     unsafe fn max_lane(v: float32x4_t) -> f32 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { vmaxvq_f32(v) }
     }
     #[inline(always)]
     unsafe fn round(x: float32x4_t) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { vrndnq_f32(vmaxq_f32(vdupq_n_f32(-126.0), x)) }
     }
     #[inline(always)]
@@ -75,6 +87,7 @@ unsafe impl Simd for Neon {
         rest: float32x4_t,
         score: float32x4_t,
     ) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe {
             let hidden = vceqq_f32(score, vdupq_n_f32(f32::NEG_INFINITY));
             let little = vcltq_f32(x, vdupq_n_f32(-126.0));
@@ -87,6 +100,7 @@ unsafe impl Simd for Neon {
     #[inline(always)]
     unsafe fn sum_lanes<const RQ: usize, const RT: usize>(acc: &[[float32x4_t; RT]; RQ], out: *mut f32, stride: usize) {
         const { assert!(RT % 4 == 0) };
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe {
             for (q, row) in acc.iter().enumerate() {
                 for t in (0..RT).step_by(4) {

@@ -1,6 +1,7 @@
 //! Plain code: eight independent lanes, so that sums have the shape of the vector ones.
 
-use super::{Simd, exp2_fraction, widen_f16};
+use super::half_float::widen_f16;
+use super::vector::{Simd, exp2_fraction};
 
 /// No instruction set beyond the target's own.
 #[derive(Clone, Copy)]
@@ -29,18 +30,22 @@ unsafe impl Simd for Scalar {
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> [f32; N] {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes.
         unsafe { p.cast::<[f32; N]>().read_unaligned() }
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: [f32; N]) {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes.
         unsafe { p.cast::<[f32; N]>().write_unaligned(v) }
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u8) -> [f32; N] {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes.
         unsafe { p.cast::<[u16; N]>().read_unaligned() }.map(widen_f16)
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u8) -> [f32; N] {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes.
         unsafe { p.cast::<[u16; N]>().read_unaligned() }.map(|h| f32::from_bits(u32::from(h) << 16))
     }
     #[inline(always)]

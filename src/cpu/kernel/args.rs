@@ -1,0 +1,135 @@
+//! What kernels are told: sizes that all of them share, and the arguments of each.
+
+use super::prefetch::Prefetch;
+
+/// Keys a tile.
+pub const TILE: usize = 64;
+/// Floats that hold a row's sum of weights, one a lane of the widest vector.
+pub const SUM_LANES: usize = 16;
+/// [`register_keys`] for one row.
+pub const FEW_KEYS: usize = 4;
+/// [`register_keys`] for more.
+pub const MANY_KEYS: usize = 8;
+
+/// Keys whose weighted values are summed in registers before the sum is added to the row's: bounds the rounding of
+/// equal-sign sums. Where there is one row to each kv head, memory sets the pace and is read better in shorter runs.
+pub fn register_keys(rows: usize) -> usize {
+    if rows == 1 { FEW_KEYS } else { MANY_KEYS }
+}
+
+/// Keys that are walked together for so many rows: the fewer, the more memory is read in its order.
+pub fn keys_together(rows: usize) -> usize {
+    if rows.is_multiple_of(4) { 4 } else { 16 }
+}
+
+/// Arguments of [`scores`](super::scores::scores).
+#[derive(Clone, Copy, Debug)]
+pub struct ScoreArgs {
+    /// Queries, f32 [heads, rows, dim].
+    pub q: *const f32,
+    /// kv heads.
+    pub heads: usize,
+    /// Query rows of a kv head.
+    pub rows: usize,
+    /// Elements of a row, padded to a multiple of 16.
+    pub dim: usize,
+    /// One pointer a key, valid up to the next multiple of 16 above `keys`.
+    pub k: *const *const u8,
+    /// Bytes added to each pointer for the first kv head.
+    pub offset: usize,
+    /// Bytes between kv heads.
+    pub head: usize,
+    /// Keys.
+    pub keys: usize,
+    /// What each lane of a row's dot products begins with, f32 [heads, rows]: the scores come out that much (times the
+    /// lanes) larger.
+    pub origin: *const f32,
+    /// Scores, f32 [heads, rows, TILE]; written up to the next multiple of 16 above `keys`.
+    pub scores: *mut f32,
+    /// What to ask memory for meanwhile.
+    pub prefetch: Prefetch,
+}
+
+/// Arguments of [`weights`](super::weights::weights).
+#[derive(Clone, Copy, Debug)]
+pub struct WeightArgs {
+    /// In: scores, -inf where hidden and past the last key. Out: weights. f32 [rows, TILE].
+    pub scores: *mut f32,
+    /// Query rows.
+    pub rows: usize,
+    /// Keys.
+    pub keys: usize,
+    /// scale * log2 e as a sum of two floats, above 0.
+    pub factor: [f32; 2],
+    /// What the scores were measured from, as in [`ScoreArgs`]: in and out.
+    pub origin: *mut f32,
+    /// How far (in powers of two) the maximum of a row may be from its origin.
+    pub origin_range: f32,
+    /// f32 [rows], for the kernel's own use.
+    pub tile_max: *mut f32,
+    /// Running maximum of each row, an integer or -inf.
+    pub max: *mut f32,
+    /// Open sums, f32 [rows, dim + SUM_LANES]: weighted values, then weights lane by lane.
+    pub open: *mut f32,
+    /// Elements of a value, padded to a multiple of 16.
+    pub dim: usize,
+}
+
+/// Arguments of [`values`](super::values::values).
+#[derive(Clone, Copy, Debug)]
+pub struct ValueArgs {
+    /// Weights, f32 [heads, rows, TILE].
+    pub weights: *const f32,
+    /// kv heads.
+    pub heads: usize,
+    /// Query rows of a kv head.
+    pub rows: usize,
+    /// Elements of a row, padded to a multiple of 16.
+    pub dim: usize,
+    /// One pointer a key.
+    pub v: *const *const u8,
+    /// Bytes added to each pointer for the first kv head.
+    pub offset: usize,
+    /// Bytes between kv heads.
+    pub head: usize,
+    /// Keys.
+    pub keys: usize,
+    /// Open sums, f32 [heads, rows, dim + SUM_LANES].
+    pub open: *mut f32,
+    /// What to ask memory for meanwhile.
+    pub prefetch: Prefetch,
+}
+
+/// Arguments of [`widen`](super::widen::widen).
+#[derive(Clone, Copy, Debug)]
+pub struct WidenArgs {
+    /// One pointer a row.
+    pub rows: *const *const u8,
+    /// Bytes added to each pointer.
+    pub offset: usize,
+    /// Rows.
+    pub count: usize,
+    /// Elements of a row.
+    pub dim: usize,
+    /// Bytes between the blocks of a row's format.
+    pub stride: i64,
+    /// f32 [count, dim padded to a multiple of 16], zero past `dim`.
+    pub out: *mut f32,
+}
+
+/// Arguments of [`merge`](super::merge::merge).
+#[derive(Clone, Copy, Debug)]
+pub struct MergeArgs {
+    /// The sums that take the others in, f32 [rows, width]: their high and low parts.
+    pub to: [*mut f32; 2],
+    /// Running maximum of each row.
+    pub to_max: *mut f32,
+    /// The sums taken in: high parts and low parts; open sums have no low parts (null) and are emptied.
+    pub from: [*mut f32; 2],
+    /// Their running maxima.
+    pub from_max: *const f32,
+    /// Rows.
+    pub rows: usize,
+    /// Elements of a row, a multiple of 16.
+    pub width: usize,
+}

@@ -1,0 +1,52 @@
+//! What one worker does: the splits of its slice, tile by tile.
+
+use super::kernel::args::TILE;
+use super::partition::Split;
+use super::rows::Rows;
+use super::task::Task;
+use super::worker::Worker;
+
+/// Does worker `w`'s slice.
+///
+/// # Safety
+/// The worker's scratch is its alone and as large as the layout says; the step's memory is what its fields say, and the
+/// output has every row of the step.
+pub unsafe fn run(worker: &Worker<'_>, w: usize) {
+    worker.partition.splits(w, |split| {
+        // SAFETY: the caller's.
+        unsafe { run_split(worker, split) }
+    });
+}
+
+/// Does one split, and writes its rows where it is a whole item.
+///
+/// # Safety
+/// As [`run`].
+unsafe fn run_split(worker: &Worker<'_>, split: &Split) {
+    let sequence = &worker.partition.sequences[split.sequence];
+    let fill = |rows: &mut Rows, tile: usize| {
+        rows.fill(&worker.reader, split.sequence, sequence, tile * TILE, worker.keys_of(sequence, tile));
+    };
+    // SAFETY: the scratch and the step are the caller's; each tile gets its own rows; a whole item's rows are written by
+    // nobody else.
+    unsafe {
+        for h in 0..split.heads {
+            worker.load_q(split, sequence, h);
+        }
+        let task = Task::new(worker, split);
+        let mut rows = [Rows::EMPTY; 2];
+        fill(&mut rows[0], split.begin);
+        for tile in split.begin..split.end {
+            let now = (tile ^ split.begin) & 1;
+            let more = tile + 1 < split.end;
+            if more {
+                fill(&mut rows[1 - now], tile + 1);
+            }
+            task.tile(tile, &rows[now], more.then_some(&rows[1 - now]));
+        }
+        task.finish();
+        if split.is_whole() {
+            worker.write(split, &task.sums);
+        }
+    }
+}
