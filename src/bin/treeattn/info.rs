@@ -8,7 +8,7 @@ use treeattn::runtime::{Device, Runtime, RuntimeConfig};
 
 use crate::bench::{Ceiling, Pool};
 use crate::machine::Machine;
-use crate::{Outcome, print};
+use crate::outcome::{Outcome, print};
 
 /// Bytes that `--bandwidth` reads over.
 const READ_BYTES: usize = 1 << 30;

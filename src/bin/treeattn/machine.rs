@@ -5,7 +5,7 @@ use std::fs::read_to_string;
 use serde::Serialize;
 use treeattn::runtime::{Device, Runtime};
 
-use crate::Outcome;
+use crate::outcome::Outcome;
 
 /// The machine that a report was made on.
 #[derive(Clone, Debug, Serialize)]

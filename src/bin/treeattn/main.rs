@@ -4,17 +4,14 @@
 mod bench;
 mod info;
 mod machine;
+mod outcome;
 mod plot;
 mod table;
 mod verify;
 
-use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-
-/// What a command may fail with.
-type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// Exact decode attention over a KV cache sharded along the sequence.
 #[derive(Parser)]
@@ -47,14 +44,5 @@ fn main() -> ExitCode {
             eprintln!("treeattn: {error}");
             ExitCode::from(2)
         }
-    }
-}
-
-/// Prints text to standard output at once. A reader that has left ends the program quietly.
-fn print(text: &str) -> Outcome<()> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
-        result => Ok(result?),
     }
 }

@@ -4,7 +4,7 @@ use treeattn::attention::{AttentionDesc, Dtype, KvLayout, OutputMode, Placement}
 use treeattn::cpu::Isa;
 use treeattn::runtime::{Device, Runtime, RuntimeConfig, SelfcheckConfig, selfcheck};
 
-use crate::{Outcome, print};
+use crate::outcome::{Outcome, print};
 
 #[derive(clap::Args)]
 pub struct Args {

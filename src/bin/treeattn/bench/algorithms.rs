@@ -8,7 +8,7 @@ use super::case::{Axes, Case};
 use super::decode::Decode;
 use super::pool::Pool;
 use super::samples::{Samples, Summary};
-use crate::Outcome;
+use crate::outcome::Outcome;
 use crate::plot::{Line, Plot};
 use crate::table::Table;
 

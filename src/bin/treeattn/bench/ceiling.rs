@@ -7,7 +7,7 @@ use treeattn::cpu::Isa;
 
 use super::pool::Pool;
 use super::samples::Samples;
-use crate::Outcome;
+use crate::outcome::Outcome;
 
 /// Passes over the pool that choose the kernel.
 const PASSES: usize = 3;

@@ -10,7 +10,7 @@ use super::case::Case;
 use super::pool::{Pool, Random};
 use super::ranks;
 use super::samples::Samples;
-use crate::Outcome;
+use crate::outcome::Outcome;
 
 /// Most turns of a block.
 const MOST_TURNS: usize = 2000;

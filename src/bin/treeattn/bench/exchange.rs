@@ -8,7 +8,7 @@ use treeattn::runtime::{CommConfig, Communicator, Device, MergeArgs, Plan, Runti
 use super::pool::Random;
 use super::ranks;
 use super::samples::{Samples, Summary};
-use crate::Outcome;
+use crate::outcome::Outcome;
 
 /// Heads of the partials.
 const HEADS: usize = 32;

@@ -7,7 +7,7 @@ use treeattn::cpu::Isa;
 use treeattn::device::Workers;
 
 use super::samples::Samples;
-use crate::Outcome;
+use crate::outcome::Outcome;
 
 /// Times round the loop of a sample.
 const TURNS: usize = 200_000;

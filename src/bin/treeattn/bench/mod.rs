@@ -1,11 +1,12 @@
 //! `treeattn bench`: decode steps and exchanges on CPU ranks, beside what the machine can do at most.
 //!
-//! `case` says what is timed, `pool` holds the memory, `ceiling` and `limit` measure the machine in the same run,
+//! `args` says what was asked, `case` what is timed, `pool` holds the memory, `ceiling` and `limit` measure the machine in the same run,
 //! `decode`, `exchange` and `algorithms` time the library (`ranks` releases all ranks at once, by `barrier`), `samples` sums up and
 //! `report` tells. Rows, ceiling and limits take turns in short blocks, so that a noise that comes and goes meets all of
 //! them alike.
 
 mod algorithms;
+mod args;
 mod barrier;
 mod case;
 mod ceiling;
@@ -14,19 +15,19 @@ mod decode;
 mod exchange;
 mod limit;
 mod pool;
+mod progress;
 mod ranks;
 mod report;
 mod samples;
 
-use std::path::PathBuf;
-
-use indicatif::{ProgressBar, ProgressStyle};
-use treeattn::attention::{Algorithm, Dtype};
-use treeattn::cpu::Isa;
+use indicatif::ProgressBar;
+use treeattn::attention::Algorithm;
 use treeattn::device::available_cores;
 use treeattn::runtime::{Device, DeviceKind, Runtime, RuntimeConfig};
 
-use self::case::{Axes, Case, Heads, Target};
+pub use self::args::Args;
+use self::args::{DTYPES, Ranks};
+use self::case::{Axes, Case, Target};
 pub use self::ceiling::Ceiling;
 use self::decode::{Decode, least_pool};
 use self::limit::Limit;
@@ -34,126 +35,7 @@ pub use self::pool::Pool;
 use self::report::{CeilingReport, LimitReport, Report, Row};
 use self::samples::Samples;
 use crate::machine::{Machine, Usage};
-use crate::{Outcome, print};
-
-#[derive(clap::Args)]
-pub struct Args {
-    /// What to time: cpu:0, or a GPU such as cuda:0.
-    #[arg(long, default_value = "cpu:0", value_parser = device)]
-    device: Device,
-    /// A few seconds, with short caches: shows that everything runs, not how fast.
-    #[arg(long)]
-    quick: bool,
-    /// Heads and dimensions to time, such as 32/8x128,16/16x128. Any of these axes replaces the standard rows.
-    #[arg(long, value_delimiter = ',')]
-    heads: Vec<Heads>,
-    /// Element types: f16, bf16, f32.
-    #[arg(long, value_delimiter = ',', value_parser = dtype)]
-    dtype: Vec<Dtype>,
-    /// Keys of each sequence, all ranks together.
-    #[arg(long, value_delimiter = ',', value_parser = size)]
-    lengths: Vec<usize>,
-    /// Sequences.
-    #[arg(long, value_delimiter = ',', value_parser = size)]
-    batch: Vec<usize>,
-    /// Ranks that the keys are sharded over; exchanges are timed for those above 1. Or the GPU of each rank, such as
-    /// cuda:0,cuda:1: then times steps and exchanges between them.
-    #[arg(long, value_delimiter = ',', value_parser = ranks)]
-    ranks: Vec<Ranks>,
-    /// Kernels: scalar, avx2, avx512, neon.
-    #[arg(long, value_delimiter = ',', value_parser = isa)]
-    isa: Vec<Isa>,
-    /// Tokens a page of a block table; 0: a strided cache.
-    #[arg(long, value_delimiter = ',', value_parser = page)]
-    page_size: Vec<usize>,
-    /// Query tokens of each sequence, on a GPU.
-    #[arg(long, value_delimiter = ',', value_parser = size)]
-    query_tokens: Vec<usize>,
-    /// Threads of each rank. Default: the cores over the ranks.
-    #[arg(long, value_parser = size)]
-    threads: Option<usize>,
-    /// Memory to read from, MiB; grows to twice the largest cache.
-    #[arg(long, value_parser = size)]
-    pool_mib: Option<usize>,
-    /// Leaves the exchanges out, and the comparison of algorithms.
-    #[arg(long)]
-    no_exchange: bool,
-    /// Compares exchange algorithms over the lengths and ranks given, and times nothing else: one_shot, two_shot, tree,
-    /// allreduce3, ring, or all. The standard run compares all.
-    #[arg(long, value_delimiter = ',', value_parser = algorithm)]
-    algorithms: Vec<Algorithms>,
-    /// Writes everything found to this file.
-    #[arg(long)]
-    json: Option<PathBuf>,
-    /// Draws the comparison of algorithms, or what was found on a GPU, to this SVG file.
-    #[arg(long)]
-    plot: Option<PathBuf>,
-}
-
-fn device(text: &str) -> Result<Device, String> {
-    let parse = || {
-        let (kind, ordinal) = text.split_once(':')?;
-        let kind = match kind {
-            "cpu" => DeviceKind::Cpu,
-            "cuda" => DeviceKind::Cuda,
-            _ => return None,
-        };
-        Some(Device { kind, ordinal: ordinal.parse().ok().filter(|&ordinal| ordinal >= 0)? })
-    };
-    parse()
-        .filter(|device| *device == Device::CPU || device.kind == DeviceKind::Cuda)
-        .ok_or("wanted cpu:0 or cuda:N".into())
-}
-
-/// The element types that are timed.
-const DTYPES: [Dtype; 3] = [Dtype::F16, Dtype::Bf16, Dtype::F32];
-
-fn dtype(name: &str) -> Result<Dtype, String> {
-    let found = DTYPES.into_iter().find(|dtype| dtype.name() == name);
-    found.ok_or_else(|| "wanted f16, bf16 or f32".to_string())
-}
-
-/// Some of the exchange algorithms.
-#[derive(Clone, Debug)]
-struct Algorithms(Vec<Algorithm>);
-
-fn algorithm(name: &str) -> Result<Algorithms, String> {
-    let chosen = |algorithm: &&Algorithm| name == "all" || algorithm.name().eq_ignore_ascii_case(name);
-    let found: Vec<Algorithm> = algorithms::ALL.iter().filter(chosen).copied().collect();
-    if found.is_empty() {
-        Err("wanted one_shot, two_shot, tree, allreduce3, ring or all".into())
-    } else {
-        Ok(Algorithms(found))
-    }
-}
-
-fn isa(name: &str) -> Result<Isa, String> {
-    Isa::by_name("--isa", name).map_err(|error| error.message().to_string())
-}
-
-fn size(text: &str) -> Result<usize, String> {
-    let fits = |&n: &usize| n >= 1 && n <= i32::MAX as usize;
-    text.parse().ok().filter(fits).ok_or_else(|| format!("wanted a whole number from 1 to {}", i32::MAX))
-}
-
-/// A number of CPU ranks, or the GPU of one rank.
-#[derive(Clone, Copy, Debug)]
-enum Ranks {
-    Count(usize),
-    On(Device),
-}
-
-fn ranks(text: &str) -> Result<Ranks, String> {
-    if text.contains(':') {
-        let on = device(text).ok().filter(|device| device.kind == DeviceKind::Cuda);
-        return on.map(Ranks::On).ok_or_else(|| "wanted cuda:N".into());
-    }
-    size(text).map(Ranks::Count)
-}
-
-fn page(text: &str) -> Result<usize, String> {
-    if text == "0" { Ok(0) } else { size(text) }
-}
+use crate::outcome::{Outcome, print};
 
 /// How long everything is measured.
 struct Pace {
@@ -226,7 +108,7 @@ pub fn run(args: &Args) -> Outcome<()> {
         (false, ranks) => ranks.iter().copied().filter(|&ranks| ranks > 1).collect(),
     };
     let turns = pace.rounds.div_ceil(2);
-    let progress = progress(pace.rounds * cases.len() + exchanges.len() + turns * contests.len() * compared.len());
+    let progress = progress::bar(pace.rounds * cases.len() + exchanges.len() + turns * contests.len() * compared.len());
     progress.set_message("read bandwidth");
     let before = Usage::now();
     let pool = Pool::new(pool_bytes)?;
@@ -359,13 +241,4 @@ fn decode_rows(
         }));
     }
     Ok(rows)
-}
-
-/// A bar on standard error, where that is a terminal.
-fn progress(steps: usize) -> ProgressBar {
-    let bar = ProgressBar::new(steps as u64);
-    if let Ok(style) = ProgressStyle::with_template("{elapsed_precise} {bar:30} {percent}% {msg}") {
-        bar.set_style(style);
-    }
-    bar
 }

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use treeattn::attention::Dtype;
 use treeattn::device::{HostBuffer, Workers, available_cores};
 
-use crate::Outcome;
+use crate::outcome::Outcome;
 
 /// Slots begin at multiples of this, bytes.
 const SLOT_ALIGN: usize = 4096;

@@ -5,7 +5,7 @@ use std::time::Instant;
 use treeattn::device::available_cores;
 
 use super::barrier::Barrier;
-use crate::Outcome;
+use crate::outcome::Outcome;
 
 /// Calls `step(rank, turn)` for `turns` turns on a thread a rank; the ranks start each turn together. Seconds of each
 /// turn: from the moment the last rank was ready until the last rank returned.

@@ -3,8 +3,8 @@
 use treeattn::runtime::Buffer;
 
 use super::driver::{Gpu, Kernel, Stream};
-use crate::Outcome;
 use crate::bench::samples::Samples;
+use crate::outcome::Outcome;
 
 /// Bytes of a pass, where there is room.
 pub const BYTES: usize = 4 << 30;

@@ -10,9 +10,9 @@ use treeattn::runtime::{self, Buffer, CommConfig, Communicator, Device, Plan, Ru
 
 use super::case::Case;
 use super::driver::Stream;
-use crate::Outcome;
 use crate::bench::pool::Random;
 use crate::bench::samples::{Samples, Summary};
+use crate::outcome::Outcome;
 
 /// Bytes that the steps of a graph read before one reads the same again.
 pub const COLD: usize = 1 << 30;
@@ -26,6 +26,9 @@ pub struct Pace {
     pub block: f64,
     pub least: usize,
 }
+
+pub const FULL: Pace = Pace { block: 0.25, least: 15 };
+pub const QUICK: Pace = Pace { block: 0.02, least: 5 };
 
 /// What a case took, seconds a step.
 pub struct Timed {

@@ -6,7 +6,7 @@ use std::ptr::null_mut;
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
 use serde::Serialize;
 
-use crate::Outcome;
+use crate::outcome::Outcome;
 
 /// The kernels of `kernels/bench`, as build.rs compiled them.
 #[allow(dead_code)] // it also says what they were compiled for

@@ -1,13 +1,14 @@
 //! `treeattn bench --device cuda:N`: decode steps on a GPU, beside the bandwidth at which kernels that do nothing else can
 //! read its memory.
 //!
-//! `case` says what is timed, `driver` is the CUDA that the library has no call for, `ceiling` measures the memory,
+//! `case` says what is timed, `driver` is the CUDA that the library has no call for, `pool` the memory to read from, `ceiling` measures the memory,
 //! `decode` times the library, `report` tells; `ranks` does all this for several GPUs.
 
 mod case;
 mod ceiling;
 mod decode;
 mod driver;
+mod pool;
 mod ranks;
 mod report;
 
@@ -16,17 +17,14 @@ use treeattn::runtime::{Buffer, Device, Runtime, RuntimeConfig};
 
 use self::case::{Axes, Case};
 use self::ceiling::Ceiling;
-use self::decode::{Pace, least_pool};
+use self::decode::{FULL, QUICK, least_pool};
 use self::driver::{Gpu, Stream};
+use self::pool::{POOL, QUICK_POOL, fill};
 use self::report::{CeilingReport, Report, Row};
-use super::Args;
-use crate::{Outcome, print};
+use super::args::Args;
+use super::progress;
+use crate::outcome::{Outcome, print};
 
-/// Bytes of memory to read from, unless a case needs more.
-const POOL: usize = 8 << 30;
-const QUICK_POOL: usize = 2 << 30;
-const FULL: Pace = Pace { block: 0.25, least: 15 };
-const QUICK: Pace = Pace { block: 0.02, least: 5 };
 /// The ceiling is measured again before every so many cases.
 const BETWEEN: usize = 4;
 
@@ -57,7 +55,7 @@ pub fn run(args: &Args, device: Device) -> Outcome<()> {
     let largest = cases.iter().map(least_pool).max().unwrap_or(0);
     let pool =
         Buffer::alloc(&runtime, device, pool_bytes.max(largest).checked_next_multiple_of(4 << 20).unwrap_or(largest))?;
-    let progress = super::progress(cases.len());
+    let progress = progress::bar(cases.len());
     progress.set_message("read bandwidth");
     fill(&gpu, &stream, &pool, Dtype::Bf16)?;
     let mut ceiling = Ceiling::measure(&gpu, &stream, &pool, Buffer::alloc(&runtime, device, 4)?)?;
@@ -128,14 +126,5 @@ fn refuse(args: &Args) -> Outcome<()> {
     if args.dtype.contains(&Dtype::F32) {
         return Err("--dtype: found f32, wanted f16 or bf16 on a GPU".into());
     }
-    Ok(())
-}
-
-/// Writes random numbers of a 16-bit type to the whole pool.
-fn fill(gpu: &Gpu, stream: &Stream, pool: &Buffer, dtype: Dtype) -> Outcome<()> {
-    let kernel = gpu.kernel("bench_fill", 0)?;
-    let arguments = [pool.data() as u64, pool.bytes() as u64 / 4, u64::from(dtype == Dtype::Bf16)];
-    // SAFETY: what the kernel takes; the pool outlives it, since it is waited for.
-    stream.time(|| unsafe { kernel.launch(stream, gpu.card.multiprocessors as u32 * 4, 512, &arguments) })?;
     Ok(())
 }

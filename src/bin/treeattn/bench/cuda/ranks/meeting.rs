@@ -3,7 +3,7 @@
 use std::hint::spin_loop;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
-use crate::Outcome;
+use crate::outcome::Outcome;
 
 /// Looks before a waiting thread offers its core to others.
 const SPINS: usize = 20_000;

@@ -14,11 +14,12 @@ use treeattn::runtime::{Buffer, CommConfig, Communicator, Device, Plan, Runtime,
 use self::report::{ExchangeRow, Found, Report, Row};
 use self::time::{Rank, Work, merge_desc};
 use super::case::{self, Axes, Case};
-use super::decode::{Memory, describe, least_pool};
+use super::decode::{FULL, Memory, QUICK, describe, least_pool};
 use super::driver::{Gpu, Stream};
-use super::{FULL, QUICK, QUICK_POOL, fill};
-use crate::bench::Args;
-use crate::{Outcome, print};
+use super::pool::{QUICK_POOL, fill};
+use crate::bench::args::Args;
+use crate::bench::progress;
+use crate::outcome::{Outcome, print};
 
 /// Bytes of memory to read from on each rank, unless a case needs more.
 const POOL: usize = 4 << 30;
@@ -60,7 +61,7 @@ pub fn run(args: &Args, devices: &[Device]) -> Outcome<()> {
     }
     let pace = if args.quick { QUICK } else { FULL };
     let exchanged = if args.no_exchange { &[][..] } else { &EXCHANGED[..] };
-    let progress = crate::bench::progress(cases.len() + exchanged.len());
+    let progress = progress::bar(cases.len() + exchanged.len());
 
     let mut rows = Vec::new();
     let mut filled = None;

@@ -5,10 +5,10 @@ use treeattn::Error;
 use treeattn::attention::Algorithm;
 use treeattn::runtime::PlanStats;
 
-use crate::Outcome;
 use crate::bench::cuda::case::{self, Case};
 use crate::bench::cuda::decode::Timed;
 use crate::bench::samples::Summary;
+use crate::outcome::Outcome;
 use crate::plot::{Line, Plot};
 use crate::table::Table;
 

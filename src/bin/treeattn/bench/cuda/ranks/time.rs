@@ -7,10 +7,10 @@ use treeattn::device::DeviceInfo;
 use treeattn::runtime::{self, Buffer, Device, MergeArgs, Plan, Runtime};
 
 use super::meeting::Meeting;
-use crate::Outcome;
 use crate::bench::cuda::decode::{GRAPH, MOST_STEPS, Pace, Timed};
 use crate::bench::cuda::driver::{Current, Stream};
 use crate::bench::samples::Samples;
+use crate::outcome::Outcome;
 
 /// Heads of the partials whose exchange is timed, and their elements.
 const HEADS: usize = 32;
