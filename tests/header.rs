@@ -38,8 +38,10 @@ fn generate() -> String {
     arrange(&String::from_utf8(text).unwrap())
 }
 
-/// Moves every code behind its type, which cbindgen puts at the end, and sets a heading before each section of calls.
+/// Moves every code behind its type, which cbindgen puts at the end, sets a heading before each section of calls, and
+/// leaves out what Rust callers are told about safety: the header says it once, under POINTERS.
 fn arrange(header: &str) -> String {
+    let header = &without_safety(header);
     let codes = source("codes");
     let type_of = |constant: &str| {
         let line = codes.lines().find(|line| line.starts_with(&format!("pub const {constant}: ")))?;
@@ -76,6 +78,13 @@ fn arrange(header: &str) -> String {
         }
     }
     one_line_docs(&blocks.join("\n\n"))
+}
+
+/// Leaves out the last section of a comment where it is `# Safety`.
+fn without_safety(header: &str) -> String {
+    let mut parts = header.split("\n *\n * # Safety\n");
+    let first = parts.next().unwrap_or_default().to_string();
+    parts.fold(first, |text, part| text + "\n" + &part[part.find(" */").unwrap()..])
 }
 
 /// Sets a doc comment of one line on one line.

@@ -6,6 +6,7 @@ use super::codes::*;
 use super::convert;
 use super::guard::guard;
 use super::handle;
+use super::memory::{self, Output, OutputRanks, OutputStruct, OutputText};
 use super::types::*;
 use crate::error::{ErrorKind, Result};
 use crate::runtime::{Communicator, Device, Runtime};
@@ -28,6 +29,10 @@ use crate::runtime::{Communicator, Device, Runtime};
 /// Ownership: the caller destroys each of the n. Thread safety: any thread. Does not block, but on GPUs while they show
 /// that they reach each other, at most 5 s. Not capture-safe.
 /// Since 0.1.
+///
+/// # Safety
+/// `devices` and `comms` are null or have `n` values, to be read and to be written. `config` is null or as long as its
+/// `struct_size` says, its string is null or ends with a zero byte, and its groups are null or `n`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_create_local(
     runtime: *mut treeattn_runtime_t,
@@ -38,17 +43,16 @@ pub unsafe extern "C" fn treeattn_comm_create_local(
 ) -> treeattn_status_t {
     guard("treeattn_comm_create_local", || {
         let runtime = handle::get::<Runtime>("runtime", runtime)?;
-        // SAFETY: as the caller vouches.
-        let (codes, config) =
-            unsafe { (convert::ranks("devices", devices, n)?, convert::read_or_default("config", config)?) };
-        convert::output("comms", comms)?;
+        // SAFETY: `devices` is null or has `n` values that do not change during the call, by this function's contract.
+        let codes = unsafe { memory::ranks("devices", devices, n) }?;
+        // SAFETY: `comms` is null or has room for `n` handles, by this function's contract.
+        let comms = unsafe { OutputRanks::new("comms", comms, n) }?;
         let device = |(rank, &code)| Device::from_code(&format!("devices[{rank}]"), code);
         let devices: Vec<Device> = codes.iter().enumerate().map(device).collect::<Result<_>>()?;
-        // SAFETY: its strings are terminated and it has n groups, as the caller vouches.
-        let config = unsafe { convert::comm_config(&config, Some(n)) }?;
-        let created = Communicator::create_local(&runtime, &devices, &config)?;
-        // SAFETY: `comms` has `n` writable values, as the caller vouches.
-        unsafe { insert_all(created, comms) }
+        // SAFETY: `config` is what `comm_config` wants, by this function's contract.
+        let config = unsafe { convert::comm_config(config, Some(n)) }?;
+        comms.set(&handle::insert_all(Communicator::create_local(&runtime, &devices, &config)?)?);
+        Ok(())
     })
 }
 
@@ -71,6 +75,11 @@ pub unsafe extern "C" fn treeattn_comm_create_local(
 ///
 /// Ownership: the caller destroys the communicator. Thread safety: any thread; callbacks run on this one. Blocks until
 /// all ranks have come, at most the setup deadline and 1 s. Not capture-safe. Since 0.1.
+///
+/// # Safety
+/// `callbacks` and `config` are null or as long as their `struct_size` says; the string of `config` is null or ends with
+/// a zero byte; `comm` is null or writable. The callbacks do what `treeattn_transport_t` says, and what `ctx` points to
+/// outlives the communicator, its plans and their steps.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_create_from_transport(
     runtime: *mut treeattn_runtime_t,
@@ -83,43 +92,20 @@ pub unsafe extern "C" fn treeattn_comm_create_from_transport(
 ) -> treeattn_status_t {
     guard("treeattn_comm_create_from_transport", || {
         let runtime = handle::get::<Runtime>("runtime", runtime)?;
-        // SAFETY: as the caller vouches.
-        let transport = convert::transport(&unsafe { convert::read("callbacks", callbacks) }?)?;
+        // SAFETY: `callbacks` is null or as long as it says, by this function's contract.
+        let transport = convert::transport(&unsafe { memory::read("callbacks", callbacks) }?)?;
         let device = convert::device(device)?;
-        // SAFETY: as the caller vouches.
-        let config = unsafe { convert::read_or_default("config", config) }?;
-        // SAFETY: its strings are terminated, as the caller vouches.
-        let config = unsafe { convert::comm_config(&config, None) }?;
-        convert::output("comm", comm)?;
-        // SAFETY: the caller vouches for the callbacks and for what `ctx` points to.
+        // SAFETY: `config` is what `comm_config` wants, by this function's contract.
+        let config = unsafe { convert::comm_config(config, None) }?;
+        // SAFETY: `comm` is null or writable until this call returns, by this function's contract.
+        let comm = unsafe { Output::new("comm", comm) }?;
+        // SAFETY: the callbacks may be called as `treeattn_transport_t` says and `ctx` outlives the communicator, by this
+        // function's contract.
         let created =
             unsafe { Communicator::create_from_transport(&runtime, transport, world, rank, device, &config) }?;
-        // SAFETY: checked; writable as the caller vouches.
-        unsafe { *comm = handle::insert(created)? };
+        comm.set(handle::insert(created)?);
         Ok(())
     })
-}
-
-/// Puts all objects into the table, or none.
-///
-/// # Safety
-/// `out` has room for all of them.
-pub(super) unsafe fn insert_all<T: handle::Object>(objects: Vec<T>, out: *mut *mut T::C) -> Result<()> {
-    let mut handles = Vec::with_capacity(objects.len());
-    for object in objects {
-        match handle::insert(object) {
-            Ok(handle) => handles.push(handle),
-            Err(error) => {
-                for handle in handles {
-                    handle::remove::<T>("handle", handle)?;
-                }
-                return Err(error);
-            }
-        }
-    }
-    // SAFETY: as the caller vouches.
-    unsafe { std::ptr::copy_nonoverlapping(handles.as_ptr(), out, handles.len()) };
-    Ok(())
 }
 
 /// Which rank a communicator is.
@@ -129,14 +115,16 @@ pub(super) unsafe fn insert_all<T: handle::Object>(objects: Vec<T>, out: *mut *m
 /// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
 ///
 /// Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
+///
+/// # Safety
+/// `rank` is null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_rank(comm: *mut treeattn_comm_t, rank: *mut i32) -> treeattn_status_t {
     guard("treeattn_comm_rank", || {
         let comm = handle::get::<Communicator>("comm", comm)?;
         comm.check_open()?;
-        convert::output("rank", rank)?;
-        // SAFETY: checked; writable as the caller vouches.
-        unsafe { *rank = comm.rank() };
+        // SAFETY: `rank` is null or writable until this call returns, by this function's contract.
+        unsafe { Output::new("rank", rank) }?.set(comm.rank());
         Ok(())
     })
 }
@@ -148,14 +136,16 @@ pub unsafe extern "C" fn treeattn_comm_rank(comm: *mut treeattn_comm_t, rank: *m
 /// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
 ///
 /// Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
+///
+/// # Safety
+/// `world` is null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_world(comm: *mut treeattn_comm_t, world: *mut i32) -> treeattn_status_t {
     guard("treeattn_comm_world", || {
         let comm = handle::get::<Communicator>("comm", comm)?;
         comm.check_open()?;
-        convert::output("world", world)?;
-        // SAFETY: checked; writable as the caller vouches.
-        unsafe { *world = comm.world() };
+        // SAFETY: `world` is null or writable until this call returns, by this function's contract.
+        unsafe { Output::new("world", world) }?.set(comm.world());
         Ok(())
     })
 }
@@ -171,6 +161,9 @@ pub unsafe extern "C" fn treeattn_comm_world(comm: *mut treeattn_comm_t, world: 
 /// @return TREEATTN_OK, also where the text was cut; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
 ///
 /// Thread safety: any thread, any time. Does not block. Since 0.1.
+///
+/// # Safety
+/// `buf` is null or has `cap` writable bytes; `needed` is null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_describe(
     comm: *mut treeattn_comm_t,
@@ -179,9 +172,11 @@ pub unsafe extern "C" fn treeattn_comm_describe(
     needed: *mut usize,
 ) -> treeattn_status_t {
     guard("treeattn_comm_describe", || {
-        let text = handle::get::<Communicator>("comm", comm)?.describe()?;
-        // SAFETY: as the caller vouches.
-        unsafe { convert::text(&text, buf, cap, needed) }
+        let comm = handle::get::<Communicator>("comm", comm)?;
+        // SAFETY: both are null or writable until this call returns, `buf` for `cap` bytes, by this function's contract.
+        let out = unsafe { OutputText::new(buf, cap, needed) }?;
+        out.set(&comm.describe()?);
+        Ok(())
     })
 }
 
@@ -196,6 +191,9 @@ pub unsafe extern "C" fn treeattn_comm_describe(
 ///
 /// Thread safety: any thread, any time, also while another waits in a step. Never blocks or synchronises; capture-safe.
 /// Since 0.1.
+///
+/// # Safety
+/// `status` is null or writable for as many bytes as its `struct_size` says.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_status(
     comm: *mut treeattn_comm_t,
@@ -203,10 +201,10 @@ pub unsafe extern "C" fn treeattn_comm_status(
 ) -> treeattn_status_t {
     guard("treeattn_comm_status", || {
         let comm = handle::get::<Communicator>("comm", comm)?;
-        // SAFETY: as the caller vouches.
-        unsafe { convert::check_output("status", status) }?;
+        // SAFETY: `status` is null or writable for its size until this call returns, by this function's contract.
+        let status = unsafe { OutputStruct::new("status", status) }?;
         let found = comm.status()?;
-        let value = treeattn_comm_status_t {
+        status.set(&treeattn_comm_status_t {
             struct_size: 0,
             code: found.error.as_ref().map_or(TREEATTN_OK, |error| treeattn_status_t(error.kind().code())),
             rank: found.rank,
@@ -214,10 +212,8 @@ pub unsafe extern "C" fn treeattn_comm_status(
             plan: found.plan,
             sequence: found.sequence,
             broken: i32::from(found.error.as_ref().is_some_and(|error| error.kind() != ErrorKind::InvalidData)),
-            message: convert::fixed(found.error.as_ref().map_or("", |error| error.message())),
-        };
-        // SAFETY: checked above.
-        unsafe { convert::write(status, &value) };
+            message: memory::fixed(found.error.as_ref().map_or("", |error| error.message())),
+        });
         Ok(())
     })
 }
@@ -230,7 +226,7 @@ pub unsafe extern "C" fn treeattn_comm_status(
 ///
 /// Thread safety: any thread, any time, also while another waits in a step. Does not block. Since 0.1.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn treeattn_comm_abort(comm: *mut treeattn_comm_t) -> treeattn_status_t {
+pub extern "C" fn treeattn_comm_abort(comm: *mut treeattn_comm_t) -> treeattn_status_t {
     guard("treeattn_comm_abort", || handle::get::<Communicator>("comm", comm)?.abort())
 }
 
@@ -244,7 +240,7 @@ pub unsafe extern "C" fn treeattn_comm_abort(comm: *mut treeattn_comm_t) -> tree
 /// Thread safety: any thread. A step of this rank that is under way ends with an error. Does not wait for the other
 /// ranks. Not capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn treeattn_comm_destroy(comm: *mut treeattn_comm_t) -> treeattn_status_t {
+pub extern "C" fn treeattn_comm_destroy(comm: *mut treeattn_comm_t) -> treeattn_status_t {
     guard("treeattn_comm_destroy", || {
         if let Some(comm) = handle::remove::<Communicator>("comm", comm)? {
             comm.close();

@@ -2,7 +2,8 @@
 //!
 //! A handle is odd and holds a tag, the object's type, its index in the table and a generation, so that a destroyed,
 //! foreign or wrong-typed one is always `BadHandle`. Half of the tag differs from one loaded copy of the library to the
-//! next. A slot whose generations are used up is never used again. A lookup pins the object until the call is over.
+//! next. A slot whose generations are used up is never used again. A lookup pins the object: it lives until the call that
+//! looked it up is over, also where another thread destroys it meanwhile.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -96,12 +97,34 @@ pub fn insert<T: Object>(object: T) -> Result<*mut T::C> {
     Ok(std::ptr::without_provenance_mut(value))
 }
 
+/// As [`insert`], for all of the objects or none.
+pub fn insert_all<T: Object>(objects: Vec<T>) -> Result<Vec<*mut T::C>> {
+    let mut handles = Vec::with_capacity(objects.len());
+    for object in objects {
+        match insert(object) {
+            Ok(handle) => handles.push(handle),
+            Err(error) => {
+                for handle in handles {
+                    remove::<T>("handle", handle)?;
+                }
+                return Err(error);
+            }
+        }
+    }
+    Ok(handles)
+}
+
 /// The object that a handle names, pinned.
 pub fn get<T: Object>(argument: &str, handle: *mut T::C) -> Result<Arc<T>> {
     let table = TABLE.read();
     let index = locate::<T>(&table, argument, handle.addr())?;
     let object = table.slots[index].object.clone();
     object.and_then(|object| object.downcast().ok()).ok_or_else(|| bad::<T>(argument, handle.addr(), "a destroyed one"))
+}
+
+/// As [`get`]; NULL is none.
+pub fn get_optional<T: Object>(argument: &str, handle: *mut T::C) -> Result<Option<Arc<T>>> {
+    if handle.is_null() { Ok(None) } else { get(argument, handle).map(Some) }
 }
 
 /// Takes the object of a handle out of the table; the handle is dead from now on. NULL is none.

@@ -1,6 +1,11 @@
-//! Sizes and offsets of the ABI's structs, as engines were compiled with them: no implicit padding.
+//! What engines were compiled with: sizes and offsets of structs, without implicit padding, and the values of codes,
+//! which are the discriminants of the library's own types. Nothing here runs.
 
+use super::codes::*;
 use super::types::*;
+use crate::attention::{Algorithm, Dtype, KvLayout, MaskKind, OutputMode, QueryInput, Reproducibility};
+use crate::error::ErrorKind;
+use crate::runtime::{DeviceKind, LogLevel};
 
 macro_rules! layout {
     ($($name:ident, $bytes:literal: $($field:ident $size:expr),+;)*) => {
@@ -39,4 +44,67 @@ layout! {
     treeattn_plan_stats_t, 336: struct_size 8, plan 8, steps 8, rounds 8, messages 8, bytes_sent 8, peak_memory 8,
         algorithm 4, wire_dtype 4, head_begin 4, head_end 4, reason 256, exchange_memory 8;
     treeattn_transport_t, 40: struct_size 8, ctx 8, allgather 8, sendrecv 8, flags 4, reserved 4;
+    treeattn_selfcheck_config_t, 32: struct_size 8, ranks 4, batch 4, query_tokens 4, kv_length 4, seed 8;
+    treeattn_selfcheck_report_t, 312: struct_size 8, passed 4, same_bits 4, rows 8, max_error_ratio 8,
+        max_lse_error_ratio 8, correctly_rounded 8, relative_l2 8, message 256;
+}
+
+macro_rules! mirrors {
+    ($($code:ident == $value:expr;)*) => { $(const _: () = assert!($code.0 == $value as i32);)* };
+}
+mirrors! {
+    TREEATTN_ERROR_INVALID_ARGUMENT == ErrorKind::InvalidArgument;
+    TREEATTN_ERROR_BAD_HANDLE == ErrorKind::BadHandle;
+    TREEATTN_ERROR_PARENT_DESTROYED == ErrorKind::ParentDestroyed;
+    TREEATTN_ERROR_UNSUPPORTED == ErrorKind::Unsupported;
+    TREEATTN_ERROR_UNAVAILABLE == ErrorKind::Unavailable;
+    TREEATTN_ERROR_MISMATCH == ErrorKind::Mismatch;
+    TREEATTN_ERROR_DESYNC == ErrorKind::Desync;
+    TREEATTN_ERROR_TIMEOUT == ErrorKind::Timeout;
+    TREEATTN_ERROR_PEER_LOST == ErrorKind::PeerLost;
+    TREEATTN_ERROR_ABORTED == ErrorKind::Aborted;
+    TREEATTN_ERROR_INVALID_DATA == ErrorKind::InvalidData;
+    TREEATTN_ERROR_NO_MEMORY == ErrorKind::NoMemory;
+    TREEATTN_ERROR_NO_DEVICE_MEMORY == ErrorKind::NoDeviceMemory;
+    TREEATTN_ERROR_CAPTURING == ErrorKind::Capturing;
+    TREEATTN_ERROR_CUDA == ErrorKind::Cuda;
+    TREEATTN_ERROR_CUDA_FATAL == ErrorKind::CudaFatal;
+    TREEATTN_ERROR_CUDA_PRIOR == ErrorKind::CudaPrior;
+    TREEATTN_ERROR_NCCL == ErrorKind::Nccl;
+    TREEATTN_ERROR_TRANSPORT == ErrorKind::Transport;
+    TREEATTN_ERROR_SYSTEM == ErrorKind::System;
+    TREEATTN_ERROR_INTERNAL == ErrorKind::Internal;
+    TREEATTN_ERROR_BUSY == ErrorKind::Busy;
+    TREEATTN_DTYPE_F32 == Dtype::F32;
+    TREEATTN_DTYPE_F16 == Dtype::F16;
+    TREEATTN_DTYPE_BF16 == Dtype::Bf16;
+    TREEATTN_DTYPE_F8_E4M3 == Dtype::F8E4M3;
+    TREEATTN_DTYPE_F8_E5M2 == Dtype::F8E5M2;
+    TREEATTN_DTYPE_Q8_0 == Dtype::Q8_0;
+    TREEATTN_DTYPE_Q4_0 == Dtype::Q4_0;
+    TREEATTN_DEVICE_CPU == DeviceKind::Cpu;
+    TREEATTN_DEVICE_CUDA == DeviceKind::Cuda;
+    TREEATTN_KV_LAYOUT_STRIDED == KvLayout::Strided;
+    TREEATTN_KV_LAYOUT_BLOCK_TABLE == KvLayout::BlockTable;
+    TREEATTN_KV_LAYOUT_CSR_PAGES == KvLayout::CsrPages;
+    TREEATTN_MASK_NONE == MaskKind::None;
+    TREEATTN_MASK_ADDITIVE == MaskKind::Additive;
+    TREEATTN_MASK_BOOLEAN == MaskKind::Boolean;
+    TREEATTN_QUERY_INPUT_REPLICATED == QueryInput::Replicated;
+    TREEATTN_QUERY_INPUT_SCATTERED == QueryInput::Scattered;
+    TREEATTN_OUTPUT_REPLICATED == OutputMode::Replicated;
+    TREEATTN_OUTPUT_SCATTERED == OutputMode::Scattered;
+    TREEATTN_OUTPUT_LOCAL == OutputMode::Local;
+    TREEATTN_ALGORITHM_AUTO == Algorithm::Auto;
+    TREEATTN_ALGORITHM_ONE_SHOT == Algorithm::OneShot;
+    TREEATTN_ALGORITHM_TWO_SHOT == Algorithm::TwoShot;
+    TREEATTN_ALGORITHM_TREE == Algorithm::Tree;
+    TREEATTN_ALGORITHM_ALLREDUCE3 == Algorithm::Allreduce3;
+    TREEATTN_ALGORITHM_RING == Algorithm::Ring;
+    TREEATTN_REPRODUCIBILITY_REPEATABLE == Reproducibility::Repeatable;
+    TREEATTN_REPRODUCIBILITY_BATCH_INVARIANT == Reproducibility::BatchInvariant;
+    TREEATTN_REPRODUCIBILITY_CANONICAL == Reproducibility::Canonical;
+    TREEATTN_LOG_ERROR == LogLevel::Error;
+    TREEATTN_LOG_WARNING == LogLevel::Warning;
+    TREEATTN_LOG_INFO == LogLevel::Info;
 }

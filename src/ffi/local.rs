@@ -4,10 +4,11 @@ use super::codes::*;
 use super::convert;
 use super::guard::guard;
 use super::handle;
+use super::memory::{self, Output};
 use super::types::*;
 use crate::attention::placement;
 use crate::attention::{Shard, Tensor, head_range};
-use crate::error::{Error, Result};
+use crate::error::Error;
 use crate::runtime::{Runtime, Stream, energy, merge_partials};
 
 /// Merges n partials that lie in one place (splits of a cache, passes of a kernel) into one. No communicator.
@@ -23,6 +24,10 @@ use crate::runtime::{Runtime, Stream, energy, merge_partials};
 ///
 /// Thread safety: any thread. With a stream it enqueues, with NULL it blocks until done; waits for nobody.
 /// Capture-safe on CUDA streams. Since 0.1.
+///
+/// # Safety
+/// `args` is null or as long as its `struct_size` says; what it points to is as `treeattn_merge_args_t` says, readable or
+/// writable and used by nobody else, until the merge is done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_merge_partials(
     runtime: *mut treeattn_runtime_t,
@@ -33,11 +38,11 @@ pub unsafe extern "C" fn treeattn_merge_partials(
 ) -> treeattn_status_t {
     guard("treeattn_merge_partials", || {
         let runtime = handle::get::<Runtime>("runtime", runtime)?;
-        // SAFETY: as the caller vouches.
-        let args = convert::merge_args(&unsafe { convert::read("args", args) }?)?;
+        // SAFETY: `args` is null or as long as it says, by this function's contract.
+        let args = convert::merge_args(&unsafe { memory::read("args", args) }?)?;
         let count = usize::try_from(n).map_err(|_| Error::invalid("n", n, "at least 1"))?;
-        let stream = if stream.is_null() { None } else { Some(handle::get::<Stream>("stream", stream)?) };
-        // SAFETY: the caller keeps the buffers valid until the merge is done.
+        let stream = handle::get_optional::<Stream>("stream", stream)?;
+        // SAFETY: what `args` points to stays as it says until the merge is done, by this function's contract.
         unsafe { merge_partials(&runtime, convert::device(device)?, &args, count, stream.as_deref()) }
     })
 }
@@ -65,6 +70,11 @@ pub unsafe extern "C" fn treeattn_merge_partials(
 ///
 /// Thread safety: any thread. With a stream it enqueues, with NULL it blocks until done; waits for nobody. Allocates
 /// scratch for the call and, where there are many keys, starts a thread a core for it. Not capture-safe. Since 0.1.
+///
+/// # Safety
+/// `desc` and `args` are null or as long as their `struct_size` says; `zeta` is null or readable; what `args` and `zeta`
+/// point to is as `treeattn_decode_args_t` and `treeattn_tensor_t` say, readable or writable and used by nobody else, until
+/// the evaluation is done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_energy(
     runtime: *mut treeattn_runtime_t,
@@ -76,19 +86,18 @@ pub unsafe extern "C" fn treeattn_energy(
 ) -> treeattn_status_t {
     guard("treeattn_energy", || {
         let runtime = handle::get::<Runtime>("runtime", runtime)?;
-        // SAFETY: as the caller vouches.
-        let desc = convert::attention_desc(&unsafe { convert::read("desc", desc) }?)?;
-        // SAFETY: as the caller vouches.
-        let args = convert::decode_args(&unsafe { convert::read("args", args) }?)?;
+        // SAFETY: `desc` is null or as long as it says, by this function's contract.
+        let desc = convert::attention_desc(&unsafe { memory::read("desc", desc) }?)?;
+        // SAFETY: so is `args`.
+        let args = convert::decode_args(&unsafe { memory::read("args", args) }?)?;
         let zeta = if zeta.is_null() {
             Tensor::NULL
         } else {
-            convert::output("zeta", zeta.cast_mut())?;
-            // SAFETY: checked; readable as the caller vouches.
-            convert::tensor(unsafe { &*zeta })
+            // SAFETY: not null; readable by this function's contract.
+            convert::tensor(&unsafe { memory::value("zeta", zeta) }?)
         };
-        let stream = if stream.is_null() { None } else { Some(handle::get::<Stream>("stream", stream)?) };
-        // SAFETY: the caller keeps the buffers valid until the evaluation is done.
+        let stream = handle::get_optional::<Stream>("stream", stream)?;
+        // SAFETY: what `args` and `zeta` point to stays as they say until the evaluation is done, by this function's contract.
         unsafe { energy(&runtime, convert::device(device)?, &desc, &args, &zeta, stream.as_deref()) }
     })
 }
@@ -104,6 +113,9 @@ pub unsafe extern "C" fn treeattn_energy(
 /// @return TREEATTN_OK; INVALID_ARGUMENT.
 ///
 /// Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
+///
+/// # Safety
+/// `first` and `count` are null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_head_range(
     heads: i32,
@@ -114,13 +126,10 @@ pub unsafe extern "C" fn treeattn_head_range(
 ) -> treeattn_status_t {
     guard("treeattn_head_range", || {
         let range = head_range(heads, Shard { rank, world })?;
-        convert::output("first", first)?;
-        convert::output("count", count)?;
-        // SAFETY: checked; writable as the caller vouches.
-        unsafe {
-            *first = range.start;
-            *count = range.end - range.start;
-        }
+        // SAFETY: both are null or writable until this call returns, by this function's contract.
+        let (first, count) = unsafe { (Output::new("first", first)?, Output::new("count", count)?) };
+        first.set(range.start);
+        count.set(range.end - range.start);
         Ok(())
     })
 }
@@ -138,6 +147,9 @@ pub unsafe extern "C" fn treeattn_head_range(
 /// @return TREEATTN_OK; INVALID_ARGUMENT.
 ///
 /// Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
+///
+/// # Safety
+/// `placement` is null or readable; `owner` is null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_placement_owner(
     placement: *const treeattn_placement_t,
@@ -147,10 +159,12 @@ pub unsafe extern "C" fn treeattn_placement_owner(
     owner: *mut i32,
 ) -> treeattn_status_t {
     guard("treeattn_placement_owner", || {
-        // SAFETY: as the caller vouches.
-        let placement = unsafe { self::placement(placement) }?;
-        // SAFETY: as the caller vouches.
-        unsafe { put("owner", owner, placement::owner(placement, world, global_length, position)) }
+        // SAFETY: `placement` is null or readable, by this function's contract.
+        let placement = convert::placement(&unsafe { memory::value("placement", placement) }?)?;
+        let found = placement::owner(placement, world, global_length, position)?;
+        // SAFETY: `owner` is null or writable until this call returns, by this function's contract.
+        unsafe { Output::new("owner", owner) }?.set(found);
+        Ok(())
     })
 }
 
@@ -164,6 +178,9 @@ pub unsafe extern "C" fn treeattn_placement_owner(
 /// @return TREEATTN_OK; INVALID_ARGUMENT.
 ///
 /// Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
+///
+/// # Safety
+/// `placement` is null or readable; `length` is null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_placement_local_length(
     placement: *const treeattn_placement_t,
@@ -173,11 +190,13 @@ pub unsafe extern "C" fn treeattn_placement_local_length(
     length: *mut i32,
 ) -> treeattn_status_t {
     guard("treeattn_placement_local_length", || {
-        // SAFETY: as the caller vouches.
-        let placement = unsafe { self::placement(placement) }?;
+        // SAFETY: `placement` is null or readable, by this function's contract.
+        let placement = convert::placement(&unsafe { memory::value("placement", placement) }?)?;
         let shard = Shard { rank, world };
-        // SAFETY: as the caller vouches.
-        unsafe { put("length", length, placement::local_length(placement, shard, global_length)) }
+        let found = placement::local_length(placement, shard, global_length)?;
+        // SAFETY: `length` is null or writable until this call returns, by this function's contract.
+        unsafe { Output::new("length", length) }?.set(found);
+        Ok(())
     })
 }
 
@@ -191,6 +210,9 @@ pub unsafe extern "C" fn treeattn_placement_local_length(
 /// @return TREEATTN_OK; INVALID_ARGUMENT.
 ///
 /// Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
+///
+/// # Safety
+/// `placement` is null or readable; `slot` is null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_placement_local_slot(
     placement: *const treeattn_placement_t,
@@ -200,10 +222,12 @@ pub unsafe extern "C" fn treeattn_placement_local_slot(
     slot: *mut i32,
 ) -> treeattn_status_t {
     guard("treeattn_placement_local_slot", || {
-        // SAFETY: as the caller vouches.
-        let placement = unsafe { self::placement(placement) }?;
-        // SAFETY: as the caller vouches.
-        unsafe { put("slot", slot, placement::local_slot(placement, world, global_length, position)) }
+        // SAFETY: `placement` is null or readable, by this function's contract.
+        let placement = convert::placement(&unsafe { memory::value("placement", placement) }?)?;
+        let found = placement::local_slot(placement, world, global_length, position)?;
+        // SAFETY: `slot` is null or writable until this call returns, by this function's contract.
+        unsafe { Output::new("slot", slot) }?.set(found);
+        Ok(())
     })
 }
 
@@ -218,6 +242,9 @@ pub unsafe extern "C" fn treeattn_placement_local_slot(
 /// @return TREEATTN_OK; INVALID_ARGUMENT.
 ///
 /// Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
+///
+/// # Safety
+/// `placement` is null or readable; `position` is null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_placement_global_position(
     placement: *const treeattn_placement_t,
@@ -228,30 +255,12 @@ pub unsafe extern "C" fn treeattn_placement_global_position(
     position: *mut i32,
 ) -> treeattn_status_t {
     guard("treeattn_placement_global_position", || {
-        // SAFETY: as the caller vouches.
-        let placement = unsafe { self::placement(placement) }?;
+        // SAFETY: `placement` is null or readable, by this function's contract.
+        let placement = convert::placement(&unsafe { memory::value("placement", placement) }?)?;
         let shard = Shard { rank, world };
-        // SAFETY: as the caller vouches.
-        unsafe { put("position", position, placement::global_position(placement, shard, global_length, slot)) }
+        let found = placement::global_position(placement, shard, global_length, slot)?;
+        // SAFETY: `position` is null or writable until this call returns, by this function's contract.
+        unsafe { Output::new("position", position) }?.set(found);
+        Ok(())
     })
-}
-
-/// # Safety
-/// `placement` is null or readable.
-unsafe fn placement(placement: *const treeattn_placement_t) -> Result<placement::Placement> {
-    convert::output("placement", placement.cast_mut())?;
-    // SAFETY: checked; readable as the caller vouches.
-    convert::placement(unsafe { &*placement })
-}
-
-/// Writes a result where there is one.
-///
-/// # Safety
-/// `to` is null or writable.
-unsafe fn put(name: &str, to: *mut i32, value: Result<i32>) -> Result<()> {
-    let value = value?;
-    convert::output(name, to)?;
-    // SAFETY: checked; writable as the caller vouches.
-    unsafe { *to = value };
-    Ok(())
 }

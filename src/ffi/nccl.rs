@@ -6,8 +6,8 @@ use super::codes::*;
 use super::convert;
 use super::guard::guard;
 use super::handle;
+use super::memory::{self, Output};
 use super::types::*;
-use crate::error::{Error, Result};
 use crate::runtime::{Communicator, NCCL_UNIQUE_ID_BYTES, Runtime};
 
 /// Gives a fresh name for a communicator to be: one rank asks for it and brings its 128 bytes to all others in any way
@@ -24,14 +24,16 @@ use crate::runtime::{Communicator, NCCL_UNIQUE_ID_BYTES, Runtime};
 ///
 /// NCCL listens in this process, on a socket and a thread of its own, until all ranks have come: the process stays until
 /// then. Thread safety: any thread. Does not wait for other ranks; loads NCCL the first time. Not capture-safe. Since 0.1.
+///
+/// # Safety
+/// `out` is null or has 128 writable bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_nccl_unique_id(runtime: *mut treeattn_runtime_t, out: *mut u8) -> treeattn_status_t {
     guard("treeattn_nccl_unique_id", || {
         let runtime = handle::get::<Runtime>("runtime", runtime)?;
-        convert::output("out", out)?;
-        let id = Communicator::nccl_unique_id(&runtime)?;
-        // SAFETY: checked; 128 writable bytes, as the caller vouches.
-        unsafe { std::ptr::copy_nonoverlapping(id.as_ptr(), out, NCCL_UNIQUE_ID_BYTES) };
+        // SAFETY: `out` is null or has 128 writable bytes until this call returns, by this function's contract.
+        let out = unsafe { Output::new("out", out.cast::<[u8; NCCL_UNIQUE_ID_BYTES]>()) }?;
+        out.set(Communicator::nccl_unique_id(&runtime)?);
         Ok(())
     })
 }
@@ -57,6 +59,10 @@ pub unsafe extern "C" fn treeattn_nccl_unique_id(runtime: *mut treeattn_runtime_
 /// Ownership: the caller destroys the communicator; the id may be freed at once. Thread safety: any thread; one thread
 /// that makes several ranks would wait for itself, so that each needs one of its own. Blocks until all ranks have come, at
 /// most the setup deadline and 1 s. Not capture-safe. Since 0.1.
+///
+/// # Safety
+/// `id` is null or has 128 readable bytes; `config` is null or as long as its `struct_size` says, and its string is null
+/// or ends with a zero byte; `comm` is null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_create_nccl(
     runtime: *mut treeattn_runtime_t,
@@ -69,19 +75,15 @@ pub unsafe extern "C" fn treeattn_comm_create_nccl(
 ) -> treeattn_status_t {
     guard("treeattn_comm_create_nccl", || {
         let runtime = handle::get::<Runtime>("runtime", runtime)?;
-        if id.is_null() {
-            return Err(Error::invalid("id", "NULL", "a pointer to 128 bytes"));
-        }
-        let mut name = [0; NCCL_UNIQUE_ID_BYTES];
-        // SAFETY: 128 readable bytes, as the caller vouches.
-        unsafe { std::ptr::copy_nonoverlapping(id, name.as_mut_ptr(), NCCL_UNIQUE_ID_BYTES) };
+        // SAFETY: `id` is null or has 128 readable bytes, by this function's contract.
+        let id = unsafe { memory::value("id", id.cast::<[u8; NCCL_UNIQUE_ID_BYTES]>()) }?;
         let device = convert::device(device)?;
-        // SAFETY: as the caller vouches.
-        let config = unsafe { config_of_one(config) }?;
-        convert::output("comm", comm)?;
-        let created = Communicator::create_nccl(&runtime, &name, world, rank, device, &config)?;
-        // SAFETY: checked; writable as the caller vouches.
-        unsafe { *comm = handle::insert(created)? };
+        // SAFETY: `config` is what `comm_config` wants, by this function's contract.
+        let config = unsafe { convert::comm_config(config, None) }?;
+        // SAFETY: `comm` is null or writable until this call returns, by this function's contract.
+        let comm = unsafe { Output::new("comm", comm) }?;
+        let created = Communicator::create_nccl(&runtime, &id, world, rank, device, &config)?;
+        comm.set(handle::insert(created)?);
         Ok(())
     })
 }
@@ -105,6 +107,10 @@ pub unsafe extern "C" fn treeattn_comm_create_nccl(
 ///
 /// Ownership: the caller destroys the communicator, and keeps `nccl_comm`. Thread safety: any thread. Blocks until all
 /// ranks have come, at most the setup deadline and 1 s. Not capture-safe. Since 0.1.
+///
+/// # Safety
+/// `nccl_comm` is null or a live communicator of the NCCL that is loaded, which nobody uses during the call; `config` is
+/// null or as long as its `struct_size` says, and its string is null or ends with a zero byte; `comm` is null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_wrap_nccl(
     runtime: *mut treeattn_runtime_t,
@@ -116,22 +122,13 @@ pub unsafe extern "C" fn treeattn_comm_wrap_nccl(
     guard("treeattn_comm_wrap_nccl", || {
         let runtime = handle::get::<Runtime>("runtime", runtime)?;
         let device = convert::device(device)?;
-        // SAFETY: as the caller vouches.
-        let config = unsafe { config_of_one(config) }?;
-        convert::output("comm", comm)?;
-        // SAFETY: the caller vouches for the communicator.
+        // SAFETY: `config` is what `comm_config` wants, by this function's contract.
+        let config = unsafe { convert::comm_config(config, None) }?;
+        // SAFETY: `comm` is null or writable until this call returns, by this function's contract.
+        let comm = unsafe { Output::new("comm", comm) }?;
+        // SAFETY: `nccl_comm` is null or a live communicator that nobody uses during this call, by this function's contract.
         let created = unsafe { Communicator::wrap_nccl(&runtime, nccl_comm, device, &config) }?;
-        // SAFETY: checked; writable as the caller vouches.
-        unsafe { *comm = handle::insert(created)? };
+        comm.set(handle::insert(created)?);
         Ok(())
     })
-}
-
-/// The config of one rank.
-///
-/// # Safety
-/// As [`convert::read`] and [`convert::comm_config`].
-unsafe fn config_of_one(config: *const treeattn_comm_config_t) -> Result<crate::runtime::CommConfig> {
-    // SAFETY: as the caller vouches.
-    unsafe { convert::comm_config(&convert::read_or_default("config", config)?, None) }
 }

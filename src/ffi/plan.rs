@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use super::codes::*;
-use super::comm::insert_all;
 use super::convert;
 use super::guard::guard;
 use super::handle;
+use super::memory::{self, Output, OutputRanks, OutputStruct};
 use super::types::*;
 use crate::device::Deadline;
 use crate::error::{Error, ErrorKind, Result};
@@ -21,6 +21,9 @@ use crate::runtime::{self, Communicator, Plan, Runtime, Stream};
 ///         no sense anywhere; BAD_HANDLE; UNAVAILABLE.
 ///
 /// Thread safety: any thread. Does not block; capture-safe. Since 0.1.
+///
+/// # Safety
+/// `desc` is null or as long as its `struct_size` says.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_attention_supported(
     runtime: *mut treeattn_runtime_t,
@@ -29,8 +32,8 @@ pub unsafe extern "C" fn treeattn_attention_supported(
 ) -> treeattn_status_t {
     guard("treeattn_attention_supported", || {
         let runtime = handle::get::<Runtime>("runtime", runtime)?;
-        // SAFETY: as the caller vouches.
-        let desc = convert::attention_desc(&unsafe { convert::read("desc", desc) }?)?;
+        // SAFETY: `desc` is null or as long as it says, by this function's contract.
+        let desc = convert::attention_desc(&unsafe { memory::read("desc", desc) }?)?;
         runtime::attention_supported(&runtime, convert::device(device)?, &desc)
     })
 }
@@ -51,6 +54,9 @@ pub unsafe extern "C" fn treeattn_attention_supported(
 /// Ownership: the caller destroys the plan, before or after the communicator. Thread safety: calls on one communicator
 /// are the caller's to serialise. Blocks until all ranks have come, at most the setup deadline. During a capture:
 /// CAPTURING. Since 0.1.
+///
+/// # Safety
+/// `desc` is null or as long as its `struct_size` says; `plan` is null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_create(
     comm: *mut treeattn_comm_t,
@@ -59,12 +65,11 @@ pub unsafe extern "C" fn treeattn_plan_create(
 ) -> treeattn_status_t {
     guard("treeattn_plan_create", || {
         let comm = handle::get::<Communicator>("comm", comm)?;
-        // SAFETY: as the caller vouches.
-        let desc = convert::attention_desc(&unsafe { convert::read("desc", desc) }?)?;
-        convert::output("plan", plan)?;
-        let created = Plan::create(&comm, &desc)?;
-        // SAFETY: checked; writable as the caller vouches.
-        unsafe { *plan = handle::insert(created)? };
+        // SAFETY: `desc` is null or as long as it says, by this function's contract.
+        let desc = convert::attention_desc(&unsafe { memory::read("desc", desc) }?)?;
+        // SAFETY: `plan` is null or writable until this call returns, by this function's contract.
+        let plan = unsafe { Output::new("plan", plan) }?;
+        plan.set(handle::insert(Plan::create(&comm, &desc)?)?);
         Ok(())
     })
 }
@@ -79,6 +84,10 @@ pub unsafe extern "C" fn treeattn_plan_create(
 ///
 /// Ownership: the caller destroys each of the n. Thread safety: as `treeattn_plan_create`. Does not wait for anybody.
 /// During a capture: CAPTURING. Since 0.1.
+///
+/// # Safety
+/// `comms` and `plans` are null or have `n` values, to be read and to be written; `desc` is null or as long as its
+/// `struct_size` says.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_create_all(
     n: i32,
@@ -87,22 +96,18 @@ pub unsafe extern "C" fn treeattn_plan_create_all(
     plans: *mut *mut treeattn_plan_t,
 ) -> treeattn_status_t {
     guard("treeattn_plan_create_all", || {
-        // SAFETY: as the caller vouches.
-        let handles = unsafe { convert::ranks("comms", comms, n) }?;
+        // SAFETY: `comms` is null or has `n` values that do not change during the call, by this function's contract.
+        let handles = unsafe { memory::ranks("comms", comms, n) }?;
         let comm = |(i, &comm)| handle::get::<Communicator>(&format!("comms[{i}]"), comm);
         let comms: Vec<_> = handles.iter().enumerate().map(comm).collect::<Result<_>>()?;
-        // SAFETY: as the caller vouches.
-        let desc = convert::attention_desc(&unsafe { convert::read("desc", desc) }?)?;
-        convert::output("plans", plans)?;
+        // SAFETY: `desc` is null or as long as it says, by this function's contract.
+        let desc = convert::attention_desc(&unsafe { memory::read("desc", desc) }?)?;
+        // SAFETY: `plans` is null or has room for `n` handles until this call returns, by this function's contract.
+        let plans = unsafe { OutputRanks::new("plans", plans, n) }?;
         let created = Plan::create_all(&comms.iter().map(Arc::as_ref).collect::<Vec<_>>(), &desc)?;
-        // SAFETY: `plans` has `n` writable values, as the caller vouches.
-        unsafe { insert_all(created, plans) }
+        plans.set(&handle::insert_all(created)?);
+        Ok(())
     })
-}
-
-/// A stream argument: NULL is none.
-fn stream(handle: *mut treeattn_stream_t) -> Result<Option<Arc<Stream>>> {
-    if handle.is_null() { Ok(None) } else { handle::get("stream", handle).map(Some) }
 }
 
 /// One step: attends this rank's shard, exchanges the partials, and writes the exact output over all ranks' keys.
@@ -123,6 +128,10 @@ fn stream(handle: *mut treeattn_stream_t) -> Result<Option<Arc<Stream>>> {
 ///
 /// Thread safety: calls on one communicator are the caller's to serialise. With a stream it enqueues (and waits only
 /// for room in a full one); with NULL it blocks, at most the step deadline. Capture-safe on CUDA streams. Since 0.1.
+///
+/// # Safety
+/// `args` is null or as long as its `struct_size` says; what it points to is as `treeattn_decode_args_t` says, readable or
+/// writable and used by nobody else, until the step is done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_decode(
     plan: *mut treeattn_plan_t,
@@ -131,10 +140,10 @@ pub unsafe extern "C" fn treeattn_plan_decode(
 ) -> treeattn_status_t {
     guard("treeattn_plan_decode", || {
         let plan = handle::get::<Plan>("plan", plan)?;
-        // SAFETY: as the caller vouches.
-        let args = convert::decode_args(&unsafe { convert::read("args", args) }?)?;
-        let stream = self::stream(stream)?;
-        // SAFETY: the caller keeps the buffers valid until the step is done.
+        // SAFETY: `args` is null or as long as it says, by this function's contract.
+        let args = convert::decode_args(&unsafe { memory::read("args", args) }?)?;
+        let stream = handle::get_optional::<Stream>("stream", stream)?;
+        // SAFETY: what `args` points to stays as it says until the step is done, by this function's contract.
         unsafe { plan.decode(&args, stream.as_deref()) }
     })
 }
@@ -147,6 +156,10 @@ pub unsafe extern "C" fn treeattn_plan_decode(
 /// @return as `treeattn_plan_decode`, without the errors of an exchange.
 ///
 /// Thread safety, blocking, capture: as `treeattn_plan_decode`; waits for no other rank. Since 0.1.
+///
+/// # Safety
+/// `args` is null or as long as its `struct_size` says; what it points to is as `treeattn_decode_args_t` says, readable or
+/// writable and used by nobody else, until the step is done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_partial(
     plan: *mut treeattn_plan_t,
@@ -155,10 +168,10 @@ pub unsafe extern "C" fn treeattn_plan_partial(
 ) -> treeattn_status_t {
     guard("treeattn_plan_partial", || {
         let plan = handle::get::<Plan>("plan", plan)?;
-        // SAFETY: as the caller vouches.
-        let args = convert::decode_args(&unsafe { convert::read("args", args) }?)?;
-        let stream = self::stream(stream)?;
-        // SAFETY: the caller keeps the buffers valid until the step is done.
+        // SAFETY: `args` is null or as long as it says, by this function's contract.
+        let args = convert::decode_args(&unsafe { memory::read("args", args) }?)?;
+        let stream = handle::get_optional::<Stream>("stream", stream)?;
+        // SAFETY: what `args` points to stays as it says until the step is done, by this function's contract.
         unsafe { plan.partial(&args, stream.as_deref()) }
     })
 }
@@ -174,6 +187,10 @@ pub unsafe extern "C" fn treeattn_plan_partial(
 /// @return as `treeattn_plan_decode`, without INVALID_DATA.
 ///
 /// Thread safety, blocking, capture: as `treeattn_plan_decode`. Since 0.1.
+///
+/// # Safety
+/// `args` is null or as long as its `struct_size` says; what it points to is as `treeattn_merge_args_t` says, readable or
+/// writable and used by nobody else, until the step is done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_merge(
     plan: *mut treeattn_plan_t,
@@ -182,10 +199,10 @@ pub unsafe extern "C" fn treeattn_plan_merge(
 ) -> treeattn_status_t {
     guard("treeattn_plan_merge", || {
         let plan = handle::get::<Plan>("plan", plan)?;
-        // SAFETY: as the caller vouches.
-        let args = convert::merge_args(&unsafe { convert::read("args", args) }?)?;
-        let stream = self::stream(stream)?;
-        // SAFETY: the caller keeps the buffers valid until the step is done.
+        // SAFETY: `args` is null or as long as it says, by this function's contract.
+        let args = convert::merge_args(&unsafe { memory::read("args", args) }?)?;
+        let stream = handle::get_optional::<Stream>("stream", stream)?;
+        // SAFETY: what `args` points to stays as it says until the step is done, by this function's contract.
         unsafe { plan.merge(&args, stream.as_deref()) }
     })
 }
@@ -197,6 +214,9 @@ pub unsafe extern "C" fn treeattn_plan_merge(
 /// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
 ///
 /// Thread safety: any thread, any time. Does not block; capture-safe. Since 0.1.
+///
+/// # Safety
+/// `memory` is null or writable for as many bytes as its `struct_size` says.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_memory(
     plan: *mut treeattn_plan_t,
@@ -204,12 +224,10 @@ pub unsafe extern "C" fn treeattn_plan_memory(
 ) -> treeattn_status_t {
     guard("treeattn_plan_memory", || {
         let plan = handle::get::<Plan>("plan", plan)?;
-        // SAFETY: as the caller vouches.
-        unsafe { convert::check_output("memory", memory) }?;
+        // SAFETY: `memory` is null or writable for its size until this call returns, by this function's contract.
+        let memory = unsafe { OutputStruct::new("memory", memory) }?;
         let found = plan.memory()?;
-        let value = treeattn_plan_memory_t { struct_size: 0, workspace: found.workspace, window: found.window };
-        // SAFETY: checked above.
-        unsafe { convert::write(memory, &value) };
+        memory.set(&treeattn_plan_memory_t { struct_size: 0, workspace: found.workspace, window: found.window });
         Ok(())
     })
 }
@@ -221,6 +239,9 @@ pub unsafe extern "C" fn treeattn_plan_memory(
 /// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT.
 ///
 /// Thread safety: any thread, any time. Does not block or synchronise; capture-safe. Since 0.1.
+///
+/// # Safety
+/// `stats` is null or writable for as many bytes as its `struct_size` says.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_stats(
     plan: *mut treeattn_plan_t,
@@ -228,10 +249,10 @@ pub unsafe extern "C" fn treeattn_plan_stats(
 ) -> treeattn_status_t {
     guard("treeattn_plan_stats", || {
         let plan = handle::get::<Plan>("plan", plan)?;
-        // SAFETY: as the caller vouches.
-        unsafe { convert::check_output("stats", stats) }?;
+        // SAFETY: `stats` is null or writable for its size until this call returns, by this function's contract.
+        let stats = unsafe { OutputStruct::new("stats", stats) }?;
         let found = plan.stats()?;
-        let value = treeattn_plan_stats_t {
+        stats.set(&treeattn_plan_stats_t {
             struct_size: 0,
             plan: found.plan,
             steps: found.steps,
@@ -243,11 +264,9 @@ pub unsafe extern "C" fn treeattn_plan_stats(
             wire_dtype: treeattn_dtype_t(plan.desc().wire_dtype as i32),
             head_begin: plan.heads().start as i32,
             head_end: plan.heads().end as i32,
-            reason: convert::fixed(&found.reason),
+            reason: memory::fixed(&found.reason),
             exchange_memory: found.exchange_memory,
-        };
-        // SAFETY: checked above.
-        unsafe { convert::write(stats, &value) };
+        });
         Ok(())
     })
 }
@@ -260,7 +279,7 @@ pub unsafe extern "C" fn treeattn_plan_stats(
 ///
 /// Thread safety: any thread. Blocks, at most the step deadline. During a capture: CAPTURING. Since 0.1.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn treeattn_plan_destroy(plan: *mut treeattn_plan_t) -> treeattn_status_t {
+pub extern "C" fn treeattn_plan_destroy(plan: *mut treeattn_plan_t) -> treeattn_status_t {
     guard("treeattn_plan_destroy", || {
         let Some(plan) = handle::remove_if("plan", plan, Plan::check_destroy)? else {
             return Ok(());

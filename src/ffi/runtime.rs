@@ -6,8 +6,9 @@ use super::codes::*;
 use super::convert;
 use super::guard::guard;
 use super::handle;
+use super::memory::{self, Output, OutputStruct};
 use super::types::*;
-use crate::error::{Error, Result};
+use crate::error::Error;
 use crate::runtime::{Buffer, DeviceKind, LogCallback, Runtime, RuntimeConfig, Stream};
 
 /// Creates a runtime: what a process sets up once, before anything else.
@@ -19,19 +20,23 @@ use crate::runtime::{Buffer, DeviceKind, LogCallback, Runtime, RuntimeConfig, St
 ///
 /// Ownership: the caller destroys the runtime. It may be destroyed before the objects made from it.
 /// Thread safety: any thread; the runtime may be used by all threads at once. Does not block. Since 0.1.
+///
+/// # Safety
+/// `config` is null or as long as its `struct_size` says, and its string is null or ends with a zero byte; `runtime` is
+/// null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_runtime_create(
     config: *const treeattn_runtime_config_t,
     runtime: *mut *mut treeattn_runtime_t,
 ) -> treeattn_status_t {
     guard("treeattn_runtime_create", || {
-        // SAFETY: as the caller vouches.
-        unsafe {
-            let config = convert::read_or_default("config", config)?;
-            convert::output("runtime", runtime)?;
-            let cpu_isa = convert::string("cpu_isa", config.cpu_isa)?;
-            *runtime = handle::insert(Runtime::new(RuntimeConfig { cpu_isa })?)?;
-        }
+        // SAFETY: `config` is null or as long as it says, by this function's contract.
+        let config = unsafe { memory::read_or_default("config", config) }?;
+        // SAFETY: `runtime` is null or writable until this call returns, by this function's contract.
+        let runtime = unsafe { Output::new("runtime", runtime) }?;
+        // SAFETY: the string is null or ended, by this function's contract.
+        let cpu_isa = unsafe { memory::string("cpu_isa", config.cpu_isa) }?;
+        runtime.set(handle::insert(Runtime::new(RuntimeConfig { cpu_isa })?)?);
         Ok(())
     })
 }
@@ -45,7 +50,7 @@ pub unsafe extern "C" fn treeattn_runtime_create(
 ///
 /// Thread safety: any thread. Waits for a log call that is under way. Not capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn treeattn_runtime_destroy(runtime: *mut treeattn_runtime_t) -> treeattn_status_t {
+pub extern "C" fn treeattn_runtime_destroy(runtime: *mut treeattn_runtime_t) -> treeattn_status_t {
     guard("treeattn_runtime_destroy", || {
         if let Some(runtime) = handle::remove::<Runtime>("runtime", runtime)? {
             // What lives on must not call the engine back: `user_data` may go after this.
@@ -64,6 +69,9 @@ pub unsafe extern "C" fn treeattn_runtime_destroy(runtime: *mut treeattn_runtime
 /// @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT.
 ///
 /// Thread safety: any thread. Does not block; capture-safe. Since 0.1.
+///
+/// # Safety
+/// `count` is null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_runtime_device_count(
     runtime: *mut treeattn_runtime_t,
@@ -73,10 +81,9 @@ pub unsafe extern "C" fn treeattn_runtime_device_count(
     guard("treeattn_runtime_device_count", || {
         let runtime = handle::get::<Runtime>("runtime", runtime)?;
         let kind = DeviceKind::from_code("kind", kind.0)?;
-        convert::output("count", count)?;
-        let found = runtime.device_count(kind)?;
-        // SAFETY: checked; writable as the caller vouches.
-        unsafe { *count = found };
+        // SAFETY: `count` is null or writable until this call returns, by this function's contract.
+        let count = unsafe { Output::new("count", count) }?;
+        count.set(runtime.device_count(kind)?);
         Ok(())
     })
 }
@@ -90,6 +97,9 @@ pub unsafe extern "C" fn treeattn_runtime_device_count(
 ///         missing).
 ///
 /// Thread safety: any thread. Does not block; capture-safe. Since 0.1.
+///
+/// # Safety
+/// `info` is null or writable for as many bytes as its `struct_size` says.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_runtime_device_info(
     runtime: *mut treeattn_runtime_t,
@@ -98,27 +108,27 @@ pub unsafe extern "C" fn treeattn_runtime_device_info(
 ) -> treeattn_status_t {
     guard("treeattn_runtime_device_info", || {
         let runtime = handle::get::<Runtime>("runtime", runtime)?;
-        // SAFETY: as the caller vouches.
-        unsafe { convert::check_output("info", info) }?;
+        // SAFETY: `info` is null or writable for its size until this call returns, by this function's contract.
+        let info = unsafe { OutputStruct::new("info", info) }?;
         let found = runtime.device_info(convert::device(device)?)?;
-        let value = treeattn_device_info_t {
+        info.set(&treeattn_device_info_t {
             struct_size: 0,
             device,
             units: found.units,
             memory: found.memory,
-            name: convert::fixed(&found.name),
-            isa: convert::fixed(&found.isa),
-        };
-        // SAFETY: checked above.
-        unsafe { convert::write(info, &value) };
+            name: memory::fixed(&found.name),
+            isa: memory::fixed(&found.isa),
+        });
         Ok(())
     })
 }
 
+/// What a log callback is called with.
 struct UserData(*mut c_void);
-// SAFETY: the engine says that its callback may be called from any thread with this value.
+// SAFETY: the library only hands the value back to the callback, which takes it on any thread by the contract of
+// `treeattn_runtime_set_log_callback`.
 unsafe impl Send for UserData {}
-// SAFETY: as above.
+// SAFETY: as for `Send`; the callback takes it on several threads at once.
 unsafe impl Sync for UserData {}
 
 /// Sets the receiver of log lines, or removes it.
@@ -133,6 +143,10 @@ unsafe impl Sync for UserData {}
 ///
 /// Ownership: user_data stays the caller's and has to live until another callback is set or the runtime is destroyed.
 /// Thread safety: any thread. Waits until no call of the former callback is under way. Not capture-safe. Since 0.1.
+///
+/// # Safety
+/// Until another callback is set or the runtime is destroyed, `callback` may be called with `user_data` from any thread,
+/// several at once; it does not unwind.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_runtime_set_log_callback(
     runtime: *mut treeattn_runtime_t,
@@ -146,7 +160,8 @@ pub unsafe extern "C" fn treeattn_runtime_set_log_callback(
             Box::new(move |level, message| {
                 let UserData(user_data) = &user_data;
                 if let Ok(message) = CString::new(message) {
-                    // SAFETY: as the engine vouched when it set the callback.
+                    // SAFETY: callback and `user_data` may be used from any thread until another callback is set, by this
+                    // function's contract; setting one waits for this call.
                     unsafe { callback(treeattn_log_level_t(level as i32), message.as_ptr(), *user_data) };
                 }
             })
@@ -169,6 +184,9 @@ pub unsafe extern "C" fn treeattn_runtime_set_log_callback(
 ///
 /// Ownership: the caller destroys the stream. Thread safety: any thread; a stream may be used by several threads.
 /// Does not block. Not capture-safe. Since 0.1.
+///
+/// # Safety
+/// `stream` is null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_stream_create(
     runtime: *mut treeattn_runtime_t,
@@ -177,10 +195,9 @@ pub unsafe extern "C" fn treeattn_stream_create(
 ) -> treeattn_status_t {
     guard("treeattn_stream_create", || {
         let runtime = handle::get::<Runtime>("runtime", runtime)?;
-        convert::output("stream", stream)?;
-        let created = Stream::new(&runtime, convert::device(device)?)?;
-        // SAFETY: checked; writable as the caller vouches.
-        unsafe { *stream = handle::insert(created)? };
+        // SAFETY: `stream` is null or writable until this call returns, by this function's contract.
+        let stream = unsafe { Output::new("stream", stream) }?;
+        stream.set(handle::insert(Stream::new(&runtime, convert::device(device)?)?)?);
         Ok(())
     })
 }
@@ -197,6 +214,10 @@ pub unsafe extern "C" fn treeattn_stream_create(
 ///
 /// Ownership: the caller destroys the stream; cuda_stream stays the caller's and has to live as long. Thread safety: any
 /// thread. Does not block. Capture-safe: also while cuda_stream is captured. Since 0.1.
+///
+/// # Safety
+/// `cuda_stream` is null or a live stream of the device, and outlives the stream that is made of it; `stream` is null or
+/// writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_stream_wrap_cuda(
     runtime: *mut treeattn_runtime_t,
@@ -206,11 +227,11 @@ pub unsafe extern "C" fn treeattn_stream_wrap_cuda(
 ) -> treeattn_status_t {
     guard("treeattn_stream_wrap_cuda", || {
         let runtime = handle::get::<Runtime>("runtime", runtime)?;
-        convert::output("stream", stream)?;
-        // SAFETY: as the caller vouches.
+        // SAFETY: `stream` is null or writable until this call returns, by this function's contract.
+        let stream = unsafe { Output::new("stream", stream) }?;
+        // SAFETY: `cuda_stream` is a live stream of the device and outlives what wraps it, by this function's contract.
         let created = unsafe { Stream::wrap_cuda(&runtime, convert::device(device)?, cuda_stream)? };
-        // SAFETY: checked; writable as the caller vouches.
-        unsafe { *stream = handle::insert(created)? };
+        stream.set(handle::insert(created)?);
         Ok(())
     })
 }
@@ -224,7 +245,7 @@ pub unsafe extern "C" fn treeattn_stream_wrap_cuda(
 ///
 /// Thread safety: any thread. Blocks; every step that it waits for has a deadline. Not capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn treeattn_stream_synchronize(stream: *mut treeattn_stream_t) -> treeattn_status_t {
+pub extern "C" fn treeattn_stream_synchronize(stream: *mut treeattn_stream_t) -> treeattn_status_t {
     guard("treeattn_stream_synchronize", || handle::get::<Stream>("stream", stream)?.synchronize())
 }
 
@@ -236,7 +257,7 @@ pub unsafe extern "C" fn treeattn_stream_synchronize(stream: *mut treeattn_strea
 /// Thread safety: any thread but the library's own. Blocks; every step that it waits for has a deadline. Not
 /// capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn treeattn_stream_destroy(stream: *mut treeattn_stream_t) -> treeattn_status_t {
+pub extern "C" fn treeattn_stream_destroy(stream: *mut treeattn_stream_t) -> treeattn_status_t {
     guard("treeattn_stream_destroy", || handle::remove_if("stream", stream, Stream::check_destroy).map(drop))
 }
 
@@ -251,6 +272,9 @@ pub unsafe extern "C" fn treeattn_stream_destroy(stream: *mut treeattn_stream_t)
 ///
 /// Ownership: the caller destroys the buffer. Thread safety: any thread. May block on the device's allocator. Not
 /// capture-safe. Since 0.1.
+///
+/// # Safety
+/// `buffer` is null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_buffer_alloc(
     runtime: *mut treeattn_runtime_t,
@@ -260,10 +284,9 @@ pub unsafe extern "C" fn treeattn_buffer_alloc(
 ) -> treeattn_status_t {
     guard("treeattn_buffer_alloc", || {
         let runtime = handle::get::<Runtime>("runtime", runtime)?;
-        convert::output("buffer", buffer)?;
-        let created = Buffer::alloc(&runtime, convert::device(device)?, bytes)?;
-        // SAFETY: checked; writable as the caller vouches.
-        unsafe { *buffer = handle::insert(created)? };
+        // SAFETY: `buffer` is null or writable until this call returns, by this function's contract.
+        let buffer = unsafe { Output::new("buffer", buffer) }?;
+        buffer.set(handle::insert(Buffer::alloc(&runtime, convert::device(device)?, bytes)?)?);
         Ok(())
     })
 }
@@ -276,6 +299,9 @@ pub unsafe extern "C" fn treeattn_buffer_alloc(
 ///
 /// Ownership: the memory is the buffer's, valid until it is destroyed. Thread safety: any thread. Does not block;
 /// capture-safe. Since 0.1.
+///
+/// # Safety
+/// `data` is null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_buffer_data(
     buffer: *mut treeattn_buffer_t,
@@ -284,9 +310,8 @@ pub unsafe extern "C" fn treeattn_buffer_data(
     guard("treeattn_buffer_data", || {
         let buffer = handle::get::<Buffer>("buffer", buffer)?;
         buffer.check_open()?;
-        convert::output("data", data)?;
-        // SAFETY: checked; writable as the caller vouches.
-        unsafe { *data = buffer.data() };
+        // SAFETY: `data` is null or writable until this call returns, by this function's contract.
+        unsafe { Output::new("data", data) }?.set(buffer.data());
         Ok(())
     })
 }
@@ -302,6 +327,9 @@ pub unsafe extern "C" fn treeattn_buffer_data(
 ///
 /// Thread safety: any thread; who else uses the bytes meanwhile is the caller's affair. Blocks until copied. Not
 /// capture-safe. Since 0.1.
+///
+/// # Safety
+/// `source` is null or has `bytes` readable bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_buffer_upload(
     buffer: *mut treeattn_buffer_t,
@@ -311,12 +339,11 @@ pub unsafe extern "C" fn treeattn_buffer_upload(
 ) -> treeattn_status_t {
     guard("treeattn_buffer_upload", || {
         let buffer = handle::get::<Buffer>("buffer", buffer)?;
-        host_range("source", source, offset, bytes, &buffer)?;
-        if bytes > 0 {
-            // SAFETY: as the caller vouches.
-            buffer.upload(offset, unsafe { std::slice::from_raw_parts(source.cast(), bytes) })?;
+        if source.is_null() && bytes > 0 {
+            return Err(Error::invalid("source", "NULL", "a pointer"));
         }
-        Ok(())
+        // SAFETY: `source` has `bytes` readable bytes, by this function's contract.
+        unsafe { buffer.upload_from(offset, source.cast(), bytes) }
     })
 }
 
@@ -331,6 +358,9 @@ pub unsafe extern "C" fn treeattn_buffer_upload(
 ///
 /// Thread safety: any thread; work that still writes the bytes is not waited for: synchronise its stream first. Blocks
 /// until copied. Not capture-safe. Since 0.1.
+///
+/// # Safety
+/// `target` is null or has `bytes` writable bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_buffer_download(
     buffer: *mut treeattn_buffer_t,
@@ -340,12 +370,11 @@ pub unsafe extern "C" fn treeattn_buffer_download(
 ) -> treeattn_status_t {
     guard("treeattn_buffer_download", || {
         let buffer = handle::get::<Buffer>("buffer", buffer)?;
-        host_range("target", target, offset, bytes, &buffer)?;
-        if bytes > 0 {
-            // SAFETY: as the caller vouches.
-            buffer.download(offset, unsafe { std::slice::from_raw_parts_mut(target.cast(), bytes) })?;
+        if target.is_null() && bytes > 0 {
+            return Err(Error::invalid("target", "NULL", "a pointer"));
         }
-        Ok(())
+        // SAFETY: `target` has `bytes` writable bytes, by this function's contract.
+        unsafe { buffer.download_to(offset, target.cast(), bytes) }
     })
 }
 
@@ -357,14 +386,6 @@ pub unsafe extern "C" fn treeattn_buffer_download(
 ///
 /// Thread safety: any thread. May block on the device's allocator. Not capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn treeattn_buffer_destroy(buffer: *mut treeattn_buffer_t) -> treeattn_status_t {
+pub extern "C" fn treeattn_buffer_destroy(buffer: *mut treeattn_buffer_t) -> treeattn_status_t {
     guard("treeattn_buffer_destroy", || handle::remove_if("buffer", buffer, Buffer::check_destroy).map(drop))
-}
-
-/// Checks a copy before a slice is made of the caller's pointer.
-fn host_range(name: &str, host: *const c_void, offset: usize, bytes: usize, buffer: &Buffer) -> Result<()> {
-    if host.is_null() && bytes > 0 {
-        return Err(Error::invalid(name, "NULL", "a pointer"));
-    }
-    buffer.check_range(offset, bytes)
 }

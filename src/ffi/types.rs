@@ -1,9 +1,10 @@
 //! Structs: every one starts with `struct_size`, but for those that others hold by value, which are frozen. No struct
-//! has implicit padding; the assertions at the end hold sizes and offsets.
+//! has implicit padding; `layout` holds sizes and offsets.
 
 use std::ffi::{c_char, c_void};
 
 use super::codes::*;
+use super::memory::Versioned;
 
 /// A process's use of the library. Made by `treeattn_runtime_create`.
 pub struct treeattn_runtime_t {
@@ -412,4 +413,71 @@ pub struct treeattn_transport_t {
     pub flags: u32,
     /// Zero; keeps the size a multiple of 8.
     pub reserved: u32,
+}
+
+/// The sizes of a self-check. 0 is the default of every field.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct treeattn_selfcheck_config_t {
+    /// sizeof(treeattn_selfcheck_config_t).
+    pub struct_size: usize,
+    /// Local ranks that the sequences are sharded over. 0: 2.
+    pub ranks: i32,
+    /// Sequences, at most the descriptor's `max_batch`. The first has `kv_length` keys, the others random lengths up to
+    /// that. 0: 2 where the descriptor has room.
+    pub batch: i32,
+    /// Query tokens of each sequence; batch * query_tokens is at most the descriptor's `max_query_tokens`. 0: 1.
+    pub query_tokens: i32,
+    /// Keys of the first sequence on all ranks together; each rank's part is at most the descriptor's `max_kv_length`.
+    /// 0: 1,000, or `max_kv_length` where that is less.
+    pub kv_length: i32,
+    /// Seed of the random inputs.
+    pub seed: u64,
+}
+
+/// What a self-check found. Filled by `treeattn_selfcheck`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct treeattn_selfcheck_report_t {
+    /// sizeof(treeattn_selfcheck_report_t).
+    pub struct_size: usize,
+    /// 1: every output is within its bounds and all bits repeat.
+    pub passed: i32,
+    /// 1: a second run gave the same bits, and all ranks hold the same where all hold the whole output.
+    pub same_bits: i32,
+    /// Output rows (query token x head, of every rank) compared.
+    pub rows: u64,
+    /// The largest error of an output element over the bound of that element; at most 1 in a check that passes.
+    pub max_error_ratio: f64,
+    /// The same for the log-sum-exps.
+    pub max_lse_error_ratio: f64,
+    /// Share of the outputs that are the float64 answer correctly rounded; 1 for f32 outputs, where it is not asked.
+    pub correctly_rounded: f64,
+    /// Root of the summed squared errors over that of the summed squared outputs.
+    pub relative_l2: f64,
+    /// The first thing found wrong, or a line that says what passed; cut where it is longer.
+    pub message: [c_char; 256],
+}
+
+macro_rules! versioned {
+    ($($name:ident)+) => {
+        // SAFETY: each is repr(C) and begins with `struct_size` (`layout` holds the offsets); its other fields are numbers,
+        // arrays of numbers, raw pointers and optional functions, of all of which zeros are a value.
+        $(unsafe impl Versioned for $name {})+
+    };
+}
+
+versioned! {
+    treeattn_runtime_config_t
+    treeattn_device_info_t
+    treeattn_comm_config_t
+    treeattn_comm_status_t
+    treeattn_attention_desc_t
+    treeattn_decode_args_t
+    treeattn_merge_args_t
+    treeattn_plan_memory_t
+    treeattn_plan_stats_t
+    treeattn_transport_t
+    treeattn_selfcheck_config_t
+    treeattn_selfcheck_report_t
 }

@@ -65,29 +65,54 @@ impl Buffer {
 
     /// Copies `source` to byte `offset`. Blocks. Not ordered after the work of streams: synchronise them first.
     pub fn upload(&self, offset: usize, source: &[u8]) -> Result<()> {
-        self.check_range(offset, source.len())?;
-        // SAFETY: the range was checked against the allocation; who else uses the bytes meanwhile is the caller's affair,
-        // as with every buffer of a step.
-        unsafe {
-            match &self.memory {
-                Memory::Cpu(memory) => std::ptr::copy(source.as_ptr(), memory.as_mut_ptr().add(offset), source.len()),
-                Memory::Cuda { holdings, address, .. } => holdings.device().upload(address + offset as u64, source)?,
-            }
+        // SAFETY: a slice is readable for its length.
+        unsafe { self.upload_from(offset, source.as_ptr(), source.len()) }
+    }
+
+    /// As [`upload`](Self::upload), from memory that may overlap the buffer, and be null where `len` is 0.
+    ///
+    /// # Safety
+    /// `source` has `len` readable bytes, where that is not 0.
+    pub unsafe fn upload_from(&self, offset: usize, source: *const u8, len: usize) -> Result<()> {
+        self.check_range(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        match &self.memory {
+            // SAFETY: `offset + len` is within the allocation, as checked, and `source` has `len` bytes by this function's
+            // contract; the two may overlap. Who else uses the bytes meanwhile is the caller's affair, as in a step.
+            Memory::Cpu(memory) => unsafe { std::ptr::copy(source, memory.as_mut_ptr().add(offset), len) },
+            // SAFETY: the range is within the allocation, as checked. `source` has `len` bytes, and memory of a GPU does
+            // not overlap them.
+            Memory::Cuda { holdings, address, .. } => unsafe {
+                holdings.device().upload(address + offset as u64, std::slice::from_raw_parts(source, len))?
+            },
         }
         Ok(())
     }
 
     /// Copies from byte `offset` to `target`. Blocks. Not ordered after the work of streams: synchronise them first.
     pub fn download(&self, offset: usize, target: &mut [u8]) -> Result<()> {
-        self.check_range(offset, target.len())?;
-        // SAFETY: as in `upload`.
-        unsafe {
-            match &self.memory {
-                Memory::Cpu(memory) => std::ptr::copy(memory.as_ptr().add(offset), target.as_mut_ptr(), target.len()),
-                Memory::Cuda { holdings, address, .. } => {
-                    holdings.device().download(address + offset as u64, target)?
-                }
-            }
+        // SAFETY: a slice is writable for its length.
+        unsafe { self.download_to(offset, target.as_mut_ptr(), target.len()) }
+    }
+
+    /// As [`download`](Self::download), to memory that may overlap the buffer, and be null where `len` is 0.
+    ///
+    /// # Safety
+    /// `target` has `len` writable bytes, where that is not 0.
+    pub unsafe fn download_to(&self, offset: usize, target: *mut u8, len: usize) -> Result<()> {
+        self.check_range(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        match &self.memory {
+            // SAFETY: as in `upload_from`.
+            Memory::Cpu(memory) => unsafe { std::ptr::copy(memory.as_ptr().add(offset), target, len) },
+            // SAFETY: as in `upload_from`.
+            Memory::Cuda { holdings, address, .. } => unsafe {
+                holdings.device().download(address + offset as u64, std::slice::from_raw_parts_mut(target, len))?
+            },
         }
         Ok(())
     }
@@ -97,7 +122,7 @@ impl Buffer {
         self.runtime.check_open()
     }
 
-    pub(crate) fn check_range(&self, offset: usize, len: usize) -> Result<()> {
+    fn check_range(&self, offset: usize, len: usize) -> Result<()> {
         self.check_open()?;
         if offset.checked_add(len).is_none_or(|end| end > self.bytes()) {
             let wanted = format!("offset + bytes of at most {}", self.bytes());
