@@ -651,47 +651,47 @@ typedef struct treeattn_decode_args_t {
     struct treeattn_tensor_t out;
     /** Natural log-sum-exp of the scaled scores, f32 [token, query head], heads as `out`. data NULL: not wanted. */
     struct treeattn_tensor_t lse;
-    /** int32 [batch + 1]: first query token of each sequence, ascending from 0. NULL: query_tokens / batch tokens each. */
+    /** `int32 [batch + 1]`: first query token of each sequence, ascending from 0. NULL: query_tokens / batch each. */
     const int32_t *query_start;
     /**
-     * int32 [batch]: tokens of each sequence on this rank, 0 to `max_kv_length`. NULL only for CSR pages with
+     * `int32 [batch]`: tokens of each sequence on this rank, 0 to `max_kv_length`. NULL only for CSR pages with
      * `last_page_len`.
      */
     const int32_t *kv_length;
     /**
-     * int32 [batch]: tokens of each sequence on all ranks together, this step's query tokens included. Required where
+     * `int32 [batch]`: tokens of each sequence on all ranks together, this step's query tokens included. Required where
      * global positions matter (causal, window, ALiBi) and `query_position` is NULL.
      */
     const int32_t *global_length;
-    /** int32 [batch], contiguous placement: global position of local slot 0. NULL: 0, with one rank. */
+    /** `int32 [batch]`, contiguous placement: global position of local slot 0. NULL: 0, with one rank. */
     const int32_t *kv_start;
     /** int32, explicit placement: global position of each local slot; row b begins at element b * kv_position_stride. */
     const int32_t *kv_position;
     /** Elements between the rows of `kv_position`. 0: `max_kv_length`. */
     int64_t kv_position_stride;
-    /** int32 [query_tokens]: global position of each query token. NULL: the last of the sequence, in order. */
+    /** `int32 [query_tokens]`: global position of each query token. NULL: the last of the sequence, in order. */
     const int32_t *query_position;
-    /** int32 [batch, max_pages], block table layout: the pages of each sequence. Entries past its length are not used. */
+    /** `int32 [batch, max_pages]`, block table layout: the pages of each sequence. Entries past its length are unused. */
     const int32_t *block_table;
     /** Entries of a row of `block_table`. */
     int32_t max_pages;
     /** Pages that exist in k and v. */
     int32_t num_pages;
-    /** int32 [batch + 1], CSR pages: first entry of each sequence in `page_indices`. */
+    /** `int32 [batch + 1]`, CSR pages: first entry of each sequence in `page_indices`. */
     const int32_t *page_indptr;
-    /** int32 [num_page_indices], CSR pages: the pages, sequence after sequence. */
+    /** `int32 [num_page_indices]`, CSR pages: the pages, sequence after sequence. */
     const int32_t *page_indices;
     /** Entries of `page_indices`. */
     int64_t num_page_indices;
-    /** int32 [batch], CSR pages: tokens in each sequence's last page, 1 to page_size. NULL: `kv_length` counts. */
+    /** `int32 [batch]`, CSR pages: tokens in each sequence's last page, 1 to page_size. NULL: `kv_length` counts. */
     const int32_t *last_page_len;
     /** f32 scales of fp8 keys, [sequence or page, token or slot, kv head]. Here all strides zero is one scale for all. */
     struct treeattn_tensor_t k_scale;
     /** f32 scales of fp8 values, as `k_scale`. */
     struct treeattn_tensor_t v_scale;
-    /** f32 [query head]. */
+    /** `f32 [query head]`. */
     struct treeattn_tensor_t alibi_slopes;
-    /** f32 [query head]: logits that join the denominator. */
+    /** `f32 [query head]`: logits that join the denominator. */
     struct treeattn_tensor_t sinks;
     /** Mask [sequence, head, query, local slot] of `mask_dtype`. Strides are taken as they are: 0 broadcasts. */
     struct treeattn_tensor_t mask;

@@ -4,7 +4,12 @@
 //! log-sum-exp); partials meet by an associative merge, so they meet in a tree (Tree Attention, arXiv 2408.04093).
 //! Also known as decode context parallelism; not the tree *mask* of speculative decoding.
 //!
-//! The house, from the roof down; each floor may use those below it:
+//! The Rust API: a [`Runtime`](runtime::Runtime) a process, a [`Communicator`](runtime::Communicator) a rank, a
+//! [`Plan`](runtime::Plan) a shape and rank, and [`Plan::decode`](runtime::Plan::decode) for every layer of every step, with
+//! [`DecodeArgs`](attention::DecodeArgs). `examples/decode.rs` shows them at work. Every call returns a [`Result`]; none
+//! panics or ends the process. README.md says what is accepted, what errors leave behind, and who runs and waits where.
+//!
+//! The modules; each may use those below it:
 //!
 //! | module | holds |
 //! |---|---|

@@ -31,34 +31,34 @@ pub struct DecodeArgs {
     pub out: Tensor,
     /// Natural log-sum-exp of the scaled scores, f32; `data` null: not wanted.
     pub lse: Tensor,
-    /// int32 [batch + 1]: first query token of each sequence. Null: `query_tokens / batch` tokens each.
+    /// `int32 [batch + 1]`: first query token of each sequence. Null: `query_tokens / batch` tokens each.
     pub query_start: *const i32,
-    /// int32 [batch]: tokens of each sequence on this rank. Null only for CSR pages with `last_page_len`.
+    /// `int32 [batch]`: tokens of each sequence on this rank. Null only for CSR pages with `last_page_len`.
     pub kv_length: *const i32,
-    /// int32 [batch]: tokens of each sequence on all ranks together, the query tokens included. Needed where
+    /// `int32 [batch]`: tokens of each sequence on all ranks together, the query tokens included. Needed where
     /// global positions matter and `query_position` is null.
     pub global_length: *const i32,
-    /// int32 [batch], contiguous placement: global position of local slot 0. Null: 0 in a world of one.
+    /// `int32 [batch]`, contiguous placement: global position of local slot 0. Null: 0 in a world of one.
     pub kv_start: *const i32,
     /// int32, explicit placement: global position of each local slot; row b begins at b * `kv_position_stride`.
     pub kv_position: *const i32,
     /// Elements between the rows of `kv_position`; 0: `max_kv_length` of the descriptor.
     pub kv_position_stride: i64,
-    /// int32 [query_tokens]: global position of each query token. Null: global_length - n_query + i.
+    /// `int32 [query_tokens]`: global position of each query token. Null: global_length - n_query + i.
     pub query_position: *const i32,
-    /// int32 [batch, max_pages]: the pages of each sequence.
+    /// `int32 [batch, max_pages]`: the pages of each sequence.
     pub block_table: *const i32,
     /// Entries of a row of `block_table`.
     pub max_pages: i32,
     /// Pages that exist in k and v.
     pub num_pages: i32,
-    /// int32 [batch + 1]: first entry of each sequence in `page_indices`.
+    /// `int32 [batch + 1]`: first entry of each sequence in `page_indices`.
     pub page_indptr: *const i32,
-    /// int32 [num_page_indices]: the pages, sequence after sequence.
+    /// `int32 [num_page_indices]`: the pages, sequence after sequence.
     pub page_indices: *const i32,
     /// Entries of `page_indices`.
     pub num_page_indices: i64,
-    /// int32 [batch]: tokens in each sequence's last page, 1 to page_size. Null: `kv_length` counts.
+    /// `int32 [batch]`: tokens in each sequence's last page, 1 to page_size. Null: `kv_length` counts.
     pub last_page_len: *const i32,
 }
 

@@ -1,7 +1,7 @@
 //! The C ABI: one file a section of `include/treeattn.h`, no logic.
 //!
 //! The only `extern "C"` of the crate. Every export is a plain function (the header generator sees nothing else) whose
-//! body is one [`guard::guard`], which turns panics into `INTERNAL`, keeps the thread's last error message and maps
+//! body is one `guard::guard`, which turns panics into `INTERNAL`, keeps the thread's last error message and maps
 //! [`Error`](crate::error::Error) to a status. Uses `runtime` and what lies below it.
 //!
 //! | file | holds |

@@ -231,43 +231,43 @@ pub struct treeattn_decode_args_t {
     pub out: treeattn_tensor_t,
     /// Natural log-sum-exp of the scaled scores, f32 [token, query head], heads as `out`. data NULL: not wanted.
     pub lse: treeattn_tensor_t,
-    /// int32 [batch + 1]: first query token of each sequence, ascending from 0. NULL: query_tokens / batch tokens each.
+    /// `int32 [batch + 1]`: first query token of each sequence, ascending from 0. NULL: query_tokens / batch each.
     pub query_start: *const i32,
-    /// int32 [batch]: tokens of each sequence on this rank, 0 to `max_kv_length`. NULL only for CSR pages with
+    /// `int32 [batch]`: tokens of each sequence on this rank, 0 to `max_kv_length`. NULL only for CSR pages with
     /// `last_page_len`.
     pub kv_length: *const i32,
-    /// int32 [batch]: tokens of each sequence on all ranks together, this step's query tokens included. Required where
+    /// `int32 [batch]`: tokens of each sequence on all ranks together, this step's query tokens included. Required where
     /// global positions matter (causal, window, ALiBi) and `query_position` is NULL.
     pub global_length: *const i32,
-    /// int32 [batch], contiguous placement: global position of local slot 0. NULL: 0, with one rank.
+    /// `int32 [batch]`, contiguous placement: global position of local slot 0. NULL: 0, with one rank.
     pub kv_start: *const i32,
     /// int32, explicit placement: global position of each local slot; row b begins at element b * kv_position_stride.
     pub kv_position: *const i32,
     /// Elements between the rows of `kv_position`. 0: `max_kv_length`.
     pub kv_position_stride: i64,
-    /// int32 [query_tokens]: global position of each query token. NULL: the last of the sequence, in order.
+    /// `int32 [query_tokens]`: global position of each query token. NULL: the last of the sequence, in order.
     pub query_position: *const i32,
-    /// int32 [batch, max_pages], block table layout: the pages of each sequence. Entries past its length are not used.
+    /// `int32 [batch, max_pages]`, block table layout: the pages of each sequence. Entries past its length are unused.
     pub block_table: *const i32,
     /// Entries of a row of `block_table`.
     pub max_pages: i32,
     /// Pages that exist in k and v.
     pub num_pages: i32,
-    /// int32 [batch + 1], CSR pages: first entry of each sequence in `page_indices`.
+    /// `int32 [batch + 1]`, CSR pages: first entry of each sequence in `page_indices`.
     pub page_indptr: *const i32,
-    /// int32 [num_page_indices], CSR pages: the pages, sequence after sequence.
+    /// `int32 [num_page_indices]`, CSR pages: the pages, sequence after sequence.
     pub page_indices: *const i32,
     /// Entries of `page_indices`.
     pub num_page_indices: i64,
-    /// int32 [batch], CSR pages: tokens in each sequence's last page, 1 to page_size. NULL: `kv_length` counts.
+    /// `int32 [batch]`, CSR pages: tokens in each sequence's last page, 1 to page_size. NULL: `kv_length` counts.
     pub last_page_len: *const i32,
     /// f32 scales of fp8 keys, [sequence or page, token or slot, kv head]. Here all strides zero is one scale for all.
     pub k_scale: treeattn_tensor_t,
     /// f32 scales of fp8 values, as `k_scale`.
     pub v_scale: treeattn_tensor_t,
-    /// f32 [query head].
+    /// `f32 [query head]`.
     pub alibi_slopes: treeattn_tensor_t,
-    /// f32 [query head]: logits that join the denominator.
+    /// `f32 [query head]`: logits that join the denominator.
     pub sinks: treeattn_tensor_t,
     /// Mask [sequence, head, query, local slot] of `mask_dtype`. Strides are taken as they are: 0 broadcasts.
     pub mask: treeattn_tensor_t,

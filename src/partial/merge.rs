@@ -3,7 +3,7 @@
 //! merge((o1, l1), (o2, l2)): m = max(l1, l2), w_i = exp(l_i - m), o = (w1 o1 + w2 o2) / (w1 + w2),
 //! lse = m + log(w1 + w2). A partial with lse = -inf is the identity and its o is never read; a NaN lse makes the row NaN.
 
-/// Partials in row order (row = query token * heads + head): o packed f32 [rows, dim], lse f32 [rows].
+/// Partials in row order (row = query token * heads + head): o packed `f32 [rows, dim]`, lse `f32 [rows]`.
 #[derive(Debug)]
 pub struct PartialRows<'a> {
     /// Normalised outputs.

@@ -11,15 +11,15 @@ use crate::partial::DataFault;
 pub struct Reference {
     /// Elements of a row of `o`, `weighted` and `largest`.
     pub dim: usize,
-    /// f64 [rows, dim]: the normalised outputs.
+    /// `f64 [rows, dim]`: the normalised outputs.
     pub o: Vec<f64>,
-    /// f64 [rows]: the natural log-sum-exps of the scaled scores.
+    /// `f64 [rows]`: the natural log-sum-exps of the scaled scores.
     pub lse: Vec<f64>,
-    /// f64 [rows, dim]: A = sum_j w_j |v_j|, with the normalised weights w.
+    /// `f64 [rows, dim]`: A = sum_j w_j |v_j|, with the normalised weights w.
     pub weighted: Vec<f64>,
-    /// f64 [rows, dim]: max_j |v_j|.
+    /// `f64 [rows, dim]`: max_j |v_j|.
     pub largest: Vec<f64>,
-    /// f64 [rows]: max_j scale sum_i |q_i k_ij| (+ sum_i |zeta_i v_ij|).
+    /// `f64 [rows]`: max_j scale sum_i |q_i k_ij| (+ sum_i |zeta_i v_ij|).
     pub score: Vec<f64>,
     /// The keys that each row sees.
     pub keys: Vec<u64>,
