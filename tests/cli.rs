@@ -35,18 +35,24 @@ fn bench_writes_its_table_and_json() {
     let path = std::env::temp_dir().join(format!("treeattn-bench-{}.json", std::process::id()));
     let file = path.to_str().unwrap();
     let axes = ["--heads", "4/2x32,3/3x16", "--lengths", "100,333", "--ranks", "1,3", "--page-size", "0,16"];
-    let args = [&["bench", "--quick", "--pool-mib", "8", "--dtype", "f16,f32", "--json", file], &axes[..]].concat();
+    let more = ["--query-tokens", "1,5", "--dtype", "f16,f32", "--json", file];
+    let args = [&["bench", "--quick", "--pool-mib", "8"], &more[..], &axes[..]].concat();
     let output = treeattn(&args);
     let text = std::fs::read_to_string(&path);
     let _ = std::fs::remove_file(&path);
     assert!(output.status.success(), "{output:?}");
     let json: serde_json::Value = serde_json::from_str(&text.unwrap()).unwrap();
     let rows = json["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 2 * 2 * 2 * 2 * 2);
-    assert!(rows.iter().all(|row| row["seconds"]["median"].as_f64().unwrap() > 0.0));
+    assert_eq!(rows.len(), 2 * 2 * 2 * 2 * 2 * 2);
+    for row in rows {
+        let number = |name: &str| row[name].as_f64().unwrap();
+        assert!(row["seconds"]["median"].as_f64().unwrap() > 0.0);
+        assert!(number("over_ceiling") >= 1.0 && number("share_of_fma") <= 1.0, "{row}");
+        assert!(number("bytes_per_second") <= number("ceiling"), "{row}");
+    }
     assert_eq!(json["exchanges"][0]["ranks"], 3);
     assert!(json["ceiling"]["median"].as_f64().unwrap() > 0.0);
-    assert!(stdout(&output).contains("4/2x32 1x333 pages of 16"), "{}", stdout(&output));
+    assert!(stdout(&output).contains("4/2x32 1x333 pages of 16 5 query tokens"), "{}", stdout(&output));
 }
 
 #[test]
@@ -77,8 +83,10 @@ fn bench_compares_every_algorithm_and_draws_them() {
         assert_eq!((row["steps"].as_u64(), row["bytes_sent"].as_u64()), (Some(steps), Some(sent)), "{row}");
     }
     let drawn = drawn.unwrap();
-    assert_eq!(drawn.matches("<circle").count(), rows.len());
-    assert!(drawn.contains(">ALLREDUCE3, 8 ranks</text>"));
+    assert_eq!(drawn.matches("class=\"mark\"").count(), rows.len());
+    for text in [">ALLREDUCE3<", ">8 ranks<", "8/8 heads x 16, 1 sequence, f32<", "bench --quick --pool-mib 8"] {
+        assert!(drawn.contains(text), "{text}");
+    }
     assert!(stdout(&output).contains("2btd p and 4btd + 2bd for the ring"), "{}", stdout(&output));
 }
 
@@ -92,7 +100,7 @@ fn bad_words_are_named() {
         (&["bench", "--device", "cuda:0", "--ranks", "2"], "--ranks"),
         (&["bench", "--device", "cuda:0", "--dtype", "f32"], "--dtype"),
         (&["bench", "--device", "cuda:1000"], "cuda:1000"),
-        (&["bench", "--quick", "--query-tokens", "4"], "--query-tokens"),
+        (&["bench", "--quick", "--query-tokens", "10", "--lengths", "9"], "--query-tokens"),
         (&["bench", "--algorithms", "two_shot,butterfly"], "butterfly"),
         (&["bench", "--quick", "--lengths", "9", "--plot", "x.svg"], "--algorithms"),
         (&["bench", "--device", "cuda:0", "--algorithms", "all"], "--algorithms"),

@@ -8,8 +8,9 @@ use super::case::{Axes, Case};
 use super::decode::Decode;
 use super::pool::Pool;
 use super::samples::{Samples, Summary};
+use crate::machine::Machine;
 use crate::outcome::Outcome;
-use crate::plot::{Line, Plot};
+use crate::plot::{Panel, Plot, Scale, Style};
 use crate::table::Table;
 
 /// Every algorithm, the one that others are compared with first.
@@ -52,19 +53,28 @@ fn name<S: Serializer>(algorithm: &Algorithm, to: S) -> Result<S::Ok, S::Error> 
     to.serialize_str(algorithm.name())
 }
 
+impl Comparison {
+    /// Keys and values that its median step read in a second, bytes.
+    pub fn bytes_per_second(&self) -> f64 {
+        self.case.kv_bytes() as f64 / self.seconds.median
+    }
+}
+
 impl Formulas {
     pub fn of(algorithm: Algorithm, case: &Case) -> Formulas {
         let (batch, ranks) = (case.batch as u64, case.ranks as u64);
+        // Several query tokens of a sequence make as many rows as sequences would.
+        let rows = batch * case.query_tokens as u64;
         let (heads, d) = (case.q_heads as u64, (case.q_heads * case.head_dim) as u64);
         // b t d of keys and as much of values; with grouped heads d shrinks by the group.
         let cache = 2 * batch * (case.keys as u64).div_ceil(ranks) * case.token_bytes() as u64;
         match algorithm {
             Algorithm::Tree | Algorithm::Allreduce3 => Formulas {
-                bytes_sent: Some(2 * (ranks - 1) * (batch * d + 2 * batch * heads) * F32 / ranks),
-                memory: Some((2 * batch * d + 2 * batch * heads) * F32),
+                bytes_sent: Some(2 * (ranks - 1) * (rows * d + 2 * rows * heads) * F32 / ranks),
+                memory: Some((2 * rows * d + 2 * rows * heads) * F32),
             },
             Algorithm::Ring => {
-                Formulas { bytes_sent: Some(cache * ranks), memory: Some(2 * cache + 2 * batch * d * F32) }
+                Formulas { bytes_sent: Some(cache * ranks), memory: Some(2 * cache + 2 * rows * d * F32) }
             }
             Algorithm::Auto | Algorithm::OneShot | Algorithm::TwoShot => Formulas::default(),
         }
@@ -192,33 +202,38 @@ pub fn ring_over_one_shot(found: &[Comparison]) -> Option<f64> {
     found.iter().find(told)?.over_one_shot
 }
 
-/// Times over lengths, a line an algorithm and number of ranks.
-pub fn plot(found: &[Comparison], processor: &str) -> Plot {
-    let mut lines: Vec<Line> = Vec::new();
-    let plain = found.iter().all(|c| {
-        let (case, first) = (&c.case, &found[0].case);
-        (case.q_heads, case.kv_heads, case.head_dim, case.dtype, case.batch, case.page_size)
-            == (first.q_heads, first.kv_heads, first.head_dim, first.dtype, first.batch, first.page_size)
-    });
+/// Times over lengths: a panel for each shape, colours for algorithms, dashes for ranks, and the time that reading the
+/// cache alone takes at `bandwidth` bytes a second.
+pub fn plot(found: &[Comparison], bandwidth: f64, machine: &Machine, command: &[String]) -> Plot {
+    let limit = format!("bytes / {:.1} GB/s of read bandwidth", bandwidth / 1e9);
+    let mut panels: Vec<Panel> = Vec::new();
     for c in found {
-        let mut name = format!("{}, {} ranks", c.algorithm.name(), c.case.ranks);
-        if !plain {
-            let case = &c.case;
-            let (q, kv, dim) = (case.q_heads, case.kv_heads, case.head_dim);
-            name.push_str(&format!(", {q}/{kv}x{dim} {} b{} p{}", case.dtype.name(), case.batch, case.page_size));
-        }
-        let point = (c.case.keys as f64, c.seconds.median * 1e3);
-        match lines.iter_mut().find(|line| line.name == name) {
-            Some(line) => line.points.push(point),
-            None => lines.push(Line { name, points: vec![point] }),
-        }
+        let title = format!("{}, {}", c.case.kind(), c.case.dtype.name());
+        let place = panels.iter().position(|panel| panel.title == title).unwrap_or_else(|| {
+            panels.push(Panel { title, lines: Vec::new() });
+            panels.len() - 1
+        });
+        let (keys, dash) = (c.case.keys as f64, format!("{} ranks", c.case.ranks));
+        let measured = Style::Measured { colour: c.algorithm.name().to_string(), dash };
+        panels[place].add(measured, (keys, c.seconds.median * 1e3));
+        panels[place].add(Style::Limit(limit.clone()), (keys, c.case.kv_bytes() as f64 / bandwidth * 1e3));
+    }
+    let mut title = "A decode step by exchange algorithm".to_string();
+    if let [only] = &mut panels[..] {
+        title.push_str(&format!(": {}", std::mem::take(&mut only.title)));
     }
     Plot {
-        title: format!("A decode step by exchange algorithm on {processor}"),
-        x_label: "keys of each sequence, all ranks together".into(),
-        y_label: "ms".into(),
-        logarithmic: true,
-        lines,
+        title,
+        about: vec![
+            format!("{}, {} cores", machine.processor, machine.cores),
+            "medians; every step reads its cache from memory".into(),
+        ],
+        command: command.to_vec(),
+        x: ("keys of a sequence, all ranks together".into(), Scale::Doublings),
+        y: ("ms a step".into(), Scale::Decades),
+        colours: "algorithm",
+        dashes: "ranks",
+        panels,
     }
 }
 

@@ -39,7 +39,7 @@ pub struct Args {
     /// Tokens a page of a block table; 0: a strided cache.
     #[arg(long, value_delimiter = ',', value_parser = page)]
     pub page_size: Vec<usize>,
-    /// Query tokens of each sequence, on a GPU.
+    /// Query tokens of each sequence; causal where there are several.
     #[arg(long, value_delimiter = ',', value_parser = size)]
     pub query_tokens: Vec<usize>,
     /// Threads of each rank. Default: the cores over the ranks.

@@ -16,6 +16,8 @@ pub struct Case {
     pub batch: usize,
     /// Keys of each sequence, all ranks together.
     pub keys: usize,
+    /// Query tokens of each sequence; causal where there are several.
+    pub query_tokens: usize,
     pub ranks: usize,
     pub threads_per_rank: usize,
     #[serde(serialize_with = "isa_name")]
@@ -45,21 +47,38 @@ impl Case {
         self.kv_heads * self.head_dim * self.dtype.size()
     }
 
-    /// Multiplications and additions of a step, q.k and w.v.
+    /// Multiplications and additions of a step, q.k and w.v over the keys that each query token sees.
     pub fn flops(&self) -> f64 {
-        4.0 * (self.batch * self.q_heads * self.head_dim) as f64 * self.keys as f64
+        let (tokens, keys) = (self.query_tokens as f64, self.keys as f64);
+        let visible = tokens * keys - tokens * (tokens - 1.0) / 2.0;
+        4.0 * (self.batch * self.q_heads * self.head_dim) as f64 * visible
+    }
+
+    /// The case in words but for its length and element type.
+    pub fn kind(&self) -> String {
+        let mut words = vec![format!("{}/{} heads x {}", self.q_heads, self.kv_heads, self.head_dim)];
+        words.push(if self.batch == 1 { "1 sequence".to_string() } else { format!("{} sequences", self.batch) });
+        words.extend(self.details());
+        if self.isa != treeattn::cpu::isa() {
+            words.push(self.isa.name().to_string());
+        }
+        words.join(", ")
     }
 
     /// The case in words, without its element type and instruction set.
     pub fn shape(&self) -> String {
-        let mut text = format!("{}/{}x{} {}x{}", self.q_heads, self.kv_heads, self.head_dim, self.batch, self.keys);
-        if self.page_size > 0 {
-            text.push_str(&format!(" pages of {}", self.page_size));
-        }
-        if self.cached {
-            text.push_str(" cached");
-        }
-        text
+        let mut words = vec![format!("{}/{}x{}", self.q_heads, self.kv_heads, self.head_dim)];
+        words.push(format!("{}x{}", self.batch, self.keys));
+        words.extend(self.details());
+        words.join(" ")
+    }
+
+    /// What is out of the ordinary.
+    fn details(&self) -> Vec<String> {
+        let pages = (self.page_size > 0).then(|| format!("pages of {}", self.page_size));
+        let tokens = (self.query_tokens > 1).then(|| format!("{} query tokens", self.query_tokens));
+        let cached = self.cached.then(|| "cached".to_string());
+        [pages, tokens, cached].into_iter().flatten().collect()
     }
 }
 
@@ -72,6 +91,7 @@ fn base(cores: usize) -> Case {
         dtype: Dtype::F16,
         batch: 1,
         keys: 32_768,
+        query_tokens: 1,
         ranks: 1,
         threads_per_rank: cores,
         isa: treeattn::cpu::isa(),
@@ -127,6 +147,7 @@ pub struct Axes {
     pub ranks: Vec<usize>,
     pub isas: Vec<Isa>,
     pub pages: Vec<usize>,
+    pub query_tokens: Vec<usize>,
     pub threads: Option<usize>,
 }
 
@@ -139,6 +160,7 @@ impl Axes {
             && self.ranks.is_empty()
             && self.isas.is_empty()
             && self.pages.is_empty()
+            && self.query_tokens.is_empty()
             && self.threads.is_none()
     }
 
@@ -165,6 +187,7 @@ impl Axes {
         cases = vary(cases, self.batches.len(), &|case, n| case.batch = self.batches[n]);
         cases = vary(cases, self.lengths.len(), &|case, n| case.keys = self.lengths[n]);
         cases = vary(cases, self.pages.len(), &|case, n| case.page_size = self.pages[n]);
+        cases = vary(cases, self.query_tokens.len(), &|case, n| case.query_tokens = self.query_tokens[n]);
         cases = vary(cases, self.ranks.len(), &|case, n| *case = over(self.ranks[n], cores, *case));
         for case in &mut cases {
             case.threads_per_rank = self.threads.unwrap_or(case.threads_per_rank);

@@ -1,7 +1,7 @@
 //! Times decode steps of one case over the pool.
 
 use half::{bf16, f16};
-use treeattn::attention::placement::local_length;
+use treeattn::attention::placement::{global_position, local_length};
 use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, Dtype, KvLayout, Placement, Shard, Tensor};
 use treeattn::device::HostBuffer;
 use treeattn::runtime::{CommConfig, Communicator, Device, Plan, PlanStats, Runtime, RuntimeConfig};
@@ -37,6 +37,9 @@ struct Rank {
     q: HostBuffer,
     out: HostBuffer,
     lengths: Vec<i32>,
+    /// Global position of the first key, and keys of all ranks together, of each sequence.
+    starts: Vec<i32>,
+    global_lengths: Vec<i32>,
     table: Vec<i32>,
     /// Keys of each sequence that the shard has room for.
     room: usize,
@@ -105,7 +108,8 @@ fn describe(case: &Case, algorithm: Algorithm) -> Outcome<AttentionDesc> {
     desc.algorithm = algorithm;
     (desc.q_dtype, desc.k_dtype, desc.v_dtype, desc.out_dtype) = (case.dtype, case.dtype, case.dtype, case.dtype);
     desc.max_batch = i32::try_from(case.batch)?;
-    desc.max_query_tokens = desc.max_batch;
+    desc.max_query_tokens = i32::try_from(case.batch * case.query_tokens)?;
+    desc.causal = case.query_tokens > 1;
     if case.page_size > 0 {
         (desc.kv_layout, desc.page_size) = (KvLayout::BlockTable, i32::try_from(case.page_size)?);
     }
@@ -115,9 +119,11 @@ fn describe(case: &Case, algorithm: Algorithm) -> Outcome<AttentionDesc> {
 impl Rank {
     fn new(case: &Case, rank: usize, plan: Plan, begin: usize) -> Outcome<Rank> {
         let shard = Shard { rank: i32::try_from(rank)?, world: i32::try_from(case.ranks)? };
-        let keys = local_length(Placement::Contiguous, shard, i32::try_from(case.keys)?)?;
+        let all = i32::try_from(case.keys)?;
+        let keys = local_length(Placement::Contiguous, shard, all)?;
+        let start = if keys > 0 { global_position(Placement::Contiguous, shard, all, 0)? } else { 0 };
         let room = (keys as usize).next_multiple_of(case.page_size.max(1));
-        let elements = case.batch * case.q_heads * case.head_dim;
+        let elements = case.batch * case.query_tokens * case.q_heads * case.head_dim;
         let q = HostBuffer::new(elements * case.dtype.size())?;
         let mut random = Random(1 + rank as u64);
         for i in 0..elements {
@@ -139,7 +145,8 @@ impl Rank {
             let other = ((random.float() + 1.0) / 2.0 * (last + 1) as f32) as usize;
             table.swap(last, other.min(last));
         }
-        Ok(Rank { plan, q, out, lengths: vec![keys; case.batch], table, room, begin })
+        let [lengths, starts, global_lengths] = [keys, start, all].map(|value| vec![value; case.batch]);
+        Ok(Rank { plan, q, out, lengths, starts, global_lengths, table, room, begin })
     }
 
     /// The step over the cache `slot` bytes into the pool.
@@ -158,12 +165,14 @@ impl Rank {
         let cache = |at: usize| tensor(pool.data().wrapping_add(slot + at), bytes).with_strides(stride);
         DecodeArgs {
             batch: case.batch as i32,
-            query_tokens: case.batch as i32,
+            query_tokens: (case.batch * case.query_tokens) as i32,
             q: tensor(self.q.as_ptr(), self.q.len()),
             k: cache(self.begin),
             v: cache(self.begin + bytes),
             out: tensor(self.out.as_mut_ptr(), self.out.len()),
             kv_length: self.lengths.as_ptr(),
+            global_length: self.global_lengths.as_ptr(),
+            kv_start: self.starts.as_ptr(),
             block_table: self.table.as_ptr(),
             max_pages: (self.table.len() / case.batch) as i32,
             num_pages: self.table.len() as i32,

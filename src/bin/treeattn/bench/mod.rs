@@ -25,6 +25,7 @@ use treeattn::attention::Algorithm;
 use treeattn::device::available_cores;
 use treeattn::runtime::{Device, DeviceKind, Runtime, RuntimeConfig};
 
+use self::algorithms::Comparison;
 pub use self::args::Args;
 use self::args::{DTYPES, Ranks};
 use self::case::{Axes, Case, Target};
@@ -32,7 +33,7 @@ pub use self::ceiling::Ceiling;
 use self::decode::{Decode, least_pool};
 use self::limit::Limit;
 pub use self::pool::Pool;
-use self::report::{CeilingReport, LimitReport, Report, Row};
+use self::report::{CeilingReport, Report, Row};
 use self::samples::Samples;
 use crate::machine::{Machine, Usage};
 use crate::outcome::{Outcome, print};
@@ -64,9 +65,6 @@ pub fn run(args: &Args) -> Outcome<()> {
     if args.device.kind == DeviceKind::Cuda {
         return cuda::run(args, args.device);
     }
-    if !args.query_tokens.is_empty() {
-        return Err("--query-tokens: it is for a GPU, wanted --device cuda:N".into());
-    }
     let pace = if args.quick { QUICK } else { FULL };
     let cores = available_cores();
     let axes = Axes {
@@ -77,6 +75,7 @@ pub fn run(args: &Args) -> Outcome<()> {
         ranks: counts.clone(),
         isas: args.isa.clone(),
         pages: args.page_size.clone(),
+        query_tokens: args.query_tokens.clone(),
         threads: args.threads,
     };
     let asked: Vec<Algorithm> = args.algorithms.iter().flat_map(|some| &some.0).copied().collect();
@@ -90,6 +89,10 @@ pub fn run(args: &Args) -> Outcome<()> {
     let contests = if compared.is_empty() { Vec::new() } else { algorithms::cases(&axes, cores, args.quick) };
     if args.plot.is_some() && contests.is_empty() {
         return Err("--plot: there is nothing to draw without --algorithms over more than one rank".into());
+    }
+    if let Some(case) = cases.iter().chain(&contests).find(|case| case.query_tokens > case.keys) {
+        let (found, keys) = (case.query_tokens, case.keys);
+        return Err(format!("--query-tokens: found {found}, wanted at most the {keys} keys of a sequence").into());
     }
     let targets: Vec<Target> = if standard && !args.quick { case::targets(cores) } else { Vec::new() };
     let largest = cases.iter().chain(&contests).map(least_pool).max().unwrap_or(0);
@@ -138,12 +141,16 @@ pub fn run(args: &Args) -> Outcome<()> {
     progress.finish_and_clear();
 
     let peak = ceiling.peak();
-    let fma = |isa| limits.iter().find(|limit| limit.is_fma_of(isa)).map(Limit::median);
     let row = |timed: Timed| {
         let beside = timed.beside.map(|beside| (beside.ceiling.median(), beside.over.median()));
-        Row::new(timed.case, timed.seconds, beside, peak, fma(timed.case.isa))
+        Row::new(timed.case, timed.seconds, beside, peak)
     };
-    let rows: Vec<Row> = rows.into_iter().map(row).collect();
+    let mut rows: Vec<Row> = rows.into_iter().map(row).collect();
+    let limits = report::limits(&limits, &mut rows);
+    let from_memory = rows.iter().filter(|row| !row.case.cached && !row.contaminated).map(|row| row.bytes_per_second);
+    let rates = from_memory.chain(comparisons.iter().map(Comparison::bytes_per_second));
+    // What a step reached is possible: no limit is below it.
+    let bandwidth = rates.fold(ceiling.median(), f64::max);
     let mut report = Report {
         version: env!("CARGO_PKG_VERSION"),
         command: std::env::args().collect(),
@@ -153,13 +160,10 @@ pub fn run(args: &Args) -> Outcome<()> {
             kernel: ceiling.kernel(),
             median: ceiling.median(),
             peak: ceiling.peak(),
+            limit: bandwidth,
             kernels: ceiling.kernels.clone(),
         },
-        limits: limits
-            .iter()
-            .filter(|_| !rows.is_empty())
-            .map(|limit| LimitReport { name: limit.name(), median: limit.median(), peak: limit.peak() })
-            .collect(),
+        limits,
         contaminated: rows.iter().any(|row| row.contaminated),
         rows,
         exchanges: found,
@@ -174,7 +178,7 @@ pub fn run(args: &Args) -> Outcome<()> {
         std::fs::write(path, text).map_err(|error| format!("--json {}: {error}", path.display()))?;
     }
     if let Some(path) = &args.plot {
-        let svg = algorithms::plot(&report.algorithms, &report.machine.processor).svg();
+        let svg = algorithms::plot(&report.algorithms, report.ceiling.limit, &report.machine, &report.command).svg();
         std::fs::write(path, svg).map_err(|error| format!("--plot {}: {error}", path.display()))?;
     }
     print(&report.text())
@@ -190,7 +194,8 @@ struct Timed {
     beside: Option<Beside>,
 }
 
-/// The read bandwidth just before each block of a case, bytes a second, and the block's time over bytes / bandwidth.
+/// The read bandwidth beside each block of a case, bytes a second, and the block's time over bytes / bandwidth. The
+/// bandwidth is what was read fastest then: by the read kernel just before, or by the block itself.
 #[derive(Clone, Debug, Default)]
 struct Beside {
     ceiling: Samples,
@@ -227,8 +232,9 @@ fn decode_rows(
                     decode.block(pace.block)?;
                 } else {
                     let read = ceiling.sample(pool)?;
-                    beside.ceiling.push(read);
-                    beside.over.push(decode.block(pace.block)? * read / decode.case.kv_bytes() as f64);
+                    let own = decode.case.kv_bytes() as f64 / decode.block(pace.block)?;
+                    beside.ceiling.push(read.max(own));
+                    beside.over.push(read.max(own) / own);
                 }
                 progress.inc(1);
             }

@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::algorithms::{self, Comparison};
 use super::case::{Case, Target};
 use super::exchange::Exchange;
+use super::limit::Limit;
 use super::samples::Summary;
 use crate::machine::Machine;
 use crate::table::Table;
@@ -41,6 +42,8 @@ pub struct CeilingReport {
     pub kernel: &'static str,
     pub median: f64,
     pub peak: f64,
+    /// The median, or what the fastest row read, where that is more.
+    pub limit: f64,
     pub kernels: Vec<(&'static str, f64)>,
 }
 
@@ -50,6 +53,8 @@ pub struct LimitReport {
     pub name: &'static str,
     pub median: f64,
     pub peak: f64,
+    /// The median, or what the fastest row on this instruction set computed, where that is more.
+    pub limit: f64,
 }
 
 #[derive(Serialize)]
@@ -59,13 +64,13 @@ pub struct Row {
     pub kv_bytes: usize,
     pub seconds: Summary,
     pub bytes_per_second: f64,
-    /// Read bandwidth, the median of the passes between this row's blocks, bytes a second. None for caches read again
-    /// and again.
+    /// Read bandwidth beside this row's blocks, bytes a second: the median of what was read fastest then. None for caches
+    /// read again and again.
     pub ceiling: Option<f64>,
     /// Time over bytes / that bandwidth, block by block; the median.
     pub over_ceiling: Option<f64>,
     pub flops_per_second: f64,
-    /// Share of the fp32 FMA limit of the instruction set.
+    /// Share of the fp32 FMA limit of the instruction set, which all rows of a run set.
     pub share_of_fma: Option<f64>,
     pub contaminated: bool,
 }
@@ -80,9 +85,8 @@ pub struct TargetReport {
 
 impl Row {
     /// `beside`: the medians of the read bandwidth beside this row's blocks and of the blocks' times over bytes / that
-    /// bandwidth, where it reads from memory. `peak`: the fastest pass of the
-    /// whole run. `fma`: the median fp32 limit of the case's instruction set.
-    pub fn new(case: Case, seconds: Summary, beside: Option<(f64, f64)>, peak: f64, fma: Option<f64>) -> Row {
+    /// bandwidth, where it reads from memory. `peak`: the fastest pass of the whole run.
+    pub fn new(case: Case, seconds: Summary, beside: Option<(f64, f64)>, peak: f64) -> Row {
         let bytes_per_second = case.kv_bytes() as f64 / seconds.median;
         let flops_per_second = case.flops() / seconds.median;
         Row {
@@ -90,13 +94,29 @@ impl Row {
             kv_bytes: case.kv_bytes(),
             seconds,
             bytes_per_second,
-            ceiling: beside.map(|beside| beside.0),
+            ceiling: beside.map(|beside| beside.0.max(bytes_per_second)),
             over_ceiling: beside.map(|beside| beside.1),
             flops_per_second,
-            share_of_fma: fma.map(|limit| flops_per_second / limit),
+            share_of_fma: None,
             contaminated: !case.cached && bytes_per_second > peak * (1.0 + TOLERANCE),
         }
     }
+}
+
+/// The arithmetic limits of a run, and every row's share of its own: no limit is below what a row reached.
+pub fn limits(measured: &[Limit], rows: &mut [Row]) -> Vec<LimitReport> {
+    let mut reports = Vec::new();
+    if rows.is_empty() {
+        return reports;
+    }
+    for limit in measured {
+        let mine = |row: &&mut Row| limit.is_fma_of(row.case.isa);
+        let reached = rows.iter_mut().filter(mine).map(|row| row.flops_per_second);
+        let most = reached.fold(limit.median(), f64::max);
+        rows.iter_mut().filter(mine).for_each(|row| row.share_of_fma = Some(row.flops_per_second / most));
+        reports.push(LimitReport { name: limit.name(), median: limit.median(), peak: limit.peak(), limit: most });
+    }
+    reports
 }
 
 impl Report {
@@ -131,7 +151,7 @@ impl Report {
     pub fn text(&self) -> String {
         let machine = &self.machine;
         let mut text = format!(
-            "{}, {} cores; read bandwidth {:.1} GB/s (best of {} kernels over {} MiB: {}), at most {:.1}\n",
+            "{}, {} cores; read bandwidth {:.1} GB/s (best of {} kernels over {} MiB: {}), at most {:.1}{}\n",
             machine.processor,
             machine.cores,
             self.ceiling.median / 1e9,
@@ -139,10 +159,15 @@ impl Report {
             self.pool_bytes >> 20,
             self.ceiling.kernel,
             self.ceiling.peak / 1e9,
+            if self.ceiling.limit > self.ceiling.median {
+                format!("; a step read {:.1}", self.ceiling.limit / 1e9)
+            } else {
+                String::new()
+            },
         );
         if !self.rows.is_empty() {
             let limits: Vec<String> =
-                self.limits.iter().map(|limit| format!("{} {:.0}", limit.name, limit.median / 1e9)).collect();
+                self.limits.iter().map(|limit| format!("{} {:.0}", limit.name, limit.limit / 1e9)).collect();
             text.push_str(&format!("arithmetic limits, GFLOP/s: {}\n\n", limits.join(", ")));
             text.push_str(&self.decode_table());
         }
@@ -219,8 +244,8 @@ impl Report {
             String::from("\nheads q/kv x dim, sequences x keys; caches come from memory unless they are cached\n");
         if !self.rows.is_empty() {
             text.push_str(
-                "ceiling: read bandwidth of all cores between the row's blocks, GB/s; x ceiling: time over bytes / \
-                 ceiling\n",
+                "ceiling: read bandwidth of all cores beside the row's blocks, GB/s, by the read kernel or by the row, \
+                 whichever was faster; x ceiling: time over bytes / ceiling; % FMA: likewise, of the best of loop and rows\n",
             );
         }
         if self.contaminated {
@@ -238,4 +263,27 @@ impl Report {
 
 fn verdict(name: String, wanted: String, found: String, met: bool) -> TargetReport {
     TargetReport { name, wanted, found, met }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::case::standard;
+
+    #[test]
+    fn no_row_is_above_a_limit() {
+        let case = standard(2, true)[0];
+        let row = |median: f64, beside: Option<(f64, f64)>| {
+            Row::new(case, Summary { median, ..Summary::default() }, beside, 1e9)
+        };
+        let mut rows = [row(2.0, None), row(1.0, None)];
+        // No limit was sampled: each is 0, and the rows set it.
+        let limits = limits(&Limit::all(), &mut rows);
+        assert_eq!(rows.map(|row| row.share_of_fma), [Some(0.5), Some(1.0)]);
+        let mine = limits.iter().find(|limit| limit.limit > 0.0).unwrap();
+        assert_eq!((mine.median, mine.limit), (0.0, case.flops()));
+        let bytes = case.kv_bytes() as f64;
+        let faster = row(1.0, Some((0.9 * bytes, 1.0)));
+        assert_eq!(faster.ceiling, Some(bytes));
+    }
 }

@@ -81,7 +81,7 @@ pub fn run(args: &Args, device: Device) -> Outcome<()> {
     progress.finish_and_clear();
     timed.sort_by_key(|timed| timed.0);
 
-    let rows = timed.into_iter().map(|(place, timed)| Row::new(cases[place], timed, ceiling.median()));
+    let rows = timed.into_iter().map(|(place, timed)| Row::new(cases[place], timed));
     let mut report = Report {
         version: env!("CARGO_PKG_VERSION"),
         command: std::env::args().collect(),
@@ -92,12 +92,14 @@ pub fn run(args: &Args, device: Device) -> Outcome<()> {
             bytes: ceiling.bytes(),
             median: ceiling.median(),
             peak: ceiling.peak(),
+            limit: ceiling.median(),
             kernels: ceiling.kernels.clone(),
         },
         rows: rows.collect(),
         targets: Vec::new(),
         contaminated: false,
     };
+    report.set_shares();
     report.contaminated = report.rows.iter().any(|row| report.too_fast(row));
     if standard {
         report.targets = report.judge(&case::targets());

@@ -6,7 +6,7 @@ use super::case::{Case, Target};
 use super::decode::Timed;
 use super::driver::Card;
 use crate::bench::samples::Summary;
-use crate::plot::{Line, Plot};
+use crate::plot::{Panel, Plot, Scale, Style};
 use crate::table::Table;
 
 #[derive(Serialize)]
@@ -29,6 +29,8 @@ pub struct CeilingReport {
     pub bytes: usize,
     pub median: f64,
     pub peak: f64,
+    /// The median, or what the fastest row read, where that is more: what shares are taken of.
+    pub limit: f64,
     pub kernels: Vec<(String, f64)>,
 }
 
@@ -60,8 +62,8 @@ pub struct TargetReport {
 }
 
 impl Row {
-    /// `ceiling`: the read bandwidth, bytes a second.
-    pub fn new(case: Case, timed: Timed, ceiling: f64) -> Row {
+    /// Its share of the ceiling is set when all rows are there.
+    pub fn new(case: Case, timed: Timed) -> Row {
         let bytes_per_second = case.kv_bytes() as f64 / timed.replay.median;
         Row {
             case,
@@ -72,7 +74,7 @@ impl Row {
             eager: timed.eager,
             host: timed.host,
             bytes_per_second,
-            share_of_ceiling: bytes_per_second / ceiling,
+            share_of_ceiling: 0.0,
         }
     }
 }
@@ -136,7 +138,7 @@ impl Report {
                 us(row.replay.median),
                 us(row.replay.minimum),
                 format!("{:.3}", row.bytes_per_second / 1e12),
-                format!("{:.1}{}", 100.0 * row.share_of_ceiling, if self.too_fast(row) { " !" } else { "" }),
+                if self.too_fast(row) { "!".into() } else { format!("{:.1}", 100.0 * row.share_of_ceiling) },
                 us(row.eager.median),
                 us(row.host.median),
             ]);
@@ -161,36 +163,41 @@ impl Report {
         text
     }
 
+    /// Sets every row's share of the read bandwidth: no limit is below what a step reached, unless that is more than the
+    /// memory's clock allows.
+    pub fn set_shares(&mut self) {
+        let rates = self.rows.iter().filter(|row| !self.too_fast(row)).map(|row| row.bytes_per_second);
+        self.ceiling.limit = rates.fold(self.ceiling.median, f64::max);
+        for row in &mut self.rows {
+            row.share_of_ceiling = row.bytes_per_second / self.ceiling.limit;
+        }
+    }
+
     /// Whether a row was faster than the memory's clock allows.
     pub fn too_fast(&self, row: &Row) -> bool {
         self.gpu.nominal > 0.0 && row.bytes_per_second > self.gpu.nominal
     }
 
-    /// The share of the ceiling over the bytes of a step, a line for each kind of shape.
+    /// The share of the ceiling over the bytes of a step, a colour for each kind of shape.
     pub fn plot(&self) -> Plot {
-        let mut lines: Vec<Line> = Vec::new();
-        for row in &self.rows {
-            let name = match row.case.batch {
-                1 => row.case.kind(),
-                _ => format!("{}, batches", row.case.kind()),
-            };
-            let point = (row.kv_bytes as f64 / 1e6, 100.0 * row.share_of_ceiling);
-            match lines.iter_mut().find(|line| line.name == name) {
-                Some(line) => line.points.push(point),
-                None => lines.push(Line { name, points: vec![point] }),
-            }
+        let mut panel = Panel { title: String::new(), lines: Vec::new() };
+        let limit = format!("{:.2} TB/s of read bandwidth", self.ceiling.limit / 1e12);
+        for row in self.rows.iter().filter(|row| !self.too_fast(row)) {
+            let dash = if row.case.batch == 1 { "1 sequence" } else { "batches" };
+            let measured = Style::Measured { colour: row.case.kind(), dash: dash.into() };
+            let megabytes = row.kv_bytes as f64 / 1e6;
+            panel.add(measured, (megabytes, 100.0 * row.share_of_ceiling));
+            panel.add(Style::Limit(limit.clone()), (megabytes, 100.0));
         }
-        lines.iter_mut().for_each(|line| line.points.sort_by(|a, b| a.0.total_cmp(&b.0)));
         Plot {
-            title: format!(
-                "Decode on {}: share of its read bandwidth, {:.2} TB/s",
-                self.gpu.name,
-                self.ceiling.median / 1e12
-            ),
-            x_label: "MB of keys and values a step".into(),
-            y_label: "% of the read bandwidth".into(),
-            logarithmic: false,
-            lines,
+            title: format!("Decode on {}: share of its read bandwidth", self.gpu.name),
+            about: vec!["bf16 unless named; replayed graphs; no step finds its cache in L2".into()],
+            command: self.command.clone(),
+            x: ("MB of keys and values a step".into(), Scale::Decades),
+            y: ("% of the read bandwidth".into(), Scale::Linear),
+            colours: "query/kv heads x dim",
+            dashes: "batch",
+            panels: vec![panel],
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::bench::cuda::case::{self, Case};
 use crate::bench::cuda::decode::Timed;
 use crate::bench::samples::Summary;
 use crate::outcome::Outcome;
-use crate::plot::{Line, Plot};
+use crate::plot::{Panel, Plot, Scale, Style};
 use crate::table::Table;
 
 #[derive(Serialize)]
@@ -234,29 +234,38 @@ impl Report {
         text
     }
 
-    /// A step's time over the keys of all ranks, a line for each algorithm.
+    /// A step's time over the keys of all ranks: a panel for each kind of shape, a colour for each algorithm, and what
+    /// attention alone takes.
     pub fn plot(&self) -> Plot {
-        let mut lines: Vec<Line> = Vec::new();
-        let mut add = |name: String, point: (f64, f64)| match lines.iter_mut().find(|line| line.name == name) {
-            Some(line) => line.points.push(point),
-            None => lines.push(Line { name, points: vec![point] }),
-        };
+        let mut panels: Vec<Panel> = Vec::new();
         for row in self.rows.iter().filter(|row| row.case.batch == 1) {
+            let title = row.case.kind();
+            let place = panels.iter().position(|panel| panel.title == title).unwrap_or_else(|| {
+                panels.push(Panel { title, lines: Vec::new() });
+                panels.len() - 1
+            });
             let keys = row.case.keys as f64;
-            add(format!("{}: attention alone", row.case.kind()), (keys, 1e6 * row.local.replay.median));
             for found in &row.found {
                 if let Some(micros) = found.micros() {
-                    add(format!("{}: {}", row.case.kind(), found.asked), (keys, micros));
+                    let measured = Style::Measured { colour: found.asked.into(), dash: String::new() };
+                    panels[place].add(measured, (keys, micros));
                 }
             }
+            panels[place].add(Style::Limit("attention alone".into()), (keys, 1e6 * row.local.replay.median));
         }
-        lines.iter_mut().for_each(|line| line.points.sort_by(|a, b| a.0.total_cmp(&b.0)));
+        let mut title = format!("Decode over {} GPUs", self.ranks.len());
+        if let [only] = &mut panels[..] {
+            title.push_str(&format!(": {}, 1 sequence", std::mem::take(&mut only.title)));
+        }
         Plot {
-            title: format!("Decode over {} GPUs", self.ranks.len()),
-            x_label: "keys of all ranks together".into(),
-            y_label: "microseconds a step".into(),
-            logarithmic: true,
-            lines,
+            title,
+            about: vec![self.ranks.join(", "), "bf16 unless named; replayed graphs; the slowest rank counts".into()],
+            command: self.command.clone(),
+            x: ("keys of all ranks together".into(), Scale::Doublings),
+            y: ("microseconds a step".into(), Scale::Decades),
+            colours: "algorithm",
+            dashes: "",
+            panels,
         }
     }
 }
