@@ -77,8 +77,8 @@ int run() {
   const auto runtime = treeattn::Runtime::create();
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("no GPU here: nothing to show\n");
-    return 0;
+    std::printf("found no GPU: nothing to show\n");
+    return 77;  // skipped
   }
   cudaDeviceProp properties;
   CUDA(cudaGetDeviceProperties(&properties, 0));
