@@ -110,6 +110,7 @@ programs! {
     decode,
     energy,
     faults,
+    floats,
     handles,
     local,
     merge,
@@ -118,8 +119,10 @@ programs! {
     plan,
     runtime,
     selfcheck,
+    threads,
     transport,
     version,
+    waits,
 }
 
 /// The sources of the programs by name.
@@ -158,13 +161,25 @@ fn programs_for_a_gpu_compile() {
 #[test]
 fn every_symbol_is_called() {
     let sources = sources();
-    let symbols = fs::read_to_string(root().join("cbindings/symbols.txt")).unwrap();
-    let missing: Vec<&str> = symbols
-        .lines()
-        .filter(|line| !line.is_empty() && !line.starts_with('#'))
-        .filter(|symbol| !sources.iter().any(|(_, text)| text.contains(&format!("{symbol}("))))
-        .collect();
+    let is_called = |symbol: &String| sources.iter().any(|(_, text)| text.contains(&format!("{symbol}(")));
+    let missing: Vec<String> = symbols().into_iter().filter(|symbol| !is_called(symbol)).collect();
     assert!(missing.is_empty(), "no program of tests/c calls {missing:?}");
+}
+
+/// The symbols of the library.
+fn symbols() -> Vec<String> {
+    let text = fs::read_to_string(root().join("cbindings/symbols.txt")).unwrap();
+    text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned).collect()
+}
+
+#[test]
+fn every_symbol_is_called_under_odd_floating_point_settings() {
+    let text = fs::read_to_string(root().join("tests/c/floats.c")).unwrap();
+    let is_checked = |symbol: &String| {
+        [format!("KEEPS({symbol}("), format!("KEEPS_ANYHOW({symbol}(")].iter().any(|call| text.contains(call))
+    };
+    let missing: Vec<String> = symbols().into_iter().filter(|symbol| !is_checked(symbol)).collect();
+    assert!(missing.is_empty(), "floats.c does not check {missing:?}");
 }
 
 /// Memory that the library touches is memory that the caller gave or that it got itself. Valgrind knows no AVX-512.

@@ -1,8 +1,9 @@
-//! A panic in every export comes back to C as a status. The library that cargo ships has no faults to arm, so the test
-//! builds one that has, in a target folder of its own.
+//! A panic in every export comes back to C as a status, and a fault in the middle of a step reaches all ranks. The library
+//! that cargo ships has no faults to arm, so the tests build one that has, in a target folder of its own.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -40,18 +41,38 @@ fn faulty_library() -> PathBuf {
     folder
 }
 
+/// Compiles a program of `tests/fault` with a library that has faults, and runs it.
+fn run_program(name: &str) {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    let folder = FOLDER.get_or_init(faulty_library);
+    let program = folder.join(name);
+    let mut compile = Command::new(std::env::var_os("CC").unwrap_or("cc".into()));
+    compile.args([
+        "-std=c99",
+        "-D_POSIX_C_SOURCE=200809L",
+        "-Wall",
+        "-Wextra",
+        "-pedantic",
+        "-Werror",
+        "-g",
+        "-pthread",
+    ]);
+    compile.arg("-I").arg(root().join("include")).arg(root().join(format!("tests/fault/{name}.c"))).arg("-o");
+    succeed(compile.arg(&program).arg("-L").arg(folder).args(["-ltreeattn", "-lm"]));
+    let said = succeed(
+        Command::new(&program).env("LD_LIBRARY_PATH", folder).env_remove("TREEATTN_FAULTS").env("RUST_BACKTRACE", "0"),
+    );
+    assert!(said.contains(&format!("{name}: ok")), "{said}");
+}
+
 #[test]
 fn a_panic_in_every_export_is_a_status() {
-    let folder = faulty_library();
-    let program = folder.join("exports");
-    let mut compile = Command::new(std::env::var_os("CC").unwrap_or("cc".into()));
-    compile.args(["-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror", "-g"]);
-    compile.arg("-I").arg(root().join("include")).arg(root().join("tests/fault/exports.c")).arg("-o").arg(&program);
-    succeed(compile.arg("-L").arg(&folder).arg("-ltreeattn"));
-    let said = succeed(
-        Command::new(&program).env("LD_LIBRARY_PATH", &folder).env_remove("TREEATTN_FAULTS").env("RUST_BACKTRACE", "0"),
-    );
-    assert!(said.contains("exports: ok"), "{said}");
+    run_program("exports");
+}
+
+#[test]
+fn a_fault_in_a_step_of_one_rank_ends_it_on_all() {
+    run_program("steps");
 }
 
 #[test]

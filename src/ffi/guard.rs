@@ -1,10 +1,12 @@
-//! The border: panics become `INTERNAL`, errors a status and the thread's last message.
+//! The border: panics become `INTERNAL`, errors a status and the thread's last message; inside, the thread has the usual
+//! floating-point state, whatever the caller's is.
 
 use std::cell::RefCell;
 use std::ffi::{CString, c_char};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::codes::{TREEATTN_ERROR_INTERNAL, TREEATTN_OK, treeattn_status_t};
+use crate::device::FloatState;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault;
 
@@ -15,6 +17,8 @@ thread_local! {
 /// Runs the body of export `name`. Nothing unwinds past it, and the body writes its outputs last, so that they are
 /// untouched on error. `name` is also the point at which tests inject faults.
 pub fn guard(name: &'static str, body: impl FnOnce() -> Result<()>) -> treeattn_status_t {
+    // Before anything else: a caller that traps floating-point exceptions would trap in the body, too.
+    let _float = FloatState::enter();
     // What unwinds half-way is dropped; shared state is behind locks that outlive a panic.
     let result = catch_unwind(AssertUnwindSafe(|| {
         fault::point(name)?;

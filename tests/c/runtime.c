@@ -2,6 +2,9 @@
  * treeattn_runtime_create, _destroy, _device_count, _device_info, _set_log_callback; treeattn_stream_create,
  * _wrap_cuda, _synchronize, _destroy; treeattn_buffer_alloc, _data, _upload, _download, _destroy.
  */
+#include <pthread.h>
+#include <time.h>
+
 #include "problem.h"
 
 static treeattn_runtime_t *runtime;
@@ -110,6 +113,45 @@ static void devices(void) {
   CHECK(check_untouched(raw.rest + 8, sizeof(raw.rest) - 8));
 }
 
+/* A flag between threads. */
+typedef struct {
+  pthread_mutex_t mutex;
+  pthread_cond_t raised;
+  int is_raised;
+} flag_t;
+
+static void flag_init(flag_t *flag) {
+  CHECK(pthread_mutex_init(&flag->mutex, NULL) == 0 && pthread_cond_init(&flag->raised, NULL) == 0);
+  flag->is_raised = 0;
+}
+
+static void flag_raise(flag_t *flag) {
+  pthread_mutex_lock(&flag->mutex);
+  flag->is_raised = 1;
+  pthread_cond_broadcast(&flag->raised);
+  pthread_mutex_unlock(&flag->mutex);
+}
+
+static int flag_is_raised(flag_t *flag) {
+  pthread_mutex_lock(&flag->mutex);
+  const int is_raised = flag->is_raised;
+  pthread_mutex_unlock(&flag->mutex);
+  return is_raised;
+}
+
+static void flag_wait(flag_t *flag) {
+  pthread_mutex_lock(&flag->mutex);
+  while (!flag->is_raised) {
+    pthread_cond_wait(&flag->raised, &flag->mutex);
+  }
+  pthread_mutex_unlock(&flag->mutex);
+}
+
+static void flag_free(flag_t *flag) {
+  pthread_cond_destroy(&flag->raised);
+  pthread_mutex_destroy(&flag->mutex);
+}
+
 typedef struct {
   int lines;
   int levels_known;
@@ -146,6 +188,111 @@ static void logging(void) {
   CHECK_OK(treeattn_comm_destroy(made[1]));
   CHECK_OK(treeattn_comm_destroy(third));
   CHECK_OK(treeattn_runtime_destroy(own));
+}
+
+/* A step whose bad data is logged from a stream's thread, behind a step that waits for a rank that never comes. */
+typedef struct {
+  treeattn_runtime_t *runtime;
+  treeattn_comm_t *comms[2];
+  treeattn_plan_t *plans[2];
+  treeattn_stream_t *stream;
+  shard_t good;
+  shard_t bad;
+} logger_t;
+
+static void logger_make(logger_t *made, treeattn_log_callback_t callback, void *user_data) {
+  problem_t problem;
+  treeattn_attention_desc_t desc = problem_desc();
+  problem_make(&problem, 12);
+  made->runtime = runtime_make();
+  group_make(made->runtime, 2, 60000, 0, made->comms);
+  CHECK_OK(treeattn_plan_create_all(2, made->comms, &desc, made->plans));
+  CHECK_OK(treeattn_stream_create(made->runtime, TREEATTN_CPU(0), &made->stream));
+  shard_make(&made->good, &problem, 2, 0);
+  shard_make(&made->bad, &problem, 2, 0);
+  made->bad.kv_length[0] = MAX_LENGTH + 1;
+  CHECK_OK(treeattn_runtime_set_log_callback(made->runtime, callback, user_data));
+  CHECK_OK(treeattn_plan_decode(made->plans[0], &made->good.args, made->stream));
+  CHECK_OK(treeattn_plan_partial(made->plans[0], &made->bad.args, made->stream));
+}
+
+static void logger_free(logger_t *made) {
+  /* Rank 1 leaves, which ends the first step; then the second runs and finds its bad data. */
+  CHECK_OK(treeattn_plan_destroy(made->plans[1]));
+  CHECK_OK(treeattn_comm_destroy(made->comms[1]));
+  CHECK_OK(treeattn_stream_destroy(made->stream));
+  CHECK(sequence_is_nan(&made->bad.outputs, 0));
+  CHECK_OK(treeattn_plan_destroy(made->plans[0]));
+  CHECK_OK(treeattn_comm_destroy(made->comms[0]));
+}
+
+static void logging_ends_with_the_runtime(void) {
+  static logger_t with_log, without_log;
+  log_t log = {0, 0, ""};
+  /* It is logged while the runtime lives. */
+  logger_make(&with_log, on_log, &log);
+  logger_free(&with_log);
+  CHECK(log.lines >= 1 && strstr(log.last, "kv_length") != NULL);
+  CHECK_OK(treeattn_runtime_destroy(with_log.runtime));
+  /* And not after it. */
+  logger_make(&without_log, on_log, &log);
+  CHECK_OK(treeattn_runtime_destroy(without_log.runtime));
+  const int before = log.lines;
+  logger_free(&without_log);
+  CHECK(log.lines == before);
+}
+
+typedef struct {
+  flag_t entered;
+  flag_t left;
+} slow_log_t;
+
+static void on_slow_log(treeattn_log_level_t level, const char *message, void *user_data) {
+  slow_log_t *log = user_data;
+  const struct timespec pause = {0, 200000000};
+  (void)level;
+  (void)message;
+  flag_raise(&log->entered);
+  nanosleep(&pause, NULL);
+  flag_raise(&log->left);
+}
+
+typedef struct {
+  slow_log_t log;
+  treeattn_runtime_t *runtime;
+  int destroy;
+  treeattn_status_t status;
+  int had_left;
+} ender_t;
+
+static void *end_logging(void *at) {
+  ender_t *ender = at;
+  flag_wait(&ender->log.entered);
+  ender->status = ender->destroy ? treeattn_runtime_destroy(ender->runtime)
+                                 : treeattn_runtime_set_log_callback(ender->runtime, NULL, NULL);
+  ender->had_left = flag_is_raised(&ender->log.left);
+  return NULL;
+}
+
+/* Destroying the runtime, or setting another callback, waits for a call that is under way. */
+static void logging_is_waited_for(int destroy) {
+  static logger_t made;
+  ender_t ender;
+  pthread_t thread;
+  flag_init(&ender.log.entered);
+  flag_init(&ender.log.left);
+  logger_make(&made, on_slow_log, &ender.log);
+  ender.runtime = made.runtime;
+  ender.destroy = destroy;
+  CHECK(pthread_create(&thread, NULL, end_logging, &ender) == 0);
+  logger_free(&made);
+  CHECK(pthread_join(thread, NULL) == 0);
+  CHECK(ender.status == TREEATTN_OK && ender.had_left);
+  if (!destroy) {
+    CHECK_OK(treeattn_runtime_destroy(made.runtime));
+  }
+  flag_free(&ender.log.entered);
+  flag_free(&ender.log.left);
 }
 
 static void streams(void) {
@@ -271,6 +418,9 @@ int main(void) {
   runtimes();
   devices();
   logging();
+  logging_ends_with_the_runtime();
+  logging_is_waited_for(1);
+  logging_is_waited_for(0);
   streams();
   buffers();
   orphans();

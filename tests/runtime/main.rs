@@ -5,6 +5,8 @@ mod watchdog;
 
 mod agreement;
 mod answers;
+#[cfg(target_arch = "x86_64")]
+mod floats;
 mod group;
 mod lifetimes;
 mod memory;

@@ -1,5 +1,6 @@
 //! Ranks on threads over a mesh of sockets, and their steps.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -96,4 +97,20 @@ pub fn in_one_process(desc: &AttentionDesc, groups: &[i32], tokens: usize) -> Ve
             ranks.map(|(r, plan)| scope.spawn(move || decode(plan, r, tokens, None).unwrap())).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
+}
+
+/// One rank less is to be waited for when this goes.
+pub struct Undone<'a>(pub &'a AtomicUsize);
+
+impl Drop for Undone<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Waits until no rank is left. Who panics is done, too.
+pub fn wait_for_all(undone: &AtomicUsize) {
+    while undone.load(Ordering::SeqCst) > 0 {
+        thread::sleep(Duration::from_millis(5));
+    }
 }

@@ -1,15 +1,14 @@
 //! Every wait for a callback ends by its own deadline.
 
-use std::sync::Barrier;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use treeattn::ErrorKind;
-use treeattn::attention::AttentionDesc;
+use treeattn::attention::{Algorithm, AttentionDesc};
 use treeattn::runtime::{CommConfig, Plan};
 
-use super::mesh::{LONG, Mesh, connect, unix_pairs};
+use super::mesh::{LONG, Mesh, STUCK, WHOLE, connect, unix_pairs};
 use super::ranks::*;
 use super::watchdog::Watchdog;
 
@@ -35,13 +34,13 @@ fn a_rank_that_never_comes_ends_the_step_by_its_deadline() {
     let cases = ALGORITHMS.into_iter().flat_map(|algorithm| [(algorithm, 0), (algorithm, 1)]);
     together(cases.map(|(algorithm, deaf)| {
         move || {
-            // The absent rank stays until the others are done, which would see its sockets close.
-            let done = Barrier::new(3);
+            let undone = AtomicUsize::new(2);
             on_ranks(3, &config(DEADLINE), |mesh, comm| {
+                let _undone = (mesh.rank != 1).then(|| Undone(&undone));
                 let plan = Plan::create(comm, &AttentionDesc { algorithm, ..shape(1) }).unwrap();
                 if mesh.rank == 1 {
-                    done.wait();
-                    return;
+                    // The others would see its sockets close.
+                    return wait_for_all(&undone);
                 }
                 mesh.deaf.store(deaf, Ordering::Relaxed);
                 let began = Instant::now();
@@ -51,7 +50,29 @@ fn a_rank_that_never_comes_ends_the_step_by_its_deadline() {
                 assert_timed_out(&what, &error, took);
                 assert_eq!(comm.status().unwrap().error.unwrap().kind(), error.kind(), "{what}");
                 assert_eq!(decode(&plan, mesh.rank, 1, None).err().unwrap().kind(), error.kind(), "{what}");
-                done.wait();
+            });
+        }
+    }));
+}
+
+#[test]
+fn a_rank_that_stops_within_the_step_ends_it_by_its_deadline() {
+    let cases = [Algorithm::Tree, Algorithm::Ring].into_iter().flat_map(|algorithm| [(algorithm, 0), (algorithm, 1)]);
+    together(cases.map(|(algorithm, deaf)| {
+        move || {
+            let undone = AtomicUsize::new(3);
+            on_ranks(3, &config(DEADLINE), |mesh, comm| {
+                let own = Undone(&undone);
+                let plan = Plan::create(comm, &AttentionDesc { algorithm, ..shape(1) }).unwrap();
+                decode(&plan, mesh.rank, 1, None).unwrap();
+                mesh.deaf.store(deaf, Ordering::Relaxed);
+                mesh.fault.store(if mesh.rank == 1 { STUCK } else { WHOLE }, Ordering::Relaxed);
+                let began = Instant::now();
+                let error = decode(&plan, mesh.rank, 1, None).err().unwrap();
+                let what = format!("{algorithm:?}, deaf {deaf}, rank {}", mesh.rank);
+                assert_timed_out(&what, &error, began.elapsed());
+                drop(own);
+                wait_for_all(&undone);
             });
         }
     }));
@@ -73,17 +94,16 @@ fn a_rank_that_never_comes_ends_what_is_created_by_the_setup_deadline() {
     }));
     together([0, 1].map(|deaf| {
         move || {
-            let done = Barrier::new(2);
+            let undone = AtomicUsize::new(1);
             on_ranks(2, config, |mesh, comm| {
                 if mesh.rank == 1 {
-                    done.wait();
-                    return;
+                    return wait_for_all(&undone);
                 }
+                let _undone = Undone(&undone);
                 mesh.deaf.store(deaf, Ordering::Relaxed);
                 let began = Instant::now();
                 let error = Plan::create(comm, &shape(1)).err().unwrap();
                 assert_timed_out(&format!("a plan, deaf {deaf}"), &error, began.elapsed());
-                done.wait();
             });
         }
     }));

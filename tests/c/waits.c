@@ -1,0 +1,149 @@
+/*
+ * How long calls may wait: treeattn_plan_destroy, treeattn_plan_create, treeattn_stream_synchronize,
+ * treeattn_stream_destroy, treeattn_runtime_destroy and treeattn_comm_destroy end when what they wait for ends, or by the
+ * deadline that they name, whatever the others are.
+ */
+#include "ranks.h"
+
+enum {
+  /* The deadline of waits that are to reach it, in ms. */
+  DEADLINE = 1500,
+  /* When such a wait is over even on a busy machine; below twice the deadline. */
+  LATE = 2900
+};
+
+static treeattn_attention_desc_t desc;
+static problem_t problem;
+
+/* Rank 1 on a thread of its own, a little later. */
+typedef struct {
+  group_t *group;
+  treeattn_status_t status;
+  pthread_t thread;
+} second_t;
+
+static void *come(void *at) {
+  second_t *second = at;
+  sleep_ms(200);
+  second->status = group_enqueue(second->group, 1);
+  return NULL;
+}
+
+static void second_comes(second_t *second, group_t *group) {
+  second->group = group;
+  CHECK(pthread_create(&second->thread, NULL, come, second) == 0);
+}
+
+static void second_came(second_t *second) {
+  CHECK(pthread_join(second->thread, NULL) == 0 && second->status == TREEATTN_OK);
+}
+
+/* What is under way ends while a call waits for it. */
+static void woken(void) {
+  second_t second;
+  group_t made;
+  group_open(&made, 2, &desc, HANG, HANG);
+  CHECK_OK(group_enqueue(&made, 0));
+  second_comes(&second, &made);
+  CHECK_TAKES(0, SOON, CHECK_OK(treeattn_plan_destroy(made.plans[0])));
+  CHECK(shard_matches(&made.shards[0], &problem));
+  second_came(&second);
+  made.plans[0] = NULL;
+  group_close(&made);
+
+  group_open(&made, 2, &desc, HANG, HANG);
+  CHECK_OK(group_enqueue(&made, 0));
+  second_comes(&second, &made);
+  CHECK_TAKES(0, SOON, CHECK_OK(treeattn_stream_synchronize(made.streams[0])));
+  second_came(&second);
+
+  CHECK_OK(group_enqueue(&made, 0));
+  second_comes(&second, &made);
+  CHECK_TAKES(0, SOON, CHECK_OK(treeattn_stream_destroy(made.streams[0])));
+  CHECK(shard_matches(&made.shards[0], &problem));
+  second_came(&second);
+  made.streams[0] = NULL;
+  group_close(&made);
+}
+
+/* A plan whose step stands behind that of another communicator: it says that the step is still to come. */
+static void behind_another(void) {
+  group_t other, own;
+  group_open(&other, 2, &desc, HANG, HANG);
+  group_open(&own, 1, &desc, DEADLINE, HANG);
+  CHECK_OK(group_enqueue(&other, 0));
+  CHECK_OK(treeattn_plan_decode(own.plans[0], &own.shards[0].args, other.streams[0]));
+  CHECK_TAKES(DEADLINE, LATE,
+              CHECK_STATUS(treeattn_plan_destroy(own.plans[0]), TREEATTN_ERROR_TIMEOUT, "still enqueued after 1.5s"));
+  CHECK_STATUS(treeattn_plan_destroy(own.plans[0]), TREEATTN_ERROR_BAD_HANDLE, "destroyed");
+  own.plans[0] = NULL;
+  CHECK(shard_untouched(&own.shards[0]));
+  CHECK_OK(treeattn_comm_abort(other.comms[1]));
+  CHECK_TAKES(0, SOON,
+              CHECK_STATUS(treeattn_stream_synchronize(other.streams[0]), TREEATTN_ERROR_ABORTED, "rank 1"));
+  /* The step was run all the same. */
+  CHECK(shard_matches(&own.shards[0], &problem));
+  group_close(&own);
+  group_close(&other);
+}
+
+/* The step deadline ends steps, the setup deadline what is created; a deadline of the other kind would be too late. */
+static void by_deadline(void) {
+  group_t made;
+  group_open(&made, 2, &desc, DEADLINE, HANG);
+  CHECK_TAKES(DEADLINE, LATE, CHECK_STATUS(group_decode(&made, 0), TREEATTN_ERROR_TIMEOUT, ""));
+  group_close(&made);
+  group_open(&made, 2, &desc, DEADLINE, HANG);
+  CHECK_OK(group_enqueue(&made, 0));
+  CHECK_TAKES(DEADLINE / 2, LATE,
+              CHECK_STATUS(treeattn_stream_synchronize(made.streams[0]), TREEATTN_ERROR_TIMEOUT, ""));
+  group_close(&made);
+  /* The step ends when the wait for it does, so either may be first. */
+  group_open(&made, 2, &desc, DEADLINE, HANG);
+  CHECK_OK(group_enqueue(&made, 0));
+  CHECK_TAKES(0, LATE, (void)treeattn_plan_destroy(made.plans[0]));
+  made.plans[0] = NULL;
+  group_close(&made);
+  treeattn_plan_t *plan = NULL;
+  group_open(&made, 2, &desc, HANG, DEADLINE);
+  CHECK_TAKES(DEADLINE, LATE,
+              CHECK_STATUS(treeattn_plan_create(made.comms[0], &desc, &plan), TREEATTN_ERROR_TIMEOUT, "setup_timeout"));
+  group_close(&made);
+}
+
+/* What does not wait, while steps wait for a rank that does not come. */
+static void at_once(void) {
+  group_t made;
+  treeattn_comm_status_t status = TREEATTN_COMM_STATUS_INIT;
+  treeattn_plan_stats_t stats = TREEATTN_PLAN_STATS_INIT;
+  treeattn_plan_memory_t memory = TREEATTN_PLAN_MEMORY_INIT;
+  char text[4096];
+  group_open(&made, 2, &desc, HANG, HANG);
+  CHECK_OK(group_enqueue(&made, 0));
+  sleep_ms(50);
+  CHECK_TAKES(0, SOON, CHECK_OK(treeattn_comm_status(made.comms[0], &status)));
+  CHECK(status.code == TREEATTN_OK);
+  CHECK_TAKES(0, SOON, CHECK_OK(treeattn_comm_describe(made.comms[0], text, sizeof(text), NULL)));
+  CHECK_TAKES(0, SOON, CHECK_OK(treeattn_plan_stats(made.plans[0], &stats)));
+  CHECK_TAKES(0, SOON, CHECK_OK(treeattn_plan_memory(made.plans[0], &memory)));
+  CHECK_TAKES(0, SOON, CHECK_OK(group_enqueue(&made, 0)));
+  CHECK_TAKES(0, SOON, CHECK_OK(treeattn_comm_abort(made.comms[0])));
+  CHECK_TAKES(0, SOON, CHECK_STATUS(treeattn_stream_synchronize(made.streams[0]), TREEATTN_ERROR_ABORTED, "rank 0"));
+  CHECK_TAKES(0, SOON, group_close(&made));
+
+  group_open(&made, 2, &desc, DEADLINE, HANG);
+  CHECK_OK(group_enqueue(&made, 0));
+  CHECK_TAKES(0, DEADLINE, CHECK_OK(treeattn_runtime_destroy(made.runtime)));
+  made.runtime = NULL;
+  CHECK_TAKES(0, 2 * LATE, group_close(&made));
+}
+
+int main(void) {
+  problem_make(&problem, GROUP_SEED);
+  desc = problem_desc();
+  woken();
+  behind_another();
+  by_deadline();
+  at_once();
+  return check_report("waits");
+}
