@@ -48,8 +48,8 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& it
     if (p.flags & kFlagPush) {
         if (column >= p.head_dim_v()) return;
         const float lse = s.l == 0.f ? -infinity() : (s.m + log2f(s.l)) * kLn2;
-        const Doors& doors = *reinterpret_cast<const Doors*>(shared + S::kDoorsAt);
-        push_columns(doors, token, static_cast<int>(head), column, lse, o);
+        const PushState& push = *reinterpret_cast<const PushState*>(shared + S::kPushStateAt);
+        push_columns(push, token, static_cast<int>(head), column, lse, o);
         return;
     }
     const RowTarget& target = p.target;
@@ -60,33 +60,33 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& it
     }
 }
 
-// Partials in the workspace: rows of o in whole slices, then (m, l) of each slice.
+// Partials in the workspace: rows of o in whole strips, then (m, l) of each strip.
 template <class S>
 struct Partials {
-    static constexpr int kSlicesOfRow = slices_of_row(S::kDimV), kSlices = S::kRows * kSlicesOfRow;
-    static constexpr int kFloats = kSlices * (kSliceColumns + 2);
+    static constexpr int kStripsOfRow = strips_of_row(S::kDimV), kStrips = S::kRows * kStripsOfRow;
+    static constexpr int kFloats = kStrips * (kStripColumns + 2);
     float* base;
 
-    __device__ __forceinline__ float2* o(int64_t slot, int slice) const {
-        return reinterpret_cast<float2*>(base + slot * kFloats + slice * kSliceColumns) + threadIdx.x % 32;
+    __device__ __forceinline__ float2* o(int64_t slot, int strip) const {
+        return reinterpret_cast<float2*>(base + slot * kFloats + strip * kStripColumns) + threadIdx.x % 32;
     }
-    __device__ __forceinline__ float2* state(int64_t slot, int slice) const {
-        return reinterpret_cast<float2*>(base + slot * kFloats + kSlices * kSliceColumns) + slice;
+    __device__ __forceinline__ float2* state(int64_t slot, int strip) const {
+        return reinterpret_cast<float2*>(base + slot * kFloats + kStrips * kStripColumns) + strip;
     }
-    __device__ __forceinline__ void write(int64_t slot, int slice, RowState s, float2 x) const {
-        __stcg(o(slot, slice), x);
-        if (threadIdx.x % 32 == 0) __stcg(state(slot, slice), make_float2(s.m, s.l));
+    __device__ __forceinline__ void write(int64_t slot, int strip, RowState s, float2 x) const {
+        __stcg(o(slot, strip), x);
+        if (threadIdx.x % 32 == 0) __stcg(state(slot, strip), make_float2(s.m, s.l));
     }
 
-    static __device__ __forceinline__ int row_of(int slice) { return slice / kSlicesOfRow; }
-    static __device__ __forceinline__ int column_of(int slice) {
-        return slice % kSlicesOfRow * kSliceColumns + threadIdx.x % 32 * 2;
+    static __device__ __forceinline__ int row_of(int strip) { return strip / kStripsOfRow; }
+    static __device__ __forceinline__ int column_of(int strip) {
+        return strip % kStripsOfRow * kStripColumns + threadIdx.x % 32 * 2;
     }
 };
 
 // The end of an item. The warps' states, which lie in shared memory at o_at[warp], become one. That is the result, or the
 // block's partial, where other blocks hold the rest of the item: then the last warp of a group to come merges what the
-// group left of a slice, in one level or two.
+// group left of a strip, in one level or two.
 template <class S, class Family>
 __device__ __forceinline__ void merge_item(const DecodeParams& p, const Item& item, char* shared, Family& family,
                                            int mine, int rows) {
@@ -101,18 +101,18 @@ __device__ __forceinline__ void merge_item(const DecodeParams& p, const Item& it
     const unsigned others = min(split.count - group * kFanIn, kFanIn) - 1;
     const int64_t slot = partial_slots(split, 0).at(split.index);
     const Slots of_group = partial_slots(split, group * kFanIn);
-    // One lane a slice, so that the answers come together.
-    static_assert((partials.kSlices + S::kWarps - 1) / S::kWarps <= 32, "slices of a warp");
-    const int slice_of_lane = warp + lane * S::kWarps;
-    uint32_t* const counter = group_counters(p.workspace, split, group, partials.kSlices) + slice_of_lane;
+    // One lane a strip, so that the answers come together.
+    static_assert((partials.kStrips + S::kWarps - 1) / S::kWarps <= 32, "strips of a warp");
+    const int strip_of_lane = warp + lane * S::kWarps;
+    uint32_t* const counter = group_counters(p.workspace, split, group, partials.kStrips) + strip_of_lane;
     if (lane == 0) o_at[warp] = mine;
     family.close(shared, reinterpret_cast<float*>(shared + mine));
     __syncthreads();
 #pragma unroll 1
-    for (int slice = warp; slice < rows * partials.kSlicesOfRow; slice += S::kWarps) {
-        const int row = partials.row_of(slice), column = partials.column_of(slice);
+    for (int strip = warp; strip < rows * partials.kStripsOfRow; strip += S::kWarps) {
+        const int row = partials.row_of(strip), column = partials.column_of(strip);
         // Columns past the last are nobody's.
-        const int at = (row * S::kPitchO + (S::kDimV % kSliceColumns == 0 ? column : min(column, S::kDimV - 2))) * 4;
+        const int at = (row * S::kPitchO + (S::kDimV % kStripColumns == 0 ? column : min(column, S::kDimV - 2))) * 4;
         float2 o = make_float2(0.f, 0.f);
         RowState state{-infinity(), 0.f};
 #pragma unroll
@@ -128,18 +128,18 @@ __device__ __forceinline__ void merge_item(const DecodeParams& p, const Item& it
         if (split.count == 1) {
             finish_row<S>(p, item, shared, item.row_tile * S::kRows + row, column, state, o);
         } else {
-            partials.write(slot, slice, state, o);
+            partials.write(slot, strip, state, o);
         }
     }
     if (split.count == 1) return;
 
     __syncwarp();
     bool is_last = false;
-    if (slice_of_lane < rows * partials.kSlicesOfRow) is_last = count_arrival(counter, others) == others;
+    if (strip_of_lane < rows * partials.kStripsOfRow) is_last = count_arrival(counter, others) == others;
     uint32_t left = __ballot_sync(kAllLanes, is_last);
 #pragma unroll 1
     while (left != 0) {
-        const int slice = warp + (__ffs(left) - 1) * S::kWarps;
+        const int strip = warp + (__ffs(left) - 1) * S::kWarps;
         left &= left - 1;
         Slots from = of_group;
         int n = others + 1;
@@ -148,8 +148,8 @@ __device__ __forceinline__ void merge_item(const DecodeParams& p, const Item& it
         while (true) {
             // Values and states are asked for together.
             float2 x[kFanIn];
-            const float2* value = partials.o(from.base, slice);
-            x[0] = __ldcg(partials.o(from.first, slice));
+            const float2* value = partials.o(from.base, strip);
+            x[0] = __ldcg(partials.o(from.first, strip));
 #pragma unroll
             for (int k = 1; k < kFanIn; k++) {
                 value += static_cast<int64_t>(from.step) * (partials.kFloats / 2);
@@ -157,22 +157,22 @@ __device__ __forceinline__ void merge_item(const DecodeParams& p, const Item& it
                 x[k] = make_float2(0.f, 0.f);
                 if (k < n) x[k] = __ldcg(value);
             }
-            const float2 theirs = lane < n ? __ldcg(partials.state(from.at(lane), slice)) : make_float2(0.f, 0.f);
+            const float2 theirs = lane < n ? __ldcg(partials.state(from.at(lane), strip)) : make_float2(0.f, 0.f);
             float weight;
             uint32_t lives;
             const RowState state = weigh(theirs, weight, lives);
             const float2 o = weighted_sum<kFanIn>(weight, lives, x);
             if (whole) {
-                const int packed = item.row_tile * S::kRows + partials.row_of(slice);
-                finish_row<S>(p, item, shared, packed, partials.column_of(slice), state, o);
+                const int packed = item.row_tile * S::kRows + partials.row_of(strip);
+                finish_row<S>(p, item, shared, packed, partials.column_of(strip), state, o);
                 break;
             }
-            partials.write(group_slots(split).at(group), slice, state, o);
+            partials.write(group_slots(split).at(group), strip, state, o);
             __syncwarp();
             uint32_t before = 0;
             if (lane == 0) {
-                uint32_t* const of_item = item_counters(p.workspace, split, partials.kSlices);
-                before = count_arrival(of_item + slice, groups - 1);
+                uint32_t* const of_item = item_counters(p.workspace, split, partials.kStrips);
+                before = count_arrival(of_item + strip, groups - 1);
             }
             if (__shfl_sync(kAllLanes, before, 0) != static_cast<uint32_t>(groups - 1)) break;
             from = group_slots(split);
@@ -183,7 +183,7 @@ __device__ __forceinline__ void merge_item(const DecodeParams& p, const Item& it
 }
 
 // Query tokens before the first sequence's and after the last one's: nobody attends for them, their rows are empty.
-static __device__ __noinline__ void write_unowned(const DecodeParams& p, const Doors& doors) {
+static __device__ __noinline__ void write_unowned(const DecodeParams& p, const PushState& push) {
     int begin = p.query_start[0], end = 0;
 #pragma unroll 1
     for (int b = threadIdx.x % 32; b <= p.batch; b += 32) end = max(end, p.query_start[b]);
@@ -191,7 +191,7 @@ static __device__ __noinline__ void write_unowned(const DecodeParams& p, const D
     const int tokens = begin + p.query_tokens - end;
     const int64_t rows = static_cast<int64_t>(tokens) * p.q_heads;
     if (rows > 0 && (p.flags & kFlagPush)) {
-        await_doors();
+        await_push_state();
         __syncthreads();
     }
 #pragma unroll 1
@@ -199,7 +199,7 @@ static __device__ __noinline__ void write_unowned(const DecodeParams& p, const D
         const int64_t nth = r / p.q_heads, head = r - nth * p.q_heads, token = nth < begin ? nth : nth - begin + end;
         if (p.flags & kFlagPush) {
             for (int c = threadIdx.x % 32 * 2; c < p.head_dim_v(); c += 64) {
-                push_columns(doors, token, static_cast<int>(head), c, -infinity(), make_float2(0.f, 0.f));
+                push_columns(push, token, static_cast<int>(head), c, -infinity(), make_float2(0.f, 0.f));
             }
             continue;
         }
@@ -240,11 +240,11 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     for (int i = 0; i < S::kStages; i++) clear_padding<S>(p, slots + i * S::kSlotBytes, lane);
     __syncwarp();
     Walk<S> walk(p, shared);
-    const Share share = walk.prepare();
-    const bool shared_out = share.blocks > 0;
+    const EvenSplit even = walk.prepare();
+    const bool is_even = even.blocks > 0;
     dependency_wait();
-    Doors* doors = reinterpret_cast<Doors*>(shared + S::kDoorsAt);
-    if (p.flags & kFlagPush) ask_for_doors(p, doors);
+    PushState* push = reinterpret_cast<PushState*>(shared + S::kPushStateAt);
+    if (p.flags & kFlagPush) ask_push_state(p, push);
     if (p.waiting == 0) dependency_launch();
 
     Family family;
@@ -258,22 +258,22 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     };
     int stage = 0, filled = 0;
     Item first;
-    if (shared_out) {
+    if (is_even) {
         if (walk.done) return;
-        const uint32_t small = walk.touch_small(share);
-        first = walk.start_shared(share);
+        const uint32_t small = walk.touch_small(even);
+        first = walk.start_even(even);
         asm volatile("" ::"r"(small));
     } else {
-        if (p.query_start != nullptr) write_unowned(p, *doors);
+        if (p.query_start != nullptr) write_unowned(p, *push);
         first = walk.start();
     }
     if (walk.done) return;
 
     // The ring is full before the first tile is attended; from then on a slot is filled again as soon as it is free.
-    int next_tile = share.index * S::kWarps + warp;  // of a shared-out item, the next to be attended
+    int next_tile = even.index * S::kWarps + warp;  // of an evenly split item, the next to be attended
     while (true) {
-        if (shared_out) {
-            walk.fill_shared(stage);
+        if (is_even) {
+            walk.fill_even(stage);
         } else {
             walk.fill(stage);
         }
@@ -284,7 +284,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
             continue;
         }
         const int4* from = reinterpret_cast<const int4*>(shared + S::kInfoAt) + (warp * S::kStages + stage) * 3;
-        if (shared_out) {
+        if (is_even) {
             tile.base = next_tile * kTile;
             tile.keys = min(max(walk.keys - tile.base, 0), kTile);
             tile.flags = walk.flags | (filled == S::kStages ? kSlotFirst : 0);
@@ -328,7 +328,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
 #define TREEATTN_DECODE_KERNEL(NAME, FAMILY, BODY)                                                                    \
     extern "C" __device__ const treeattn::KernelShape NAME##_shape = {                                                \
         FAMILY::S::kThreads, FAMILY::S::kSharedBytes, FAMILY::S::kBlocks, treeattn::Partials<FAMILY::S>::kFloats * 4, \
-        treeattn::Partials<FAMILY::S>::kSlices * treeattn::kCountersOfSlice};                                         \
+        treeattn::Partials<FAMILY::S>::kStrips * treeattn::kCountersOfStrip};                                         \
     extern "C" __global__ void __launch_bounds__(FAMILY::S::kThreads, FAMILY::S::kBlocks)                           \
         NAME(const __grid_constant__ treeattn::DecodeParams params) {                                                 \
         BODY<FAMILY>(params);                                                                                         \

@@ -144,7 +144,7 @@ struct Fma {
 
     // Weighs the tile's keys and adds their values; v is free then.
     template <int Rows>
-    __device__ __forceinline__ void accumulate(const DecodeParams& p, const Span& tile, const char* shared, int b,
+    __device__ __forceinline__ void accumulate(const DecodeParams& p, const PlannedTile& tile, const char* shared, int b,
                                                uint32_t& fault) {
         const int key = threadIdx.x % 32 / 2;
         const float scale = p.scale * kLog2E;
@@ -156,18 +156,18 @@ struct Fma {
         const bool masked =
             by_position || tile.keys < kTile || tile.base + kTile - 1 > uniform(min(bounds[0], bounds[1]));
         if (masked) {
-            int place = tile.base + key;
+            int position = tile.base + key;
             bool bad = false;
             if (by_position && key < tile.keys) {
-                place = p.kv_position[b * p.kv_position_stride + place];
-                bad = place < 0;
+                position = p.kv_position[b * p.kv_position_stride + position];
+                bad = position < 0;
             }
             if (__any_sync(kAllLanes, bad)) {
                 poison();
                 fault = kFaultPosition;
             }
 #pragma unroll
-            for (int r = 0; r < Rows; r++) visible[r] = key < tile.keys && place <= bounds[r];
+            for (int r = 0; r < Rows; r++) visible[r] = key < tile.keys && position <= bounds[r];
         }
 
         // The weight of a hidden key is less than nothing, so that not even a NaN is taken from its values.
@@ -270,22 +270,22 @@ __device__ __forceinline__ void decode_loaded(const DecodeParams& p) {
     const int warp = threadIdx.x / 32;
     touch_parameters(p, reinterpret_cast<int*>(shared + S::kFlagAt) + 1);
     LoadWalk<S> walk(p, shared);
-    const Share share = walk.prepare();
+    const EvenSplit even = walk.prepare();
     dependency_wait();
-    Doors* doors = reinterpret_cast<Doors*>(shared + S::kDoorsAt);
-    if (p.flags & kFlagPush) ask_for_doors(p, doors);
+    PushState* push = reinterpret_cast<PushState*>(shared + S::kPushStateAt);
+    if (p.flags & kFlagPush) ask_push_state(p, push);
     if (p.waiting == 0) dependency_launch();
 
     Item& item = *reinterpret_cast<Item*>(shared + S::kItemAt);  // the one at hand, for the whole block
     Item next_item;
-    if (share.blocks > 0) {
+    if (even.blocks > 0) {
         if (walk.done) return;
-        const uint32_t small = walk.touch_small(share);
-        next_item = walk.start_shared(share);
+        const uint32_t small = walk.touch_small(even);
+        next_item = walk.start_even(even);
         asm volatile("" ::"r"(small));
         walk.flags |= kSlotFirst | kSlotFinal;
     } else {
-        if (p.query_start != nullptr) write_unowned(p, *doors);
+        if (p.query_start != nullptr) write_unowned(p, *push);
         next_item = walk.start();
     }
     if (walk.done) return;
@@ -298,9 +298,9 @@ __device__ __forceinline__ void decode_loaded(const DecodeParams& p) {
         family.begin();
         walk.settle();
         // The tile in registers: none, with no flags, in the first pass.
-        Span tile = {nullptr, nullptr, 0, 0, 0};
+        PlannedTile tile = {nullptr, nullptr, 0, 0, 0};
         while (true) {
-            Span next = {nullptr, nullptr, 0, 0, 0};
+            PlannedTile next = {nullptr, nullptr, 0, 0, 0};
             if (!(tile.flags & kSlotLast)) next = walk.plan();
             if (tile.keys > 0) {
                 if (rows == 1) {
@@ -325,12 +325,12 @@ __device__ __forceinline__ void decode_loaded(const DecodeParams& p) {
             tile = next;
         }
         walk.report();
-        if (p.flags & kFlagPush) await_doors();
+        if (p.flags & kFlagPush) await_push_state();
         merge_item<S>(p, item, shared, family, warp * S::kCloseBytes, rows);
         if (tile.flags & kSlotFinal) break;
         __syncthreads();
         walk.next_item(walk.stage);
-        next_item = walk.stand().item;
+        next_item = walk.cursor().item;
     }
 }
 

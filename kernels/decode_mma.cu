@@ -313,10 +313,10 @@ struct Mma {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int key = half * 8 + lane / 4;
-                int place = tile.base + key;
+                int position = tile.base + key;
                 if (by_position && key < tile.keys) {
-                    place = p.kv_position[tile.b * p.kv_position_stride + place];
-                    if (place < 0) {
+                    position = p.kv_position[tile.b * p.kv_position_stride + position];
+                    if (position < 0) {
                         report_fault(p, tile.b, kFaultPosition);
                         bad_position = true;
                     }
@@ -325,7 +325,7 @@ struct Mma {
                 for (int t = 0; t < kRowTiles; t++) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        const bool visible = key < tile.keys && place <= bounds[t * 8 + i];
+                        const bool visible = key < tile.keys && position <= bounds[t * 8 + i];
                         seen |= static_cast<uint32_t>(visible) << (t * 4 + half * 2 + i);
                         if (!visible) x[t][half * 2 + i] = s[t][half * 2 + i] = -infinity();
                     }

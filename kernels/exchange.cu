@@ -14,7 +14,7 @@ __device__ __forceinline__ void exchange(const ExchangeParams& p) {
     const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / 32);
     Epoch e = begin_epoch(v);
     if (!e.broken && !p.is_pushed) {
-        delay(Point::kPush, e.number);
+        delay(DelayPoint::kPush, e.number);
         if (warp == 0) push_header(v, e);
         if (p.source.o != nullptr) {
             const uint32_t fault = pack_fault(load_word(v.window + kFault), v.rank);

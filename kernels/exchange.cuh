@@ -15,8 +15,8 @@ constexpr int kWordsAPass = 128;    // of a row's o that a warp holds at a time:
 constexpr int kPairs = kWordsAPass / 64;
 
 // Delays for tests of the protocol, up to TREEATTN_DELAYS nanoseconds; nothing in other builds.
-enum class Point : uint32_t { kPush = 1, kWait = 2, kConsume = 3 };
-__device__ __forceinline__ void delay(Point point, uint32_t epoch) {
+enum class DelayPoint : uint32_t { kPush = 1, kWait = 2, kConsume = 3 };
+__device__ __forceinline__ void delay(DelayPoint point, uint32_t epoch) {
 #ifdef TREEATTN_DELAYS
     uint32_t x = epoch * 2654435761u ^ blockIdx.x * 40503u ^ threadIdx.x / 32 * 977u ^ static_cast<uint32_t>(point) << 20;
     x ^= x >> 15, x *= 2246822519u, x ^= x >> 13;
@@ -364,7 +364,7 @@ __device__ __forceinline__ bool write_received(const ExchangeParams& p, Epoch& e
 // communicator is broken. By warp `warp` of `warps` that do it.
 __device__ __forceinline__ void receive(const ExchangeParams& p, Epoch& e, int64_t warp, int64_t warps) {
     const ExchangeView& v = p.view;
-    delay(Point::kWait, e.number);
+    delay(DelayPoint::kWait, e.number);
     if (!e.broken) wait_headers(v, e);
     if (v.mode == kTwoShot) {
         const int first = first_head_of(v.rank, v.heads, v.world);
@@ -377,7 +377,7 @@ __device__ __forceinline__ void receive(const ExchangeParams& p, Epoch& e, int64
         const bool written = !e.broken && (v.mode == kTwoShot ? write_received(p, e, row) : write_merged(p, e, row));
         if (!written) poison_row(p, row);
     }
-    delay(Point::kConsume, e.number);
+    delay(DelayPoint::kConsume, e.number);
 }
 
 // The end of a launch's part in an exchange, by one thread of each of its blocks once all of the block have read what

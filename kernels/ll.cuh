@@ -155,7 +155,7 @@ __device__ __forceinline__ uint64_t fingerprint_of(ulonglong2 words) {
 
 // The rank to blame where fingerprints differ: the first outside the largest party; where no party is the largest, the
 // first that differs from this rank (comm::verdict). One thread.
-static __device__ __noinline__ int odd_rank(const ExchangeView& v, const Epoch& e) {
+static __device__ __noinline__ int rank_out_of_step(const ExchangeView& v, const Epoch& e) {
     const auto at = [&](int rank) { return fingerprint_of(load_words(slot_of(v, e, rank))); };
     const auto party = [&](int rank) {
         int size = 0;
@@ -205,7 +205,7 @@ __device__ __forceinline__ bool wait_headers(const ExchangeView& v, Epoch& e) {
                     if (spins % kSpins == 0 && give_up(v, e, lowest(come, there))) return false;
                 }
             }
-            if (lane == 0) fail(v, e.number, failure(kDesync, odd_rank(v, e)));
+            if (lane == 0) fail(v, e.number, failure(kDesync, rank_out_of_step(v, e)));
             e.broken = true;
             return false;
         }

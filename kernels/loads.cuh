@@ -29,17 +29,17 @@ struct LoadShape {
     static constexpr int kStateAt = kEntriesAt + kWarps * kStages * kTile * 4;
     static constexpr int kRowAt = kStateAt + kWarps * Rows * 8;
     static constexpr int kItemAt = kRowAt + (Rows * 4 + 15) / 16 * 16;
-    static constexpr int kStandAt = kItemAt + static_cast<int>(sizeof(Item));
-    static constexpr int kScratchAt = kStandAt + kWarps * static_cast<int>(sizeof(Stand));
-    static constexpr int kFlagAt = kScratchAt + static_cast<int>(sizeof(PlaceScratch));
-    static constexpr int kDoorsAt = (kFlagAt + 16 + 4 * kWarps + 15) / 16 * 16;
-    static constexpr int kSharedBytes = kDoorsAt + static_cast<int>(sizeof(Doors));
+    static constexpr int kCursorAt = kItemAt + static_cast<int>(sizeof(Item));
+    static constexpr int kScratchAt = kCursorAt + kWarps * static_cast<int>(sizeof(Cursor));
+    static constexpr int kFlagAt = kScratchAt + static_cast<int>(sizeof(SliceScratch));
+    static constexpr int kPushStateAt = (kFlagAt + 16 + 4 * kWarps + 15) / 16 * 16;
+    static constexpr int kSharedBytes = kPushStateAt + static_cast<int>(sizeof(PushState));
     static_assert(kQueryAt % 16 == 0 && kEntriesAt % 16 == 0 && kItemAt % 16 == 0, "alignment");
     static_assert(kBlocks * (kSharedBytes + 1024) <= kSharedLimit, "shared memory");
 };
 
 // Where a tile lies, and what is to be done with it.
-struct Span {
+struct PlannedTile {
     const char* k;  // the rows row_of<kDimQk>, row_of<kDimV> of this lane, or the last one
     const char* v;
     int flags;  // kSlot*
@@ -87,8 +87,8 @@ struct LoadWalk : Walk<S> {
     }
 
     // The warp's next tile of the item, possibly an empty one: every warp has a tile of every item.
-    __device__ __forceinline__ Span plan() {
-        Span s;
+    __device__ __forceinline__ PlannedTile plan() {
+        PlannedTile s;
         const bool last = tile + step >= this->tile_end;
         s.base = tile * kTile;
         s.keys = tile < this->tile_end ? min(max(this->keys - s.base, 0), kTile) : 0;
@@ -120,7 +120,7 @@ struct LoadWalk : Walk<S> {
     }
 
     // Moves `at` from slot 0 of page 0 to a row of the tile; says whether its page does not exist.
-    __device__ __forceinline__ bool find_row(const char*& at, int row, const int64_t (&stride)[4], const Span& s) const {
+    __device__ __forceinline__ bool find_row(const char*& at, int row, const int64_t (&stride)[4], const PlannedTile& s) const {
         if (s.keys == 0) return false;
         row = min(row, s.keys - 1);
         const int slot = s.base + row, page = this->page_of(slot);
@@ -157,7 +157,7 @@ struct LoadWalk : Walk<S> {
 #pragma unroll
             for (int i = 0; i < kRows; i++) {
                 const uint64_t row = __shfl_sync(kAllLanes, mine, i, kLanes);
-                x[i] = load_past16(reinterpret_cast<const char*>(row) + unit * 16, this->keep);
+                x[i] = load_past16(reinterpret_cast<const char*>(row) + unit * 16, this->l2_policy);
             }
         }
     }

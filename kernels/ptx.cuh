@@ -34,9 +34,9 @@ __device__ __forceinline__ void copy_async16(uint32_t to, const void* from, uint
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 // The same, with a word on how long L2 is to keep what comes.
-__device__ __forceinline__ void copy_async16(uint32_t to, const void* from, uint32_t bytes, uint64_t keep) {
+__device__ __forceinline__ void copy_async16(uint32_t to, const void* from, uint32_t bytes, uint64_t l2_policy) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
-                 "r"(bytes), "l"(keep)
+                 "r"(bytes), "l"(l2_policy)
                  : "memory");
 }
 __device__ __forceinline__ void copy_async4(uint32_t to, const void* from) {
@@ -97,23 +97,23 @@ __device__ __forceinline__ uint32_t load_cached(const void* p) {
 }
 
 // What is read once is the first to leave L2.
-__device__ __forceinline__ uint64_t keep_briefly() {
-    uint64_t keep;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(keep));
-    return keep;
+__device__ __forceinline__ uint64_t evict_first() {
+    uint64_t l2_policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(l2_policy));
+    return l2_policy;
 }
-__device__ __forceinline__ uint64_t keep_as_usual() {
-    uint64_t keep;
-    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(keep));
-    return keep;
+__device__ __forceinline__ uint64_t evict_normal() {
+    uint64_t l2_policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(l2_policy));
+    return l2_policy;
 }
 
 // 16 bytes, past L1.
-__device__ __forceinline__ uint4 load_past16(const void* p, uint64_t keep) {
+__device__ __forceinline__ uint4 load_past16(const void* p, uint64_t l2_policy) {
     uint4 x;
     asm volatile("ld.global.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(p), "l"(keep));
+                 : "l"(p), "l"(l2_policy));
     return x;
 }
 

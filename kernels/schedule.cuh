@@ -2,7 +2,7 @@
 //
 // All work lies on one flat line: sequence after sequence, in it kv head after kv head, query tile after query tile,
 // and along a query tile (an *item*) its key tiles of kTile keys. An item without keys still counts one unit, so that
-// somebody owns its rows. Block g of the grid takes units [g * slice, (g + 1) * slice). Each block finds its place by
+// somebody owns its rows. Block g of the grid takes units [g * slice, (g + 1) * slice). Each block finds its slice by
 // itself from the lengths. An item that one block holds whole is finished there. Of any other item every block
 // leaves one partial, and the last block to come merges them in index order; above kFanIn partials this happens in
 // two levels, groups of kFanIn first. Slices are large enough for that to do.
@@ -125,7 +125,7 @@ struct Split {
 
 // The short way for a single sequence whose items the grid can share out with little left over: block g holds part
 // g % blocks of item g / blocks. Which item that is does not depend on the length.
-struct Share {
+struct EvenSplit {
     int blocks;  // of an item; 0: take the flat line
     int index, first_block;
     int head, row_tile;
@@ -136,8 +136,8 @@ struct Share {
     }
 };
 
-__device__ __forceinline__ Share share_of(const DecodeParams& p, int rows) {
-    Share s;
+__device__ __forceinline__ EvenSplit even_split_of(const DecodeParams& p, int rows) {
+    EvenSplit s;
     s.blocks = 0;
     if (p.batch != 1 || p.query_start != nullptr || p.query_tokens == 0) return s;
     const unsigned row_tiles = (static_cast<unsigned>(p.query_tokens) * p.group + rows - 1) / rows;
@@ -159,16 +159,16 @@ __device__ __forceinline__ Share share_of(const DecodeParams& p, int rows) {
     return s;
 }
 
-// Where a block's slice begins.
-struct Place {
-    int64_t slice;
-    int64_t begin, end;       // the block's units; begin >= end: none
+// A block's slice of the flat line.
+struct BlockSlice {
+    int64_t units;            // of every block but the last ones
+    int64_t begin, end;       // the block's; begin >= end: none
     int64_t sequence_begin;   // first unit of sequence b
     int b;
     int taken;
 };
 
-struct PlaceScratch {
+struct SliceScratch {
     int64_t warp_units[32];
     int64_t units, items;
     int longest, sorted;
@@ -205,9 +205,9 @@ __device__ __forceinline__ bool starts_in_order(const DecodeParams& p, int b) {
 
 // The honest but slow way, for a query_start that is out of order: one sequence after the other.
 template <int Rows>
-__device__ __noinline__ Place place_serially(const DecodeParams& p) {
-    Place place;
-    place.b = 0, place.taken = 0, place.sequence_begin = 0;
+__device__ __noinline__ BlockSlice find_slice_serially(const DecodeParams& p) {
+    BlockSlice slice;
+    slice.b = 0, slice.taken = 0, slice.sequence_begin = 0;
     int64_t total = 0, items = 0, longest = 0;
     int taken = 0;
 #pragma unroll 1
@@ -218,31 +218,31 @@ __device__ __noinline__ Place place_serially(const DecodeParams& p) {
         items += static_cast<int64_t>(s.row_tiles) * p.kv_heads;
         if (s.row_tiles > 0) longest = max(longest, static_cast<int64_t>(s.key_tiles));
     }
-    place.slice = slice_units(total, items, longest);
-    place.begin = min(blockIdx.x * place.slice, total);
-    place.end = min(place.begin + place.slice, total);
+    slice.units = slice_units(total, items, longest);
+    slice.begin = min(blockIdx.x * slice.units, total);
+    slice.end = min(slice.begin + slice.units, total);
     taken = 0;
     int64_t begin = 0;
 #pragma unroll 1
-    for (int b = 0; b < p.batch && place.begin < place.end; b++) {
+    for (int b = 0; b < p.batch && slice.begin < slice.end; b++) {
         const int before = taken;
         const int64_t next = begin + read_sequence<Rows>(p, b, taken).units(p.kv_heads);
-        if (place.begin < next) {
-            place.b = b, place.taken = before, place.sequence_begin = begin;
+        if (slice.begin < next) {
+            slice.b = b, slice.taken = before, slice.sequence_begin = begin;
             break;
         }
         begin = next;
     }
-    return place;
+    return slice;
 }
 
 // Finds the block's slice. Batches of up to 32 need no barrier: every warp finds it for itself.
 template <int Rows>
-__device__ __noinline__ Place find_place(const DecodeParams& p, PlaceScratch* scratch) {
+__device__ __noinline__ BlockSlice find_slice(const DecodeParams& p, SliceScratch* scratch) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    Place place;
-    place.begin = place.end = 0;
-    place.b = 0, place.taken = 0, place.sequence_begin = 0;
+    BlockSlice slice;
+    slice.begin = slice.end = 0;
+    slice.b = 0, slice.taken = 0, slice.sequence_begin = 0;
     if (p.batch <= 32) {
         Sequence s;
         int64_t units = 0;
@@ -267,20 +267,20 @@ __device__ __noinline__ Place find_place(const DecodeParams& p, PlaceScratch* sc
                 total = __shfl_sync(kAllLanes, units, 0);
                 all = __shfl_sync(kAllLanes, items, 0);
             }
-            place.slice = slice_units(total, all, warp_max(longest));
-            place.begin = min(blockIdx.x * place.slice, total);
-            place.end = min(place.begin + place.slice, total);
-            const uint32_t after = __ballot_sync(kAllLanes, lane < p.batch && place.begin < end);
+            slice.units = slice_units(total, all, warp_max(longest));
+            slice.begin = min(blockIdx.x * slice.units, total);
+            slice.end = min(slice.begin + slice.units, total);
+            const uint32_t after = __ballot_sync(kAllLanes, lane < p.batch && slice.begin < end);
             const int b = after == 0 ? 0 : __ffs(after) - 1;
-            place.b = b;
-            place.sequence_begin = __shfl_sync(kAllLanes, end - units, b);
-            place.taken = p.query_start == nullptr || after == 0 ? 0 : p.query_start[b];
-            return place;
+            slice.b = b;
+            slice.sequence_begin = __shfl_sync(kAllLanes, end - units, b);
+            slice.taken = p.query_start == nullptr || after == 0 ? 0 : p.query_start[b];
+            return slice;
         }
-        return place_serially<Rows>(p);
+        return find_slice_serially<Rows>(p);
     }
 
-    // Two passes over the batch, blockDim.x sequences at a time: the total, then the place.
+    // Two passes over the batch, blockDim.x sequences at a time: the total, then the slice.
     const int warps = blockDim.x / 32;
     int64_t total = 0, items = 0;
     int longest = 0;
@@ -305,13 +305,13 @@ __device__ __noinline__ Place find_place(const DecodeParams& p, PlaceScratch* sc
     if (!sorted) scratch->sorted = 0;
     __syncthreads();
     if (scratch->sorted == 0) {
-        return place_serially<Rows>(p);
+        return find_slice_serially<Rows>(p);
     }
     total = scratch->units;
-    place.slice = slice_units(total, scratch->items, scratch->longest);
-    place.begin = min(blockIdx.x * place.slice, total);
-    place.end = min(place.begin + place.slice, total);
-    if (place.begin >= place.end && blockIdx.x != 0) return place;
+    slice.units = slice_units(total, scratch->items, scratch->longest);
+    slice.begin = min(blockIdx.x * slice.units, total);
+    slice.end = min(slice.begin + slice.units, total);
+    if (slice.begin >= slice.end && blockIdx.x != 0) return slice;
     int64_t begin = 0;
 #pragma unroll 1
     for (int first = 0; first < p.batch; first += blockDim.x) {
@@ -334,7 +334,7 @@ __device__ __noinline__ Place find_place(const DecodeParams& p, PlaceScratch* sc
             begin += scratch->warp_units[w];
         }
         const int64_t end = before + inclusive;
-        if (units > 0 && place.begin < end && place.begin >= end - units) {
+        if (units > 0 && slice.begin < end && slice.begin >= end - units) {
             scratch->found = b;
             scratch->found_begin = end - units;
         }
@@ -342,14 +342,14 @@ __device__ __noinline__ Place find_place(const DecodeParams& p, PlaceScratch* sc
         const int found = scratch->found;
         const int64_t found_begin = scratch->found_begin;
         __syncthreads();
-        if (found >= 0 && place.begin < place.end) {
-            place.b = found;
-            place.sequence_begin = found_begin;
-            place.taken = p.query_start == nullptr ? 0 : p.query_start[found];
+        if (found >= 0 && slice.begin < slice.end) {
+            slice.b = found;
+            slice.sequence_begin = found_begin;
+            slice.taken = p.query_start == nullptr ? 0 : p.query_start[found];
             if (blockIdx.x != 0) break;  // block 0 goes on: it reports faults
         }
     }
-    return place;
+    return slice;
 }
 
 __device__ __forceinline__ Split split_of(int64_t item_begin, int key_tiles, int64_t slice) {
@@ -382,20 +382,20 @@ __device__ __forceinline__ Slots group_slots(const Split& s) {
     return Slots{base + 1, base, 2 * kFanIn};
 }
 
-// Two columns a lane are what a warp merges: a *slice* of a row. Warps merge each for itself, slice by slice.
-constexpr int kSliceColumns = 64;
+// Two columns a lane are what a warp merges: a *strip* of a row. Warps merge each for itself, strip by strip.
+constexpr int kStripColumns = 64;
 
-__host__ __device__ constexpr int slices_of_row(int head_dim_v) { return (head_dim_v + kSliceColumns - 1) / kSliceColumns; }
+__host__ __device__ constexpr int strips_of_row(int head_dim_v) { return (head_dim_v + kStripColumns - 1) / kStripColumns; }
 
-// Counters of arrivals, one a slice of a partial, reset by the last to come: first groups by their item's first block, later
+// Counters of arrivals, one a strip of a partial, reset by the last to come: first groups by their item's first block, later
 // groups by the block they begin in, and items.
-constexpr int kCountersOfSlice = 3;
+constexpr int kCountersOfStrip = 3;
 
-__device__ __forceinline__ uint32_t* group_counters(const Workspace& w, const Split& s, int group, int slices) {
-    return w.counters + static_cast<int64_t>((group == 0 ? 0 : gridDim.x) + s.first_block + group * kFanIn) * slices;
+__device__ __forceinline__ uint32_t* group_counters(const Workspace& w, const Split& s, int group, int strips) {
+    return w.counters + static_cast<int64_t>((group == 0 ? 0 : gridDim.x) + s.first_block + group * kFanIn) * strips;
 }
-__device__ __forceinline__ uint32_t* item_counters(const Workspace& w, const Split& s, int slices) {
-    return w.counters + static_cast<int64_t>(2 * gridDim.x + s.first_block) * slices;
+__device__ __forceinline__ uint32_t* item_counters(const Workspace& w, const Split& s, int strips) {
+    return w.counters + static_cast<int64_t>(2 * gridDim.x + s.first_block) * strips;
 }
 
 // The merge, everywhere: weights against the common maximum, sums in index order. A state with l = 0 is empty and its

@@ -43,8 +43,8 @@ enum : int { kSlotEnd = 1, kSlotLast = 2, kSlotFirst = 4, kSlotPoison = 8, kSlot
 
 // Where a warp's walk along a flat slice is, as far as only the steps from item to item need it: in shared memory, for
 // want of registers. All lanes read it, one writes it, with the warp synchronised in between.
-struct Stand {
-    Place place;
+struct Cursor {
+    BlockSlice slice;
     Sequence seq;
     int64_t item_begin;
     int head, row_tile;
@@ -66,13 +66,13 @@ struct Rows16 {
     static __device__ __forceinline__ constexpr uint32_t at(int row, int unit) {
         return row * kPitch + (unit ^ mask(row)) * 16;
     }
-    // The place of unit + 2 step, from that of unit 0 or 1 of the same row.
-    static __device__ __forceinline__ constexpr uint32_t step(uint32_t place, int step) {
-        return (place ^ step % (kUnits / 2) * 32) + step / (kUnits / 2) * (kUnits * 16);
+    // The offset of unit + 2 step, from that of unit 0 or 1 of the same row.
+    static __device__ __forceinline__ constexpr uint32_t step(uint32_t offset, int step) {
+        return (offset ^ step % (kUnits / 2) * 32) + step / (kUnits / 2) * (kUnits * 16);
     }
-    // The place of the same unit of row + more, where the rows' numbers have no bit in common.
-    static __device__ __forceinline__ constexpr uint32_t down(uint32_t place, int more) {
-        return (place ^ mask(more) * 16) + more * kPitch;
+    // The offset of the same unit of row + more, where the rows' numbers have no bit in common.
+    static __device__ __forceinline__ constexpr uint32_t down(uint32_t offset, int more) {
+        return (offset ^ mask(more) * 16) + more * kPitch;
     }
 };
 
@@ -89,8 +89,8 @@ struct Shape {
     static constexpr int kTileBytes = kVAt + kTile * RowsV::kPitch, kCloseBytes = Rows * kPitchO * 4;
     static constexpr int kSlotBytes = kTileBytes > kCloseBytes ? kTileBytes : kCloseBytes;
     static_assert(kVAt % 128 == 0 && kSlotBytes % 128 == 0, "units change places within 128 bytes");
-    static constexpr int kSmall = 1024 + static_cast<int>(sizeof(Doors)) + static_cast<int>(sizeof(PlaceScratch)) +
-                                  Rows * 8 + 8 * (Rows * 8 + 4 + static_cast<int>(sizeof(Stand)));
+    static constexpr int kSmall = 1024 + static_cast<int>(sizeof(PushState)) + static_cast<int>(sizeof(SliceScratch)) +
+                                  Rows * 8 + 8 * (Rows * 8 + 4 + static_cast<int>(sizeof(Cursor)));
     static constexpr int kEntryBytes = kTile * 4;
     static constexpr int per_warp(int stages) {
         return stages * (kSlotBytes + static_cast<int>(sizeof(SlotInfo)) + kEntryBytes);
@@ -109,11 +109,11 @@ struct Shape {
     static constexpr int kStateAt = kEntriesAt + kWarps * kStages * kEntryBytes;
     static constexpr int kRowAt = kStateAt + kWarps * Rows * 8;
     static constexpr int kItemAt = kRowAt + Rows * 8;
-    static constexpr int kStandAt = kItemAt + static_cast<int>(sizeof(Item));
-    static constexpr int kScratchAt = kStandAt + kWarps * static_cast<int>(sizeof(Stand));
-    static constexpr int kFlagAt = kScratchAt + static_cast<int>(sizeof(PlaceScratch));
-    static constexpr int kDoorsAt = (kFlagAt + 16 + 4 * kWarps + 15) / 16 * 16;
-    static constexpr int kSharedBytes = kDoorsAt + static_cast<int>(sizeof(Doors));
+    static constexpr int kCursorAt = kItemAt + static_cast<int>(sizeof(Item));
+    static constexpr int kScratchAt = kCursorAt + kWarps * static_cast<int>(sizeof(Cursor));
+    static constexpr int kFlagAt = kScratchAt + static_cast<int>(sizeof(SliceScratch));
+    static constexpr int kPushStateAt = (kFlagAt + 16 + 4 * kWarps + 15) / 16 * 16;
+    static constexpr int kSharedBytes = kPushStateAt + static_cast<int>(sizeof(PushState));
     static_assert(kQueryAt % 16 == 0 && kInfoAt % 16 == 0 && kStateAt % 16 == 0 && kRowAt % 8 == 0, "alignment");
     static_assert(kSharedBytes <= kSharedLimit, "shared memory");
 };

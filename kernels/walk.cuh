@@ -29,7 +29,7 @@ struct Walk {
     const char* k_row;
     const char* v_row;
     int page_shift;       // log2 of the page size, -1 where it is no power of two
-    uint64_t keep;        // how long L2 is to keep keys and values
+    uint64_t l2_policy;        // how long L2 is to keep keys and values
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
     // Lanes a row: the next power of two, so that a lane keeps its column.
@@ -40,40 +40,40 @@ struct Walk {
         page_shift = p.kv_layout != kStrided && (size & (size - 1)) == 0 ? __ffs(size) - 1 : -1;
         // Only query tiles after the first read them again.
         const bool once = static_cast<int64_t>(p.query_tokens) * p.group <= static_cast<int64_t>(p.batch) * S::kRows;
-        keep = once ? keep_briefly() : keep_as_usual();
+        l2_policy = once ? evict_first() : evict_normal();
     }
 
     // Whether a tile's rows lie at one stride: always, unless pages end inside tiles.
     __device__ __forceinline__ bool regular() const { return p.kv_layout == kStrided || page_shift >= 4; }
 
     // What can be known without touching memory; before the dependency wait.
-    __device__ __forceinline__ Share prepare() {
-        const Share share = share_of(p, S::kRows);
+    __device__ __forceinline__ EvenSplit prepare() {
+        const EvenSplit even = even_split_of(p, S::kRows);
         step = S::kWarps;
         done = false;
-        if (share.blocks > 0) {
+        if (even.blocks > 0) {
             b = 0;
-            step = S::kWarps * share.blocks;
-            tile = share.index * S::kWarps + warp;
-            done = share.index >= share.blocks;
-            find_rows(share.head);
+            step = S::kWarps * even.blocks;
+            tile = even.index * S::kWarps + warp;
+            done = even.index >= even.blocks;
+            find_rows(even.head);
         }
-        return share;
+        return even;
     }
 
-    // Asks for everything small that a shared-out item needs, at once: what waits for one thing after the other, or for
+    // Asks for everything small that a evenly split item needs, at once: what waits for one thing after the other, or for
     // keys that were asked for before, waits long.
-    __device__ __forceinline__ uint32_t touch_small(const Share& share) const {
+    __device__ __forceinline__ uint32_t touch_small(const EvenSplit& even) const {
         uint32_t x = p.kv_length == nullptr ? 0 : load_cached(p.kv_length);
         if ((p.flags & kFlagCausal) && p.global_length != nullptr) x ^= load_cached(p.global_length);
         if ((p.flags & kFlagCausal) && p.kv_start != nullptr) x ^= load_cached(p.kv_start);
         const int unit = 32 / element_size(p.q_dtype);  // one sector a lane
 #pragma unroll 1
         for (int row = warp; row < S::kRows; row += S::kWarps) {
-            const int packed = share.row_tile * S::kRows + row;
+            const int packed = even.row_tile * S::kRows + row;
             if (packed >= p.query_tokens * p.group || lane * unit >= p.head_dim_qk) continue;
             const int token = p.query_tokens == 1 ? 0 : packed / p.group;
-            const int64_t q_head = static_cast<int64_t>(share.head) * p.group + packed - token * p.group;
+            const int64_t q_head = static_cast<int64_t>(even.head) * p.group + packed - token * p.group;
             x ^= load_cached(static_cast<const char*>(p.q) + token * p.q_stride[0] +
                              q_head * p.q_stride[1] + lane * unit * p.q_stride[2]);
         }
@@ -86,38 +86,38 @@ struct Walk {
         flags = seq.fault != kFaultNone || positions_bad(seq) ? kSlotPoison : 0;
     }
 
-    // Begins a shared-out item, and says which it is.
-    __device__ __forceinline__ Item start_shared(const Share& share) {
+    // Begins a evenly split item, and says which it is.
+    __device__ __forceinline__ Item start_even(const EvenSplit& even) {
         int taken = 0;
         const Sequence seq = read_sequence<S::kRows>(p, 0, taken);
         if (blockIdx.x == 0 && threadIdx.x == 0 && seq.fault != kFaultNone) report_fault(p, 0, seq.fault);
         tile_end = seq.key_tiles;
-        done = share.index * S::kWarps >= seq.key_tiles;
-        const Split split = share.split(seq.key_tiles, S::kWarps);
+        done = even.index * S::kWarps >= seq.key_tiles;
+        const Split split = even.split(seq.key_tiles, S::kWarps);
         if (!done) {
             take_sequence(seq);
             read_entries(0);
         }
-        return Item{share.head, share.row_tile, 0, seq.tokens, split.count, split.index, split.first_block, 0};
+        return Item{even.head, even.row_tile, 0, seq.tokens, split.count, split.index, split.first_block, 0};
     }
 
-    __device__ __forceinline__ Stand& stand() const {
-        return reinterpret_cast<Stand*>(shared + S::kStandAt)[warp];
+    __device__ __forceinline__ Cursor& cursor() const {
+        return reinterpret_cast<Cursor*>(shared + S::kCursorAt)[warp];
     }
 
     // Begins a flat slice.
     __device__ __forceinline__ Item start() {
-        Stand at;
-        at.place = find_place<S::kRows>(p, reinterpret_cast<PlaceScratch*>(shared + S::kScratchAt));
-        done = at.place.begin >= at.place.end;
+        Cursor at;
+        at.slice = find_slice<S::kRows>(p, reinterpret_cast<SliceScratch*>(shared + S::kScratchAt));
+        done = at.slice.begin >= at.slice.end;
         if (done) return Item{};
-        b = at.place.b;
-        at.seq = read_sequence<S::kRows>(p, b, at.place.taken);
-        const int64_t into = at.place.begin - at.place.sequence_begin;
+        b = at.slice.b;
+        at.seq = read_sequence<S::kRows>(p, b, at.slice.taken);
+        const int64_t into = at.slice.begin - at.slice.sequence_begin;
         const int64_t item = into / at.seq.key_tiles;
         at.head = static_cast<int>(item / at.seq.row_tiles);
         at.row_tile = static_cast<int>(item) - at.head * at.seq.row_tiles;
-        at.item_begin = at.place.sequence_begin + item * at.seq.key_tiles;
+        at.item_begin = at.slice.sequence_begin + item * at.seq.key_tiles;
         take_sequence(at.seq);
         enter_item(at, 0);
         return at.item;
@@ -152,18 +152,18 @@ struct Walk {
     }
 
     // `stage`: the slot that the item's first tile will have.
-    __device__ __forceinline__ void enter_item(Stand& at, int stage) {
-        const int64_t from = max(at.place.begin - at.item_begin, static_cast<int64_t>(0));
-        const int64_t to = min(at.place.end - at.item_begin, static_cast<int64_t>(at.seq.key_tiles));
+    __device__ __forceinline__ void enter_item(Cursor& at, int stage) {
+        const int64_t from = max(at.slice.begin - at.item_begin, static_cast<int64_t>(0));
+        const int64_t to = min(at.slice.end - at.item_begin, static_cast<int64_t>(at.seq.key_tiles));
         tile = static_cast<int>(from) + warp;
         tile_end = static_cast<int>(to);
         flags |= kSlotFirst;
-        if (at.item_begin + at.seq.key_tiles >= at.place.end) flags |= kSlotFinal;
-        const Split split = split_of(at.item_begin, at.seq.key_tiles, at.place.slice);
+        if (at.item_begin + at.seq.key_tiles >= at.slice.end) flags |= kSlotFinal;
+        const Split split = split_of(at.item_begin, at.seq.key_tiles, at.slice.units);
         at.item = Item{at.head,     at.row_tile, at.seq.first_token, at.seq.tokens,
                        split.count, split.index, split.first_block,  b};
         __syncwarp();
-        if (lane == 0) stand() = at;
+        if (lane == 0) cursor() = at;
         __syncwarp();
         find_rows(at.head);
         read_entries(stage);
@@ -218,7 +218,7 @@ struct Walk {
             return;
         }
         __syncwarp();
-        Stand at = stand();
+        Cursor at = cursor();
         at.item_begin += at.seq.key_tiles;
         if (++at.row_tile == at.seq.row_tiles) {
             at.row_tile = 0;
@@ -226,7 +226,7 @@ struct Walk {
                 at.head = 0;
                 do {
                     b++;
-                    at.seq = read_sequence<S::kRows>(p, b, at.place.taken);
+                    at.seq = read_sequence<S::kRows>(p, b, at.slice.taken);
                 } while (at.seq.row_tiles == 0);
                 take_sequence(at.seq);
             }
@@ -236,7 +236,7 @@ struct Walk {
     }
 
     // The next item's queries come up while keys do.
-    __device__ __forceinline__ void prefetch_query(const Stand& at) const {
+    __device__ __forceinline__ void prefetch_query(const Cursor& at) const {
         const int packed = at.row_tile * S::kRows + warp;
         const int token = at.seq.tokens == 1 ? 0 : packed / p.group;
         const int unit = 128 / element_size(p.q_dtype);  // one line a lane
@@ -302,8 +302,8 @@ struct Walk {
         return bad;
     }
 
-    // Fills a slot with the warp's next tile of a shared-out item.
-    __device__ __forceinline__ void fill_shared(int stage) {
+    // Fills a slot with the warp's next tile of a evenly split item.
+    __device__ __forceinline__ void fill_even(int stage) {
         if (tile < tile_end) {
             const int base = tile * kTile;
             const bool bad = copy_tile(stage, base, min(max(keys - base, 0), kTile));
@@ -336,7 +336,7 @@ struct Walk {
         if (lane == 0) {
             info[0] = make_int4(flags | (last ? kSlotLast : 0) | (bad ? kSlotPoison : 0), base, bad ? 0 : live, b);
             if (flags & kSlotFirst) {
-                const int4* item = reinterpret_cast<const int4*>(&stand().item);
+                const int4* item = reinterpret_cast<const int4*>(&cursor().item);
                 info[1] = item[0], info[2] = item[1];
             }
             if (bad) report_fault(p, b, kFaultPage);
@@ -369,14 +369,14 @@ struct Walk {
         if (live == kTile) {
 #pragma unroll
             for (int i = 0; i < kTile; i += kRows) {
-                copy_async16(Rows16<Dim>::down(to, i) + To, from, 16, keep);
+                copy_async16(Rows16<Dim>::down(to, i) + To, from, 16, l2_policy);
                 from += kRows * stride;
             }
         } else {
 #pragma unroll 1
             for (int i = 0; i < kTile; i += kRows) {
                 const bool real = row + i < live;
-                copy_async16(Rows16<Dim>::down(to, i) + To, real ? from : nowhere(), real ? 16 : 0, keep);
+                copy_async16(Rows16<Dim>::down(to, i) + To, real ? from : nowhere(), real ? 16 : 0, l2_policy);
                 from += kRows * stride;
             }
         }
@@ -397,7 +397,7 @@ struct Walk {
             if (inside) {
                 copy_async16(Rows16<Dim>::down(to, i) + To,
                              real ? reinterpret_cast<const char*>(row_from) + unit * 16 : nowhere(), real ? 16 : 0,
-                             keep);
+                             l2_policy);
             }
         }
     }

@@ -18,8 +18,8 @@ inline float exp2_approx(float x) {
 
 inline void copy_async16(uint32_t to, const void* from, uint32_t bytes) { emulator::copy_async(to, from, bytes, 16); }
 inline void copy_async16(uint32_t to, const void* from, uint32_t bytes, uint64_t) { copy_async16(to, from, bytes); }
-inline uint64_t keep_briefly() { return 0; }
-inline uint64_t keep_as_usual() { return 0; }
+inline uint64_t evict_first() { return 0; }
+inline uint64_t evict_normal() { return 0; }
 inline void copy_async4(uint32_t to, const void* from) { emulator::copy_async(to, from, 4, 4); }
 inline void copy_async_commit() { emulator::copy_commit(); }
 template <int Pending>
