@@ -15,9 +15,10 @@
 //! |---|---|
 //! | `ffi` | the C ABI, one file a section of `include/treeattn.h` |
 //! | [`runtime`] | runtimes, streams, buffers, communicators, plans: the Rust API |
-//! | [`cpu`], `cuda`, `comm` | the two backends that attend a shard; the exchanges between ranks |
+//! | `route` | what a plan does with a step, from this rank's shard to the merged output |
+//! | [`cpu`], `cuda`, `comm` | the two backends that attend a shard; how ranks find each other, exchange and fail together |
 //! | [`device`] | devices, worker threads, queues, host memory; the CUDA driver |
-//! | [`partial`] | the monoid of partials and the epoch protocol |
+//! | [`partial`] | the monoid of partials, where they lie in memory, and the epoch protocol |
 //! | [`attention`] | shapes, tensors, steps, placement, the float64 reference |
 //! | [`error`], [`fault`] | the one error type; named points at which tests inject faults |
 
@@ -30,6 +31,7 @@ pub mod error;
 pub mod fault;
 pub mod ffi;
 pub mod partial;
+pub(crate) mod route;
 pub mod runtime;
 
 pub use error::{Error, ErrorKind, Result};

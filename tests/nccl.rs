@@ -98,8 +98,12 @@ fn build_mocks() -> bool {
             .arg(source);
         compiler.status().is_ok_and(|status| status.success())
     };
-    let built = compile("libcuda.so", "mock_driver/cuda.c", &[])
-        && compile("libcuda.so.1", "mock_driver/cuda.c", &[])
+    let header = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/abi.cuh");
+    let header = std::fs::read_to_string(header).unwrap();
+    let abi = header.split_once("kAbi = ").and_then(|(_, rest)| rest.split_once(';')).unwrap().0;
+    let abi = format!("-DABI={abi}");
+    let built = compile("libcuda.so", "mock_driver/cuda.c", &[&abi])
+        && compile("libcuda.so.1", "mock_driver/cuda.c", &[&abi])
         && compile("libnccl.so.2", "mock_nccl/nccl.c", &["-Wl,-soname,libnccl.so.2"])
         && compile("old.so", "mock_nccl/nccl.c", &["-DVERSION=21705"])
         && compile("partial.so", "mock_nccl/nccl.c", &["-DWITHOUT_SPLIT"]);

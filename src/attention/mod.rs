@@ -8,6 +8,7 @@ pub mod descriptor;
 pub mod dtype;
 pub mod energy;
 pub mod format;
+pub mod merge;
 pub mod placement;
 pub mod reference;
 pub mod score;

@@ -22,12 +22,14 @@
 //!
 //! A communicator that has failed is broken: every later call on any rank returns the error that broke it.
 
+mod board;
 mod bootstrap;
 mod config;
 mod errors;
 mod local;
 pub(crate) mod nccl;
 mod peer;
+mod plan_words;
 mod rounds;
 mod transport;
 mod tree;
@@ -37,10 +39,12 @@ mod hop_tests;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use board::{PlanFault, StatusBoard};
 pub(crate) use bootstrap::Bootstrap;
 pub use config::CommConfig;
 pub(crate) use local::{LocalRank, MAX_RANKS, local_group};
 pub(crate) use peer::{GpuRank, Offer, Windows};
+pub(crate) use plan_words::{ANY_FAULT, OWN_FAULT, PlanLease, PlanWords};
 pub(crate) use rounds::{Hop, Round, RoundHeader, Rounds};
 pub(crate) use transport::TransportRank;
 pub use transport::{AllgatherCallback, SendrecvCallback, Transport};

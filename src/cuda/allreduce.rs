@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::abi;
-use super::merge::MergeStep;
 use super::params::AllreduceParams;
+use crate::attention::merge::MergeStep;
 use crate::device::cuda::{CudaDevice, CudaStream, Holdings, Image, Kernel, PointerCheck};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::RowTarget;

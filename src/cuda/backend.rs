@@ -4,15 +4,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::abi;
-use super::merge::{Merge, MergeStep};
+use super::merge::Merge;
 use super::params::{self, DecodeParams, KernelShape, PlacementKind, Workspace};
+use crate::attention::merge::MergeStep;
 use crate::attention::{
     Algorithm, AttentionDesc, Capabilities, Dtype, KvLayout, MaskKind, Placement, QueryInput, Reproducibility, Shard,
     Step, supported,
 };
-use crate::device::cuda::{CudaDevice, CudaStream, Entered, Holdings, Image, Kernel, PointerCheck, Words};
+use crate::device::cuda::{CudaDevice, CudaStream, Entered, Holdings, Image, Kernel, PointerCheck};
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::{DataFault, ExchangeView, RowTarget};
+use crate::partial::{ExchangeView, RowTarget};
 
 /// The head dimensions that kernels are compiled for, (qk, v): a shape runs in the first class that holds it.
 const CLASSES: [(i32, i32); 5] = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)];
@@ -152,7 +153,6 @@ pub(crate) struct CudaBackend {
     attention: Option<Attention>,
     merge: Merge,
     pointers: PointerCheck,
-    status: Words,
     bytes: usize,
     /// Dropped last: gives the memory back once the device is done with it.
     _holdings: Holdings,
@@ -160,20 +160,21 @@ pub(crate) struct CudaBackend {
 
 impl CudaBackend {
     /// Makes every kernel of a plan resident and allocates its workspace. `sharing` ranks share the GPU, each with its part
-    /// of the grid. Blocks; `Capturing` during a capture.
+    /// of the grid. `status`: the device's address of the word in mapped host memory for bad data of steps that have no other
+    /// place for it; it outlives the steps. Blocks; `Capturing` during a capture.
     /// Dropping waits for the steps that are enqueued, at most `patience`.
     pub fn new(
         device: &Arc<CudaDevice>,
         desc: &AttentionDesc,
         shard: Shard,
         sharing: usize,
+        status: u64,
         patience: Duration,
     ) -> Result<CudaBackend> {
         supported(desc, &CAPABILITIES)?;
         let image = Image::new(device)?;
         let merge = Merge::new(device)?;
         let mut holdings = Holdings::new(device, patience);
-        let status = holdings.words(1)?;
         let (mut attention, mut bytes) = (None, 0);
         if !desc.is_merge_only() {
             let kernels = Kernels::new(&image, desc, sharing)?;
@@ -183,8 +184,7 @@ impl CudaBackend {
             let memory = holdings.memory(bytes)?;
             // A fault is rare, so that its word may lie in host memory for good: it is then read and reset by the
             // host alone, without the device.
-            let workspace =
-                Workspace { partials: memory, counters: memory + partials as u64, status: status.address() };
+            let workspace = Workspace { partials: memory, counters: memory + partials as u64, status };
             attention = Some(Attention { kernels, fixed: fixed(desc, shard, workspace) });
         }
         Ok(CudaBackend {
@@ -193,7 +193,6 @@ impl CudaBackend {
             attention,
             merge,
             pointers: PointerCheck::new(),
-            status,
             bytes,
             _holdings: holdings,
         })
@@ -321,18 +320,6 @@ impl CudaBackend {
     /// Enqueues the merge of given partials; as [`CudaBackend::decode`].
     pub fn merge(&self, step: &MergeStep, stream: &CudaStream) -> Result<()> {
         self.merge.enqueue(step, stream)
-    }
-
-    /// The bad data that steps have met since the last time, if any: that of the first sequence. Waits for nothing.
-    pub fn take_fault(&self) -> Option<DataFault> {
-        // SAFETY: the holdings live as long as `self`.
-        let word = unsafe { self.status.take(0) };
-        DataFault::from_word(word).map(|(_, fault)| fault)
-    }
-
-    /// `Capturing` while a capture forbids giving the workspace back.
-    pub fn check_destroy(&self) -> Result<()> {
-        self.device.check_change()
     }
 
     /// Bytes of device memory.

@@ -5,29 +5,12 @@ use std::sync::Arc;
 
 use super::abi;
 use super::params::MergeParams;
+use crate::attention::merge::MergeStep;
 use crate::device::cuda::{CudaDevice, CudaStream, Image, Kernel, PointerCheck};
 use crate::error::{Error, Result};
-use crate::partial::{RowSource, RowTarget};
 
 /// Rows of a block, one a warp.
 const ROWS: u64 = 8;
-
-/// Checked arguments of a merge.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct MergeStep {
-    /// Partials.
-    pub count: i32,
-    /// Query tokens.
-    pub tokens: i32,
-    /// Heads.
-    pub heads: i32,
-    /// The first partial.
-    pub source: RowSource,
-    /// Bytes from a partial's o, and from its lse, to the next one's.
-    pub step: [i64; 2],
-    /// The merged output.
-    pub target: RowTarget,
-}
 
 /// The merge kernel on a device.
 pub(crate) struct Merge {

@@ -15,4 +15,4 @@ mod params;
 pub(crate) use allreduce::{Allreduce, AllreduceOutput, AllreduceShape};
 pub(crate) use backend::{CAPABILITIES, CudaBackend, Destination};
 pub(crate) use exchange::{COMMUNICATORS, ExchangeKernel, ExchangeStep};
-pub(crate) use merge::{Merge, MergeStep};
+pub(crate) use merge::Merge;

@@ -18,7 +18,7 @@ pub use buffer::HostBuffer;
 pub use float_state::FloatState;
 pub use host::available_cores;
 pub use queue::Queue;
-pub(crate) use thread::{Deadline, Within, behind, spawn};
+pub(crate) use thread::{Deadline, Within, behind, spawn, spawn_scoped};
 pub use workers::Workers;
 
 use crate::error::{Error, Result};

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::sync::{Arc, mpsc};
-use std::thread::{Builder, JoinHandle};
+use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -20,6 +20,21 @@ pub(crate) fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> Resul
         // A new thread inherits its maker's control register.
         let _default = FloatState::enter();
         body();
+    });
+    drop(blocked);
+    thread.map_err(|e| Error::new(ErrorKind::System, format!("thread {name}: the system started none: {e}")))
+}
+
+/// As [`spawn`], for a thread that ends before `scope` does and may borrow what outlives it.
+pub(crate) fn spawn_scoped<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: &str,
+    body: impl FnOnce() -> T + Send + 'scope,
+) -> Result<ScopedJoinHandle<'scope, T>> {
+    let blocked = SignalsBlocked::enter();
+    let thread = Builder::new().name(name.into()).spawn_scoped(scope, move || {
+        let _default = FloatState::enter();
+        body()
     });
     drop(blocked);
     thread.map_err(|e| Error::new(ErrorKind::System, format!("thread {name}: the system started none: {e}")))

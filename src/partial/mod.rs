@@ -10,6 +10,7 @@ pub(crate) mod epoch;
 #[cfg(all(test, loom))]
 mod epoch_model;
 mod fault;
+mod host_rows;
 mod merge;
 #[cfg(all(test, loom))]
 mod push_model;

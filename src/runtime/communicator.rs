@@ -1,24 +1,19 @@
-//! Communicators: one rank's end of a group, with its worker threads and its status.
+//! Communicators: one rank's end of a group, with what it computes with and its status.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
 
-use parking_lot::Mutex;
-
-use super::allreduce3::Watched;
 use super::context::{LogLevel, Runtime};
-use super::peer;
-use crate::attention::{Algorithm, AttentionDesc, Shard};
-use crate::comm::nccl::NcclRank;
+use crate::attention::Shard;
 use crate::comm::{
-    Bootstrap, CommConfig, GpuRank, LocalRank, Rounds, Transport, TransportRank, local_group, node_numbers,
+    Bootstrap, CommConfig, LocalRank, Rounds, StatusBoard, Transport, TransportRank, local_group, node_numbers,
 };
-use crate::cuda::CudaBackend;
 use crate::device::cuda::CudaDevice;
 use crate::device::{Device, DeviceKind, Workers, available_cores};
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::DataFault;
 use crate::partial::epoch::Epoch;
+use crate::route::rank::{CpuRank, CudaGroup, CudaRank, Rank};
+use crate::route::windows::setup;
 
 /// One rank of a communicator. Clones are the same rank. Calls that exchange are serialised by the caller; `abort`
 /// and `status` may come from any thread at any time.
@@ -42,87 +37,18 @@ pub struct CommStatus {
     pub sequence: i32,
 }
 
-/// Bad data that a step met and nobody has asked about yet.
-#[derive(Clone, Copy)]
-struct PendingFault {
-    rank: i32,
-    plan: u64,
-    fault: DataFault,
-}
-
-/// A rank's end of its group, by what its steps exchange with.
-pub(super) enum GroupEnd {
-    /// Rounds in host memory: ranks on CPUs.
-    Cpu(Box<dyn Rounds>),
-    /// Windows of GPUs, or NCCL.
-    Gpus(GpuRank),
-    /// Nothing: one rank, on a GPU.
-    Single(Box<dyn Bootstrap>),
-}
-
-impl GroupEnd {
-    /// What every end can do.
-    pub fn bootstrap(&self) -> &dyn Bootstrap {
-        match self {
-            GroupEnd::Cpu(rounds) => &**rounds,
-            GroupEnd::Gpus(rank) => rank,
-            GroupEnd::Single(bootstrap) => &**bootstrap,
-        }
-    }
-
-    /// The rounds of a rank on CPUs.
-    pub fn rounds(&self) -> Option<&dyn Rounds> {
-        match self {
-            GroupEnd::Cpu(rounds) => Some(&**rounds),
-            GroupEnd::Gpus(_) | GroupEnd::Single(_) => None,
-        }
-    }
-
-    /// The end of a rank on a GPU that has peers.
-    pub fn gpus(&self) -> Option<&GpuRank> {
-        match self {
-            GroupEnd::Gpus(rank) => Some(rank),
-            GroupEnd::Cpu(_) | GroupEnd::Single(_) => None,
-        }
-    }
-
-    /// Exchanges completed on a CPU, enqueued on a GPU.
-    fn steps(&self) -> u64 {
-        match self {
-            GroupEnd::Cpu(rounds) => rounds.completed(),
-            GroupEnd::Gpus(rank) => rank.enqueued(),
-            GroupEnd::Single(_) => 0,
-        }
-    }
-}
-
 pub(super) struct CommCore {
     pub runtime: Runtime,
     pub device: Device,
-    /// The GPU of a CUDA rank.
-    pub cuda: Option<Arc<CudaDevice>>,
-    /// Plans of a CUDA rank, whose bad data `status` reads, by their numbers.
-    cuda_plans: Mutex<Vec<(u64, Weak<CudaBackend>)>>,
-    /// Steps over NCCL whose bad data `status` reads, by the numbers of their plans.
-    nccl_plans: Mutex<Vec<(u64, Weak<Watched>)>>,
-    /// This rank of NCCL's communicator, where there is one: made with the communicator, or by its first plan that needs it.
-    pub nccl: Mutex<Option<Arc<NcclRank>>>,
     pub config: CommConfig,
-    pub workers: Workers,
-    /// This rank's end of the group.
-    pub end: GroupEnd,
-    /// The node of each rank.
-    pub nodes: Vec<usize>,
+    /// What this rank has.
+    pub rank: Rank,
+    /// What plans leave for the status.
+    pub board: Arc<StatusBoard>,
     /// Ranks in one process share a group; 0 for a rank whose peers are elsewhere.
     pub group: u64,
-    /// Ranks of the group on this rank's device.
-    pub sharing: usize,
     /// Plans created so far: the next plan's number, the same on all ranks.
     pub plans: AtomicU64,
-    /// Exchanging calls so far, part of every step's fingerprint.
-    pub calls: AtomicU64,
-    last_plan: AtomicU64,
-    pending: Mutex<Option<PendingFault>>,
     closed: AtomicBool,
 }
 
@@ -152,12 +78,6 @@ impl Communicator {
         if let Some(odd) = devices.iter().find(|device| device.kind != devices[0].kind) {
             return Err(Error::unsupported("devices", format!("{} and {odd}", devices[0]), "devices of one kind"));
         }
-        let cores = available_cores();
-        let threads = match config.threads_per_rank {
-            _ if devices[0].kind == DeviceKind::Cuda => 1,
-            0 => (cores / devices.len()).max(1),
-            threads => threads,
-        };
         let groups = match &config.node_groups[..] {
             [] => vec![config.node_group; devices.len()],
             groups if groups.len() == devices.len() => groups.to_vec(),
@@ -166,30 +86,17 @@ impl Communicator {
                 return Err(Error::invalid("node_groups", found, format!("none, or {}", devices.len())));
             }
         };
-        let nodes = node_numbers(&groups);
         let group = local_group(devices.len(), config)?;
-        let group_id = group.first().map_or(0, LocalRank::group_id);
-        let ends: Vec<GroupEnd> = if devices[0].kind == DeviceKind::Cuda && devices.len() > 1 {
-            let gpus = devices.iter().map(|&device| CudaDevice::get(device)).collect::<Result<Vec<_>>>()?;
-            let ends = peer::connect(group, &gpus, config, start)?;
-            ends.into_iter().map(GroupEnd::Gpus).collect()
-        } else if devices[0].kind == DeviceKind::Cuda {
-            group.into_iter().map(|end| GroupEnd::Single(Box::new(end))).collect()
-        } else {
-            group.into_iter().map(|end| GroupEnd::Cpu(Box::new(end))).collect()
+        let number = group.first().map_or(0, LocalRank::group_id);
+        let ranks = match devices[0].kind {
+            DeviceKind::Cpu => cpu_ranks(runtime, group, config, &node_numbers(&groups))?,
+            DeviceKind::Cuda => cuda_ranks(group, devices, config, start)?,
         };
-        let mut ranks = Vec::with_capacity(devices.len());
-        for (rank, (end, &device)) in ends.into_iter().zip(devices).enumerate() {
-            let spin = threads.saturating_mul(devices.len()) <= cores;
-            let sharing = devices.iter().filter(|&&other| other == device).count();
-            let workers = Workers::new(threads, &format!("treeattn-{rank}"), spin)?;
-            let mut core = CommCore::new(runtime, device, config, workers, end, nodes.clone(), group_id)?;
-            core.sharing = sharing;
-            ranks.push(Communicator { core: Arc::new(core) });
-        }
+        let threads = if devices[0].kind == DeviceKind::Cpu { threads_of(config, devices.len()) } else { 1 };
         let message = format!("local communicator of {} ranks, {threads} threads a rank", devices.len());
         runtime.log(LogLevel::Info, &message);
-        Ok(ranks)
+        let core = |(rank, &device)| CommCore::new(runtime, device, config, rank, number);
+        Ok(ranks.into_iter().zip(devices).map(core).map(Communicator::of).collect())
     }
 
     /// One rank of a group whose ranks the engine connects (MPI, gloo, sockets): `rank` of `world`. Collective: blocks
@@ -217,26 +124,17 @@ impl Communicator {
             let found = format!("{} groups", config.node_groups.len());
             return Err(Error::invalid("node_groups", found, "none where each rank has a node_group of its own"));
         }
-        let end = TransportRank::new(transport, Shard { rank, world }, config)?;
-        let (nodes, local) = machines(&end, config)?;
-        let threads = match config.threads_per_rank {
-            0 => (available_cores() / local).max(1),
-            threads => threads,
-        };
-        let spin = threads.saturating_mul(local) <= available_cores();
+        let rounds = TransportRank::new(transport, Shard { rank, world }, config)?;
+        let (nodes, local) = nodes(&rounds, config)?;
+        let threads = threads_of(config, local);
         runtime
             .log(LogLevel::Info, &format!("rank {rank} of {world}, {local} on this machine, {threads} threads each"));
-        Ok(Communicator {
-            core: Arc::new(CommCore::new(
-                runtime,
-                device,
-                config,
-                Workers::new(threads, &format!("treeattn-{rank}"), spin)?,
-                GroupEnd::Cpu(Box::new(end)),
-                nodes,
-                0,
-            )?),
-        })
+        let rank = cpu_rank(runtime, Box::new(rounds), threads, local, nodes)?;
+        Ok(Communicator::of(CommCore::new(runtime, device, config, rank, 0)))
+    }
+
+    pub(super) fn of(core: CommCore) -> Communicator {
+        Communicator { core: Arc::new(core) }
     }
 
     /// This rank.
@@ -257,7 +155,7 @@ impl Communicator {
     /// Links, capacities and the algorithm table, as JSON.
     pub fn describe(&self) -> Result<String> {
         self.core.check_open()?;
-        Ok(self.core.end.bootstrap().describe())
+        Ok(self.core.rank.bootstrap().describe())
     }
 
     /// The health of the communicator. Never blocks. Reading takes a pending `InvalidData`; a broken communicator
@@ -265,17 +163,21 @@ impl Communicator {
     pub fn status(&self) -> Result<CommStatus> {
         self.core.check_open()?;
         let core = &self.core;
-        core.collect_faults();
+        let board = &core.board;
+        for fault in core.rank.take_faults(board.last_plan()) {
+            core.runtime.log(LogLevel::Warning, fault.error().message());
+            board.report(fault);
+        }
         let mut status = CommStatus {
-            error: core.end.bootstrap().status(),
+            error: core.rank.bootstrap().status(),
             rank: -1,
-            step: core.end.steps(),
-            plan: core.last_plan.load(Ordering::Relaxed),
+            step: core.rank.exchanged(),
+            plan: board.last_plan(),
             sequence: -1,
         };
         if let Some(error) = &status.error {
             status.rank = error.rank().unwrap_or(-1);
-        } else if let Some(pending) = core.pending.lock().take() {
+        } else if let Some(pending) = board.take() {
             status.error = Some(pending.error());
             status.rank = pending.rank;
             status.plan = pending.plan;
@@ -287,7 +189,7 @@ impl Communicator {
     /// Ends every wait on this communicator, on all ranks, at once; they return `Aborted` from now on.
     pub fn abort(&self) -> Result<()> {
         self.core.check_open()?;
-        self.core.end.bootstrap().abort();
+        self.core.rank.bootstrap().abort();
         Ok(())
     }
 
@@ -299,13 +201,57 @@ impl Communicator {
     /// Leaves the group: peers that still wait for this rank get `PeerLost`; plans return `ParentDestroyed`.
     pub fn close(&self) {
         if !self.core.closed.swap(true, Ordering::AcqRel) {
-            self.core.end.bootstrap().leave();
+            self.core.rank.bootstrap().leave();
         }
     }
 }
 
+/// Threads of each of `local` CPU ranks on this machine.
+fn threads_of(config: &CommConfig, local: usize) -> usize {
+    match config.threads_per_rank {
+        0 => (available_cores() / local).max(1),
+        threads => threads,
+    }
+}
+
+/// One of `local` CPU ranks on this machine, with `threads` threads each.
+fn cpu_rank(
+    runtime: &Runtime,
+    rounds: Box<dyn Rounds>,
+    threads: usize,
+    local: usize,
+    nodes: Vec<usize>,
+) -> Result<Rank> {
+    let spin = threads.saturating_mul(local) <= available_cores();
+    let workers = Workers::new(threads, &format!("treeattn-{}", rounds.shard().rank), spin)?;
+    Ok(Rank::Cpu(Arc::new(CpuRank { rounds, workers, isa: runtime.cpu_isa(), nodes, calls: AtomicU64::new(0) })))
+}
+
+fn cpu_ranks(runtime: &Runtime, group: Vec<LocalRank>, config: &CommConfig, nodes: &[usize]) -> Result<Vec<Rank>> {
+    let (local, threads) = (group.len(), threads_of(config, group.len()));
+    group.into_iter().map(|end| cpu_rank(runtime, Box::new(end), threads, local, nodes.to_vec())).collect()
+}
+
+/// The first epoch of their exchanges comes after `start`.
+fn cuda_ranks(group: Vec<LocalRank>, devices: &[Device], config: &CommConfig, start: Epoch) -> Result<Vec<Rank>> {
+    let gpus = devices.iter().map(|&device| CudaDevice::get(device)).collect::<Result<Vec<_>>>()?;
+    let ends: Vec<CudaGroup> = match group.len() {
+        1 => group.into_iter().map(|end| CudaGroup::Single(Box::new(end))).collect(),
+        _ => {
+            let peers = setup::connect(group, &gpus, config, start)?;
+            peers.into_iter().map(|peers| CudaGroup::Peers(Arc::new(peers))).collect()
+        }
+    };
+    let sharing = |gpu: &CudaDevice| devices.iter().filter(|&&other| other == gpu.device()).count();
+    let rank = |(end, gpu): (CudaGroup, Arc<CudaDevice>)| {
+        let sharing = sharing(&gpu);
+        Rank::Cuda(Arc::new(CudaRank::new(gpu, sharing, end, config.step_timeout)))
+    };
+    Ok(ends.into_iter().zip(gpus).map(rank).collect())
+}
+
 /// The node of each rank, and how many ranks are on this machine. Collective.
-pub(super) fn machines(end: &dyn Bootstrap, config: &CommConfig) -> Result<(Vec<usize>, usize)> {
+pub(super) fn nodes(end: &dyn Bootstrap, config: &CommConfig) -> Result<(Vec<usize>, usize)> {
     let here = end.allgather(boot_id().as_bytes())?;
     let local = here.iter().filter(|id| **id == here[end.shard().rank as usize]).count();
     let groups = end.allgather(&config.node_group.to_le_bytes())?;
@@ -325,41 +271,26 @@ fn boot_id() -> String {
 }
 
 impl CommCore {
-    /// One rank, with what its device needs.
-    pub fn new(
-        runtime: &Runtime,
-        device: Device,
-        config: &CommConfig,
-        workers: Workers,
-        end: GroupEnd,
-        nodes: Vec<usize>,
-        group: u64,
-    ) -> Result<CommCore> {
-        Ok(CommCore {
+    /// One rank. `group`: 0 for a rank whose peers are elsewhere.
+    pub fn new(runtime: &Runtime, device: Device, config: &CommConfig, rank: Rank, group: u64) -> CommCore {
+        CommCore {
             runtime: runtime.clone(),
             device,
-            cuda: if device.kind == DeviceKind::Cuda { Some(CudaDevice::get(device)?) } else { None },
-            cuda_plans: Mutex::new(Vec::new()),
-            nccl_plans: Mutex::new(Vec::new()),
-            nccl: Mutex::new(None),
             config: config.clone(),
-            workers,
-            end,
-            nodes,
+            rank,
+            board: Arc::default(),
             group,
-            sharing: 1,
             plans: AtomicU64::new(0),
-            calls: AtomicU64::new(0),
-            last_plan: AtomicU64::new(0),
-            pending: Mutex::new(None),
             closed: AtomicBool::new(false),
-        })
+        }
     }
 
+    /// Which rank of how many.
     pub fn shard(&self) -> Shard {
-        self.end.bootstrap().shard()
+        self.rank.shard()
     }
 
+    /// `ParentDestroyed` once the communicator or its runtime is closed.
     pub fn check_open(&self) -> Result<()> {
         self.runtime.check_open()?;
         if self.closed.load(Ordering::Acquire) {
@@ -370,80 +301,15 @@ impl CommCore {
     }
 
     /// The error that broke the communicator, if it is broken.
-    pub fn check_whole(&self) -> Result<()> {
-        match self.end.bootstrap().status() {
-            Some(error) => Err(error),
-            None => Ok(()),
-        }
-    }
-
-    /// Remembers a CUDA plan, to report the bad data that its steps meet.
-    pub fn watch(&self, plan: u64, backend: &Arc<CudaBackend>) {
-        let mut plans = self.cuda_plans.lock();
-        plans.retain(|(_, backend)| backend.strong_count() > 0);
-        plans.push((plan, Arc::downgrade(backend)));
-    }
-
-    /// The same for a plan whose steps exchange over NCCL.
-    pub fn watch_nccl(&self, plan: u64, steps: &Arc<Watched>) {
-        let mut plans = self.nccl_plans.lock();
-        plans.retain(|(_, steps)| steps.strong_count() > 0);
-        plans.push((plan, Arc::downgrade(steps)));
-    }
-
-    /// Whether CUDA ranks have no way to make the merged output that a plan asks for.
-    pub fn has_no_exchange(&self, desc: &AttentionDesc) -> bool {
-        desc.algorithm != Algorithm::Allreduce3 && self.end.gpus().is_none()
-    }
-
-    /// Takes what steps on a GPU have found since the last time. Does not wait for them.
-    fn collect_faults(&self) {
-        if let Some((rank, fault)) = self.end.gpus().and_then(GpuRank::take_fault) {
-            self.report(rank, self.last_plan.load(Ordering::Relaxed), fault);
-        }
-        for (plan, steps) in &*self.nccl_plans.lock() {
-            if let Some((rank, fault)) = steps.upgrade().and_then(|steps| steps.take_fault()) {
-                self.report(rank, *plan, fault);
-            }
-        }
-        for (plan, backend) in &*self.cuda_plans.lock() {
-            if let Some(fault) = backend.upgrade().and_then(|backend| backend.take_fault()) {
-                self.report(self.shard().rank, *plan, fault);
-            }
-        }
-    }
-
-    pub fn set_last_plan(&self, plan: u64) {
-        self.last_plan.store(plan, Ordering::Relaxed);
-    }
-
-    /// Remembers bad data for `status` and gives the error to return.
-    pub fn report(&self, rank: i32, plan: u64, fault: DataFault) -> Error {
-        let pending = PendingFault { rank, plan, fault };
-        let error = pending.error();
-        self.runtime.log(LogLevel::Warning, error.message());
-        *self.pending.lock() = Some(pending);
-        error
+    pub fn check_unbroken(&self) -> Result<()> {
+        self.rank.bootstrap().status().map_or(Ok(()), Err)
     }
 }
 
 impl Drop for CommCore {
     fn drop(&mut self) {
         if !*self.closed.get_mut() {
-            self.end.bootstrap().leave();
+            self.rank.bootstrap().leave();
         }
-    }
-}
-
-impl PendingFault {
-    fn error(&self) -> Error {
-        let message = format!(
-            "{}: found a value out of range in sequence {} on rank {}, wanted values within the plan's limits; the \
-             outputs of that sequence are NaN",
-            self.fault.cause.argument(),
-            self.fault.sequence,
-            self.rank
-        );
-        Error::new(ErrorKind::InvalidData, message).with_rank(self.rank)
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::RwLock;
+use parking_lot::{Condvar, Mutex};
 
 use crate::cpu::{self, Isa};
 use crate::device::{self, Device, DeviceInfo, DeviceKind};
@@ -40,7 +40,34 @@ pub struct Runtime {
 struct Inner {
     closed: AtomicBool,
     isa: Isa,
-    log: RwLock<Option<LogCallback>>,
+    log: Mutex<Option<Arc<LogReceiver>>>,
+}
+
+/// A receiver of log lines, with the calls of it that are under way: no lock is held during one.
+struct LogReceiver {
+    callback: LogCallback,
+    calls: Mutex<usize>,
+    idle: Condvar,
+}
+
+/// A call that is under way for as long as this lives.
+struct LogCall(Arc<LogReceiver>);
+
+impl LogCall {
+    fn new(receiver: &Arc<LogReceiver>) -> LogCall {
+        *receiver.calls.lock() += 1;
+        LogCall(Arc::clone(receiver))
+    }
+}
+
+impl Drop for LogCall {
+    fn drop(&mut self) {
+        let mut calls = self.0.calls.lock();
+        *calls -= 1;
+        if *calls == 0 {
+            self.0.idle.notify_all();
+        }
+    }
 }
 
 impl Runtime {
@@ -50,7 +77,7 @@ impl Runtime {
             Some(name) => Isa::by_name("cpu_isa", name)?,
             None => cpu::isa(),
         };
-        Ok(Runtime { inner: Arc::new(Inner { closed: AtomicBool::new(false), isa, log: RwLock::new(None) }) })
+        Ok(Runtime { inner: Arc::new(Inner { closed: AtomicBool::new(false), isa, log: Mutex::new(None) }) })
     }
 
     /// Ends the runtime: calls on objects made from it return `ParentDestroyed` from now on.
@@ -61,7 +88,15 @@ impl Runtime {
     /// Sets or removes the receiver of log lines. Returns when no call of the former one is under way.
     pub fn set_log_callback(&self, callback: Option<LogCallback>) -> Result<()> {
         self.check_open()?;
-        *self.inner.log.write() = callback;
+        let receiver =
+            callback.map(|callback| Arc::new(LogReceiver { callback, calls: Mutex::new(0), idle: Condvar::new() }));
+        let former = std::mem::replace(&mut *self.inner.log.lock(), receiver);
+        if let Some(former) = former {
+            let mut calls = former.calls.lock();
+            while *calls > 0 {
+                former.idle.wait(&mut calls);
+            }
+        }
         Ok(())
     }
 
@@ -86,12 +121,16 @@ impl Runtime {
         self.inner.isa
     }
 
+    /// Tells the receiver of log lines, on this thread. Not to be called under a lock.
     pub(crate) fn log(&self, level: LogLevel, message: &str) {
-        if let Some(callback) = &*self.inner.log.read() {
-            callback(level, message);
+        // Counted under the lock, so that who replaces the receiver sees every call of it; called without.
+        let call = self.inner.log.lock().as_ref().map(LogCall::new);
+        if let Some(call) = call {
+            (call.0.callback)(level, message);
         }
     }
 
+    /// `ParentDestroyed` once the runtime is closed.
     pub(crate) fn check_open(&self) -> Result<()> {
         if self.inner.closed.load(Ordering::Acquire) {
             return Err(Error::new(ErrorKind::ParentDestroyed, "runtime: found destroyed, wanted a live runtime"));

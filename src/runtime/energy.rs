@@ -1,7 +1,7 @@
 //! The energy and its gradient over keys that lie in one place ([`crate::attention::energy`]).
 
 use super::context::Runtime;
-use super::stream::Stream;
+use super::stream::{Lane, Stream};
 use crate::attention::{AttentionDesc, DecodeArgs, Shard, Step, Tensor, supported};
 use crate::cpu::{self, CpuBackend, Isa};
 use crate::device::{Device, DeviceKind, FloatState, Workers, available_cores};
@@ -56,14 +56,20 @@ pub unsafe fn energy(
     supported(desc, &cpu::CAPABILITIES)?;
     let step = Step::new(desc, ALONE, args, desc.q_heads)?.at_zeta(desc, zeta)?;
     let energy = EnergyStep { desc: *desc, step, isa: runtime.cpu_isa() };
-    match stream {
-        None => run(&energy),
-        Some(stream) => stream.push(move || run(&energy), ENQUEUE_TIMEOUT),
+    match Stream::lane(stream, device)? {
+        // SAFETY: the caller keeps the buffers valid while this runs.
+        Lane::Caller => unsafe { run(&energy) },
+        // SAFETY: the caller keeps the buffers valid until the evaluation is done.
+        Lane::Queue(queue) => queue.push(move || unsafe { run(&energy) }, ENQUEUE_TIMEOUT),
+        Lane::Cuda(_) => Err(Error::unsupported("device", device, "CPU devices")),
     }
 }
 
 /// Evaluates on the calling thread and, if there is much to read, on others.
-fn run(energy: &EnergyStep) -> Result<()> {
+///
+/// # Safety
+/// The step's memory is host memory that stays valid, and unchanged by others, until this returns.
+unsafe fn run(energy: &EnergyStep) -> Result<()> {
     let _float = FloatState::enter();
     let EnergyStep { desc, step, isa } = energy;
     let threads = if step.args.k.bytes.saturating_add(step.args.v.bytes) < LARGE { 1 } else { available_cores() };
@@ -74,10 +80,10 @@ fn run(energy: &EnergyStep) -> Result<()> {
     let rows = (step.args.query_tokens as usize).checked_mul(heads);
     let (mut o, mut lse) = (zeroed(rows.and_then(|rows| rows.checked_mul(dim)))?, zeroed(rows)?);
     let fault = backend.attend(step, &workers, PartialRows { o: &mut o, lse: &mut lse, dim })?;
-    let output = step.target(desc);
+    let target = step.target(desc);
     for (row, (o, &lse)) in o.chunks_exact(dim).zip(&lse).enumerate() {
-        // SAFETY: the output was resolved for [tokens, heads]; the caller keeps it valid.
-        unsafe { output.write(row / heads, row % heads, o, lse) };
+        // SAFETY: `Step::new` resolved the output for these tokens and heads; the caller keeps it valid.
+        unsafe { target.write(row / heads, row % heads, o, lse) };
     }
     let Some(fault) = fault else { return Ok(()) };
     let message = format!(

@@ -1,27 +1,27 @@
-//! Ties a backend to a communicator: runtimes, streams, buffers, communicators, plans and their steps.
+//! The objects of the API: runtimes, streams, buffers, communicators, plans; and the self-check beside them.
 //!
 //! The public Rust API lives here; the C ABI and the command line are thin layers over it. May use everything below
-//! (`cpu`, `comm`, `device`, `attention`, `partial`); nothing below may use it.
+//! (`route`, `cpu`, `cuda`, `comm`, `device`, `attention`, `partial`); nothing below may use it.
 //!
-//! The way of a step: [`Plan::decode`] checks what the host can see ([`Step`](crate::attention::Step)), the backend
-//! turns the shard into partials, `exchange` makes the merged ones of them (`execute` holds it together), and the rows are
-//! rounded once into the caller's output.
+//! A step's way: [`Plan::decode`] checks what the host can see ([`Step`](crate::attention::Step)), the stream runs or
+//! enqueues it, and the plan's route does the rest.
+//!
+//! `context` is the runtime object, which all others know. `stream`, `buffer` and `communicator` stand beside each other, as
+//! do `merge` and `energy`, which need a stream only; `nccl` makes communicators; `plan` uses communicators and streams,
+//! `agreement` is how its ranks find out that they make the same one; `selfcheck` uses them all.
 
-mod allreduce3;
+mod agreement;
 mod buffer;
 mod communicator;
 mod context;
 mod energy;
-mod exchange;
-mod execute;
 mod merge;
 mod nccl;
-mod output;
-mod peer;
 mod plan;
 mod selfcheck;
 mod stream;
 
+pub use crate::attention::merge::MergeArgs;
 pub use crate::comm::nccl::UNIQUE_ID_BYTES as NCCL_UNIQUE_ID_BYTES;
 pub use crate::comm::{AllgatherCallback, CommConfig, SendrecvCallback, Transport};
 pub use crate::device::{Device, DeviceInfo, DeviceKind};
@@ -29,7 +29,7 @@ pub use buffer::Buffer;
 pub use communicator::{CommStatus, Communicator};
 pub use context::{LogCallback, LogLevel, Runtime, RuntimeConfig};
 pub use energy::energy;
-pub use merge::{MergeArgs, merge_partials};
+pub use merge::merge_partials;
 pub use plan::{Plan, PlanMemory, PlanStats, attention_supported};
 pub use selfcheck::{SelfcheckConfig, SelfcheckReport, selfcheck};
 pub use stream::Stream;

@@ -3,15 +3,16 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use super::communicator::{CommCore, Communicator, GroupEnd, machines};
+use super::communicator::{CommCore, Communicator, nodes};
 use super::context::{LogLevel, Runtime};
-use super::peer;
 use crate::attention::Shard;
 use crate::comm::CommConfig;
 use crate::comm::nccl::{NcclBootstrap, NcclLibrary, NcclLimit, NcclRank, UNIQUE_ID_BYTES};
 use crate::device::cuda::CudaDevice;
-use crate::device::{Device, DeviceKind, Workers};
+use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
+use crate::route::rank::{CudaGroup, CudaRank, Rank};
+use crate::route::windows::setup;
 
 /// Most ranks.
 const MAX_RANKS: i32 = 4096;
@@ -106,8 +107,7 @@ fn connect(
 ) -> Result<Communicator> {
     let (shard, library) = (rank.shard(), rank.library());
     let bootstrap = NcclBootstrap::new(rank, config, limit)?;
-    let (nodes, local) = machines(&bootstrap, config)?;
-    let workers = Workers::new(1, &format!("treeattn-{}", shard.rank), false)?;
+    let (_, local) = nodes(&bootstrap, config)?;
     let message = format!(
         "rank {} of {} on {device}, {local} on this machine, over NCCL {} ({})",
         shard.rank,
@@ -116,12 +116,12 @@ fn connect(
         library.file()
     );
     runtime.log(LogLevel::Info, &message);
-    let rank = Arc::clone(bootstrap.rank());
-    let end = match shard.world {
-        1 => GroupEnd::Single(Box::new(bootstrap)),
-        _ => GroupEnd::Gpus(peer::connect_over(Box::new(bootstrap), rank.device(), config)?),
+    let (nccl, gpu) = (Arc::clone(bootstrap.rank()), Arc::clone(bootstrap.rank().device()));
+    let group = match shard.world {
+        1 => CudaGroup::Single(Box::new(bootstrap)),
+        _ => CudaGroup::Peers(Arc::new(setup::connect_over(Box::new(bootstrap), &gpu, config)?)),
     };
-    let core = CommCore::new(runtime, device, config, workers, end, nodes, 0)?;
-    *core.nccl.lock() = Some(rank);
-    Ok(Communicator { core: Arc::new(core) })
+    let rank = CudaRank::new(gpu, 1, group, config.step_timeout);
+    *rank.nccl.lock() = Some(nccl);
+    Ok(Communicator::of(CommCore::new(runtime, device, config, Rank::Cuda(Arc::new(rank)), 0)))
 }

@@ -2,33 +2,29 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::allreduce3::{self, GpuAllreduce};
+use super::agreement;
 use super::communicator::{CommCore, Communicator};
-use super::context::Runtime;
-use super::exchange::{Method, Scratch, Wire};
-use super::execute;
-use super::merge::{MergeArgs, MergeInput};
-use super::peer::GpuExchange;
-use super::stream::Stream;
-use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, OutputMode, Shard, Step, head_range, supported};
-use crate::cpu::{self, CpuBackend};
-use crate::cuda::{self, CudaBackend};
-use crate::device::{Device, DeviceKind, Within};
+use super::context::{LogLevel, Runtime};
+use super::stream::{Lane, Stream};
+use crate::attention::merge::{MergeArgs, MergeStep};
+use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, OutputMode, Step};
+use crate::device::cuda::CudaStream;
+use crate::device::{Device, Within, spawn_scoped};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fault;
+use crate::route::choose;
+use crate::route::context::StepContext;
+use crate::route::{Route, RouteMemory};
 
 /// A shape made ready on one rank. Clones are the same plan. In flight on one stream at a time.
 #[derive(Clone)]
 pub struct Plan {
-    core: PlanRef,
+    core: Arc<Within<PlanCore>>,
 }
-
-pub(super) type PlanRef = Arc<Within<PlanCore>>;
 
 /// Memory that a plan holds, in bytes. None of it depends on the length of the cache, but for the blocks of `RING`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -66,56 +62,22 @@ pub struct PlanStats {
     pub rank: i32,
 }
 
-pub(super) struct PlanCore {
-    pub comm: Arc<CommCore>,
-    pub desc: AttentionDesc,
-    pub shard: Shard,
-    pub id: u64,
-    /// Heads that this rank's merged output holds.
-    pub heads: Range<usize>,
-    /// What a step over NCCL needs beside the backend.
-    pub allreduce: Option<GpuAllreduce>,
-    /// What a step over the windows of GPUs needs.
-    windows: Option<GpuExchange>,
-    pub backend: Backend,
-    pub wire: Wire,
-    pub method: Method,
-    pub scratch: Mutex<Scratch>,
-    pub counters: Counters,
-    algorithm: Algorithm,
-    reason: String,
-    memory: PlanMemory,
-    exchange_memory: u64,
+struct PlanCore {
+    route: Box<dyn Route>,
+    context: StepContext,
+    memory: RouteMemory,
+    /// Steps that are enqueued or running on the CPU.
     in_flight: Mutex<usize>,
     idle: Condvar,
-}
-
-/// What turns a shard into partials, where the plan's rank is.
-#[allow(clippy::large_enum_variant)] // one a plan, never moved about
-pub(super) enum Backend {
-    /// A CPU rank; none for a merge-only plan.
-    Cpu(Option<CpuBackend>),
-    /// A CUDA rank; a merge-only plan only merges.
-    Cuda(Arc<CudaBackend>),
-}
-
-#[derive(Default)]
-pub(super) struct Counters {
-    pub steps: AtomicU64,
-    pub rounds: AtomicU64,
-    pub messages: AtomicU64,
-    pub bytes_sent: AtomicU64,
+    /// After the route, which uses what the communicator has.
+    comm: Arc<CommCore>,
 }
 
 /// Whether `device` serves `desc`: `Unsupported` names the field that it does not.
 pub fn attention_supported(runtime: &Runtime, device: Device, desc: &AttentionDesc) -> Result<()> {
     runtime.check_device(device)?;
     desc.check()?;
-    let backend = match device.kind {
-        DeviceKind::Cpu => &cpu::CAPABILITIES,
-        DeviceKind::Cuda => &cuda::CAPABILITIES,
-    };
-    supported(desc, backend)
+    choose::supported(device.kind, desc)
 }
 
 impl Plan {
@@ -125,17 +87,19 @@ impl Plan {
     pub fn create(comm: &Communicator, desc: &AttentionDesc) -> Result<Plan> {
         let core = &comm.core;
         core.check_open()?;
-        core.check_whole()?;
-        let mine = PlanCore::build(core, desc);
-        if core.shard().world > 1 {
-            // A rank that fails here still takes part, so that its peers hear of it at once.
-            let blobs = core.end.bootstrap().allgather(&agreement(core, desc, mine.as_ref().err()))?;
-            let core = mine?;
-            compare(&blobs)?;
-            allreduce3::connect(&[&core])?;
-            return Ok(Plan::commit(core));
+        core.check_unbroken()?;
+        let built = PlanCore::build(core, desc);
+        if core.shard().world == 1 {
+            return Ok(Plan::commit(built?));
         }
-        Ok(Plan::commit(mine?))
+        // A rank that fails here still takes part, so that its peers hear of it at once.
+        let more = built.as_ref().map(|plan| plan.route.agreement());
+        let mine = agreement::encode(core.plans.load(Ordering::Relaxed), desc, more);
+        let blobs = core.rank.bootstrap().allgather(&mine)?;
+        let plan = built?;
+        agreement::compare(&blobs)?;
+        plan.route.connect(&plan.context)?;
+        Ok(Plan::commit(plan))
     }
 
     /// The same for all ranks of a local group from one thread. `comms` holds every rank once.
@@ -147,7 +111,7 @@ impl Plan {
         let mut seen = vec![false; world as usize];
         for comm in comms {
             comm.core.check_open()?;
-            comm.core.check_whole()?;
+            comm.core.check_unbroken()?;
             let rank = comm.rank() as usize;
             let fresh = seen.get_mut(rank).is_some_and(|seen| !std::mem::replace(seen, true));
             if comm.core.group == 0 || comm.core.group != first.core.group || !fresh {
@@ -164,21 +128,14 @@ impl Plan {
             let message = format!("comms: found {found} plans on rank {}, wanted {next} as on rank 0", odd.rank());
             return Err(Error::new(ErrorKind::Mismatch, message).with_rank(odd.rank()));
         }
-        let built: Result<Vec<_>> = comms.iter().map(|comm| PlanCore::build(&comm.core, desc)).collect();
-        let built = built?;
-        allreduce3::connect(&built.iter().collect::<Vec<_>>())?;
+        let built: Vec<PlanCore> = comms.iter().map(|comm| PlanCore::build(&comm.core, desc)).collect::<Result<_>>()?;
+        connect_all(&built)?;
         Ok(built.into_iter().map(Plan::commit).collect())
     }
 
     fn commit(core: PlanCore) -> Plan {
-        core.comm.plans.store(core.id, Ordering::Relaxed);
-        if let Backend::Cuda(backend) = &core.backend {
-            core.comm.watch(core.id, backend);
-        }
-        if let Some(steps) = core.allreduce.as_ref().and_then(GpuAllreduce::steps) {
-            core.comm.watch_nccl(core.id, steps);
-        }
-        let deadline = core.comm.config.step_timeout;
+        core.comm.plans.store(core.context.plan, Ordering::Relaxed);
+        let deadline = core.context.config.step_timeout;
         Plan { core: Arc::new(Within::new(core, deadline)) }
     }
 
@@ -190,23 +147,15 @@ impl Plan {
     /// # Safety
     /// The buffers that `args` describes stay valid, and unchanged by others, until the step is done.
     pub unsafe fn decode(&self, args: &DecodeArgs, stream: Option<&Stream>) -> Result<()> {
-        let core = self.enter(args)?;
-        if core.desc.output != OutputMode::Local {
-            core.comm.check_whole()?;
+        let core = self.attending()?;
+        if core.context.desc.output != OutputMode::Local {
+            core.comm.check_unbroken()?;
         }
-        let step = Step::new(&core.desc, core.shard, args, core.heads.len() as i32)?;
-        if let Backend::Cuda(backend) = &core.backend {
-            let cuda = Stream::cuda(stream, core.comm.device)?;
-            core.enqueues_on(stream);
-            match (&core.allreduce, &core.windows) {
-                (Some(allreduce), _) => allreduce.decode(core, backend, &step, cuda)?,
-                (_, Some(windows)) => windows.decode(core, backend, &step, cuda)?,
-                _ => backend.decode(&step, cuda)?,
-            }
-            core.count_step();
-            return Ok(());
-        }
-        self.submit(stream, move |plan| execute::decode(plan, &step))
+        let step = Step::new(&core.context.desc, core.context.shard, args, core.context.heads.len() as i32)?;
+        // SAFETY: the step was checked for this plan; the caller keeps its buffers valid until it is done.
+        self.issue(stream, core.context.exchanges(), move |plan, stream| unsafe {
+            plan.route.decode(&plan.context, &step, stream)
+        })
     }
 
     /// Attends this rank's shard only; out and lse hold all heads. No exchange.
@@ -214,12 +163,10 @@ impl Plan {
     /// # Safety
     /// As [`Plan::decode`].
     pub unsafe fn partial(&self, args: &DecodeArgs, stream: Option<&Stream>) -> Result<()> {
-        let core = self.enter(args)?;
-        let step = Step::new(&core.desc, core.shard, args, core.desc.q_heads)?;
-        if let Backend::Cuda(backend) = &core.backend {
-            return backend.decode(&step, Stream::cuda(stream, core.comm.device)?);
-        }
-        self.submit(stream, move |plan| execute::partial(plan, &step))
+        let core = self.attending()?;
+        let step = Step::new(&core.context.desc, core.context.shard, args, core.context.desc.q_heads)?;
+        // SAFETY: as in `decode`, for all heads.
+        self.issue(stream, false, move |plan, stream| unsafe { plan.route.partial(&plan.context, &step, stream) })
     }
 
     /// Exchanges and merges partials that the engine made: every rank passes its own.
@@ -229,57 +176,48 @@ impl Plan {
     pub unsafe fn merge(&self, args: &MergeArgs, stream: Option<&Stream>) -> Result<()> {
         let core = &*self.core;
         core.comm.check_open()?;
-        core.comm.check_whole()?;
-        if let Method::Ring(_) = core.method {
-            let wanted = "a plan with another algorithm: a ring exchanges keys and values, not partials";
-            return Err(Error::unsupported("algorithm", core.desc.algorithm.name(), wanted));
-        }
-        let input = MergeInput::for_plan(args, &core.desc, core.heads.len())?;
-        if let Backend::Cuda(backend) = &core.backend {
-            let (step, cuda) = (input.on_device(1), Stream::cuda(stream, core.comm.device)?);
-            core.enqueues_on(stream);
-            match (&core.allreduce, &core.windows) {
-                (Some(allreduce), _) => allreduce.merge(core, backend, &step, cuda)?,
-                (_, Some(windows)) => windows.merge(core, &step, cuda)?,
-                _ => backend.merge(&step, cuda)?,
-            }
-            core.count_step();
-            return Ok(());
-        }
-        self.submit(stream, move |plan| execute::merge(plan, &input))
+        core.comm.check_unbroken()?;
+        core.route.check_merge(&core.context)?;
+        let step = MergeStep::for_plan(args, &core.context.desc, core.context.heads.len())?;
+        // SAFETY: as in `decode`.
+        self.issue(stream, core.context.exchanges(), move |plan, stream| unsafe {
+            plan.route.merge(&plan.context, &step, stream)
+        })
     }
 
     /// The descriptor.
     pub fn desc(&self) -> &AttentionDesc {
-        &self.core.desc
+        &self.core.context.desc
     }
 
     /// The heads in this rank's merged output.
     pub fn heads(&self) -> Range<usize> {
-        self.core.heads.clone()
+        self.core.context.heads.clone()
     }
 
     /// Memory that the plan holds.
     pub fn memory(&self) -> Result<PlanMemory> {
         self.core.comm.check_open()?;
-        Ok(self.core.memory)
+        Ok(self.core.memory())
     }
 
     /// What the plan has done so far.
     pub fn stats(&self) -> Result<PlanStats> {
         let core = &self.core;
         core.comm.check_open()?;
+        let (counters, memory) = (&core.context.counters, core.memory());
+        let (algorithm, reason) = core.route.algorithm();
         Ok(PlanStats {
-            plan: core.id,
-            steps: core.counters.steps.load(Ordering::Relaxed),
-            rounds: core.counters.rounds.load(Ordering::Relaxed),
-            messages: core.counters.messages.load(Ordering::Relaxed),
-            bytes_sent: core.counters.bytes_sent.load(Ordering::Relaxed),
-            peak_memory: core.memory.workspace + core.memory.window,
-            exchange_memory: core.exchange_memory,
-            algorithm: core.algorithm,
-            reason: core.reason.clone(),
-            rank: core.shard.rank,
+            plan: core.context.plan,
+            steps: counters.steps.load(Ordering::Relaxed),
+            rounds: counters.rounds.load(Ordering::Relaxed),
+            messages: counters.messages.load(Ordering::Relaxed),
+            bytes_sent: counters.bytes_sent.load(Ordering::Relaxed),
+            peak_memory: memory.workspace + memory.window,
+            exchange_memory: core.memory.exchange as u64,
+            algorithm,
+            reason: reason.to_string(),
+            rank: core.context.shard.rank,
         })
     }
 
@@ -297,50 +235,63 @@ impl Plan {
 
     /// `Capturing` while a capture forbids destroying the plan.
     pub fn check_destroy(&self) -> Result<()> {
-        match &self.core.backend {
-            Backend::Cpu(_) => Ok(()),
-            Backend::Cuda(backend) => backend.check_destroy(),
-        }
+        self.core.comm.rank.check_change()
     }
 
     /// How long destroying this plan may wait for its enqueued work.
     pub fn deadline(&self) -> Duration {
-        self.core.comm.config.step_timeout
+        self.core.context.config.step_timeout
     }
 
-    fn enter(&self, _args: &DecodeArgs) -> Result<&PlanCore> {
+    /// The plan, if it is one that attends and its communicator is there.
+    fn attending(&self) -> Result<&PlanCore> {
         let core = &*self.core;
         core.comm.check_open()?;
-        if core.desc.is_merge_only() {
+        if core.context.desc.is_merge_only() {
             let wanted = "a plan with kv_heads of at least 1 (this one is merge-only)";
             return Err(Error::invalid("plan", "kv_heads = 0", wanted));
         }
         Ok(core)
     }
 
-    fn submit(
-        &self,
-        stream: Option<&Stream>,
-        step: impl FnOnce(&PlanCore) -> Result<()> + Send + 'static,
-    ) -> Result<()> {
-        let Some(stream) = stream else {
-            let _counted = InFlight::new(&self.core);
-            return step(&self.core).map_err(explain_timeout);
-        };
-        if !self.core.comm.end.rounds().is_none_or(|rounds| rounds.serves_streams()) {
-            let wanted = "none: this transport's callbacks run on calling threads only";
-            return Err(Error::invalid("stream", "a stream", wanted));
+    /// Runs a step here, or enqueues it. `exchanges`: it may break the communicator, so that a GPU's stream has to tell.
+    fn issue<F>(&self, stream: Option<&Stream>, exchanges: bool, step: F) -> Result<()>
+    where
+        F: FnOnce(&PlanCore, Option<&CudaStream>) -> Result<()> + Send + 'static,
+    {
+        let core = &*self.core;
+        match Stream::lane(stream, core.comm.device)? {
+            Lane::Cuda(cuda) => {
+                if let (true, Some(stream), Some(peers)) = (exchanges, stream, core.comm.rank.gpu_peers()) {
+                    stream.tell_failures_of(peers);
+                }
+                step(core, Some(cuda))
+            }
+            Lane::Caller => {
+                let _counted = InFlight::new(&self.core);
+                core.logged(step(core, None)).map_err(explain_timeout)
+            }
+            Lane::Queue(_) if !core.comm.rank.serves_streams() => {
+                let wanted = "none: this transport's callbacks run on calling threads only";
+                Err(Error::invalid("stream", "a stream", wanted))
+            }
+            Lane::Queue(queue) => {
+                let counted = InFlight::new(&self.core);
+                let task = move || {
+                    let plan = &*counted.0;
+                    plan.logged(step(plan, None))
+                };
+                queue.push(task, core.context.config.step_timeout)
+            }
         }
-        let plan = InFlight::new(&self.core);
-        stream.push(move || step(&plan.0), self.core.comm.config.step_timeout)
     }
 }
 
 /// A step that is counted as in flight for as long as this lives: run, refused, dropped or panicked.
-pub(super) struct InFlight(PlanRef);
+struct InFlight(Arc<Within<PlanCore>>);
 
 impl InFlight {
-    fn new(plan: &PlanRef) -> InFlight {
+    fn new(plan: &Arc<Within<PlanCore>>) -> InFlight {
         *plan.in_flight.lock() += 1;
         InFlight(Arc::clone(plan))
     }
@@ -359,94 +310,44 @@ impl Drop for InFlight {
 impl PlanCore {
     fn build(comm: &Arc<CommCore>, desc: &AttentionDesc) -> Result<PlanCore> {
         attention_supported(&comm.runtime, comm.device, desc)?;
-        let shard = comm.shard();
-        let heads = match desc.output {
-            OutputMode::Scattered => head_range(desc.q_heads, shard)?,
-            OutputMode::Replicated | OutputMode::Local => 0..desc.q_heads,
-        };
-        let backend = match &comm.cuda {
-            Some(_) if desc.output != OutputMode::Local && shard.world > 1 && comm.has_no_exchange(desc) => {
-                let found = format!("{} over {} ranks", desc.output.name(), shard.world);
-                return Err(Error::unsupported("output", found, "LOCAL, or ALLREDUCE3 for several CUDA ranks"));
+        let plan = comm.plans.load(Ordering::Relaxed) + 1;
+        let context = StepContext::new(plan, desc, comm.shard(), &comm.config, &comm.board)?;
+        let route = choose::choose(&context, &comm.rank)?;
+        let memory = route.memory();
+        Ok(PlanCore { route, context, memory, in_flight: Mutex::new(0), idle: Condvar::new(), comm: Arc::clone(comm) })
+    }
+
+    fn memory(&self) -> PlanMemory {
+        PlanMemory { workspace: self.memory.workspace as u64, window: self.comm.rank.bootstrap().window_bytes() as u64 }
+    }
+
+    /// Logs the bad data of a step on the CPU.
+    fn logged(&self, result: Result<()>) -> Result<()> {
+        result.inspect_err(|error| {
+            if error.kind() == ErrorKind::InvalidData {
+                self.comm.runtime.log(LogLevel::Warning, error.message());
             }
-            Some(device) => {
-                let (patience, sharing) = (comm.config.step_timeout, comm.sharing);
-                Backend::Cuda(Arc::new(CudaBackend::new(device, desc, shard, sharing, patience)?))
-            }
-            None if desc.is_merge_only() => Backend::Cpu(None),
-            None => {
-                let (threads, isa) = (comm.workers.threads(), comm.runtime.cpu_isa());
-                Backend::Cpu(Some(CpuBackend::new(desc, shard, threads, isa)?))
-            }
-        };
-        let rows = product("max_query_tokens x q_heads", desc.max_query_tokens, desc.q_heads)?;
-        let (method, reason) = Method::choose(desc, comm)?;
-        let scratch = match &backend {
-            Backend::Cpu(_) => {
-                let own = head_range(desc.q_heads, shard)?.len();
-                Scratch::new(desc, &method, rows, own, comm.workers.threads())?
-            }
-            Backend::Cuda(_) => Scratch::default(),
-        };
-        let backend_bytes = match &backend {
-            Backend::Cpu(backend) => backend.as_ref().map_or(0, CpuBackend::memory),
-            Backend::Cuda(backend) => backend.memory(),
-        };
-        let allreduce = match (&comm.cuda, &method) {
-            (Some(device), Method::Allreduce3) => Some(GpuAllreduce::new(device, desc, comm, shard, &heads)?),
-            _ => None,
-        };
-        let windows = match (&comm.cuda, &method, comm.end.gpus()) {
-            (Some(device), Method::Windows, Some(peers)) => {
-                Some(GpuExchange::new(device, desc, peers, shard, &heads, (comm.sharing, comm.config.step_timeout))?)
-            }
-            _ => None,
-        };
-        let (algorithm, reason) = match &windows {
-            Some(windows) => windows.algorithm(),
-            None => (method.algorithm(desc.algorithm), reason.to_string()),
-        };
-        let backend_bytes = backend_bytes + windows.as_ref().map_or(0, GpuExchange::memory);
-        let backend_bytes = backend_bytes + allreduce.as_ref().map_or(0, GpuAllreduce::memory);
-        let (blocks, others) = method.bytes();
-        let memory = PlanMemory {
-            workspace: (backend_bytes + scratch.bytes() + blocks + others) as u64,
-            window: comm.end.bootstrap().window_bytes() as u64,
-        };
-        Ok(PlanCore {
-            comm: Arc::clone(comm),
-            desc: *desc,
-            shard,
-            id: comm.plans.load(Ordering::Relaxed) + 1,
-            heads: heads.start as usize..heads.end as usize,
-            allreduce,
-            windows,
-            backend,
-            wire: Wire::of(desc),
-            algorithm,
-            method,
-            exchange_memory: (scratch.exchange_bytes() + blocks) as u64,
-            scratch: Mutex::new(scratch),
-            counters: Counters::default(),
-            reason,
-            memory,
-            in_flight: Mutex::new(0),
-            idle: Condvar::new(),
         })
     }
+}
 
-    /// Has a GPU's stream tell of the communicator's failure, if steps of this plan can break it.
-    fn enqueues_on(&self, stream: Option<&Stream>) {
-        if let (Some(stream), true) = (stream, self.allreduce.is_some() || self.windows.is_some()) {
-            stream.exchanged(&self.comm);
-        }
+/// The collective part of making the plans of all ranks of a group, which wait for each other: a thread each.
+fn connect_all(plans: &[PlanCore]) -> Result<()> {
+    if !plans.iter().any(|plan| plan.route.connects()) {
+        return Ok(());
     }
+    std::thread::scope(|scope| {
+        let connect = |plan: &PlanCore| plan.route.connect(&plan.context);
+        let threads: Vec<_> = plans
+            .iter()
+            .map(|plan| spawn_scoped(scope, "treeattn-connect", move || connect(plan)))
+            .collect::<Result<_>>()?;
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(panicked()))).collect()
+    })
+}
 
-    /// Counts a step of this plan.
-    pub fn count_step(&self) {
-        self.counters.steps.fetch_add(1, Ordering::Relaxed);
-        self.comm.set_last_plan(self.id);
-    }
+fn panicked() -> Error {
+    Error::new(ErrorKind::Internal, "plan: a thread that connected a rank panicked")
 }
 
 /// Says what a caller without streams most often did wrong.
@@ -464,76 +365,4 @@ fn explain_timeout(error: Error) -> Error {
         Some(rank) => explained.with_rank(rank),
         None => explained,
     }
-}
-
-fn product(name: &str, a: i32, b: i32) -> Result<usize> {
-    (a as usize)
-        .checked_mul(b as usize)
-        .filter(|&n| n <= i32::MAX as usize)
-        .ok_or_else(|| Error::invalid(name, format!("{a} x {b}"), format!("at most {}", i32::MAX)))
-}
-
-/// A buffer of `count` zeros (none: the count overflowed), or `NoMemory`.
-pub(super) fn zeroed(what: &str, count: Option<usize>) -> Result<Vec<f32>> {
-    fault::point("plan.scratch")?;
-    let mut floats = Vec::new();
-    let reserved = count.filter(|&count| floats.try_reserve_exact(count).is_ok());
-    let Some(count) = reserved else {
-        let found = count.map_or("more than 64 bits".into(), |count| format!("{count} floats"));
-        return Err(Error::new(ErrorKind::NoMemory, format!("{what}: found {found}, wanted what memory has room for")));
-    };
-    floats.resize(count, 0.0);
-    Ok(floats)
-}
-
-/// What a rank tells its peers before a plan exists: the fields of its descriptor, or why it cannot make it.
-fn agreement(comm: &CommCore, desc: &AttentionDesc, error: Option<&Error>) -> Vec<u8> {
-    let mut text = String::new();
-    if let Some(error) = error {
-        text.push_str(&format!("error={}\n", error.message().replace('\n', " ")));
-    }
-    text.push_str(&format!("library version={}\n", env!("CARGO_PKG_VERSION")));
-    text.push_str(&format!("plans created before={}\n", comm.plans.load(Ordering::Relaxed)));
-    for (name, value) in desc.fields() {
-        text.push_str(&format!("{name}={value}\n"));
-    }
-    if desc.algorithm == Algorithm::Ring {
-        // Every rank works out the same partials; other slices would give them other bits.
-        text.push_str(&format!("threads_per_rank={}\n", comm.workers.threads()));
-        text.push_str(&format!("cpu_isa={}\n", comm.runtime.cpu_isa().name()));
-    }
-    text.into_bytes()
-}
-
-/// Finds the first field in which the ranks differ.
-fn compare(blobs: &[Vec<u8>]) -> Result<()> {
-    let texts: Vec<String> = blobs.iter().map(|blob| String::from_utf8_lossy(blob).into_owned()).collect();
-    for (rank, text) in texts.iter().enumerate() {
-        if let Some(error) = text.strip_prefix("error=") {
-            let reason = error.lines().next().unwrap_or_default();
-            let message = format!("rank {rank} could not make the plan: {reason}");
-            return Err(Error::new(ErrorKind::Mismatch, message).with_rank(rank as i32));
-        }
-    }
-    let first: Vec<_> = texts[0].lines().collect();
-    for (line, &wanted) in first.iter().enumerate() {
-        let values: Vec<_> = texts.iter().map(|text| text.lines().nth(line).unwrap_or_default()).collect();
-        if values.iter().all(|&value| value == wanted) {
-            continue;
-        }
-        let name = wanted.split('=').next().unwrap_or_default();
-        let mut groups: Vec<(&str, Vec<usize>)> = Vec::new();
-        for (rank, value) in values.iter().enumerate() {
-            let value = value.split_once('=').map_or(*value, |(_, value)| value);
-            match groups.iter_mut().find(|(seen, _)| *seen == value) {
-                Some((_, ranks)) => ranks.push(rank),
-                None => groups.push((value, vec![rank])),
-            }
-        }
-        let odd = groups.iter().min_by_key(|(_, ranks)| ranks.len()).map_or(0, |(_, ranks)| ranks[0]);
-        let listed: Vec<_> = groups.iter().map(|(value, ranks)| format!("{value} on ranks {ranks:?}")).collect();
-        let message = format!("{name}: found {}, wanted the same on every rank", listed.join(" and "));
-        return Err(Error::new(ErrorKind::Mismatch, message).with_rank(odd as i32));
-    }
-    Ok(())
 }

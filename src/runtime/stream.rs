@@ -2,14 +2,13 @@
 
 use std::ffi::c_void;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use once_cell::sync::OnceCell;
 use parking_lot::Mutex;
 
-use super::communicator::CommCore;
 use super::context::Runtime;
-use crate::cuda::{Merge, MergeStep};
+use crate::comm::{Bootstrap, GpuRank};
+use crate::cuda::Merge;
 use crate::device::cuda::{CudaDevice, CudaStream};
 use crate::device::{Device, DeviceKind, Queue};
 use crate::error::{Error, Result};
@@ -17,19 +16,29 @@ use crate::error::{Error, Result};
 /// Steps that a stream holds before enqueueing waits.
 const QUEUE_CAPACITY: usize = 1024;
 
-/// An in-order queue of steps on one device.
+/// An in-order queue of steps on one device. Any thread may use it.
 pub struct Stream {
     runtime: Runtime,
     device: Device,
     kind: Kind,
-    /// On a GPU, the communicator whose exchange was enqueued last.
-    exchanged: Mutex<Weak<CommCore>>,
+    /// On a GPU, the peers of the rank whose exchange was enqueued last.
+    peers: Mutex<Weak<GpuRank>>,
 }
 
 enum Kind {
     Cpu(Queue),
-    /// With what merges given partials on it.
+    /// With the kernel that merges given partials on it, which a capture does not let it load.
     Cuda(CudaStream, OnceCell<Merge>),
+}
+
+/// Where a step runs.
+pub(super) enum Lane<'a> {
+    /// On the calling thread.
+    Caller,
+    /// On the thread of a CPU stream.
+    Queue(&'a Queue),
+    /// On a GPU.
+    Cuda(&'a CudaStream),
 }
 
 impl Stream {
@@ -41,7 +50,7 @@ impl Stream {
             DeviceKind::Cpu => Kind::Cpu(Queue::new(QUEUE_CAPACITY, "treeattn-stream")?),
             DeviceKind::Cuda => Kind::cuda(CudaStream::new(&CudaDevice::get(device)?)?),
         };
-        Ok(Stream { runtime: runtime.clone(), device, kind, exchanged: Mutex::default() })
+        Ok(Stream { runtime: runtime.clone(), device, kind, peers: Mutex::default() })
     }
 
     /// The caller's own CUDA stream (a `CUstream` or `cudaStream_t`; null is the legacy default stream) of the primary
@@ -54,9 +63,9 @@ impl Stream {
         if device.kind != DeviceKind::Cuda {
             return Err(Error::invalid("device", device, "a CUDA device"));
         }
-        // SAFETY: as the caller vouches.
+        // SAFETY: the caller's promise; `self` holds the wrapper, and drops it with itself.
         let stream = unsafe { CudaStream::wrap(&CudaDevice::get(device)?, cuda_stream) }?;
-        Ok(Stream { runtime: runtime.clone(), device, kind: Kind::cuda(stream), exchanged: Mutex::default() })
+        Ok(Stream { runtime: runtime.clone(), device, kind: Kind::cuda(stream), peers: Mutex::default() })
     }
 
     /// Waits until everything enqueued so far is done. On the CPU it returns the first error since the last call and
@@ -68,17 +77,17 @@ impl Stream {
             Kind::Cpu(queue) => queue.synchronize(),
             Kind::Cuda(stream, _) => {
                 stream.synchronize()?;
-                let exchanged = self.exchanged.lock().upgrade();
-                exchanged.map_or(Ok(()), |comm| comm.check_whole())
+                let peers = self.peers.lock().upgrade();
+                peers.and_then(|peers| peers.status()).map_or(Ok(()), Err)
             }
         }
     }
 
-    /// Remembers whose exchange was enqueued, to tell of its failure.
-    pub(super) fn exchanged(&self, comm: &Arc<CommCore>) {
-        let mut last = self.exchanged.lock();
-        if !std::ptr::eq(last.as_ptr(), Arc::as_ptr(comm)) {
-            *last = Arc::downgrade(comm);
+    /// Has [`Stream::synchronize`] tell of the failure of the rank whose exchange is enqueued here.
+    pub(super) fn tell_failures_of(&self, peers: &Arc<GpuRank>) {
+        let mut last = self.peers.lock();
+        if !std::ptr::eq(last.as_ptr(), Arc::as_ptr(peers)) {
+            *last = Arc::downgrade(peers);
         }
     }
 
@@ -95,42 +104,27 @@ impl Stream {
         self.device
     }
 
-    /// Puts a step of a CPU device on the stream.
-    pub(super) fn push<F>(&self, step: F, timeout: Duration) -> Result<()>
-    where
-        F: FnOnce() -> Result<()> + Send + 'static,
-    {
-        self.runtime.check_open()?;
-        match &self.kind {
-            Kind::Cpu(queue) => queue.push(step, timeout),
-            Kind::Cuda(..) => Err(self.foreign(Device::CPU)),
-        }
-    }
-
-    /// The CUDA stream of a step of `device`.
-    pub(super) fn cuda(stream: Option<&Stream>, device: Device) -> Result<&CudaStream> {
-        Ok(Stream::cuda_parts(stream, device)?.0)
-    }
-
-    /// Merges given partials on a GPU.
-    pub(super) fn merge(stream: Option<&Stream>, device: Device, step: &MergeStep) -> Result<()> {
-        let (stream, merge) = Stream::cuda_parts(stream, device)?;
-        merge.get_or_try_init(|| Merge::new(stream.device()))?.enqueue(step, stream)
-    }
-
-    fn cuda_parts(stream: Option<&Stream>, device: Device) -> Result<(&CudaStream, &OnceCell<Merge>)> {
-        let Some(stream) = stream else {
-            return Err(Error::invalid("stream", "NULL", format!("a stream of {device}")));
-        };
+    /// Where a step of `device` runs. `InvalidArgument` for a stream of another device.
+    pub(super) fn lane(stream: Option<&Stream>, device: Device) -> Result<Lane<'_>> {
+        let Some(stream) = stream else { return Ok(Lane::Caller) };
         stream.runtime.check_open()?;
         match &stream.kind {
-            Kind::Cuda(cuda, merge) if stream.device == device => Ok((cuda, merge)),
-            _ => Err(stream.foreign(device)),
+            Kind::Cpu(queue) if stream.device == device => Ok(Lane::Queue(queue)),
+            Kind::Cuda(cuda, _) if stream.device == device => Ok(Lane::Cuda(cuda)),
+            _ => {
+                let found = format!("a stream of {}", stream.device);
+                Err(Error::invalid("stream", found, format!("a stream of {device}")))
+            }
         }
     }
 
-    fn foreign(&self, wanted: Device) -> Error {
-        Error::invalid("stream", format!("a stream of {}", self.device), format!("a stream of {wanted}"))
+    /// The kernel that merges given partials on this stream, if it is a CUDA stream. May load it; then `Capturing` during a
+    /// capture.
+    pub(super) fn merge_kernel(&self) -> Result<Option<&Merge>> {
+        match &self.kind {
+            Kind::Cpu(_) => Ok(None),
+            Kind::Cuda(stream, merge) => merge.get_or_try_init(|| Merge::new(stream.device())).map(Some),
+        }
     }
 }
 

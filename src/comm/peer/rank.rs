@@ -73,6 +73,11 @@ impl GpuRank {
         self.steps.load(Ordering::Relaxed)
     }
 
+    /// Where the attention kernel of this rank leaves the bad data of a step; 0 without windows.
+    pub fn fault_address(&self) -> u64 {
+        self.windows().map_or(0, |windows| windows.fault_address(self.rank))
+    }
+
     /// Counts an exchange that was enqueued.
     pub fn count_step(&self) {
         self.steps.fetch_add(1, Ordering::Relaxed);

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::SelfcheckConfig;
+use super::types::SelfcheckConfig;
 use crate::attention::placement::{global_position, local_length};
 use crate::attention::{AttentionDesc, Dtype, Placement, Shard};
 use crate::comm::MAX_RANKS;

@@ -6,7 +6,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::inputs::{Inputs, Sequence};
-use super::{Results, SelfcheckReport};
+use super::types::{Results, SelfcheckReport};
 use crate::attention::reference::{self, Comparison, Precision, Reference};
 use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, OutputMode, Placement, Shard, Step, Tensor};
 use crate::error::Result;

@@ -2,8 +2,10 @@
 
 use super::inputs::{Inputs, Random, Sequence, put, room};
 use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, Tensor};
+use crate::device::Device;
 use crate::error::Result;
-use crate::runtime::{Buffer, Device, Runtime};
+use crate::runtime::buffer::Buffer;
+use crate::runtime::context::Runtime;
 
 /// Every byte of dead memory: NaN in f32, f16 and bf16.
 const POISON: u8 = 0xff;

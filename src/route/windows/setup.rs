@@ -1,25 +1,20 @@
-//! Bringing ranks on GPUs together: windows that reach each other, shown by an exchange.
+//! Brings ranks on GPUs together: windows that reach each other, shown by an exchange.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::probe::Probe;
 use crate::comm::{Bootstrap, CommConfig, GpuRank, LocalRank, Offer, Windows};
-use crate::cuda::{ExchangeKernel, ExchangeStep};
-use crate::device::cuda::{CudaDevice, CudaStream};
+use crate::device::cuda::CudaDevice;
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::ExchangeView;
 use crate::partial::epoch::Epoch;
-use crate::partial::view::host;
-use crate::partial::word::Failure;
 
 /// How long the windows of a new group may take to show that they work.
 const PROBE: Duration = Duration::from_secs(5);
-/// What ranks take the probe for.
-const PROBE_FINGERPRINT: u64 = 0x7ee5_a77e_0b0e_0001;
 
 /// The ends of a group of GPUs in this process: `bootstraps` and `devices` in rank order, the first epoch after `start`.
 /// Where the GPUs cannot exchange, the ends say why when a plan asks. Blocks; `Capturing` during a capture.
-pub(in crate::runtime) fn connect(
+pub(crate) fn connect(
     bootstraps: Vec<LocalRank>,
     devices: &[Arc<CudaDevice>],
     config: &CommConfig,
@@ -36,7 +31,7 @@ pub(in crate::runtime) fn connect(
 
 /// This rank's end of a group whose ranks may be in other processes, which `bootstrap` connects. Collective. Where the GPUs
 /// cannot exchange, every end says why when a plan asks. Blocks, at most the setup deadline and that of the probe.
-pub(in crate::runtime) fn connect_over(
+pub(crate) fn connect_over(
     bootstrap: Box<dyn Bootstrap>,
     device: &Arc<CudaDevice>,
     config: &CommConfig,
@@ -106,54 +101,4 @@ fn or_reason(windows: Result<Arc<Windows>>) -> Result<Result<Arc<Windows>>> {
 
 fn probe_timeout(config: &CommConfig) -> Duration {
     config.setup_timeout.min(PROBE)
-}
-
-/// One exchange without rows, of which some ranks are of this call: that every rank's words reach every other is proven by
-/// nothing else.
-struct Probe {
-    /// Kernels are loaded, and unloaded, while no rank waits: both wait for what runs on the GPU.
-    ranks: Vec<(usize, ExchangeKernel, CudaStream)>,
-}
-
-impl Probe {
-    fn new(windows: &Windows, ranks: &[usize]) -> Result<Probe> {
-        let ready = |&rank: &usize| {
-            let device = windows.device(rank);
-            Ok((rank, ExchangeKernel::new(device, 1)?, CudaStream::new(device)?))
-        };
-        let ranks = ranks.iter().map(ready).collect::<Result<_>>()?;
-        Ok(Probe { ranks })
-    }
-
-    /// Whether words reach the windows. The first epoch came after `start`.
-    fn run(self, windows: &Windows, start: Epoch, timeout: Duration) -> Result<()> {
-        let ranks = &self.ranks;
-        for (rank, kernel, stream) in ranks {
-            let view = ExchangeView { fingerprint: PROBE_FINGERPRINT, heads: 1, ..windows.view(*rank, timeout) };
-            kernel.enqueue(&view, &ExchangeStep::NOTHING, stream)?;
-        }
-        for (_, _, stream) in ranks {
-            stream.synchronize()?;
-        }
-        for &(rank, ..) in ranks {
-            let failure = windows.words(rank).load(host::FAILURE);
-            if failure == 0 && windows.consumed(rank)? == start.next() {
-                continue;
-            }
-            let here = windows.label(rank);
-            let found = match failure {
-                0 => format!("{here} (rank {rank}), where a test exchange left nothing"),
-                failure => {
-                    let other = Failure::from_word(failure).rank.min(windows.world() - 1);
-                    let there = windows.label(other);
-                    format!(
-                        "{here} (rank {rank}), which saw nothing of what {there} (rank {other}) wrote to it within \
-                         {timeout:?}, though the driver allows it"
-                    )
-                }
-            };
-            return Err(Error::unsupported("devices", found, "GPUs whose writes reach each other"));
-        }
-        Ok(())
-    }
 }

@@ -2,17 +2,22 @@
 
 use half::{bf16, f16};
 
-use crate::attention::Dtype;
+use crate::attention::{AttentionDesc, Dtype};
 
 /// The layout of a shape's partials on the wire.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::runtime) struct Wire {
+pub(in crate::route) struct Wire {
     pub dtype: Dtype,
     /// Elements of a row of o.
     pub dim: usize,
 }
 
 impl Wire {
+    /// The wire of a shape.
+    pub fn of(desc: &AttentionDesc) -> Wire {
+        Wire { dtype: desc.wire_dtype, dim: desc.head_dim_v as usize }
+    }
+
     /// Bytes of a row of o.
     pub fn row_bytes(&self) -> usize {
         self.dim * self.dtype.size()
@@ -52,7 +57,7 @@ impl Wire {
 }
 
 /// Converts `values` into as many elements of `dtype`.
-pub(super) fn encode(dtype: Dtype, to: &mut [u8], values: &[f32]) {
+pub(in crate::route) fn encode(dtype: Dtype, to: &mut [u8], values: &[f32]) {
     let convert: fn(f32) -> u16 = match dtype {
         Dtype::F16 => |x| f16::from_f32(x).to_bits(),
         Dtype::Bf16 => |x| bf16::from_f32(x).to_bits(),
@@ -64,7 +69,7 @@ pub(super) fn encode(dtype: Dtype, to: &mut [u8], values: &[f32]) {
 }
 
 /// Converts elements of `dtype` back.
-pub(super) fn decode(dtype: Dtype, from: &[u8], values: &mut [f32]) {
+pub(in crate::route) fn decode(dtype: Dtype, from: &[u8], values: &mut [f32]) {
     let convert: fn(u16) -> f32 = match dtype {
         Dtype::F16 => |bits| f16::from_bits(bits).to_f32(),
         Dtype::Bf16 => |bits| bf16::from_bits(bits).to_f32(),
@@ -76,38 +81,39 @@ pub(super) fn decode(dtype: Dtype, from: &[u8], values: &mut [f32]) {
 }
 
 /// Bytes as floats; they begin at a multiple of 4.
-pub(super) fn floats(bytes: &[u8]) -> &[f32] {
-    // SAFETY: every bit pattern is an f32; `align_to` keeps alignment, and an unaligned head would be cut off.
+pub(in crate::route) fn floats(bytes: &[u8]) -> &[f32] {
+    // SAFETY: every bit pattern is an f32, and `align_to` gives aligned parts of the slice; what comes before the first is
+    // not among the floats, which only debug builds notice.
     let (head, floats, _) = unsafe { bytes.align_to::<f32>() };
     debug_assert!(head.is_empty());
     floats
 }
 
 /// As [`floats`], to write.
-pub(super) fn floats_mut(bytes: &mut [u8]) -> &mut [f32] {
-    // SAFETY: as in `floats`.
+pub(in crate::route) fn floats_mut(bytes: &mut [u8]) -> &mut [f32] {
+    // SAFETY: as in `floats`; and every float that is written is four bytes.
     let (head, floats, _) = unsafe { bytes.align_to_mut::<f32>() };
     debug_assert!(head.is_empty());
     floats
 }
 
 /// Bytes as int32; they begin at a multiple of 4.
-pub(super) fn ints_mut(bytes: &mut [u8]) -> &mut [i32] {
-    // SAFETY: as in `floats`.
+pub(in crate::route) fn ints_mut(bytes: &mut [u8]) -> &mut [i32] {
+    // SAFETY: as in `floats_mut`, for int32.
     let (head, ints, _) = unsafe { bytes.align_to_mut::<i32>() };
     debug_assert!(head.is_empty());
     ints
 }
 
 /// Floats as bytes.
-pub(super) fn bytes(floats: &[f32]) -> &[u8] {
-    // SAFETY: every float is four bytes.
+pub(in crate::route) fn bytes(floats: &[f32]) -> &[u8] {
+    // SAFETY: a float is four initialised bytes, and bytes have no alignment; the length is that of the same memory.
     unsafe { std::slice::from_raw_parts(floats.as_ptr().cast(), size_of_val(floats)) }
 }
 
 /// As [`bytes`], to write.
-pub(super) fn bytes_mut(floats: &mut [f32]) -> &mut [u8] {
-    // SAFETY: as in `bytes`, and every bit pattern is an f32.
+pub(in crate::route) fn bytes_mut(floats: &mut [f32]) -> &mut [u8] {
+    // SAFETY: as in `bytes`; the borrow is exclusive, and every bit pattern that is written is an f32.
     unsafe { std::slice::from_raw_parts_mut(floats.as_mut_ptr().cast(), size_of_val(floats)) }
 }
 

@@ -5,11 +5,18 @@
 //! the reduced parts go round. Over a transport's allgather every rank has all values after the first round, and reduces
 //! them all itself.
 
-use super::{Found, Meeting, Scratch, wire};
-use crate::attention::Dtype;
+use std::cell::RefCell;
+
+use parking_lot::Mutex;
+
+use crate::attention::{Algorithm, Dtype};
 use crate::comm::Round;
 use crate::error::Result;
-use crate::partial::DataFault;
+use crate::route::context::StepContext;
+use crate::route::host::exchange::{Exchange, RankFault};
+use crate::route::host::partials::PartialExchange;
+use crate::route::host::scratch::{Scratch, zeroed};
+use crate::route::host::wire;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Reduction {
@@ -17,25 +24,49 @@ enum Reduction {
     Sum,
 }
 
-/// Replaces this rank's partial by that of all ranks, by three allreduces.
-pub(super) fn run(meeting: &Meeting<'_>, scratch: &mut Scratch) -> Result<Found> {
-    let (rows, dim) = (meeting.rows(), meeting.dim());
-    let Scratch { partial, incoming, .. } = scratch;
-    let (lse, o) = partial[..rows * (dim + 1)].split_at_mut(rows);
-    let (most, weights) = incoming[..2 * rows].split_at_mut(rows);
-    let mut found = None;
-    most.copy_from_slice(lse);
-    allreduce(meeting, most, Dtype::F32, Reduction::Maximum, &mut found)?;
-    for (row, o) in o.chunks_exact_mut(dim).enumerate() {
-        weights[row] = weigh(o, lse[row], most[row]);
+/// Three allreduces.
+pub(in crate::route) struct Allreduce3 {
+    /// The largest lse of the step's rows, then their denominators.
+    reduced: Mutex<Vec<f32>>,
+}
+
+impl Allreduce3 {
+    /// Room for the largest step.
+    pub fn new(context: &StepContext) -> Result<Allreduce3> {
+        let reduced = zeroed("max_query_tokens x q_heads x head_dim_v", context.most_rows()?.checked_mul(2))?;
+        Ok(Allreduce3 { reduced: Mutex::new(reduced) })
     }
-    allreduce(meeting, o, meeting.plan.wire.dtype, Reduction::Sum, &mut found)?;
-    allreduce(meeting, weights, Dtype::F32, Reduction::Sum, &mut found)?;
-    for (row, o) in o.chunks_exact_mut(dim).enumerate() {
-        let lse = divide(o, weights[row], most[row]);
-        meeting.write(row, o, lse);
+}
+
+impl PartialExchange for Allreduce3 {
+    /// Replaces this rank's partial by that of all ranks.
+    fn run(&self, exchange: &Exchange<'_>, scratch: &mut Scratch) -> Result<RankFault> {
+        let (rows, dim) = (exchange.rows(), exchange.dim());
+        let mut reduced = self.reduced.lock();
+        let (lse, o) = scratch.rows(rows, dim);
+        let (most, weights) = reduced[..2 * rows].split_at_mut(rows);
+        let mut found = None;
+        most.copy_from_slice(lse);
+        allreduce(exchange, most, Dtype::F32, Reduction::Maximum, &mut found)?;
+        for (row, o) in o.chunks_exact_mut(dim).enumerate() {
+            weights[row] = weigh(o, lse[row], most[row]);
+        }
+        allreduce(exchange, o, exchange.wire.dtype, Reduction::Sum, &mut found)?;
+        allreduce(exchange, weights, Dtype::F32, Reduction::Sum, &mut found)?;
+        for (row, o) in o.chunks_exact_mut(dim).enumerate() {
+            let lse = divide(o, weights[row], most[row]);
+            exchange.write(row, o, lse);
+        }
+        Ok(found)
     }
-    Ok(found)
+
+    fn bytes(&self) -> usize {
+        size_of_val(&**self.reduced.lock())
+    }
+
+    fn algorithm(&self) -> Algorithm {
+        Algorithm::Allreduce3
+    }
 }
 
 /// Turns a row into its numerator over the common maximum. Gives its denominator.
@@ -69,38 +100,39 @@ fn divide(o: &mut [f32], sum: f32, most: f32) -> f32 {
 
 /// Reduces `values` over all ranks, in place, on every rank.
 fn allreduce(
-    meeting: &Meeting<'_>,
+    exchange: &Exchange<'_>,
     values: &mut [f32],
     dtype: Dtype,
     reduction: Reduction,
-    found: &mut Found,
+    found: &mut RankFault,
 ) -> Result<()> {
-    let (exchange, world, rank) = (meeting.exchange(), meeting.world(), meeting.rank());
-    let in_place = exchange.reads_in_place();
-    let most = (exchange.capacity() / dtype.size()).max(1);
+    let (rounds, world, me) = (exchange.rounds(), exchange.world(), exchange.me());
+    let in_place = rounds.reads_in_place();
+    let most = (rounds.capacity() / dtype.size()).max(1);
     let count = values.len().div_ceil(most).max(1);
     let all = values.len();
     for chunk in 0..count {
         let n = most.min(all - chunk * most);
         let values = &mut values[chunk * most..][..n];
         let part = |rank: usize| rank * n / world..(rank + 1) * n / world;
-        let mine = if in_place { part(rank) } else { 0..n };
-        let shared = std::cell::RefCell::new(&mut *values);
+        let own = if in_place { part(me) } else { 0..n };
+        // `fill` and `take` run one after the other; each borrows the values while it does.
+        let shared = RefCell::new(&mut *values);
         let mut fill = |slot: &mut [u8]| wire::encode(dtype, slot, &shared.borrow());
         let mut take = |round: &dyn Round| {
-            *found = found.or_else(|| (0..world).find_map(|rank| DataFault::from_word(round.fault(rank))));
-            reduce(&mut shared.borrow_mut()[mine.clone()], mine.start, round, world, dtype, reduction);
+            *found = found.or_else(|| exchange.first_fault(round));
+            reduce(&mut shared.borrow_mut()[own.clone()], own.start, round, world, dtype, reduction);
         };
-        exchange.round(meeting.header, n * dtype.size(), &mut fill, &mut take)?;
+        rounds.round(exchange.header, n * dtype.size(), &mut fill, &mut take)?;
         if !in_place {
-            meeting.count(1, world - 1, n * dtype.size() * (world - 1));
+            exchange.count(1, world - 1, n * dtype.size() * (world - 1));
             continue;
         }
-        meeting.count(1, world - 1, (n - mine.len()) * dtype.size());
+        exchange.count(1, world - 1, (n - own.len()) * dtype.size());
         let longest = (0..world).map(|rank| part(rank).len()).max().unwrap_or(0);
         let mut fill = |slot: &mut [u8]| {
-            let own = &shared.borrow()[mine.clone()];
-            wire::encode(dtype, &mut slot[..own.len() * dtype.size()], own);
+            let reduced = &shared.borrow()[own.clone()];
+            wire::encode(dtype, &mut slot[..reduced.len() * dtype.size()], reduced);
         };
         let mut take = |round: &dyn Round| {
             for rank in 0..world {
@@ -108,8 +140,8 @@ fn allreduce(
                 wire::decode(dtype, &round.payload(rank)[..theirs.len() * dtype.size()], theirs);
             }
         };
-        exchange.round(meeting.header, longest * dtype.size(), &mut fill, &mut take)?;
-        meeting.count(1, world - 1, mine.len() * dtype.size() * (world - 1));
+        rounds.round(exchange.header, longest * dtype.size(), &mut fill, &mut take)?;
+        exchange.count(1, world - 1, own.len() * dtype.size() * (world - 1));
     }
     Ok(())
 }

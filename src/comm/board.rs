@@ -1,0 +1,81 @@
+//! What a communicator's status tells of its plans: plain data that plans write and `status` reads.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::error::{Error, ErrorKind};
+use crate::partial::DataFault;
+
+/// Bad data that a step of a plan met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PlanFault {
+    /// The rank that met it.
+    pub rank: i32,
+    /// The plan, by its number on the communicator.
+    pub plan: u64,
+    /// What it met.
+    pub fault: DataFault,
+}
+
+impl PlanFault {
+    /// The error to tell of it.
+    pub fn error(&self) -> Error {
+        let message = format!(
+            "{}: found a value out of range in sequence {} on rank {}, wanted values within the plan's limits; the \
+             outputs of that sequence are NaN",
+            self.fault.cause.argument(),
+            self.fault.sequence,
+            self.rank
+        );
+        Error::new(ErrorKind::InvalidData, message).with_rank(self.rank)
+    }
+}
+
+/// Shared by a communicator and its plans; owns neither. Nothing here waits but for a lock that is held for a copy.
+#[derive(Debug, Default)]
+pub(crate) struct StatusBoard {
+    last_plan: AtomicU64,
+    pending: Mutex<Option<PlanFault>>,
+}
+
+impl StatusBoard {
+    /// The plan of the last step, 0 before the first.
+    pub fn last_plan(&self) -> u64 {
+        self.last_plan.load(Ordering::Relaxed)
+    }
+
+    /// A step of `plan` ran, or was enqueued.
+    pub fn set_last_plan(&self, plan: u64) {
+        self.last_plan.store(plan, Ordering::Relaxed);
+    }
+
+    /// Keeps bad data for the next status, instead of what nobody has asked about yet.
+    pub fn report(&self, fault: PlanFault) {
+        *self.pending.lock() = Some(fault);
+    }
+
+    /// The bad data reported last, which is then forgotten.
+    pub fn take(&self) -> Option<PlanFault> {
+        self.pending.lock().take()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::partial::DataFaultCause;
+
+    #[test]
+    fn bad_data_is_told_once_and_names_rank_and_sequence() {
+        let board = StatusBoard::default();
+        assert_eq!((board.take(), board.last_plan()), (None, 0));
+        let fault = DataFault { sequence: 5, cause: DataFaultCause::KvLength };
+        board.report(PlanFault { rank: 2, plan: 9, fault });
+        let found = board.take().unwrap();
+        assert_eq!((found.plan, board.take()), (9, None));
+        let error = found.error();
+        assert_eq!((error.kind(), error.rank()), (ErrorKind::InvalidData, Some(2)));
+        assert!(error.message().starts_with("kv_length: ") && error.message().contains("sequence 5"), "{error}");
+    }
+}

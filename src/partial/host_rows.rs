@@ -1,0 +1,117 @@
+//! Rows in host memory: rounded once into a target's strides and element type, and read from a source's.
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use super::rows::{RowSource, RowTarget};
+use crate::attention::dtype::Dtype;
+
+impl RowTarget {
+    /// Writes one row. `head` counts from the target's own first head.
+    ///
+    /// # Safety
+    /// The target is of host memory, and was made for a shape that contains (token, head) from strides that
+    /// `Tensor::resolve` gave for it. The row is valid for writes, and nobody else uses it meanwhile.
+    pub(crate) unsafe fn write(&self, token: usize, head: usize, o: &[f32], lse: f32) {
+        let [s_token, s_head, s_dim] = self.o_stride;
+        let offset = token as i64 * s_token + head as i64 * s_head;
+        debug_assert_eq!(o.len(), self.dim as usize);
+        // SAFETY: the offsets lie inside the extent that `resolve` checked for the shape, alignment was checked with it, and
+        // the caller keeps the row valid and to itself.
+        unsafe {
+            let row = (self.o as *mut u8).offset(offset as isize);
+            match self.dtype {
+                Dtype::F16 if s_dim == 2 => packed::<f16>(row, o.len()).convert_from_f32_slice(o),
+                Dtype::F32 => scatter(row.cast::<f32>(), s_dim, o, |x| x),
+                Dtype::F16 => scatter(row.cast::<f16>(), s_dim, o, f16::from_f32),
+                Dtype::Bf16 => scatter(row.cast::<bf16>(), s_dim, o, bf16::from_f32),
+                Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::Q8_0 | Dtype::Q4_0 => {}
+            }
+            if self.lse != 0 {
+                let offset = token as i64 * self.lse_stride[0] + head as i64 * self.lse_stride[1];
+                (self.lse as *mut u8).offset(offset as isize).cast::<f32>().write(lse);
+            }
+        }
+    }
+
+    /// Writes NaN to every row: what a failed step leaves behind. `scratch` is at least a row long.
+    ///
+    /// # Safety
+    /// As [`RowTarget::write`] for all rows of `tokens` x `heads`.
+    pub(crate) unsafe fn write_nan(&self, tokens: usize, heads: usize, scratch: &mut [f32]) {
+        let row = &mut scratch[..self.dim as usize];
+        row.fill(f32::NAN);
+        for token in 0..tokens {
+            for head in 0..heads {
+                // SAFETY: the caller's promise covers every (token, head) below these bounds.
+                unsafe { self.write(token, head, row, f32::NAN) };
+            }
+        }
+    }
+}
+
+impl RowSource {
+    /// The natural lse of a row of the partial that lies `offset` bytes behind the first.
+    ///
+    /// # Safety
+    /// The source is of host memory, and was made for a shape that contains the row from strides that `Tensor::resolve` gave
+    /// for it. The row is valid for reads, and nobody writes it meanwhile.
+    pub(crate) unsafe fn lse(&self, offset: i64, token: usize, head: usize) -> f32 {
+        let [s_token, s_head] = self.lse_stride;
+        let offset = offset + token as i64 * s_token + head as i64 * s_head;
+        // SAFETY: inside the extent that `resolve` checked, aligned as it checked; the caller keeps it valid.
+        let lse = unsafe { (self.lse as *const u8).offset(offset as isize).cast::<f32>().read() };
+        let is_empty = self.plus_inf_is_empty != 0 && lse == f32::INFINITY;
+        if is_empty { f32::NEG_INFINITY } else { lse * self.to_natural }
+    }
+
+    /// Converts that row's o to f32. `to` is a row long.
+    ///
+    /// # Safety
+    /// As [`RowSource::lse`].
+    pub(crate) unsafe fn load(&self, offset: i64, token: usize, head: usize, to: &mut [f32]) {
+        let [s_token, s_head, s_dim] = self.o_stride;
+        let offset = offset + token as i64 * s_token + head as i64 * s_head;
+        debug_assert_eq!(to.len(), self.dim as usize);
+        // SAFETY: as in `lse`, for each element of the row.
+        unsafe {
+            let from = (self.o as *const u8).offset(offset as isize);
+            for (i, x) in to.iter_mut().enumerate() {
+                let from = from.offset(i as isize * s_dim as isize);
+                *x = match self.dtype {
+                    Dtype::F16 => from.cast::<f16>().read().to_f32(),
+                    Dtype::Bf16 => from.cast::<bf16>().read().to_f32(),
+                    _ => from.cast::<f32>().read(),
+                };
+            }
+        }
+    }
+}
+
+/// A packed row as a slice, for conversions that take several elements at once.
+///
+/// # Safety
+/// `row` is aligned and valid for writes of `len` elements that nothing else uses meanwhile. They hold initialised bytes, and
+/// every bit pattern of `T` is a value.
+unsafe fn packed<'a, T>(row: *mut u8, len: usize) -> &'a mut [T] {
+    // SAFETY: the caller's promise.
+    unsafe { std::slice::from_raw_parts_mut(row.cast(), len) }
+}
+
+/// Stores a converted row with a byte stride.
+///
+/// # Safety
+/// `row` is aligned and valid for writes of `o.len()` elements `stride` bytes apart.
+unsafe fn scatter<T>(row: *mut T, stride: i64, o: &[f32], convert: impl Fn(f32) -> T) {
+    if stride == size_of::<T>() as i64 {
+        for (i, &x) in o.iter().enumerate() {
+            // SAFETY: element `i` of the row, which is packed.
+            unsafe { row.add(i).write(convert(x)) };
+        }
+    } else {
+        for (i, &x) in o.iter().enumerate() {
+            // SAFETY: element `i` of the row, `stride` bytes from the one before.
+            unsafe { row.byte_offset(i as isize * stride as isize).write(convert(x)) };
+        }
+    }
+}

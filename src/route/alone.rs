@@ -1,0 +1,61 @@
+//! One rank, or `LOCAL` output: this rank's partial is the output.
+
+use super::backend::Backend;
+use super::context::StepContext;
+use super::{Route, RouteMemory};
+use crate::attention::merge::MergeStep;
+use crate::attention::{Algorithm, OutputMode, Step};
+use crate::device::cuda::CudaStream;
+use crate::error::Result;
+
+/// Nothing is exchanged.
+pub(crate) struct Alone {
+    backend: Box<dyn Backend>,
+    algorithm: Algorithm,
+    reason: &'static str,
+}
+
+impl Alone {
+    /// The route of a plan that needs no other rank.
+    pub fn new(context: &StepContext, backend: Box<dyn Backend>) -> Alone {
+        let algorithm = match context.desc.algorithm {
+            Algorithm::Auto => Algorithm::OneShot,
+            asked => asked,
+        };
+        let reason = match context.desc.output {
+            OutputMode::Local => "local output: nothing to exchange",
+            OutputMode::Replicated | OutputMode::Scattered => "one rank: nothing to exchange",
+        };
+        Alone { backend, algorithm, reason }
+    }
+}
+
+impl Route for Alone {
+    unsafe fn decode(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
+        // SAFETY: the caller's promise; the output of a plan without exchange holds all heads.
+        let fault = unsafe { self.backend.attend(step, stream) }?;
+        context.count_step();
+        context.report_own(fault)
+    }
+
+    unsafe fn partial(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        let fault = unsafe { self.backend.attend(step, stream) }?;
+        context.report_own(fault)
+    }
+
+    unsafe fn merge(&self, context: &StepContext, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.backend.write(step, stream) }?;
+        context.count_step();
+        Ok(())
+    }
+
+    fn memory(&self) -> RouteMemory {
+        self.backend.memory()
+    }
+
+    fn algorithm(&self) -> (Algorithm, &str) {
+        (self.algorithm, self.reason)
+    }
+}

@@ -1,0 +1,142 @@
+//! What is the same in every step of a plan, as plain data.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::attention::{AttentionDesc, OutputMode, Shard, head_range};
+use crate::comm::{CommConfig, PlanFault, StatusBoard};
+use crate::error::{Error, Result};
+use crate::partial::DataFault;
+
+/// A plan as its route sees it.
+#[derive(Debug)]
+pub(crate) struct StepContext {
+    /// The number of the plan on its communicator, from 1, the same on all ranks.
+    pub plan: u64,
+    /// The shape.
+    pub desc: AttentionDesc,
+    /// Which rank of how many.
+    pub shard: Shard,
+    /// Heads of this rank's merged output.
+    pub heads: Range<usize>,
+    /// The communicator's deadlines and choices.
+    pub config: CommConfig,
+    /// Where the communicator's status finds what steps met.
+    pub board: Arc<StatusBoard>,
+    /// What the plan has done so far.
+    pub counters: Counters,
+}
+
+/// What a plan has done so far.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    /// Steps run, or enqueued.
+    pub steps: AtomicU64,
+    /// Steps of the exchanges: rounds, one a chunk, and levels of the tree or hops of the ring.
+    pub rounds: AtomicU64,
+    /// Messages sent to peers.
+    pub messages: AtomicU64,
+    /// Bytes sent to peers.
+    pub bytes_sent: AtomicU64,
+}
+
+impl Counters {
+    /// Counts a part of an exchange.
+    pub fn add(&self, rounds: u64, messages: u64, bytes: u64) {
+        self.rounds.fetch_add(rounds, Ordering::Relaxed);
+        self.messages.fetch_add(messages, Ordering::Relaxed);
+        self.bytes_sent.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+impl StepContext {
+    /// Plan number `plan` of `desc`, a checked descriptor, on rank `shard`.
+    pub fn new(
+        plan: u64,
+        desc: &AttentionDesc,
+        shard: Shard,
+        config: &CommConfig,
+        board: &Arc<StatusBoard>,
+    ) -> Result<StepContext> {
+        let heads = match desc.output {
+            OutputMode::Scattered => head_range(desc.q_heads, shard)?,
+            OutputMode::Replicated | OutputMode::Local => 0..desc.q_heads,
+        };
+        Ok(StepContext {
+            plan,
+            desc: *desc,
+            shard,
+            heads: heads.start as usize..heads.end as usize,
+            config: config.clone(),
+            board: Arc::clone(board),
+            counters: Counters::default(),
+        })
+    }
+
+    /// Ranks.
+    pub fn world(&self) -> usize {
+        self.shard.world as usize
+    }
+
+    /// Whether steps need other ranks.
+    pub fn exchanges(&self) -> bool {
+        self.desc.output != OutputMode::Local && self.shard.world > 1
+    }
+
+    /// Rows of the largest step: query tokens x heads.
+    pub fn most_rows(&self) -> Result<usize> {
+        let (tokens, heads) = (self.desc.max_query_tokens, self.desc.q_heads);
+        (tokens as usize).checked_mul(heads as usize).filter(|&rows| rows <= i32::MAX as usize).ok_or_else(|| {
+            Error::invalid("max_query_tokens x q_heads", format!("{tokens} x {heads}"), format!("at most {}", i32::MAX))
+        })
+    }
+
+    /// Counts a step.
+    pub fn count_step(&self) {
+        self.counters.steps.fetch_add(1, Ordering::Relaxed);
+        self.board.set_last_plan(self.plan);
+    }
+
+    /// Leaves bad data for the communicator's status and gives the error to return.
+    pub fn report(&self, rank: i32, fault: DataFault) -> Error {
+        let fault = PlanFault { rank, plan: self.plan, fault };
+        self.board.report(fault);
+        fault.error()
+    }
+
+    /// The same for what this rank met in its own shard, if anything.
+    pub fn report_own(&self, fault: Option<DataFault>) -> Result<()> {
+        fault.map_or(Ok(()), |fault| Err(self.report(self.shard.rank, fault)))
+    }
+}
+
+/// Which call a step belongs to, for its fingerprint.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Call {
+    /// A decode step of so many sequences.
+    Decode(i32),
+    /// Partials that the engine made.
+    Merge,
+    /// A decode step by `RING`, of so many sequences.
+    Ring(i32),
+}
+
+impl Call {
+    /// What tells calls of different kinds apart.
+    pub fn words(self) -> [u64; 2] {
+        match self {
+            Call::Decode(batch) => [1, batch as u64],
+            Call::Merge => [2, 0],
+            Call::Ring(batch) => [3, batch as u64],
+        }
+    }
+}
+
+/// FNV-1a over the words that all ranks must agree on.
+pub(crate) fn fingerprint(words: &[u64]) -> u64 {
+    words
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
+}

@@ -1,0 +1,54 @@
+//! What routes of GPUs share: this rank's shard on its GPU, and the words in which its kernels note bad data.
+
+use std::sync::Arc;
+
+use super::RouteMemory;
+use super::backend::Backend;
+use super::context::StepContext;
+use super::rank::CudaRank;
+use crate::attention::Step;
+use crate::attention::merge::MergeStep;
+use crate::comm::{OWN_FAULT, PlanLease};
+use crate::cuda::CudaBackend;
+use crate::device::cuda::CudaStream;
+use crate::error::{Error, Result};
+use crate::partial::DataFault;
+
+/// The backend of a plan on a GPU.
+pub(in crate::route) struct GpuShard {
+    /// Before the words, which its kernels write.
+    pub backend: CudaBackend,
+    /// The plan's words in mapped host memory.
+    pub lease: Arc<PlanLease>,
+    pub rank: Arc<CudaRank>,
+}
+
+impl GpuShard {
+    /// Kernels and workspace. Blocks; `Capturing` during a capture.
+    pub fn new(context: &StepContext, rank: &Arc<CudaRank>) -> Result<GpuShard> {
+        let lease = Arc::new(rank.words.lease(context.plan)?);
+        let (desc, patience, status) = (&context.desc, context.config.step_timeout, lease.address(OWN_FAULT));
+        let backend = CudaBackend::new(&rank.device, desc, context.shard, rank.sharing, status, patience)?;
+        Ok(GpuShard { backend, lease, rank: Arc::clone(rank) })
+    }
+
+    /// The stream of a step: one of the plan's device.
+    pub fn stream<'a>(&self, stream: Option<&'a CudaStream>) -> Result<&'a CudaStream> {
+        stream.ok_or_else(|| Error::invalid("stream", "NULL", format!("a stream of {}", self.rank.device.device())))
+    }
+}
+
+impl Backend for GpuShard {
+    unsafe fn attend(&self, step: &Step, stream: Option<&CudaStream>) -> Result<Option<DataFault>> {
+        self.backend.decode(step, self.stream(stream)?)?;
+        Ok(None)
+    }
+
+    unsafe fn write(&self, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()> {
+        self.backend.merge(step, self.stream(stream)?)
+    }
+
+    fn memory(&self) -> RouteMemory {
+        RouteMemory { workspace: self.backend.memory(), exchange: 0 }
+    }
+}

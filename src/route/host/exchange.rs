@@ -1,0 +1,179 @@
+//! One exchange of a step on a CPU rank.
+
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+use super::wire::Wire;
+use crate::attention::{Shard, head_range};
+use crate::comm::{Round, RoundHeader, Rounds};
+use crate::error::Result;
+use crate::partial::{DataFault, RowTarget, merge_two};
+use crate::route::context::{Call, StepContext, fingerprint};
+use crate::route::rank::CpuRank;
+
+/// Elements of partials above which all workers of a rank share a merge.
+const PARALLEL_MERGE: usize = 1 << 17;
+
+/// The first rank that met bad data, and what it met.
+pub(in crate::route) type RankFault = Option<(i32, DataFault)>;
+
+/// The exchange of one step.
+pub(in crate::route) struct Exchange<'a> {
+    pub context: &'a StepContext,
+    pub rank: &'a CpuRank,
+    /// Query tokens of the step.
+    pub tokens: usize,
+    /// Where this rank's heads of the merged output go.
+    pub target: &'a RowTarget,
+    /// What this rank says in all rounds and hops.
+    pub header: RoundHeader,
+    pub wire: Wire,
+}
+
+/// What a worker does with some rows.
+type Work<'a> = dyn Fn(Range<usize>, &mut [f32]) + Sync + 'a;
+
+impl<'a> Exchange<'a> {
+    /// A step of `tokens` query tokens, not opened yet.
+    ///
+    /// # Safety
+    /// The target was made for `tokens` query tokens and the context's heads. Its memory stays valid, and nobody else uses
+    /// it, until the exchange is dropped.
+    pub unsafe fn new(
+        context: &'a StepContext,
+        rank: &'a CpuRank,
+        tokens: usize,
+        target: &'a RowTarget,
+    ) -> Exchange<'a> {
+        let header = RoundHeader { fingerprint: 0, fault: 0 };
+        Exchange { context, rank, tokens, target, header, wire: Wire::of(&context.desc) }
+    }
+
+    /// Opens the step, in which this rank met `fault`. Waits for nobody.
+    pub fn open(&mut self, call: Call, fault: Option<DataFault>) -> Result<()> {
+        let number = self.rank.calls.fetch_add(1, Ordering::Relaxed);
+        let [kind, size] = call.words();
+        let fingerprint = fingerprint(&[self.context.plan, number, kind, size, self.tokens as u64]);
+        self.rank.rounds.open(fingerprint)?;
+        let fault = fault.map_or(0, |fault| fault.word(self.context.shard.rank));
+        self.header = RoundHeader { fingerprint, fault };
+        Ok(())
+    }
+
+    /// The group.
+    pub fn rounds(&self) -> &dyn Rounds {
+        &*self.rank.rounds
+    }
+
+    /// Ranks.
+    pub fn world(&self) -> usize {
+        self.context.world()
+    }
+
+    /// This rank.
+    pub fn me(&self) -> usize {
+        self.context.shard.rank as usize
+    }
+
+    /// Heads of a partial.
+    pub fn heads(&self) -> usize {
+        self.context.desc.q_heads as usize
+    }
+
+    /// Rows of a partial: query tokens x heads.
+    pub fn rows(&self) -> usize {
+        self.tokens * self.heads()
+    }
+
+    /// Elements of a row.
+    pub fn dim(&self) -> usize {
+        self.wire.dim
+    }
+
+    /// The heads that `rank` merges where heads are shared out.
+    pub fn heads_of(&self, rank: usize) -> Range<usize> {
+        let shard = Shard { rank: rank as i32, world: self.world() as i32 };
+        // Neither the shard nor the heads of a plan are out of range.
+        head_range(self.heads() as i32, shard).map_or(0..0, |range| range.start as usize..range.end as usize)
+    }
+
+    /// Counts a part of the exchange.
+    pub fn count(&self, rounds: usize, messages: usize, bytes: usize) {
+        self.context.counters.add(rounds as u64, messages as u64, bytes as u64);
+    }
+
+    /// The bad data of the first rank that met any.
+    pub fn first_fault(&self, round: &dyn Round) -> RankFault {
+        (0..self.world()).find_map(|rank| DataFault::from_word(round.fault(rank)))
+    }
+
+    /// Writes row `row` of the step, if it is one of this rank's. Each row is written by one worker.
+    pub fn write(&self, row: usize, o: &[f32], lse: f32) {
+        let (token, head, own) = (row / self.heads(), row % self.heads(), &self.context.heads);
+        if own.contains(&head) {
+            // SAFETY: `new` was promised a target of these tokens and heads; rows differ between workers.
+            unsafe { self.target.write(token, head - own.start, o, lse) };
+        }
+    }
+
+    /// Writes the merged rows of a partial.
+    pub fn write_all(&self, lse: &[f32], o: &[f32]) {
+        for (row, (&lse, o)) in lse.iter().zip(o.chunks_exact(self.dim())).enumerate() {
+            self.write(row, o, lse);
+        }
+    }
+
+    /// Merges the partial `theirs`, as it came over `wire`, into `partial`.
+    pub fn merge(&self, wire: Wire, partial: &mut [f32], theirs: &[u8], spare: &mut [f32]) -> Result<()> {
+        let (rows, dim) = (self.rows(), self.dim());
+        let base = partial.as_mut_ptr() as usize;
+        assert!(partial.len() >= rows * (dim + 1));
+        self.share(rows, 2 * rows * dim, spare, &|part, spare| {
+            for row in part {
+                // SAFETY: the lse of a row, and its o behind those of all rows, lie inside `partial` by the assertion, which
+                // is borrowed until `share` returns; the parts of workers do not overlap, so no other has this row.
+                let (lse, o) = unsafe {
+                    let base = base as *mut f32;
+                    (&mut *base.add(row), std::slice::from_raw_parts_mut(base.add(rows + row * dim), dim))
+                };
+                let their_lse = wire.lse(theirs, rows)[row];
+                match wire.o(theirs, rows, row, &mut spare[..dim]) {
+                    Some(their_o) => merge_two(o, lse, their_o, their_lse),
+                    None => merge_two(o, lse, &spare[..dim], their_lse),
+                }
+            }
+        })
+    }
+
+    /// Calls `work` for parts of `0..rows`, on all workers where there is much to do, each with two rows of its own.
+    pub fn share(&self, rows: usize, cost: usize, spare: &mut [f32], work: &Work<'_>) -> Result<()> {
+        let (workers, dim) = (&self.rank.workers, self.dim());
+        let parts = workers.threads();
+        if parts == 1 || cost < PARALLEL_MERGE {
+            work(0..rows, &mut spare[..2 * dim]);
+            return Ok(());
+        }
+        assert!(spare.len() >= parts * 2 * dim);
+        let base = spare.as_mut_ptr() as usize;
+        workers.run(&|part| {
+            // SAFETY: `run` calls each `part` below the number of threads once and returns when all are done; their rows lie
+            // inside `spare` by the assertion, apart from each other, and `spare` is borrowed meanwhile.
+            let own = unsafe { std::slice::from_raw_parts_mut((base as *mut f32).add(part * 2 * dim), 2 * dim) };
+            work(part * rows / parts..(part + 1) * rows / parts, own);
+        })
+    }
+
+    /// Ends the step: gives the error of bad data that a rank met, or the step's own, with NaN in the output.
+    pub fn finish(self, sent: Result<RankFault>, spare: &mut [f32]) -> Result<()> {
+        match sent {
+            Ok(found) => found.map_or(Ok(()), |(rank, fault)| Err(self.context.report(rank, fault))),
+            Err(error) => {
+                // A rank that cannot finish its step breaks the communicator, or its peers would wait for the deadline.
+                self.rank.rounds.fail(&error);
+                // SAFETY: `new` was promised a target of these tokens and heads, and no worker writes any more.
+                unsafe { self.target.write_nan(self.tokens, self.context.heads.len(), spare) };
+                Err(error)
+            }
+        }
+    }
+}

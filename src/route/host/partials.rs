@@ -1,0 +1,110 @@
+//! The route of the algorithms that exchange partials: they differ in how partials of all ranks become merged rows.
+
+use std::sync::Arc;
+
+use super::exchange::{Exchange, RankFault};
+use super::scratch::Scratch;
+use super::shard::HostShard;
+use crate::attention::merge::MergeStep;
+use crate::attention::{Algorithm, Step};
+use crate::device::FloatState;
+use crate::device::cuda::CudaStream;
+use crate::error::Result;
+use crate::partial::{DataFault, RowTarget};
+use crate::route::backend::Backend;
+use crate::route::context::{Call, StepContext};
+use crate::route::rank::CpuRank;
+use crate::route::{Route, RouteMemory};
+
+/// How the partials of all ranks become merged rows.
+pub(in crate::route) trait PartialExchange: Send + Sync {
+    /// Exchanges the partial in the scratch and writes the merged rows of this rank's heads. Gives the bad data of the first
+    /// rank that met any.
+    fn run(&self, exchange: &Exchange<'_>, scratch: &mut Scratch) -> Result<RankFault>;
+
+    /// Bytes beside the scratch.
+    fn bytes(&self) -> usize;
+
+    /// Its name.
+    fn algorithm(&self) -> Algorithm;
+}
+
+/// Attends the shard, then exchanges partials.
+pub(in crate::route) struct PartialRoute<E> {
+    shard: HostShard,
+    exchange: E,
+    reason: &'static str,
+}
+
+impl<E: PartialExchange> PartialRoute<E> {
+    /// The route of a plan on `rank`. Allocates everything that its steps need.
+    pub fn new(
+        context: &StepContext,
+        rank: &Arc<CpuRank>,
+        exchange: impl FnOnce() -> Result<E>,
+        reason: &'static str,
+    ) -> Result<PartialRoute<E>> {
+        let shard = HostShard::new(context, rank, 1)?;
+        Ok(PartialRoute { shard, exchange: exchange()?, reason })
+    }
+
+    /// Exchanges what `attend` leaves in the scratch.
+    ///
+    /// # Safety
+    /// As [`Exchange::new`].
+    unsafe fn exchange(
+        &self,
+        context: &StepContext,
+        call: Call,
+        tokens: usize,
+        target: &RowTarget,
+        attend: impl FnOnce(&mut Scratch) -> Result<Option<DataFault>>,
+    ) -> Result<()> {
+        let _float = FloatState::enter();
+        let mut scratch = self.shard.lock();
+        // SAFETY: the caller's promise.
+        let mut exchange = unsafe { Exchange::new(context, self.shard.rank(), tokens, target) };
+        let attended = attend(&mut scratch);
+        context.count_step();
+        let sent = attended.and_then(|fault| {
+            exchange.open(call, fault)?;
+            self.exchange.run(&exchange, &mut scratch)
+        });
+        exchange.finish(sent, &mut scratch.spare)
+    }
+}
+
+impl<E: PartialExchange> Route for PartialRoute<E> {
+    unsafe fn decode(&self, context: &StepContext, step: &Step, _stream: Option<&CudaStream>) -> Result<()> {
+        let (call, tokens) = (Call::Decode(step.args.batch), step.args.query_tokens as usize);
+        let target = step.target(&context.desc);
+        // SAFETY: the step was checked for the context's heads, and the caller keeps its memory valid while this runs.
+        unsafe { self.exchange(context, call, tokens, &target, |scratch| self.shard.attend_into(step, scratch)) }
+    }
+
+    unsafe fn partial(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        let fault = unsafe { self.shard.attend(step, stream) }?;
+        context.report_own(fault)
+    }
+
+    unsafe fn merge(&self, context: &StepContext, step: &MergeStep, _stream: Option<&CudaStream>) -> Result<()> {
+        let load = |scratch: &mut Scratch| {
+            // SAFETY: the caller keeps the step's memory valid while this runs.
+            unsafe { self.shard.load(step, scratch) };
+            Ok(None)
+        };
+        // SAFETY: the step was checked for the context's heads, and the caller keeps its memory valid while this runs.
+        unsafe { self.exchange(context, Call::Merge, step.tokens as usize, &step.target, load) }
+    }
+
+    fn memory(&self) -> RouteMemory {
+        let RouteMemory { workspace, exchange } = self.shard.memory();
+        let more = self.exchange.bytes();
+        RouteMemory { workspace: workspace + more, exchange: exchange + more }
+    }
+
+    fn algorithm(&self) -> (Algorithm, &str) {
+        (self.exchange.algorithm(), self.reason)
+    }
+}

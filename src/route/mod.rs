@@ -1,0 +1,98 @@
+//! Routes: what a plan does with a step, from this rank's shard to the merged output. One file (or folder) each.
+//!
+//! | route | ranks on | what happens |
+//! |---|---|---|
+//! | `alone` | CPUs, GPUs | one rank, or LOCAL output: nothing is exchanged |
+//! | `rounds` | CPUs | `ONE_SHOT`, `TWO_SHOT`, `ALLREDUCE3`: all ranks publish, all read |
+//! | `tree` | CPUs | `TREE`: two partials at a time, within nodes, between them, back |
+//! | `ring` | CPUs | `RING`: keys and values go round instead of partials |
+//! | `windows` | GPUs | `ONE_SHOT`, `TWO_SHOT`: kernels write into each other's memory |
+//! | `nccl_allreduce3` | GPUs | `ALLREDUCE3`: the paper's merge, over NCCL |
+//!
+//! [`choose::choose`] makes the route of a plan, and is the only place that knows them all; whoever owns a route does not ask
+//! which it is. `rank` is what a rank has (its end of the group, its workers or its GPU), `context` what is the same in
+//! every step of a plan. `backend` attends a shard without peers; `host` is what routes of CPU ranks share, `gpu` what those
+//! of GPUs do.
+//!
+//! Depends on `cpu`, `cuda`, `comm` and what lies below them; knows nothing of plans, streams and communicators. Nothing is
+//! re-exported here, since routes import the trait from here.
+
+use crate::attention::merge::MergeStep;
+use crate::attention::{Algorithm, Step};
+use crate::device::cuda::CudaStream;
+use crate::error::Result;
+use context::StepContext;
+
+pub(crate) mod alone;
+pub(crate) mod backend;
+pub(crate) mod choose;
+pub(crate) mod context;
+pub(crate) mod gpu;
+pub(crate) mod host;
+pub(crate) mod nccl_allreduce3;
+pub(crate) mod rank;
+pub(crate) mod ring;
+pub(crate) mod rounds;
+pub(crate) mod tree;
+pub(crate) mod windows;
+
+/// Bytes that a route holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct RouteMemory {
+    /// All of them.
+    pub workspace: usize,
+    /// Those that the exchange works on, among them.
+    pub exchange: usize,
+}
+
+/// What one plan does with a step, on one rank. Steps of a plan are serialised by the caller; the other calls may come from
+/// any thread.
+///
+/// `stream` is the CUDA stream of the plan's device to enqueue on. None: the step runs on the calling thread and is done when
+/// the call returns, also with the error of the step. Routes of GPUs refuse none. No step allocates.
+pub(crate) trait Route: Send + Sync {
+    /// What must be the same on all ranks beside the descriptor: names and values.
+    fn agreement(&self) -> Vec<(&'static str, String)> {
+        Vec::new()
+    }
+
+    /// Whether [`Route::connect`] has something to do, and waits for the other ranks.
+    fn connects(&self) -> bool {
+        false
+    }
+
+    /// The collective part of making the plan, once its ranks agree. Blocks, at most the setup deadline.
+    fn connect(&self, _context: &StepContext) -> Result<()> {
+        Ok(())
+    }
+
+    /// Attends this rank's shard, exchanges and writes the merged output.
+    ///
+    /// # Safety
+    /// The step was checked for the context's descriptor, shard and heads. Its memory is the plan's device's, and stays
+    /// valid, and unchanged by others, until the step is done.
+    unsafe fn decode(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()>;
+
+    /// Attends this rank's shard and writes its own partial, all heads.
+    ///
+    /// # Safety
+    /// As [`Route::decode`], for a step whose output holds all heads.
+    unsafe fn partial(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()>;
+
+    /// Whether the route merges partials; `Unsupported` where it exchanges something else.
+    fn check_merge(&self, _context: &StepContext) -> Result<()> {
+        Ok(())
+    }
+
+    /// Exchanges a partial that the engine made and writes the merged output.
+    ///
+    /// # Safety
+    /// The step was checked for the context's descriptor and heads; its memory as in [`Route::decode`].
+    unsafe fn merge(&self, context: &StepContext, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()>;
+
+    /// Bytes held.
+    fn memory(&self) -> RouteMemory;
+
+    /// The algorithm in use, and why it was chosen.
+    fn algorithm(&self) -> (Algorithm, &str);
+}

@@ -1,0 +1,163 @@
+//! The route of a plan with `ALLREDUCE3` over NCCL.
+
+use std::sync::{Arc, OnceLock};
+
+use super::connect::connect;
+use super::watchdog::Watchdog;
+use super::words::StepWords;
+use crate::attention::merge::MergeStep;
+use crate::attention::{Algorithm, Dtype, Step};
+use crate::comm::nccl::{NcclLimit, NcclRank, Reduction};
+use crate::cuda::{Allreduce, AllreduceOutput, AllreduceShape, Destination};
+use crate::device::cuda::CudaStream;
+use crate::error::{Error, ErrorKind, Result};
+use crate::route::backend::Backend;
+use crate::route::context::StepContext;
+use crate::route::gpu::GpuShard;
+use crate::route::rank::CudaRank;
+use crate::route::{Route, RouteMemory};
+
+/// Attends, and reduces by NCCL.
+pub(in crate::route) struct NcclAllreduce3 {
+    kernels: Allreduce,
+    shard: GpuShard,
+    /// After the kernels, whose end waits for steps that only the watchdog can end. There once the plan is connected.
+    watchdog: OnceLock<Watchdog>,
+    words: Arc<StepWords>,
+    rank: Arc<CudaRank>,
+}
+
+impl NcclAllreduce3 {
+    /// Kernels and workspace of a plan on `rank`, which is not connected yet. Blocks; `Capturing` during a capture.
+    pub fn new(context: &StepContext, rank: &Arc<CudaRank>) -> Result<NcclAllreduce3> {
+        let shard = GpuShard::new(context, rank)?;
+        let (desc, patience) = (&context.desc, context.config.step_timeout);
+        if desc.wire_dtype != Dtype::F32 {
+            let wanted = "f32 where NCCL adds up";
+            return Err(Error::unsupported("wire_dtype", desc.wire_dtype.name(), wanted));
+        }
+        let shape = AllreduceShape {
+            tokens: desc.max_query_tokens,
+            heads: desc.q_heads,
+            dim: desc.head_dim_v,
+            first_head: context.heads.start as i32,
+            own_heads: context.heads.len() as i32,
+            rank: context.shard.rank,
+            world: context.shard.world,
+        };
+        let words = Arc::new(StepWords::new(&rank.device, &shard.lease, patience)?);
+        let kernels = Allreduce::new(&rank.device, shape, words.failed(), words.host(), patience)?;
+        Ok(NcclAllreduce3 { kernels, shard, watchdog: OnceLock::new(), words, rank: Arc::clone(rank) })
+    }
+
+    /// Reduces over all ranks what `attend` leaves in the workspace.
+    fn exchange(
+        &self,
+        context: &StepContext,
+        output: &AllreduceOutput,
+        stream: &CudaStream,
+        attend: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let Some(watchdog) = self.watchdog.get() else {
+            return Err(Error::new(ErrorKind::Internal, "plan: found no NCCL communicator, wanted one"));
+        };
+        self.kernels.check(output)?;
+        attend()?;
+        if output.tokens == 0 {
+            return Ok(());
+        }
+        let nccl = watchdog.nccl();
+        let reduced = self.kernels.reduced(output.tokens);
+        let timeout = context.config.step_timeout;
+        self.kernels.begin(output, stream)?;
+        let reduce = |send, recv, count, reduction| {
+            // SAFETY: `reduced` names parts of the workspace that hold as many f32. The workspace is freed after the device is
+            // done with all steps, or is given up with its communicator aborted.
+            unsafe { nccl.begin_all_reduce(send, recv, count, reduction, stream) }?;
+            nccl.settle("ncclAllReduce", NcclLimit::new("step_timeout", timeout))
+        };
+        let enqueue = || {
+            reduce(reduced.lse, reduced.most, reduced.rows, Reduction::Maximum)?;
+            self.kernels.weigh(output, stream)?;
+            reduce(reduced.o, reduced.o, reduced.elements, Reduction::Sum)?;
+            reduce(reduced.weights, reduced.weights, reduced.weight_count, Reduction::Sum)?;
+            self.kernels.finish(output, stream)
+        };
+        enqueue().map_err(|error| self.rank.fail(error))?;
+        // What a ring moves: every rank sends each part 2 (p - 1) / p times.
+        let world = context.shard.world as u64;
+        let bytes = 4 * (reduced.rows + reduced.elements + reduced.weight_count) as u64;
+        context.counters.add(3, 6 * (world - 1), 2 * (world - 1) * bytes / world);
+        Ok(())
+    }
+
+    /// Runs every size once, up to a factor of two. NCCL connects ranks when it first meets a way of reducing, and then waits
+    /// for them: a step that one thread enqueues on several ranks, or that is captured, must not meet one first.
+    fn try_out(&self, context: &StepContext, nccl: &NcclRank, limit: NcclLimit) -> Result<()> {
+        let what = "connecting over NCCL";
+        let reduced = self.kernels.reduced(context.desc.max_query_tokens);
+        let sizes = [(Reduction::Maximum, reduced.rows), (Reduction::Sum, reduced.elements.max(reduced.weight_count))];
+        for (reduction, most) in sizes {
+            let mut count = 1;
+            while count < 2 * most {
+                let (o, count_here) = (reduced.o, count.min(most));
+                // SAFETY: the workspace, which begins with o, holds at least as many f32, all of them zeros; no step uses
+                // them yet.
+                let begin = |stream: &CudaStream| unsafe { nccl.begin_all_reduce(o, o, count_here, reduction, stream) };
+                self.words.with_stream(begin)?;
+                nccl.settle(what, limit)?;
+                count *= 2;
+            }
+        }
+        self.words.drain(what, limit).inspect_err(|_| nccl.abort(limit.timeout))
+    }
+}
+
+impl Route for NcclAllreduce3 {
+    fn connects(&self) -> bool {
+        true
+    }
+
+    fn connect(&self, context: &StepContext) -> Result<()> {
+        let limit = NcclLimit::new("setup_timeout", context.config.setup_timeout);
+        let nccl = connect(context, &self.rank, limit)?;
+        self.try_out(context, &nccl, limit)?;
+        self.kernels.clear()?;
+        // Nothing was there before: a plan is connected once.
+        let _ = self.watchdog.set(Watchdog::start(&self.words, nccl, &self.rank, context.config.step_timeout)?);
+        Ok(())
+    }
+
+    unsafe fn decode(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
+        let stream = self.shard.stream(stream)?;
+        let output = AllreduceOutput { tokens: step.args.query_tokens, target: step.target(&context.desc) };
+        let attended = Destination::Partial { target: self.kernels.target(), status: self.kernels.status() };
+        self.exchange(context, &output, stream, || self.shard.backend.decode_to(step, attended, stream))?;
+        context.count_step();
+        Ok(())
+    }
+
+    unsafe fn partial(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        let fault = unsafe { self.shard.attend(step, stream) }?;
+        context.report_own(fault)
+    }
+
+    unsafe fn merge(&self, context: &StepContext, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()> {
+        let stream = self.shard.stream(stream)?;
+        let output = AllreduceOutput { tokens: step.tokens, target: step.target };
+        let taken = self.kernels.take_in(step);
+        self.exchange(context, &output, stream, || self.shard.backend.merge(&taken, stream))?;
+        context.count_step();
+        Ok(())
+    }
+
+    fn memory(&self) -> RouteMemory {
+        let RouteMemory { workspace, exchange } = self.shard.memory();
+        RouteMemory { workspace: workspace + self.kernels.memory() + self.words.memory(), exchange }
+    }
+
+    fn algorithm(&self) -> (Algorithm, &str) {
+        (Algorithm::Allreduce3, "asked for")
+    }
+}

@@ -1,0 +1,105 @@
+//! Ends steps over NCCL whose peers do not come: NCCL itself would wait for ever.
+//!
+//! Kernels count the steps that they begin and end, so that graph replays, which no host code sees, are watched, too.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::words::StepWords;
+use crate::comm::nccl::{NcclLimit, NcclRank};
+use crate::device::{Bell, Linger, spawn};
+use crate::error::{Error, Result};
+use crate::route::rank::CudaRank;
+
+/// How often the watchdog looks.
+const INTERVAL: Duration = Duration::from_millis(50);
+/// How long it waits for NCCL's own abort.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// The thread that watches a plan's steps; over when dropped.
+pub(super) struct Watchdog {
+    watched: Arc<Watched>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// A connected plan's steps.
+struct Watched {
+    words: Arc<StepWords>,
+    nccl: Arc<NcclRank>,
+    /// Also held by the route, which outlives the thread: the thread is never the one to give it back.
+    rank: Arc<CudaRank>,
+    timeout: Duration,
+    is_over: AtomicBool,
+    bell: Bell,
+}
+
+impl Watchdog {
+    /// Watches the steps of a plan on `rank`, each of which may take `timeout`. `System` where the machine starts no thread.
+    pub fn start(
+        words: &Arc<StepWords>,
+        nccl: Arc<NcclRank>,
+        rank: &Arc<CudaRank>,
+        timeout: Duration,
+    ) -> Result<Watchdog> {
+        let watched = Arc::new(Watched {
+            words: Arc::clone(words),
+            nccl,
+            rank: Arc::clone(rank),
+            timeout,
+            is_over: AtomicBool::new(false),
+            bell: Bell::default(),
+        });
+        let watching = Arc::clone(&watched);
+        let thread = spawn("treeattn-watch".into(), move || watching.run())?;
+        Ok(Watchdog { watched, thread: Some(thread) })
+    }
+
+    /// This rank of NCCL's communicator.
+    pub fn nccl(&self) -> &NcclRank {
+        &self.watched.nccl
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.watched.is_over.store(true, Ordering::Release);
+        self.watched.bell.ring();
+        if let Some(thread) = self.thread.take() {
+            // A panic in it was its own end.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Watched {
+    /// Looks until the plan is over, or a step is: its peers did not come, or something else broke the communicator.
+    fn run(&self) {
+        let mut waiting: Option<(u64, Instant)> = None;
+        let tick = INTERVAL.min(self.timeout / 4).max(Duration::from_millis(1));
+        let bootstrap = self.rank.bootstrap();
+        while !self.is_over.load(Ordering::Acquire) {
+            let seen = self.bell.now();
+            let (begun, ended) = self.words.steps();
+            waiting = match waiting {
+                _ if begun == ended => None,
+                Some((step, since)) if step == begun => Some((step, since)),
+                _ => Some((begun, Instant::now())),
+            };
+            if waiting.is_some_and(|(_, since)| since.elapsed() > self.timeout) {
+                bootstrap.fail(&expired(begun, self.timeout));
+            }
+            if bootstrap.status().is_some() {
+                self.words.fail_steps();
+                self.nccl.abort(PATIENCE);
+                return;
+            }
+            self.bell.wait(seen, Linger::Park, Some(Instant::now() + tick));
+        }
+    }
+}
+
+fn expired(step: u64, timeout: Duration) -> Error {
+    NcclLimit::new("step_timeout", timeout).expired(&format!("step {step} over NCCL"))
+}

@@ -1,0 +1,79 @@
+//! What the kernels of a plan and the host tell each other.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::comm::PlanLease;
+use crate::comm::nccl::NcclLimit;
+use crate::device::cuda::{CudaDevice, CudaStream, Staging};
+use crate::error::Result;
+
+/// How long the word that makes outputs NaN may take to reach the device.
+const PATIENCE: Duration = Duration::from_millis(200);
+/// Pause between two looks at a stream.
+const PAUSE: Duration = Duration::from_micros(100);
+/// The words of the lease that the kernels count in, from the first on: steps begun, steps ended, bad data.
+const BEGUN: usize = 1;
+const ENDED: usize = 2;
+const _: () = assert!(crate::comm::ANY_FAULT == BEGUN + 2);
+
+/// Counts in mapped host memory, and a device word that ends all steps.
+pub(super) struct StepWords {
+    lease: Arc<PlanLease>,
+    /// Its device side is a word that is not 0 once outputs shall be NaN.
+    failed: Mutex<Staging>,
+}
+
+impl StepWords {
+    /// The words of a plan. Dropping them waits for the device at most `patience`. Blocks; `Capturing` during a capture.
+    pub fn new(device: &Arc<CudaDevice>, lease: &Arc<PlanLease>, patience: Duration) -> Result<StepWords> {
+        let failed = Mutex::new(Staging::new(device, size_of::<u64>(), patience)?);
+        Ok(StepWords { lease: Arc::clone(lease), failed })
+    }
+
+    /// The device's address of the word that says that the communicator is broken.
+    pub fn failed(&self) -> u64 {
+        self.failed.lock().address()
+    }
+
+    /// The device's address of the mapped words: steps begun, steps ended, bad data.
+    pub fn host(&self) -> u64 {
+        self.lease.address(BEGUN)
+    }
+
+    /// Bytes of device memory.
+    pub fn memory(&self) -> usize {
+        size_of::<u64>()
+    }
+
+    /// Steps that kernels have begun, and ended.
+    pub fn steps(&self) -> (u64, u64) {
+        (self.lease.load(BEGUN), self.lease.load(ENDED))
+    }
+
+    /// Calls `body` with a stream apart from the caller's work.
+    pub fn with_stream(&self, body: impl FnOnce(&CudaStream) -> Result<()>) -> Result<()> {
+        body(self.failed.lock().stream())
+    }
+
+    /// Waits until that stream has nothing to do.
+    pub fn drain(&self, what: &str, limit: NcclLimit) -> Result<()> {
+        while !self.failed.lock().is_done()? {
+            if Instant::now() >= limit.until {
+                return Err(limit.expired(what));
+            }
+            std::thread::sleep(PAUSE);
+        }
+        Ok(())
+    }
+
+    /// Makes the outputs of steps that end from now on NaN.
+    pub fn fail_steps(&self) {
+        // A device that takes no copy any more runs no kernel either.
+        if self.failed.lock().upload(0, &1u64.to_le_bytes()).is_ok() {
+            let _ = self.drain("", NcclLimit::new("", PATIENCE));
+        }
+    }
+}

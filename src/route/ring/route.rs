@@ -1,0 +1,155 @@
+//! The route of a plan with `RING`.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::block::Block;
+use super::order::Order;
+use super::step::{ANNOUNCED_BYTES, Announced, RingStep};
+use crate::attention::merge::MergeStep;
+use crate::attention::{Algorithm, AttentionDesc, KvLayout, Step};
+use crate::cpu::{CpuBackend, Held};
+use crate::device::cuda::CudaStream;
+use crate::device::{FloatState, HostBuffer};
+use crate::error::{Error, ErrorKind, Result};
+use crate::partial::RowTarget;
+use crate::route::backend::Backend;
+use crate::route::context::{Call, StepContext};
+use crate::route::host::exchange::{Exchange, RankFault};
+use crate::route::host::scratch::Scratch;
+use crate::route::host::shard::HostShard;
+use crate::route::rank::CpuRank;
+use crate::route::{Route, RouteMemory};
+
+/// Passes keys and values round.
+pub(in crate::route) struct Ring {
+    shard: HostShard,
+    /// Attends one sequence of a block.
+    backend: CpuBackend,
+    order: Order,
+    block: Block,
+    state: Mutex<State>,
+}
+
+/// What a step works on beside the partials.
+struct State {
+    own: Vec<Held>,
+    /// What all ranks announced, rank by rank.
+    announced: Vec<Announced>,
+    blocks: [HostBuffer; 2],
+}
+
+impl Ring {
+    /// The route of a plan on `rank`. Allocates everything that its steps need. `Unsupported` where the batch is larger than
+    /// a round can announce.
+    pub fn new(context: &StepContext, rank: &Arc<CpuRank>) -> Result<Ring> {
+        let (desc, shard) = (&context.desc, context.shard);
+        let (batch, most) = (desc.max_batch as usize, rank.rounds.capacity() / ANNOUNCED_BYTES);
+        if batch > most {
+            return Err(Error::unsupported("max_batch", batch, format!("at most {most} with RING")));
+        }
+        let one = AttentionDesc { kv_layout: KvLayout::Strided, page_size: 0, max_batch: 1, ..*desc };
+        let block = Block::new(desc);
+        let bytes = batch.checked_mul(desc.max_kv_length as usize).and_then(|tokens| block.bytes(tokens));
+        let bytes = bytes.ok_or_else(|| {
+            let message = "max_batch x max_kv_length: a block of keys and values does not fit 64 bits";
+            Error::new(ErrorKind::NoMemory, message)
+        })?;
+        let order = Order::new(context.world(), shard.rank as usize);
+        let state = State {
+            own: filled(batch, Held::default())?,
+            announced: filled(batch * context.world(), Announced::default())?,
+            blocks: [HostBuffer::new(bytes)?, HostBuffer::new(bytes)?],
+        };
+        Ok(Ring {
+            shard: HostShard::new(context, rank, order.count)?,
+            backend: CpuBackend::new(&one, shard, rank.workers.threads(), rank.isa)?,
+            order,
+            block,
+            state: Mutex::new(state),
+        })
+    }
+
+    /// Runs a step whose keys and values are all there.
+    fn run(&self, exchange: &mut Exchange<'_>, step: &Step, scratch: &mut Scratch) -> Result<RankFault> {
+        let mut state = self.state.lock();
+        let State { own, announced, blocks } = &mut *state;
+        let (batch, world) = (step.args.batch as usize, exchange.world());
+        let (own, announced) = (&mut own[..batch], &mut announced[..batch * world]);
+        let backend = self.shard.backend()?;
+        let fault = backend.survey(step, own)?;
+        exchange.open(Call::Ring(step.args.batch), fault)?;
+        let found = RingStep::announce(exchange, own, announced)?;
+        let ring =
+            RingStep { exchange, order: &self.order, block: self.block, backend: &self.backend, step, own, announced };
+        ring.run(backend, blocks, scratch)?;
+        Ok(found)
+    }
+
+    /// Runs a step and ends it.
+    ///
+    /// # Safety
+    /// As [`Exchange::new`].
+    unsafe fn exchange(&self, context: &StepContext, step: &Step, target: &RowTarget) -> Result<()> {
+        let _float = FloatState::enter();
+        let mut scratch = self.shard.lock();
+        // SAFETY: the caller's promise.
+        let mut exchange =
+            unsafe { Exchange::new(context, self.shard.rank(), step.args.query_tokens as usize, target) };
+        context.count_step();
+        let sent = self.run(&mut exchange, step, &mut scratch);
+        exchange.finish(sent, &mut scratch.spare)
+    }
+}
+
+/// So many of `value`, or `NoMemory`.
+fn filled<T: Clone>(count: usize, value: T) -> Result<Vec<T>> {
+    let mut all = Vec::new();
+    all.try_reserve_exact(count).map_err(|_| {
+        Error::new(ErrorKind::NoMemory, format!("max_batch x ranks: found {count}, wanted what memory has room for"))
+    })?;
+    all.resize(count, value);
+    Ok(all)
+}
+
+impl Route for Ring {
+    /// Every rank works out the same partials; other slices of the work would give them other bits.
+    fn agreement(&self) -> Vec<(&'static str, String)> {
+        let rank = self.shard.rank();
+        vec![("threads_per_rank", rank.workers.threads().to_string()), ("cpu_isa", rank.isa.name().to_string())]
+    }
+
+    unsafe fn decode(&self, context: &StepContext, step: &Step, _stream: Option<&CudaStream>) -> Result<()> {
+        let target = step.target(&context.desc);
+        // SAFETY: the step was checked for the context's heads, and the caller keeps its memory valid while this runs.
+        unsafe { self.exchange(context, step, &target) }
+    }
+
+    unsafe fn partial(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        let fault = unsafe { self.shard.attend(step, stream) }?;
+        context.report_own(fault)
+    }
+
+    fn check_merge(&self, context: &StepContext) -> Result<()> {
+        let wanted = "a plan with another algorithm: a ring exchanges keys and values, not partials";
+        Err(Error::unsupported("algorithm", context.desc.algorithm.name(), wanted))
+    }
+
+    unsafe fn merge(&self, context: &StepContext, _step: &MergeStep, _stream: Option<&CudaStream>) -> Result<()> {
+        self.check_merge(context)
+    }
+
+    fn memory(&self) -> RouteMemory {
+        let RouteMemory { workspace, exchange } = self.shard.memory();
+        let state = self.state.lock();
+        let blocks: usize = state.blocks.iter().map(HostBuffer::len).sum();
+        let others = self.backend.memory() + size_of_val(&*state.own) + size_of_val(&*state.announced);
+        RouteMemory { workspace: workspace + blocks + others, exchange: exchange + blocks }
+    }
+
+    fn algorithm(&self) -> (Algorithm, &str) {
+        (Algorithm::Ring, "asked for")
+    }
+}

@@ -1,0 +1,256 @@
+//! One step of a ring.
+
+use std::time::Instant;
+
+use super::block::Block;
+use super::order::Order;
+use crate::attention::{DecodeArgs, Dtype, Shard, Step, Tensor};
+use crate::comm::{Hop, Round};
+use crate::cpu::{CpuBackend, Held};
+use crate::device::HostBuffer;
+use crate::error::{Error, ErrorKind, Result};
+use crate::partial::PartialRows;
+use crate::route::host::exchange::{Exchange, RankFault};
+use crate::route::host::scratch::Scratch;
+use crate::route::host::wire::{self, Wire};
+
+/// Bytes that a rank announces of a sequence.
+pub(super) const ANNOUNCED_BYTES: usize = 8;
+
+/// What a rank announces of a sequence.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Announced {
+    /// Its keys; -1 for bad data.
+    pub keys: i32,
+    /// The position of the first.
+    pub start: i32,
+}
+
+/// A step whose lengths all ranks know.
+pub(super) struct RingStep<'a> {
+    pub exchange: &'a Exchange<'a>,
+    pub order: &'a Order,
+    pub block: Block,
+    /// Attends one sequence of a block.
+    pub backend: &'a CpuBackend,
+    pub step: &'a Step,
+    /// What this rank holds of each sequence.
+    pub own: &'a [Held],
+    /// What all ranks announced, rank by rank.
+    pub announced: &'a [Announced],
+}
+
+impl RingStep<'_> {
+    /// The round in which all ranks announce what they hold. Gives the first rank's bad data.
+    pub fn announce(exchange: &Exchange<'_>, own: &[Held], announced: &mut [Announced]) -> Result<RankFault> {
+        let mut found = None;
+        let mut fill = |slot: &mut [u8]| {
+            for (to, held) in slot.chunks_exact_mut(ANNOUNCED_BYTES).zip(own) {
+                // Without queries nothing need travel.
+                let keys = held.keys.map_or(-1, |keys| if held.tokens > 0 { keys as i32 } else { 0 });
+                to[..4].copy_from_slice(&keys.to_ne_bytes());
+                to[4..].copy_from_slice(&(held.start as i32).to_ne_bytes());
+            }
+        };
+        let mut take = |round: &dyn Round| {
+            found = exchange.first_fault(round);
+            for rank in 0..exchange.world() {
+                let theirs = &mut announced[rank * own.len()..][..own.len()];
+                for (to, from) in theirs.iter_mut().zip(round.payload(rank).chunks_exact(ANNOUNCED_BYTES)) {
+                    let word = |i: usize| i32::from_ne_bytes([from[i], from[i + 1], from[i + 2], from[i + 3]]);
+                    *to = Announced { keys: word(0), start: word(4) };
+                }
+            }
+        };
+        exchange.rounds().round(exchange.header, own.len() * ANNOUNCED_BYTES, &mut fill, &mut take)?;
+        exchange.count(1, 0, 0);
+        Ok(found)
+    }
+
+    /// Packs this rank's block (`shard` surveyed it), passes blocks round and writes the merged rows.
+    pub fn run(&self, shard: &CpuBackend, blocks: &mut [HostBuffer; 2], scratch: &mut Scratch) -> Result<()> {
+        let (exchange, rounds) = (self.exchange, self.exchange.rounds());
+        let (world, me) = (exchange.world(), exchange.me());
+        self.check()?;
+        let [mut here, mut next] = blocks.each_mut();
+        self.pack(shard, bytes_of(here))?;
+        let Scratch { partial, spare } = scratch;
+        for turn in 0..world {
+            let origin = (me + turn) % world;
+            let size = self.bytes(origin);
+            let block = &bytes_of(here)[..size];
+            let mut attend = || self.attend(origin, block, partial);
+            if turn + 1 < world {
+                let hop = Hop {
+                    index: turn as u32,
+                    to: (me + world - 1) % world,
+                    from: (me + 1) % world,
+                    header: exchange.header,
+                    until: Instant::now() + rounds.step_timeout(),
+                };
+                let recv = &mut bytes_of(next)[..self.bytes((origin + 1) % world)];
+                rounds.hop(&hop, block, recv, &mut attend)?;
+                exchange.count(1, usize::from(size > 0), size);
+            } else {
+                attend()?;
+            }
+            self.merge(turn, partial, spare)?;
+            std::mem::swap(&mut here, &mut next);
+        }
+        let rows = exchange.rows();
+        let last = &partial[self.order.last() * rows * (exchange.dim() + 1)..][..rows * (exchange.dim() + 1)];
+        let (lse, o) = last.split_at(rows);
+        exchange.write_all(lse, o);
+        Ok(())
+    }
+
+    /// What `origin` announced.
+    fn announced_by(&self, origin: usize) -> &[Announced] {
+        &self.announced[origin * self.own.len()..][..self.own.len()]
+    }
+
+    /// Tokens of a rank's block.
+    fn tokens(&self, origin: usize) -> usize {
+        self.announced_by(origin).iter().map(|announced| announced.keys.max(0) as usize).sum()
+    }
+
+    /// Bytes of a rank's block.
+    fn bytes(&self, origin: usize) -> usize {
+        self.block.bytes(self.tokens(origin)).unwrap_or(usize::MAX)
+    }
+
+    /// Peers hold what the plan has room for.
+    fn check(&self) -> Result<()> {
+        let limit = self.exchange.context.desc.max_kv_length;
+        for origin in 0..self.exchange.world() {
+            if let Some(announced) = self.announced_by(origin).iter().find(|announced| announced.keys > limit) {
+                let found = announced.keys;
+                let message = format!("kv_length: rank {origin} announced {found}, above the plan's {limit}");
+                return Err(Error::new(ErrorKind::Desync, message).with_rank(origin as i32));
+            }
+        }
+        Ok(())
+    }
+
+    /// This rank's keys and values, into a block.
+    fn pack(&self, shard: &CpuBackend, block: &mut [u8]) -> Result<()> {
+        let (me, layout, workers) = (self.exchange.me(), self.block, &self.exchange.rank.workers);
+        let tokens = self.tokens(me);
+        let size = self.bytes(me);
+        let (positions, rest) = block[..size].split_at_mut(if layout.positions { 4 * tokens } else { 0 });
+        let (mut k, mut v) = if layout.values_first {
+            let (v, k) = rest.split_at_mut(tokens * layout.token[1]);
+            (k, v)
+        } else {
+            rest.split_at_mut(tokens * layout.token[0])
+        };
+        let mut first = 0;
+        for (b, announced) in self.announced_by(me).iter().enumerate() {
+            let keys = announced.keys.max(0) as usize;
+            let (own_k, rest_k) = k.split_at_mut(keys * layout.token[0]);
+            let (own_v, rest_v) = v.split_at_mut(keys * layout.token[1]);
+            (k, v) = (rest_k, rest_v);
+            if keys > 0 {
+                shard.pack(self.step, workers, b, own_k, own_v)?;
+                if layout.positions {
+                    let to = wire::ints_mut(&mut positions[4 * first..][..4 * keys]);
+                    shard.pack_positions(self.step, b, to);
+                }
+            }
+            first += keys;
+        }
+        Ok(())
+    }
+
+    /// Attends the block of `origin`, sequence after sequence, into its slot of `partial`.
+    fn attend(&self, origin: usize, block: &[u8], partial: &mut [f32]) -> Result<()> {
+        let exchange = self.exchange;
+        let (rows, dim, heads) = (exchange.rows(), exchange.dim(), exchange.heads());
+        let turn = (origin + exchange.world() - exchange.me()) % exchange.world();
+        let slot = self.order.slots[turn];
+        let (lse, o) = partial[slot * rows * (dim + 1)..][..rows * (dim + 1)].split_at_mut(rows);
+        lse.fill(f32::NEG_INFINITY);
+        o.fill(0.0);
+        let tokens = self.tokens(origin);
+        let mut first = 0;
+        for (b, (announced, held)) in self.announced_by(origin).iter().zip(self.own).enumerate() {
+            let own = held.first_token * heads..(held.first_token + held.tokens) * heads;
+            if announced.keys < 0 {
+                lse[own.clone()].fill(f32::NAN);
+                o[own.start * dim..own.end * dim].fill(f32::NAN);
+            }
+            if announced.keys > 0 && !own.is_empty() {
+                let block_step = self.block_step(block, tokens, first, b, announced)?;
+                let rows = PartialRows { o: &mut o[own.start * dim..own.end * dim], lse: &mut lse[own], dim };
+                let shard = Shard { rank: origin as i32, ..exchange.context.shard };
+                let fault = self.backend.attend_shard(shard, &block_step, &exchange.rank.workers, rows)?;
+                if fault.is_some() {
+                    let message =
+                        format!("block of rank {origin}: found bad data in sequence {b}, which its rank had checked");
+                    return Err(Error::new(ErrorKind::Internal, message));
+                }
+            }
+            first += announced.keys.max(0) as usize;
+        }
+        Ok(())
+    }
+
+    /// The step over the keys of sequence `b` in a block of `tokens` tokens, of which they are those from `first` on.
+    fn block_step(&self, block: &[u8], tokens: usize, first: usize, b: usize, announced: &Announced) -> Result<Step> {
+        let (step, held, desc) = (self.step, &self.own[b], &self.exchange.context.desc);
+        let [k_begin, v_begin] = self.block.begin(tokens);
+        let keys = announced.keys as usize;
+        let part = |begin: usize, token: usize| Tensor {
+            data: block[begin + first * token..].as_ptr().cast_mut().cast(),
+            bytes: (keys * token) as u64,
+            stride: [0; 4],
+        };
+        let offset =
+            |pointer: *const i32, by: usize| if pointer.is_null() { pointer } else { pointer.wrapping_add(by) };
+        let query = (held.first_token as i64 * step.q_stride[0]) as isize;
+        let args = DecodeArgs {
+            batch: 1,
+            query_tokens: held.tokens as i32,
+            q: Tensor { data: step.args.q.data.wrapping_byte_offset(query), ..step.args.q },
+            k: part(k_begin, self.block.token[0]),
+            v: part(v_begin, self.block.token[1]),
+            kv_length: &announced.keys,
+            global_length: offset(step.args.global_length, b),
+            kv_start: &announced.start,
+            kv_position: if self.block.positions { block[4 * first..].as_ptr().cast() } else { std::ptr::null() },
+            query_position: offset(step.args.query_position, held.first_token),
+            ..DecodeArgs::default()
+        };
+        let shape = |dim: i32| [1, i64::from(announced.keys), i64::from(desc.kv_heads), i64::from(dim)];
+        Ok(Step {
+            args,
+            k_stride: desc.k_format().packed_strides("k", &shape(desc.head_dim_qk))?,
+            v_stride: desc.v_format().packed_strides("v", &shape(desc.head_dim_v))?,
+            kv_capacity: i64::from(announced.keys),
+            ..*step
+        })
+    }
+
+    /// Merges what can be merged once block number `turn` has come.
+    fn merge(&self, turn: usize, partial: &mut [f32], spare: &mut [f32]) -> Result<()> {
+        let size = self.exchange.rows() * (self.exchange.dim() + 1);
+        let f32s = Wire { dtype: Dtype::F32, dim: self.exchange.dim() };
+        for merge in self.order.merges.iter().filter(|merge| merge.turn == turn) {
+            let (low, high) = partial.split_at_mut(merge.into.max(merge.from) * size);
+            let (into, from) = if merge.into < merge.from {
+                (&mut low[merge.into * size..][..size], &high[..size])
+            } else {
+                (&mut high[..size], &low[merge.from * size..][..size])
+            };
+            self.exchange.merge(f32s, into, wire::bytes(from), spare)?;
+        }
+        Ok(())
+    }
+}
+
+/// A buffer's bytes.
+fn bytes_of(buffer: &mut HostBuffer) -> &mut [u8] {
+    // SAFETY: a buffer is `len` initialised bytes that it alone owns, and the exclusive borrow keeps every other use of its
+    // pointers away for as long as the slice lives.
+    unsafe { std::slice::from_raw_parts_mut(buffer.as_mut_ptr(), buffer.len()) }
+}

@@ -1,0 +1,90 @@
+//! How a step's partials come to the exchange, by the step's size.
+
+use crate::cuda::COMMUNICATORS;
+use crate::error::{Error, Result};
+
+/// The environment variable that picks a [`Form`] where the step's size allows it: "memory", "push" or "single".
+const ENVIRONMENT: &str = "TREEATTN_GPU_EXCHANGE";
+/// Rows of a step for which the attention kernel has a block waiting: one a warp.
+const ROWS_A_BLOCK: i64 = 8;
+/// Most blocks that wait. More rows are merged sooner by an exchange kernel, which has more.
+const MOST_WAITING: i64 = 16;
+
+/// How a step's partials come to the exchange.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Attention leaves the partial in the plan's workspace; an exchange kernel for each slotful of rows pushes and merges.
+    Memory,
+    /// Attention pushes rows as it completes them; one exchange kernel merges.
+    Push,
+    /// Attention pushes rows, and its last blocks merge.
+    Single,
+}
+
+impl Form {
+    /// The form that [`ENVIRONMENT`] asks for.
+    pub fn asked() -> Result<Option<Form>> {
+        let Some(word) = std::env::var_os(ENVIRONMENT) else { return Ok(None) };
+        match word.to_str() {
+            Some("memory") => Ok(Some(Form::Memory)),
+            Some("push") => Ok(Some(Form::Push)),
+            Some("single") => Ok(Some(Form::Single)),
+            _ => Err(Error::invalid(ENVIRONMENT, word.display(), "\"memory\", \"push\" or \"single\"")),
+        }
+    }
+
+    /// What it is, for people.
+    pub fn words(self) -> &'static str {
+        match self {
+            Form::Memory => "pushed and merged by kernels of their own",
+            Form::Push => "pushed by the attention kernel, merged by another",
+            Form::Single => "pushed and merged by the attention kernel",
+        }
+    }
+}
+
+/// What forms a plan's steps can take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Forms {
+    asked: Option<Form>,
+    /// Rows that a slot holds.
+    pub most_rows: i64,
+    /// Blocks of the attention kernel that may wait.
+    most_waiting: i64,
+}
+
+impl Forms {
+    /// For one of `sharing` ranks on a GPU of `units` multiprocessors.
+    pub fn new(asked: Option<Form>, most_rows: i64, units: i32, sharing: usize) -> Forms {
+        let most_waiting = (i64::from(units) / (i64::from(COMMUNICATORS) * sharing.max(1) as i64)).min(MOST_WAITING);
+        Forms { asked, most_rows, most_waiting }
+    }
+
+    /// The form of a step of `rows` rows, and how many blocks of its attention kernel wait.
+    pub fn of(&self, rows: i64) -> (Form, i32) {
+        let waiting = rows.div_euclid(ROWS_A_BLOCK) + i64::from(rows % ROWS_A_BLOCK > 0);
+        match self.asked {
+            _ if rows == 0 || rows > self.most_rows => (Form::Memory, 0),
+            Some(form @ (Form::Memory | Form::Push)) => (form, 0),
+            _ if waiting <= self.most_waiting => (Form::Single, waiting as i32),
+            _ => (Form::Push, 0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forms_follow_the_size_of_a_step_and_leave_room_for_others() {
+        let forms = Forms::new(None, 1000, 132, 1);
+        let found = [0, 1, 32, 128, 129, 1000, 1001].map(|rows| forms.of(rows));
+        use Form::{Memory, Push, Single};
+        assert_eq!(found, [(Memory, 0), (Single, 1), (Single, 4), (Single, 16), (Push, 0), (Push, 0), (Memory, 0)]);
+        let shared = Forms::new(None, 1000, 132, 8);
+        assert_eq!([32, 33].map(|rows| shared.of(rows).0), [Single, Push]);
+        assert_eq!(Forms::new(Some(Single), 1000, 4, 2).of(1).0, Push, "no room to wait");
+        assert_eq!(Forms::new(Some(Memory), 1000, 132, 1).of(1).0, Memory);
+    }
+}

@@ -1,0 +1,10 @@
+//! Steps of ranks on GPUs that write into each other's memory: attend, push, merge.
+//!
+//! A step takes one of three [`forms`], by its size. They follow one protocol, so that the ranks of a communicator need not
+//! agree on one. `route` is the plan's part; `setup` brings the ranks of a new communicator together, and `probe` shows that
+//! their words reach each other.
+
+mod forms;
+mod probe;
+pub(super) mod route;
+pub(crate) mod setup;

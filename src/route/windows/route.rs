@@ -1,0 +1,249 @@
+//! The route of a plan over windows.
+
+use std::sync::Arc;
+
+use super::forms::{Form, Forms};
+use crate::attention::merge::MergeStep;
+use crate::attention::{Algorithm, AttentionDesc, OutputMode, Step, head_range};
+use crate::comm::GpuRank;
+use crate::cuda::{Destination, ExchangeKernel, ExchangeStep};
+use crate::device::cuda::{CudaStream, Holdings};
+use crate::error::{Error, ErrorKind, Result};
+use crate::partial::view::{ExchangeMode, row_words};
+use crate::partial::{ExchangeView, RowSource, RowTarget};
+use crate::route::backend::Backend;
+use crate::route::context::{Call, StepContext, fingerprint};
+use crate::route::gpu::GpuShard;
+use crate::route::rank::CudaRank;
+use crate::route::{Route, RouteMemory};
+
+/// Payload of a rank above which an exchange of `world` ranks goes in two shots.
+///
+/// One shot sends (p - 1) S from a rank and two send 2 (p - 1) / p S, so that the second saves (p - 1) (1 - 2 / p) S of a
+/// link's time for the price of another hop: it pays above hop x bandwidth / ((p - 1) (1 - 2 / p)). With a hop of 2 us,
+/// 350 GB/s, and words that carry half their size, that is 350 KB / ((p - 1) (1 - 2 / p)). Computed, not measured.
+fn two_shots_above(world: usize) -> usize {
+    const HOP_BYTES: f64 = 350e3;
+    let p = world as f64;
+    if world <= 2 { usize::MAX } else { (HOP_BYTES / ((p - 1.0) * (1.0 - 2.0 / p))) as usize }
+}
+
+/// Kernels of all ranks push partials into each other's windows and merge what comes.
+pub(in crate::route) struct WindowsRoute {
+    kernel: ExchangeKernel,
+    forms: Forms,
+    /// Where the attention kernel leaves the partial of a step of the form `Memory`; none if the plan has no such.
+    target: Option<RowTarget>,
+    /// Where bad data of a running step is noted.
+    status: u64,
+    view: ExchangeView,
+    mode: ExchangeMode,
+    /// Bytes of a row.
+    row_bytes: u64,
+    reason: String,
+    bytes: usize,
+    _holdings: Holdings,
+    shard: GpuShard,
+    /// Its windows outlive the kernels that are enqueued.
+    peers: Arc<GpuRank>,
+}
+
+impl WindowsRoute {
+    /// Kernels and workspace of a plan on `rank`. Blocks; `Capturing` during a capture. Where its peers cannot be reached the
+    /// error says why.
+    pub fn new(context: &StepContext, rank: &Arc<CudaRank>, peers: &Arc<GpuRank>) -> Result<WindowsRoute> {
+        let shard = GpuShard::new(context, rank)?;
+        let (desc, rows) = (&context.desc, context.most_rows()?);
+        let dim = desc.head_dim_v as usize;
+        let row_bytes = 4 * row_words(dim, desc.wire_dtype.size());
+        let (mode, reason) = choose(desc, context.world(), rows.saturating_mul(row_bytes));
+        let view = ExchangeView {
+            wire_dtype: desc.wire_dtype as i32,
+            mode,
+            heads: desc.q_heads,
+            first_head: context.heads.start as i32,
+            own_heads: context.heads.len() as i32,
+            ..peers.view()?
+        };
+        let most_rows = ((peers.capacity() / row_bytes) as i64).max(1);
+        let forms = Forms::new(Form::asked()?, most_rows, rank.device.units, rank.sharing);
+        let (form, _) = forms.of(rows as i64);
+        let mut holdings = Holdings::new(&rank.device, context.config.step_timeout);
+        let (mut target, mut bytes) = (None, 0);
+        if !desc.is_merge_only() && form == Form::Memory {
+            let too_large = || {
+                let found = format!("{} x {} x {dim}", desc.max_query_tokens, desc.q_heads);
+                Error::invalid("max_query_tokens x q_heads x head_dim_v", found, "a size that fits memory")
+            };
+            let o = rows.checked_mul(4 * dim).and_then(|o| o.checked_next_multiple_of(256)).ok_or_else(too_large)?;
+            bytes = o.checked_add(4 * rows).ok_or_else(too_large)?;
+            let memory = holdings.memory(bytes)?;
+            target = Some(RowTarget::packed(memory, memory + o as u64, desc.q_heads, desc.head_dim_v));
+        }
+        let reason = match desc.is_merge_only() {
+            true => reason.to_string(),
+            false => format!("{reason}; the largest step's are {}", form.words()),
+        };
+        Ok(WindowsRoute {
+            kernel: ExchangeKernel::new(&rank.device, rank.sharing)?,
+            forms,
+            target,
+            status: peers.fault_address(),
+            view,
+            mode,
+            row_bytes: row_bytes as u64,
+            reason,
+            bytes,
+            _holdings: holdings,
+            shard,
+            peers: Arc::clone(peers),
+        })
+    }
+
+    /// The view of a step of `tokens` tokens, for its exchange that begins with `first_row`.
+    fn view_of(&self, context: &StepContext, tokens: i32, call: Call, first_row: i64) -> ExchangeView {
+        let [kind, size] = call.words();
+        let words = [context.plan, kind, size, tokens as u64, first_row as u64];
+        ExchangeView { fingerprint: fingerprint(&words), ..self.view }
+    }
+
+    /// The exchanges of a step whose partial lies in memory.
+    fn exchange(
+        &self,
+        context: &StepContext,
+        step: ExchangeStep,
+        tokens: i32,
+        call: Call,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let rows = i64::from(tokens) * i64::from(self.view.heads);
+        // A step without rows is an exchange, too: the others wait for it.
+        for first_row in (0..rows.max(1)).step_by(self.forms.most_rows as usize) {
+            let view = self.view_of(context, tokens, call, first_row);
+            let here = (rows - first_row).min(self.forms.most_rows);
+            let step = ExchangeStep { first_row, rows: here, is_last: first_row + here >= rows, ..step };
+            self.kernel.enqueue(&view, &step, stream).map_err(|error| self.shard.rank.fail(error))?;
+            self.count(context, step.rows as u64);
+        }
+        Ok(())
+    }
+
+    /// Enqueues a decode step.
+    fn enqueue(&self, context: &StepContext, step: &Step, stream: &CudaStream) -> Result<()> {
+        let (tokens, call) = (step.args.query_tokens, Call::Decode(step.args.batch));
+        let rows = i64::from(tokens) * i64::from(self.view.heads);
+        let merged = ExchangeStep { target: step.target(&context.desc), rows, ..ExchangeStep::NOTHING };
+        let (form, waiting) = self.forms.of(rows);
+        if form == Form::Memory {
+            let given = match self.target {
+                Some(target) => {
+                    let destination = Destination::Partial { target: &target, status: self.status };
+                    self.shard.backend.decode_to(step, destination, stream)?;
+                    ExchangeStep { source: RowSource::written(&target), ..merged }
+                }
+                None if rows == 0 => merged,
+                None => return Err(Error::new(ErrorKind::Internal, "plan: a step larger than its largest")),
+            };
+            return self.exchange(context, given, tokens, call, stream);
+        }
+        let view = self.view_of(context, tokens, call, 0);
+        let destination = Destination::Ranks { view: &view, status: self.status, waiting };
+        self.shard.backend.decode_to(step, destination, stream)?;
+        if form == Form::Push {
+            let step = ExchangeStep { is_pushed: true, ..merged };
+            self.kernel.enqueue(&view, &step, stream).map_err(|error| self.shard.rank.fail(error))?;
+        }
+        self.count(context, rows as u64);
+        Ok(())
+    }
+
+    /// Counts what this rank sends to others in an exchange of `rows` rows.
+    fn count(&self, context: &StepContext, rows: u64) {
+        let (world, heads) = (context.shard.world as u64, self.view.heads as u64);
+        let own = head_range(self.view.heads, context.shard).map_or(0, |own| own.len() as u64);
+        let (rounds, messages, sent) = match self.mode {
+            ExchangeMode::OneShot => (1, world - 1, (world - 1) * rows),
+            ExchangeMode::Scattered => (1, world - 1, rows * (heads - own) / heads),
+            ExchangeMode::TwoShot => {
+                (2, 2 * (world - 1), rows * (heads - own) / heads + (world - 1) * rows * own / heads)
+            }
+        };
+        context.counters.add(rounds, messages, sent * self.row_bytes);
+        self.peers.count_step();
+    }
+}
+
+/// Who gets which rows of a plan whose largest partial takes `bytes`, and why.
+fn choose(desc: &AttentionDesc, world: usize, bytes: usize) -> (ExchangeMode, &'static str) {
+    match (desc.output, desc.algorithm) {
+        (OutputMode::Scattered, _) => {
+            (ExchangeMode::Scattered, "scattered output: rows go to the owners of their heads")
+        }
+        (_, Algorithm::TwoShot) => (ExchangeMode::TwoShot, "asked for"),
+        (_, Algorithm::OneShot) => (ExchangeMode::OneShot, "asked for"),
+        _ if bytes > two_shots_above(world) => (
+            ExchangeMode::TwoShot,
+            "the largest partial is above the size where a second hop costs less than its copies",
+        ),
+        _ => (ExchangeMode::OneShot, "one hop: the largest partial is small for a link"),
+    }
+}
+
+impl Route for WindowsRoute {
+    unsafe fn decode(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
+        self.enqueue(context, step, self.shard.stream(stream)?)?;
+        context.count_step();
+        Ok(())
+    }
+
+    unsafe fn partial(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        let fault = unsafe { self.shard.attend(step, stream) }?;
+        context.report_own(fault)
+    }
+
+    unsafe fn merge(&self, context: &StepContext, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()> {
+        let stream = self.shard.stream(stream)?;
+        let (source, target) = (step.source, step.target);
+        // Tensors of no rows may point anywhere.
+        if step.tokens > 0 {
+            self.kernel.check(&[("o.data", source.o), ("lse.data", source.lse)])?;
+        }
+        if step.tokens > 0 && self.view.own_heads > 0 {
+            self.kernel.check(&[("out.data", target.o), ("out_lse.data", target.lse)])?;
+        }
+        let given = ExchangeStep { source, target, ..ExchangeStep::NOTHING };
+        self.exchange(context, given, step.tokens, Call::Merge, stream)?;
+        context.count_step();
+        Ok(())
+    }
+
+    fn memory(&self) -> RouteMemory {
+        let RouteMemory { workspace, exchange } = self.shard.memory();
+        RouteMemory { workspace: workspace + self.bytes, exchange }
+    }
+
+    fn algorithm(&self) -> (Algorithm, &str) {
+        let algorithm = match self.mode {
+            ExchangeMode::TwoShot => Algorithm::TwoShot,
+            ExchangeMode::OneShot | ExchangeMode::Scattered => Algorithm::OneShot,
+        };
+        (algorithm, &self.reason)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_shots_pay_the_sooner_the_more_ranks_there_are() {
+        assert_eq!(two_shots_above(2), usize::MAX);
+        assert_eq!((two_shots_above(4), two_shots_above(8)), (233_333, 66_666));
+        let mut desc = AttentionDesc::new(32, 8, 128, 1024);
+        assert_eq!(choose(&desc, 8, 16_640).0, ExchangeMode::OneShot);
+        assert_eq!(choose(&desc, 8, 133_120).0, ExchangeMode::TwoShot);
+        desc.output = OutputMode::Scattered;
+        assert_eq!(choose(&desc, 8, 133_120).0, ExchangeMode::Scattered);
+    }
+}
