@@ -79,7 +79,8 @@ fn pass(pool: &Pool, kernel: &Kernel) -> Outcome<f64> {
     let begin = Instant::now();
     pool.workers.run(&|worker| {
         let (data, bytes) = parts[worker];
-        // SAFETY: the part lies in the pool and is a multiple of 4,096 long; the kernel's instruction set is there.
+        // SAFETY: the part lies in the pool, begins at a multiple of 4,096 and is as many times 4,096 long, more than the
+        // four steps that a kernel asks for; `measure` keeps only kernels whose instruction set this machine has.
         black_box(unsafe { (kernel.read)(data as *const u8, bytes) });
     })?;
     let bytes: usize = parts.iter().map(|part| part.1).sum();
@@ -116,7 +117,8 @@ unsafe fn plain<const STREAMS: usize>(data: *const u8, bytes: usize) -> u64 {
     let mut sums = [0u64; STEP / 8];
     for at in (0..stream).step_by(STEP) {
         for s in 0..STREAMS {
-            // SAFETY: a step inside stream `s`, as the caller vouches.
+            // SAFETY: `at` is a multiple of a step below `stream` and `s` is below `STREAMS`, so the step ends within
+            // the `bytes` that are readable; any bits are a u64, and steps keep the alignment of `data`.
             let step = unsafe { &*data.add(s * stream + at).cast::<[u64; STEP / 8]>() };
             for (sum, word) in sums.iter_mut().zip(step) {
                 *sum ^= word;
@@ -153,7 +155,8 @@ mod x86 {
                             }
                         }
                         for (lane, sum) in sums.iter_mut().enumerate() {
-                            // SAFETY: a step inside stream `s`, as the caller vouches.
+                            // SAFETY: `at` is a multiple of a step below `stream` and `s` is below `STREAMS`, so the
+                            // step ends within the `bytes` that are readable; lanes keep the alignment of `data`.
                             *sum = $xor(*sum, unsafe { $load(step.cast::<$vector>().add(lane)) });
                         }
                     }

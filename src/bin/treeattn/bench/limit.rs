@@ -53,7 +53,7 @@ impl Limit {
     pub fn sample(&mut self, workers: &Workers) -> Outcome<()> {
         let begin = Instant::now();
         workers.run(&|_| {
-            // SAFETY: the kernel's features are there.
+            // SAFETY: `all` keeps only kernels whose instruction set and further features this machine has.
             black_box(unsafe { (self.kernel.run)(black_box(TURNS)) });
         })?;
         let flops = (self.kernel.flops * TURNS * workers.threads()) as f64;

@@ -126,22 +126,22 @@ impl Report {
             Target::Ceiling { case, most } => {
                 let found = row(case)?.over_ceiling?;
                 let name = format!("{} {} over bytes / bandwidth", case.shape(), case.dtype.name());
-                Some(verdict(name, format!("<= {most:.2} x"), format!("{found:.2} x"), found <= *most))
+                Some(told(name, format!("<= {most:.2} x"), format!("{found:.2} x"), found <= *most))
             }
             Target::Fma { case, least } => {
                 let found = row(case)?.share_of_fma?;
                 let name = format!("{} {}, share of the FMA limit", case.shape(), case.dtype.name());
                 let (wanted, shown) = (format!(">= {:.0} %", 100.0 * least), format!("{:.1} %", 100.0 * found));
-                Some(verdict(name, wanted, shown, found >= *least))
+                Some(told(name, wanted, shown, found >= *least))
             }
             Target::PerByte { name, case, than, most } => {
                 let found = row(than)?.bytes_per_second / row(case)?.bytes_per_second;
-                Some(verdict(name.to_string(), format!("<= {most:.2} x"), format!("{found:.2} x"), found <= *most))
+                Some(told(name.to_string(), format!("<= {most:.2} x"), format!("{found:.2} x"), found <= *most))
             }
             Target::Exchange { ranks, most } => {
                 let found = self.exchanges.iter().find(|e| e.ranks == *ranks)?.seconds.median * 1e6;
                 let name = format!("exchange of 32 x 128 f32, {ranks} ranks");
-                Some(verdict(name, format!("<= {most:.0} us"), format!("{found:.1} us"), found <= *most))
+                Some(told(name, format!("<= {most:.0} us"), format!("{found:.1} us"), found <= *most))
             }
         };
         targets.iter().filter_map(judge).collect()
@@ -245,7 +245,7 @@ impl Report {
         if !self.rows.is_empty() {
             text.push_str(
                 "ceiling: read bandwidth of all cores beside the row's blocks, GB/s, by the read kernel or by the row, \
-                 whichever was faster; x ceiling: time over bytes / ceiling; % FMA: likewise, of the best of loop and rows\n",
+                 whichever was faster; x ceiling: time over bytes / ceiling; % FMA: of the loop that measures it, or of the fastest row\n",
             );
         }
         if self.contaminated {
@@ -261,7 +261,7 @@ impl Report {
     }
 }
 
-fn verdict(name: String, wanted: String, found: String, met: bool) -> TargetReport {
+fn told(name: String, wanted: String, found: String, met: bool) -> TargetReport {
     TargetReport { name, wanted, found, met }
 }
 
