@@ -37,7 +37,7 @@ impl SumShape {
 pub struct OpenSums {
     /// f32 [rows, width].
     pub sums: *mut f32,
-    /// f32 [rows].
+    /// `f32 [rows]`.
     pub max: *mut f32,
     width: usize,
 }

@@ -8,7 +8,7 @@ use super::shape::{Layout, RowShape, Shape};
 use super::sums::ClosedSums;
 use crate::attention::Tensor;
 
-/// Where finished rows go: o [row, dim] and lse [row], row = query token * q heads + head.
+/// Where finished rows go: `o [row, dim]` and `lse [row]`, row = query token * q heads + head.
 #[derive(Clone, Copy, Debug)]
 pub struct Output {
     /// Normalised outputs.

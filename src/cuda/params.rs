@@ -22,7 +22,7 @@ pub enum PlacementKind {
     Contiguous = 0,
     /// Runs of `interleave` positions go to the ranks in turn.
     Interleaved = 1,
-    /// Slot i holds position kv_position[i].
+    /// Slot i holds position `kv_position[i]`.
     Explicit = 2,
 }
 

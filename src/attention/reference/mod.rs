@@ -1,6 +1,6 @@
 //! The float64 reference that everything is held against: plain loops, no blocking, no tricks.
 //!
-//! [`attend`] reads the very same descriptor and step as a backend, for one shard; [`merge`] joins the shards of all
+//! [`attend()`] reads the very same descriptor and step as a backend, for one shard; [`merge`] joins the shards of all
 //! ranks; [`Reference::compare`] holds a computed output against the bounds that the library promises. Shares no code
 //! with the backends but the definitions of `format`, `score` and `visibility`, so that a mistake has to be made twice to go
 //! unseen. Depends on the other modules of `attention` and on `partial`'s description of bad data.

@@ -65,7 +65,7 @@ pub struct WeightArgs {
     pub origin: *mut f32,
     /// How far (in powers of two) the maximum of a row may be from its origin.
     pub origin_range: f32,
-    /// f32 [rows], for the kernel's own use.
+    /// `f32 [rows]`, for the kernel's own use.
     pub tile_max: *mut f32,
     /// Running maximum of each row, an integer or -inf.
     pub max: *mut f32,

@@ -16,8 +16,8 @@ struct ScoreBlock {
     key: usize,
 }
 
-/// scores[h][r][t] = q[h][r] . k[t][h]. T4, T2, T1: keys at a time for 4, 2 and 1 rows. Walks a few keys, then their kv
-/// heads, which is how most caches lie in memory.
+/// `scores[h][r][t] = q[h][r] . k[t][h]`. T4, T2, T1: keys at a time for 4, 2 and 1 rows. Walks a few keys, then their
+/// kv heads, which is how most caches lie in memory.
 ///
 /// # Safety
 /// The arguments describe valid memory; the instruction set of `S` is there.

@@ -14,8 +14,8 @@ struct ValueBlock {
     end: usize,
 }
 
-/// open[h][r] += sum over keys of weights[h][r][t] v[t][h]. W4 and W1: vectors at a time for 4 (and 3, 2) rows and for 1.
-/// Walks memory as the scores do.
+/// `open[h][r]` += sum over keys of `weights[h][r][t] v[t][h]`. W4 and W1: vectors at a time for 4 (and 3, 2) rows and
+/// for 1. Walks memory as the scores do.
 ///
 /// # Safety
 /// The arguments describe valid memory; the instruction set of `S` is there.

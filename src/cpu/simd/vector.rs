@@ -38,13 +38,13 @@ pub unsafe trait Simd: Copy {
     /// 2^x for x <= 1, within 1 ulp, given as `whole` = round(x) and the rest between -1/2 and 1/2; 0 for x below -126; 0
     /// wherever `score` is -inf, whatever else is; NaN stays NaN.
     unsafe fn exp2_unless_hidden(x: Self::V, whole: Self::V, rest: Self::V, score: Self::V) -> Self::V;
-    /// Sums the lanes of each accumulator: out[q * stride + t] = sum of acc[q][t]. RQ * RT is a multiple of LANES.
+    /// Sums the lanes of each accumulator: `out[q * stride + t]` = sum of `acc[q][t]`. RQ * RT is a multiple of LANES.
     unsafe fn sum_lanes<const RQ: usize, const RT: usize>(acc: &[[Self::V; RT]; RQ], out: *mut f32, stride: usize);
     /// Asks for the cache line of `p`; never faults.
     unsafe fn prefetch(p: *const u8);
 }
 
-/// 2^f - 1 = f (C[0] + C[1] f + ...) for |f| <= 1/2: minimax, relative error of 2^f below 0.05 * 2^-24.
+/// `2^f - 1 = f (C[0] + C[1] f + ...)` for |f| <= 1/2: minimax, relative error of 2^f below 0.05 * 2^-24.
 pub const EXP2: [f32; 6] =
     [0.693_147_24, 0.240_226_52, 0.055_503_104, 0.009_617_693, 0.001_340_664_3, 0.000_155_946_76];
 
