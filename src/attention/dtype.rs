@@ -42,17 +42,6 @@ impl Dtype {
         matches!(self, Dtype::F32 | Dtype::F16 | Dtype::Bf16)
     }
 
-    /// Bytes of one element of a float type; of one block for Q8_0 and Q4_0.
-    pub fn size(self) -> usize {
-        match self {
-            Dtype::F32 => 4,
-            Dtype::F16 | Dtype::Bf16 => 2,
-            Dtype::F8E4M3 | Dtype::F8E5M2 => 1,
-            Dtype::Q8_0 => 34,
-            Dtype::Q4_0 => 18,
-        }
-    }
-
     /// The name used in messages and reports.
     pub fn name(self) -> &'static str {
         match self {

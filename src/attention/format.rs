@@ -17,6 +17,13 @@ pub struct KvFormat {
     dtype: Dtype,
 }
 
+impl Dtype {
+    /// Bytes of an element of a plain float type; of a block of any other.
+    pub const fn size(self) -> usize {
+        KvFormat::of(self).block_bytes()
+    }
+}
+
 impl KvFormat {
     /// The format of an element type.
     pub const fn of(dtype: Dtype) -> KvFormat {

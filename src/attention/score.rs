@@ -36,6 +36,13 @@ impl ScoreMod {
         f64::from(self.scale.abs()) * product + bias
     }
 
+    /// The power of two that a backend may multiply q with before the product, exactly, and the scores with -power after, so
+    /// that scores within float32 come of products beyond it: 0 for every usual scale (2^-32 to 2^32).
+    pub fn q_power(self) -> i32 {
+        let exponent = if self.scale == 0.0 { 0.0 } else { f64::from(self.scale.abs()).log2().floor() };
+        (exponent - exponent.clamp(-32.0, 32.0)) as i32
+    }
+
     /// What a score is a multiple of the product by; None where it is more than that, and [`score`](Self::score) has to be
     /// asked for each.
     pub fn factor(self) -> Option<f64> {
@@ -54,6 +61,12 @@ mod tests {
         desc.scale = -0.25;
         let plain = ScoreMod::of(&desc, false);
         assert_eq!((plain.score(3.0, 0.0), plain.magnitude(3.0, 0.0), plain.factor()), (-0.75, 0.75, Some(-0.25)));
+        assert_eq!(plain.q_power(), 0);
+        for (scale, power) in [(1e-40, -101), (f32::from_bits(1), -117), (3e38, 95), (2f32.powi(-32), 0), (8.0, 0)] {
+            desc.scale = scale;
+            assert_eq!(ScoreMod::of(&desc, false).q_power(), power, "{scale:e}");
+        }
+        desc.scale = -0.25;
         let biased = ScoreMod::of(&desc, true);
         assert_eq!((biased.score(3.0, 2.0), biased.magnitude(3.0, 2.0), biased.factor()), (1.25, 2.75, None));
     }

@@ -198,7 +198,7 @@ impl CpuBackend {
                 let sums = layout.sums(main.scratch, shape, SumsOf::Beginning);
                 for w in (first + 1..=last).filter(|&w| partition.begins_inside(w)) {
                     let more = layout.sums(worker(w).scratch, shape, SumsOf::End);
-                    sums.merge(kernels, &more, item.rows * item.heads);
+                    sums.merge(&more, item.rows * item.heads);
                 }
                 main.write(item, &sums);
             }

@@ -57,8 +57,11 @@ pub struct Shape {
     pub mods: ScoreMod,
     /// What the scores that weights are made of are multiplied by to be powers of two, above 0, as a sum of two floats.
     pub factor: [f32; 2],
-    /// Whether q is negated, so that `factor` is above 0.
-    pub negate: bool,
+    /// What q is multiplied by before the product: a power of two that keeps scores in range, negative where the scale is,
+    /// so that `factor` is above 0.
+    pub q_factor: f32,
+    /// What is left to multiply products with where scores are computed before they are weighed: 1 / |q_factor|.
+    pub product_factor: f64,
 }
 
 impl Shape {
@@ -74,6 +77,8 @@ impl Shape {
         let mods = ScoreMod::of(desc, with_zeta);
         // Scores that are more than a multiple of the product are computed before they are weighed.
         let factor = mods.factor().unwrap_or(1.0);
+        let q_factor = 2f64.powi(mods.q_power());
+        let left = if mods.factor().is_some() { factor / q_factor } else { factor };
         Ok(Shape {
             q_heads: desc.q_heads as usize,
             group,
@@ -86,8 +91,9 @@ impl Shape {
             ],
             zeta: RowShape::new("zeta", desc.head_dim_v, Dtype::F32)?,
             mods,
-            factor: two_floats(factor.abs() * std::f64::consts::LOG2_E),
-            negate: factor < 0.0,
+            factor: two_floats(left.abs() * std::f64::consts::LOG2_E),
+            q_factor: q_factor.copysign(factor) as f32,
+            product_factor: 1.0 / q_factor,
         })
     }
 

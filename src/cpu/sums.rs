@@ -1,9 +1,10 @@
 //! Unfinished partials: the sums of some rows and the power of two that they are over.
 //!
-//! [`OpenSums`] take in the keys of a leaf; [`ClosedSums`] take in leaves, and each other, with the rounding error of every
-//! addition kept, and become partials.
+//! [`OpenSums`] take in the keys of a leaf, in f32; [`ClosedSums`] take in leaves, and each other, in f64, and become
+//! partials. So no f32 takes in more than a leaf's keys, and f64 loses less than 2^-28 of a sum at 2^31 keys.
 
-use super::kernel::args::{MergeArgs, SUM_LANES};
+use super::kernel::args::{CloseArgs, SUM_LANES};
+use super::kernel::merge::power_of_two;
 use super::kernel::table::Kernels;
 
 /// The shape of a set of sums.
@@ -71,12 +72,12 @@ impl OpenSums {
     }
 }
 
-/// Sums in two parts, high and low, over 2^max: as good as exact, however many sums they took in. The partial of a row
-/// is (values / weights, (max + log2 weights) ln 2). Weights are at most 1, so values above 3.4e38 / keys may overflow.
+/// Sums in f64, over 2^max. The partial of a row is (values / weights, (max + log2 weights) ln 2).
 #[derive(Clone, Copy, Debug)]
 pub struct ClosedSums {
-    high: *mut f32,
-    low: *mut f32,
+    /// f64 [rows, width].
+    sums: *mut f64,
+    /// f32 [rows].
     max: *mut f32,
     shape: SumShape,
 }
@@ -85,11 +86,12 @@ impl ClosedSums {
     /// The sums in `memory`.
     ///
     /// # Safety
-    /// `memory` holds `shape.closed_floats()` floats that nobody else uses as long as these sums are used.
+    /// `memory` is aligned to 8 bytes and holds `shape.closed_floats()` floats that nobody else uses as long as these
+    /// sums are used.
     pub unsafe fn at(memory: *mut f32, shape: SumShape) -> ClosedSums {
-        let part = shape.rows * shape.width();
-        // SAFETY: within the floats of the shape.
-        unsafe { ClosedSums { high: memory, low: memory.add(part), max: memory.add(2 * part), shape } }
+        // SAFETY: within the floats of the shape: two for each f64.
+        let max = unsafe { memory.add(2 * shape.rows * shape.width()) };
+        ClosedSums { sums: memory.cast(), max, shape }
     }
 
     /// Empties the first `rows`.
@@ -99,8 +101,7 @@ impl ClosedSums {
     pub unsafe fn clear(&self, rows: usize) {
         // SAFETY: these rows are in the memory that `at` was given.
         unsafe {
-            self.high.write_bytes(0, rows * self.shape.width());
-            self.low.write_bytes(0, rows * self.shape.width());
+            self.sums.write_bytes(0, rows * self.shape.width());
             std::slice::from_raw_parts_mut(self.max, rows).fill(f32::NEG_INFINITY);
         }
     }
@@ -113,35 +114,43 @@ impl ClosedSums {
         let width = self.shape.width();
         // SAFETY: the rows are in the memory of both, which are apart; the kernels are this machine's.
         unsafe {
-            let sums = open.sums.add(first * width);
-            let args = MergeArgs {
-                to: [self.high.add(first * width), self.low.add(first * width)],
-                to_max: self.max.add(first),
-                from: [sums, std::ptr::null_mut()],
-                from_max: open.max.add(first).cast_const(),
+            (kernels.close)(&CloseArgs {
+                closed: self.sums.add(first * width),
+                closed_max: self.max.add(first),
+                open: open.sums.add(first * width),
+                // The maximum stays: the next sums begin over it.
+                open_max: open.max.add(first).cast_const(),
                 rows,
                 width,
-            };
-            // The maximum stays: the next sums begin over it.
-            (kernels.merge)(&args);
+            });
         }
     }
 
     /// Takes in the first `rows` of another set.
     ///
     /// # Safety
-    /// As [`close`](Self::close).
-    pub unsafe fn merge(&self, kernels: &Kernels, from: &ClosedSums, rows: usize) {
-        let args = MergeArgs {
-            to: [self.high, self.low],
-            to_max: self.max,
-            from: [from.high, from.low],
-            from_max: from.max.cast_const(),
-            rows,
-            width: self.shape.width(),
-        };
-        // SAFETY: the rows are in the memory of both, which are apart; the kernels are this machine's.
-        unsafe { (kernels.merge)(&args) }
+    /// Both have the same shape and those rows, in memory apart.
+    pub unsafe fn merge(&self, from: &ClosedSums, rows: usize) {
+        for r in 0..rows {
+            // SAFETY: row `r` is in the memory of both, which are apart.
+            let (sums, theirs) = unsafe { (self.row(r), from.row(r)) };
+            // SAFETY: as above.
+            let (max, their_max) = unsafe { (&mut *self.max.add(r), *from.max.add(r)) };
+            let both = max.max(their_max);
+            let (f, g) = (power_of_two(*max, both), power_of_two(their_max, both));
+            for (sum, theirs) in sums.iter_mut().zip(theirs) {
+                *sum = *sum * f + *theirs * g;
+            }
+            *max = both;
+        }
+    }
+
+    /// # Safety
+    /// `r` is a row of the shape, which nobody else uses as long as the slice lives.
+    unsafe fn row<'a>(&self, r: usize) -> &'a mut [f64] {
+        let width = self.shape.width();
+        // SAFETY: the row is in the memory that `at` was given, aligned for f64.
+        unsafe { std::slice::from_raw_parts_mut(self.sums.add(r * width), width) }
     }
 
     /// Row `r` as a partial: writes o and gives the lse. A row with a NaN weight is NaN throughout.
@@ -149,16 +158,10 @@ impl ClosedSums {
     /// # Safety
     /// `r` is a row of the shape and `o` is no longer than its values.
     pub unsafe fn finish(&self, r: usize, o: &mut [f32]) -> f32 {
-        let (dim, width) = (self.shape.dim, self.shape.width());
-        // SAFETY: row `r` is in the memory that `at` was given.
-        let (high, low, max) = unsafe {
-            (
-                std::slice::from_raw_parts(self.high.add(r * width), width),
-                std::slice::from_raw_parts(self.low.add(r * width), width),
-                *self.max.add(r),
-            )
-        };
-        let weights: f64 = high[dim..].iter().zip(&low[dim..]).map(|(&h, &l)| f64::from(h) + f64::from(l)).sum();
+        // SAFETY: the caller's.
+        let (sums, max) = unsafe { (self.row(r), *self.max.add(r)) };
+        let (values, weights) = sums.split_at(self.shape.dim);
+        let weights: f64 = weights.iter().sum();
         if weights == 0.0 {
             o.fill(0.0);
             return f32::NEG_INFINITY;
@@ -168,10 +171,8 @@ impl ClosedSums {
             return f32::NAN;
         }
         let each = 1.0 / weights;
-        for ((o, &high), &low) in o.iter_mut().zip(high).zip(low) {
-            // The low part of an infinite sum is NaN and means nothing.
-            let low = if high.is_finite() { low } else { 0.0 };
-            *o = ((f64::from(high) + f64::from(low)) * each) as f32;
+        for (o, value) in o.iter_mut().zip(values) {
+            *o = (value * each) as f32;
         }
         (f64::from(max) * std::f64::consts::LN_2 + weights.ln()) as f32
     }

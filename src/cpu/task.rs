@@ -262,7 +262,8 @@ impl<'a> Task<'a> {
                 let biases = std::slice::from_raw_parts(biases.add(r * TILE), scores.len());
                 for (score, &bias) in scores.iter_mut().zip(biases) {
                     // Rounded once.
-                    *score = worker.shape.mods.score(f64::from(*score), f64::from(bias)) as f32;
+                    let product = f64::from(*score) * worker.shape.product_factor;
+                    *score = worker.shape.mods.score(product, f64::from(bias)) as f32;
                 }
             }
         }

@@ -66,9 +66,9 @@ impl Worker<'_> {
         // SAFETY: the layout has room for the rows of every head of a block; the step is the caller's.
         unsafe {
             self.load_rows(split, sequence, h, (&step.args.q, &step.q_stride, &shape.q), q);
-            if shape.negate {
+            if shape.q_factor != 1.0 {
                 for x in std::slice::from_raw_parts_mut(q, split.rows * shape.padded_qk()) {
-                    *x = -*x;
+                    *x *= shape.q_factor;
                 }
             }
             if shape.mods.is_biased() {

@@ -6,6 +6,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod accuracy;
 mod algorithms;
 mod bad_data;
 mod descriptor;

@@ -42,6 +42,7 @@ pub unsafe fn attend(desc: &AttentionDesc, shard: Shard, step: &Step) -> Result<
     let inputs = Inputs { desc, shard, step };
     let rows = step.args.query_tokens as usize * desc.q_heads as usize;
     let mut reference = Reference::identity(rows, desc.head_dim_v as usize)?;
+    (reference.dim_qk, reference.biased) = (desc.head_dim_qk as usize, !step.zeta.data.is_null());
     let mut taken = 0;
     for b in 0..step.args.batch as usize {
         let sequence = inputs.sequence(b, &mut taken);

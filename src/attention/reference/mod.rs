@@ -5,15 +5,21 @@
 //! with the backends but the definitions of `format`, `score` and `visibility`, so that a mistake has to be made twice to go
 //! unseen. Depends on the other modules of `attention` and on `partial`'s description of bad data.
 //!
-//! `inputs` reads a step's memory, `attend` works on it, `partials` holds what comes out, `bounds` judges outputs by it.
+//! `inputs` reads a step's memory, `attend` works on it, `partials` holds what comes out, `bounds` holds outputs against it;
+//! `guarantee` is the error that none exceeds, with its proof, for an `arithmetic`; `floats` knows float types.
 
+mod arithmetic;
 mod attend;
 mod bounds;
+mod floats;
+pub mod guarantee;
 mod inputs;
 mod partials;
 
+pub use arithmetic::Arithmetic;
 pub use attend::attend;
-pub use bounds::{Comparison, Precision, round_to, ulp};
+pub use bounds::Comparison;
+pub use floats::{Precision, round_to, ulp};
 pub use partials::{Reference, merge};
 
 #[cfg(test)]

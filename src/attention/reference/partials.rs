@@ -1,5 +1,6 @@
 //! Partials in float64, with what error bounds are made of, and their merge.
 
+use super::arithmetic::Arithmetic;
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::DataFault;
 
@@ -26,6 +27,14 @@ pub struct Reference {
     /// Weights below this part of the largest may count as none: 2^-126, what float32 weights have; to be set where a
     /// backend's are narrower.
     pub least_weight: f64,
+    /// Elements of q and k.
+    pub dim_qk: usize,
+    /// Whether something is added to each score (zeta.v).
+    pub biased: bool,
+    /// The partials that were merged; 1: one shard.
+    pub partials: u32,
+    /// The arithmetic that the guarantee is for: the one with the largest errors, unless it is set.
+    pub arithmetic: Arithmetic,
     /// The first sequence with bad data.
     pub fault: Option<DataFault>,
 }
@@ -38,6 +47,8 @@ pub fn merge(shards: &[Reference]) -> Result<Reference> {
         return Err(Error::invalid("shards", 0, "at least 1"));
     };
     let mut merged = Reference::identity(first.lse.len(), first.dim)?;
+    (merged.dim_qk, merged.biased, merged.arithmetic) = (first.dim_qk, first.biased, first.arithmetic);
+    merged.partials = shards.iter().map(|shard| shard.partials).sum();
     for shard in shards {
         if (shard.lse.len(), shard.dim) != (first.lse.len(), first.dim) {
             let found = format!("[{}, {}]", shard.lse.len(), shard.dim);
@@ -86,6 +97,10 @@ impl Reference {
             score: zeroed(rows)?,
             keys,
             least_weight: 2f64.powi(-126),
+            dim_qk: 0,
+            biased: false,
+            partials: 1,
+            arithmetic: Arithmetic::ANY,
             fault: None,
         })
     }

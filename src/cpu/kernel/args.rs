@@ -117,17 +117,17 @@ pub struct WidenArgs {
     pub out: *mut f32,
 }
 
-/// Arguments of [`merge`](super::merge::merge).
+/// Arguments of [`close`](super::merge::close).
 #[derive(Clone, Copy, Debug)]
-pub struct MergeArgs {
-    /// The sums that take the others in, f32 [rows, width]: their high and low parts.
-    pub to: [*mut f32; 2],
+pub struct CloseArgs {
+    /// The closed sums, f64 [rows, width].
+    pub closed: *mut f64,
     /// Running maximum of each row.
-    pub to_max: *mut f32,
-    /// The sums taken in: high parts and low parts; open sums have no low parts (null) and are emptied.
-    pub from: [*mut f32; 2],
+    pub closed_max: *mut f32,
+    /// The open sums that they take in, f32 [rows, width]; left empty.
+    pub open: *mut f32,
     /// Their running maxima.
-    pub from_max: *const f32,
+    pub open_max: *const f32,
     /// Rows.
     pub rows: usize,
     /// Elements of a row, a multiple of 16.

@@ -1,73 +1,47 @@
-//! The merge of sums over powers of two.
+//! Open sums closed into f64.
 
-use super::args::MergeArgs;
-use crate::cpu::simd::vector::Simd;
+use super::args::CloseArgs;
 
-/// Takes sums into others: numerators and denominators, each over 2^maximum of its row, with the rounding error of each
-/// addition kept in its low part.
+/// Adds open sums to closed ones, each over 2^maximum of its row, and empties them. Nothing rounds but the additions in
+/// f64. Plain loops: inside an entry point of `table` they are compiled for its instruction set.
 ///
 /// # Safety
-/// The arguments describe valid memory; the instruction set of `S` is there.
+/// The arguments describe valid memory.
 #[inline(always)]
-pub unsafe fn merge<S: Simd>(a: &MergeArgs) {
-    // SAFETY: rows stay below `rows` and elements below `width`; null low parts are not touched.
+pub unsafe fn close(a: &CloseArgs) {
+    // SAFETY: rows stay below `rows` and elements below `width`.
     unsafe {
         for r in 0..a.rows {
-            let (ours, theirs) = (*a.to_max.add(r), *a.from_max.add(r));
-            let max = ours.max(theirs);
-            *a.to_max.add(r) = max;
-            let at = r * a.width;
-            if ours == theirs && a.from[1].is_null() {
+            let (ours, theirs) = (*a.closed_max.add(r), *a.open_max.add(r));
+            let (closed, open) = (a.closed.add(r * a.width), a.open.add(r * a.width));
+            if ours == theirs {
                 // The usual case: the maximum stood still.
-                for i in (at..at + a.width).step_by(S::LANES) {
-                    let (sum, lost) = exact_sum::<S>(S::load(a.to[0].add(i)), S::load(a.from[0].add(i)));
-                    S::store(a.to[0].add(i), sum);
-                    S::store(a.to[1].add(i), S::add(S::load(a.to[1].add(i)), lost));
-                    S::store(a.from[0].add(i), S::splat(0.0));
+                for i in 0..a.width {
+                    *closed.add(i) += f64::from(*open.add(i));
+                    *open.add(i) = 0.0;
                 }
                 continue;
             }
-            let (f, g) = (S::splat(power_of_two(ours, max)), S::splat(power_of_two(theirs, max)));
-            for i in (at..at + a.width).step_by(S::LANES) {
-                let (x, y) = (S::mul(S::load(a.to[0].add(i)), f), S::mul(S::load(a.from[0].add(i)), g));
-                let (sum, lost) = exact_sum::<S>(x, y);
-                let mut rest = S::fma(S::load(a.to[1].add(i)), f, lost);
-                if a.from[1].is_null() {
-                    S::store(a.from[0].add(i), S::splat(0.0));
-                } else {
-                    rest = S::fma(S::load(a.from[1].add(i)), g, rest);
-                }
-                S::store(a.to[0].add(i), sum);
-                S::store(a.to[1].add(i), rest);
+            let max = ours.max(theirs);
+            *a.closed_max.add(r) = max;
+            let (f, g) = (power_of_two(ours, max), power_of_two(theirs, max));
+            for i in 0..a.width {
+                *closed.add(i) = *closed.add(i) * f + f64::from(*open.add(i)) * g;
+                *open.add(i) = 0.0;
             }
         }
     }
 }
 
-/// x + y, and what rounding took from it.
-///
-/// # Safety
-/// The instruction set of `S` is there.
-#[inline(always)]
-unsafe fn exact_sum<S: Simd>(x: S::V, y: S::V) -> (S::V, S::V) {
-    // SAFETY: the caller's.
-    unsafe {
-        let sum = S::add(x, y);
-        let y_in = S::sub(sum, x);
-        let x_in = S::sub(sum, y_in);
-        (sum, S::add(S::sub(x, x_in), S::sub(y, y_in)))
-    }
-}
-
 /// What sums over 2^m are multiplied by to be over 2^max: 2^(m - max) for m <= max, integers both; or NaN.
 #[inline(always)]
-pub fn power_of_two(m: f32, max: f32) -> f32 {
+pub fn power_of_two(m: f32, max: f32) -> f64 {
     if m == max {
         1.0
     } else if m == f32::NEG_INFINITY {
         0.0
     } else {
-        let d = m - max;
-        if d >= -126.0 { f32::from_bits(((d as i32 + 127) as u32) << 23) } else { 0.0 * d.abs() }
+        let d = f64::from(m) - f64::from(max);
+        if d >= -1022.0 { f64::from_bits(((d as i64 + 1023) as u64) << 52) } else { 0.0 * d.abs() }
     }
 }

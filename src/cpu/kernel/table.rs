@@ -1,6 +1,6 @@
 //! The entry points of the kernels: one set an instruction set, compiled for it and reached by pointer.
 
-use super::args::{MergeArgs, ScoreArgs, ValueArgs, WeightArgs, WidenArgs};
+use super::args::{CloseArgs, ScoreArgs, ValueArgs, WeightArgs, WidenArgs};
 use super::{merge, scores, values, weights, widen};
 use crate::attention::KvFormat;
 use crate::attention::dtype::Dtype;
@@ -17,8 +17,8 @@ pub struct Kernels {
     pub of_codec: [CodecKernels; CODECS],
     /// [`weights::weights`].
     pub weights: unsafe fn(&WeightArgs) -> bool,
-    /// [`merge::merge`].
-    pub merge: unsafe fn(&MergeArgs),
+    /// [`merge::close`].
+    pub close: unsafe fn(&CloseArgs),
 }
 
 /// The kernels that read rows of one format.
@@ -73,12 +73,12 @@ macro_rules! kernels {
                 }};
             }
             entry!(weights_of, WeightArgs, weights::weights::<$simd>, bool);
-            entry!(merge_of, MergeArgs, merge::merge::<$simd>);
+            entry!(close_of, CloseArgs, merge::close);
 
             pub const KERNELS: Kernels = Kernels {
                 of_codec: [codec!(F32), codec!(F16), codec!(Bf16)],
                 weights: weights_of,
-                merge: merge_of,
+                close: close_of,
             };
         }
     };

@@ -30,7 +30,7 @@ pub unsafe fn weights<S: Simd>(a: &WeightArgs) -> bool {
         for r in 0..a.rows {
             let (before, top) = (*a.max.add(r), *a.tile_max.add(r));
             if top > before {
-                rescale::<S>(a.open.add(r * (a.dim + SUM_LANES)), a.dim + SUM_LANES, power_of_two(before, top));
+                rescale::<S>(a.open.add(r * (a.dim + SUM_LANES)), a.dim + SUM_LANES, power_of_two(before, top) as f32);
                 *a.max.add(r) = top;
             }
         }
