@@ -67,8 +67,9 @@ fn no_keys_is_the_identity_and_merging_it_changes_nothing() {
     let empty = empty.attend();
     assert_eq!((&empty.o[..], empty.lse[0]), (&[0.0, 0.0][..], f64::NEG_INFINITY));
     let full = Tiny::new(&[1.0], &[0.5, 0.7], &[1.0, 2.0, 3.0, 4.0]).attend();
-    assert_eq!(merge(&[empty.clone(), full.clone(), empty.clone()]).unwrap(), full);
-    assert_eq!(merge(&[empty.clone(), empty.clone()]).unwrap(), empty);
+    let of = |partials: u32, one: &Reference| Reference { partials, ..one.clone() };
+    assert_eq!(merge(&[empty.clone(), full.clone(), empty.clone()]).unwrap(), of(3, &full));
+    assert_eq!(merge(&[empty.clone(), empty.clone()]).unwrap(), of(2, &empty));
     assert!(merge(&[]).is_err());
 }
 
