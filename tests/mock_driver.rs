@@ -352,6 +352,7 @@ fn steps_launch_once(mock: &Mock) {
     let runtime = runtime();
     let (_comm, plan) = plan(&runtime);
     let (shard, stream) = (Shard::new(&runtime, GPU), Stream::new(&runtime, GPU).unwrap());
+    // SAFETY: refused before anything is enqueued.
     let none = unsafe { plan.decode(&shard.args(), None) }.unwrap_err();
     assert!(none.message().starts_with("stream: found NULL"), "{none}");
     for step in 0..3 {
@@ -380,11 +381,13 @@ fn pointers_of_other_memory_are_refused(_mock: &Mock) {
         ("kv_length", DecodeArgs { kv_length: host.as_ptr().cast(), ..shard.args() }, "does not know"),
     ];
     for (name, args, found) in cases {
+        // SAFETY: refused before anything is enqueued.
         let error = unsafe { plan.decode(&args, Some(&stream)) }.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidArgument);
         assert!(error.message().starts_with(name) && error.message().contains(found), "{error}");
     }
     let second = Stream::new(&runtime, Device { ordinal: 1, ..GPU }).unwrap();
+    // SAFETY: refused before anything is enqueued.
     let error = unsafe { plan.decode(&shard.args(), Some(&second)) }.unwrap_err();
     assert!(error.message().contains("cuda:1") && error.message().starts_with("stream"), "{error}");
 }
@@ -396,10 +399,12 @@ fn errors_before_a_step_are_not_its_own(mock: &Mock) {
     let (shard, stream) = (Shard::new(&runtime, GPU), Stream::new(&runtime, GPU).unwrap());
     let left = mock.get(Key::Alive);
     mock.set(Key::FailLaunch, 719);
+    // SAFETY: the launch fails, so that nothing is enqueued.
     let error = unsafe { plan.decode(&shard.args(), Some(&stream)) }.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::CudaPrior);
     assert!(error.message().contains("before this call"), "{error}");
     for _ in 0..2 {
+        // SAFETY: refused, since the context is lost.
         let error = unsafe { plan.decode(&shard.args(), Some(&stream)) }.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::CudaFatal, "{error}");
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::board::PlanFault;
-use crate::device::cuda::{CudaDevice, Holdings, Words};
+use crate::device::cuda::{Allocations, CudaDevice, MappedWords};
 use crate::error::Result;
 use crate::partial::DataFault;
 
@@ -30,12 +30,12 @@ pub(crate) struct PlanWords {
 }
 
 struct State {
-    pages: Vec<Words>,
+    pages: Vec<MappedWords>,
     /// Free leases, longest free first.
     free: VecDeque<Place>,
     leased: Vec<(u64, Place)>,
     /// Gives the pages back, after all leases.
-    holdings: Holdings,
+    holdings: Allocations,
 }
 
 /// Where the words of a lease are.
@@ -55,7 +55,7 @@ pub(crate) struct PlanLease {
 impl PlanWords {
     /// No words yet, for plans of `rank` on `device`. Dropping them waits for the device at most `patience`.
     pub fn new(device: &Arc<CudaDevice>, rank: i32, patience: Duration) -> Arc<PlanWords> {
-        let holdings = Holdings::new(device, patience);
+        let holdings = Allocations::new(device, patience);
         let state = State { pages: Vec::new(), free: VecDeque::new(), leased: Vec::new(), holdings };
         Arc::new(PlanWords { rank, state: Mutex::new(state) })
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::abi;
 use super::params::AllreduceParams;
 use crate::attention::merge::MergeStep;
-use crate::device::cuda::{CudaDevice, CudaStream, Holdings, Image, Kernel, PointerCheck};
+use crate::device::cuda::{Allocations, CudaDevice, CudaStream, Image, Kernel, PointerCheck};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::RowTarget;
 
@@ -60,7 +60,7 @@ pub(crate) struct Allreduce {
     partial: RowTarget,
     fixed: AllreduceParams,
     bytes: usize,
-    _holdings: Holdings,
+    _holdings: Allocations,
 }
 
 impl Allreduce {
@@ -91,7 +91,7 @@ impl Allreduce {
             // Bad data, steps begun and ended, arrivals.
             Some(ALIGN),
         ];
-        let mut holdings = Holdings::new(device, patience);
+        let mut holdings = Allocations::new(device, patience);
         let mut at = [0u64; 5];
         let mut bytes = 0usize;
         for (at, size) in at.iter_mut().zip(sizes) {

@@ -11,7 +11,7 @@ use crate::attention::{
     Algorithm, AttentionDesc, Capabilities, Dtype, KvLayout, MaskKind, Placement, QueryInput, Reproducibility, Shard,
     Step, supported,
 };
-use crate::device::cuda::{CudaDevice, CudaStream, Entered, Holdings, Image, Kernel, PointerCheck};
+use crate::device::cuda::{Allocations, CudaDevice, CudaStream, Entered, Image, Kernel, PointerCheck};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::{ExchangeView, RowTarget};
 
@@ -155,7 +155,7 @@ pub(crate) struct CudaBackend {
     pointers: PointerCheck,
     bytes: usize,
     /// Dropped last: gives the memory back once the device is done with it.
-    _holdings: Holdings,
+    _holdings: Allocations,
 }
 
 impl CudaBackend {
@@ -174,7 +174,7 @@ impl CudaBackend {
         supported(desc, &CAPABILITIES)?;
         let image = Image::new(device)?;
         let merge = Merge::new(device)?;
-        let mut holdings = Holdings::new(device, patience);
+        let mut holdings = Allocations::new(device, patience);
         let (mut attention, mut bytes) = (None, 0);
         if !desc.is_merge_only() {
             let kernels = Kernels::new(&image, desc, sharing)?;

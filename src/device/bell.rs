@@ -1,29 +1,29 @@
-//! The one way in which a thread of this library waits for another: linger briefly, then park on a futex.
+//! How a thread of this library waits for another: it spins or yields for a short time, then parks on a futex.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// The longest that a wait lingers before it parks.
+/// The longest time before a wait parks.
 const LINGER: Duration = Duration::from_micros(20);
-/// Pauses between two looks while spinning.
+/// Spin hints between two looks.
 const PAUSES: u32 = 16;
 
-/// What a wait does before it parks, for at most 20 us.
+/// What a wait does before it parks, for at most [`LINGER`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Linger {
-    /// Looks again and again, where the one that is waited for has a core of its own.
+    /// Looks again and again. For a thread that has a core of its own.
     Spin,
-    /// Gives its core to others and looks when it gets it back, where the one that is waited for may need this core. Where
-    /// nobody does, or what is waited for is near, this saves two trips through the scheduler.
+    /// Gives its core to others and looks when it gets it back. For a thread that may need this core: where the ring is near,
+    /// this saves two context switches.
     Yield,
-    /// Nothing: what is waited for is far.
+    /// Nothing. For a ring that is not near.
     Park,
 }
 
-/// A word that changes with every ring, and the count of threads asleep on it.
+/// A word that changes with every ring, and the number of threads parked on it.
 ///
-/// To wait for a condition: read [`Bell::now`], test the condition, then [`Bell::wait`] for a ring after that reading,
-/// and again. Whoever makes the condition true rings afterwards. No ring is lost: the futex compares the word.
+/// To wait for a condition: read [`Bell::now`], test the condition, [`Bell::wait`] for a ring after that reading, and repeat.
+/// Whoever makes the condition true rings afterwards. No ring is lost, since the futex compares the word.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub(crate) struct Bell {
@@ -39,7 +39,8 @@ impl Bell {
 
     /// Ends every wait that began before. No system call where nobody sleeps.
     pub(crate) fn ring(&self) {
-        // Sequentially consistent, as the sleeper's count: either it is seen here, or the futex sees the new word.
+        // Sequentially consistent, as the count of sleepers: either this thread sees the sleeper's count, or the sleeper's
+        // futex sees the new word.
         self.word.fetch_add(1, Ordering::SeqCst);
         if self.sleepers.load(Ordering::SeqCst) > 0 {
             futex(&self.word, libc::FUTEX_WAKE, i32::MAX as u32, None);
@@ -78,15 +79,15 @@ impl Bell {
     }
 }
 
-/// One private futex call. Its result is not needed: every caller tests its condition again.
+/// One private futex call. Its result is not used: every caller tests its condition again.
 fn futex(word: &AtomicU32, operation: libc::c_int, value: u32, timeout: Option<Duration>) {
     let time = timeout.map(|t| libc::timespec {
         tv_sec: libc::time_t::try_from(t.as_secs()).unwrap_or(libc::time_t::MAX),
         tv_nsec: t.subsec_nanos() as libc::c_long,
     });
     let time = time.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-    // SAFETY: the word is a live aligned u32 and the time, where given, a live timespec; FUTEX_WAIT and FUTEX_WAKE use
-    // no further argument.
+    // SAFETY: the word is borrowed, an aligned u32; the time is null or a local timespec; the kernel reads both and writes
+    // neither. FUTEX_WAIT and FUTEX_WAKE use no further argument.
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation | libc::FUTEX_PRIVATE_FLAG, value, time) };
 }
 

@@ -1,4 +1,4 @@
-//! Host memory: aligned, zeroed, and an error instead of an abort where there is none.
+//! Host memory: aligned, zeroed, with an error instead of an abort where the system has none.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
@@ -8,14 +8,14 @@ use crate::fault;
 
 /// Alignment of every host buffer, bytes: a cache line, and the widest vector.
 const ALIGN: usize = 64;
-/// From here on a buffer is mapped by itself at a huge-page border, bytes.
+/// From this size on a buffer is mapped by itself, at a multiple of a huge page, bytes.
 const MAPPED: usize = 4 << 20;
 /// A huge page, bytes.
 const HUGE_PAGE: usize = 2 << 20;
 
-/// Zeroed host memory at a multiple of 64 bytes; huge pages are advised from 4 MiB on.
+/// Zeroed host memory at a multiple of 64 bytes; huge pages are advised from 4 MiB on. Dropping it frees the memory.
 ///
-/// Who reads and writes through the pointers keeps them from racing.
+/// Any thread may use it. Whoever accesses the memory through the pointers keeps accesses from racing.
 #[derive(Debug)]
 pub struct HostBuffer {
     data: NonNull<u8>,
@@ -23,7 +23,7 @@ pub struct HostBuffer {
     mapping: Option<(NonNull<libc::c_void>, usize)>,
 }
 
-// SAFETY: plain memory with no tie to a thread; access goes through raw pointers.
+// SAFETY: the memory has no tie to a thread, and no method accesses it: that takes a raw pointer and `unsafe`.
 unsafe impl Send for HostBuffer {}
 // SAFETY: as above.
 unsafe impl Sync for HostBuffer {}
@@ -37,7 +37,7 @@ impl HostBuffer {
         }
         // An empty buffer holds one byte, so that its address is its own.
         let layout = Layout::from_size_align(bytes.max(1), ALIGN).map_err(|_| no_memory(bytes))?;
-        // SAFETY: the layout's size is not zero.
+        // SAFETY: the layout's size is at least 1.
         let data = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(|| no_memory(bytes))?;
         Ok(HostBuffer { data, bytes, mapping: None })
     }
@@ -45,23 +45,25 @@ impl HostBuffer {
     fn map(bytes: usize) -> Option<HostBuffer> {
         let length = bytes.checked_add(HUGE_PAGE).filter(|&n| isize::try_from(n).is_ok())?;
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        // SAFETY: a fresh anonymous mapping touches no memory in use.
+        // SAFETY: without MAP_FIXED the kernel chooses addresses that are not in use.
         let base = unsafe { libc::mmap(std::ptr::null_mut(), length, protection, flags, -1, 0) };
         let base = NonNull::new(base).filter(|p| p.as_ptr() != libc::MAP_FAILED)?;
         let skip = base.addr().get().next_multiple_of(HUGE_PAGE) - base.addr().get();
-        // SAFETY: skip < HUGE_PAGE, so the pointer and `bytes` after it are inside the mapping.
+        // SAFETY: skip < HUGE_PAGE and length = bytes + HUGE_PAGE, so that the pointer and `bytes` after it are inside the
+        // mapping, which is not larger than isize::MAX.
         let data = unsafe { base.cast::<u8>().add(skip) };
-        // SAFETY: advice on pages of our own mapping; a refusal changes nothing.
+        // SAFETY: `data` is at a page of the mapping just made, which has `bytes` from there on; the advice does not change what
+        // the pages hold. Refused, it changes nothing.
         unsafe { libc::madvise(data.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
         Some(HostBuffer { data, bytes, mapping: Some((base, length)) })
     }
 
-    /// The first byte; aligned and not null even if the buffer is empty.
+    /// The address of the first byte; aligned, and not null even if the buffer is empty.
     pub fn as_ptr(&self) -> *const u8 {
         self.data.as_ptr()
     }
 
-    /// The first byte, for writing.
+    /// The same, for writing.
     pub fn as_mut_ptr(&self) -> *mut u8 {
         self.data.as_ptr()
     }
@@ -80,10 +82,12 @@ impl HostBuffer {
 impl Drop for HostBuffer {
     fn drop(&mut self) {
         if let Some((base, length)) = self.mapping {
-            // SAFETY: the mapping made in `map`, unmapped once.
+            // SAFETY: `map` made the mapping with this length; `drop` runs once, and the pointers that were given out end with
+            // the buffer.
             unsafe { libc::munmap(base.as_ptr(), length) };
         } else {
-            // SAFETY: allocated in `new` with this very layout, which was valid there.
+            // SAFETY: `new` allocated it with this very layout, which was valid there; `drop` runs once, and the pointers that
+            // were given out end with the buffer.
             unsafe { dealloc(self.data.as_ptr(), Layout::from_size_align_unchecked(self.bytes.max(1), ALIGN)) };
         }
     }
@@ -102,7 +106,7 @@ mod tests {
         for bytes in [0, 1, 63, 4096, MAPPED - 1, MAPPED, MAPPED + 12345] {
             let buffer = HostBuffer::new(bytes).unwrap();
             assert_eq!((buffer.as_ptr() as usize % ALIGN, buffer.len()), (0, bytes));
-            // SAFETY: the buffer is this long and nobody else has it.
+            // SAFETY: the buffer is this long, zeroed, and known to this test alone.
             let all = unsafe { std::slice::from_raw_parts_mut(buffer.as_mut_ptr(), bytes) };
             assert!(all.iter().all(|&b| b == 0));
             all.fill(7);

@@ -1,7 +1,7 @@
-//! Guard of the calling thread's floating-point control register.
+//! A guard of the calling thread's floating-point control register.
 //!
-//! An engine may run its threads with flush-to-zero or another rounding; the library's numbers assume IEEE defaults,
-//! and the engine must find its own settings (and exception flags) again afterwards.
+//! An engine may run its threads with flush-to-zero, another rounding or traps. The library's numbers assume IEEE defaults,
+//! and the engine must find its own settings, exception flags included, afterwards.
 
 use std::marker::PhantomData;
 
@@ -40,13 +40,14 @@ mod register {
 
     pub fn get() -> State {
         let mut value = 0u32;
-        // SAFETY: stores MXCSR to a local.
+        // SAFETY: stores the 32 bits of MXCSR to a local, and changes neither stack nor flags.
         unsafe { asm!("stmxcsr [{}]", in(reg) &mut value, options(nostack, preserves_flags)) };
         value
     }
 
     pub fn set(value: State) {
-        // SAFETY: the value is the default or one that `get` returned, so no reserved bit is set.
+        // SAFETY: reads 32 bits from a local. The value is the default or one that `get` returned, so that no reserved bit is
+        // set, which would fault.
         unsafe { asm!("ldmxcsr [{}]", in(reg) &value, options(nostack, preserves_flags)) };
     }
 }
@@ -62,13 +63,13 @@ mod register {
 
     pub fn get() -> State {
         let (control, status): (u64, u64);
-        // SAFETY: reads two registers of the thread.
+        // SAFETY: copies two registers of the thread, and touches no memory, stack or flags.
         unsafe { asm!("mrs {}, fpcr", "mrs {}, fpsr", out(reg) control, out(reg) status, options(nomem, nostack)) };
         (control, status)
     }
 
     pub fn set((control, status): State) {
-        // SAFETY: the values are the default or what `get` returned.
+        // SAFETY: writes two registers of the thread, with the default or what `get` returned; touches no memory or stack.
         unsafe { asm!("msr fpcr, {}", "msr fpsr, {}", in(reg) control, in(reg) status, options(nomem, nostack)) };
     }
 }

@@ -1,8 +1,8 @@
-//! What this machine's processors are.
+//! The processors of this machine.
 
 use once_cell::sync::Lazy;
 
-use super::{Device, DeviceInfo};
+use super::identity::{Device, DeviceInfo};
 
 /// Processor cores that this process may use (affinity and control groups respected), at least 1.
 pub fn available_cores() -> usize {
@@ -11,7 +11,7 @@ pub fn available_cores() -> usize {
 
 /// The CPU device.
 pub(super) fn info() -> DeviceInfo {
-    // Read once: calls that only check a device come here, too.
+    // Read once: every check of a device comes here.
     static NAME: Lazy<String> = Lazy::new(|| model_name().unwrap_or_else(|| std::env::consts::ARCH.to_string()));
     DeviceInfo {
         device: Device::CPU,
@@ -29,7 +29,7 @@ fn model_name() -> Option<String> {
 }
 
 fn memory() -> u64 {
-    // SAFETY: sysconf reads nothing but its argument.
+    // SAFETY: sysconf takes a number and gives a number.
     let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
     u64::try_from(pages).unwrap_or(0).saturating_mul(u64::try_from(size).unwrap_or(0))
 }

@@ -1,4 +1,8 @@
-//! Threads of the library: named, with all signals blocked, floating-point state at its default.
+//! Threads of the library: named, with all signals blocked, floating-point state at its default, joined.
+//!
+//! Calls of the CUDA driver and of NCCL may take for ever, and nothing ends them. Such a call runs in [`run_bounded`] on a
+//! thread of its own, which its caller leaves behind when the time is up. A thread that was left behind is joined by a later
+//! call of the library, once it has ended.
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -10,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::FloatState;
+use super::float_state::FloatState;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Starts a thread. `System` where the machine gives none.
@@ -41,18 +45,18 @@ pub(crate) fn spawn_scoped<'scope, T: Send + 'scope>(
 }
 
 thread_local! {
-    /// What [`Deadline`] says.
+    /// The end of the innermost [`Deadline`] of this thread.
     static UNTIL: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// While it lives, all that this thread leaves to [`behind`] keeps it no longer than that together.
+/// Bounds the calling thread's waits in [`run_bounded`], all together, while it lives. Bound to its thread.
 pub(crate) struct Deadline {
     outer: Option<Instant>,
     this_thread: PhantomData<*mut ()>,
 }
 
 impl Deadline {
-    /// From now on; one that is set already counts if it is sooner.
+    /// Ends `patience` from now, or when a deadline that is already set does.
     pub fn within(patience: Duration) -> Deadline {
         let (outer, until) = (UNTIL.get(), Instant::now() + patience);
         UNTIL.set(Some(outer.map_or(until, |outer| outer.min(until))));
@@ -66,13 +70,14 @@ impl Drop for Deadline {
     }
 }
 
-/// What is dropped within a [`Deadline`] of its own, all its parts together.
+/// A value whose drop is bounded by a [`Deadline`] of its own, all its parts together.
 pub(crate) struct Within<T> {
     value: ManuallyDrop<T>,
     patience: Duration,
 }
 
 impl<T> Within<T> {
+    /// `value`, whose drop may wait for `patience`.
     pub fn new(value: T, patience: Duration) -> Within<T> {
         Within { value: ManuallyDrop::new(value), patience }
     }
@@ -89,46 +94,69 @@ impl<T> Deref for Within<T> {
 impl<T> Drop for Within<T> {
     fn drop(&mut self) {
         let _deadline = Deadline::within(self.patience);
-        // SAFETY: once, and nothing uses it after.
+        // SAFETY: `drop` runs once, and no method of `self` can be called after it.
         unsafe { ManuallyDrop::drop(&mut self.value) };
     }
 }
 
-/// Runs `body`, which may wait for a device, on a thread of its own. Keeps the caller until its end, at most `patience` and
-/// until the [`Deadline`]; then it goes on behind. Where no thread is to be had, it is left undone, and what it would have
-/// given back is never freed.
-pub(crate) fn behind(patience: Duration, body: impl FnOnce() + Send + 'static) {
+/// Threads that their callers left behind.
+static LEFT: Mutex<Vec<JoinHandle<()>>> = Mutex::new(Vec::new());
+
+/// Runs `body`, which may hang, on a thread called `name`. Returns when it is done, after `patience`, or at the [`Deadline`],
+/// whichever is first. Where the system starts no thread, `body` does not run, and what it owns is leaked: dropping it could
+/// hang here.
+pub(crate) fn run_bounded(name: &str, patience: Duration, body: impl FnOnce() + Send + 'static) {
+    join_ended();
     let body = Arc::new(Mutex::new(Some(body)));
     let (theirs, (done, wait)) = (Arc::clone(&body), mpsc::channel());
-    let started = spawn("treeattn-free".into(), move || {
+    let started = spawn(name.to_string(), move || {
         let body = theirs.lock().take();
         body.into_iter().for_each(|body| body());
-        // Nobody listens any more once the patience is over.
+        // The caller may have stopped listening.
         let _ = done.send(());
     });
     let Ok(thread) = started else { return std::mem::forget(body) };
     let left = UNTIL.get().map(|until| until.saturating_duration_since(Instant::now()));
     let patience = left.map_or(patience, |left| left.min(patience));
-    if wait.recv_timeout(patience) != Err(mpsc::RecvTimeoutError::Timeout) {
-        // It has nothing left to do; a panic in it was its own end.
+    if wait.recv_timeout(patience) == Err(mpsc::RecvTimeoutError::Timeout) {
+        leave(thread);
+    } else {
+        // The body has ended; a panic in it ended that thread only.
         let _ = thread.join();
     }
 }
 
-/// What a caught panic said.
+/// Takes over a thread that its caller does not wait for.
+pub(crate) fn leave(thread: JoinHandle<()>) {
+    LEFT.lock().push(thread);
+}
+
+/// Joins the threads that were left behind and have ended since. Waits for none that runs.
+pub(crate) fn join_ended() {
+    let mut left = LEFT.lock();
+    let (ended, running) = std::mem::take(&mut *left).into_iter().partition(JoinHandle::is_finished);
+    *left = running;
+    drop(left);
+    let ended: Vec<JoinHandle<()>> = ended;
+    for thread in ended {
+        let _ = thread.join();
+    }
+}
+
+/// The message of a caught panic.
 pub(super) fn panic_message(payload: &(dyn std::any::Any + Send)) -> &str {
     let text = payload.downcast_ref::<&str>().copied();
     text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("a panic without a message")
 }
 
-/// While alive, the calling thread blocks every signal, so that a thread it starts is born with all blocked.
+/// Blocks every signal on the calling thread while it lives: a thread starts with the mask of its maker.
 struct SignalsBlocked {
     saved: libc::sigset_t,
 }
 
 impl SignalsBlocked {
     fn enter() -> SignalsBlocked {
-        // SAFETY: sigset_t is plain data for which zero is a value; the calls write the two sets given.
+        // SAFETY: sigset_t is plain data for which zero is a value; both calls write only the two local sets.
         unsafe {
             let (mut all, mut saved) = (std::mem::zeroed(), std::mem::zeroed());
             libc::sigfillset(&mut all);
@@ -140,7 +168,7 @@ impl SignalsBlocked {
 
 impl Drop for SignalsBlocked {
     fn drop(&mut self) {
-        // SAFETY: restores the set that `enter` saved on this thread.
+        // SAFETY: `saved` is the set that `enter` read on this thread; the null pointer asks for no old set.
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.saved, std::ptr::null_mut()) };
     }
 }
@@ -149,26 +177,66 @@ impl Drop for SignalsBlocked {
 mod tests {
     use super::*;
 
+    const LONG: Duration = Duration::from_secs(20);
+
+    /// Waits until no thread of this name is left in the process.
+    fn wait_for_the_end_of(name: &str) {
+        let began = Instant::now();
+        let is_left = || LEFT.lock().iter().any(|thread| thread.thread().name() == Some(name));
+        while is_left() || names().iter().any(|found| found == name) {
+            assert!(began.elapsed() < LONG, "{name} is still there");
+            join_ended();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// The names of this process's threads, as the kernel has them: at most 15 bytes.
+    fn names() -> Vec<String> {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        tasks.flatten().filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok()).map(trimmed).collect()
+    }
+
+    fn trimmed(text: String) -> String {
+        text.trim().to_string()
+    }
+
     #[test]
     fn a_deadline_is_for_all_together() {
-        let (long, short) = (Duration::from_secs(20), Duration::from_millis(60));
+        let short = Duration::from_millis(60);
         let began = Instant::now();
         let (hold, held) = mpsc::channel::<()>();
         let held = Arc::new(Mutex::new(held));
         {
             let _outer = Deadline::within(short);
-            let _inner = Deadline::within(long);
+            let _inner = Deadline::within(LONG);
             for _ in 0..4 {
                 let held = Arc::clone(&held);
-                behind(long, move || {
+                run_bounded("deadline-test", LONG, move || {
                     let _ = held.lock().recv();
                 });
             }
-            assert!(began.elapsed() >= short && began.elapsed() < long / 4, "{:?}", began.elapsed());
+            assert!(began.elapsed() >= short && began.elapsed() < LONG / 4, "{:?}", began.elapsed());
         }
         drop(hold);
         let (told, heard) = mpsc::channel();
-        behind(long, move || told.send(()).unwrap());
+        run_bounded("deadline-test", LONG, move || told.send(()).unwrap());
         assert_eq!(heard.try_recv(), Ok(()), "waited for");
+        wait_for_the_end_of("deadline-test");
+    }
+
+    #[test]
+    fn a_thread_that_was_left_behind_is_joined_later() {
+        let ((hold, held), (start, started)) = (mpsc::channel::<()>(), mpsc::channel());
+        run_bounded("left-behind", Duration::ZERO, move || {
+            start.send(()).unwrap();
+            let _ = held.recv();
+        });
+        started.recv_timeout(LONG).unwrap();
+        let is_left = || LEFT.lock().iter().any(|thread| thread.thread().name() == Some("left-behind"));
+        join_ended();
+        assert!(is_left() && names().contains(&"left-behind".to_string()));
+        drop(hold);
+        wait_for_the_end_of("left-behind");
+        assert!(!is_left());
     }
 }

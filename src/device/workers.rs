@@ -14,13 +14,14 @@ use crate::fault;
 
 type Job<'a> = dyn Fn(usize) + Sync + 'a;
 
-/// A fixed set of threads that run one job at a time together. The calling thread takes part as worker 0; the others
-/// are parked between runs (they spin for at most 20 us first where asked) and joined on drop.
+/// A fixed set of threads that run one job at a time together. The calling thread takes part as worker 0; the others, the
+/// helpers, park between runs (they spin for at most 20 us first where asked). Dropping joins them. Any thread may use it.
 #[derive(Debug)]
 pub struct Workers {
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
-    turn: Mutex<()>,
+    /// Held during a run: runs are serialised.
+    running: Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -33,13 +34,14 @@ struct Shared {
     left: AtomicUsize,
     stop: AtomicBool,
     linger: Linger,
-    /// Written by the caller while no helper runs, read by helpers after `start`.
+    /// Written by `run` while every helper waits for `start`, read by helpers after it rang.
     job: UnsafeCell<Option<*const Job<'static>>>,
     panicked: Mutex<Option<String>>,
 }
 
-// SAFETY: `job` is written only while every helper waits for `start` (left == 0, under `turn`), and what it points to
-// is `Sync` and outlives the run.
+// SAFETY: the only parts that are not Sync are in `job`. `run` writes it while every helper waits for `start` (`left` is 0, and
+// `running` is held), and the ring orders the write before the helpers' reads. What it points to is Sync, and `run`, which
+// borrows it, returns after the last helper is done with it.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
@@ -62,7 +64,7 @@ impl Workers {
             panicked: Mutex::new(None),
         });
         let first = shared.start.now();
-        let mut workers = Workers { shared, helpers: Vec::with_capacity(threads - 1), turn: Mutex::new(()) };
+        let mut workers = Workers { shared, helpers: Vec::with_capacity(threads - 1), running: Mutex::new(()) };
         for index in 1..threads {
             let shared = Arc::clone(&workers.shared);
             workers.helpers.push(spawn(format!("{name}-{index}"), move || shared.help(index, first))?);
@@ -80,12 +82,14 @@ impl Workers {
     /// any of them is an `Internal` error after all are done.
     pub fn run(&self, job: &Job<'_>) -> Result<()> {
         fault::point("workers.run")?;
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let _running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*self.shared;
         if !self.helpers.is_empty() {
-            // SAFETY: only the lifetime changes; this call does not return before every helper is done with the job.
+            // SAFETY: only the lifetime in the type changes. Helpers use the pointer only while `left` counts them, and this call
+            // returns, or unwinds, after that: a job's panic is caught in `work`.
             let job: *const Job<'static> = unsafe { std::mem::transmute::<*const Job<'_>, *const Job<'static>>(job) };
-            // SAFETY: every helper waits for `start`.
+            // SAFETY: no helper reads the job now: all of them wait for `start`, since the last run ended with `left` at 0, and
+            // `running` keeps other runs out.
             unsafe { *shared.job.get() = Some(job) };
             shared.left.store(self.helpers.len(), Ordering::Release);
             shared.start.ring();
@@ -120,7 +124,7 @@ impl Drop for Workers {
 }
 
 impl Shared {
-    /// The life of helper `index`; `seen` is the state of `start` before the first job.
+    /// What helper `index` does until the end; `seen` is the state of `start` before the first job.
     fn help(&self, index: usize, mut seen: u32) {
         loop {
             while self.start.now() == seen {
@@ -131,9 +135,10 @@ impl Shared {
             if self.stop.load(Ordering::Acquire) {
                 return;
             }
-            // SAFETY: the caller wrote the job before the ring and waits for `left`, so it stands still and lives.
+            // SAFETY: `run` wrote the job before the ring that this helper saw, and writes it again only after this helper has
+            // counted itself out of `left`.
             if let Some(job) = unsafe { *self.job.get() } {
-                // SAFETY: as above.
+                // SAFETY: `run` borrows the job until `left` is 0.
                 self.work(index, unsafe { &*job });
             }
             if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use super::context::Runtime;
-use crate::device::cuda::{CudaDevice, Holdings, PATIENCE};
+use crate::device::cuda::{Allocations, CudaDevice, PATIENCE};
 use crate::device::{Device, DeviceKind, HostBuffer};
 use crate::error::{Error, Result};
 
@@ -18,7 +18,7 @@ pub struct Buffer {
 
 enum Memory {
     Cpu(HostBuffer),
-    Cuda { holdings: Holdings, address: u64, bytes: usize },
+    Cuda { holdings: Allocations, address: u64, bytes: usize },
 }
 
 impl Buffer {
@@ -31,7 +31,7 @@ impl Buffer {
         let memory = match device.kind {
             DeviceKind::Cpu => Memory::Cpu(HostBuffer::new(bytes)?),
             DeviceKind::Cuda => {
-                let mut holdings = Holdings::new(&CudaDevice::get(device)?, PATIENCE);
+                let mut holdings = Allocations::new(&CudaDevice::get(device)?, PATIENCE);
                 let address = holdings.memory(bytes)?;
                 Memory::Cuda { holdings, address, bytes }
             }

@@ -1,7 +1,10 @@
-//! GPUs and their primary contexts.
+//! The primary context of a GPU.
 //!
-//! A [`CudaDevice`] holds the primary context, the one that the CUDA runtime API and every engine uses. It is made
-//! current for the length of a call only ([`CudaDevice::enter`]), so a caller's current device never changes.
+//! A [`CudaDevice`] holds the primary context, the one that the CUDA runtime API and every engine uses. A call makes it
+//! current for its own length only ([`CudaDevice::enter`]), so that the caller's current context never changes.
+//!
+//! Calls that allocate or free go through [`CudaDevice::enter_to_change`], which refuses during a capture. What cannot be
+//! freed because of a capture is deferred to the next change.
 
 use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock, Weak};
@@ -10,13 +13,14 @@ use std::time::Duration;
 use cudarc::driver::sys;
 use parking_lot::Mutex;
 
-use super::driver::{Driver, Fate, Status, driver, fate};
-use super::holdings::Item;
-use super::module::Module;
-use crate::device::{Device, DeviceInfo, DeviceKind};
+use super::driver::{Driver, Fate, Status, fate};
+use super::query;
+use super::resource::{LoadedModule, Resource};
+use crate::device::identity::{Device, DeviceKind};
+use crate::device::thread::run_bounded;
 use crate::error::{Error, ErrorKind, Result};
 
-/// A GPU with its primary context retained. One a process and GPU at a time; shared.
+/// A GPU with its primary context retained. One object a process and GPU at a time, shared. Any thread may use it.
 pub(crate) struct CudaDevice {
     pub(super) driver: &'static Driver,
     device: Device,
@@ -28,114 +32,67 @@ pub(crate) struct CudaDevice {
     pub capability: (i32, i32),
     /// Why the context is lost, once it is.
     lost: OnceLock<String>,
-    /// Streams that the library knows and has not let go of, to see captures by; a stream may be there twice.
+    /// Streams that the library uses: a capture of one of them forbids changes. A stream may be there twice.
     streams: Mutex<Vec<usize>>,
-    /// What could not be freed during a capture.
-    pub(super) kept: Mutex<Vec<Item>>,
-    /// Modules that some plan has loaded, by the name of their source.
-    pub(super) modules: Mutex<Vec<(&'static str, Weak<Module>)>>,
-    /// Copies of buffers run here, apart from the caller's work. Null until it is made.
+    /// What a capture kept from being freed.
+    deferred: Mutex<Vec<Resource>>,
+    /// Modules that plans have loaded.
+    pub(super) modules: Mutex<Vec<LoadedModule>>,
+    /// The library's own copies and fills run here, apart from the caller's work. Null while it is made.
     copies: sys::CUstream,
 }
 
-// SAFETY: contexts, streams and device handles may be used from any thread; the mutable parts are locked.
+// SAFETY: contexts, streams and device handles may be used from any thread; the mutable parts are locked; `copies` is
+// written before the object is shared.
 unsafe impl Send for CudaDevice {}
 // SAFETY: as above.
 unsafe impl Sync for CudaDevice {}
 
-/// How many GPUs the driver shows; 0 where there is no driver.
-pub(crate) fn count() -> i32 {
-    let Ok(driver) = driver() else { return 0 };
-    let mut count = 0;
-    // SAFETY: writes one int.
-    if unsafe { (driver.device_get_count)(&mut count) } == 0 { count.min(65536) } else { 0 }
-}
+/// The objects of a GPU that are still there: the live one, and those whose context is lost.
+type Instances = Vec<Weak<CudaDevice>>;
 
-/// The driver that a device needs.
-fn driver_of(device: Device) -> Result<&'static Driver> {
-    driver().map_err(|error| {
-        let message = format!("device: found {device}, wanted a machine with a CUDA driver; {}", error.message());
-        Error::new(error.kind(), message)
-    })
-}
-
-/// What GPU `device` is. Makes no context.
-pub(crate) fn info(device: Device) -> Result<DeviceInfo> {
-    let driver = driver_of(device)?;
-    let handle = handle(driver, device)?;
-    let mut name = [0u8; 128];
-    let mut memory = 0;
-    // SAFETY: writes at most the length of `name`, with a zero at the end, and one size.
-    unsafe {
-        check(driver, (driver.device_get_name)(name.as_mut_ptr().cast(), 128, handle), "cuDeviceGetName")?;
-        check(driver, (driver.device_total_mem)(&mut memory, handle), "cuDeviceTotalMem")?;
+/// The instances of one GPU, under a lock of their own: making a context may take long, and must not hold up other GPUs.
+fn instances(device: Device) -> Arc<Mutex<Instances>> {
+    static ALL: Mutex<Vec<(i32, Arc<Mutex<Instances>>)>> = Mutex::new(Vec::new());
+    let mut all = ALL.lock();
+    if let Some((_, known)) = all.iter().find(|(ordinal, _)| *ordinal == device.ordinal) {
+        return Arc::clone(known);
     }
-    let name = name.split(|&byte| byte == 0).next().unwrap_or_default();
-    let (major, minor) = capability(driver, handle)?;
-    Ok(DeviceInfo {
-        device,
-        name: String::from_utf8_lossy(name).into_owned(),
-        memory: memory as u64,
-        units: attribute(driver, handle, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-        isa: format!("sm_{major}{minor}"),
-    })
-}
-
-fn handle(driver: &Driver, device: Device) -> Result<sys::CUdevice> {
-    let count = count();
-    if device.ordinal < 0 || device.ordinal >= count {
-        let message = format!("device: found {device}, wanted one of the {count} CUDA devices that libcuda.so.1 shows");
-        return Err(Error::new(ErrorKind::Unavailable, message));
-    }
-    let mut handle = 0;
-    // SAFETY: writes one handle.
-    check(driver, unsafe { (driver.device_get)(&mut handle, device.ordinal) }, "cuDeviceGet")?;
-    Ok(handle)
-}
-
-fn attribute(driver: &Driver, handle: sys::CUdevice, which: sys::CUdevice_attribute) -> Result<i32> {
-    let mut value = 0;
-    // SAFETY: writes one int.
-    check(driver, unsafe { (driver.device_get_attribute)(&mut value, which, handle) }, "cuDeviceGetAttribute")?;
-    Ok(value)
-}
-
-fn capability(driver: &Driver, handle: sys::CUdevice) -> Result<(i32, i32)> {
-    Ok((
-        attribute(driver, handle, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-        attribute(driver, handle, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-    ))
-}
-
-/// A failed call, where there is no context to lose.
-fn check(driver: &Driver, status: Status, call: &str) -> Result<()> {
-    if status == 0 {
-        return Ok(());
-    }
-    let kind = if let Fate::Call(kind) = fate(status) { kind } else { ErrorKind::Cuda };
-    Err(Error::new(kind, format!("{call}: found {}, wanted success", driver.describe(status))))
+    let new = Arc::default();
+    all.push((device.ordinal, Arc::clone(&new)));
+    new
 }
 
 impl CudaDevice {
-    /// The GPU with its primary context, which is made if nobody uses it yet.
+    /// The GPU with its primary context, which is made if nobody uses it yet. Errors: `Unavailable` where there is no driver
+    /// or no such GPU; what the driver says.
     pub fn get(device: Device) -> Result<Arc<CudaDevice>> {
-        static DEVICES: Mutex<Vec<Weak<CudaDevice>>> = Mutex::new(Vec::new());
         debug_assert_eq!(device.kind, DeviceKind::Cuda);
-        let driver = driver_of(device)?;
-        let mut devices = DEVICES.lock();
-        devices.retain(|known| known.strong_count() > 0);
+        let driver = query::driver_for(device)?;
+        let instances = instances(device);
+        let mut instances = instances.lock();
+        let known: Vec<Arc<CudaDevice>> = instances.iter().filter_map(Weak::upgrade).collect();
         // A lost context may have been replaced by the caller (cudaDeviceReset): what is made from now on tries anew.
-        let alive = |known: &Arc<CudaDevice>| known.device == device && known.lost.get().is_none();
-        if let Some(known) = devices.iter().filter_map(Weak::upgrade).find(alive) {
-            return Ok(known);
+        if let Some(alive) = known.iter().find(|known| !known.is_lost()) {
+            return Ok(Arc::clone(alive));
         }
-        let is_known_lost = devices.iter().filter_map(Weak::upgrade).any(|known| known.device == device);
-        let handle = handle(driver, device)?;
-        let units = attribute(driver, handle, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-        let capability = capability(driver, handle)?;
+        let new = Arc::new(CudaDevice::retain(driver, device).map_err(|error| match error.kind() {
+            // The loss was told before, to whoever met it first.
+            ErrorKind::CudaPrior if !known.is_empty() => Error::new(ErrorKind::CudaFatal, error.message()),
+            _ => error,
+        })?);
+        instances.retain(|known| known.strong_count() > 0);
+        instances.push(Arc::downgrade(&new));
+        Ok(new)
+    }
+
+    fn retain(driver: &'static Driver, device: Device) -> Result<CudaDevice> {
+        let handle = query::handle(driver, device)?;
+        let units = query::multiprocessors(driver, handle)?;
+        let capability = query::capability(driver, handle)?;
         let mut context = std::ptr::null_mut();
-        // SAFETY: writes one handle; released on drop.
-        check(driver, unsafe { (driver.primary_ctx_retain)(&mut context, handle) }, "cuDevicePrimaryCtxRetain")?;
+        // SAFETY: `handle` is the driver's own; the call writes one handle to a local. `drop` releases what it retains.
+        query::check(driver, unsafe { (driver.primary_ctx_retain)(&mut context, handle) }, "cuDevicePrimaryCtxRetain")?;
         let mut new = CudaDevice {
             driver,
             device,
@@ -145,18 +102,11 @@ impl CudaDevice {
             capability,
             lost: OnceLock::new(),
             streams: Mutex::new(Vec::new()),
-            kept: Mutex::new(Vec::new()),
+            deferred: Mutex::new(Vec::new()),
             modules: Mutex::new(Vec::new()),
             copies: std::ptr::null_mut(),
         };
-        let copies = new.enter().and_then(|entered| entered.new_stream());
-        new.copies = copies.map_err(|error| match error.kind() {
-            // The loss was told before, to whoever met it first.
-            ErrorKind::CudaPrior if is_known_lost => Error::new(ErrorKind::CudaFatal, error.message()),
-            _ => error,
-        })?;
-        let new = Arc::new(new);
-        devices.push(Arc::downgrade(&new));
+        new.copies = new.enter().and_then(|entered| entered.new_stream())?;
         Ok(new)
     }
 
@@ -181,7 +131,8 @@ impl CudaDevice {
             return Err(Error::new(ErrorKind::CudaFatal, why.clone()));
         }
         let mut current = std::ptr::null_mut();
-        // SAFETY: writes one handle; pushing is undone by the guard.
+        // SAFETY: the first call writes one handle to a local; `self.context` is retained as long as `self` lives, and the
+        // guard, which borrows `self`, undoes the push.
         let pushed = unsafe {
             (self.driver.ctx_get_current)(&mut current);
             if current == self.context {
@@ -194,10 +145,11 @@ impl CudaDevice {
         Ok(Entered { device: self, pushed, this_thread: PhantomData })
     }
 
-    /// As [`CudaDevice::enter`], for calls that allocate or free. `Capturing` while a stream that the library knows is
-    /// being captured; captures of other streams are left intact, too.
+    /// As [`CudaDevice::enter`], for calls that allocate or free. `Capturing` while a stream that the library uses is
+    /// being captured. A capture of another stream stays intact: allocating in relaxed mode does not break it.
     pub fn enter_to_change(&self) -> Result<Changing<'_>> {
         let entered = self.enter()?;
+        // The lock keeps each stream from being destroyed while it is asked.
         for &stream in &*self.streams.lock() {
             if entered.is_capturing(stream as sys::CUstream)? {
                 return Err(capturing("creating, destroying, copying and waiting"));
@@ -207,7 +159,8 @@ impl CudaDevice {
         Ok(Changing { entered, mode })
     }
 
-    /// As [`CudaDevice::enter_to_change`], once no capture forbids it. For threads of the library.
+    /// As [`CudaDevice::enter_to_change`], once no capture forbids it. For threads of the library: the caller's own thread
+    /// may be the one that ends the capture.
     pub fn enter_between_captures(&self) -> Result<Changing<'_>> {
         loop {
             match self.enter_to_change() {
@@ -217,18 +170,18 @@ impl CudaDevice {
         }
     }
 
-    /// `Capturing` while a capture forbids giving things back; a lost context forbids nothing.
+    /// `Capturing` while a capture forbids freeing; a lost context forbids nothing.
     pub fn check_change(&self) -> Result<()> {
         if self.is_lost() { Ok(()) } else { self.enter_to_change().map(drop) }
     }
 
-    /// Turns a status into an error, and remembers a lost context. No call of the library can lose one by itself, so
-    /// what lost it was enqueued before: `CudaPrior`, and `CudaFatal` from then on.
+    /// Turns a status into an error, and remembers a lost context. No call of the library can lose a context by itself:
+    /// work that was enqueued before did, hence `CudaPrior`, and `CudaFatal` from then on.
     pub fn check(&self, status: Status, call: &str) -> Result<()> {
         if status == 0 { Ok(()) } else { Err(self.failed(status, call, ErrorKind::CudaPrior)) }
     }
 
-    /// As [`CudaDevice::check`], for a wait: what lost the context may be the very work that was waited for.
+    /// As [`CudaDevice::check`], for a wait: the work that was waited for may be what lost the context. `CudaFatal`.
     pub fn check_wait(&self, status: Status, call: &str) -> Result<()> {
         if status == 0 { Ok(()) } else { Err(self.failed(status, call, ErrorKind::CudaFatal)) }
     }
@@ -256,29 +209,62 @@ impl CudaDevice {
         self.lost.get().is_some()
     }
 
-    /// Remembers a stream, to see captures by.
-    pub(super) fn know(&self, stream: sys::CUstream) {
+    /// Counts a stream among those whose captures forbid changes.
+    pub(super) fn add_stream(&self, stream: sys::CUstream) {
         self.streams.lock().push(stream as usize);
     }
 
-    /// Forgets a stream.
-    pub(super) fn forget(&self, stream: sys::CUstream) {
+    /// Forgets a stream, which its owner may destroy from then on.
+    pub(super) fn remove_stream(&self, stream: sys::CUstream) {
         let mut streams = self.streams.lock();
         if let Some(at) = streams.iter().position(|&known| known == stream as usize) {
             streams.swap_remove(at);
         }
     }
+
+    /// Frees `resources`, in order, on a thread that keeps the caller at most `patience`: the driver waits for the work that
+    /// may use them. During a capture they are deferred, since the graph may be about to use them; a lost context took
+    /// them along.
+    pub(super) fn free(self: &Arc<Self>, resources: Vec<Resource>, patience: Duration) {
+        if resources.is_empty() {
+            return;
+        }
+        match self.enter_to_change() {
+            Ok(changing) => {
+                drop(changing);
+                self.deferred.lock().extend(resources);
+                let device = Arc::clone(self);
+                run_bounded("treeattn-free", patience, move || device.free_deferred());
+            }
+            Err(error) if error.kind() == ErrorKind::Capturing => self.deferred.lock().extend(resources),
+            Err(_) => {}
+        }
+    }
+
+    /// Frees what was deferred, unless a capture forbids it still.
+    fn free_deferred(&self) {
+        let Ok(changing) = self.enter_to_change() else { return };
+        let resources = std::mem::take(&mut *self.deferred.lock());
+        for resource in resources {
+            // SAFETY: the context is current until `changing` is dropped. Whoever deferred the resource had made it in this
+            // context and gave its only handle up; the driver itself waits for work that is enqueued.
+            unsafe { resource.release(self.driver) };
+        }
+        drop(changing);
+    }
 }
 
 impl Drop for CudaDevice {
     fn drop(&mut self) {
-        self.free_kept();
-        if let Ok(changing) = self.enter_to_change() {
-            // SAFETY: our own stream; nothing that ran on it is waited for elsewhere.
+        self.free_deferred();
+        if !self.copies.is_null()
+            && let Ok(changing) = self.enter_to_change()
+        {
+            // SAFETY: made by `retain` and handed to nobody; every use waited for its end.
             unsafe { (self.driver.stream_destroy)(self.copies) };
             drop(changing);
         }
-        // SAFETY: retained once in `get`. A lost context is released, too; the status changes nothing.
+        // SAFETY: `retain` retained it once. A lost context is released, too; nothing is left to do if that fails.
         unsafe { (self.driver.primary_ctx_release)(self.handle) };
     }
 }
@@ -289,7 +275,7 @@ pub(super) fn capturing(what: &str) -> Error {
     Error::new(ErrorKind::Capturing, message)
 }
 
-/// The context is current on this thread.
+/// The context is current on this thread, to which the guard is bound.
 pub(crate) struct Entered<'a> {
     pub(super) device: &'a CudaDevice,
     pushed: bool,
@@ -300,7 +286,9 @@ impl Entered<'_> {
     /// Whether a stream is being captured. Leaves a capture intact.
     pub fn is_capturing(&self, stream: sys::CUstream) -> Result<bool> {
         let mut state = 0;
-        // SAFETY: writes one enum, as an unsigned int; the stream is alive, as its owner vouched.
+        // SAFETY: the call writes one enum, an unsigned int, to a local. Streams come from a `CudaStream`, which is borrowed
+        // or, in the list of the device, removed before the stream is destroyed; the caller of `CudaStream::wrap` keeps a
+        // borrowed one alive as long as that object.
         match unsafe { (self.device.driver.stream_is_capturing)(stream, &mut state) } {
             // The legacy stream answers with CUDA_ERROR_STREAM_CAPTURE_IMPLICIT while it must not be touched.
             906 => Ok(true),
@@ -312,15 +300,16 @@ impl Entered<'_> {
     pub(super) fn new_stream(&self) -> Result<sys::CUstream> {
         let mut stream = std::ptr::null_mut();
         let non_blocking = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
-        // SAFETY: writes one handle.
-        self.device
-            .check(unsafe { (self.device.driver.stream_create)(&mut stream, non_blocking) }, "cuStreamCreate")?;
+        // SAFETY: the context is current; the call writes one handle to a local.
+        let status = unsafe { (self.device.driver.stream_create)(&mut stream, non_blocking) };
+        self.device.check(status, "cuStreamCreate")?;
         Ok(stream)
     }
 
     /// Sets this thread's capture mode and gives the one before.
     fn exchange_capture_mode(&self, mut mode: sys::CUstreamCaptureMode) -> sys::CUstreamCaptureMode {
-        // SAFETY: swaps one enum; the driver gives back a mode that was set before, one of the three.
+        // SAFETY: the call swaps one enum with a local; what it writes is the mode that was set before, which is one of the
+        // three that the type has.
         unsafe { (self.device.driver.thread_exchange_capture_mode)(&mut mode) };
         mode
     }
@@ -330,7 +319,8 @@ impl Drop for Entered<'_> {
     fn drop(&mut self) {
         if self.pushed {
             let mut popped = std::ptr::null_mut();
-            // SAFETY: undoes the push of `enter` on this thread, to which the guard is bound.
+            // SAFETY: undoes the push of `enter`: the guard is not Send, so that this is the same thread, and guards end in
+            // reverse order. The call writes one handle to a local.
             unsafe { (self.device.driver.ctx_pop_current)(&mut popped) };
         }
     }
@@ -351,11 +341,11 @@ impl<'a> std::ops::Deref for Changing<'a> {
 }
 
 impl Changing<'_> {
-    /// Runs copies and fills that `enqueue` puts on the device's own stream, and waits for them.
+    /// Enqueues copies or fills on the library's own stream, by `enqueue`, and waits for them.
     pub(super) fn and_wait(&self, call: &str, enqueue: impl FnOnce(&Driver, sys::CUstream) -> Status) -> Result<()> {
         let device = self.device;
         device.check(enqueue(device.driver, device.copies), call)?;
-        // SAFETY: the device's own stream.
+        // SAFETY: `copies` lives as long as the device, whose context is current.
         device.check(unsafe { (device.driver.stream_synchronize)(device.copies) }, "cuStreamSynchronize")
     }
 }

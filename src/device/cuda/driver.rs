@@ -1,8 +1,8 @@
-//! The CUDA driver library: found at run time, its calls looked up by name, its errors turned into ours.
+//! The CUDA driver library: found at run time, its calls looked up by name, its statuses turned into errors.
 //!
-//! The types are cudarc's. Its functions are not used: they panic where the library or a symbol is missing, and
-//! return an enum, which an error code newer than the bindings would make undefined. Here a missing symbol is an
-//! error, and a status a number.
+//! The types are cudarc's. Its functions are not used: they panic where the library or a symbol is missing, and they return
+//! an enum, which a status newer than the bindings would make undefined. Here a missing symbol is an error, and a status a
+//! number.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
@@ -11,10 +11,10 @@ use cudarc::driver::sys;
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// What a call of the driver returns; 0 is success.
+/// The result of a call of the driver (`CUresult`); 0 is success.
 pub(crate) type Status = u32;
 
-/// Names in error messages and to the loader.
+/// The library's name in error messages.
 const LIBRARY: &str = "libcuda.so.1";
 
 macro_rules! driver {
@@ -27,7 +27,8 @@ macro_rules! driver {
         impl Driver {
             /// Looks up every call; the error is the name of one that is missing.
             fn load() -> std::result::Result<Driver, &'static str> {
-                // SAFETY: the caller saw that the library is there; the signatures are those of cuda.h.
+                // SAFETY: `culib` panics where there is no library, which the caller has ruled out. Each symbol is used with the
+                // signature that cuda.h gives it, and the library is never unloaded.
                 unsafe {
                     let library = sys::culib();
                     Ok(Driver {
@@ -95,7 +96,7 @@ driver! {
     );
 }
 
-/// What a status means to us.
+/// What a status says of the context.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Fate {
     /// The call failed and nothing else.
@@ -104,30 +105,30 @@ pub(super) enum Fate {
     Context,
 }
 
-/// Sorts statuses by what is left to do after them.
+/// Sorts a status.
 pub(super) fn fate(status: Status) -> Fate {
     match status {
         2 => Fate::Call(ErrorKind::NoDeviceMemory),
-        // Shut down, unusable or destroyed contexts, and errors that a kernel or the hardware left behind. None of the
-        // calls that the library makes can cause one by its arguments.
+        // The driver shut down, the context is unusable or destroyed, or a kernel or the hardware failed. The library's own
+        // calls cannot cause one of these by their arguments.
         4 | 46 | 201 | 214 | 220 | 700 | 702 | 709 | 710 | 714..=719 | 721 | 999 => Fate::Context,
         900..=908 => Fate::Call(ErrorKind::Capturing),
         _ => Fate::Call(ErrorKind::Cuda),
     }
 }
 
-/// The driver, initialised; or `Unavailable` naming the library, and what it said.
+/// The driver, initialised. `Unavailable`, with the library's name and what it said, where there is none.
 pub(crate) fn driver() -> Result<&'static Driver> {
     static DRIVER: OnceLock<std::result::Result<Driver, String>> = OnceLock::new();
     let driver = DRIVER.get_or_init(|| {
-        // SAFETY: loading the driver runs its initialisers, as every user of the GPU does.
+        // SAFETY: runs the initialisers of the system's own driver library, which every user of the GPU runs.
         if !unsafe { sys::is_culib_present() } {
             return Err(format!("{LIBRARY}: not found, so there are no CUDA devices; the NVIDIA driver brings it"));
         }
         let driver = Driver::load().map_err(|symbol| {
             format!("{LIBRARY}: found no {symbol}; a driver for CUDA 12.0 (525) or later is needed")
         })?;
-        // SAFETY: the first call, as cuda.h asks.
+        // SAFETY: the call takes a number, and comes before all others, as cuda.h asks.
         match unsafe { (driver.init)(0) } {
             0 => Ok(driver),
             status => Err(format!("{LIBRARY}: cuInit gave {}", driver.describe(status))),
@@ -140,7 +141,7 @@ impl Driver {
     /// The version of CUDA that the driver was made for, as (major, minor).
     pub fn version(&self) -> (i32, i32) {
         let mut version = 0;
-        // SAFETY: writes one int.
+        // SAFETY: writes one int to a local.
         unsafe { (self.driver_get_version)(&mut version) };
         (version / 1000, version % 1000 / 10)
     }
@@ -149,7 +150,8 @@ impl Driver {
     pub fn describe(&self, status: Status) -> String {
         let text = |get: unsafe extern "C" fn(Status, *mut *const c_char) -> Status| {
             let mut text = std::ptr::null();
-            // SAFETY: gives a string that lives as long as the library, or null.
+            // SAFETY: the call writes one pointer to a local: null, or a string that is static in the library, which is never
+            // unloaded.
             unsafe {
                 (get(status, &mut text) == 0 && !text.is_null())
                     .then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
@@ -167,7 +169,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn statuses_are_sorted_by_what_is_left() {
+    fn statuses_are_sorted() {
         assert_eq!(fate(2), Fate::Call(ErrorKind::NoDeviceMemory));
         assert_eq!(fate(1), Fate::Call(ErrorKind::Cuda));
         assert_eq!(fate(900), Fate::Call(ErrorKind::Capturing));

@@ -1,4 +1,4 @@
-//! Copies to and from device memory, and what the driver knows of a caller's pointers.
+//! Copies to and from device memory; checks of a caller's pointers against what the driver knows of them.
 
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,9 +12,11 @@ impl CudaDevice {
     /// Copies `source` to device memory. Blocks; not ordered after the work of any stream.
     ///
     /// # Safety
-    /// `to` is device memory of that length.
+    /// `to` is memory of this device, of that length, which lives until the call returns and which no work that is enqueued
+    /// reads or writes meanwhile.
     pub unsafe fn upload(&self, to: u64, source: &[u8]) -> Result<()> {
-        // SAFETY: as the caller vouches; the slice lives until the copy was waited for.
+        // SAFETY: the context is current; the caller keeps the target alive and unused, `source` is borrowed, and the copy is
+        // over when `and_wait` returns.
         self.enter_to_change()?.and_wait("cuMemcpyHtoDAsync", |driver, stream| unsafe {
             (driver.memcpy_htod_async)(to, source.as_ptr().cast(), source.len(), stream)
         })
@@ -23,31 +25,34 @@ impl CudaDevice {
     /// Copies device memory to `target`. Blocks; not ordered after the work of any stream.
     ///
     /// # Safety
-    /// `from` is device memory of that length.
+    /// `from` is memory of this device, of that length, which lives until the call returns and which no work that is enqueued
+    /// writes meanwhile.
     pub unsafe fn download(&self, from: u64, target: &mut [u8]) -> Result<()> {
-        // SAFETY: as in `upload`.
+        // SAFETY: the context is current; the caller keeps the source alive, `target` is borrowed mutably, and the copy is over
+        // when `and_wait` returns.
         self.enter_to_change()?.and_wait("cuMemcpyDtoHAsync", |driver, stream| unsafe {
             (driver.memcpy_dtoh_async)(target.as_mut_ptr().cast(), from, target.len(), stream)
         })
     }
 }
 
-/// How many pointers of a plan are remembered as good.
+/// Pointers of a plan that are remembered as good, a power of two.
 const REMEMBERED: usize = 1024;
 
-/// Refuses a caller's pointers to host memory and to other devices, where the driver can tell. A pointer that was
-/// good is remembered, so that a step of known pointers asks the driver nothing.
+/// Refuses a caller's pointers to host memory and to other devices. A pointer that was good is remembered: a step of known
+/// pointers does not ask the driver.
 pub(crate) struct PointerCheck {
     good: Box<[AtomicUsize]>,
 }
 
 impl PointerCheck {
-    /// Knows no pointer yet.
+    /// Remembers no pointer yet.
     pub fn new() -> PointerCheck {
         PointerCheck { good: (0..REMEMBERED).map(|_| AtomicUsize::new(0)).collect() }
     }
 
-    /// Checks that `pointer` (null: nothing to check) is memory of `device`. `name` is for the message.
+    /// Checks that `pointer` (null: nothing to check) is memory of `device`, whose context is current. `name` is the argument's
+    /// name in an error. `InvalidArgument` for other memory.
     pub fn check(&self, device: &CudaDevice, name: &str, pointer: *const c_void) -> Result<()> {
         let address = pointer as usize;
         if address == 0 {
@@ -64,7 +69,7 @@ impl PointerCheck {
 }
 
 impl CudaDevice {
-    /// Checks that `pointer` is memory of this device. The context must be current.
+    /// As [`PointerCheck::check`], of a pointer that is not null, without a memory.
     pub fn check_pointer(&self, name: &str, pointer: *const c_void) -> Result<()> {
         use sys::CUpointer_attribute as Attribute;
         let (mut kind, mut ordinal, mut managed) = (0u32, -2i32, 0u32);
@@ -75,8 +80,8 @@ impl CudaDevice {
         ];
         let mut values: [*mut c_void; 3] =
             [(&raw mut kind).cast(), (&raw mut ordinal).cast(), (&raw mut managed).cast()];
-        // SAFETY: three attributes, each written to a variable of its size; a pointer that the driver does not know
-        // gives zeros. No memory behind `pointer` is touched.
+        // SAFETY: three attributes, each written to a local of the size that cuda.h gives it; for a pointer that the driver
+        // does not know it writes zeros. The memory behind `pointer` is not touched.
         let status = unsafe {
             (self.driver.pointer_get_attributes)(3, attributes.as_mut_ptr(), values.as_mut_ptr(), pointer as u64)
         };

@@ -1,25 +1,40 @@
-//! CUDA devices through the driver API, loaded at run time: without a driver there are simply none.
+//! GPUs, over the CUDA driver library, which is loaded at run time: without a driver there are none.
 //!
-//! `driver` finds the library and turns its errors into ours, `context` retains the primary context and makes it
-//! current for the length of a call, `holdings` frees what was allocated, `memory` copies and looks at pointers,
-//! `stream` wraps streams, `staging` moves bytes without a blocking call, `module` loads and launches the kernels that build.rs compiled, `peer` lets
-//! GPUs reach each other's memory.
+//! | module | purpose | uses |
+//! |---|---|---|
+//! | `driver` | finds the library; its statuses as errors | |
+//! | `query` | what GPUs are there | `driver` |
+//! | `resource` | handles that the driver must get back | `driver` |
+//! | `context` | the primary context, current for the length of a call; freeing | the above |
+//! | `memory` | copies, checks of pointers | `context` |
+//! | `allocations` | memory, freed together | `context` |
+//! | `drain` | a wait for all work of a GPU | `context` |
+//! | `peer_access` | access to other GPUs' memory | `context` |
+//! | `stream` | own and borrowed streams | `context` |
+//! | `staging` | copies that do not block | `allocations`, `stream` |
+//! | `module` | the kernels that build.rs compiled; launches | `stream` |
 //!
-//! Nothing here changes the caller's current device or waits for the device, unless it says that it blocks.
+//! Nothing here changes the caller's current context. Nothing waits for the device unless it says that it blocks. Objects
+//! may be used from any thread.
 
+mod allocations;
 mod context;
+mod drain;
 mod driver;
-mod holdings;
 mod memory;
 mod module;
-mod peer;
+mod peer_access;
+mod query;
+mod resource;
 mod staging;
 mod stream;
 
-pub(crate) use context::{CudaDevice, Entered, count, info};
-pub(crate) use holdings::{Fence, Holdings, PATIENCE, Words};
+pub(crate) use allocations::{Allocations, MappedWords, PATIENCE};
+pub(crate) use context::{CudaDevice, Entered};
+pub(crate) use drain::DeviceDrain;
 pub(crate) use memory::PointerCheck;
 pub(crate) use module::{Image, Kernel};
-pub(crate) use peer::{HANDLE_BYTES, Imported, SHARED_ALIGN};
+pub(crate) use peer_access::{HANDLE_BYTES, Imported, SHARED_ALIGN};
+pub(crate) use query::{count, info};
 pub(crate) use staging::Staging;
 pub(crate) use stream::CudaStream;

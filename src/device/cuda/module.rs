@@ -1,79 +1,93 @@
 //! Kernels: the image that the library carries, its modules on a device, and their launches.
 
 use std::ffi::{CString, c_char, c_void};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use cudarc::driver::sys;
 
+use super::allocations::PATIENCE;
 use super::context::{CudaDevice, Entered};
 use super::driver::{Driver, Status};
-use super::holdings::{Holdings, PATIENCE};
+use super::resource::{LoadedModule, Resource};
 use super::stream::CudaStream;
 use crate::error::{Error, ErrorKind, Result};
 
-/// What build.rs compiled.
+/// The modules that build.rs compiled, and what it says of them.
 mod image {
     include!(concat!(env!("OUT_DIR"), "/image.rs"));
 }
 
-/// What the driver says of an image that has nothing for the GPU, or that was made by a newer toolkit.
+/// Statuses for an image that has no code for the GPU, or that a newer toolkit made.
 const UNFIT: [u32; 6] = [200, 209, 218, 221, 222, 223];
 
-/// What the driver says of a symbol that a module does not have.
+/// `CUDA_ERROR_NOT_FOUND`: the module does not have the symbol.
 const NOT_FOUND: Status = 500;
 
-/// One source's kernels on a device, loaded once however many plans use them.
-pub(crate) struct Module {
-    holdings: Holdings,
-    module: sys::CUmodule,
+/// The kernels of one source on a device, loaded once however many plans use them. Any thread may use it.
+struct Module {
+    device: Arc<CudaDevice>,
+    handle: sys::CUmodule,
 }
 
-// SAFETY: the driver takes a module from any thread.
+// SAFETY: the handle is a number to the driver, which takes it from any thread; the device is Send and Sync.
 unsafe impl Send for Module {}
 // SAFETY: as above.
 unsafe impl Sync for Module {}
 
-/// A kernel that is resident on its device.
-pub(crate) struct Kernel {
-    module: Arc<Module>,
-    function: sys::CUfunction,
-    /// Threads of a block.
-    threads: u32,
-    /// Dynamic shared memory of a block, bytes.
-    shared: u32,
-    /// Whether it may start before its predecessor ends: on the GPU, and as it was compiled.
-    dependent: bool,
-}
-
-// SAFETY: as for the module.
-unsafe impl Send for Kernel {}
-// SAFETY: as above.
-unsafe impl Sync for Kernel {}
-
 impl Module {
-    /// A module of the image, loaded if it is not yet. Blocks; `Capturing` during a capture.
-    fn load(device: &Arc<CudaDevice>, name: &'static str, bytes: &'static [u8]) -> Result<Arc<Module>> {
+    /// The module of a source, which is loaded unless it is already. Blocks; `Capturing` during a capture.
+    fn load(device: &Arc<CudaDevice>, name: &'static str, bytes: &'static [u8]) -> Result<Module> {
+        // Held while loading: another plan of the device gets this module instead of a second one.
         let mut modules = device.modules.lock();
-        modules.retain(|(_, module)| module.strong_count() > 0);
-        if let Some(known) = modules.iter().find(|known| known.0 == name).and_then(|(_, known)| Weak::upgrade(known)) {
-            return Ok(known);
+        if let Some(known) = modules.iter_mut().find(|known| known.name == name) {
+            known.users += 1;
+            return Ok(Module { device: Arc::clone(device), handle: known.handle });
         }
         let changing = device.enter_to_change()?;
-        let mut module = std::ptr::null_mut();
-        // SAFETY: the image is a fatbin, aligned and alive as long as the process.
-        let status = unsafe { (device.driver.module_load_data)(&mut module, bytes.as_ptr().cast()) };
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the context is current. The image is a whole fatbin that build.rs aligned, and static; the call writes one
+        // handle to a local.
+        let status = unsafe { (device.driver.module_load_data)(&mut handle, bytes.as_ptr().cast()) };
         if UNFIT.contains(&status) {
             return Err(unfit(device, status));
         }
         device.check(status, "cuModuleLoadData")?;
         drop(changing);
-        let mut holdings = Holdings::new(device, PATIENCE);
-        holdings.module(module);
-        let module = Arc::new(Module { holdings, module });
-        modules.push((name, Arc::downgrade(&module)));
-        Ok(module)
+        modules.push(LoadedModule { name, handle, users: 1 });
+        Ok(Module { device: Arc::clone(device), handle })
     }
 }
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        let mut modules = self.device.modules.lock();
+        let Some(at) = modules.iter().position(|known| known.handle == self.handle) else { return };
+        modules[at].users -= 1;
+        if modules[at].users == 0 {
+            modules.swap_remove(at);
+            drop(modules);
+            self.device.free(vec![Resource::Module(self.handle)], PATIENCE);
+        }
+    }
+}
+
+/// A kernel that is resident on its device. Any thread may launch it.
+pub(crate) struct Kernel {
+    module: Module,
+    function: sys::CUfunction,
+    /// Threads of a block.
+    threads: u32,
+    /// Dynamic shared memory of a block, bytes.
+    shared: u32,
+    /// Whether it may start before its predecessor ends: the GPU and the compiled code must both allow it.
+    dependent: bool,
+}
+
+// SAFETY: the handle is a number to the driver, which takes it from any thread; it is valid as long as its module, which is
+// a field, Send and Sync.
+unsafe impl Send for Kernel {}
+// SAFETY: as above.
+unsafe impl Sync for Kernel {}
 
 /// The image that the library carries, on a device.
 pub(crate) struct Image {
@@ -99,20 +113,21 @@ impl Image {
         &self.device
     }
 
-    /// Finds a symbol: `find` asks a module for it and gives 0, or what the driver says. A kernel lies in a source that
-    /// its name begins with, where there is one; an image that was compiled elsewhere may be one file of any name.
+    /// Finds a symbol, and the module that has it. `find` asks one module for it and gives the driver's status. A kernel lies
+    /// in the source whose name its own begins with, if there is one; an image that was compiled elsewhere may be one file of
+    /// any name.
     fn find(
         &self,
         symbol: &str,
         mut find: impl FnMut(&Driver, sys::CUmodule, *const c_char) -> Status,
-    ) -> Result<Arc<Module>> {
+    ) -> Result<Module> {
         let name = CString::new(symbol).map_err(|_| Error::new(ErrorKind::Internal, "a symbol's name holds a zero"))?;
         let bare = symbol.strip_prefix("treeattn_").unwrap_or(symbol);
         let (likely, other): (Vec<_>, Vec<_>) = image::MODULES.iter().partition(|(source, _)| bare.starts_with(source));
         for &&(source, bytes) in likely.iter().chain(&other) {
             let module = Module::load(&self.device, source, bytes)?;
             let entered = self.device.enter_to_change()?;
-            match find(self.device.driver, module.module, name.as_ptr()) {
+            match find(self.device.driver, module.handle, name.as_ptr()) {
                 NOT_FOUND => drop(entered),
                 status => {
                     self.device.check(status, &format!("finding {symbol}"))?;
@@ -127,7 +142,8 @@ impl Image {
     /// Whether the image holds a kernel of this name. Blocks; `Capturing` during a capture.
     pub fn has(&self, name: &str) -> Result<bool> {
         let mut function = std::ptr::null_mut();
-        // SAFETY: writes one handle.
+        // SAFETY: `find` makes the context current and passes a live module and a string with its zero; the call writes one
+        // handle to a local.
         let found = self
             .find(name, |driver, module, name| unsafe { (driver.module_get_function)(&mut function, module, name) });
         match found {
@@ -142,7 +158,8 @@ impl Image {
     /// The bytes of a constant of the image. Blocks; `Capturing` during a capture.
     pub fn constant(&self, symbol: &str, to: &mut [u8]) -> Result<()> {
         let (mut address, mut bytes) = (0, 0);
-        // SAFETY: writes one address and one size.
+        // SAFETY: `find` makes the context current and passes a live module and a string with its zero; the call writes an
+        // address and a size to locals.
         let _module = self.find(symbol, |driver, module, name| unsafe {
             (driver.module_get_global)(&mut address, &mut bytes, module, name)
         })?;
@@ -150,7 +167,8 @@ impl Image {
             let message = format!("{symbol}: found {bytes} bytes in the image, wanted {}", to.len());
             return Err(Error::new(ErrorKind::Internal, message));
         }
-        // SAFETY: a variable of a module that is held here, as long as was just seen.
+        // SAFETY: the address is that of a variable of `_module`, which stays loaded meanwhile; its size was just compared; it
+        // is constant, so that no work writes it.
         unsafe { self.device.download(address, to) }
     }
 
@@ -160,14 +178,16 @@ impl Image {
         use sys::CUfunction_attribute as Attribute;
         let device = &self.device;
         let mut function = std::ptr::null_mut();
-        // SAFETY: writes one handle.
+        // SAFETY: `find` makes the context current and passes a live module and a string with its zero; the call writes one
+        // handle to a local.
         let module = self
             .find(name, |driver, module, name| unsafe { (driver.module_get_function)(&mut function, module, name) })?;
         let changing = device.enter_to_change()?;
         let driver = device.driver;
         let (mut blocks, mut version) = (0, 0);
-        // How much of L1 is shared memory is left to the driver: loads under way lie in the rest of it.
-        // SAFETY: sets and reads attributes of the function; asking makes it resident, whatever the loading mode.
+        // The driver chooses how much of L1 is shared memory: loads under way lie in the rest of it.
+        // Asking for an attribute makes the kernel resident, whatever the loading mode.
+        // SAFETY: the context is current, `function` is one of `module`, which is held; the calls write ints to locals.
         unsafe {
             let most = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             if shared > 48 << 10 {
@@ -185,7 +205,7 @@ impl Image {
                 format!("{name}: a block of {threads} threads and {shared} bytes does not fit {}", device.device());
             return Err(Error::new(ErrorKind::Unavailable, message));
         }
-        // What was compiled for GPUs without such launches does not wait for what it depends on, wherever it runs.
+        // Code that was compiled for GPUs without such launches does not wait for its predecessor, on whatever GPU it runs.
         let dependent = device.dependent_launches() && version >= 90;
         Ok(Kernel { module, function, threads, shared, dependent })
     }
@@ -213,14 +233,15 @@ fn unfit(device: &CudaDevice, status: u32) -> Error {
 impl Kernel {
     /// The kernel's device.
     pub fn device(&self) -> &Arc<CudaDevice> {
-        self.module.holdings.device()
+        &self.module.device
     }
 
     /// Enqueues `grid` blocks with `parameters` by value. Allocates nothing, and may be captured. The kernel may start
-    /// before its predecessor ends, and itself waits where it must.
+    /// before its predecessor ends; it waits where it must.
     ///
     /// # Safety
-    /// `P` is what the kernel takes, and the memory it points to stays valid until the kernel is done.
+    /// `P` has the layout of the kernel's only parameter. The memory that it points to stays valid until the kernel is done,
+    /// and nobody else uses it in a way that races with the kernel.
     pub unsafe fn launch<P>(
         &self,
         _entered: &Entered<'_>,
@@ -247,7 +268,9 @@ impl Kernel {
         };
         let mut arguments = [std::ptr::from_ref(parameters).cast_mut().cast::<c_void>()];
         let device = self.device();
-        // SAFETY: the context is current; the driver copies the parameters before it returns; the rest is the caller's.
+        // SAFETY: `_entered` shows that a context is current; the function's module is held; config, attribute and parameters
+        // are locals or borrowed, and the driver copies them before it returns. What the parameters point to is the
+        // caller's promise.
         let status = unsafe {
             (device.driver.launch_kernel_ex)(&config, self.function, arguments.as_mut_ptr(), std::ptr::null_mut())
         };
@@ -256,7 +279,8 @@ impl Kernel {
 }
 
 impl CudaDevice {
-    /// Whether launches may depend programmatically: on the GPU, and in captures, which drivers before 12.3 refuse.
+    /// Whether a launch may depend on its predecessor programmatically. The GPU must allow it, and the driver also in
+    /// captures, as those before 12.3 do not.
     fn dependent_launches(&self) -> bool {
         self.capability.0 >= 9 && self.driver.version() >= (12, 3)
     }

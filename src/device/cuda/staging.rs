@@ -1,36 +1,35 @@
-//! Bytes to and from a device on a stream of their own, so that who waits for them can give up.
+//! Copies to and from a device on a stream of their own, which never block: whoever waits for one can give up.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::allocations::{Allocations, MappedWords};
 use super::context::CudaDevice;
-use super::holdings::{Holdings, Words};
 use super::stream::CudaStream;
 use crate::error::{Error, Result};
 
-/// What `cuStreamQuery` says of a stream that still has work.
+/// `CUDA_ERROR_NOT_READY`: the stream still has work.
 const NOT_READY: u32 = 600;
 
-/// Device memory with as much page-locked host memory, and a stream for the copies between them. Neither enqueueing nor
-/// asking blocks.
+/// A piece of device memory, as much page-locked host memory, and a stream for the copies between them. Enqueueing and asking
+/// do not block.
 pub(crate) struct Staging {
     stream: CudaStream,
-    words: Words,
+    words: MappedWords,
     data: u64,
     bytes: usize,
-    /// After the stream: freed once it is gone.
-    _holdings: Holdings,
+    /// Declared after the stream, so that the memory is freed after its work.
+    _allocations: Allocations,
 }
 
 impl Staging {
-    /// `bytes` bytes on both sides. Giving them back waits at most `patience` for the device. Blocks; `Capturing` during
-    /// a capture.
+    /// `bytes` bytes on both sides. Dropping it waits at most `patience` for the device. Blocks; `Capturing` during a capture.
     pub fn new(device: &Arc<CudaDevice>, bytes: usize, patience: Duration) -> Result<Staging> {
         let stream = CudaStream::new(device)?;
-        let mut holdings = Holdings::new(device, patience);
-        let data = holdings.memory(bytes)?;
-        let words = holdings.words(bytes.div_ceil(size_of::<u64>()))?;
-        Ok(Staging { stream, words, data, bytes, _holdings: holdings })
+        let mut allocations = Allocations::new(device, patience);
+        let data = allocations.memory(bytes)?;
+        let words = allocations.words(bytes.div_ceil(size_of::<u64>()))?;
+        Ok(Staging { stream, words, data, bytes, _allocations: allocations })
     }
 
     /// The stream of the copies.
@@ -38,17 +37,19 @@ impl Staging {
         &self.stream
     }
 
-    /// Where the device side begins.
+    /// The address of the device side.
     pub fn address(&self) -> u64 {
         self.data
     }
 
-    /// Enqueues `bytes` for the device side from `offset` on. The stream must have no work that uses them.
+    /// Enqueues the copy of `bytes` to the device side from `offset` on. The stream must have no work under way that uses that
+    /// part of either side.
     pub fn upload(&mut self, offset: usize, bytes: &[u8]) -> Result<()> {
         self.check(offset, bytes.len())?;
         let device = self.stream.device();
         let entered = device.enter()?;
-        // SAFETY: inside both sides; the host side lives as long as the stream, and nothing else uses it now.
+        // SAFETY: `check` keeps the range inside both sides, which are freed after the stream's work. The host side is written
+        // here only, under `&mut self`; the work under way does not use this part.
         let status = unsafe {
             let host = self.words.host().cast::<u8>().add(offset);
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), host, bytes.len());
@@ -60,15 +61,16 @@ impl Staging {
         Ok(())
     }
 
-    /// Enqueues a word for memory elsewhere, by way of the host side at `offset`.
+    /// Enqueues the copy of a word to `to`, which lies elsewhere, by way of the host side at `offset`, a multiple of 8.
     ///
     /// # Safety
-    /// `to` is memory that this device reaches, of 8 bytes, and stays so until the stream is done.
+    /// `to` is 8 bytes of memory that this device can write, until the stream is done.
     pub unsafe fn send(&mut self, offset: usize, word: u64, to: u64) -> Result<()> {
         self.check(offset, size_of::<u64>())?;
         let device = self.stream.device();
         let entered = device.enter()?;
-        // SAFETY: inside the host side, which lives as long as the stream; the rest is the caller's.
+        // SAFETY: `check` keeps the word inside the host side, which begins at a page and is freed after the stream's work; the
+        // caller keeps `to` alive until the copy is done.
         let status = unsafe {
             let host = self.words.host().cast::<u8>().add(offset).cast::<u64>();
             host.write_volatile(word);
@@ -84,7 +86,7 @@ impl Staging {
         self.check(offset, len)?;
         let device = self.stream.device();
         let entered = device.enter()?;
-        // SAFETY: inside both sides; the host side lives as long as the stream.
+        // SAFETY: `check` keeps the range inside both sides, which are freed after the stream's work.
         let status = unsafe {
             let host = self.words.host().cast::<u8>().add(offset);
             (device.driver.memcpy_dtoh_async)(host.cast(), self.data + offset as u64, len, self.stream.handle())
@@ -98,7 +100,7 @@ impl Staging {
     pub fn is_done(&self) -> Result<bool> {
         let device = self.stream.device();
         let entered = device.enter()?;
-        // SAFETY: our own stream.
+        // SAFETY: the context is current; the stream lives as long as `self`.
         let status = unsafe { (device.driver.stream_query)(self.stream.handle()) };
         drop(entered);
         match status {
@@ -107,23 +109,22 @@ impl Staging {
         }
     }
 
-    /// Waits until everything enqueued so far is done; before that, for the end of captures that forbid it. For threads of
-    /// the library.
-    pub fn settle(&self) -> Result<()> {
+    /// Waits until everything enqueued so far is done; before that, until no capture forbids it. For threads of the library.
+    pub fn synchronize(&self) -> Result<()> {
         let device = self.stream.device();
         let changing = device.enter_between_captures()?;
-        // SAFETY: our own stream.
+        // SAFETY: the context is current; the stream lives as long as `self`.
         let status = unsafe { (device.driver.stream_synchronize)(self.stream.handle()) };
         device.check_wait(status, "cuStreamSynchronize")?;
         drop(changing);
         Ok(())
     }
 
-    /// `len` bytes of the host side from `offset` on. The stream must be done with them.
+    /// `len` bytes of the host side from `offset` on. The stream must have no work under way that writes them.
     pub fn read(&self, offset: usize, len: usize) -> Result<Vec<u8>> {
         self.check(offset, len)?;
         let mut bytes = vec![0; len];
-        // SAFETY: inside the host side, which nothing writes now.
+        // SAFETY: `check` keeps the range inside the host side, which this object owns; no work that writes it is under way.
         unsafe {
             let host = self.words.host().cast::<u8>().add(offset);
             std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), len);

@@ -7,7 +7,7 @@ use crate::attention::merge::MergeStep;
 use crate::attention::{Algorithm, AttentionDesc, OutputMode, Step, head_range};
 use crate::comm::GpuRank;
 use crate::cuda::{Destination, ExchangeKernel, ExchangeStep};
-use crate::device::cuda::{CudaStream, Holdings};
+use crate::device::cuda::{Allocations, CudaStream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::view::{ExchangeMode, row_words};
 use crate::partial::{ExchangeView, RowSource, RowTarget};
@@ -42,7 +42,7 @@ pub(in crate::route) struct WindowsRoute {
     row_bytes: u64,
     reason: String,
     bytes: usize,
-    _holdings: Holdings,
+    _holdings: Allocations,
     shard: GpuShard,
     /// Its windows outlive the kernels that are enqueued.
     peers: Arc<GpuRank>,
@@ -68,7 +68,7 @@ impl WindowsRoute {
         let most_rows = ((peers.capacity() / row_bytes) as i64).max(1);
         let forms = Forms::new(Form::asked()?, most_rows, rank.device.units, rank.sharing);
         let (form, _) = forms.of(rows as i64);
-        let mut holdings = Holdings::new(&rank.device, context.config.step_timeout);
+        let mut holdings = Allocations::new(&rank.device, context.config.step_timeout);
         let (mut target, mut bytes) = (None, 0);
         if !desc.is_merge_only() && form == Form::Memory {
             let too_large = || {

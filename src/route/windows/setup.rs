@@ -55,8 +55,8 @@ pub(crate) fn connect_over(
         // Every window is zero, and open everywhere, before the first word is written.
         let ready = agree(&*bootstrap, probe.as_ref().map(|_| String::new()))?;
         if ready.is_err() {
-            // Who has opened nothing will not say that it lets go of it.
-            windows.know_opened(&bootstrap.allgather(&windows.opened())?);
+            // A rank that has mapped nothing will not say that it releases it.
+            windows.set_mapped(&bootstrap.allgather(&windows.mapped())?);
         }
         let works = match (ready, probe) {
             (Ok(_), Ok(probe)) => probe.run(&windows, start, probe_timeout(config)),

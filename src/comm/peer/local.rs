@@ -1,0 +1,105 @@
+//! A window of this process, and the words in host memory beside it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::geometry::{WORD, slot_words, window_bytes};
+use crate::device::cuda::{Allocations, CudaDevice, MappedWords};
+use crate::error::Result;
+use crate::partial::epoch::Epoch;
+use crate::partial::view::{host, window};
+
+/// The window of one rank: device memory that all ranks push into. Any thread may use it.
+pub(super) struct LocalWindow {
+    pub device: Arc<CudaDevice>,
+    /// The device's address of the window.
+    pub address: u64,
+    /// The device's address of two tables: of this rank's slot in every window, then of every window.
+    pub tables: u64,
+    words: MappedWords,
+    _allocations: Allocations,
+}
+
+impl LocalWindow {
+    /// A zeroed window for one of `world` ranks; the first epoch comes after `start`. Its size is a multiple of `align`.
+    /// Dropping it waits at most `patience` for steps that are enqueued. Blocks; `Capturing` during a capture.
+    pub fn new(
+        device: &Arc<CudaDevice>,
+        world: usize,
+        start: Epoch,
+        align: usize,
+        patience: Duration,
+    ) -> Result<LocalWindow> {
+        let mut allocations = Allocations::new(device, patience);
+        let new = LocalWindow {
+            device: Arc::clone(device),
+            address: allocations.memory(window_bytes(world).next_multiple_of(align))?,
+            tables: allocations.memory(2 * world * WORD as usize)?,
+            words: allocations.words(host::WORDS)?,
+            _allocations: allocations,
+        };
+        // SAFETY: CONSUMED lies among the control words of the window just made, which nobody else knows yet.
+        unsafe { device.upload(new.address + window::CONSUMED * WORD, &u64::from(start.flag()).to_ne_bytes())? };
+        Ok(new)
+    }
+
+    /// Tells the kernels of `rank`, which owns this window, where the windows of all ranks are. Blocks. No kernel of the
+    /// rank may have been enqueued.
+    pub fn connect(&self, rank: usize, windows: &[u64]) -> Result<()> {
+        let slot = (window::CONTROL_WORDS + rank as u64 * slot_words(windows.len())) * WORD;
+        let slots = windows.iter().map(|window| window + slot);
+        let tables: Vec<u8> = slots.chain(windows.iter().copied()).flat_map(u64::to_ne_bytes).collect();
+        // SAFETY: `new` allocated two tables of one address a rank, `windows` has one a rank, and no kernel reads them yet.
+        unsafe { self.device.upload(self.tables, &tables) }
+    }
+
+    /// A control word of the window. Blocks.
+    pub fn control_word(&self, index: u64) -> Result<u64> {
+        assert!(index < window::CONTROL_WORDS);
+        let mut word = [0; WORD as usize];
+        // SAFETY: the word is inside the window, which lives as long as `self`. A kernel may write it meanwhile, as one
+        // aligned word: the copy has the old value or the new one.
+        unsafe { self.device.download(self.address + index * WORD, &mut word)? };
+        Ok(u64::from_ne_bytes(word))
+    }
+
+    /// The words of the rank in host memory.
+    pub fn words(&self) -> HostWords<'_> {
+        HostWords(&self.words)
+    }
+}
+
+/// A rank's words in mapped host memory, borrowed from its window.
+#[derive(Clone, Copy)]
+pub(crate) struct HostWords<'a>(&'a MappedWords);
+
+impl HostWords<'_> {
+    /// The device's address of the first word.
+    pub(super) fn address(&self) -> u64 {
+        self.0.address()
+    }
+
+    /// The value of a word.
+    pub fn load(&self, index: usize) -> u64 {
+        // SAFETY: the allocations are a field of the window that `self` borrows from.
+        unsafe { self.0.load(index) }
+    }
+
+    /// The value of a word, which becomes 0.
+    pub fn take(&self, index: usize) -> u64 {
+        // SAFETY: as in `load`.
+        unsafe { self.0.take(index) }
+    }
+
+    /// Sets a word that is 0.
+    pub fn raise(&self, index: usize, value: u64) {
+        // SAFETY: as in `load`.
+        unsafe { self.0.raise(index, value) }
+    }
+
+    /// Sets bits of a word.
+    pub fn add(&self, index: usize, bits: u64) {
+        // SAFETY: as in `load`.
+        unsafe { self.0.add(index, bits) }
+    }
+}
