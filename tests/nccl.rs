@@ -62,6 +62,7 @@ fn main() -> ExitCode {
             test("libraries_that_do_not_fit_are_explained", false, libraries_that_do_not_fit_are_explained),
             test("ranks_meet_on_threads", false, ranks_meet_on_threads),
             test("ranks_meet_in_processes", false, ranks_meet_in_processes),
+            test("setup_does_not_wait_in_the_driver_for_ranks_of_the_process", true, setup_beside_kernels),
             test("versions_that_differ_are_a_mismatch", false, versions_that_differ_are_a_mismatch),
             test("a_rank_that_does_not_come_is_a_timeout", false, a_rank_that_does_not_come_is_a_timeout),
             test("errors_of_nccl_are_told_in_its_words", false, errors_of_nccl_are_told_in_its_words),
@@ -116,7 +117,16 @@ fn build_mocks() -> bool {
     panic!("{error}");
 }
 
-/// A function of the stand-in.
+/// A function of the stand-in for the driver.
+fn driver_symbol(name: &str) -> *mut c_void {
+    let name = CString::new(name).unwrap();
+    // SAFETY: looks up a symbol of a library that stays loaded.
+    let found = unsafe { libc::dlsym(libc::dlopen(c"libcuda.so".as_ptr(), libc::RTLD_NOW), name.as_ptr()) };
+    assert!(!found.is_null(), "{name:?}");
+    found
+}
+
+/// A function of the stand-in for NCCL.
 fn symbol(name: &str) -> *mut c_void {
     let name = CString::new(name).unwrap();
     // SAFETY: looks up a symbol of a library that stays loaded.
@@ -222,6 +232,23 @@ fn ranks_meet_on_threads() {
     }
 }
 
+/// Ranks on threads of one process, where the driver waits for all kernels before it allocates, frees, loads or maps, and
+/// where one rank is always late: a kernel that waits for that rank must not run while it does such things.
+fn setup_beside_kernels() {
+    let strict = |ms: i64| {
+        // SAFETY: the signature in the source of the stand-in for the driver.
+        unsafe { std::mem::transmute::<*mut c_void, extern "C" fn(i64)>(driver_symbol("mock_strict"))(ms) }
+    };
+    strict(5);
+    let result = std::panic::catch_unwind(|| {
+        let comms = group(2, &config(Duration::from_secs(10)));
+        on_ranks(2, |rank| Plan::create(&comms[rank as usize], &shape()).map(drop).unwrap());
+        drop(comms);
+    });
+    strict(0);
+    result.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+}
+
 /// Creates the rank and says how it went. Arguments: id in hex, world, rank, milliseconds.
 fn rank_process(arguments: &[String]) -> ExitCode {
     let number = |i: usize| arguments[i].parse::<i32>().unwrap();
@@ -302,16 +329,11 @@ fn engines(id: &[u8; 128], world: i32, rank: i32) -> *mut c_void {
     #[repr(C)]
     struct Id([u8; 128]);
     type Init = extern "C" fn(*mut *mut c_void, i32, Id, i32, *mut c_void) -> i32;
-    let driver = |name: &str| {
-        let name = CString::new(name).unwrap();
-        // SAFETY: looks up a symbol of a library that stays loaded.
-        unsafe { libc::dlsym(libc::dlopen(c"libcuda.so".as_ptr(), libc::RTLD_NOW), name.as_ptr()) }
-    };
     let (mut context, mut comm) = (std::ptr::null_mut::<c_void>(), std::ptr::null_mut());
     // SAFETY: the signatures of cuda.h and nccl.h.
     unsafe {
-        let retain = driver("cuDevicePrimaryCtxRetain");
-        let push = driver("cuCtxPushCurrent_v2");
+        let retain = driver_symbol("cuDevicePrimaryCtxRetain");
+        let push = driver_symbol("cuCtxPushCurrent_v2");
         std::mem::transmute::<*mut c_void, extern "C" fn(*mut *mut c_void, i32) -> u32>(retain)(&mut context, rank);
         std::mem::transmute::<*mut c_void, extern "C" fn(*mut c_void) -> u32>(push)(context);
         let init = std::mem::transmute::<*mut c_void, Init>(symbol("ncclCommInitRankConfig"));
@@ -320,10 +342,10 @@ fn engines(id: &[u8; 128], world: i32, rank: i32) -> *mut c_void {
     comm
 }
 
-/// Calls that the stand-in counted on the communicator that it watches.
-fn watched() -> i64 {
+/// Calls that the stand-in has counted.
+fn counted_calls() -> i64 {
     // SAFETY: the signature in the stand-in's source.
-    unsafe { std::mem::transmute::<*mut c_void, extern "C" fn() -> i64>(symbol("mock_nccl_watched"))() }
+    unsafe { std::mem::transmute::<*mut c_void, extern "C" fn() -> i64>(symbol("mock_nccl_calls"))() }
 }
 
 fn a_wrapped_communicator_is_left_alone() {
@@ -332,7 +354,9 @@ fn a_wrapped_communicator_is_left_alone() {
         let comm = engines(&id, 2, rank);
         if rank == 0 {
             // SAFETY: the signature in the stand-in's source.
-            unsafe { std::mem::transmute::<*mut c_void, extern "C" fn(*mut c_void)>(symbol("mock_nccl_watch"))(comm) };
+            unsafe {
+                std::mem::transmute::<*mut c_void, extern "C" fn(*mut c_void)>(symbol("mock_nccl_count_calls"))(comm)
+            };
             // SAFETY: a live communicator of this thread.
             let error = error(unsafe { Communicator::wrap_nccl(&runtime, comm, gpu(1), &config(HANG)) });
             assert_eq!(error.kind(), ErrorKind::InvalidArgument);
@@ -341,7 +365,7 @@ fn a_wrapped_communicator_is_left_alone() {
         // SAFETY: as above.
         unsafe { Communicator::wrap_nccl(&runtime, comm, gpu(rank), &config(HANG)) }.unwrap()
     });
-    let before = watched();
+    let before = counted_calls();
     assert!(before > 0);
     assert_eq!((comms[0].rank(), comms[1].rank(), comms[1].world()), (0, 1, 2));
     let plans = on_ranks(2, |rank| Plan::create(&comms[rank as usize], &shape()).map(drop));
@@ -350,7 +374,7 @@ fn a_wrapped_communicator_is_left_alone() {
         "{plans:?}"
     );
     drop(comms);
-    assert_eq!(watched(), before);
+    assert_eq!(counted_calls(), before);
     // A copy of NCCL that is not in the process knows no communicator of it.
     let config = CommConfig { nccl_path: Some("/nowhere/libnccl.so.2".into()), ..config(HANG) };
     // SAFETY: never looked at.

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 typedef unsigned int status;
 enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_BINARY = 209, UNSUPPORTED = 900, INVALIDATED = 901 };
@@ -19,7 +20,10 @@ enum key {
     FAIL_LAUNCH, FAIL_SYNC, FAIL_ALLOC, FAIL_LOAD, /* the status of the next such call, once (launch: for good) */
     CAPTURE,                              /* the capture state of every stream: 0, 1 active, 2 invalidated */
     DEPTH, PUSHES, ALIVE, LAUNCHES, QUERIES, SYNCS, CHANGES, GRID, BLOCK, SHARED, DEPENDENT, STREAM, RETAINED,
-    FOREIGN, SLOW_FREE, KEYS
+    FOREIGN, SLOW_FREE,
+    BUSY,   /* kernels that run, as the stand-in for NCCL counts them */
+    STRICT, /* not 0: what may wait for kernels does, on whatever device they run; on device 1 so many ms late */
+    KEYS
 };
 static volatile int64_t values[KEYS] = {[DEVICES] = 2, [VERSION] = 13000, [MAJOR] = 9, [MINOR] = 0};
 static unsigned char parameters[4096];
@@ -32,6 +36,21 @@ void mock_set(int key, int64_t value) { __atomic_store_n(&values[key], value, __
 int64_t mock_get(int key) { return key == DEPTH ? depth : __atomic_load_n(&values[key], __ATOMIC_SEQ_CST); }
 void *mock_parameters(void) { return parameters; }
 static void add(int key, int64_t n) { __atomic_add_fetch(&values[key], n, __ATOMIC_SEQ_CST); }
+/* For the stand-in for NCCL and its tests. */
+void mock_busy(int64_t kernels) { add(BUSY, kernels); }
+void mock_strict(int64_t ms) { mock_set(STRICT, ms); }
+
+static void sleep_ms(int64_t ms) {
+    struct timespec pause = {ms / 1000, ms % 1000 * 1000000};
+    nanosleep(&pause, NULL);
+}
+
+/* A call that allocates, frees, loads or maps may wait for kernels, also for those of other contexts of the process. */
+static void wait_for_kernels(void) {
+    if (!values[STRICT]) return;
+    if (depth && stack[depth - 1] == 0x1001) sleep_ms(values[STRICT]);
+    while (values[STRICT] && values[BUSY]) sleep_ms(1);
+}
 
 /* Allocations, to answer what a pointer is. */
 static struct { char *base; size_t bytes; int type, device; } known[256];
@@ -91,7 +110,9 @@ status cuCtxPopCurrent_v2(void **context) {
     return *context = (void *)stack[--depth], OK;
 }
 status cuDeviceCanAccessPeer(int *can, int device, int peer) { return (void)device, (void)peer, *can = 1, OK; }
-status cuCtxEnablePeerAccess(void *context, unsigned flags) { return (void)context, flags ? INVALID_VALUE : OK; }
+status cuCtxEnablePeerAccess(void *context, unsigned flags) {
+    return (void)context, wait_for_kernels(), flags ? INVALID_VALUE : OK;
+}
 status cuThreadExchangeStreamCaptureMode(int *swap) {
     int old = mode;
     return mode = *swap, *swap = old, OK;
@@ -99,6 +120,7 @@ status cuThreadExchangeStreamCaptureMode(int *swap) {
 status cuMemAlloc_v2(uint64_t *data, size_t bytes) {
     status result = change();
     if (result) return result;
+    wait_for_kernels();
     if (values[FAIL_ALLOC]) return result = (status)values[FAIL_ALLOC], mock_set(FAIL_ALLOC, 0), result;
     void *base = aligned_alloc(256, (bytes + 255) / 256 * 256);
     if (!base) return OUT_OF_MEMORY;
@@ -107,11 +129,8 @@ status cuMemAlloc_v2(uint64_t *data, size_t bytes) {
 }
 /* The work that what gives something back waits for. */
 static void wait_for_work(void) {
-    while (values[SLOW_FREE]) {
-        struct timespec pause = {0, 1000000};
-        extern int nanosleep(const struct timespec *, struct timespec *);
-        nanosleep(&pause, NULL);
-    }
+    while (values[SLOW_FREE]) sleep_ms(1);
+    wait_for_kernels();
 }
 status cuMemFree_v2(uint64_t data) {
     status result = change();
@@ -121,6 +140,7 @@ status cuMemFree_v2(uint64_t data) {
 status cuMemHostAlloc(void **data, size_t bytes, unsigned flags) {
     status result = change();
     if (result) return result;
+    wait_for_kernels();
     *data = aligned_alloc(256, (bytes + 255) / 256 * 256);
     return remember(*data, bytes, 1, (int)stack[depth - 1] - 0x1000), flags ? OK : INVALID_VALUE;
 }
@@ -181,6 +201,7 @@ status cuStreamGetCtx(void *stream, void **context) {
 status cuModuleLoadData(void **module, const void *image) {
     status result = change();
     if (result) return result;
+    wait_for_kernels();
     if (values[FAIL_LOAD]) return result = (status)values[FAIL_LOAD], mock_set(FAIL_LOAD, 0), result;
     return *module = malloc(1), add(ALIVE, 1), image ? OK : INVALID_VALUE;
 }

@@ -66,8 +66,8 @@ static volatile int64_t calls_on_borrowed;
 void mock_nccl_mode(int value) { mode = value; }
 /* Calls on `comm` are counted from now on. */
 static comm_t *volatile borrowed;
-void mock_nccl_watch(void *comm) { borrowed = comm, calls_on_borrowed = 0; }
-int64_t mock_nccl_watched(void) { return calls_on_borrowed; }
+void mock_nccl_count_calls(void *comm) { borrowed = comm, calls_on_borrowed = 0; }
+int64_t mock_nccl_calls(void) { return calls_on_borrowed; }
 
 static void used(comm_t *comm) {
   if (comm == borrowed) __atomic_add_fetch(&calls_on_borrowed, 1, __ATOMIC_SEQ_CST);
@@ -252,8 +252,15 @@ static void run(void *argument) {
   }
 }
 
+/* Tells the stand-in for the driver of a kernel that begins (1) or ends (-1). */
+static void busy(int64_t kernels) {
+  void (*tell)(int64_t) = (void (*)(int64_t))driver("mock_busy");
+  if (tell) tell(kernels);
+}
+
 static void *run_on_thread(void *argument) {
   run(argument);
+  busy(-1);
   ((job_t *)argument)->comm->working = 0;
   free(argument);
   return NULL;
@@ -271,6 +278,7 @@ static int enqueue(comm_t *comm, const void *send, void *recv, size_t bytes, int
     return launch(stream, run, job) == 0 ? SUCCESS : failed(1, "cuLaunchHostFunc");
   }
   comm->working = 1;
+  busy(1);
   pthread_t thread;
   pthread_create(&thread, NULL, run_on_thread, job);
   pthread_detach(thread);

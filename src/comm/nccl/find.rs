@@ -1,4 +1,4 @@
-//! Where NCCL may be.
+//! Looks for NCCL: in the process, where `nccl_path` says, among the system's libraries, in Python's packages.
 
 use std::ffi::{CStr, c_void};
 use std::path::{Path, PathBuf};
@@ -7,20 +7,20 @@ use libloading::os::unix::Library as Handle;
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// The name that packages give NCCL, and that of its development files.
+/// NCCL's soname, and the name of its development link.
 const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 
 /// A library that was opened.
 pub(super) struct Found {
     pub handle: Handle,
     /// How it was found, for messages.
-    pub place: String,
+    pub origin: String,
 }
 
-/// The library at `path`.
+/// The library at `path`. `Unavailable` where it cannot be loaded.
 pub(super) fn at(path: &str) -> Result<Found> {
     match open(path, 0) {
-        Ok(handle) => Ok(Found { handle, place: format!("nccl_path = {path}") }),
+        Ok(handle) => Ok(Found { handle, origin: format!("nccl_path = {path}") }),
         Err(why) => {
             let message = format!("NCCL: found none at nccl_path = {path} ({why}), wanted the path of libnccl.so.2");
             Err(Error::new(ErrorKind::Unavailable, message))
@@ -28,10 +28,10 @@ pub(super) fn at(path: &str) -> Result<Found> {
     }
 }
 
-/// The copy that is in the process: the one at `path`, else any.
+/// The copy that is in the process: the one at `path` or, without one, any. `Unavailable` where there is none.
 pub(super) fn in_process(path: Option<&str>) -> Result<Found> {
     let found = match path {
-        Some(path) => open(path, libc::RTLD_NOLOAD).ok().map(|handle| Found { handle, place: path.to_string() }),
+        Some(path) => open(path, libc::RTLD_NOLOAD).ok().map(|handle| Found { handle, origin: path.to_string() }),
         None => loaded(),
     };
     found.ok_or_else(|| {
@@ -44,14 +44,15 @@ pub(super) fn in_process(path: Option<&str>) -> Result<Found> {
     })
 }
 
-/// The copy that is in the process, the system's, or one that pip installed.
+/// The copy that is in the process, else the system's, else one that pip installed. `Unavailable`, with what was tried, where
+/// there is none.
 pub(super) fn anywhere() -> Result<Found> {
     if let Some(found) = loaded() {
         return Ok(found);
     }
     let mut tried = vec!["not loaded in this process".to_string()];
     match open(NAMES[0], 0) {
-        Ok(handle) => return Ok(Found { handle, place: NAMES[0].to_string() }),
+        Ok(handle) => return Ok(Found { handle, origin: NAMES[0].to_string() }),
         Err(why) => tried.push(why),
     }
     let packages = packages();
@@ -66,7 +67,7 @@ pub(super) fn anywhere() -> Result<Found> {
             continue;
         }
         match open(&name, 0) {
-            Ok(handle) => return Ok(Found { handle, place: name }),
+            Ok(handle) => return Ok(Found { handle, origin: name }),
             Err(why) => tried.push(why),
         }
     }
@@ -81,27 +82,29 @@ pub(super) fn anywhere() -> Result<Found> {
 fn loaded() -> Option<Found> {
     for name in NAMES {
         if let Ok(handle) = open(name, libc::RTLD_NOLOAD) {
-            return Some(Found { handle, place: format!("{name} of this process") });
+            return Some(Found { handle, origin: format!("{name} of this process") });
         }
     }
     // Linked into the program, or loaded for all under another name.
     let program = Handle::this();
-    // SAFETY: the symbol is looked at, not called.
+    // SAFETY: the symbol is used as a pointer that is compared with nothing and not followed.
     let is_there = unsafe { program.get::<*mut c_void>(b"ncclGetVersion\0") }.is_ok();
-    is_there.then(|| Found { handle: program, place: "NCCL of this program".to_string() })
+    is_there.then(|| Found { handle: program, origin: "NCCL of this program".to_string() })
 }
 
 fn open(name: &str, flags: i32) -> std::result::Result<Handle, String> {
-    // SAFETY: loading NCCL runs its initialisers, as every user of it does.
+    // SAFETY: runs the initialisers of a library that the user named, or that is called NCCL, as every user of NCCL does; with
+    // RTLD_NOLOAD none run.
     unsafe { Handle::open(Some(name), libc::RTLD_NOW | libc::RTLD_LOCAL | flags) }.map_err(|error| {
         let why = std::error::Error::source(&error).map_or_else(|| error.to_string(), |source| source.to_string());
         if why.contains(name) { why } else { format!("{name}: {why}") }
     })
 }
 
-/// The file that holds an address.
+/// The path of the file that an address was loaded from.
 pub(super) fn file_of(address: usize) -> Option<String> {
-    // SAFETY: plain data for which zero is a value; dladdr fills it, with a name that lives as long as the file is loaded.
+    // SAFETY: Dl_info is plain data for which zero is a value; dladdr writes it, for any address. The name is null or a string
+    // that lives as long as the file is loaded: the caller's address is of a library that stays.
     unsafe {
         let mut info: libc::Dl_info = std::mem::zeroed();
         let found = libc::dladdr(address as *const c_void, &mut info) != 0 && !info.dli_fname.is_null();
@@ -109,7 +112,7 @@ pub(super) fn file_of(address: usize) -> Option<String> {
     }
 }
 
-/// The folders of packages of the virtual environment and of the python on the path.
+/// The package folders of the virtual environment and of the first python in `PATH`.
 fn packages() -> Vec<PathBuf> {
     let mut prefixes: Vec<PathBuf> = std::env::var_os("VIRTUAL_ENV").map(PathBuf::from).into_iter().collect();
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -117,7 +120,7 @@ fn packages() -> Vec<PathBuf> {
         .flat_map(|folder| ["python3", "python"].map(|name| folder.join(name)))
         .find(|python| python.is_file());
     if let Some(python) = python {
-        // A virtual environment's python is a link to the system's, whose packages it may use, too.
+        // A virtual environment's python is a link to the system's, whose packages it may use.
         prefixes.extend(prefix(&python));
         prefixes.extend(python.canonicalize().ok().as_deref().and_then(prefix));
     }
@@ -132,12 +135,12 @@ fn packages() -> Vec<PathBuf> {
     folders
 }
 
-/// What holds the `bin` of a program.
+/// The folder that holds the `bin` of a program.
 fn prefix(program: &Path) -> Option<PathBuf> {
     Some(program.parent()?.parent()?.to_path_buf())
 }
 
-/// The folders of packages under a prefix: `lib/python3.N/site-packages` and its kin.
+/// The package folders under a prefix: `lib/python3.N/site-packages` and its variants.
 fn package_folders(prefix: &Path) -> Vec<PathBuf> {
     let mut folders = Vec::new();
     for lib in ["lib", "lib64", "local/lib"] {

@@ -1,7 +1,7 @@
 //! NCCL's shared library: its calls looked up by name, its results turned into errors.
 //!
-//! The types are our own. cudarc's come with functions that look for other file names than NCCL's own, and that panic
-//! where a symbol is missing; here a missing symbol is an error, and a result a number, whatever the version.
+//! The types are our own. cudarc's come with functions that look for other file names than NCCL's, and that panic where a
+//! symbol is missing. Here a missing symbol is an error, and a result a number, whatever the version.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
@@ -11,14 +11,17 @@ use parking_lot::Mutex;
 use super::find::{self, Found};
 use crate::error::{Error, ErrorKind, Result};
 
-/// What a call of NCCL returns.
+/// Bytes of the name of a communicator to be, `ncclUniqueId`.
+pub const UNIQUE_ID_BYTES: usize = 128;
+
+/// The result of a call of NCCL (`ncclResult_t`).
 pub(super) type Status = c_int;
 /// `ncclComm_t`.
 pub(super) type RawComm = *mut c_void;
 
 /// The call is done.
 pub(super) const SUCCESS: Status = 0;
-/// The call goes on without its caller; `ncclCommGetAsyncError` tells how it ends.
+/// The call goes on after its return; `ncclCommGetAsyncError` tells how it ends.
 pub(super) const IN_PROGRESS: Status = 7;
 /// `ncclUint8`.
 pub(super) const UINT8: c_int = 1;
@@ -31,9 +34,9 @@ const OLDEST: c_int = 21801;
 /// `ncclUniqueId`.
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub(super) struct UniqueId(pub [u8; super::UNIQUE_ID_BYTES]);
+pub(super) struct UniqueId(pub [u8; UNIQUE_ID_BYTES]);
 
-/// `ncclConfig_t` of 2.18. It says how long it is, so that later versions fill in what they added.
+/// `ncclConfig_t` of 2.18. It carries its size: later versions give defaults to the fields that they added.
 #[repr(C)]
 pub(super) struct Config {
     size: usize,
@@ -48,9 +51,9 @@ pub(super) struct Config {
 }
 
 impl Config {
-    /// All defaults, but calls do not block.
+    /// Defaults, except that calls do not block.
     pub fn non_blocking() -> Config {
-        /// What leaves a field to NCCL.
+        /// `NCCL_CONFIG_UNDEF_INT`: NCCL chooses.
         const UNSET: c_int = c_int::MIN;
         Config {
             size: size_of::<Config>(),
@@ -76,7 +79,8 @@ macro_rules! calls {
         impl Calls {
             /// Looks up every call; the error is the name of one that is missing.
             fn load(library: &Handle) -> std::result::Result<Calls, &'static str> {
-                // SAFETY: the signatures are those of nccl.h.
+                // SAFETY: each symbol is used with the signature that nccl.h gives it since 2.18; `Library` keeps the handle, so
+                // that they stay loaded.
                 unsafe {
                     Ok(Calls {
                         $($name: *library.get(concat!($symbol, "\0").as_bytes()).map_err(|_| $symbol)?,)*
@@ -109,15 +113,15 @@ calls! {
 pub(crate) struct Library {
     pub(super) calls: Calls,
     version: c_int,
-    /// The file, for messages.
+    /// The path of its file, for messages.
     file: String,
-    /// NCCL has threads and exit handlers of its own, so that it stays loaded.
+    /// Never dropped: NCCL has threads and exit handlers of its own.
     _handle: Handle,
 }
 
 impl Library {
-    /// NCCL at `path` or, where there is none, wherever it is found; a copy that is in the process comes first.
-    /// `Unavailable` where there is none, naming the places; where it is too old, naming it.
+    /// NCCL at `path` or, without one, wherever it is found; a copy that is in the process comes first. `Unavailable` where
+    /// there is none, with the paths that were tried, or where it is too old, with its version.
     pub fn load(path: Option<&str>) -> Result<&'static Library> {
         match path {
             Some(path) => keep(find::at(path)?),
@@ -125,7 +129,7 @@ impl Library {
         }
     }
 
-    /// The NCCL that is in the process: only its own communicators mean anything to it.
+    /// The NCCL that is in the process, for a communicator of its own making. `Unavailable` where there is none.
     pub fn loaded(path: Option<&str>) -> Result<&'static Library> {
         keep(find::in_process(path)?)
     }
@@ -141,21 +145,22 @@ impl Library {
     }
 
     /// A fresh name of a communicator to be.
-    pub fn unique_id(&self) -> Result<[u8; super::UNIQUE_ID_BYTES]> {
-        let mut id = UniqueId([0; super::UNIQUE_ID_BYTES]);
-        // SAFETY: writes one id.
+    pub fn unique_id(&self) -> Result<[u8; UNIQUE_ID_BYTES]> {
+        let mut id = UniqueId([0; UNIQUE_ID_BYTES]);
+        // SAFETY: the call writes one id, of this layout, to a local.
         let status = unsafe { (self.calls.get_unique_id)(&mut id) };
         self.check(status, "ncclGetUniqueId")?;
         Ok(id.0)
     }
 
-    /// A failed call, with what NCCL says of it.
+    /// The error of a failed call, in NCCL's words.
     pub fn check(&self, status: Status, call: &str) -> Result<()> {
         if status == SUCCESS {
             return Ok(());
         }
-        // SAFETY: both give strings that live as long as NCCL (the latter until its next error), or null. The last error
-        // of all communicators is asked for: one that failed may be gone.
+        // The last error of all communicators is asked for: the one that failed may be gone.
+        // SAFETY: both calls give null or a string that ends with a zero: the first a static one, the second one that NCCL
+        // overwrites at its next error, at worst while it is copied, but never frees.
         let (meaning, detail) = unsafe {
             (text((self.calls.get_error_string)(status)), text((self.calls.get_last_error)(std::ptr::null_mut())))
         };
@@ -165,40 +170,40 @@ impl Library {
     }
 }
 
-/// A string of NCCL, without the ends of its lines.
+/// A string of NCCL, on one line.
 ///
 /// # Safety
-/// `text` is null or a string.
+/// `text` is null, or a string that ends with a zero and lives until this returns.
 unsafe fn text(text: *const c_char) -> String {
     if text.is_null() {
         return String::new();
     }
-    // SAFETY: as the caller vouches.
+    // SAFETY: not null; the caller promises the rest.
     unsafe { CStr::from_ptr(text) }.to_string_lossy().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Takes a library that was found into use, for as long as the process lives.
+/// Puts a library that was found to use, for the life of the process. `Unavailable` where its version does not serve.
 fn keep(found: Found) -> Result<&'static Library> {
-    static KEPT: Mutex<Vec<&'static Library>> = Mutex::new(Vec::new());
+    static IN_USE: Mutex<Vec<&'static Library>> = Mutex::new(Vec::new());
     let unfit = |what: String| {
         let message = format!(
             "NCCL: found {}, {what}, wanted NCCL {} or later; install a newer one (pip: nvidia-nccl-cu12 or \
              nvidia-nccl-cu13) or name it in nccl_path",
-            found.place,
+            found.origin,
             version_text(OLDEST)
         );
         Error::new(ErrorKind::Unavailable, message)
     };
-    // SAFETY: the signature is that of nccl.h.
+    // SAFETY: the symbol is used with the signature that nccl.h gives it, while `found` keeps the library loaded.
     let ask = unsafe { found.handle.get::<unsafe extern "C" fn(*mut c_int) -> Status>(b"ncclGetVersion\0") };
     let ask = *ask.map_err(|_| unfit("which has no ncclGetVersion".into()))?;
-    let mut kept = KEPT.lock();
-    if let Some(&known) = kept.iter().find(|known| known.calls.get_version as usize == ask as usize) {
+    let mut in_use = IN_USE.lock();
+    if let Some(&known) = in_use.iter().find(|known| known.calls.get_version as usize == ask as usize) {
         return Ok(known);
     }
-    let file = find::file_of(ask as usize).unwrap_or_else(|| found.place.clone());
+    let file = find::file_of(ask as usize).unwrap_or_else(|| found.origin.clone());
     let mut version = 0;
-    // SAFETY: writes one int.
+    // SAFETY: the call writes one int to a local.
     let status = unsafe { ask(&mut version) };
     if status != SUCCESS || version < OLDEST {
         return Err(unfit(format!("{file}, version {}", version_text(version))));
@@ -206,7 +211,7 @@ fn keep(found: Found) -> Result<&'static Library> {
     let calls = Calls::load(&found.handle)
         .map_err(|symbol| unfit(format!("{file}, version {} without {symbol}", version_text(version))))?;
     let library: &'static Library = Box::leak(Box::new(Library { calls, version, file, _handle: found.handle }));
-    kept.push(library);
+    in_use.push(library);
     Ok(library)
 }
 

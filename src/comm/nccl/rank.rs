@@ -1,8 +1,8 @@
-//! One rank's end of an NCCL communicator of our own, in which no call blocks beyond a deadline.
+//! One rank of an NCCL communicator of the library's own, in which no call blocks beyond a deadline.
 //!
-//! Calls are non-blocking: they return at once, and [`NcclRank::settle`] asks how they end. What NCCL offers no way out of
-//! (a split of a blocking communicator, the end of a communicator, an abort, which have all been seen to hang) runs on a
-//! thread of its own that stays behind when its time is up.
+//! Calls are non-blocking: they return at once, and [`NcclRank::settle`] follows them to their end. Some calls may hang and
+//! cannot be ended: the split of a blocking communicator, the end of a communicator, an abort. Each runs on a thread of its
+//! own, which the caller leaves behind when its time is up.
 
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
@@ -11,23 +11,28 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::library::{Config, FLOAT32, IN_PROGRESS, Library, RawComm, SUCCESS, Status, UINT8, UniqueId};
+use super::library::{
+    Calls, Config, FLOAT32, IN_PROGRESS, Library, RawComm, SUCCESS, Status, UINT8, UNIQUE_ID_BYTES, UniqueId,
+};
+use super::rendezvous::Member;
 use crate::attention::Shard;
 use crate::comm::errors;
-use crate::device::cuda::{CudaDevice, CudaStream, Entered};
-use crate::device::spawn;
+use crate::device::cuda::{CudaDevice, CudaStream};
+use crate::device::{leave, run_bounded, spawn};
 use crate::error::{Error, ErrorKind, Result};
 
-/// How long the end of a communicator keeps its caller; it may go on behind it.
+/// How long the end of a communicator keeps its caller.
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 /// The first and the longest pause between two looks at a call that goes on.
 const PAUSES: (Duration, Duration) = (Duration::from_micros(20), Duration::from_millis(2));
+/// The name of the threads on which calls may hang.
+const THREAD: &str = "treeattn-nccl";
 
-/// When to give up, and what to say then.
+/// The end of a wait, and what its error says.
 #[derive(Clone, Copy)]
 pub(crate) struct Limit {
     pub until: Instant,
-    /// The deadline's name and length, for messages.
+    /// The deadline's name in the config, and its length.
     pub field: &'static str,
     pub timeout: Duration,
 }
@@ -44,60 +49,65 @@ impl Limit {
     }
 }
 
-/// How an allreduce reduces.
+/// The operation of an allreduce (`ncclRedOp_t`).
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Reduction {
     Sum = 0,
     Maximum = 2,
 }
 
-/// One rank of an NCCL communicator that the library made. Calls are serialised here.
+/// One rank of an NCCL communicator that the library made. Any thread may use it; calls are serialised here. Dropping it ends
+/// the communicator, and waits for that at most [`PATIENCE`].
 pub(crate) struct NcclRank {
     shard: Shard,
     link: Arc<Link>,
-    /// How long the others may take to end the communicator.
+    /// How long the other ranks may take to end the communicator in order.
     patience: Duration,
+    member: Member,
 }
 
-/// The communicator as NCCL knows it.
+/// A communicator of NCCL's, with what its calls need.
 struct Link {
     library: &'static Library,
     device: Arc<CudaDevice>,
-    /// Null once it has been given up.
+    /// Null before it is made and once it has been given up. Whoever swaps a pointer for null ends that communicator.
     raw: AtomicPtr<c_void>,
     /// Held during calls: a communicator is not thread-safe.
     calls: Mutex<()>,
-    /// Whether it failed, so that it can only be aborted.
+    /// Whether it failed: then it can only be aborted.
     is_broken: AtomicBool,
 }
 
 impl NcclRank {
-    /// Begins rank `shard` of the communicator called `id`, which is there once [`NcclRank::settle`] says so.
+    /// Begins to make rank `shard` of the communicator called `id`, which is there once [`NcclRank::settle`] says so. Blocks
+    /// for NCCL's own allocations, not for other ranks; `Capturing` during a capture.
     pub fn begin(
         library: &'static Library,
         device: &Arc<CudaDevice>,
-        id: &[u8; super::UNIQUE_ID_BYTES],
+        id: &[u8; UNIQUE_ID_BYTES],
         shard: Shard,
         patience: Duration,
     ) -> Result<NcclRank> {
+        let member = Member::join(id, shard.rank);
         let link = Link::new(library, device);
         let mut raw = std::ptr::null_mut();
         let entered = device.enter_to_change()?;
         let mut config = Config::non_blocking();
-        // SAFETY: writes one handle, reads the config; the context is current.
+        // SAFETY: the context is current; the call writes one handle to a local, and copies the config before it returns.
         let status = unsafe {
             (library.calls.comm_init_rank_config)(&mut raw, shard.world, UniqueId(*id), shard.rank, &mut config)
         };
         drop(entered);
         link.begun(raw, status, "ncclCommInitRankConfig")?;
-        Ok(NcclRank { shard, link: Arc::new(link), patience })
+        Ok(NcclRank { shard, link: Arc::new(link), patience, member })
     }
 
-    /// Splits a communicator of all ranks of `borrowed` off it. Collective over these, and blocks, until `limit`. The
-    /// borrowed one is left alone from then on.
+    /// Splits a communicator of all ranks of `borrowed` off it. Collective over these. Blocks, at most until `limit`. After
+    /// that the borrowed communicator is not used, unless the split itself has not returned: then it still runs.
     ///
     /// # Safety
-    /// `borrowed` is a live communicator of `library`, which nobody else uses during the call.
+    /// `borrowed` is a live communicator of `library`. Nobody else uses it until this returns or, where that is `Timeout`,
+    /// until the split has ended.
     pub unsafe fn split(
         library: &'static Library,
         device: &Arc<CudaDevice>,
@@ -109,7 +119,7 @@ impl NcclRank {
             let _entered = device.enter_to_change()?;
             let ask = |call: unsafe extern "C" fn(RawComm, *mut c_int) -> Status, name: &str| {
                 let mut value = 0;
-                // SAFETY: the communicator is live, as the caller vouches; writes one int.
+                // SAFETY: the caller promises a live communicator that nobody else uses; the call writes one int to a local.
                 library.check(unsafe { call(borrowed, &mut value) }, name).map(|()| value)
             };
             let ordinal = ask(library.calls.comm_cu_device, "ncclCommCuDevice")?;
@@ -123,21 +133,29 @@ impl NcclRank {
             }
         };
         // Where the borrowed one blocks, so does its split, whatever the config of the new one says.
-        let (borrowed, helper_device) = (borrowed as usize, Arc::clone(device));
+        let (borrowed, its_device) = (borrowed as usize, Arc::clone(device));
         let (done, result) = mpsc::channel();
-        spawn("treeattn-nccl".into(), move || {
-            let link = Link::new(library, &helper_device);
-            let split = link.split(borrowed as RawComm, shard.rank);
-            // Nobody listens once the time is up: what came of it is then given up here.
+        let thread = spawn(THREAD.into(), move || {
+            let link = Link::new(library, &its_device);
+            // SAFETY: the caller of the outer function keeps the communicator alive and unused until this has ended.
+            let split = unsafe { link.split(borrowed as RawComm, shard.rank) };
+            // A caller that has stopped listening does not want the new communicator any more.
             if let Err(mpsc::SendError((link, _))) = done.send((link, split)) {
                 link.abort();
             }
         })?;
         let what = "splitting nccl_comm";
         let left = limit.until.saturating_duration_since(Instant::now());
-        let (link, split) = result.recv_timeout(left).map_err(|_| limit.expired(what))?;
+        let received = result.recv_timeout(left);
+        // The thread ends when it learns that nobody listens.
+        drop(result);
+        let Ok((link, split)) = received else {
+            leave(thread);
+            return Err(limit.expired(what));
+        };
+        let _ = thread.join();
         split?;
-        let rank = NcclRank { shard, link: Arc::new(link), patience };
+        let rank = NcclRank { shard, link: Arc::new(link), patience, member: Member::alone(shard.rank) };
         rank.settle(what, limit)?;
         Ok(rank)
     }
@@ -157,42 +175,44 @@ impl NcclRank {
         &self.link.device
     }
 
-    /// Waits until what was asked last is done, or enqueued; aborts the communicator where it is not within `limit`.
+    /// Waits until the last call is done, or enqueued. Where it is not by `limit`, aborts the communicator: `Timeout`. No
+    /// context is current and no lock held between two looks.
     pub fn settle(&self, what: &str, limit: Limit) -> Result<()> {
         let mut pause = PAUSES.0;
-        loop {
-            match self.state(what)? {
-                true => return Ok(()),
-                false if Instant::now() >= limit.until => {
-                    self.abort(PATIENCE);
-                    return Err(limit.expired(what));
-                }
-                false => {}
+        while !self.state(what)? {
+            if Instant::now() >= limit.until {
+                self.abort(PATIENCE);
+                return Err(limit.expired(what));
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(PAUSES.1);
         }
+        Ok(())
     }
 
-    /// Whether what was asked last is done; its error where it failed, or where a peer did.
+    /// Whether the last call is done; its error where it failed, or where a peer did. Does not block.
     pub fn state(&self, what: &str) -> Result<bool> {
-        match self.link.call(|calls, raw| unsafe {
+        let status = self.link.call(|calls, raw| {
             let mut state = SUCCESS;
-            // SAFETY (of the block): the communicator is live; writes one enum.
-            match (calls.comm_get_async_error)(raw, &mut state) {
+            // SAFETY: `call` passes a live communicator, with its context current; the call writes one enum to a local.
+            match unsafe { (calls.comm_get_async_error)(raw, &mut state) } {
                 SUCCESS => state,
                 status => status,
             }
-        })? {
+        })?;
+        match status {
             IN_PROGRESS => Ok(false),
             status => self.link.checked(status, what).map(|()| true),
         }
     }
 
-    /// Enqueues the gathering of `bytes` bytes from `send` of every rank into `recv`, in rank order.
+    /// Enqueues the gathering of `bytes` bytes from `send` of every rank into `recv`, in rank order. For setup: first waits,
+    /// until `limit`, for the ranks of this process, so that no kernel waits on a GPU for a rank that is not ready to launch
+    /// its own.
     ///
     /// # Safety
-    /// Device memory of `bytes` and world * `bytes` bytes that stays valid until the stream is done.
+    /// `send` and `recv` are memory of this rank's device, of `bytes` and world * `bytes` bytes, which nobody else uses until
+    /// the stream, one of the same device, is done.
     pub unsafe fn all_gather(
         &self,
         send: u64,
@@ -201,19 +221,30 @@ impl NcclRank {
         stream: &CudaStream,
         limit: Limit,
     ) -> Result<()> {
-        let status = self.link.call(|calls, raw| unsafe {
-            // SAFETY (of the block): as the caller vouches; the stream is of the same device.
+        self.meet("setup exchange", limit)?;
+        let status = self.link.call(|calls, raw| {
             let (send, recv, stream) = (send as *const c_void, recv as *mut c_void, stream.handle().cast());
-            (calls.all_gather)(send, recv, bytes, UINT8, raw, stream)
+            // SAFETY: `call` passes a live communicator, with its context current; the stream is borrowed; the caller promises
+            // the memory.
+            unsafe { (calls.all_gather)(send, recv, bytes, UINT8, raw, stream) }
         })?;
         self.enqueued(status, "ncclAllGather", limit)
+    }
+
+    /// Waits until all ranks of this process are here.
+    fn meet(&self, what: &str, limit: Limit) -> Result<()> {
+        self.member.wait(limit.until, || self.state(what).map(drop))?.map_err(|missing| {
+            self.abort(PATIENCE);
+            errors::timeout(what, &[missing as usize], limit.field, limit.timeout)
+        })
     }
 
     /// Begins to enqueue the reduction of `count` f32 of every rank from `send` to `recv`, which may be the same. It is
     /// enqueued once [`NcclRank::settle`] says so, and nothing may be asked of the rank before.
     ///
     /// # Safety
-    /// Device memory of `count` f32 each that stays valid until the stream is done.
+    /// `send` and `recv` are memory of this rank's device, of `count` f32 each, which nobody else uses until the stream, one
+    /// of the same device, is done.
     pub unsafe fn begin_all_reduce(
         &self,
         send: u64,
@@ -222,10 +253,11 @@ impl NcclRank {
         reduction: Reduction,
         stream: &CudaStream,
     ) -> Result<()> {
-        let status = self.link.call(|calls, raw| unsafe {
-            // SAFETY (of the block): as the caller vouches; the stream is of the same device.
+        let status = self.link.call(|calls, raw| {
             let (send, recv, stream) = (send as *const c_void, recv as *mut c_void, stream.handle().cast());
-            (calls.all_reduce)(send, recv, count, FLOAT32, reduction as c_int, raw, stream)
+            // SAFETY: `call` passes a live communicator, with its context current; the stream is borrowed; the caller promises
+            // the memory.
+            unsafe { (calls.all_reduce)(send, recv, count, FLOAT32, reduction as c_int, raw, stream) }
         })?;
         match status {
             IN_PROGRESS => Ok(()),
@@ -241,12 +273,12 @@ impl NcclRank {
         }
     }
 
-    /// Ends everything of this rank that is under way; the communicator is of no more use. Goes on behind the caller
-    /// where it takes longer than `patience`.
+    /// Ends everything of this rank that is under way; the communicator is of no more use. Keeps its caller at most
+    /// `patience`.
     pub fn abort(&self, patience: Duration) {
         self.link.is_broken.store(true, Ordering::Release);
         let link = Arc::clone(&self.link);
-        on_helper(patience, move || link.abort());
+        run_bounded(THREAD, patience, move || link.abort());
     }
 }
 
@@ -256,7 +288,7 @@ impl Drop for NcclRank {
             return;
         }
         let (link, until) = (Arc::clone(&self.link), Instant::now() + self.patience);
-        on_helper(PATIENCE, move || link.end(until));
+        run_bounded(THREAD, PATIENCE, move || link.end(until));
     }
 }
 
@@ -271,7 +303,7 @@ impl Link {
         }
     }
 
-    /// What came of making a communicator.
+    /// Takes over the communicator that `call` began to make, or tells why it did not.
     fn begun(&self, raw: RawComm, status: Status, call: &str) -> Result<()> {
         self.raw.store(raw, Ordering::Release);
         let begun = match status {
@@ -285,23 +317,28 @@ impl Link {
         begun.inspect_err(|_| self.abort())
     }
 
-    fn split(&self, borrowed: RawComm, rank: i32) -> Result<()> {
+    /// Splits a communicator off `borrowed`. May hang.
+    ///
+    /// # Safety
+    /// `borrowed` is a live communicator of the library, which nobody else uses until this returns.
+    unsafe fn split(&self, borrowed: RawComm, rank: i32) -> Result<()> {
         let entered = self.device.enter()?;
         let (mut raw, mut config) = (std::ptr::null_mut(), Config::non_blocking());
-        // SAFETY: the borrowed communicator is live, as the caller of `NcclRank::split` vouches; writes one handle.
+        // SAFETY: the caller promises the borrowed communicator; the context is current; the call writes one handle to a
+        // local, and copies the config before it returns.
         let status = unsafe { (self.library.calls.comm_split)(borrowed, 0, rank, &mut raw, &mut config) };
         drop(entered);
         self.begun(raw, status, "ncclCommSplit")
     }
 
-    /// Makes one call, with the context current and no other call under way.
-    fn call(&self, call: impl FnOnce(&super::library::Calls, RawComm) -> Status) -> Result<Status> {
+    /// Makes one call, with the context current and no other call under way. `Aborted` once the communicator is given up.
+    fn call(&self, call: impl FnOnce(&Calls, RawComm) -> Status) -> Result<Status> {
         let _alone = self.calls.lock();
         let raw = self.raw.load(Ordering::Acquire);
         if raw.is_null() {
             return Err(Error::new(ErrorKind::Aborted, "NCCL: found the communicator aborted, wanted a live one"));
         }
-        let entered: Entered<'_> = self.device.enter()?;
+        let entered = self.device.enter()?;
         let status = call(&self.library.calls, raw);
         drop(entered);
         Ok(status)
@@ -312,7 +349,7 @@ impl Link {
         self.library.check(status, call).inspect_err(|_| self.is_broken.store(true, Ordering::Release))
     }
 
-    /// Aborts; may hang. A call that is under way is waited for a while: aborting then ends it.
+    /// Aborts the communicator. May hang. A call that is under way gets a while to end; then the abort ends it.
     fn abort(&self) {
         let raw = self.raw.swap(std::ptr::null_mut(), Ordering::AcqRel);
         if raw.is_null() {
@@ -320,14 +357,15 @@ impl Link {
         }
         let alone = self.calls.try_lock_for(PATIENCE / 2);
         if let Ok(entered) = self.device.enter() {
-            // SAFETY: the communicator is live, and given up by this call alone. Its result changes nothing.
+            // SAFETY: the swap above made this the only call that ends the communicator, which is live; the context is
+            // current. NCCL allows an abort beside a call that hangs. Nothing is left to do where it fails.
             unsafe { (self.library.calls.comm_abort)(raw) };
             drop(entered);
         }
         drop(alone);
     }
 
-    /// Ends the communicator: in order, once its work is done and its peers came, else by force. May hang.
+    /// Ends the communicator: in order if its work is done and its peers come by `until`, else by an abort. May hang.
     fn end(&self, until: Instant) {
         let raw = self.raw.load(Ordering::Acquire);
         if raw.is_null() {
@@ -339,21 +377,23 @@ impl Link {
         if !self.raw.swap(std::ptr::null_mut(), Ordering::AcqRel).is_null()
             && let Ok(entered) = self.device.enter()
         {
-            // SAFETY: live, finalised, and given up by this call alone.
+            // SAFETY: the swap made this the only call that ends the communicator, which is live and finalised; the context
+            // is current.
             unsafe { (self.library.calls.comm_destroy)(raw) };
             drop(entered);
         }
     }
 
-    /// Whether the communicator was finalised in time.
+    /// Whether the communicator was finalised by `until`. Only for [`Link::end`], which runs once the owner is gone and only
+    /// where `is_broken` is not set. Every abort sets that first, so that none runs beside this.
     fn finalize(&self, raw: RawComm, until: Instant) -> bool {
         let Ok(entered) = self.device.enter() else { return false };
         let calls = &self.library.calls;
-        // SAFETY: the communicator is live: only `end` and `abort` give it up.
+        // SAFETY: the communicator is live, since nothing else can end it now; the context is current.
         let mut state = unsafe { (calls.comm_finalize)(raw) };
         while state == IN_PROGRESS && Instant::now() < until {
             std::thread::sleep(PAUSES.1);
-            // SAFETY: as above; writes one enum.
+            // SAFETY: as above; the call writes one enum to a local.
             let status = unsafe { (calls.comm_get_async_error)(raw, &mut state) };
             if status != SUCCESS {
                 state = status;
@@ -361,22 +401,5 @@ impl Link {
         }
         drop(entered);
         state == SUCCESS
-    }
-}
-
-/// Runs `body` on a thread of its own and waits for it, at most `patience`. Where no thread is to be had it is left
-/// undone.
-fn on_helper(patience: Duration, body: impl FnOnce() + Send + 'static) {
-    let (done, wait) = mpsc::channel();
-    let started = spawn("treeattn-nccl".into(), move || {
-        body();
-        // Nobody listens any more once the patience is over.
-        let _ = done.send(());
-    });
-    if let Ok(thread) = started
-        && wait.recv_timeout(patience) != Err(mpsc::RecvTimeoutError::Timeout)
-    {
-        // It has nothing left to do; a panic in it was its own end.
-        let _ = thread.join();
     }
 }
