@@ -34,7 +34,7 @@ mod trial;
 use std::process::ExitCode;
 
 use libtest_mimic::Arguments;
-use treeattn::attention::{Dtype, KvLayout};
+use treeattn::attention::{AttentionDesc, Dtype, KvLayout, OutputMode};
 
 use mirror::Ready;
 use support::case::Case;
@@ -48,11 +48,13 @@ const MANY_SMS: Variables = &[("EMULATOR_SMS", "40"), ("EMULATOR_SEED", "2")];
 /// As many as two levels of merges cannot take: two blocks each are more than 16 x 16.
 const MOST_SMS: Variables = &[("EMULATOR_SMS", "140")];
 
+/// The driver waits for all kernels wherever it may.
+const STRICT: Variables = &[("EMULATOR_STRICT", "1")];
 /// Kernels hold back at random points of an exchange.
 const DELAYS: Variables = &[("EMULATOR_DELAYS", "200000"), ("EMULATOR_SEED", "3")];
 
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 20] = [
+const APART: [(&str, fn(), Variables); 26] = [
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
     ("replays", streams::replays, &[]),
@@ -73,6 +75,12 @@ const APART: [(&str, fn(), Variables); 20] = [
     ("processes_captures", processes::captures, &[]),
     ("processes_refused", processes::refused, &[]),
     ("windows_outlive_kernels", peers::windows_outlive_kernels, &[]),
+    ("ranks_deadline", ranks::faults::the_deadline_is_kept, &[]),
+    ("ranks_replayed_after_a_failure", ranks::faults::replayed_after_a_failure, &[]),
+    ("ranks_another_graph", ranks::faults::another_graph, &[]),
+    ("ranks_module_loading", ranks::faults::module_loading, &[]),
+    ("memory_is_what_is_said", memory_is_what_is_said, &[]),
+    ("strict_over_an_id", allreduce::over_an_id, STRICT),
 ];
 
 fn many_blocks() {
@@ -94,6 +102,32 @@ fn in_bits(q_heads: i32, kv_heads: i32, batches: &[&[(usize, usize)]]) {
         let first = ready.bits();
         assert_eq!(judge(&ready.case, std::slice::from_ref(&ready.rank)).unwrap().failure, None);
         assert!(ready.bits() == first, "other bits");
+    }
+}
+
+/// Memory of groups and plans against what the driver has given out.
+fn memory_is_what_is_said() {
+    let _current = driver::Current::new(0);
+    for world in [2u64, 3] {
+        let before = driver::used() as u64;
+        let group = group::Group::over(world as usize, 1, std::time::Duration::from_secs(60));
+        let windows = driver::used() as u64 - before;
+        let desc = |output| AttentionDesc {
+            max_batch: 2,
+            max_query_tokens: 512,
+            max_kv_length: 64,
+            output,
+            ..numerics::shape(8, 2, 64, Dtype::F16)
+        };
+        for output in [OutputMode::Local, OutputMode::Replicated, OutputMode::Scattered] {
+            let before = driver::used() as u64;
+            let plans = group.plans(&desc(output));
+            let memory = plans[0].memory().unwrap();
+            assert_eq!(driver::used() as u64 - before, world * memory.workspace, "{output:?}");
+            // Beside its window, a rank has two tables of addresses and what it waits for its GPU by.
+            let others = world * (2 * 8 * world + 1);
+            assert_eq!(windows, world * memory.window + others, "{world} ranks");
+        }
     }
 }
 
@@ -150,19 +184,27 @@ fn main() -> ExitCode {
         test("ranks_allocations", ranks::faults::allocations),
         test("ranks_mismatch", ranks::faults::mismatch),
         test("ranks_bad_data_of_others", ranks::faults::bad_data_of_others),
+        test("ranks_another_batch", ranks::faults::another_batch),
+        test("ranks_skipped_step", ranks::faults::a_skipped_step),
+        test("ranks_statistics", ranks::accounts::statistics),
+        test("ranks_statistics_of_merges", ranks::accounts::statistics_of_merges),
+        test("ranks_memory", ranks::accounts::memory),
         test("allreduce3_numbers", allreduce::numbers),
         test("allreduce3_merges", allreduce::merges),
         test("allreduce3_bad_data", allreduce::bad_data),
         test("allreduce3_over_an_id", allreduce::over_an_id),
+        test("allreduce3_created_beside_steps", allreduce::created_beside_steps),
         test("allreduce3_a_rank_that_does_not_come", allreduce::a_rank_that_does_not_come),
         test("processes_numbers", processes::numbers),
         test("processes_killed", processes::killed),
         test("processes_leave", processes::leaves),
         test("processes_sleep", processes::sleeps),
+        test("processes_stopped", processes::stopped),
         test("processes_abort", processes::aborts),
         test("small", numerics::small),
         test("minilm", numerics::minilm),
         test("exact", numerics::exact),
+        test("unaligned_bases", numerics::unaligned_bases),
         test("batch_60", || numerics::large_batch(60)),
         test("like_the_cpu", numerics::like_the_cpu),
         test("nan_in_the_newest_value", numerics::nan_in_the_newest_value),

@@ -139,6 +139,17 @@ void wait_for_all(Context* context) {
     context->orphans.clear();
 }
 
+namespace {
+
+// Calls that a driver may let wait for kernels, those of other contexts included, do so where EMULATOR_STRICT is set.
+void strict_wait() {
+    static const bool is_strict = setting("EMULATOR_STRICT", 0) != 0;
+    if (!is_strict) return;
+    for (const auto& device : state().devices) wait_for_all(device.context);
+}
+
+}  // namespace
+
 // --- memory ---
 
 namespace {
@@ -447,6 +458,7 @@ API cuCtxEnablePeerAccess(Context* peer, unsigned flags) {
     if (flags != 0) return kInvalidValue;
     if (peer == context) return kInvalidDevice;
     if (setting("EMULATOR_PEERS", 1) == 0) return kPeerUnsupported;
+    strict_wait();
     return context->peers.insert(peer->gpu.ordinal).second ? kOk : kPeerAlreadyEnabled;
 }
 API cuCtxDisablePeerAccess(Context* peer) {
@@ -520,6 +532,7 @@ API cuIpcCloseMemHandle(uintptr_t address) {
 API cuMemAlloc_v2(uintptr_t* address, size_t bytes) {
     Lock lock;
     if (const Status status = check_change()) return status;
+    strict_wait();
     char* base = nullptr;
     const Status status = allocate(current_context(), bytes, true, &base);
     return *address = reinterpret_cast<uintptr_t>(base), status;
@@ -530,6 +543,7 @@ API cuMemFree_v2(uintptr_t address) {
     if (const Status status = check_change()) return status;
     Allocation* a = exactly(address);
     if (a == nullptr || a->type != Allocation::device) return kInvalidValue;
+    strict_wait();
     wait_for_all(state().devices[static_cast<size_t>(a->ordinal)].context);
     a = exactly(address);
     return a == nullptr ? kInvalidValue : (release(*a), kOk);
@@ -543,6 +557,7 @@ API cuMemGetInfo_v2(size_t* unused, size_t* total) {
 API cuMemHostAlloc(void** to, size_t bytes, unsigned) {
     Lock lock;
     if (const Status status = check_change()) return status;
+    strict_wait();
     char* base = nullptr;
     const Status status = allocate(current_context(), bytes, false, &base);
     return *to = base, status;
@@ -553,6 +568,7 @@ API cuMemFreeHost(void* address) {
     if (const Status status = check_change()) return status;
     Allocation* a = exactly(reinterpret_cast<uintptr_t>(address));
     if (a == nullptr || a->type != Allocation::host) return kInvalidValue;
+    strict_wait();
     wait_for_all(state().devices[static_cast<size_t>(a->ordinal)].context);
     a = exactly(reinterpret_cast<uintptr_t>(address));
     return a == nullptr ? kInvalidValue : (release(*a), kOk);
@@ -775,6 +791,7 @@ API cuModuleLoadData(void** module, const void* image) {
     Lock lock;
     if (const Status status = check_change()) return status;
     if (image == nullptr) return kInvalidValue;
+    strict_wait();
     return *module = new char, kOk;
 }
 API cuModuleLoadDataEx(void** module, const void* image, unsigned, int*, void**) {
@@ -783,6 +800,7 @@ API cuModuleLoadDataEx(void** module, const void* image, unsigned, int*, void**)
 API cuModuleUnload(void* module) {
     Lock lock;
     if (const Status status = check_change()) return status;
+    strict_wait();
     wait_for_all(current_context());
     return delete static_cast<char*>(module), kOk;
 }

@@ -33,7 +33,7 @@ static void signal_and_wait(const uint64_t theirs, const uint64_t mine, const ui
 }
 EMULATOR_KERNEL(signal_and_wait)
 
-// Lane 0 waits at the barrier, for lanes that wait for lane 0.
+// OwnStream 0 waits at the barrier, for lanes that wait for lane 0.
 static void never_meet(const uint64_t) {
     if (threadIdx.x % 32 == 0) {
         __syncthreads();

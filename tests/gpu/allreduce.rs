@@ -1,5 +1,6 @@
 //! `ALLREDUCE3` over NCCL, on as many GPUs as there are, up to four.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use treeattn::ErrorKind;
@@ -195,10 +196,11 @@ pub fn over_an_id() {
         let (runtime, id, case) = (&runtime, &id, &case);
         let rank = move |rank: usize| {
             let (gpu, mut memory) = (Gpu::numbered(runtime, rank as i32), Rank::new(case, rank));
+            // Before there is a step that another rank may begin: allocating may wait for its kernel.
+            let mirror = Mirror::new(&gpu, &memory);
             let config = CommConfig::default();
             let comm = Communicator::create_nccl(runtime, id, world as i32, rank as i32, gpu.device, &config).unwrap();
             let plan = Plan::create(&comm, &case.desc).unwrap();
-            let mirror = Mirror::new(&gpu, &memory);
             for _ in 0..3 {
                 mirror.decode(&gpu, &plan, &mut memory).unwrap();
             }
@@ -209,6 +211,37 @@ pub fn over_an_id() {
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     assert_eq!(judge(&case, &ranks).unwrap().failure, None);
+}
+
+/// Threads that create communicators over NCCL while another runs steps of a group on the same GPUs: neither holds the other
+/// up beyond its deadline.
+pub fn created_beside_steps() {
+    let rounds = if crate::support::full() { 30 } else { 3 };
+    let world = count() as usize;
+    let group = Group::new(world, Duration::from_secs(10));
+    let desc = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+    let case = Case::plain(desc, world, &[(300, 1)], Values::Normal, 5);
+    let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
+    let mirrors = group.mirrors(&all);
+    let is_over = AtomicBool::new(false);
+    let steps = std::thread::scope(|scope| {
+        let stepping = scope.spawn(|| {
+            let mut steps = 0;
+            while !is_over.load(Ordering::Relaxed) {
+                group.step(&plans, &mirrors, &mut all);
+                steps += 1;
+            }
+            steps
+        });
+        let created = std::panic::catch_unwind(|| (0..rounds).for_each(|_| over_an_id()));
+        is_over.store(true, Ordering::Relaxed);
+        let steps = stepping.join();
+        created.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        steps.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    });
+    println!("{rounds} communicators created, {steps} steps meanwhile");
+    assert!(group.comms.iter().all(|comm| comm.status().unwrap().error.is_none()));
+    assert_eq!(judge(&case, &all).unwrap().failure, None);
 }
 
 /// A step that one rank does not take part in ends by the deadline, with NaN; a new group works.

@@ -70,21 +70,21 @@ impl Group {
 
 /// A stream of the test's own that a rank's steps can be enqueued on, held up, and captured. A context must be current
 /// when it is dropped.
-pub struct Lane {
+pub struct OwnStream {
     pub stream: Stream,
     pub raw: RawStream,
     pub ordinal: i32,
     pause: Pause,
 }
 
-impl Lane {
-    pub fn new(gpu: &Gpu) -> Lane {
+impl OwnStream {
+    pub fn new(gpu: &Gpu) -> OwnStream {
         let ordinal = gpu.device.ordinal;
         let _current = Current::new(ordinal);
         let raw = RawStream::new();
         // SAFETY: the raw stream is dropped after the wrapped one.
         let stream = unsafe { Stream::wrap_cuda(&gpu.runtime, gpu.device, raw.pointer()) }.unwrap();
-        Lane { stream, raw, ordinal, pause: Pause::new(ordinal) }
+        OwnStream { stream, raw, ordinal, pause: Pause::new(ordinal) }
     }
 
     /// What is enqueued after this waits for about `time` more.

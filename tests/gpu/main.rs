@@ -17,29 +17,31 @@ mod streams;
 #[path = "../support/mod.rs"]
 mod support;
 mod trial;
+mod waits;
 
 use std::process::ExitCode;
 
 use libtest_mimic::Arguments;
 use treeattn::attention::KvLayout;
 
-use trial::{alone, apart, in_turn, missing, test};
+use trial::{Variables, alone, apart, in_turn, missing, test};
 
 /// Random cases are run by as many tests, side by side.
 const PARTS: u64 = 8;
 
 /// Tests that want a process of their own: one ends its CUDA context, a capture forbids others to create things
 /// meanwhile, a clock wants no neighbours.
-const APART: [(&str, fn()); 4] = [
+const APART: [(&str, fn()); 5] = [
     ("dead_context", streams::dead_context),
     ("captures", streams::captures),
     ("replays", streams::replays),
     ("host_time", streams::host_time),
+    ("driver_waits", waits::calls),
 ];
 
 /// Tests of ranks that wait for each other on one GPU: each in a process of its own and one after the other, since so many
 /// kernels and streams as all of them have would stand in each other's way.
-const RANKS: [(&str, fn()); 23] = [
+const RANKS: [(&str, fn()); 32] = [
     ("ranks_random_strided_0", || ranks::random(KvLayout::Strided, 0, count())),
     ("ranks_random_strided_1", || ranks::random(KvLayout::Strided, count(), count())),
     ("ranks_random_block_table_0", || ranks::random(KvLayout::BlockTable, 0, count())),
@@ -63,9 +65,37 @@ const RANKS: [(&str, fn()); 23] = [
     ("ranks_allocations", ranks::faults::allocations),
     ("ranks_mismatch", ranks::faults::mismatch),
     ("ranks_bad_data_of_others", ranks::faults::bad_data_of_others),
+    ("ranks_deadline", ranks::faults::the_deadline_is_kept),
+    ("ranks_replayed_after_a_failure", ranks::faults::replayed_after_a_failure),
+    ("ranks_another_batch", ranks::faults::another_batch),
+    ("ranks_another_graph", ranks::faults::another_graph),
+    ("ranks_skipped_step", ranks::faults::a_skipped_step),
+    ("ranks_module_loading", ranks::faults::module_loading),
+    ("ranks_statistics", ranks::accounts::statistics),
+    ("ranks_statistics_of_merges", ranks::accounts::statistics_of_merges),
+    ("ranks_memory", ranks::accounts::memory),
 ];
+
+/// The same for ranks that NCCL connects, on two GPUs or more. NCCL itself asks that kernels of several communicators are
+/// launched in the same order everywhere; tests beside each other would break that.
+const OVER_NCCL: [(&str, fn()); 13] = [
+    ("allreduce3_numbers", allreduce::numbers),
+    ("allreduce3_merges", allreduce::merges),
+    ("allreduce3_bad_data", allreduce::bad_data),
+    ("allreduce3_over_an_id", allreduce::over_an_id),
+    ("allreduce3_created_beside_steps", allreduce::created_beside_steps),
+    ("allreduce3_a_rank_that_does_not_come", allreduce::a_rank_that_does_not_come),
+    ("allreduce3_replays", allreduce::replays),
+    ("processes_numbers", processes::numbers),
+    ("processes_killed", processes::killed),
+    ("processes_leave", processes::leaves),
+    ("processes_sleep", processes::sleeps),
+    ("processes_stopped", processes::stopped),
+    ("processes_abort", processes::aborts),
+];
+
 /// A hardware queue for each stream: streams that share one wait for each other.
-const QUEUES: &[(&str, &str)] = &[("CUDA_DEVICE_MAX_CONNECTIONS", "32")];
+const QUEUES: Variables = &[("CUDA_DEVICE_MAX_CONNECTIONS", "32")];
 
 /// Random cases of a test.
 fn count() -> u64 {
@@ -77,7 +107,7 @@ fn main() -> ExitCode {
         processes::run(&role);
         return ExitCode::SUCCESS;
     }
-    if let Some(status) = alone(&[&APART[..], &RANKS[..], &[("allreduce3_replays", allreduce::replays)]].concat()) {
+    if let Some(status) = alone(&[&APART[..], &RANKS[..], &OVER_NCCL[..]].concat()) {
         return status;
     }
     let arguments = Arguments::from_args();
@@ -103,6 +133,7 @@ fn main() -> ExitCode {
         test("like_the_cpu", numerics::like_the_cpu),
         test("nan_in_the_newest_value", numerics::nan_in_the_newest_value),
         test("two_streams", numerics::two_streams),
+        test("unaligned_bases", numerics::unaligned_bases),
         test("bad_data", numerics::bad_data),
         test("stale_entries", numerics::stale_entries),
         test("merge_partials", numerics::merge_partials),
@@ -120,19 +151,7 @@ fn main() -> ExitCode {
     if let (Some(why), None) = (&no_nccl, &missing) {
         eprintln!("tests of NCCL are ignored: {why}");
     }
-    let over_nccl = [
-        test("allreduce3_numbers", allreduce::numbers),
-        test("allreduce3_merges", allreduce::merges),
-        test("allreduce3_bad_data", allreduce::bad_data),
-        test("allreduce3_over_an_id", allreduce::over_an_id),
-        test("allreduce3_a_rank_that_does_not_come", allreduce::a_rank_that_does_not_come),
-        apart("allreduce3_replays", &[]),
-        test("processes_numbers", processes::numbers),
-        test("processes_killed", processes::killed),
-        test("processes_leave", processes::leaves),
-        test("processes_sleep", processes::sleeps),
-        test("processes_abort", processes::aborts),
-    ];
+    let over_nccl = OVER_NCCL.iter().map(|&(name, _)| in_turn(name, QUEUES));
     tests.extend(over_nccl.map(|test| test.with_ignored_flag(no_nccl.is_some())));
     libtest_mimic::run(&arguments, tests).exit_code()
 }

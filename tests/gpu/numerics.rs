@@ -2,8 +2,8 @@
 
 use treeattn::ErrorKind;
 use treeattn::attention::reference::Comparison;
-use treeattn::attention::{AttentionDesc, Dtype, KvLayout, OutputMode, Placement};
-use treeattn::runtime::{CommConfig, Communicator, Device, DeviceKind, Plan, Stream};
+use treeattn::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, OutputMode, Placement, Tensor};
+use treeattn::runtime::{Buffer, CommConfig, Communicator, Device, DeviceKind, Plan, Stream};
 
 use crate::mirror::{GPU, Gpu, Mirror, Ready};
 use crate::space;
@@ -267,6 +267,46 @@ pub fn nan_in_the_newest_value() {
                     let lse = poisoned.rank.lse_of(&poisoned.case, token, head).unwrap();
                     assert!(lse.is_finite(), "scores have no NaN");
                 }
+            }
+        }
+    }
+}
+
+/// Keys and values that begin off a multiple of 16 bytes, with strides that are multiples of it: what copies 16 bytes at a
+/// time must not take them for aligned.
+pub fn unaligned_bases() {
+    for (layout, page_size) in [(KvLayout::Strided, 0), (KvLayout::BlockTable, 16), (KvLayout::CsrPages, 16)] {
+        for (heads, kv_heads, dim) in [(2, 2, 64), (8, 2, 128)] {
+            let base = shape(heads, kv_heads, dim, Dtype::Bf16);
+            let desc = AttentionDesc { kv_layout: layout, page_size, out_dtype: Dtype::F32, ..base };
+            let mut ready = Ready::new(Case::plain(desc, 1, &[(300, 1), (70, 1)], Values::Normal, 9));
+            let wanted = ready.bits();
+            assert_eq!(judge(&ready.case, std::slice::from_ref(&ready.rank)).unwrap().failure, None);
+            let args = ready.mirror.args;
+            let mut buffers = Vec::new();
+            let mut moved = |tensor: Tensor, memory: &[u8], offset: usize| {
+                let buffer = Buffer::alloc(&ready.gpu.runtime, GPU, memory.len() + offset).unwrap();
+                buffer.upload(offset, memory).unwrap();
+                let data = buffer.data().wrapping_byte_add(offset);
+                buffers.push(buffer);
+                Tensor { data, ..tensor }
+            };
+            let (k, v) = (ready.rank.k.bytes(), ready.rank.v.as_ref().unwrap().bytes());
+            let cases: Vec<_> = [(8, 0), (0, 8), (8, 8), (2, 4), (16, 16)]
+                .map(|(of_k, of_v)| {
+                    let args = DecodeArgs { k: moved(args.k, k, of_k), v: moved(args.v, v, of_v), ..args };
+                    (of_k, of_v, args)
+                })
+                .into();
+            for (of_k, of_v, args) in cases {
+                ready.rank.prefill(0xff);
+                ready.mirror.update_all(&ready.rank);
+                // SAFETY: the buffers outlive the step, which is waited for.
+                unsafe { ready.plan.decode(&args, Some(&ready.gpu.stream)) }.unwrap();
+                ready.gpu.stream.synchronize().unwrap();
+                ready.mirror.fetch(&mut ready.rank);
+                assert!(ready.rank.bits(&ready.case) == wanted, "{layout:?}: k at +{of_k}, v at +{of_v} bytes");
+                assert!(ready.comm.status().unwrap().error.is_none());
             }
         }
     }

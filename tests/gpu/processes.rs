@@ -247,6 +247,37 @@ pub fn sleeps() {
     assert!(end(other).starts_with("Timeout"));
 }
 
+/// A process that is stopped holds the other up; continued before the deadline, nobody notices; after it, it is named, and
+/// finds the communicator broken.
+pub fn stopped() {
+    let rounds = if full() { 100 } else { 5 };
+    let mut rng = Rng::new(crate::support::seed());
+    let id = new_id();
+    let other = start(&id, 2, 1, "waits", 0);
+    let process = other.id() as libc::pid_t;
+    // SAFETY: signals the process just started, which has not been waited for.
+    let signal = move |signal: i32| unsafe { libc::kill(process, signal) };
+    let mut worker = Worker::new(&id, 2, 0);
+    for round in 0..rounds {
+        worker.step().unwrap();
+        let time = STEP * rng.range(0, 40) as u32 / 100;
+        signal(libc::SIGSTOP);
+        let continuing = std::thread::spawn(move || {
+            std::thread::sleep(time);
+            signal(libc::SIGCONT)
+        });
+        let step = worker.step();
+        continuing.join().unwrap();
+        assert!(step.is_ok(), "round {round}, stopped for {time:?}: {step:?}");
+    }
+    signal(libc::SIGSTOP);
+    let error = worker.until_one_fails();
+    signal(libc::SIGCONT);
+    assert_eq!((error.kind(), error.rank()), (ErrorKind::Timeout, Some(1)), "{error}");
+    let said = end(other);
+    assert!(said.starts_with("Timeout"), "{said}");
+}
+
 /// An abort ends the waits of all processes at once.
 pub fn aborts() {
     let id = new_id();

@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
 # Runs the packed tests:
 #
-#   run.sh [WORD...]     without words: full ranks c examples sanitize bench
+#   run.sh [WORD...]     without words: full ranks processes nccl c examples sanitize bench
 #
 #   quick      one rank: every test, a few random cases           full   with the acceptance counts
-#   ranks      several ranks, on one GPU and on as many as there are
+#   ranks      several ranks in one process, on one GPU and on two if there are two
+#   processes  a rank a process, on as many GPUs as there are, up to four: at least two
+#   nccl       steps over NCCL, and communicators that it connects, on as many GPUs: at least two
 #   c          bad input, a dead context and the host's time of a call, from C
 #   examples   the example programs
 #   sanitize   small shapes under compute-sanitizer: memory, races, uninitialised reads
 #   bench      the read ceiling and the kernels, to bench.json and bench.svg in OUT (default: the current folder)
 #
-# FILTER picks tests of one rank by name; BENCH holds further words for `treeattn bench`. Each step has a limit, all together 10
-# minutes. All that the steps say goes to log.txt in OUT; the last thing printed is a table of the steps. The exit status
-# is 1 if one failed.
+# Each step has a limit, and the limits are for the GPUs that there are; a step ends within 10 minutes. FILTER runs the tests
+# of a step whose names contain it, in place of all; TREEATTN_TEST=full runs their acceptance counts, which take minutes
+# each: pick them one at a time by FILTER. BENCH holds further words for `treeattn bench`. All that the steps say goes to
+# log.txt in OUT. Every step of tests ends with the seconds that its slowest tests took; last comes a table of the steps.
+# The exit status is 1 if one failed.
 set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${OUT:-$PWD}
@@ -38,9 +42,17 @@ try() {
     124 | 137) result="FAILED: over its limit" failed=1 lines=60 ;;
     *) result="FAILED: exit $status" failed=1 lines=60 ;;
     esac
-    tail -n "$lines" "$log"
+    grep -vE '^$|^took ' "$log" | tail -n "$lines"
+    times
     said=$(grep -hE '^test result:|ERROR SUMMARY|RACECHECK SUMMARY|host time|skipped' "$log" | tail -n 1 | cut -c 1-110)
     summary+=("$(printf '%-24s %-22s %4d s  %s' "$title" "$result" $((SECONDS - began)) "$said")")
+}
+
+# The slowest tests of what was run last.
+times() {
+    local found
+    found=$(grep -E '^took +[0-9.]+ s ' "$log" | sort -k 2 -nr | head -n 40)
+    [ -z "$found" ] || sed 's/^/-- /' <<<"$found"
 }
 
 # sanitize TOOL OPTION...
@@ -53,29 +65,33 @@ export here PATH="$PATH:/usr/local/cuda/bin"
 
 mkdir -p "$out"
 : >"$out/log.txt"
-[ $# -gt 0 ] || set -- full ranks c examples sanitize bench
+[ $# -gt 0 ] || set -- full ranks processes nccl c examples sanitize bench
 one=(--skip ranks_ --skip processes_ --skip allreduce3_)
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+# limit SECONDS: for one GPU; ranks run all over again on a second one.
+limit() {
+    if [ "${TREEATTN_TEST:-}" = full ]; then echo 590; elif [ "$gpus" -gt 1 ]; then echo $((2 * $1 + 20)); else echo "$1"; fi
+}
 for word in "$@"; do
     case $word in
-    quick) try 100 30 tests-quick "$here/gpu-tests" "${one[@]}" ${FILTER:+"$FILTER"} ;;
-    full) TREEATTN_TEST=full try 170 30 tests-full "$here/gpu-tests" "${one[@]}" ${FILTER:+"$FILTER"} ;;
-    ranks)
-        try 80 20 tests-ranks "$here/gpu-tests" ranks_
-        for filter in processes_ allreduce3_; do try 45 20 "tests-${filter%_}" "$here/gpu-tests" "$filter"; done
-        ;;
-    c) for program in bad_input dead_context host_time; do try 10 5 "c-$program" "$here/c/$program"; done ;;
-    examples) for program in "$here"/examples/*; do [ ! -x "$program" ] || try 20 30 "example-$(basename "$program")" "$program"; done ;;
+    quick) try 120 30 tests-quick "$here/gpu-tests" "${one[@]}" ${FILTER:+"$FILTER"} ;;
+    full) TREEATTN_TEST=full try 240 30 tests-full "$here/gpu-tests" "${one[@]}" ${FILTER:+"$FILTER"} ;;
+    ranks) try "$(limit 180)" 60 tests-ranks "$here/gpu-tests" "${FILTER:-ranks_}" ;;
+    processes) try "$(limit 80)" 30 tests-processes "$here/gpu-tests" "${FILTER:-processes_}" ;;
+    nccl) try "$(limit 100)" 30 tests-nccl "$here/gpu-tests" "${FILTER:-allreduce3_}" ;;
+    c) for program in bad_input dead_context host_time; do try 20 5 "c-$program" "$here/c/$program"; done ;;
+    examples) for program in "$here"/examples/*; do [ ! -x "$program" ] || try 30 30 "example-$(basename "$program")" "$program"; done ;;
     sanitize)
         # Asking for a kernel that a build does not have is no error.
-        try 35 5 sanitizer-memcheck bash -c 'sanitize "$@"' sanitize memcheck --report-api-errors no
-        try 35 5 sanitizer-racecheck bash -c 'sanitize "$@"' sanitize racecheck
-        try 35 5 sanitizer-initcheck bash -c 'sanitize "$@"' sanitize initcheck
+        try 45 5 sanitizer-memcheck bash -c 'sanitize "$@"' sanitize memcheck --report-api-errors no
+        try 45 5 sanitizer-racecheck bash -c 'sanitize "$@"' sanitize racecheck
+        try 45 5 sanitizer-initcheck bash -c 'sanitize "$@"' sanitize initcheck
         ;;
     bench)
         # shellcheck disable=SC2086 # several words
-        try 60 120 bench "$here/treeattn" bench --device cuda:0 --json "$out/bench.json" --plot "$out/bench.svg" ${BENCH:-}
+        try 120 120 bench "$here/treeattn" bench --device cuda:0 --json "$out/bench.json" --plot "$out/bench.svg" ${BENCH:-}
         ;;
-    *) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 2 ;;
     esac
 done
 printf '\n== summary, %d s in all\n\n' "$SECONDS"

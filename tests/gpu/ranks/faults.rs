@@ -7,8 +7,8 @@ use treeattn::attention::{Algorithm, AttentionDesc, Dtype, OutputMode};
 use treeattn::runtime::{Buffer, Plan};
 
 use super::{HANG, LONG, counts};
-use crate::driver::{Canary, Current};
-use crate::group::{Group, Lane, ranks};
+use crate::driver::{Canary, Current, RawKernel};
+use crate::group::{Group, OwnStream, ranks};
 use crate::numerics::shape;
 use crate::support::case::Case;
 use crate::support::full;
@@ -97,6 +97,78 @@ pub fn a_rank_that_does_not_come() {
     }
 }
 
+/// A step that one rank does not take part in ends soon after the deadline: neither before it, nor after another one.
+pub fn the_deadline_is_kept() {
+    const STEP: Duration = Duration::from_millis(500);
+    const SLACK: Duration = Duration::from_millis(400);
+    for on in counts() {
+        for algorithm in [Algorithm::OneShot, Algorithm::TwoShot] {
+            let desc = AttentionDesc { algorithm, out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+            let case = Case::plain(desc, 2, &[(100, 1)], Values::Normal, 5);
+            // A busy machine may be late: the best of a few counts.
+            let mut found: Vec<Duration> = Vec::new();
+            while found.len() < 4 && found.last().is_none_or(|took| *took >= STEP + SLACK) {
+                let group = Group::over(2, on, STEP);
+                let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
+                let mirrors = group.mirrors(&all);
+                group.step(&plans, &mirrors, &mut all);
+                let started = Instant::now();
+                // SAFETY: the device memory outlives the step, which is waited for.
+                unsafe { plans[0].decode(&mirrors[0].args, Some(&group.gpus[0].stream)) }.unwrap();
+                let error = group.gpus[0].stream.synchronize().unwrap_err();
+                found.push(started.elapsed());
+                assert_eq!((error.kind(), error.rank()), (ErrorKind::Timeout, Some(1)), "{error}");
+            }
+            assert!(found.iter().all(|took| *took >= STEP), "{found:?}");
+            assert!(found.last().is_some_and(|took| *took < STEP + SLACK), "{found:?}");
+        }
+    }
+}
+
+/// A graph that was captured before a failure and is replayed after it: NaN at once, and the communicator says why.
+pub fn replayed_after_a_failure() {
+    const STEP: Duration = Duration::from_secs(2);
+    for on in counts() {
+        for (algorithm, output) in [
+            (Algorithm::OneShot, OutputMode::Replicated),
+            (Algorithm::TwoShot, OutputMode::Replicated),
+            (Algorithm::Auto, OutputMode::Scattered),
+        ] {
+            let _current = Current::new(0);
+            let base = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+            let case =
+                Case::plain(AttentionDesc { algorithm, output, ..base }, 2, &[(100, 1), (0, 1)], Values::Normal, 5);
+            let group = Group::over(2, on, STEP);
+            let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
+            let mirrors = group.mirrors(&all);
+            group.step(&plans, &mirrors, &mut all);
+            let lane = OwnStream::new(&group.gpus[0]);
+            let graph = lane.raw.capture(|| {
+                // SAFETY: the device memory outlives the replays, which are waited for.
+                unsafe { plans[0].decode(&mirrors[0].args, Some(&lane.stream)) }.unwrap();
+            });
+            for replay in 0..3 {
+                all[0].prefill(0);
+                mirrors[0].update_all(&all[0]);
+                let started = Instant::now();
+                graph.replay(&lane.raw);
+                lane.raw.synchronize();
+                let took = started.elapsed();
+                assert!(replay == 0 || took < STEP / 2, "replay {replay}: {took:?}");
+                mirrors[0].fetch(&mut all[0]);
+                for token in 0..case.tokens {
+                    for head in all[0].heads.clone() {
+                        let (row, lse) = (all[0].row(&case, token, head).0, all[0].lse_of(&case, token, head));
+                        assert!(row.iter().all(|x| x.is_nan()) && lse.unwrap().is_nan(), "replay {replay}: {row:?}");
+                    }
+                }
+                let error = group.comms[0].status().unwrap().error.unwrap();
+                assert_eq!((error.kind(), error.rank()), (ErrorKind::Timeout, Some(1)), "{error}");
+            }
+        }
+    }
+}
+
 /// Ranks that take a step for another.
 pub fn out_of_step() {
     for on in counts() {
@@ -113,6 +185,98 @@ pub fn out_of_step() {
         }
         drop((plans, others));
         failed(group, &case, &mut all, &[0, 1, 2], ErrorKind::Desync, 1);
+    }
+}
+
+/// One rank has the tokens of a step in two sequences, the others in one: all else is the same.
+pub fn another_batch() {
+    for on in counts() {
+        for algorithm in [Algorithm::OneShot, Algorithm::TwoShot] {
+            let base = AttentionDesc { algorithm, out_dtype: Dtype::F32, max_batch: 2, ..shape(8, 2, 64, Dtype::F16) };
+            let desc = AttentionDesc { max_kv_length: 100, max_query_tokens: 2, ..base };
+            let case = Case::plain(desc, 3, &[(100, 2)], Values::Normal, 5);
+            let other = Case::plain(desc, 3, &[(50, 1), (50, 1)], Values::Normal, 6);
+            assert_eq!((case.desc, case.tokens), (other.desc, other.tokens));
+            let group = Group::over(3, on, LONG);
+            let (mut all, others) = (ranks(&case), ranks(&other));
+            let (plans, mirrors, odd) = (group.plans(&desc), group.mirrors(&all), group.mirrors(&others));
+            for rank in 0..3 {
+                let mirror = if rank == 1 { &odd[rank] } else { &mirrors[rank] };
+                // SAFETY: the device memory outlives the step, which is waited for.
+                unsafe { plans[rank].decode(&mirror.args, Some(&group.gpus[rank].stream)) }.unwrap();
+            }
+            drop(plans);
+            failed(group, &case, &mut all, &[0, 1, 2], ErrorKind::Desync, 1);
+        }
+    }
+}
+
+/// One rank leaves a step out. Where the next is another one, all find out; where it is the same, the others wait in vain for
+/// the last.
+pub fn a_skipped_step() {
+    for on in counts() {
+        for same in [false, true] {
+            let desc = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+            let case = Case::plain(desc, 3, &[(100, 1)], Values::Normal, 5);
+            let group = Group::over(3, on, if same { Duration::from_millis(500) } else { LONG });
+            let mut all = ranks(&case);
+            let plans = [group.plans(&case.desc), group.plans(&case.desc)];
+            let mirrors = group.mirrors(&all);
+            for step in 0..4 {
+                for rank in 0..3 {
+                    if (step, rank) != (1, 1) {
+                        let plan = &plans[if same { 0 } else { step % 2 }][rank];
+                        // SAFETY: the device memory outlives the step, which is waited for.
+                        unsafe { plan.decode(&mirrors[rank].args, Some(&group.gpus[rank].stream)) }.unwrap();
+                    }
+                }
+            }
+            drop(plans);
+            let (kind, survivors) =
+                if same { (ErrorKind::Timeout, &[0, 2][..]) } else { (ErrorKind::Desync, &[0, 1, 2][..]) };
+            failed(group, &case, &mut all, survivors, kind, 1);
+        }
+    }
+}
+
+/// One rank replays another graph than the others: it holds the steps of another plan.
+pub fn another_graph() {
+    for on in counts() {
+        let _current = Current::new(0);
+        let desc = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+        let case = Case::plain(desc, 3, &[(100, 1)], Values::Normal, 5);
+        let group = Group::over(3, on, LONG);
+        let mut all = ranks(&case);
+        let plans = [group.plans(&case.desc), group.plans(&case.desc)];
+        let mirrors = group.mirrors(&all);
+        for plans in &plans {
+            group.step(plans, &mirrors, &mut all);
+        }
+        let lanes: Vec<OwnStream> = group.gpus.iter().map(OwnStream::new).collect();
+        let graphs = plans.each_ref().map(|plans| {
+            let capture = |rank: usize| {
+                let (_current, lane) = (Current::new(lanes[rank].ordinal), &lanes[rank]);
+                lane.raw.capture(|| {
+                    // SAFETY: the device memory outlives the replays, which are waited for.
+                    unsafe { plans[rank].decode(&mirrors[rank].args, Some(&lane.stream)) }.unwrap();
+                })
+            };
+            (0..3).map(capture).collect::<Vec<_>>()
+        });
+        for odd in [false, true] {
+            for (rank, lane) in lanes.iter().enumerate() {
+                graphs[usize::from(odd && rank == 1)][rank].replay(&lane.raw);
+            }
+            for (rank, lane) in lanes.iter().enumerate() {
+                lane.raw.synchronize();
+                let error = group.comms[rank].status().unwrap().error;
+                let found = error.map(|error| (error.kind(), error.rank()));
+                assert_eq!(found, odd.then_some((ErrorKind::Desync, Some(1))), "rank {rank}");
+            }
+        }
+        drop((graphs, plans));
+        drop(lanes);
+        failed(group, &case, &mut all, &[], ErrorKind::Desync, 1);
     }
 }
 
@@ -187,7 +351,7 @@ pub fn leave_before_rows_come() {
             let (mut all, mut plans) = (ranks(&case), group.plans(&case.desc));
             let mirrors = group.mirrors(&all);
             group.step(&plans, &mirrors, &mut all);
-            let (lane, memory) = (Lane::new(&group.gpus[0]), plans[1].memory().unwrap());
+            let (lane, memory) = (OwnStream::new(&group.gpus[0]), plans[1].memory().unwrap());
             let mut gone = plans.pop();
             if round % 2 == 0 {
                 // Before there is work of the other rank, for which it would wait on a GPU that they share.
@@ -249,6 +413,48 @@ pub fn allocations() {
             } else {
                 drop(plans);
                 failed(group, &case, &mut all, &[0], ErrorKind::Timeout, 1);
+            }
+        }
+    }
+}
+
+/// Another thread loads modules while a rank waits. A driver may let that wait for the kernel, and hold up the launch that
+/// the kernel waits for: then the deadline ends it. It never hangs.
+pub fn module_loading() {
+    for on in counts() {
+        let desc = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+        let case = Case::plain(desc, 2, &[(100, 1)], Values::Normal, 5);
+        let group = Group::over(2, on, Duration::from_secs(2));
+        let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
+        let mirrors = group.mirrors(&all);
+        group.step(&plans, &mirrors, &mut all);
+        let begun = Instant::now();
+        // SAFETY: the device memory outlives the step, which is waited for.
+        unsafe { plans[0].decode(&mirrors[0].args, Some(&group.gpus[0].stream)) }.unwrap();
+        let ended = std::thread::scope(|scope| {
+            let loading = scope.spawn(|| {
+                for gpu in &group.gpus {
+                    let _current = Current::new(gpu.device.ordinal);
+                    (0..3).for_each(|_| drop(RawKernel::new("late_copy")));
+                }
+            });
+            // In the middle of it.
+            std::thread::sleep(Duration::from_millis(5));
+            // SAFETY: as above.
+            unsafe { plans[1].decode(&mirrors[1].args, Some(&group.gpus[1].stream)) }.unwrap();
+            let ended: Vec<_> = group.gpus.iter().filter_map(|gpu| gpu.stream.synchronize().err()).collect();
+            loading.join().unwrap();
+            ended.into_iter().next()
+        });
+        assert!(begun.elapsed() < HANG);
+        match ended {
+            None => {
+                mirrors.iter().zip(&mut all).for_each(|(mirror, rank)| mirror.fetch(rank));
+                assert_eq!(judge(&case, &all).unwrap().failure, None);
+            }
+            Some(error) => {
+                println!("on {on} GPUs loading a module held the other rank up: {error}");
+                assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
             }
         }
     }

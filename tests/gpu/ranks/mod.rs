@@ -1,5 +1,6 @@
 //! Ranks on GPUs that exchange through each other's memory: several on one GPU, and over two where there are two.
 
+pub mod accounts;
 pub mod faults;
 pub mod merges;
 pub mod order;

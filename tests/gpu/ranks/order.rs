@@ -8,7 +8,7 @@ use treeattn::runtime::{Buffer, Plan, Stream};
 
 use super::{LONG, counts};
 use crate::driver::{Current, RawKernel, RawStream, ok};
-use crate::group::{Group, Lane, ranks};
+use crate::group::{Group, OwnStream, ranks};
 use crate::mirror::{Gpu, Mirror};
 use crate::numerics::shape;
 use crate::support::case::Case;
@@ -157,7 +157,7 @@ pub fn delayed_replays() {
                 group.step(&plans[n], &mirrors[n], &mut all[n]);
                 assert_eq!(judge(&cases[n], &all[n]).unwrap().failure, None);
             }
-            let lanes: Vec<Lane> = group.gpus.iter().map(Lane::new).collect();
+            let lanes: Vec<OwnStream> = group.gpus.iter().map(OwnStream::new).collect();
             let graphs: Vec<_> = (0..world)
                 .map(|rank| {
                     let (_current, lane) = (Current::new(lanes[rank].ordinal), &lanes[rank]);
@@ -170,10 +170,10 @@ pub fn delayed_replays() {
                     })
                 })
                 .collect();
-            let kept: Vec<Kept> = (0..world)
-                .map(|rank| Kept::new(&group.gpus[rank], [&mirrors[0][rank], &mirrors[1][rank]], AT_ONCE))
+            let copies: Vec<OutputCopies> = (0..world)
+                .map(|rank| OutputCopies::new(&group.gpus[rank], [&mirrors[0][rank], &mirrors[1][rank]], AT_ONCE))
                 .collect();
-            let wanted: Vec<Vec<u8>> = kept.iter().map(Kept::now).collect();
+            let wanted: Vec<Vec<u8>> = copies.iter().map(OutputCopies::now).collect();
             for round in 0..rounds {
                 for replay in 0..AT_ONCE {
                     let (late, time) = (rng.range(0, world - 1), rng.pick(&[0, 20, 200, 2000]));
@@ -182,12 +182,12 @@ pub fn delayed_replays() {
                             lane.pause(Duration::from_micros(time));
                         }
                         graphs[rank].replay(&lane.raw);
-                        kept[rank].keep(replay, lane);
+                        copies[rank].enqueue(replay, lane);
                     }
                 }
                 for (rank, lane) in lanes.iter().enumerate() {
                     lane.raw.synchronize();
-                    let found = kept[rank].all();
+                    let found = copies[rank].all();
                     let same = found.chunks_exact(wanted[rank].len()).all(|bytes| *bytes == wanted[rank]);
                     assert!(same, "rank {rank} of {world} over {on} GPUs: other bits in round {round}");
                 }
@@ -205,7 +205,7 @@ fn poison(mirror: &Mirror, stream: &RawStream) {
 }
 
 /// Copies of a rank's outputs of two plans, on its GPU.
-struct Kept {
+struct OutputCopies {
     copy: RawKernel,
     ordinal: i32,
     /// Address and words of 16 bytes of what is copied; what follows the outputs is the mirror's as well.
@@ -213,13 +213,13 @@ struct Kept {
     to: Buffer,
 }
 
-impl Kept {
-    fn new(gpu: &Gpu, mirrors: [&Mirror; 2], count: usize) -> Kept {
+impl OutputCopies {
+    fn new(gpu: &Gpu, mirrors: [&Mirror; 2], count: usize) -> OutputCopies {
         let ordinal = gpu.device.ordinal;
         let _current = Current::new(ordinal);
         let from = mirrors.map(|mirror| (mirror.outputs().0, mirror.outputs().1.div_ceil(16)));
         let to = Buffer::alloc(&gpu.runtime, gpu.device, count * 16 * (from[0].1 + from[1].1)).unwrap();
-        Kept { copy: RawKernel::new("late_copy"), ordinal, from, to }
+        OutputCopies { copy: RawKernel::new("late_copy"), ordinal, from, to }
     }
 
     /// Bytes of a copy.
@@ -228,7 +228,7 @@ impl Kept {
     }
 
     /// Enqueues a copy.
-    fn keep(&self, nth: usize, lane: &Lane) {
+    fn enqueue(&self, nth: usize, lane: &OwnStream) {
         let _current = Current::new(self.ordinal);
         let mut to = self.to.data() as u64 + (nth * self.bytes()) as u64;
         for (from, words) in self.from {
