@@ -360,7 +360,9 @@ pub fn leave_before_rows_come() {
             lane.pause(Duration::from_micros([0, 100, 1000, 5000][round / 2 % 4]));
             // SAFETY: the device memory outlives the step, which is waited for.
             unsafe { plans[0].decode(&mirrors[0].args, Some(&lane.stream)) }.unwrap();
-            drop((group.comms.pop(), gone));
+            // The communicator first: giving back the plan's memory waits for all work of a GPU that they share.
+            group.comms.pop().unwrap().close();
+            drop(gone);
             let there = group.gpus[1].device.ordinal;
             let canaries = [memory.window, memory.workspace].map(|bytes| Canary::new(there, bytes as usize));
             let error = lane.stream.synchronize().unwrap_err();
