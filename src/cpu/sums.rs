@@ -75,9 +75,9 @@ impl OpenSums {
 /// Sums in f64, over 2^max. The partial of a row is (values / weights, (max + log2 weights) ln 2).
 #[derive(Clone, Copy, Debug)]
 pub struct ClosedSums {
-    /// f64 [rows, width].
+    /// `f64 [rows, width]`.
     sums: *mut f64,
-    /// f32 [rows].
+    /// `f32 [rows]`.
     max: *mut f32,
     shape: SumShape,
 }

@@ -11,7 +11,7 @@
 //! with, a value near the row's largest score m. Begun with -m, the partial sums of key j are at most
 //! S + (m - s_j) / 2 + 3, because what lies beyond s_j on the way has to come back. The weight of a key that is t
 //! below m falls as e^-t, and 2^31 keys weigh no more than e^21.5 of them: over a row the (m - s_j) / 2 count as
-//! 11 at most, and as S at most. Hence |error of s_j| <= u N S' with S' = S + min(S, 16) ([`reach`]).
+//! 11 at most, and as S at most. Hence |error of s_j| <= u N S' with S' = S + min(S, 16) (`reach`).
 //! Scaling and the subtraction of m are done on two floats and cost 2 u S at most, 0 where scores are below 2^22.
 //!
 //! **Weights.** exp2 is within 2 u, its argument's rest within u / 2. So a weight has a relative error of
