@@ -1,7 +1,7 @@
 //! The energy and its gradient over keys that lie in one place ([`crate::attention::energy`]).
 
 use super::context::Runtime;
-use super::stream::{Lane, Stream};
+use super::stream::{RunsOn, Stream};
 use crate::attention::{AttentionDesc, DecodeArgs, Shard, Step, Tensor, supported};
 use crate::cpu::{self, CpuBackend, Isa};
 use crate::device::{Device, DeviceKind, FloatState, Workers, available_cores};
@@ -56,12 +56,12 @@ pub unsafe fn energy(
     supported(desc, &cpu::CAPABILITIES)?;
     let step = Step::new(desc, ALONE, args, desc.q_heads)?.at_zeta(desc, zeta)?;
     let energy = EnergyStep { desc: *desc, step, isa: runtime.cpu_isa() };
-    match Stream::lane(stream, device)? {
+    match Stream::runs_on(stream, device)? {
         // SAFETY: the caller keeps the buffers valid while this runs.
-        Lane::Caller => unsafe { run(&energy) },
+        RunsOn::Caller => unsafe { run(&energy) },
         // SAFETY: the caller keeps the buffers valid until the evaluation is done.
-        Lane::Queue(queue) => queue.push(move || unsafe { run(&energy) }, ENQUEUE_TIMEOUT),
-        Lane::Cuda(_) => Err(Error::unsupported("device", device, "CPU devices")),
+        RunsOn::Queue(queue) => queue.push(move || unsafe { run(&energy) }, ENQUEUE_TIMEOUT),
+        RunsOn::Cuda(_) => Err(Error::unsupported("device", device, "CPU devices")),
     }
 }
 

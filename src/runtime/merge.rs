@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::context::Runtime;
-use super::stream::{Lane, Stream};
+use super::stream::{RunsOn, Stream};
 use crate::attention::MAX_HEAD_DIM;
 use crate::attention::merge::{MergeArgs, MergeStep};
 use crate::device::{Device, DeviceKind, FloatState};
@@ -35,13 +35,13 @@ pub unsafe fn merge_partials(
     }
     let step = MergeStep::of_partials(args, count)?;
     let needs_stream = || Error::invalid("stream", "NULL", format!("a stream of {device}"));
-    match Stream::lane(stream, device)? {
-        Lane::Caller if device.kind == DeviceKind::Cuda => Err(needs_stream()),
+    match Stream::runs_on(stream, device)? {
+        RunsOn::Caller if device.kind == DeviceKind::Cuda => Err(needs_stream()),
         // SAFETY: the caller keeps the buffers valid while this runs.
-        Lane::Caller => unsafe { merge_here(&step) },
+        RunsOn::Caller => unsafe { merge_here(&step) },
         // SAFETY: the caller keeps the buffers valid until the merge is done.
-        Lane::Queue(queue) => queue.push(move || unsafe { merge_here(&step) }, ENQUEUE_TIMEOUT),
-        Lane::Cuda(cuda) => match stream.map(Stream::merge_kernel).transpose()?.flatten() {
+        RunsOn::Queue(queue) => queue.push(move || unsafe { merge_here(&step) }, ENQUEUE_TIMEOUT),
+        RunsOn::Cuda(cuda) => match stream.map(Stream::merge_kernel).transpose()?.flatten() {
             Some(kernel) => kernel.enqueue(&step, cuda),
             None => Err(needs_stream()),
         },

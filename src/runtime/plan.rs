@@ -10,7 +10,7 @@ use parking_lot::{Condvar, Mutex};
 use super::agreement;
 use super::communicator::{CommCore, Communicator};
 use super::context::{LogLevel, Runtime};
-use super::stream::{Lane, Stream};
+use super::stream::{RunsOn, Stream};
 use crate::attention::merge::{MergeArgs, MergeStep};
 use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, OutputMode, Step};
 use crate::device::cuda::CudaStream;
@@ -260,22 +260,22 @@ impl Plan {
         F: FnOnce(&PlanCore, Option<&CudaStream>) -> Result<()> + Send + 'static,
     {
         let core = &*self.core;
-        match Stream::lane(stream, core.comm.device)? {
-            Lane::Cuda(cuda) => {
+        match Stream::runs_on(stream, core.comm.device)? {
+            RunsOn::Cuda(cuda) => {
                 if let (true, Some(stream), Some(peers)) = (exchanges, stream, core.comm.rank.gpu_peers()) {
                     stream.tell_failures_of(peers);
                 }
                 step(core, Some(cuda))
             }
-            Lane::Caller => {
+            RunsOn::Caller => {
                 let _counted = InFlight::new(&self.core);
                 core.logged(step(core, None)).map_err(explain_timeout)
             }
-            Lane::Queue(_) if !core.comm.rank.serves_streams() => {
+            RunsOn::Queue(_) if !core.comm.rank.serves_streams() => {
                 let wanted = "none: this transport's callbacks run on calling threads only";
                 Err(Error::invalid("stream", "a stream", wanted))
             }
-            Lane::Queue(queue) => {
+            RunsOn::Queue(queue) => {
                 let counted = InFlight::new(&self.core);
                 let task = move || {
                     let plan = &*counted.0;
@@ -342,7 +342,7 @@ fn connect_all(plans: &[PlanCore]) -> Result<()> {
             .iter()
             .map(|plan| spawn_scoped(scope, "treeattn-connect", move || connect(plan)))
             .collect::<Result<_>>()?;
-        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(panicked()))).collect()
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(panicked())))
     })
 }
 

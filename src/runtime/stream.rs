@@ -32,7 +32,7 @@ enum Kind {
 }
 
 /// Where a step runs.
-pub(super) enum Lane<'a> {
+pub(super) enum RunsOn<'a> {
     /// On the calling thread.
     Caller,
     /// On the thread of a CPU stream.
@@ -105,12 +105,12 @@ impl Stream {
     }
 
     /// Where a step of `device` runs. `InvalidArgument` for a stream of another device.
-    pub(super) fn lane(stream: Option<&Stream>, device: Device) -> Result<Lane<'_>> {
-        let Some(stream) = stream else { return Ok(Lane::Caller) };
+    pub(super) fn runs_on(stream: Option<&Stream>, device: Device) -> Result<RunsOn<'_>> {
+        let Some(stream) = stream else { return Ok(RunsOn::Caller) };
         stream.runtime.check_open()?;
         match &stream.kind {
-            Kind::Cpu(queue) if stream.device == device => Ok(Lane::Queue(queue)),
-            Kind::Cuda(cuda, _) if stream.device == device => Ok(Lane::Cuda(cuda)),
+            Kind::Cpu(queue) if stream.device == device => Ok(RunsOn::Queue(queue)),
+            Kind::Cuda(cuda, _) if stream.device == device => Ok(RunsOn::Cuda(cuda)),
             _ => {
                 let found = format!("a stream of {}", stream.device);
                 Err(Error::invalid("stream", found, format!("a stream of {device}")))
