@@ -27,20 +27,21 @@ const LEASES: usize = 4096 / (8 * WORDS);
 pub(crate) struct PlanWords {
     rank: i32,
     state: Mutex<State>,
+    /// Gives the pages back, after all leases. Locked while a page is allocated, which may wait for a GPU; `state` is not.
+    allocations: Mutex<Allocations>,
 }
 
+#[derive(Default)]
 struct State {
     pages: Vec<MappedWords>,
     /// Free leases, longest free first.
-    free: VecDeque<Place>,
-    leased: Vec<(u64, Place)>,
-    /// Gives the pages back, after all leases.
-    holdings: Allocations,
+    free: VecDeque<Location>,
+    leased: Vec<(u64, Location)>,
 }
 
 /// Where the words of a lease are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Place {
+struct Location {
     page: usize,
     first: usize,
 }
@@ -48,41 +49,52 @@ struct Place {
 /// A plan's words. They are given back when it is dropped, which must not be before the plan's kernels are done, or given up.
 pub(crate) struct PlanLease {
     words: Arc<PlanWords>,
-    place: Place,
+    at: Location,
     address: u64,
 }
 
 impl PlanWords {
     /// No words yet, for plans of `rank` on `device`. Dropping them waits for the device at most `patience`.
     pub fn new(device: &Arc<CudaDevice>, rank: i32, patience: Duration) -> Arc<PlanWords> {
-        let holdings = Allocations::new(device, patience);
-        let state = State { pages: Vec::new(), free: VecDeque::new(), leased: Vec::new(), holdings };
-        Arc::new(PlanWords { rank, state: Mutex::new(state) })
+        let allocations = Mutex::new(Allocations::new(device, patience));
+        Arc::new(PlanWords { rank, state: Mutex::default(), allocations })
     }
 
     /// Words for plan number `plan`, all 0. May allocate, and block; `Capturing` during a capture.
     pub fn lease(self: &Arc<Self>, plan: u64) -> Result<PlanLease> {
-        let mut state = self.state.lock();
-        if state.free.is_empty() {
-            let page = state.holdings.words(LEASES * WORDS)?;
-            state.pages.push(page);
-            let page = state.pages.len() - 1;
-            state.free.extend((0..LEASES).map(|i| Place { page, first: i * WORDS }));
+        loop {
+            if let Some(lease) = self.lease_free(plan) {
+                return Ok(lease);
+            }
+            let mut allocations = self.allocations.lock();
+            if !self.state.lock().free.is_empty() {
+                // Another plan was first to allocate.
+                continue;
+            }
+            let words = allocations.words(LEASES * WORDS)?;
+            let mut state = self.state.lock();
+            let page = state.pages.len();
+            state.pages.push(words);
+            state.free.extend((0..LEASES).map(|i| Location { page, first: i * WORDS }));
         }
-        let State { pages, free, leased, .. } = &mut *state;
-        let place = free.pop_front().unwrap_or(Place { page: 0, first: 0 });
-        leased.push((plan, place));
-        let address = pages[place.page].address() + 8 * place.first as u64;
-        Ok(PlanLease { words: Arc::clone(self), place, address })
+    }
+
+    /// The words that were free for the longest time, if there are any.
+    fn lease_free(self: &Arc<Self>, plan: u64) -> Option<PlanLease> {
+        let mut state = self.state.lock();
+        let at = state.free.pop_front()?;
+        state.leased.push((plan, at));
+        let address = state.pages[at.page].address() + 8 * at.first as u64;
+        Some(PlanLease { words: Arc::clone(self), at, address })
     }
 
     /// The bad data that steps have met since the last time, plan by plan. Waits for nothing.
     pub fn take_faults(&self) -> Vec<PlanFault> {
         let state = self.state.lock();
         let mut found = Vec::new();
-        for &(plan, place) in &state.leased {
-            // SAFETY: the holdings in `state` gave the page and are alive; the words are inside it.
-            let take = |word: usize| unsafe { state.pages[place.page].take(place.first + word) };
+        for &(plan, at) in &state.leased {
+            // SAFETY: `allocations` gave the page, and lives as long as `self`; a location is of words inside its page.
+            let take = |word: usize| unsafe { state.pages[at.page].take(at.first + word) };
             if let Some((_, fault)) = DataFault::from_word(take(OWN_FAULT)) {
                 found.push(PlanFault { rank: self.rank, plan, fault });
             }
@@ -103,8 +115,8 @@ impl PlanLease {
     /// A word.
     pub fn load(&self, word: usize) -> u64 {
         let state = self.words.state.lock();
-        // SAFETY: as in `take_faults`; the place is leased for as long as `self`.
-        unsafe { state.pages[self.place.page].load(self.place.first + word) }
+        // SAFETY: as in `take_faults`; `self` keeps the words alive.
+        unsafe { state.pages[self.at.page].load(self.at.first + word) }
     }
 }
 
@@ -113,9 +125,9 @@ impl Drop for PlanLease {
         let mut state = self.words.state.lock();
         for word in 0..WORDS {
             // SAFETY: as in `take_faults`.
-            unsafe { state.pages[self.place.page].take(self.place.first + word) };
+            unsafe { state.pages[self.at.page].take(self.at.first + word) };
         }
-        state.leased.retain(|&(_, place)| place != self.place);
-        state.free.push_back(self.place);
+        state.leased.retain(|&(_, at)| at != self.at);
+        state.free.push_back(self.at);
     }
 }
