@@ -3,7 +3,7 @@
 //! [`Bootstrap`] is what every rank's end of a group can do: an allgather of small blobs, and one fate for all. [`Rounds`]
 //! are the ends whose steps exchange in host memory. `local` is the group within one process (shared memory, epochs of
 //! [`crate::partial::epoch`]) and `transport` a rank whose peers the engine reaches (MPI, gloo); both have rounds. `nccl`
-//! is a rank whose peers NCCL reaches, `peer` one on a GPU, whose steps exchange in kernels that write into each other's
+//! is a rank whose peers NCCL reaches, `gpu` one on a GPU, whose steps exchange in kernels that write into each other's
 //! windows. `tree` says who meets whom in a tree over nodes, `errors` words what ranks say when they fail. Depends on
 //! `device` and `partial`; knows nothing of attention but [`Shard`](crate::attention::Shard), and nothing of backends.
 //!
@@ -26,9 +26,9 @@ mod board;
 mod bootstrap;
 mod config;
 mod errors;
+mod gpu;
 mod local;
 pub(crate) mod nccl;
-mod peer;
 mod plan_words;
 mod rounds;
 mod transport;
@@ -42,8 +42,8 @@ mod tests;
 pub(crate) use board::{PlanFault, StatusBoard};
 pub(crate) use bootstrap::Bootstrap;
 pub use config::CommConfig;
+pub(crate) use gpu::{GpuRank, Offer, Windows};
 pub(crate) use local::{LocalRank, MAX_RANKS, local_group};
-pub(crate) use peer::{GpuRank, Offer, Windows};
 pub(crate) use plan_words::{ANY_FAULT, OWN_FAULT, PlanLease, PlanWords};
 pub(crate) use rounds::{Hop, Round, RoundHeader, Rounds};
 pub(crate) use transport::TransportRank;

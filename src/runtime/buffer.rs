@@ -18,7 +18,7 @@ pub struct Buffer {
 
 enum Memory {
     Cpu(HostBuffer),
-    Cuda { holdings: Allocations, address: u64, bytes: usize },
+    Cuda { allocations: Allocations, address: u64, bytes: usize },
 }
 
 impl Buffer {
@@ -31,9 +31,9 @@ impl Buffer {
         let memory = match device.kind {
             DeviceKind::Cpu => Memory::Cpu(HostBuffer::new(bytes)?),
             DeviceKind::Cuda => {
-                let mut holdings = Allocations::new(&CudaDevice::get(device)?, PATIENCE);
-                let address = holdings.memory(bytes)?;
-                Memory::Cuda { holdings, address, bytes }
+                let mut allocations = Allocations::new(&CudaDevice::get(device)?, PATIENCE);
+                let address = allocations.memory(bytes)?;
+                Memory::Cuda { allocations, address, bytes }
             }
         };
         Ok(Buffer { runtime: runtime.clone(), memory })
@@ -51,7 +51,7 @@ impl Buffer {
     pub fn check_destroy(&self) -> Result<()> {
         match &self.memory {
             Memory::Cpu(_) => Ok(()),
-            Memory::Cuda { holdings, .. } => holdings.device().check_change(),
+            Memory::Cuda { allocations, .. } => allocations.device().check_change(),
         }
     }
 
@@ -84,8 +84,8 @@ impl Buffer {
             Memory::Cpu(memory) => unsafe { std::ptr::copy(source, memory.as_mut_ptr().add(offset), len) },
             // SAFETY: the range is within the allocation, as checked. `source` has `len` bytes, and memory of a GPU does
             // not overlap them.
-            Memory::Cuda { holdings, address, .. } => unsafe {
-                holdings.device().upload(address + offset as u64, std::slice::from_raw_parts(source, len))?
+            Memory::Cuda { allocations, address, .. } => unsafe {
+                allocations.device().upload(address + offset as u64, std::slice::from_raw_parts(source, len))?
             },
         }
         Ok(())
@@ -110,8 +110,8 @@ impl Buffer {
             // SAFETY: as in `upload_from`.
             Memory::Cpu(memory) => unsafe { std::ptr::copy(memory.as_ptr().add(offset), target, len) },
             // SAFETY: as in `upload_from`.
-            Memory::Cuda { holdings, address, .. } => unsafe {
-                holdings.device().download(address + offset as u64, std::slice::from_raw_parts_mut(target, len))?
+            Memory::Cuda { allocations, address, .. } => unsafe {
+                allocations.device().download(address + offset as u64, std::slice::from_raw_parts_mut(target, len))?
             },
         }
         Ok(())

@@ -125,7 +125,6 @@ fn check(sources: &Sources, root: &str) -> Crate {
 }
 
 #[test]
-#[ignore = "the circles in comm, cpu, device and runtime still have to go"]
 fn the_library_has_no_circles_and_keeps_its_layers() {
     let sources = source_of_the_library();
     let read = check(&sources, "lib.rs");

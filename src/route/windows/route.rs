@@ -42,7 +42,7 @@ pub(in crate::route) struct WindowsRoute {
     row_bytes: u64,
     reason: String,
     bytes: usize,
-    _holdings: Allocations,
+    _allocations: Allocations,
     shard: GpuShard,
     /// Its windows outlive the kernels that are enqueued.
     peers: Arc<GpuRank>,
@@ -68,7 +68,7 @@ impl WindowsRoute {
         let most_rows = ((peers.capacity() / row_bytes) as i64).max(1);
         let forms = Forms::new(Form::asked()?, most_rows, rank.device.units, rank.sharing);
         let (form, _) = forms.of(rows as i64);
-        let mut holdings = Allocations::new(&rank.device, context.config.step_timeout);
+        let mut allocations = Allocations::new(&rank.device, context.config.step_timeout);
         let (mut target, mut bytes) = (None, 0);
         if !desc.is_merge_only() && form == Form::Memory {
             let too_large = || {
@@ -77,7 +77,7 @@ impl WindowsRoute {
             };
             let o = rows.checked_mul(4 * dim).and_then(|o| o.checked_next_multiple_of(256)).ok_or_else(too_large)?;
             bytes = o.checked_add(4 * rows).ok_or_else(too_large)?;
-            let memory = holdings.memory(bytes)?;
+            let memory = allocations.memory(bytes)?;
             target = Some(RowTarget::packed(memory, memory + o as u64, desc.q_heads, desc.head_dim_v));
         }
         let reason = match desc.is_merge_only() {
@@ -94,7 +94,7 @@ impl WindowsRoute {
             row_bytes: row_bytes as u64,
             reason,
             bytes,
-            _holdings: holdings,
+            _allocations: allocations,
             shard,
             peers: Arc::clone(peers),
         })
