@@ -111,12 +111,14 @@ mod tests {
 
     /// Sets one field of a descriptor.
     type Set = fn(&mut AttentionDesc);
+    /// Adds what a backend serves.
+    type Serve = fn(&mut Capabilities);
 
     #[test]
     fn each_field_is_refused_by_name_and_served_where_the_data_says_so() {
         let base = AttentionDesc::new(2, 1, 64, 10);
         supported(&base, &SERVED).unwrap();
-        let cases: [(&str, &str, Set, fn(&mut Capabilities)); 11] = [
+        let cases: [(&str, &str, Set, Serve); 11] = [
             (
                 "k_dtype: found q8_0",
                 "f32, f16 and bf16 on a test",

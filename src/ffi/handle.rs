@@ -234,7 +234,7 @@ mod tests {
         };
         let (mut live, mut dead) = (Vec::new(), Vec::new());
         let template = Runtime::new(RuntimeConfig::default()).unwrap();
-        for _ in 0..1_000_000 {
+        for _ in 0..if cfg!(miri) { 2_000 } else { 1_000_000 } {
             match draw(5) {
                 0 if live.len() < 50 => live.push(insert(template.clone()).unwrap()),
                 1 if !live.is_empty() => {

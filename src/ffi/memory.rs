@@ -257,3 +257,103 @@ unsafe fn struct_size<T: Versioned>(name: &str, from: *const T) -> Result<usize>
     }
     Ok(size)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[repr(C)]
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    struct Sized {
+        struct_size: usize,
+        number: i64,
+        flags: [u8; 8],
+    }
+
+    // SAFETY: repr(C), numbers only, and the size first.
+    unsafe impl Versioned for Sized {}
+
+    /// A caller's struct of another version: as many words, the first of which is the size.
+    fn words<const N: usize>(rest: u64) -> [u64; N] {
+        std::array::from_fn(|at| if at == 0 { 8 * N as u64 } else { rest })
+    }
+
+    fn message<T>(result: Result<T>) -> String {
+        result.err().unwrap().message().to_string()
+    }
+
+    #[test]
+    fn structs_of_other_versions_are_read() {
+        // SAFETY: every array is as long as its first word says.
+        unsafe {
+            let shorter: [u64; 2] = words(7);
+            let found = read("s", shorter.as_ptr().cast::<Sized>()).unwrap();
+            assert_eq!(found, Sized { struct_size: 16, number: 7, flags: [0; 8] });
+            let longer: [u64; 5] = std::array::from_fn(|at| [40, 7, 0, 0, 0][at]);
+            assert_eq!(read("s", longer.as_ptr().cast::<Sized>()).unwrap().number, 7);
+            let unknown: [u64; 5] = std::array::from_fn(|at| [40, 7, 0, 0, 1 << 8][at]);
+            let said = message(read("s", unknown.as_ptr().cast::<Sized>()));
+            assert!(said.contains("s.struct_size: found 40 with byte 33 set"), "{said}");
+            assert_eq!(read_or_default::<Sized>("s", std::ptr::null()).unwrap().number, 0);
+        }
+    }
+
+    #[test]
+    fn pointers_and_sizes_that_cannot_be_are_refused() {
+        // SAFETY: NULL, or readable as far as the first word, and no word promises more than there is and is believed.
+        unsafe {
+            assert_eq!(message(read::<Sized>("s", std::ptr::null())), "s: found NULL, wanted a pointer");
+            let some: [u64; 4] = words(0);
+            let odd = some.as_ptr().cast::<u8>().add(4).cast::<Sized>();
+            assert!(message(read("s", odd)).contains("wanted a pointer aligned to 8 bytes"));
+            for size in [0, 1, 7, 12, 1 << 17, u64::MAX] {
+                let garbage = [size, 0, 0];
+                let said = message(read("s", garbage.as_ptr().cast::<Sized>()));
+                assert!(said.contains(&format!("s.struct_size: found {size}, wanted")), "{said}");
+            }
+            assert!(message(Output::<i32>::new("o", std::ptr::null_mut())).starts_with("o: found NULL"));
+            assert!(message(value::<i64>("v", some.as_ptr().cast::<u8>().add(1).cast())).contains("aligned"));
+            assert!(message(ranks::<i32>("r", std::ptr::null(), 2)).contains("a pointer to 2 values"));
+            for n in [0, -1, 1025] {
+                assert!(message(OutputRanks::<i32>::new("r", std::ptr::null_mut(), n)).starts_with("n: found"));
+            }
+        }
+    }
+
+    #[test]
+    fn outputs_stay_within_what_the_caller_has() {
+        let value = Sized { struct_size: 0, number: 5, flags: [6; 8] };
+        let (mut shorter, mut longer) = (words::<2>(9), words::<4>(9));
+        let mut number = 0;
+        let mut numbers = [0; 3];
+        // SAFETY: every array is as long as its first word says; the numbers are writable.
+        unsafe {
+            OutputStruct::new("s", shorter.as_mut_ptr().cast::<Sized>()).unwrap().set(&value);
+            OutputStruct::new("s", longer.as_mut_ptr().cast::<Sized>()).unwrap().set(&value);
+            Output::new("n", &mut number).unwrap().set(3);
+            OutputRanks::new("n", numbers.as_mut_ptr(), 2).unwrap().set(&[1, 2, 4]);
+        }
+        assert_eq!((shorter, longer), ([16, 5], [32, 5, 0x0606_0606_0606_0606, 9]));
+        assert_eq!((number, numbers), (3, [1, 2, 0]));
+    }
+
+    #[test]
+    fn texts_are_cut_between_characters() {
+        let mut needed = 0;
+        for (cap, wanted) in [(0, "x"), (1, ""), (2, "a"), (3, "a"), (4, "aé"), (5, "aéb"), (9, "aéb")] {
+            let mut buf = *b"xxxxxxxxx";
+            // SAFETY: `buf` has nine bytes.
+            unsafe { OutputText::new(buf.as_mut_ptr().cast(), cap, &mut needed) }.unwrap().set("aéb");
+            let end = if cap == 0 { 1 } else { buf.iter().position(|&byte| byte == 0).unwrap() };
+            assert_eq!((std::str::from_utf8(&buf[..end]).unwrap(), needed), (wanted, 5), "{cap}");
+        }
+        assert_eq!(fixed::<3>("aéb").map(|c| c as u8), *b"a\0\0");
+        // SAFETY: nothing is writable, and nothing is written.
+        unsafe {
+            assert!(OutputText::new(std::ptr::null_mut(), 1, &mut needed).is_err());
+            assert!(OutputText::new(std::ptr::null_mut(), 0, std::ptr::null_mut()).is_err());
+            let text = string("t", c"\xff".as_ptr());
+            assert!(message(text).contains("UTF-8"));
+        }
+    }
+}

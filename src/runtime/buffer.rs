@@ -2,6 +2,8 @@
 
 use std::ffi::c_void;
 
+use parking_lot::Mutex;
+
 use super::context::Runtime;
 use crate::device::cuda::{Allocations, CudaDevice, PATIENCE};
 use crate::device::{Device, DeviceKind, HostBuffer};
@@ -17,8 +19,16 @@ pub struct Buffer {
 }
 
 enum Memory {
-    Cpu(HostBuffer),
-    Cuda { allocations: Allocations, address: u64, bytes: usize },
+    Cpu {
+        memory: HostBuffer,
+        /// Held while memory is copied, so that uploads and downloads of several threads do not race.
+        copying: Mutex<()>,
+    },
+    Cuda {
+        allocations: Allocations,
+        address: u64,
+        bytes: usize,
+    },
 }
 
 impl Buffer {
@@ -29,7 +39,7 @@ impl Buffer {
             return Err(Error::invalid("bytes", 0, "at least 1"));
         }
         let memory = match device.kind {
-            DeviceKind::Cpu => Memory::Cpu(HostBuffer::new(bytes)?),
+            DeviceKind::Cpu => Memory::Cpu { memory: HostBuffer::new(bytes)?, copying: Mutex::new(()) },
             DeviceKind::Cuda => {
                 let mut allocations = Allocations::new(&CudaDevice::get(device)?, PATIENCE);
                 let address = allocations.memory(bytes)?;
@@ -42,7 +52,7 @@ impl Buffer {
     /// The address of the first byte, on the buffer's device.
     pub fn data(&self) -> *mut c_void {
         match &self.memory {
-            Memory::Cpu(memory) => memory.as_mut_ptr().cast(),
+            Memory::Cpu { memory, .. } => memory.as_mut_ptr().cast(),
             Memory::Cuda { address, .. } => *address as *mut c_void,
         }
     }
@@ -50,7 +60,7 @@ impl Buffer {
     /// `Capturing` while a capture forbids destroying the buffer.
     pub fn check_destroy(&self) -> Result<()> {
         match &self.memory {
-            Memory::Cpu(_) => Ok(()),
+            Memory::Cpu { .. } => Ok(()),
             Memory::Cuda { allocations, .. } => allocations.device().check_change(),
         }
     }
@@ -58,7 +68,7 @@ impl Buffer {
     /// The size in bytes.
     pub fn bytes(&self) -> usize {
         match &self.memory {
-            Memory::Cpu(memory) => memory.len(),
+            Memory::Cpu { memory, .. } => memory.len(),
             Memory::Cuda { bytes, .. } => *bytes,
         }
     }
@@ -79,9 +89,13 @@ impl Buffer {
             return Ok(());
         }
         match &self.memory {
-            // SAFETY: `offset + len` is within the allocation, as checked, and `source` has `len` bytes by this function's
-            // contract; the two may overlap. Who else uses the bytes meanwhile is the caller's affair, as in a step.
-            Memory::Cpu(memory) => unsafe { std::ptr::copy(source, memory.as_mut_ptr().add(offset), len) },
+            Memory::Cpu { memory, copying } => {
+                let _copying = copying.lock();
+                // SAFETY: `offset + len` is within the allocation, as checked, and `source` has `len` bytes by this function's
+                // contract; the two may overlap. Copies wait for each other, and steps that use the bytes meanwhile are
+                // kept off by the contract of `Plan::decode`.
+                unsafe { std::ptr::copy(source, memory.as_mut_ptr().add(offset), len) }
+            }
             // SAFETY: the range is within the allocation, as checked. `source` has `len` bytes, and memory of a GPU does
             // not overlap them.
             Memory::Cuda { allocations, address, .. } => unsafe {
@@ -107,8 +121,11 @@ impl Buffer {
             return Ok(());
         }
         match &self.memory {
-            // SAFETY: as in `upload_from`.
-            Memory::Cpu(memory) => unsafe { std::ptr::copy(memory.as_ptr().add(offset), target, len) },
+            Memory::Cpu { memory, copying } => {
+                let _copying = copying.lock();
+                // SAFETY: as in `upload_from`.
+                unsafe { std::ptr::copy(memory.as_ptr().add(offset), target, len) }
+            }
             // SAFETY: as in `upload_from`.
             Memory::Cuda { allocations, address, .. } => unsafe {
                 allocations.device().download(address + offset as u64, std::slice::from_raw_parts_mut(target, len))?

@@ -54,7 +54,7 @@ static void nap(void) {
   nanosleep(&pause, NULL);
 }
 
-static int aborted(const int32_t *abort) { return *(const volatile int32_t *)abort != 0; }
+static int aborted(const int32_t *abort) { return __atomic_load_n(abort, __ATOMIC_ACQUIRE) != 0; }
 
 /* What every callback begins with: what is to go wrong, or 0. */
 static int32_t begin(line_t *line, int64_t timeout_ns, const int32_t *abort) {
