@@ -64,7 +64,8 @@
  * ERRORS
  *
  * Calls return a status; treeattn_last_error_message() names the argument, the value found and the value wanted.
- * Outputs come last and are untouched where a call fails. What the host can see is checked before anything is enqueued.
+ * Outputs come last. A call that is refused leaves them as they were. A step that began and failed, and every later step
+ * on its communicator, writes NaN to all of them. What the host can see is checked before anything is enqueued.
  * What only the device sees (lengths, positions, tables) is checked during the step, before any address is formed from
  * it: such a sequence gets NaN, the status is TREEATTN_ERROR_INVALID_DATA, everything else is good. Every wait for other
  * ranks has a deadline; one that expires breaks the communicator on all ranks (TREEATTN_ERROR_TIMEOUT), and a new one
@@ -392,7 +393,7 @@ typedef struct treeattn_comm_status_t {
     treeattn_status_t code;
     /** The rank that the error is about, -1 if none. */
     int32_t rank;
-    /** Exchange steps that this rank completed. */
+    /** Steps that exchanged, each counted once whatever its algorithm: completed on a CPU, enqueued on a GPU. */
     uint64_t step;
     /**
      * The plan of the last step by its number on the communicator (from 1; see `treeattn_plan_stats_t`), 0 before the
@@ -895,7 +896,8 @@ treeattn_status_t treeattn_runtime_create(const struct treeattn_runtime_config_t
                                           struct treeattn_runtime_t **runtime);
 
 /**
- * Destroys a runtime. Objects made from it return PARENT_DESTROYED from now on and can still be destroyed.
+ * Destroys a runtime. Objects made from it return PARENT_DESTROYED from now on, but for what ends or awaits steps that are
+ * under way: `treeattn_stream_synchronize`, `treeattn_comm_abort`, `treeattn_comm_status` and the destruction of each.
  *
  * The log callback is not called any more when this returns.
  *
@@ -993,12 +995,13 @@ treeattn_status_t treeattn_stream_wrap_cuda(struct treeattn_runtime_t *runtime,
                                             struct treeattn_stream_t **stream);
 
 /**
- * Waits until everything enqueued so far is done.
+ * Waits until everything enqueued so far is done, also where the runtime is destroyed.
  *
  * @param stream the stream.
- * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; or the first error of a step since the last call, which is then
- *         forgotten (a broken communicator stays broken, and its later calls say so). On a GPU: CUDA, CUDA_FATAL;
- *         CAPTURING; what steps found in their data comes from treeattn_comm_status().
+ * @return TREEATTN_OK; BAD_HANDLE; or the first error of a step since the last call, whose message tells of those of
+ *         other steps, and which are then forgotten (a broken communicator stays broken, and its later calls say so). On
+ *         a GPU: CUDA, CUDA_FATAL; CAPTURING; why communicators are broken whose steps were enqueued here; what steps
+ *         found in their data comes from treeattn_comm_status().
  *
  * Thread safety: any thread. Blocks; every step that it waits for has a deadline. Not capture-safe. Since 0.1.
  */
@@ -1186,8 +1189,9 @@ treeattn_status_t treeattn_comm_describe(struct treeattn_comm_t *comm, char *buf
 /**
  * Tells the health of a communicator: whether it is broken and why, or which bad data a step met.
  *
- * Reading takes a pending INVALID_DATA, so that the next call does not tell it again; a broken communicator stays
- * broken.
+ * Serves also where the runtime is destroyed. INVALID_DATA is told once: by the call with a NULL stream that met it; else
+ * by this call or, of a step on a CPU stream, by `treeattn_stream_synchronize`, whichever comes first. A broken
+ * communicator stays broken.
  *
  * @param comm   the communicator.
  * @param status set up with TREEATTN_COMM_STATUS_INIT; filled.
@@ -1196,11 +1200,13 @@ treeattn_status_t treeattn_comm_describe(struct treeattn_comm_t *comm, char *buf
  * Thread safety: any thread, any time, also while another waits in a step. Never blocks or synchronises; capture-safe.
  * Since 0.1.
  */
-treeattn_status_t treeattn_comm_status(struct treeattn_comm_t *comm, struct treeattn_comm_status_t *status);
+treeattn_status_t treeattn_comm_status(struct treeattn_comm_t *comm,
+                                       struct treeattn_comm_status_t *status);
 
 /**
  * Breaks a communicator: every wait on it ends at once, on all ranks, with ABORTED, and so does every later call. Over
- * an engine's transport it reaches this rank only, and ends its callback; the peers end by their deadlines.
+ * an engine's transport it reaches this rank only, and ends its callback; the peers end by their deadlines. Serves also
+ * where the runtime is destroyed.
  *
  * @param comm the communicator.
  * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED.
@@ -1217,8 +1223,8 @@ treeattn_status_t treeattn_comm_abort(struct treeattn_comm_t *comm);
  * @param comm NULL is fine.
  * @return TREEATTN_OK; BAD_HANDLE.
  *
- * Thread safety: any thread. A step of this rank that is under way ends with an error. Does not wait for the other
- * ranks. Not capture-safe. Since 0.1.
+ * Thread safety: any thread. A step of this rank that is under way ends at once with PARENT_DESTROYED and NaN, and its
+ * peers get PEER_LOST. Does not wait for the other ranks. Not capture-safe. Since 0.1.
  */
 treeattn_status_t treeattn_comm_destroy(struct treeattn_comm_t *comm);
 
@@ -1369,13 +1375,16 @@ treeattn_status_t treeattn_plan_create_all(int32_t n,
  *               others, until the step is done.
  * @param stream where to enqueue. NULL on a CPU plan: the step runs on the calling thread, and each local rank then
  *               needs a thread of its own.
- * @return TREEATTN_OK; INVALID_ARGUMENT or UNSUPPORTED, by field, with nothing enqueued or written; BAD_HANDLE;
- *         PARENT_DESTROYED; what broke the communicator (TIMEOUT, DESYNC, PEER_LOST, ABORTED, ...), with NaN in the
- *         output; BUSY. With a NULL stream also INVALID_DATA: the output is written, with NaN in the sequence that the
- *         message names. With a stream these come from `treeattn_stream_synchronize` or `treeattn_comm_status`.
+ * @return TREEATTN_OK; refused, with nothing enqueued or written: INVALID_ARGUMENT or UNSUPPORTED, by field; BAD_HANDLE;
+ *         PARENT_DESTROYED; BUSY: another call of this rank that exchanges is under way. What broke the communicator
+ *         (TIMEOUT, DESYNC, PEER_LOST, ABORTED, ...), with NaN in all of the output; PARENT_DESTROYED, too, where the
+ *         communicator is destroyed within the step. With a NULL stream also INVALID_DATA: the output is written, with
+ *         NaN in the sequence that the message names. With a stream the errors of the step itself come from
+ *         `treeattn_stream_synchronize` or `treeattn_comm_status`.
  *
  * Thread safety: calls on one communicator are the caller's to serialise. With a stream it enqueues (and waits only
- * for room in a full one); with NULL it blocks, at most the step deadline. Capture-safe on CUDA streams. Since 0.1.
+ * for room in a full one or, on a broken communicator, for what is enqueued on a CPU stream; at most the step
+ * deadline); with NULL it blocks, at most the step deadline. Capture-safe on CUDA streams. Since 0.1.
  */
 treeattn_status_t treeattn_plan_decode(struct treeattn_plan_t *plan,
                                        const struct treeattn_decode_args_t *args,

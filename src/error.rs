@@ -1,6 +1,8 @@
 //! The one error type of the library, and the status codes it maps to at the C ABI.
 
 use std::fmt::{self, Display};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// `Result` of every fallible call of the library.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -76,21 +78,43 @@ impl ErrorKind {
     pub fn code(self) -> i32 {
         self as i32
     }
+
+    /// Its name at the C ABI, for example "PEER_LOST".
+    pub fn name(self) -> String {
+        let mut name = String::new();
+        for letter in format!("{self:?}").chars() {
+            if letter.is_ascii_uppercase() && !name.is_empty() {
+                name.push('_');
+            }
+            name.push(letter.to_ascii_uppercase());
+        }
+        name
+    }
 }
 
 /// An error: its kind, the rank it is about where there is one, and a message that names the argument, the value
 /// found and the value wanted.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Error {
     kind: ErrorKind,
     rank: Option<i32>,
     message: String,
+    /// Of an error that is told once, by whichever call comes first: whether it was. Clones share it.
+    told: Option<Arc<AtomicBool>>,
 }
+
+impl PartialEq for Error {
+    fn eq(&self, other: &Self) -> bool {
+        (self.kind, self.rank, &self.message) == (other.kind, other.rank, &other.message)
+    }
+}
+
+impl Eq for Error {}
 
 impl Error {
     /// An error of `kind` with a full message.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Error { kind, rank: None, message: message.into() }
+        Error { kind, rank: None, message: message.into(), told: None }
     }
 
     /// An invalid argument: its name, the value found, the value wanted.
@@ -108,6 +132,18 @@ impl Error {
     pub fn with_rank(mut self, rank: i32) -> Self {
         self.rank = Some(rank);
         self
+    }
+
+    /// Has this error, and all clones of it, told by one call only.
+    #[must_use]
+    pub(crate) fn told_once(mut self) -> Self {
+        self.told = Some(Arc::default());
+        self
+    }
+
+    /// Claims the telling of this error: whether nobody has before. Of one that is not told once everybody may.
+    pub(crate) fn claim(&self) -> bool {
+        self.told.as_ref().is_none_or(|told| !told.swap(true, Ordering::Relaxed))
     }
 
     /// What went wrong.
@@ -133,3 +169,82 @@ impl Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+/// Errors of several steps, told as one.
+#[derive(Debug, Default)]
+pub(crate) struct ErrorList {
+    /// Each with how often it came.
+    errors: Vec<(Error, u64)>,
+    /// Errors that there was no room for.
+    more: u64,
+}
+
+impl ErrorList {
+    /// Most different errors that are kept.
+    const MOST: usize = 16;
+
+    /// Adds the error of one more step.
+    pub fn push(&mut self, error: Error) {
+        match self.errors.iter().position(|(known, _)| *known == error && known.told.is_none()) {
+            Some(known) => self.errors[known].1 += 1,
+            None if self.errors.len() < ErrorList::MOST => self.errors.push((error, 1)),
+            None => self.more += 1,
+        }
+    }
+
+    /// All that nobody was told yet, and forgets them: the first, with what the others said in its message.
+    pub fn take(&mut self) -> Option<Error> {
+        let ErrorList { errors, more } = std::mem::take(self);
+        let mut errors = errors.into_iter().filter(|(error, _)| error.claim());
+        let (mut all, times) = errors.next()?;
+        let steps = |times: u64| if times > 1 { format!(" ({times} steps)") } else { String::new() };
+        all.message.push_str(&steps(times));
+        for (error, times) in errors {
+            all.message.push_str(&format!("; then {}: {}{}", error.kind.name(), error.message, steps(times)));
+        }
+        if more > 0 {
+            all.message.push_str(&format!("; and {more} steps more failed"));
+        }
+        Some(all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_several_steps_are_told_as_one() {
+        let mut list = ErrorList::default();
+        assert_eq!(list.take(), None);
+        let late = Error::new(ErrorKind::Timeout, "rank 1 did not come").with_rank(1);
+        list.push(late.clone());
+        assert_eq!((list.take(), list.take()), (Some(late.clone()), None));
+        list.push(late.clone());
+        list.push(late.clone());
+        list.push(Error::invalid("n", 3, 4));
+        let all = list.take().unwrap();
+        assert_eq!((all.kind(), all.rank()), (ErrorKind::Timeout, Some(1)));
+        let wanted = "rank 1 did not come (2 steps); then INVALID_ARGUMENT: n: found 3, wanted 4";
+        assert_eq!(all.message(), wanted);
+        (0..1000).for_each(|n| list.push(Error::invalid("n", n, 4)));
+        assert!(list.take().unwrap().message().ends_with("; and 984 steps more failed"));
+    }
+
+    #[test]
+    fn an_error_that_is_told_once_is_told_by_whoever_comes_first() {
+        let mut list = ErrorList::default();
+        for first in [true, false] {
+            let bad = Error::new(ErrorKind::InvalidData, "kv_length").told_once();
+            list.push(bad.clone());
+            list.push(Error::invalid("n", 3, 4));
+            if first {
+                assert!(bad.claim());
+                assert_eq!(list.take(), Some(Error::invalid("n", 3, 4)));
+            } else {
+                assert_eq!(list.take().unwrap().kind(), ErrorKind::InvalidData);
+            }
+            assert!(!bad.claim());
+        }
+    }
+}

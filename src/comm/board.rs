@@ -20,7 +20,7 @@ pub(crate) struct PlanFault {
 
 impl PlanFault {
     /// The error to tell of it.
-    pub fn error(&self) -> Error {
+    fn error(&self) -> Error {
         let message = format!(
             "{}: found a value out of range in sequence {} on rank {}, wanted values within the plan's limits; the \
              outputs of that sequence are NaN",
@@ -36,7 +36,8 @@ impl PlanFault {
 #[derive(Debug, Default)]
 pub(crate) struct StatusBoard {
     last_plan: AtomicU64,
-    pending: Mutex<Option<PlanFault>>,
+    steps: AtomicU64,
+    pending: Mutex<Option<(PlanFault, Error)>>,
 }
 
 impl StatusBoard {
@@ -50,14 +51,27 @@ impl StatusBoard {
         self.last_plan.store(plan, Ordering::Relaxed);
     }
 
-    /// Keeps bad data for the next status, instead of what nobody has asked about yet.
-    pub fn report(&self, fault: PlanFault) {
-        *self.pending.lock() = Some(fault);
+    /// Steps that exchanged: completed on a CPU, enqueued on a GPU.
+    pub fn steps(&self) -> u64 {
+        self.steps.load(Ordering::Relaxed)
     }
 
-    /// The bad data reported last, which is then forgotten.
-    pub fn take(&self) -> Option<PlanFault> {
-        self.pending.lock().take()
+    /// Counts one.
+    pub fn count_step(&self) {
+        self.steps.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Keeps bad data for the next status, instead of what nobody has asked about yet. The error, which is told once: by the
+    /// status, or by whoever else gets it.
+    pub fn report(&self, fault: PlanFault) -> Error {
+        let error = fault.error().told_once();
+        *self.pending.lock() = Some((fault, error.clone()));
+        error
+    }
+
+    /// The bad data reported last, unless somebody was told, which is then forgotten.
+    pub fn take(&self) -> Option<(PlanFault, Error)> {
+        self.pending.lock().take().filter(|(_, error)| error.claim())
     }
 }
 
@@ -72,10 +86,11 @@ mod tests {
         assert_eq!((board.take(), board.last_plan()), (None, 0));
         let fault = DataFault { sequence: 5, cause: DataFaultCause::KvLength };
         board.report(PlanFault { rank: 2, plan: 9, fault });
-        let found = board.take().unwrap();
+        let (found, error) = board.take().unwrap();
         assert_eq!((found.plan, board.take()), (9, None));
-        let error = found.error();
         assert_eq!((error.kind(), error.rank()), (ErrorKind::InvalidData, Some(2)));
         assert!(error.message().starts_with("kv_length: ") && error.message().contains("sequence 5"), "{error}");
+        assert!(board.report(PlanFault { rank: 2, plan: 9, fault }).claim());
+        assert_eq!(board.take(), None);
     }
 }

@@ -24,8 +24,14 @@ pub(crate) trait Bootstrap: Send + Sync {
     /// Breaks the communicator because this rank cannot go on; its peers return the error too.
     fn fail(&self, error: &Error);
 
-    /// Leaves the group: peers that need this rank from now on get `PeerLost`.
+    /// Leaves the group: peers that need this rank from now on get `PeerLost`, and what it waits for itself ends with
+    /// `ParentDestroyed`.
     fn leave(&self);
+
+    /// A rank that has left, as far as this one knows without being told in a step.
+    fn left_peer(&self) -> Option<usize> {
+        None
+    }
 
     /// Ranks, links, capacity and algorithms, as JSON.
     fn describe(&self) -> String;

@@ -14,9 +14,15 @@ pub(super) fn timeout(what: &str, missing: &[usize], field: &str, timeout: Durat
 }
 
 /// `rank` left the group while `what` needed it.
-pub(super) fn peer_lost(what: &str, rank: usize) -> Error {
+pub(crate) fn peer_lost(what: &str, rank: usize) -> Error {
     let message = format!("{what}: rank {rank} has left the communicator, which is broken");
     Error::new(ErrorKind::PeerLost, message).with_rank(rank as i32)
+}
+
+/// `rank` itself left the group.
+pub(crate) fn left(rank: usize) -> Error {
+    let message = format!("communicator: rank {rank} has left it");
+    Error::new(ErrorKind::ParentDestroyed, message).with_rank(rank as i32)
 }
 
 /// `rank` aborted.

@@ -25,7 +25,7 @@
 mod board;
 mod bootstrap;
 mod config;
-mod errors;
+pub(crate) mod errors;
 mod gpu;
 mod local;
 pub(crate) mod nccl;

@@ -77,9 +77,6 @@ pub(crate) trait Rounds: Bootstrap {
     /// How long a step may wait.
     fn step_timeout(&self) -> Duration;
 
-    /// Rounds that this rank completed.
-    fn completed(&self) -> u64;
-
     /// Whether rounds may run on a stream's thread.
     fn serves_streams(&self) -> bool;
 }

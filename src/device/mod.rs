@@ -30,7 +30,7 @@ pub use float_state::FloatState;
 pub use host::available_cores;
 pub use identity::{Device, DeviceInfo, DeviceKind};
 pub use queue::Queue;
-pub(crate) use thread::{Deadline, Within, leave, run_bounded, spawn, spawn_scoped};
+pub(crate) use thread::{Deadline, Within, catch, leave, run_bounded, spawn, spawn_scoped};
 pub use workers::Workers;
 
 use crate::error::{Error, Result};

@@ -2,13 +2,12 @@
 
 use std::collections::VecDeque;
 use std::mem::{ManuallyDrop, MaybeUninit};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::thread::{panic_message, spawn};
-use crate::error::{Error, ErrorKind, Result};
+use super::thread::{catch, spawn};
+use crate::error::{Error, ErrorKind, ErrorList, Result};
 use crate::fault;
 
 /// Bytes that a task's closure may capture: the arguments of a decode step, their strides, and what runs it.
@@ -18,8 +17,8 @@ const TASK_ALIGN: usize = 8;
 
 /// Tasks run one after the other, in the order pushed, on a thread of the queue's own.
 ///
-/// A task's error (or panic, as `Internal`) does not stop the queue: the first one since the last
-/// [`synchronize`](Self::synchronize) is kept for it. Dropping finishes what is queued and joins the thread.
+/// A task's error (or panic, as `Internal`) does not stop the queue: those since the last
+/// [`synchronize`](Self::synchronize) are kept for it. Dropping finishes what is queued and joins the thread.
 #[derive(Debug)]
 pub struct Queue {
     shared: Arc<Shared>,
@@ -41,7 +40,7 @@ struct State {
     capacity: usize,
     pushed: u64,
     done: u64,
-    error: Option<Error>,
+    errors: ErrorList,
     stop: bool,
 }
 
@@ -114,7 +113,7 @@ impl Queue {
             let bytes = capacity.saturating_mul(size_of::<Task>());
             return Err(Error::new(ErrorKind::NoMemory, format!("queue: no {bytes} bytes for {capacity} tasks")));
         }
-        let state = State { tasks, capacity, pushed: 0, done: 0, error: None, stop: false };
+        let state = State { tasks, capacity, pushed: 0, done: 0, errors: ErrorList::default(), stop: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), work: Condvar::new(), progress: Condvar::new() });
         let serving = Arc::clone(&shared);
         let thread = spawn(name.to_string(), move || serving.serve())?;
@@ -151,18 +150,36 @@ impl Queue {
         Ok(())
     }
 
-    /// Waits until every task pushed before is done, then returns the first error since the last call, and forgets it.
-    /// From a task of the queue itself it is `Busy`.
+    /// Waits until every task pushed before is done, then returns the errors since the last call as one (the first, whose
+    /// message tells of the others), and forgets them. From a task of the queue itself it is `Busy`.
     pub fn synchronize(&self) -> Result<()> {
+        let mut state = self.wait(None)?;
+        state.errors.take().map_or(Ok(()), Err)
+    }
+
+    /// Waits until every task pushed before is done, at most `timeout`, and leaves their errors to
+    /// [`synchronize`](Self::synchronize). Whether they are done. From a task of the queue itself it is `Busy`.
+    pub fn finish(&self, timeout: Duration) -> Result<bool> {
+        let last = self.shared.lock().pushed;
+        Ok(self.wait(Some(timeout))?.done >= last)
+    }
+
+    /// Waits for what was pushed before.
+    fn wait(&self, timeout: Option<Duration>) -> Result<MutexGuard<'_, State>> {
         if self.on_own_thread() {
             return Err(Error::new(ErrorKind::Busy, "stream: a job cannot wait for the stream that runs it"));
         }
+        let until = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut state = self.shared.lock();
         let last = state.pushed;
         while state.done < last {
-            state = self.shared.progress.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = match until.map(|until| until.saturating_duration_since(Instant::now())) {
+                None => self.shared.progress.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(left) if left.is_zero() => break,
+                Some(left) => self.shared.progress.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0,
+            };
         }
-        state.error.take().map_or(Ok(()), Err)
+        Ok(state)
     }
 
     fn on_own_thread(&self) -> bool {
@@ -194,18 +211,14 @@ impl Shared {
         loop {
             if let Some(task) = state.tasks.pop_front() {
                 drop(state);
-                let result = catch_unwind(AssertUnwindSafe(|| {
+                let result = catch(|| {
                     fault::point("queue.run")?;
                     task.run()
-                }));
-                let result = result.unwrap_or_else(|payload| {
-                    let text = format!("a job of the stream panicked: {}", panic_message(&*payload));
-                    Err(Error::new(ErrorKind::Internal, text))
                 });
                 state = self.lock();
                 state.done += 1;
                 if let Err(error) = result {
-                    state.error.get_or_insert(error);
+                    state.errors.push(error);
                 }
                 self.progress.notify_all();
             } else if state.stop {

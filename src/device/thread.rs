@@ -8,6 +8,7 @@ use std::cell::Cell;
 use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc};
 use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
@@ -141,6 +142,17 @@ pub(crate) fn join_ended() {
     for thread in ended {
         let _ = thread.join();
     }
+}
+
+/// Runs `body`; a panic in it is an `Internal` error.
+pub(crate) fn catch<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    // What unwinds half-way is dropped; shared state is behind locks that outlive a panic.
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| {
+        let text = format!("a defect of the library was caught: {}", panic_message(&*payload));
+        // Dropping what a panic carries may itself panic.
+        std::mem::forget(payload);
+        Err(Error::new(ErrorKind::Internal, text))
+    })
 }
 
 /// The message of a caught panic.

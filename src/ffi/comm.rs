@@ -182,8 +182,9 @@ pub unsafe extern "C" fn treeattn_comm_describe(
 
 /// Tells the health of a communicator: whether it is broken and why, or which bad data a step met.
 ///
-/// Reading takes a pending INVALID_DATA, so that the next call does not tell it again; a broken communicator stays
-/// broken.
+/// Serves also where the runtime is destroyed. INVALID_DATA is told once: by the call with a NULL stream that met it; else
+/// by this call or, of a step on a CPU stream, by `treeattn_stream_synchronize`, whichever comes first. A broken
+/// communicator stays broken.
 ///
 /// @param comm   the communicator.
 /// @param status set up with TREEATTN_COMM_STATUS_INIT; filled.
@@ -219,7 +220,8 @@ pub unsafe extern "C" fn treeattn_comm_status(
 }
 
 /// Breaks a communicator: every wait on it ends at once, on all ranks, with ABORTED, and so does every later call. Over
-/// an engine's transport it reaches this rank only, and ends its callback; the peers end by their deadlines.
+/// an engine's transport it reaches this rank only, and ends its callback; the peers end by their deadlines. Serves also
+/// where the runtime is destroyed.
 ///
 /// @param comm the communicator.
 /// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED.
@@ -237,8 +239,8 @@ pub extern "C" fn treeattn_comm_abort(comm: *mut treeattn_comm_t) -> treeattn_st
 /// @param comm NULL is fine.
 /// @return TREEATTN_OK; BAD_HANDLE.
 ///
-/// Thread safety: any thread. A step of this rank that is under way ends with an error. Does not wait for the other
-/// ranks. Not capture-safe. Since 0.1.
+/// Thread safety: any thread. A step of this rank that is under way ends at once with PARENT_DESTROYED and NaN, and its
+/// peers get PEER_LOST. Does not wait for the other ranks. Not capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub extern "C" fn treeattn_comm_destroy(comm: *mut treeattn_comm_t) -> treeattn_status_t {
     guard("treeattn_comm_destroy", || {

@@ -6,8 +6,8 @@ use std::ffi::{CString, c_char};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::codes::{TREEATTN_ERROR_INTERNAL, TREEATTN_OK, treeattn_status_t};
-use crate::device::FloatState;
-use crate::error::{Error, ErrorKind, Result};
+use crate::device::{FloatState, catch};
+use crate::error::{Error, Result};
 use crate::fault;
 
 thread_local! {
@@ -19,23 +19,11 @@ thread_local! {
 pub fn guard(name: &'static str, body: impl FnOnce() -> Result<()>) -> treeattn_status_t {
     // Before anything else: a caller that traps floating-point exceptions would trap in the body, too.
     let _float = FloatState::enter();
-    // What unwinds half-way is dropped; shared state is behind locks that outlive a panic.
-    let result = catch_unwind(AssertUnwindSafe(|| {
+    let body = || {
         fault::point(name)?;
         body()
-    }));
-    let error = match result {
-        Ok(Ok(())) => return TREEATTN_OK,
-        Ok(Err(error)) => error,
-        Err(payload) => {
-            let text = payload.downcast_ref::<String>().map(String::as_str);
-            let text = text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("no message");
-            let error = Error::new(ErrorKind::Internal, format!("a defect of the library was caught: {text}"));
-            // Dropping what a panic carries may itself panic.
-            std::mem::forget(payload);
-            error
-        }
     };
+    let Err(error) = catch(body) else { return TREEATTN_OK };
     // Keeping the message may itself panic where memory is out; the status still holds.
     let kept = catch_unwind(AssertUnwindSafe(|| keep(name, &error)));
     if kept.is_ok() { treeattn_status_t(error.kind().code()) } else { TREEATTN_ERROR_INTERNAL }

@@ -121,13 +121,16 @@ pub unsafe extern "C" fn treeattn_plan_create_all(
 ///               others, until the step is done.
 /// @param stream where to enqueue. NULL on a CPU plan: the step runs on the calling thread, and each local rank then
 ///               needs a thread of its own.
-/// @return TREEATTN_OK; INVALID_ARGUMENT or UNSUPPORTED, by field, with nothing enqueued or written; BAD_HANDLE;
-///         PARENT_DESTROYED; what broke the communicator (TIMEOUT, DESYNC, PEER_LOST, ABORTED, ...), with NaN in the
-///         output; BUSY. With a NULL stream also INVALID_DATA: the output is written, with NaN in the sequence that the
-///         message names. With a stream these come from `treeattn_stream_synchronize` or `treeattn_comm_status`.
+/// @return TREEATTN_OK; refused, with nothing enqueued or written: INVALID_ARGUMENT or UNSUPPORTED, by field; BAD_HANDLE;
+///         PARENT_DESTROYED; BUSY: another call of this rank that exchanges is under way. What broke the communicator
+///         (TIMEOUT, DESYNC, PEER_LOST, ABORTED, ...), with NaN in all of the output; PARENT_DESTROYED, too, where the
+///         communicator is destroyed within the step. With a NULL stream also INVALID_DATA: the output is written, with
+///         NaN in the sequence that the message names. With a stream the errors of the step itself come from
+///         `treeattn_stream_synchronize` or `treeattn_comm_status`.
 ///
 /// Thread safety: calls on one communicator are the caller's to serialise. With a stream it enqueues (and waits only
-/// for room in a full one); with NULL it blocks, at most the step deadline. Capture-safe on CUDA streams. Since 0.1.
+/// for room in a full one or, on a broken communicator, for what is enqueued on a CPU stream; at most the step
+/// deadline); with NULL it blocks, at most the step deadline. Capture-safe on CUDA streams. Since 0.1.
 ///
 /// # Safety
 /// `args` is null or as long as its `struct_size` says; what it points to is as `treeattn_decode_args_t` says, readable or

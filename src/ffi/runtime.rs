@@ -41,7 +41,8 @@ pub unsafe extern "C" fn treeattn_runtime_create(
     })
 }
 
-/// Destroys a runtime. Objects made from it return PARENT_DESTROYED from now on and can still be destroyed.
+/// Destroys a runtime. Objects made from it return PARENT_DESTROYED from now on, but for what ends or awaits steps that are
+/// under way: `treeattn_stream_synchronize`, `treeattn_comm_abort`, `treeattn_comm_status` and the destruction of each.
 ///
 /// The log callback is not called any more when this returns.
 ///
@@ -236,12 +237,13 @@ pub unsafe extern "C" fn treeattn_stream_wrap_cuda(
     })
 }
 
-/// Waits until everything enqueued so far is done.
+/// Waits until everything enqueued so far is done, also where the runtime is destroyed.
 ///
 /// @param stream the stream.
-/// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; or the first error of a step since the last call, which is then
-///         forgotten (a broken communicator stays broken, and its later calls say so). On a GPU: CUDA, CUDA_FATAL;
-///         CAPTURING; what steps found in their data comes from treeattn_comm_status().
+/// @return TREEATTN_OK; BAD_HANDLE; or the first error of a step since the last call, whose message tells of those of
+///         other steps, and which are then forgotten (a broken communicator stays broken, and its later calls say so). On
+///         a GPU: CUDA, CUDA_FATAL; CAPTURING; why communicators are broken whose steps were enqueued here; what steps
+///         found in their data comes from treeattn_comm_status().
 ///
 /// Thread safety: any thread. Blocks; every step that it waits for has a deadline. Not capture-safe. Since 0.1.
 #[unsafe(no_mangle)]

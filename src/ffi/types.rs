@@ -96,7 +96,7 @@ pub struct treeattn_comm_status_t {
     pub code: treeattn_status_t,
     /// The rank that the error is about, -1 if none.
     pub rank: i32,
-    /// Exchange steps that this rank completed.
+    /// Steps that exchanged, each counted once whatever its algorithm: completed on a CPU, enqueued on a GPU.
     pub step: u64,
     /// The plan of the last step by its number on the communicator (from 1; see `treeattn_plan_stats_t`), 0 before the
     /// first; with INVALID_DATA the plan that met it.

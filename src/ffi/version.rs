@@ -102,3 +102,15 @@ const _: () = assert!(
         && TREEATTN_VERSION_PATCH == number(env!("CARGO_PKG_VERSION_PATCH")),
     "the header's version is not the crate's"
 );
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_call_kinds_as_the_abi_does() {
+        for kind in ErrorKind::ALL {
+            assert_eq!(name(treeattn_status_t(kind.code())).to_str(), Ok(&*kind.name()));
+        }
+    }
+}

@@ -4,6 +4,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::rows::{RowSource, RowTarget};
+use crate::attention::MAX_HEAD_DIM;
 use crate::attention::dtype::Dtype;
 
 impl RowTarget {
@@ -34,13 +35,13 @@ impl RowTarget {
         }
     }
 
-    /// Writes NaN to every row: what a failed step leaves behind. `scratch` is at least a row long.
+    /// Writes NaN to every row: what a failed step leaves behind.
     ///
     /// # Safety
     /// As [`RowTarget::write`] for all rows of `tokens` x `heads`.
-    pub(crate) unsafe fn write_nan(&self, tokens: usize, heads: usize, scratch: &mut [f32]) {
-        let row = &mut scratch[..self.dim as usize];
-        row.fill(f32::NAN);
+    pub(crate) unsafe fn write_nan(&self, tokens: usize, heads: usize) {
+        let row = [f32::NAN; MAX_HEAD_DIM as usize];
+        let row = &row[..self.dim as usize];
         for token in 0..tokens {
             for head in 0..heads {
                 // SAFETY: the caller's promise covers every (token, head) below these bounds.

@@ -100,9 +100,7 @@ impl StepContext {
 
     /// Leaves bad data for the communicator's status and gives the error to return.
     pub fn report(&self, rank: i32, fault: DataFault) -> Error {
-        let fault = PlanFault { rank, plan: self.plan, fault };
-        self.board.report(fault);
-        fault.error()
+        self.board.report(PlanFault { rank, plan: self.plan, fault })
     }
 
     /// The same for what this rank met in its own shard, if anything.

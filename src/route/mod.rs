@@ -21,6 +21,7 @@ use crate::attention::merge::MergeStep;
 use crate::attention::{Algorithm, Step};
 use crate::device::cuda::CudaStream;
 use crate::error::Result;
+use crate::partial::RowTarget;
 use context::StepContext;
 
 pub(crate) mod alone;
@@ -50,6 +51,9 @@ pub(crate) struct RouteMemory {
 ///
 /// `stream` is the CUDA stream of the plan's device to enqueue on. None: the step runs on the calling thread and is done when
 /// the call returns, also with the error of the step. Routes of GPUs refuse none. No step allocates.
+///
+/// A step that fails on the calling thread leaves its output as it is, and its group unbroken, but for what its own exchange
+/// broke: that is whoever called it's to do, for all routes alike ([`Route::write_nan`]).
 pub(crate) trait Route: Send + Sync {
     /// What must be the same on all ranks beside the descriptor: names and values.
     fn agreement(&self) -> Vec<(&'static str, String)> {
@@ -89,6 +93,26 @@ pub(crate) trait Route: Send + Sync {
     /// # Safety
     /// The step was checked for the context's descriptor and heads; its memory as in [`Route::decode`].
     unsafe fn merge(&self, context: &StepContext, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()>;
+
+    /// Writes NaN to an output of `tokens` query tokens: what a step leaves that failed, or that its communicator had failed
+    /// before. Once it is written where there is no stream, else in the order of the stream.
+    ///
+    /// # Safety
+    /// The target is that of a step of this plan: it was checked for `tokens` and `heads`. Its memory as in
+    /// [`Route::decode`].
+    unsafe fn write_nan(
+        &self,
+        _context: &StepContext,
+        (tokens, heads): (usize, usize),
+        target: &RowTarget,
+        stream: Option<&CudaStream>,
+    ) -> Result<()> {
+        if stream.is_none() {
+            // SAFETY: the caller's promise; without a stream the memory is the host's.
+            unsafe { target.write_nan(tokens, heads) };
+        }
+        Ok(())
+    }
 
     /// Bytes held.
     fn memory(&self) -> RouteMemory;

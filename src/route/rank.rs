@@ -71,6 +71,16 @@ impl CudaRank {
         CudaRank { device, sharing, words, group, nccl: Mutex::new(None) }
     }
 
+    /// Which rank of how many.
+    pub fn shard(&self) -> Shard {
+        self.bootstrap().shard()
+    }
+
+    /// Whether this rank has left its peers.
+    pub fn has_left(&self) -> bool {
+        matches!(&self.group, CudaGroup::Peers(rank) if rank.has_left())
+    }
+
     /// Its end of the group.
     pub fn bootstrap(&self) -> &dyn Bootstrap {
         match &self.group {
@@ -118,14 +128,6 @@ impl Rank {
         match self {
             Rank::Cpu(rank) => rank.rounds.serves_streams(),
             Rank::Cuda(_) => true,
-        }
-    }
-
-    /// Exchanges completed on a CPU, enqueued on a GPU.
-    pub fn exchanged(&self) -> u64 {
-        match self {
-            Rank::Cpu(rank) => rank.rounds.completed(),
-            Rank::Cuda(_) => self.gpu_peers().map_or(0, |peers| peers.enqueued()),
         }
     }
 

@@ -29,7 +29,7 @@ pub struct CommStatus {
     pub error: Option<Error>,
     /// The rank that the error is about, -1 if none.
     pub rank: i32,
-    /// Exchange steps completed.
+    /// Steps that exchanged: completed on a CPU, enqueued on a GPU. A step counts once, whatever its algorithm.
     pub step: u64,
     /// The plan of the last step, 0 before the first.
     pub plan: u64,
@@ -50,6 +50,17 @@ pub(super) struct CommCore {
     /// Plans created so far: the next plan's number, the same on all ranks.
     pub plans: AtomicU64,
     closed: AtomicBool,
+    /// Whether a call of this rank that exchanges is under way.
+    busy: AtomicBool,
+}
+
+/// A call of a rank that exchanges, for as long as this lives.
+pub(super) struct Exchanging<'a>(&'a CommCore);
+
+impl Drop for Exchanging<'_> {
+    fn drop(&mut self) {
+        self.0.busy.store(false, Ordering::Release);
+    }
 }
 
 impl Communicator {
@@ -158,27 +169,26 @@ impl Communicator {
         Ok(self.core.rank.bootstrap().describe())
     }
 
-    /// The health of the communicator. Never blocks. Reading takes a pending `InvalidData`; a broken communicator
-    /// stays broken.
+    /// The health of the communicator, also where the runtime is closed. Never blocks. Bad data is told once, here or by the
+    /// step; a broken communicator stays broken.
     pub fn status(&self) -> Result<CommStatus> {
-        self.core.check_open()?;
+        self.core.check_here()?;
         let core = &self.core;
         let board = &core.board;
         for fault in core.rank.take_faults(board.last_plan()) {
-            core.runtime.log(LogLevel::Warning, fault.error().message());
-            board.report(fault);
+            core.runtime.log(LogLevel::Warning, board.report(fault).message());
         }
         let mut status = CommStatus {
             error: core.rank.bootstrap().status(),
             rank: -1,
-            step: core.rank.exchanged(),
+            step: board.steps(),
             plan: board.last_plan(),
             sequence: -1,
         };
         if let Some(error) = &status.error {
             status.rank = error.rank().unwrap_or(-1);
-        } else if let Some(pending) = board.take() {
-            status.error = Some(pending.error());
+        } else if let Some((pending, error)) = board.take() {
+            status.error = Some(error);
             status.rank = pending.rank;
             status.plan = pending.plan;
             status.sequence = pending.fault.sequence;
@@ -186,9 +196,10 @@ impl Communicator {
         Ok(status)
     }
 
-    /// Ends every wait on this communicator, on all ranks, at once; they return `Aborted` from now on.
+    /// Ends every wait on this communicator, on all ranks, at once; they return `Aborted` from now on. Also where the runtime
+    /// is closed.
     pub fn abort(&self) -> Result<()> {
-        self.core.check_open()?;
+        self.core.check_here()?;
         self.core.rank.bootstrap().abort();
         Ok(())
     }
@@ -198,7 +209,8 @@ impl Communicator {
         self.core.check_open()
     }
 
-    /// Leaves the group: peers that still wait for this rank get `PeerLost`; plans return `ParentDestroyed`.
+    /// Leaves the group: peers that still need this rank get `PeerLost`; plans return `ParentDestroyed`, as does a step that is
+    /// under way, at once.
     pub fn close(&self) {
         if !self.core.closed.swap(true, Ordering::AcqRel) {
             self.core.rank.bootstrap().leave();
@@ -282,6 +294,7 @@ impl CommCore {
             group,
             plans: AtomicU64::new(0),
             closed: AtomicBool::new(false),
+            busy: AtomicBool::new(false),
         }
     }
 
@@ -293,11 +306,35 @@ impl CommCore {
     /// `ParentDestroyed` once the communicator or its runtime is closed.
     pub fn check_open(&self) -> Result<()> {
         self.runtime.check_open()?;
+        self.check_here()
+    }
+
+    /// `ParentDestroyed` once the communicator is closed.
+    fn check_here(&self) -> Result<()> {
         if self.closed.load(Ordering::Acquire) {
             let message = "communicator: found destroyed, wanted a live communicator";
             return Err(Error::new(ErrorKind::ParentDestroyed, message));
         }
         Ok(())
+    }
+
+    /// Begins a call that exchanges. `Busy`, with nothing changed, while another is under way.
+    pub fn begin_exchange(&self) -> Result<Exchanging<'_>> {
+        match self.busy.swap(true, Ordering::Acquire) {
+            false => Ok(Exchanging(self)),
+            true => Err(self.busy_with("communicator: found another call")),
+        }
+    }
+
+    /// The same for the creation of a plan, which exchanges where there are peers.
+    pub fn begin_creation(&self) -> Result<Option<Exchanging<'_>>> {
+        (self.shard().world > 1).then(|| self.begin_exchange()).transpose()
+    }
+
+    /// The error of a call that found `what` under way.
+    pub fn busy_with(&self, what: &str) -> Error {
+        let rank = self.shard().rank;
+        Error::new(ErrorKind::Busy, format!("{what} on rank {rank} under way, wanted one at a time")).with_rank(rank)
     }
 
     /// The error that broke the communicator, if it is broken.

@@ -2,20 +2,21 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
 use super::agreement;
-use super::communicator::{CommCore, Communicator};
+use super::communicator::{CommCore, Communicator, Exchanging};
 use super::context::{LogLevel, Runtime};
 use super::stream::{RunsOn, Stream};
 use crate::attention::merge::{MergeArgs, MergeStep};
 use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, OutputMode, Step};
 use crate::device::cuda::CudaStream;
-use crate::device::{Device, Within, spawn_scoped};
+use crate::device::{Device, Within, catch, spawn_scoped};
 use crate::error::{Error, ErrorKind, Result};
+use crate::partial::RowTarget;
 use crate::route::choose;
 use crate::route::context::StepContext;
 use crate::route::{Route, RouteMemory};
@@ -62,10 +63,19 @@ pub struct PlanStats {
     pub rank: i32,
 }
 
+/// Where the output of a step goes: query tokens and heads, and their rows.
+#[derive(Clone, Copy)]
+struct StepOutput {
+    size: (usize, usize),
+    target: RowTarget,
+}
+
 struct PlanCore {
     route: Box<dyn Route>,
     context: StepContext,
     memory: RouteMemory,
+    /// Whether a step that runs on the CPU is under way.
+    running: AtomicBool,
     /// Steps that are enqueued or running on the CPU.
     in_flight: Mutex<usize>,
     idle: Condvar,
@@ -88,6 +98,7 @@ impl Plan {
         let core = &comm.core;
         core.check_open()?;
         core.check_unbroken()?;
+        let _exchanging = core.begin_creation()?;
         let built = PlanCore::build(core, desc);
         if core.shard().world == 1 {
             return Ok(Plan::commit(built?));
@@ -128,6 +139,7 @@ impl Plan {
             let message = format!("comms: found {found} plans on rank {}, wanted {next} as on rank 0", odd.rank());
             return Err(Error::new(ErrorKind::Mismatch, message).with_rank(odd.rank()));
         }
+        let _exchanging: Vec<_> = comms.iter().map(|comm| comm.core.begin_creation()).collect::<Result<_>>()?;
         let built: Vec<PlanCore> = comms.iter().map(|comm| PlanCore::build(&comm.core, desc)).collect::<Result<_>>()?;
         connect_all(&built)?;
         Ok(built.into_iter().map(Plan::commit).collect())
@@ -144,18 +156,25 @@ impl Plan {
     /// With a stream it enqueues; without one (CPU plans) it runs here and blocks, and also returns what went wrong
     /// in the step: after `InvalidData` outputs are written, with NaN for the sequence that the message names.
     ///
+    /// A call that is refused (`InvalidArgument`, `Unsupported`, `ParentDestroyed`, `Capturing`, `Busy` while another step of
+    /// this rank is under way) leaves outputs as they are. A step that fails, and every later step on its communicator,
+    /// writes NaN to all of them; those later steps return the error at once, and on a CPU stream first wait for what is
+    /// enqueued there, at most the step deadline.
+    ///
     /// # Safety
     /// The buffers that `args` describes stay valid, and unchanged by others, until the step is done.
     pub unsafe fn decode(&self, args: &DecodeArgs, stream: Option<&Stream>) -> Result<()> {
         let core = self.attending()?;
-        if core.context.desc.output != OutputMode::Local {
-            core.comm.check_unbroken()?;
-        }
-        let step = Step::new(&core.context.desc, core.context.shard, args, core.context.heads.len() as i32)?;
+        let context = &core.context;
+        let step = Step::new(&context.desc, context.shard, args, context.heads.len() as i32)?;
+        let size = (args.query_tokens as usize, context.heads.len());
+        let output = StepOutput { size, target: step.target(&context.desc) };
         // SAFETY: the step was checked for this plan; the caller keeps its buffers valid until it is done.
-        self.issue(stream, core.context.exchanges(), move |plan, stream| unsafe {
-            plan.route.decode(&plan.context, &step, stream)
-        })
+        unsafe {
+            self.issue(stream, output, context.desc.output != OutputMode::Local, move |plan, stream| {
+                plan.route.decode(&plan.context, &step, stream)
+            })
+        }
     }
 
     /// Attends this rank's shard only; out and lse hold all heads. No exchange.
@@ -164,9 +183,14 @@ impl Plan {
     /// As [`Plan::decode`].
     pub unsafe fn partial(&self, args: &DecodeArgs, stream: Option<&Stream>) -> Result<()> {
         let core = self.attending()?;
-        let step = Step::new(&core.context.desc, core.context.shard, args, core.context.desc.q_heads)?;
+        let desc = &core.context.desc;
+        let step = Step::new(desc, core.context.shard, args, desc.q_heads)?;
+        let size = (args.query_tokens as usize, desc.q_heads as usize);
+        let output = StepOutput { size, target: step.target(desc) };
         // SAFETY: as in `decode`, for all heads.
-        self.issue(stream, false, move |plan, stream| unsafe { plan.route.partial(&plan.context, &step, stream) })
+        unsafe {
+            self.issue(stream, output, false, move |plan, stream| plan.route.partial(&plan.context, &step, stream))
+        }
     }
 
     /// Exchanges and merges partials that the engine made: every rank passes its own.
@@ -176,13 +200,16 @@ impl Plan {
     pub unsafe fn merge(&self, args: &MergeArgs, stream: Option<&Stream>) -> Result<()> {
         let core = &*self.core;
         core.comm.check_open()?;
-        core.comm.check_unbroken()?;
         core.route.check_merge(&core.context)?;
         let step = MergeStep::for_plan(args, &core.context.desc, core.context.heads.len())?;
+        let size = (step.tokens as usize, core.context.heads.len());
+        let output = StepOutput { size, target: step.target };
         // SAFETY: as in `decode`.
-        self.issue(stream, core.context.exchanges(), move |plan, stream| unsafe {
-            plan.route.merge(&plan.context, &step, stream)
-        })
+        unsafe {
+            self.issue(stream, output, core.context.desc.output != OutputMode::Local, move |plan, stream| {
+                plan.route.merge(&plan.context, &step, stream)
+            })
+        }
     }
 
     /// The descriptor.
@@ -254,32 +281,65 @@ impl Plan {
         Ok(core)
     }
 
-    /// Runs a step here, or enqueues it. `exchanges`: it may break the communicator, so that a GPU's stream has to tell.
-    fn issue<F>(&self, stream: Option<&Stream>, exchanges: bool, step: F) -> Result<()>
+    /// Runs a step here, or enqueues it. `merges`: its output is that of all ranks, and none of a broken communicator.
+    ///
+    /// # Safety
+    /// `output` is that of `step`, which was checked for this plan, and whose memory stays valid, and unchanged by others, until
+    /// the step is done.
+    unsafe fn issue<F>(&self, stream: Option<&Stream>, output: StepOutput, merges: bool, step: F) -> Result<()>
     where
         F: FnOnce(&PlanCore, Option<&CudaStream>) -> Result<()> + Send + 'static,
     {
         let core = &*self.core;
+        let broken = || if merges { core.comm.check_unbroken() } else { Ok(()) };
+        let exchanges = merges && core.context.exchanges();
         match Stream::runs_on(stream, core.comm.device)? {
             RunsOn::Cuda(cuda) => {
+                let _exchanging = core.begin(exchanges)?;
                 if let (true, Some(stream), Some(peers)) = (exchanges, stream, core.comm.rank.gpu_peers()) {
                     stream.tell_failures_of(peers);
                 }
-                step(core, Some(cuda))
+                broken().and_then(|()| step(core, Some(cuda))).inspect_err(|_| {
+                    // A call that was refused leaves the communicator unbroken.
+                    if broken().is_err() {
+                        // SAFETY: the caller's promise. A GPU that takes no launch writes nothing, and says so itself.
+                        let _ = unsafe { core.write_nan(&output, Some(cuda)) };
+                    }
+                })
             }
             RunsOn::Caller => {
+                let _exchanging = core.begin(exchanges)?;
+                let _running = core.run_alone()?;
                 let _counted = InFlight::new(&self.core);
-                core.logged(step(core, None)).map_err(explain_timeout)
+                // SAFETY: the caller's promise.
+                let result = unsafe { core.run(&output, exchanges, || broken().and_then(|()| step(core, None))) };
+                result
+                    .inspect_err(|error| {
+                        // Told here, whoever asks afterwards.
+                        error.claim();
+                    })
+                    .map_err(explain_timeout)
             }
             RunsOn::Queue(_) if !core.comm.rank.serves_streams() => {
                 let wanted = "none: this transport's callbacks run on calling threads only";
                 Err(Error::invalid("stream", "a stream", wanted))
             }
             RunsOn::Queue(queue) => {
+                if let Err(error) = broken() {
+                    // What is enqueued may write to the same output.
+                    if queue.finish(core.context.config.step_timeout).unwrap_or(false) {
+                        // SAFETY: the caller's promise.
+                        unsafe { core.write_nan(&output, None)? };
+                    }
+                    return Err(error);
+                }
                 let counted = InFlight::new(&self.core);
                 let task = move || {
                     let plan = &*counted.0;
-                    plan.logged(step(plan, None))
+                    let _exchanging = plan.begin(exchanges)?;
+                    let _running = plan.run_alone()?;
+                    // SAFETY: the caller's promise, which lasts until this is done.
+                    unsafe { plan.run(&output, exchanges, || step(plan, None)) }
                 };
                 queue.push(task, core.context.config.step_timeout)
             }
@@ -307,6 +367,15 @@ impl Drop for InFlight {
     }
 }
 
+/// A step that runs on the CPU, for as long as this lives.
+struct Running<'a>(&'a PlanCore);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.running.store(false, Ordering::Release);
+    }
+}
+
 impl PlanCore {
     fn build(comm: &Arc<CommCore>, desc: &AttentionDesc) -> Result<PlanCore> {
         attention_supported(&comm.runtime, comm.device, desc)?;
@@ -314,20 +383,67 @@ impl PlanCore {
         let context = StepContext::new(plan, desc, comm.shard(), &comm.config, &comm.board)?;
         let route = choose::choose(&context, &comm.rank)?;
         let memory = route.memory();
-        Ok(PlanCore { route, context, memory, in_flight: Mutex::new(0), idle: Condvar::new(), comm: Arc::clone(comm) })
+        Ok(PlanCore {
+            route,
+            context,
+            memory,
+            running: AtomicBool::new(false),
+            in_flight: Mutex::new(0),
+            idle: Condvar::new(),
+            comm: Arc::clone(comm),
+        })
     }
 
     fn memory(&self) -> PlanMemory {
         PlanMemory { workspace: self.memory.workspace as u64, window: self.comm.rank.bootstrap().window_bytes() as u64 }
     }
 
-    /// Logs the bad data of a step on the CPU.
-    fn logged(&self, result: Result<()>) -> Result<()> {
-        result.inspect_err(|error| {
+    /// Begins a step; one that exchanges is `Busy` while another call of the rank is.
+    fn begin(&self, exchanges: bool) -> Result<Option<Exchanging<'_>>> {
+        exchanges.then(|| self.comm.begin_exchange()).transpose()
+    }
+
+    /// Begins a step on the CPU: `Busy` while another step of this plan waits for peers with what the plan holds.
+    fn run_alone(&self) -> Result<Option<Running<'_>>> {
+        if !self.context.exchanges() {
+            // Such steps wait for nobody, and so may wait for each other.
+            return Ok(None);
+        }
+        match self.running.swap(true, Ordering::Acquire) {
+            false => Ok(Some(Running(self))),
+            true => Err(self.comm.busy_with("plan: found another step of it")),
+        }
+    }
+
+    /// Runs a step on the calling thread. One that fails breaks the communicator, if it `exchanges`: its peers would wait for
+    /// this rank. Its output is NaN.
+    ///
+    /// # Safety
+    /// `output` is that of `step`, which was checked for this plan, in host memory that stays valid, and unchanged by others,
+    /// until this returns.
+    unsafe fn run(&self, output: &StepOutput, exchanges: bool, step: impl FnOnce() -> Result<()>) -> Result<()> {
+        catch(step).inspect_err(|error| {
             if error.kind() == ErrorKind::InvalidData {
+                // Its sequence is NaN, the others are right.
                 self.comm.runtime.log(LogLevel::Warning, error.message());
+                return;
             }
+            if exchanges {
+                self.comm.rank.bootstrap().fail(error);
+            }
+            // SAFETY: the caller's promise; no worker writes any more. On a CPU it does not fail.
+            let _ = unsafe { self.write_nan(output, None) };
         })
+    }
+
+    /// Writes NaN to all rows of an output.
+    ///
+    /// # Safety
+    /// It is that of a step which was checked for this plan, in memory of the plan's device that stays valid, and unchanged by
+    /// others, until this is done.
+    unsafe fn write_nan(&self, output: &StepOutput, stream: Option<&CudaStream>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.route.write_nan(&self.context, output.size, &output.target, stream) }
     }
 }
 

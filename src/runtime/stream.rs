@@ -7,11 +7,11 @@ use once_cell::sync::OnceCell;
 use parking_lot::Mutex;
 
 use super::context::Runtime;
-use crate::comm::{Bootstrap, GpuRank};
+use crate::comm::GpuRank;
 use crate::cuda::Merge;
 use crate::device::cuda::{CudaDevice, CudaStream};
 use crate::device::{Device, DeviceKind, Queue};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorList, Result};
 
 /// Steps that a stream holds before enqueueing waits.
 const QUEUE_CAPACITY: usize = 1024;
@@ -21,8 +21,8 @@ pub struct Stream {
     runtime: Runtime,
     device: Device,
     kind: Kind,
-    /// On a GPU, the peers of the rank whose exchange was enqueued last.
-    peers: Mutex<Weak<GpuRank>>,
+    /// On a GPU, the ranks whose exchanges were enqueued.
+    exchanging: Mutex<Vec<Weak<GpuRank>>>,
 }
 
 enum Kind {
@@ -50,7 +50,7 @@ impl Stream {
             DeviceKind::Cpu => Kind::Cpu(Queue::new(QUEUE_CAPACITY, "treeattn-stream")?),
             DeviceKind::Cuda => Kind::cuda(CudaStream::new(&CudaDevice::get(device)?)?),
         };
-        Ok(Stream { runtime: runtime.clone(), device, kind, peers: Mutex::default() })
+        Ok(Stream { runtime: runtime.clone(), device, kind, exchanging: Mutex::default() })
     }
 
     /// The caller's own CUDA stream (a `CUstream` or `cudaStream_t`; null is the legacy default stream) of the primary
@@ -65,29 +65,33 @@ impl Stream {
         }
         // SAFETY: the caller's promise; `self` holds the wrapper, and drops it with itself.
         let stream = unsafe { CudaStream::wrap(&CudaDevice::get(device)?, cuda_stream) }?;
-        Ok(Stream { runtime: runtime.clone(), device, kind: Kind::cuda(stream), peers: Mutex::default() })
+        Ok(Stream { runtime: runtime.clone(), device, kind: Kind::cuda(stream), exchanging: Mutex::default() })
     }
 
-    /// Waits until everything enqueued so far is done. On the CPU it returns the first error since the last call and
-    /// forgets it; on a GPU, an asynchronous error of the device (`Capturing` while the stream is captured), or why the
-    /// communicator is broken whose exchange was enqueued here last.
+    /// Waits until everything enqueued so far is done, also where the runtime is closed. On the CPU it returns the errors
+    /// since the last call as one, the first, whose message tells of the others, and forgets them; on a GPU, an asynchronous
+    /// error of the device (`Capturing` while the stream is captured), or why communicators are broken whose exchanges were
+    /// enqueued here.
     pub fn synchronize(&self) -> Result<()> {
-        self.runtime.check_open()?;
         match &self.kind {
             Kind::Cpu(queue) => queue.synchronize(),
             Kind::Cuda(stream, _) => {
                 stream.synchronize()?;
-                let peers = self.peers.lock().upgrade();
-                peers.and_then(|peers| peers.status()).map_or(Ok(()), Err)
+                let ranks: Vec<_> = self.exchanging.lock().iter().filter_map(Weak::upgrade).collect();
+                let mut errors = ErrorList::default();
+                ranks.iter().filter_map(|rank| rank.steps_failed()).for_each(|error| errors.push(error));
+                errors.take().map_or(Ok(()), Err)
             }
         }
     }
 
-    /// Has [`Stream::synchronize`] tell of the failure of the rank whose exchange is enqueued here.
-    pub(super) fn tell_failures_of(&self, peers: &Arc<GpuRank>) {
-        let mut last = self.peers.lock();
-        if !std::ptr::eq(last.as_ptr(), Arc::as_ptr(peers)) {
-            *last = Arc::downgrade(peers);
+    /// Has [`Stream::synchronize`] tell of the failure of a rank whose exchange is enqueued here: from now on, since graphs of
+    /// it may be launched again.
+    pub(super) fn tell_failures_of(&self, rank: &Arc<GpuRank>) {
+        let mut known = self.exchanging.lock();
+        if !known.iter().any(|known| std::ptr::eq(known.as_ptr(), Arc::as_ptr(rank))) {
+            known.retain(|known| known.strong_count() > 0);
+            known.push(Arc::downgrade(rank));
         }
     }
 

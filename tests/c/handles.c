@@ -63,9 +63,14 @@ static void *pick(int type, object_t **object) {
   return *object == NULL ? NULL : (*object)->handle;
 }
 
-/* What a call on `object` has to give. */
+/* What a call on `object` has to give that also serves where its runtime is gone. */
+static treeattn_status_t wanted_anyhow(int type, const object_t *object) {
+  return object == NULL || !object->alive || object->type != type ? TREEATTN_ERROR_BAD_HANDLE : TREEATTN_OK;
+}
+
+/* What any other call on `object` has to give. */
 static treeattn_status_t wanted(int type, const object_t *object) {
-  if (object == NULL || !object->alive || object->type != type) {
+  if (wanted_anyhow(type, object) != TREEATTN_OK) {
     return TREEATTN_ERROR_BAD_HANDLE;
   }
   if ((object->runtime != NULL && !object->runtime->alive) || (object->comm != NULL && !object->comm->alive)) {
@@ -234,7 +239,7 @@ static void against_the_model(int calls) {
       case 3:
         if (draw(&state, 8) == 0) {
           void *handle = pick(COMM, &object);
-          treeattn_status_t want = wanted(COMM, object);
+          treeattn_status_t want = wanted_anyhow(COMM, object);
           CHECK(treeattn_comm_abort(handle) == want);
           if (want == TREEATTN_OK) {
             object->aborted = 1;
@@ -243,7 +248,10 @@ static void against_the_model(int calls) {
         break;
       default: {
         void *handle = pick(type, &object);
-        treeattn_status_t want = wanted(type, object), found = use(type, draw(&state, 4), handle);
+        uint32_t which = draw(&state, 4);
+        int anyhow = type == STREAM || (type == COMM && which == 3);
+        treeattn_status_t want = anyhow ? wanted_anyhow(type, object) : wanted(type, object);
+        treeattn_status_t found = use(type, which, handle);
         /* A stream may tell of a step that its communicator's end broke. */
         int told = type == STREAM && want == TREEATTN_OK &&
                    (found == TREEATTN_ERROR_PARENT_DESTROYED || found == TREEATTN_ERROR_ABORTED);

@@ -389,7 +389,7 @@ static void streams(void) {
   }
 }
 
-/* Broken with this code; the plan refuses at once, writes nothing and calls nobody. */
+/* Broken with this code; the plan's steps end at once, with NaN, and call nobody. */
 static void check_broken(rank_t *rank, treeattn_status_t code) {
   treeattn_comm_status_t status = TREEATTN_COMM_STATUS_INIT;
   CHECK_OK(treeattn_comm_status(rank->comm, &status));
@@ -397,7 +397,9 @@ static void check_broken(rank_t *rank, treeattn_status_t code) {
   const int calls = rank->line.calls;
   shard_reset(&shards[rank->rank]);
   CHECK(treeattn_plan_decode(rank->plan, rank->args, NULL) == code);
-  CHECK(shard_untouched(&shards[rank->rank]) && rank->line.calls == calls);
+  const outputs_t *outputs = &shards[rank->rank].outputs;
+  CHECK(sequence_is_nan(outputs, 0) && sequence_is_nan(outputs, 1) && outputs_guarded(outputs));
+  CHECK(rank->line.calls == calls);
 }
 
 static void fresh_works(void) {

@@ -1,6 +1,6 @@
 /*
  * Faults in the middle of a step, on one rank of three: every rank gets the error at once, naming that rank, whatever the
- * deadline; no output is wrong; the caller's floating-point control is as it was; a fresh group works. Links a library with
+ * deadline; outputs are NaN; the caller's floating-point control is as it was; a fresh group works. Links a library with
  * the feature fault-injection.
  */
 #include <math.h>
@@ -149,8 +149,7 @@ static void faulty(treeattn_runtime_t *runtime, treeattn_algorithm_t algorithm, 
     EXPECT(ranks[i].took_ms < SOON_MS);
     EXPECT(ranks[i].float_kept);
     for (int d = 0; d < HEADS * DIM; d++) {
-      /* A rank that comes when the others have failed is refused, and writes nothing. */
-      EXPECT(isnan(ranks[i].out[d]) || ranks[i].out[d] == 7.0f);
+      EXPECT(isnan(ranks[i].out[d]));
     }
     EXPECT(treeattn_comm_status(ranks[i].comm, &status) == TREEATTN_OK);
     EXPECT(status.code == wanted && status.broken == 1);

@@ -207,9 +207,7 @@ fn the_first_of_several_is_named_and_the_group_goes_on() {
     // The lowest rank that found some speaks for all.
     assert_bad_data(&step(&group, &plans, &ranks, false, Call::Decode), 2, "kv_length");
     for comm in &group.ranks {
-        let status = comm.status().expect("a live communicator");
-        assert_eq!((status.sequence, status.rank, status.error.is_some()), (2, 0, true));
-        assert!(comm.status().expect("a live communicator").error.is_none(), "reading takes it");
+        assert!(comm.status().expect("a live communicator").error.is_none(), "the step has told it");
     }
     let mut good: Vec<Rank> = (0..2).map(|rank| Rank::new(&case, rank)).collect();
     good.iter_mut().for_each(|rank| rank.prefill(0xff));

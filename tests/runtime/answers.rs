@@ -92,9 +92,7 @@ fn bad_lengths_poison_their_sequence_on_every_rank_and_nothing_else() {
         let row = 4 * 16;
         assert!(bad[row..2 * row].iter().all(|x| x.is_nan()));
         assert_eq!((&bad[..row], &bad[2 * row..]), (&good[..row], &good[2 * row..]));
-        let status = comms[rank].status().unwrap();
-        assert_eq!((status.error.unwrap().kind(), status.sequence, status.rank), (ErrorKind::InvalidData, 1, 0));
-        assert!(comms[rank].status().unwrap().error.is_none(), "reading takes it");
+        assert!(comms[rank].status().unwrap().error.is_none(), "the step has told it");
     }
 }
 

@@ -1,7 +1,7 @@
 //! One rank's end of a group of GPUs.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -25,7 +25,6 @@ pub(crate) struct GpuRank {
     /// The windows of all ranks, or why there are none: then only steps without an exchange, or over NCCL, are possible.
     windows: Result<Arc<Windows>>,
     error: Mutex<Option<Error>>,
-    steps: AtomicU64,
     is_gone: AtomicBool,
     /// Over before the windows are.
     _exits: Option<Exits>,
@@ -45,7 +44,6 @@ impl GpuRank {
             step_timeout: config.step_timeout,
             windows,
             error: Mutex::new(None),
-            steps: AtomicU64::new(0),
             is_gone: AtomicBool::new(false),
             _exits: exits,
         })
@@ -68,19 +66,9 @@ impl GpuRank {
         self.windows().map_or(0, |windows| windows.capacity())
     }
 
-    /// Exchanges that were enqueued.
-    pub fn enqueued(&self) -> u64 {
-        self.steps.load(Ordering::Relaxed)
-    }
-
     /// Where the attention kernel of this rank leaves the bad data of a step; 0 without windows.
     pub fn fault_address(&self) -> u64 {
         self.windows().map_or(0, |windows| windows.fault_address(self.rank))
-    }
-
-    /// Counts an exchange that was enqueued.
-    pub fn count_step(&self) {
-        self.steps.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The bad data that steps have met on some rank since the last time, if any. Waits for nothing.
@@ -111,8 +99,40 @@ impl GpuRank {
     /// Ends the waits of all ranks' kernels with `code`.
     fn end_all(&self, code: ErrorKind) {
         if let Some(windows) = self.windows() {
-            windows.end_all(Failure { code: code.code() as u8, rank: self.rank, epoch: 0 }.word());
+            windows.end_all(self.failure_word(code));
         }
+    }
+
+    /// A failure of this rank, as kernels tell it.
+    fn failure_word(&self, code: ErrorKind) -> u64 {
+        Failure { code: code.code() as u8, rank: self.rank, epoch: 0 }.word()
+    }
+
+    /// Why steps of this rank failed, if some did. Unlike the status it is none of a rank that left after its last step.
+    pub fn steps_failed(&self) -> Option<Error> {
+        match self.has_left() {
+            true => self.latched(None),
+            false => self.status(),
+        }
+    }
+
+    /// Whether this rank has left.
+    pub fn has_left(&self) -> bool {
+        self.is_gone.load(Ordering::Acquire)
+    }
+
+    /// The first error: that of this end, what its kernels said, or `other`.
+    fn latched(&self, other: Option<Error>) -> Option<Error> {
+        let mut latched = self.error.lock();
+        if latched.is_none() {
+            // Its kernels tell the peers that this rank is lost.
+            let of_leaving = |error: Error| match self.has_left() && error.rank() == Some(self.rank as i32) {
+                true => errors::left(self.rank),
+                false => error,
+            };
+            *latched = self.failure().map(of_leaving).or(other);
+        }
+        latched.clone()
     }
 }
 
@@ -130,11 +150,7 @@ impl Bootstrap for GpuRank {
     }
 
     fn status(&self) -> Option<Error> {
-        let mut latched = self.error.lock();
-        if latched.is_none() {
-            *latched = self.failure().or_else(|| self.bootstrap.status());
-        }
-        latched.clone()
+        self.latched(self.bootstrap.status())
     }
 
     fn abort(&self) {
@@ -144,16 +160,25 @@ impl Bootstrap for GpuRank {
     }
 
     fn fail(&self, error: &Error) {
-        if self.status().is_none() {
+        if self.has_left() {
+            // A step that its leaving ended.
+            self.error.lock().get_or_insert_with(|| errors::left(self.rank));
+            self.end_all(ErrorKind::PeerLost);
+            self.bootstrap.fail(error);
+        } else if self.status().is_none() {
             self.end_all(error.kind());
             self.bootstrap.fail(error);
         }
     }
 
+    fn left_peer(&self) -> Option<usize> {
+        self.bootstrap.left_peer()
+    }
+
     fn leave(&self) {
         if !self.is_gone.swap(true, Ordering::AcqRel) {
             if let Some(windows) = self.windows() {
-                windows.leave(self.rank);
+                windows.leave(self.rank, self.failure_word(ErrorKind::PeerLost));
             }
             self.bootstrap.leave();
         }

@@ -95,8 +95,9 @@ impl Windows {
         }
     }
 
-    /// Tells all others that `rank` has left. Waits for nothing.
-    pub fn leave(&self, rank: usize) {
+    /// Tells all others that `rank` has left, and ends the waits of its own kernels with a failure. Waits for nothing.
+    pub fn leave(&self, rank: usize, failure: u64) {
+        self.local(rank).words().raise(host::COMMAND, failure);
         for (_, window) in self.locals().filter(|&(peer, _)| peer != rank) {
             window.words().add(host::LOST, 1 << rank);
         }

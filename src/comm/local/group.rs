@@ -151,10 +151,11 @@ impl Group {
         lock(&self.error).clone()
     }
 
-    /// Waits on the calling thread until `done`, watching the group's health and the deadline. `absence(r)` says how far
-    /// rank r has come, `what` is for messages.
+    /// Waits on the thread of rank `me` until `done`, watching the group's health, whether `me` is still there, and the
+    /// deadline. `absence(r)` says how far rank r has come, `what` is for messages.
     pub(super) fn wait(
         &self,
+        me: usize,
         done: impl Fn() -> bool,
         absence: impl Fn(usize) -> Absence,
         what: impl Fn() -> String,
@@ -166,6 +167,9 @@ impl Group {
             let seen = limit.bell.now();
             if done() {
                 return Ok(());
+            }
+            if self.ranks[me].gone.load(Ordering::Acquire) {
+                return Err(errors::left(me));
             }
             if let Some(error) = self.broken() {
                 return Err(error);

@@ -64,6 +64,12 @@ pub(in crate::comm) fn local_group_at(world: usize, config: &CommConfig, start: 
 }
 
 impl LocalRank {
+    /// Rounds that this rank completed.
+    #[cfg(test)]
+    pub(in crate::comm) fn completed(&self) -> u64 {
+        self.own().rounds.load(Ordering::Relaxed)
+    }
+
     /// Tells groups of a process apart; never 0.
     pub(crate) fn group_id(&self) -> u64 {
         self.group.id
@@ -83,8 +89,7 @@ impl LocalRank {
         }
         let mut call = CallGuard { rank: self, unwinding: false };
         if own.gone.load(Ordering::Acquire) {
-            let message = format!("communicator: rank {} has left it", self.rank);
-            return Err(Error::new(ErrorKind::ParentDestroyed, message));
+            return Err(errors::left(self.rank));
         }
         if let Some(error) = self.status() {
             return Err(error);
@@ -119,6 +124,7 @@ impl Bootstrap for LocalRank {
             group.bell.ring();
         }
         let waited = group.wait(
+            self.rank,
             || lock(&group.blobs).iter().all(|rank| rank[parity].0 == number),
             |rank| if lock(&group.blobs)[rank][parity].0 != number { Absence::Absent } else { Absence::Present },
             || format!("setup exchange {number}"),
@@ -145,12 +151,22 @@ impl Bootstrap for LocalRank {
 
     fn fail(&self, error: &Error) {
         let own = self.own();
-        if own.gone.load(Ordering::Acquire) || self.status().is_some() {
+        if own.gone.load(Ordering::Acquire) {
+            // It left within a step, of which its peers may have had a part.
+            self.group.break_with(errors::peer_lost("a step", self.rank));
+            return;
+        }
+        if self.status().is_some() {
             return;
         }
         let error = errors::failed(self.rank, error);
         *lock(&own.error) = Some(error.clone());
         self.group.break_with(error);
+    }
+
+    fn left_peer(&self) -> Option<usize> {
+        let has_left = |&rank: &usize| rank != self.rank && self.group.ranks[rank].gone.load(Ordering::Acquire);
+        (0..self.group.ranks.len()).find(has_left)
     }
 
     fn leave(&self) {
@@ -238,10 +254,6 @@ impl Rounds for LocalRank {
 
     fn step_timeout(&self) -> Duration {
         self.group.step_timeout
-    }
-
-    fn completed(&self) -> u64 {
-        self.own().rounds.load(Ordering::Relaxed)
     }
 
     fn serves_streams(&self) -> bool {

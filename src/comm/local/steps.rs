@@ -68,6 +68,7 @@ impl Group {
         let number = own.rounds.load(Ordering::Relaxed) + 1;
         if !last {
             self.wait(
+                me,
                 || self.arrivals.0.is_complete(epoch),
                 |rank| if self.header(rank, epoch).is_none() { Absence::Absent } else { Absence::Present },
                 || format!("round {number}"),
@@ -129,7 +130,7 @@ impl Group {
             _ => Absence::Present,
         };
         let claim = loop {
-            self.wait(|| from.message.is_for(key, me), unsent, what, limit)?;
+            self.wait(me, || from.message.is_for(key, me), unsent, what, limit)?;
             // A message that was taken back in between: its sender has failed, and is about to say why.
             if let Some(claim) = from.message.claim(key, me) {
                 break claim;
@@ -140,7 +141,7 @@ impl Group {
             drop(claim);
             // The openings tell who is odd, once all are there.
             let unopened = |rank: usize| if absent(rank) { Absence::Absent } else { Absence::Present };
-            self.wait(|| !(0..world).any(absent), unopened, what, limit)?;
+            self.wait(me, || !(0..world).any(absent), unopened, what, limit)?;
             let odd = self.odd(me);
             return Err(odd.unwrap_or_else(|| errors::differs(&what(), me, hop.from)));
         }
@@ -153,7 +154,7 @@ impl Group {
             _ if rank == hop.to && !posted.is_taken() => Absence::Late,
             _ => Absence::Present,
         };
-        self.wait(|| posted.is_taken(), unread, what, limit)?;
+        self.wait(me, || posted.is_taken(), unread, what, limit)?;
         Ok(theirs.fault)
     }
 

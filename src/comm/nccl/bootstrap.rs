@@ -108,6 +108,10 @@ impl NcclBootstrap {
         unsafe { self.rank.all_gather(from, to, send.len(), staging.stream(), limit)? };
         staging.download(CHUNK, world * send.len())?;
         while !staging.is_done()? {
+            if let Some(error) = self.status() {
+                self.rank.abort(PATIENCE);
+                return Err(error);
+            }
             // Also tells that a peer has failed.
             self.rank.state("ncclAllGather")?;
             if Instant::now() >= limit.until {
@@ -164,9 +168,7 @@ impl Bootstrap for NcclBootstrap {
 
     fn leave(&self) {
         if !self.is_gone.swap(true, Ordering::AcqRel) {
-            let rank = self.rank.shard().rank;
-            let message = format!("communicator: rank {rank} has left it");
-            self.latch(&Error::new(ErrorKind::ParentDestroyed, message).with_rank(rank));
+            self.latch(&errors::left(self.rank.shard().rank as usize));
         }
     }
 

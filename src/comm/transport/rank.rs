@@ -205,12 +205,7 @@ impl TransportRank {
     }
 
     fn check_here(&self) -> Result<()> {
-        if self.gone.load(Ordering::Acquire) { Err(self.left()) } else { Ok(()) }
-    }
-
-    fn left(&self) -> Error {
-        let message = format!("communicator: rank {} has left it", self.calls.shard.rank);
-        Error::new(ErrorKind::ParentDestroyed, message).with_rank(self.calls.shard.rank)
+        if self.gone.load(Ordering::Acquire) { Err(errors::left(self.calls.shard.rank as usize)) } else { Ok(()) }
     }
 }
 
@@ -271,7 +266,7 @@ impl Bootstrap for TransportRank {
     fn leave(&self) {
         self.gone.store(true, Ordering::Release);
         // Ends a callback that runs.
-        self.calls.latch(&self.left());
+        self.calls.latch(&errors::left(self.calls.shard.rank as usize));
     }
 
     fn describe(&self) -> String {
@@ -344,10 +339,6 @@ impl Rounds for TransportRank {
 
     fn step_timeout(&self) -> Duration {
         self.step_timeout
-    }
-
-    fn completed(&self) -> u64 {
-        self.rounds.load(Ordering::Relaxed)
     }
 
     fn serves_streams(&self) -> bool {

@@ -163,17 +163,9 @@ impl<'a> Exchange<'a> {
         })
     }
 
-    /// Ends the step: gives the error of bad data that a rank met, or the step's own, with NaN in the output.
-    pub fn finish(self, sent: Result<RankFault>, spare: &mut [f32]) -> Result<()> {
-        match sent {
-            Ok(found) => found.map_or(Ok(()), |(rank, fault)| Err(self.context.report(rank, fault))),
-            Err(error) => {
-                // A rank that cannot finish its step breaks the communicator, or its peers would wait for the deadline.
-                self.rank.rounds.fail(&error);
-                // SAFETY: `new` was promised a target of these tokens and heads, and no worker writes any more.
-                unsafe { self.target.write_nan(self.tokens, self.context.heads.len(), spare) };
-                Err(error)
-            }
-        }
+    /// Ends the step: tells of bad data that a rank met, if any.
+    pub fn finish(self, found: RankFault) -> Result<()> {
+        self.context.board.count_step();
+        found.map_or(Ok(()), |(rank, fault)| Err(self.context.report(rank, fault)))
     }
 }

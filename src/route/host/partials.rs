@@ -66,11 +66,9 @@ impl<E: PartialExchange> PartialRoute<E> {
         let mut exchange = unsafe { Exchange::new(context, self.shard.rank(), tokens, target) };
         let attended = attend(&mut scratch);
         context.count_step();
-        let sent = attended.and_then(|fault| {
-            exchange.open(call, fault)?;
-            self.exchange.run(&exchange, &mut scratch)
-        });
-        exchange.finish(sent, &mut scratch.spare)
+        exchange.open(call, attended?)?;
+        let found = self.exchange.run(&exchange, &mut scratch)?;
+        exchange.finish(found)
     }
 }
 

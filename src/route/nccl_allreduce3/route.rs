@@ -11,6 +11,7 @@ use crate::comm::nccl::{NcclLimit, NcclRank, Reduction};
 use crate::cuda::{Allreduce, AllreduceOutput, AllreduceShape, Destination};
 use crate::device::cuda::CudaStream;
 use crate::error::{Error, ErrorKind, Result};
+use crate::partial::RowTarget;
 use crate::route::backend::Backend;
 use crate::route::context::StepContext;
 use crate::route::gpu::GpuShard;
@@ -134,6 +135,7 @@ impl Route for NcclAllreduce3 {
         let attended = Destination::Partial { target: self.kernels.target(), status: self.kernels.status() };
         self.exchange(context, &output, stream, || self.shard.backend.decode_to(step, attended, stream))?;
         context.count_step();
+        context.board.count_step();
         Ok(())
     }
 
@@ -149,7 +151,26 @@ impl Route for NcclAllreduce3 {
         let taken = self.kernels.take_in(step);
         self.exchange(context, &output, stream, || self.shard.backend.merge(&taken, stream))?;
         context.count_step();
+        context.board.count_step();
         Ok(())
+    }
+
+    /// Steps end with NaN once their word says so; the allreduces between their kernels are left out.
+    unsafe fn write_nan(
+        &self,
+        _context: &StepContext,
+        (tokens, _heads): (usize, usize),
+        target: &RowTarget,
+        stream: Option<&CudaStream>,
+    ) -> Result<()> {
+        let stream = self.shard.stream(stream)?;
+        let output = AllreduceOutput { tokens: tokens as i32, target: *target };
+        if tokens == 0 {
+            return Ok(());
+        }
+        self.words.fail_steps();
+        self.kernels.begin(&output, stream)?;
+        self.kernels.finish(&output, stream)
     }
 
     fn memory(&self) -> RouteMemory {

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::words::StepWords;
+use crate::comm::errors;
 use crate::comm::nccl::{NcclLimit, NcclRank};
 use crate::device::{Bell, Linger, spawn};
 use crate::error::{Error, Result};
@@ -15,6 +16,8 @@ use crate::route::rank::CudaRank;
 
 /// How often the watchdog looks.
 const INTERVAL: Duration = Duration::from_millis(50);
+/// How long a step goes on without a peer that has left.
+const GRACE: Duration = Duration::from_millis(250);
 /// How long it waits for NCCL's own abort.
 const PATIENCE: Duration = Duration::from_millis(200);
 
@@ -77,6 +80,7 @@ impl Watched {
     /// Looks until the plan is over, or a step is: its peers did not come, or something else broke the communicator.
     fn run(&self) {
         let mut waiting: Option<(u64, Instant)> = None;
+        let mut lost: Option<(usize, Instant)> = None;
         let tick = INTERVAL.min(self.timeout / 4).max(Duration::from_millis(1));
         let bootstrap = self.rank.bootstrap();
         while !self.is_over.load(Ordering::Acquire) {
@@ -89,6 +93,17 @@ impl Watched {
             };
             if waiting.is_some_and(|(_, since)| since.elapsed() > self.timeout) {
                 bootstrap.fail(&expired(begun, self.timeout));
+            }
+            if waiting.is_some() && self.rank.has_left() {
+                bootstrap.fail(&errors::left(self.rank.shard().rank as usize));
+            }
+            // A peer may leave after its last step while this rank is still in it, whose end is near then.
+            lost = match bootstrap.left_peer() {
+                Some(peer) if waiting.is_some() => Some(lost.unwrap_or((peer, Instant::now()))),
+                _ => None,
+            };
+            if let Some((peer, _)) = lost.filter(|(_, since)| since.elapsed() > GRACE) {
+                bootstrap.fail(&errors::peer_lost(&format!("step {begun} over NCCL"), peer));
             }
             if bootstrap.status().is_some() {
                 self.words.fail_steps();

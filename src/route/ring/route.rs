@@ -98,8 +98,8 @@ impl Ring {
         let mut exchange =
             unsafe { Exchange::new(context, self.shard.rank(), step.args.query_tokens as usize, target) };
         context.count_step();
-        let sent = self.run(&mut exchange, step, &mut scratch);
-        exchange.finish(sent, &mut scratch.spare)
+        let found = self.run(&mut exchange, step, &mut scratch)?;
+        exchange.finish(found)
     }
 }
 

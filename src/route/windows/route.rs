@@ -45,7 +45,7 @@ pub(in crate::route) struct WindowsRoute {
     _allocations: Allocations,
     shard: GpuShard,
     /// Its windows outlive the kernels that are enqueued.
-    peers: Arc<GpuRank>,
+    _peers: Arc<GpuRank>,
 }
 
 impl WindowsRoute {
@@ -96,7 +96,7 @@ impl WindowsRoute {
             bytes,
             _allocations: allocations,
             shard,
-            peers: Arc::clone(peers),
+            _peers: Arc::clone(peers),
         })
     }
 
@@ -169,7 +169,6 @@ impl WindowsRoute {
             }
         };
         context.counters.add(rounds, messages, sent * self.row_bytes);
-        self.peers.count_step();
     }
 }
 
@@ -193,6 +192,7 @@ impl Route for WindowsRoute {
     unsafe fn decode(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
         self.enqueue(context, step, self.shard.stream(stream)?)?;
         context.count_step();
+        context.board.count_step();
         Ok(())
     }
 
@@ -215,6 +215,28 @@ impl Route for WindowsRoute {
         let given = ExchangeStep { source, target, ..ExchangeStep::NOTHING };
         self.exchange(context, given, step.tokens, Call::Merge, stream)?;
         context.count_step();
+        context.board.count_step();
+        Ok(())
+    }
+
+    /// Kernels whose communicator has failed write NaN without having read or waited for anything. One that has not heard of
+    /// the failure hears of it in its wait.
+    unsafe fn write_nan(
+        &self,
+        context: &StepContext,
+        (tokens, _heads): (usize, usize),
+        target: &RowTarget,
+        stream: Option<&CudaStream>,
+    ) -> Result<()> {
+        let stream = self.shard.stream(stream)?;
+        let rows = (tokens * self.view.heads as usize) as i64;
+        for first_row in (0..rows).step_by(self.forms.most_rows as usize) {
+            let view = self.view_of(context, tokens as i32, Call::Merge, first_row);
+            let here = (rows - first_row).min(self.forms.most_rows);
+            let is_last = first_row + here >= rows;
+            let step = ExchangeStep { target: *target, first_row, rows: here, is_last, ..ExchangeStep::NOTHING };
+            self.kernel.enqueue(&view, &step, stream)?;
+        }
         Ok(())
     }
 
