@@ -437,7 +437,9 @@ pub fn module_loading() {
             let loading = scope.spawn(|| {
                 for gpu in &group.gpus {
                     let _current = Current::new(gpu.device.ordinal);
-                    (0..3).for_each(|_| drop(RawKernel::new("late_copy")));
+                    for _ in 0..3 {
+                        let _kernel = RawKernel::new("late_copy");
+                    }
                 }
             });
             // In the middle of it.
