@@ -34,16 +34,14 @@ pub unsafe fn merge_partials(
         runtime.check_device(device)?;
     }
     let step = MergeStep::of_partials(args, count)?;
-    let needs_stream = || Error::invalid("stream", "NULL", format!("a stream of {device}"));
     match Stream::runs_on(stream, device)? {
-        RunsOn::Caller if device.kind == DeviceKind::Cuda => Err(needs_stream()),
         // SAFETY: the caller keeps the buffers valid while this runs.
         RunsOn::Caller => unsafe { merge_here(&step) },
         // SAFETY: the caller keeps the buffers valid until the merge is done.
         RunsOn::Queue(queue) => queue.push(move || unsafe { merge_here(&step) }, ENQUEUE_TIMEOUT),
         RunsOn::Cuda(cuda) => match stream.map(Stream::merge_kernel).transpose()?.flatten() {
             Some(kernel) => kernel.enqueue(&step, cuda),
-            None => Err(needs_stream()),
+            None => Err(Error::invalid("stream", "NULL", format!("a stream of {device}"))),
         },
     }
 }

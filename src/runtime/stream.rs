@@ -108,9 +108,14 @@ impl Stream {
         self.device
     }
 
-    /// Where a step of `device` runs. `InvalidArgument` for a stream of another device.
+    /// Where a step of `device` runs. `InvalidArgument` for a stream of another device, and for none where it is a GPU.
     pub(super) fn runs_on(stream: Option<&Stream>, device: Device) -> Result<RunsOn<'_>> {
-        let Some(stream) = stream else { return Ok(RunsOn::Caller) };
+        let Some(stream) = stream else {
+            return match device.kind {
+                DeviceKind::Cpu => Ok(RunsOn::Caller),
+                DeviceKind::Cuda => Err(Error::invalid("stream", "NULL", format!("a stream of {device}"))),
+            };
+        };
         stream.runtime.check_open()?;
         match &stream.kind {
             Kind::Cpu(queue) if stream.device == device => Ok(RunsOn::Queue(queue)),

@@ -234,7 +234,9 @@ impl Route for WindowsRoute {
             let view = self.view_of(context, tokens as i32, Call::Merge, first_row);
             let here = (rows - first_row).min(self.forms.most_rows);
             let is_last = first_row + here >= rows;
-            let step = ExchangeStep { target: *target, first_row, rows: here, is_last, ..ExchangeStep::NOTHING };
+            // As if pushed: peers may not know of the failure yet, and would take a header of this launch for another step.
+            let given = ExchangeStep { target: *target, first_row, rows: here, ..ExchangeStep::NOTHING };
+            let step = ExchangeStep { is_pushed: true, is_last, ..given };
             self.kernel.enqueue(&view, &step, stream)?;
         }
         Ok(())
