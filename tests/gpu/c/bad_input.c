@@ -343,7 +343,8 @@ static void parents(void) {
   CHECK_OK(treeattn_plan_destroy(plan));
   CHECK_STATUS(treeattn_plan_decode(plan, &step, stream), TREEATTN_ERROR_BAD_HANDLE, "plan: found");
   CHECK_OK(treeattn_runtime_destroy(runtime));
-  CHECK_PARENT_DESTROYED(treeattn_stream_synchronize(stream), "runtime");
+  /* Waiting goes on working. */
+  CHECK_OK(treeattn_stream_synchronize(stream));
   CHECK_OK(treeattn_stream_destroy(stream));
   CHECK_OK(treeattn_buffer_destroy(buffer));
 }
