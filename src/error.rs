@@ -67,7 +67,7 @@ errors! {
     Transport = 19,
     /// The operating system refused something (threads, files).
     System = 20,
-    /// A defect of the library, caught at its border.
+    /// A defect of the library, caught before it reached the caller.
     Internal = 21,
     /// The object is in use by another call that must end first.
     Busy = 22,

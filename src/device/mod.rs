@@ -7,14 +7,14 @@
 //! | `buffer` | aligned host memory |
 //! | `float_state` | a guard of the floating-point control register |
 //! | `thread` | starts every thread of the library |
-//! | `bell` | how one thread waits for another: spin, yield, park |
+//! | `event_count` | how one thread waits for another: spin, yield, park |
 //! | `workers` | the worker threads of a rank |
 //! | `queue` | the in-order queue behind a CPU stream |
 //! | `cuda` | GPUs, over the driver library |
 
-mod bell;
 mod buffer;
 pub(crate) mod cuda;
+mod event_count;
 mod float_state;
 mod host;
 mod identity;
@@ -24,8 +24,8 @@ mod thread;
 mod thread_tests;
 mod workers;
 
-pub(crate) use bell::{Bell, Linger};
 pub use buffer::HostBuffer;
+pub(crate) use event_count::{EventCount, WaitStrategy};
 pub use float_state::FloatState;
 pub use host::available_cores;
 pub use identity::{Device, DeviceInfo, DeviceKind};

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use super::bell::{Bell, Linger};
+use super::event_count::{EventCount, WaitStrategy};
 use super::float_state::FloatState;
 use super::thread::{panic_message, spawn};
 use crate::error::{Error, ErrorKind, Result};
@@ -27,20 +27,20 @@ pub struct Workers {
 #[derive(Debug)]
 struct Shared {
     /// Rings when there is a job, or the end.
-    start: Bell,
+    start: EventCount,
     /// Rings when the last helper has finished.
-    done: Bell,
+    done: EventCount,
     /// Helpers that have not finished the job.
     left: AtomicUsize,
     stop: AtomicBool,
-    linger: Linger,
+    strategy: WaitStrategy,
     /// Written by `run` while every helper waits for `start`, read by helpers after it rang.
     job: UnsafeCell<Option<*const Job<'static>>>,
     panicked: Mutex<Option<String>>,
 }
 
 // SAFETY: the only parts that are not Sync are in `job`. `run` writes it while every helper waits for `start` (`left` is 0, and
-// `running` is held), and the ring orders the write before the helpers' reads. What it points to is Sync, and `run`, which
+// `running` is held), and the notification orders the write before the helpers' reads. What it points to is Sync, and `run`, which
 // borrows it, returns after the last helper is done with it.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
@@ -55,15 +55,15 @@ impl Workers {
             return Err(Error::invalid("threads", threads, "at least 1"));
         }
         let shared = Arc::new(Shared {
-            start: Bell::default(),
-            done: Bell::default(),
+            start: EventCount::default(),
+            done: EventCount::default(),
             left: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
-            linger: if spin { Linger::Spin } else { Linger::Park },
+            strategy: if spin { WaitStrategy::Spin } else { WaitStrategy::Park },
             job: UnsafeCell::new(None),
             panicked: Mutex::new(None),
         });
-        let first = shared.start.now();
+        let first = shared.start.key();
         let mut workers = Workers { shared, helpers: Vec::with_capacity(threads - 1), running: Mutex::new(()) };
         for index in 1..threads {
             let shared = Arc::clone(&workers.shared);
@@ -92,18 +92,18 @@ impl Workers {
             // `running` keeps other runs out.
             unsafe { *shared.job.get() = Some(job) };
             shared.left.store(self.helpers.len(), Ordering::Release);
-            shared.start.ring();
+            shared.start.notify();
         }
         {
             let _default = FloatState::enter();
             shared.work(0, job);
         }
         loop {
-            let seen = shared.done.now();
+            let key = shared.done.key();
             if shared.left.load(Ordering::Acquire) == 0 {
                 break;
             }
-            shared.done.wait(seen, shared.linger, None);
+            shared.done.wait(key, shared.strategy, None);
         }
         match shared.panicked.lock().unwrap_or_else(PoisonError::into_inner).take() {
             None => Ok(()),
@@ -115,7 +115,7 @@ impl Workers {
 impl Drop for Workers {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Release);
-        self.shared.start.ring();
+        self.shared.start.notify();
         for helper in self.helpers.drain(..) {
             // A helper catches every panic of its jobs, so it ends in order.
             let _ = helper.join();
@@ -124,25 +124,25 @@ impl Drop for Workers {
 }
 
 impl Shared {
-    /// What helper `index` does until the end; `seen` is the state of `start` before the first job.
-    fn help(&self, index: usize, mut seen: u32) {
+    /// What helper `index` does until the end; `key` is that of `start` before the first job.
+    fn help(&self, index: usize, mut key: u32) {
         loop {
-            while self.start.now() == seen {
-                self.start.wait(seen, self.linger, None);
+            while self.start.key() == key {
+                self.start.wait(key, self.strategy, None);
             }
-            // One ring a run, and no run begins before this helper has finished the last.
-            seen = seen.wrapping_add(1);
+            // One notification a run, and no run begins before this helper has finished the last.
+            key = key.wrapping_add(1);
             if self.stop.load(Ordering::Acquire) {
                 return;
             }
-            // SAFETY: `run` wrote the job before the ring that this helper saw, and writes it again only after this helper has
+            // SAFETY: `run` wrote the job before the notification that this helper saw, and writes it again only after this helper has
             // counted itself out of `left`.
             if let Some(job) = unsafe { *self.job.get() } {
                 // SAFETY: `run` borrows the job until `left` is 0.
                 self.work(index, unsafe { &*job });
             }
             if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
-                self.done.ring();
+                self.done.notify();
             }
         }
     }

@@ -50,7 +50,7 @@ pub const TREEATTN_ERROR_NCCL: treeattn_status_t = treeattn_status_t(18);
 pub const TREEATTN_ERROR_TRANSPORT: treeattn_status_t = treeattn_status_t(19);
 /// The operating system refused something (a thread, a file).
 pub const TREEATTN_ERROR_SYSTEM: treeattn_status_t = treeattn_status_t(20);
-/// A defect of the library, caught at its border. The process goes on; please report it.
+/// A defect of the library, caught before it reached the caller. The process goes on; please report it.
 pub const TREEATTN_ERROR_INTERNAL: treeattn_status_t = treeattn_status_t(21);
 /// The object is in use by another call that must end first.
 pub const TREEATTN_ERROR_BUSY: treeattn_status_t = treeattn_status_t(22);

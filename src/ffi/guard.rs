@@ -1,5 +1,5 @@
-//! The border: panics become `INTERNAL`, errors a status and the thread's last message; inside, the thread has the usual
-//! floating-point state, whatever the caller's is.
+//! What every export runs in: panics become `INTERNAL`, errors a status and the thread's last message, and the thread has
+//! the default floating-point state, whatever the caller's is.
 
 use std::cell::RefCell;
 use std::ffi::{CString, c_char};
@@ -24,9 +24,9 @@ pub fn guard(name: &'static str, body: impl FnOnce() -> Result<()>) -> treeattn_
         body()
     };
     let Err(error) = catch(body) else { return TREEATTN_OK };
-    // Keeping the message may itself panic where memory is out; the status still holds.
-    let kept = catch_unwind(AssertUnwindSafe(|| keep(name, &error)));
-    if kept.is_ok() { treeattn_status_t(error.kind().code()) } else { TREEATTN_ERROR_INTERNAL }
+    // Recording the message may itself panic where memory is out; the status still holds.
+    let recorded = catch_unwind(AssertUnwindSafe(|| record(name, &error)));
+    if recorded.is_ok() { treeattn_status_t(error.kind().code()) } else { TREEATTN_ERROR_INTERNAL }
 }
 
 /// As [`guard`] for a getter: gives what `body` gives, or `fallback` where it panics.
@@ -40,9 +40,9 @@ pub fn guard_value<T>(name: &'static str, fallback: T, body: impl FnOnce() -> T)
     value
 }
 
-fn keep(name: &str, error: &Error) {
+fn record(name: &str, error: &Error) {
     let message = format!("{name}: {}", error.message()).replace('\0', " ");
-    // A thread that is going down has no message to keep.
+    // A thread that is going down records no message.
     let _ = LAST_ERROR.try_with(|last| *last.borrow_mut() = CString::new(message).unwrap_or_default());
 }
 

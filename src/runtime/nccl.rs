@@ -7,7 +7,7 @@ use super::communicator::{CommCore, Communicator, nodes};
 use super::context::{LogLevel, Runtime};
 use crate::attention::Shard;
 use crate::comm::CommConfig;
-use crate::comm::nccl::{NcclBootstrap, NcclLibrary, NcclLimit, NcclRank, UNIQUE_ID_BYTES};
+use crate::comm::nccl::{NcclBootstrap, NcclLibrary, NcclRank, NcclTimeout, UNIQUE_ID_BYTES};
 use crate::device::cuda::CudaDevice;
 use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
@@ -47,7 +47,7 @@ impl Communicator {
         }
         let cuda = open(runtime, device)?;
         let library = NcclLibrary::load(config.nccl_path.as_deref())?;
-        let limit = NcclLimit::new("setup_timeout", config.setup_timeout);
+        let limit = NcclTimeout::new("setup_timeout", config.setup_timeout);
         let rank = NcclRank::begin(library, &cuda, id, Shard { rank, world }, config.step_timeout)?;
         rank.settle("creating the NCCL communicator", limit)?;
         connect(runtime, rank, device, config, limit)
@@ -71,7 +71,7 @@ impl Communicator {
         }
         let cuda = open(runtime, device)?;
         let library = NcclLibrary::loaded(config.nccl_path.as_deref())?;
-        let limit = NcclLimit::new("setup_timeout", config.setup_timeout);
+        let limit = NcclTimeout::new("setup_timeout", config.setup_timeout);
         // SAFETY: as the caller vouches.
         let rank = unsafe { NcclRank::split(library, &cuda, nccl_comm, limit, config.step_timeout)? };
         connect(runtime, rank, device, config, limit)
@@ -103,7 +103,7 @@ fn connect(
     rank: NcclRank,
     device: Device,
     config: &CommConfig,
-    limit: NcclLimit,
+    limit: NcclTimeout,
 ) -> Result<Communicator> {
     let (shard, library) = (rank.shard(), rank.library());
     let bootstrap = NcclBootstrap::new(rank, config, limit)?;

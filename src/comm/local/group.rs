@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::message::MessageSlot;
 use crate::comm::errors;
 use crate::comm::rounds::Round;
-use crate::device::{Bell, HostBuffer, Linger};
+use crate::device::{EventCount, HostBuffer, WaitStrategy};
 use crate::error::{Error, Result};
 use crate::partial::epoch::{Arrivals, Cursor, Epoch, Header, SLOTS, Slot};
 
@@ -19,9 +19,9 @@ pub(super) struct Group {
     pub(super) id: u64,
     pub(super) setup_timeout: Duration,
     pub(super) step_timeout: Duration,
-    pub(super) linger: Linger,
+    pub(super) strategy: WaitStrategy,
     pub(super) capacity: usize,
-    pub(super) bell: Bell,
+    pub(super) events: EventCount,
     pub(super) arrivals: Padded<Arrivals<AtomicU32>>,
     /// Openings of steps.
     pub(super) openings: Padded<Arrivals<AtomicU32>>,
@@ -57,7 +57,7 @@ pub(super) struct RankState {
     pub(super) steps: AtomicU64,
     pub(super) message: MessageSlot,
     /// Rings for this rank's hops.
-    pub(super) bell: Bell,
+    pub(super) events: EventCount,
     pub(super) rounds: AtomicU64,
     pub(super) gathers: AtomicU64,
     pub(super) busy: AtomicBool,
@@ -119,14 +119,14 @@ impl Group {
     pub(super) fn break_with(&self, error: Error) -> Error {
         let first = lock(&self.error).get_or_insert(error).clone();
         if !self.broken.swap(true, Ordering::AcqRel) {
-            self.ring_all();
+            self.notify_all();
         }
         first
     }
 
-    pub(super) fn ring_all(&self) {
-        self.bell.ring();
-        self.ranks.iter().for_each(|rank| rank.bell.ring());
+    pub(super) fn notify_all(&self) {
+        self.events.notify();
+        self.ranks.iter().for_each(|rank| rank.events.notify());
     }
 
     /// What `rank` opened step `epoch` for, if it has.
@@ -159,12 +159,12 @@ impl Group {
         done: impl Fn() -> bool,
         absence: impl Fn(usize) -> Absence,
         what: impl Fn() -> String,
-        limit: WaitLimit<'_>,
+        limit: WaitDeadline<'_>,
     ) -> Result<()> {
         let mut deadline = limit.until;
         let mut late = false;
         loop {
-            let seen = limit.bell.now();
+            let seen = limit.events.key();
             if done() {
                 return Ok(());
             }
@@ -192,7 +192,7 @@ impl Group {
                 // Everyone is between publishing and arriving.
                 (late, deadline) = (true, deadline + GRACE);
             }
-            limit.bell.wait(seen, self.linger, Some(deadline));
+            limit.events.wait(seen, self.strategy, Some(deadline));
         }
     }
 }
@@ -210,8 +210,8 @@ pub(super) enum Absence {
 
 /// How long a wait may last, and what ends it early.
 #[derive(Clone, Copy)]
-pub(super) struct WaitLimit<'a> {
-    pub(super) bell: &'a Bell,
+pub(super) struct WaitDeadline<'a> {
+    pub(super) events: &'a EventCount,
     pub(super) until: Instant,
     /// The deadline's name and length, for messages.
     pub(super) field: &'static str,

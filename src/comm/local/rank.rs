@@ -4,13 +4,13 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::group::{Absence, Group, Padded, RankState, WaitLimit, lock};
+use super::group::{Absence, Group, Padded, RankState, WaitDeadline, lock};
 use crate::attention::Shard;
 use crate::comm::bootstrap::Bootstrap;
 use crate::comm::config::CommConfig;
 use crate::comm::errors;
 use crate::comm::rounds::{Hop, Round, RoundHeader, Rounds};
-use crate::device::{Bell, HostBuffer, Linger, available_cores};
+use crate::device::{EventCount, HostBuffer, WaitStrategy, available_cores};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::epoch::{Arrivals, Cursor, Epoch, MAX_PAYLOAD, MAX_WINDOWS, SLOTS};
 
@@ -48,9 +48,9 @@ pub(in crate::comm) fn local_group_at(world: usize, config: &CommConfig, start: 
         id: GROUPS.fetch_add(1, Ordering::Relaxed) + 1,
         setup_timeout: config.setup_timeout,
         step_timeout: config.step_timeout,
-        linger: if world <= available_cores() { Linger::Spin } else { Linger::Yield },
+        strategy: if world <= available_cores() { WaitStrategy::Spin } else { WaitStrategy::Yield },
         capacity,
-        bell: Bell::default(),
+        events: EventCount::default(),
         arrivals: Padded(Arrivals::starting_at(Default::default(), AtomicU32::new(0), start)),
         openings: Padded(Arrivals::starting_at(Default::default(), AtomicU32::new(0), start)),
         broken: AtomicBool::new(false),
@@ -121,15 +121,15 @@ impl Bootstrap for LocalRank {
             blobs.iter().all(|rank| rank[parity].0 == number)
         };
         if complete {
-            group.bell.ring();
+            group.events.notify();
         }
         let waited = group.wait(
             self.rank,
             || lock(&group.blobs).iter().all(|rank| rank[parity].0 == number),
             |rank| if lock(&group.blobs)[rank][parity].0 != number { Absence::Absent } else { Absence::Present },
             || format!("setup exchange {number}"),
-            WaitLimit {
-                bell: &group.bell,
+            WaitDeadline {
+                events: &group.events,
                 until: Instant::now() + group.setup_timeout,
                 field: "setup_timeout",
                 timeout: group.setup_timeout,
@@ -172,7 +172,7 @@ impl Bootstrap for LocalRank {
     fn leave(&self) {
         if !self.own().gone.swap(true, Ordering::AcqRel) {
             self.group.gone.fetch_add(1, Ordering::AcqRel);
-            self.group.ring_all();
+            self.group.notify_all();
         }
     }
 
@@ -204,7 +204,7 @@ impl Bootstrap for LocalRank {
             group.id,
             world,
             self.rank,
-            if group.linger == Linger::Spin { "spin 20 us, then park" } else { "yield 20 us, then park" },
+            if group.strategy == WaitStrategy::Spin { "spin 20 us, then park" } else { "yield 20 us, then park" },
             group.capacity,
             self.window_bytes(),
             group.setup_timeout.as_millis(),

@@ -3,10 +3,10 @@
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use super::group::{Absence, Group, LocalRound, WaitLimit};
+use super::group::{Absence, Group, LocalRound, WaitDeadline};
 use crate::comm::errors;
 use crate::comm::rounds::{Hop, MAX_HOPS, Round, RoundHeader};
-use crate::device::Bell;
+use crate::device::EventCount;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault;
 use crate::partial::epoch::{Epoch, Header};
@@ -62,7 +62,7 @@ impl Group {
         own.slots[epoch.slot()].0.publish(epoch, Header { fingerprint, fault: header.fault });
         let last = self.arrivals.0.arrive(epoch, world);
         if last && world > 1 {
-            self.bell.ring();
+            self.events.notify();
         }
         fault::point_at("comm.wait", me as i32)?;
         let number = own.rounds.load(Ordering::Relaxed) + 1;
@@ -72,7 +72,7 @@ impl Group {
                 || self.arrivals.0.is_complete(epoch),
                 |rank| if self.header(rank, epoch).is_none() { Absence::Absent } else { Absence::Present },
                 || format!("round {number}"),
-                self.step_limit(&self.bell, Instant::now() + self.step_timeout),
+                self.step_limit(&self.events, Instant::now() + self.step_timeout),
             )?;
         }
         fault::point_at("comm.take", me as i32)?;
@@ -115,7 +115,7 @@ impl Group {
         // SAFETY: `send` is borrowed until this function returns or unwinds, and `posted` is dropped before on every such
         // way: it is a local that nothing moves out of or forgets. Steps and hops rise, so that no key comes again.
         let posted = unsafe { own.message.put(key, hop.to, header, send) };
-        self.ranks[hop.to].bell.ring();
+        self.ranks[hop.to].events.notify();
         let began = Instant::now();
         meanwhile()?;
         fault::point_at("comm.hop", me as i32)?;
@@ -123,7 +123,7 @@ impl Group {
         let absent = |rank: usize| self.opening(rank, step).is_none();
         let what = || format!("step {number}, hop {}", hop.index);
         // What this rank did meanwhile was no waiting.
-        let limit = self.step_limit(&own.bell, hop.until + began.elapsed());
+        let limit = self.step_limit(&own.events, hop.until + began.elapsed());
         let unsent = |rank: usize| match rank {
             _ if absent(rank) => Absence::Absent,
             _ if rank == hop.from && !from.message.is_for(key, me) => Absence::Late,
@@ -147,7 +147,7 @@ impl Group {
         }
         claim.copy(recv);
         drop(claim);
-        from.bell.ring();
+        from.events.notify();
         fault::point_at("comm.copied", me as i32)?;
         let unread = |rank: usize| match rank {
             _ if absent(rank) => Absence::Absent,
@@ -158,8 +158,8 @@ impl Group {
         Ok(theirs.fault)
     }
 
-    fn step_limit<'a>(&self, bell: &'a Bell, until: Instant) -> WaitLimit<'a> {
-        WaitLimit { bell, until, field: "step_timeout", timeout: self.step_timeout }
+    fn step_limit<'a>(&self, events: &'a EventCount, until: Instant) -> WaitDeadline<'a> {
+        WaitDeadline { events, until, field: "step_timeout", timeout: self.step_timeout }
     }
 }
 

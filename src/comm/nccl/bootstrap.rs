@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::rank::{Limit, NcclRank, PATIENCE};
+use super::rank::{NcclRank, NcclTimeout, PATIENCE};
 use crate::attention::Shard;
 use crate::comm::bootstrap::Bootstrap;
 use crate::comm::config::CommConfig;
@@ -40,7 +40,7 @@ pub(crate) struct NcclBootstrap {
 impl NcclBootstrap {
     /// The group of a communicator that is there. Collective: compares the versions of all ranks, of this library and of
     /// NCCL, within `limit`.
-    pub fn new(rank: NcclRank, config: &CommConfig, limit: Limit) -> Result<NcclBootstrap> {
+    pub fn new(rank: NcclRank, config: &CommConfig, limit: NcclTimeout) -> Result<NcclBootstrap> {
         let world = rank.shard().world as usize;
         let bytes = (world + 1) * CHUNK;
         let bootstrap = NcclBootstrap {
@@ -71,7 +71,7 @@ impl NcclBootstrap {
     }
 
     /// Every rank's blob. The lengths first, then the blobs in chunks, all of the longest's size.
-    fn gather(&self, blob: &[u8], limit: Limit) -> Result<Vec<Vec<u8>>> {
+    fn gather(&self, blob: &[u8], limit: NcclTimeout) -> Result<Vec<Vec<u8>>> {
         if blob.len() as u64 > MAX_BLOB {
             return Err(Error::invalid("blob", blob.len(), format!("at most {MAX_BLOB} bytes")));
         }
@@ -99,7 +99,7 @@ impl NcclBootstrap {
     }
 
     /// One allgather of at most [`CHUNK`] bytes a rank, the same number on all.
-    fn chunk(&self, send: &[u8], limit: Limit) -> Result<Vec<Vec<u8>>> {
+    fn chunk(&self, send: &[u8], limit: NcclTimeout) -> Result<Vec<Vec<u8>>> {
         let world = self.rank.shard().world as usize;
         let mut staging = self.staging.lock();
         staging.upload(0, send)?;
@@ -146,7 +146,7 @@ impl Bootstrap for NcclBootstrap {
         if let Some(error) = self.status() {
             return Err(error);
         }
-        self.gather(blob, Limit::new("setup_timeout", self.setup_timeout)).map_err(|error| {
+        self.gather(blob, NcclTimeout::new("setup_timeout", self.setup_timeout)).map_err(|error| {
             self.latch(&error);
             // An abort on another thread ends the wait with NCCL's words for it.
             self.status().unwrap_or(error)

@@ -30,17 +30,17 @@ const THREAD: &str = "treeattn-nccl";
 
 /// The end of a wait, and what its error says.
 #[derive(Clone, Copy)]
-pub(crate) struct Limit {
+pub(crate) struct NcclTimeout {
     pub until: Instant,
     /// The deadline's name in the config, and its length.
     pub field: &'static str,
     pub timeout: Duration,
 }
 
-impl Limit {
+impl NcclTimeout {
     /// `timeout` from now on, called `field`.
-    pub fn new(field: &'static str, timeout: Duration) -> Limit {
-        Limit { until: Instant::now() + timeout, field, timeout }
+    pub fn new(field: &'static str, timeout: Duration) -> NcclTimeout {
+        NcclTimeout { until: Instant::now() + timeout, field, timeout }
     }
 
     /// The error of a wait for `what` that took too long. NCCL does not say for whom.
@@ -112,7 +112,7 @@ impl NcclRank {
         library: &'static Library,
         device: &Arc<CudaDevice>,
         borrowed: RawComm,
-        limit: Limit,
+        limit: NcclTimeout,
         patience: Duration,
     ) -> Result<NcclRank> {
         let shard = {
@@ -177,7 +177,7 @@ impl NcclRank {
 
     /// Waits until the last call is done, or enqueued. Where it is not by `limit`, aborts the communicator: `Timeout`. No
     /// context is current and no lock held between two looks.
-    pub fn settle(&self, what: &str, limit: Limit) -> Result<()> {
+    pub fn settle(&self, what: &str, limit: NcclTimeout) -> Result<()> {
         let mut pause = PAUSES.0;
         while !self.state(what)? {
             if Instant::now() >= limit.until {
@@ -219,7 +219,7 @@ impl NcclRank {
         recv: u64,
         bytes: usize,
         stream: &CudaStream,
-        limit: Limit,
+        limit: NcclTimeout,
     ) -> Result<()> {
         self.meet("setup exchange", limit)?;
         let status = self.link.call(|calls, raw| {
@@ -232,7 +232,7 @@ impl NcclRank {
     }
 
     /// Waits until all ranks of this process are here.
-    fn meet(&self, what: &str, limit: Limit) -> Result<()> {
+    fn meet(&self, what: &str, limit: NcclTimeout) -> Result<()> {
         self.member.wait(limit.until, || self.state(what).map(drop))?.map_err(|missing| {
             self.abort(PATIENCE);
             errors::timeout(what, &[missing as usize], limit.field, limit.timeout)
@@ -266,7 +266,7 @@ impl NcclRank {
     }
 
     /// Follows a collective until it is enqueued.
-    fn enqueued(&self, status: Status, call: &str, limit: Limit) -> Result<()> {
+    fn enqueued(&self, status: Status, call: &str, limit: NcclTimeout) -> Result<()> {
         match status {
             IN_PROGRESS => self.settle(call, limit),
             status => self.link.checked(status, call),

@@ -18,7 +18,7 @@ pub(super) struct Calls {
 }
 
 /// How long a callback may take, and for whom.
-pub(super) struct CallLimit<'a> {
+pub(super) struct CallDeadline<'a> {
     /// What it is part of, for messages.
     pub what: &'a dyn Fn() -> String,
     /// The rank that it waits for, where it is one.
@@ -36,7 +36,7 @@ impl Calls {
     }
 
     /// One call of the engine's allgather: the bytes of `send` from every rank into `recv`.
-    pub fn gather(&self, send: &[u8], recv: &mut [u8], limit: &CallLimit<'_>) -> Result<()> {
+    pub fn gather(&self, send: &[u8], recv: &mut [u8], limit: &CallDeadline<'_>) -> Result<()> {
         assert!(recv.len() >= send.len() * self.shard.world as usize);
         self.call("allgather", limit, |left, abort| {
             let (ctx, send, recv, bytes) = (self.transport.ctx, send.as_ptr(), recv.as_mut_ptr(), send.len());
@@ -48,7 +48,13 @@ impl Calls {
     }
 
     /// One call of the engine's sendrecv: `send` to rank `to` while `recv` comes from rank `from`.
-    pub fn swap(&self, (to, from): (usize, usize), send: &[u8], recv: &mut [u8], limit: &CallLimit<'_>) -> Result<()> {
+    pub fn swap(
+        &self,
+        (to, from): (usize, usize),
+        send: &[u8],
+        recv: &mut [u8],
+        limit: &CallDeadline<'_>,
+    ) -> Result<()> {
         let Some(sendrecv) = self.transport.sendrecv else {
             return Err(Error::unsupported("transport.sendrecv", "none", "a function"));
         };
@@ -62,7 +68,7 @@ impl Calls {
     }
 
     /// Runs a callback, told what time is left, with the watchdog armed.
-    fn call(&self, name: &str, limit: &CallLimit<'_>, callback: impl FnOnce(i64, *const i32) -> i32) -> Result<()> {
+    fn call(&self, name: &str, limit: &CallDeadline<'_>, callback: impl FnOnce(i64, *const i32) -> i32) -> Result<()> {
         let left = limit.until.saturating_duration_since(Instant::now());
         if let Some(error) = self.status() {
             return Err(error);

@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::callbacks::Transport;
-use super::calls::{CallLimit, Calls};
+use super::calls::{CallDeadline, Calls};
 use super::message::{FIRST_BYTES, HEADER_BYTES, INLINE_BYTES, MAGIC, MAX_BLOB, bytes_of, put_words, word};
 use crate::attention::Shard;
 use crate::comm::bootstrap::Bootstrap;
@@ -121,7 +121,7 @@ impl TransportRank {
         }
         let (world, number) = (self.calls.shard.world as usize, self.rounds.load(Ordering::Relaxed) + 1);
         let what = || format!("round {number}");
-        let limit = CallLimit {
+        let limit = CallDeadline {
             what: &what,
             peer: &[],
             until: Instant::now() + self.step_timeout,
@@ -164,7 +164,7 @@ impl TransportRank {
     fn make_hop(&self, hop: &Hop, send: &[u8], recv: &mut [u8]) -> Result<u64> {
         let (number, steps) = (hop.index, self.steps.load(Ordering::Relaxed));
         let what = || format!("step {steps}, hop {number}");
-        let limit = CallLimit {
+        let limit = CallDeadline {
             what: &what,
             peer: &[hop.from],
             until: hop.until,
@@ -219,7 +219,7 @@ impl Bootstrap for TransportRank {
     }
 
     fn allgather(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>> {
-        let limit = CallLimit {
+        let limit = CallDeadline {
             what: &|| "setup exchange".to_string(),
             peer: &[],
             until: Instant::now() + self.setup_timeout,

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::device::{Bell, Linger, spawn};
+use crate::device::{EventCount, WaitStrategy, spawn};
 use crate::error::Result;
 
 /// How often the watchdog looks at the clock.
@@ -26,7 +26,7 @@ struct Shared {
     deadline: AtomicU64,
     start: Instant,
     stop: AtomicBool,
-    bell: Bell,
+    events: EventCount,
 }
 
 impl Watchdog {
@@ -38,7 +38,7 @@ impl Watchdog {
             deadline: AtomicU64::new(0),
             start: Instant::now(),
             stop: AtomicBool::new(false),
-            bell: Bell::default(),
+            events: EventCount::default(),
         });
         let watching = Arc::clone(&shared);
         let thread = spawn("treeattn-watch".into(), move || watching.run())?;
@@ -75,7 +75,7 @@ impl Watchdog {
 impl Drop for Watchdog {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Release);
-        self.shared.bell.ring();
+        self.shared.events.notify();
         if let Some(thread) = self.thread.take() {
             // A panic in it was its own end.
             let _ = thread.join();
@@ -86,13 +86,13 @@ impl Drop for Watchdog {
 impl Shared {
     fn run(&self) {
         while !self.stop.load(Ordering::Acquire) {
-            let seen = self.bell.now();
+            let seen = self.events.key();
             let deadline = self.deadline.load(Ordering::Acquire);
             if deadline != 0 && self.start.elapsed().as_nanos() > u128::from(deadline) {
                 self.late.store(true, Ordering::Release);
                 self.abort.store(1, Ordering::Release);
             }
-            self.bell.wait(seen, Linger::Park, Some(Instant::now() + INTERVAL));
+            self.events.wait(seen, WaitStrategy::Park, Some(Instant::now() + INTERVAL));
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::comm::Bootstrap;
-use crate::comm::nccl::{NcclLibrary, NcclLimit, NcclRank, UNIQUE_ID_BYTES};
+use crate::comm::nccl::{NcclLibrary, NcclRank, NcclTimeout, UNIQUE_ID_BYTES};
 use crate::error::{Error, ErrorKind, Result};
 use crate::route::context::StepContext;
 use crate::route::rank::CudaRank;
@@ -27,7 +27,7 @@ struct Offer {
 ///
 /// Fails with what NCCL says: `Unavailable` where there is none, `Unsupported` where two ranks share a GPU, `Timeout` where a
 /// rank does not come within `limit`.
-pub(super) fn connect(context: &StepContext, rank: &CudaRank, limit: NcclLimit) -> Result<Arc<NcclRank>> {
+pub(super) fn connect(context: &StepContext, rank: &CudaRank, limit: NcclTimeout) -> Result<Arc<NcclRank>> {
     let known = rank.nccl.lock().clone();
     let library = || NcclLibrary::load(context.config.nccl_path.as_deref());
     let (shard, bootstrap, has_nccl) = (context.shard, rank.bootstrap(), known.is_some());

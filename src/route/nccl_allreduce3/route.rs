@@ -7,7 +7,7 @@ use super::watchdog::Watchdog;
 use super::words::StepWords;
 use crate::attention::merge::MergeStep;
 use crate::attention::{Algorithm, Dtype, Step};
-use crate::comm::nccl::{NcclLimit, NcclRank, Reduction};
+use crate::comm::nccl::{NcclRank, NcclTimeout, Reduction};
 use crate::cuda::{Allreduce, AllreduceOutput, AllreduceShape, Destination};
 use crate::device::cuda::CudaStream;
 use crate::error::{Error, ErrorKind, Result};
@@ -75,7 +75,7 @@ impl NcclAllreduce3 {
             // SAFETY: `reduced` names parts of the workspace that hold as many f32. The workspace is freed after the device is
             // done with all steps, or is given up with its communicator aborted.
             unsafe { nccl.begin_all_reduce(send, recv, count, reduction, stream) }?;
-            nccl.settle("ncclAllReduce", NcclLimit::new("step_timeout", timeout))
+            nccl.settle("ncclAllReduce", NcclTimeout::new("step_timeout", timeout))
         };
         let enqueue = || {
             reduce(reduced.lse, reduced.most, reduced.rows, Reduction::Maximum)?;
@@ -94,7 +94,7 @@ impl NcclAllreduce3 {
 
     /// Runs every size once, up to a factor of two. NCCL connects ranks when it first meets a way of reducing, and then waits
     /// for them: a step that one thread enqueues on several ranks, or that is captured, must not meet one first.
-    fn try_out(&self, context: &StepContext, nccl: &NcclRank, limit: NcclLimit) -> Result<()> {
+    fn try_out(&self, context: &StepContext, nccl: &NcclRank, limit: NcclTimeout) -> Result<()> {
         let what = "connecting over NCCL";
         let reduced = self.kernels.reduced(context.desc.max_query_tokens);
         let sizes = [(Reduction::Maximum, reduced.rows), (Reduction::Sum, reduced.elements.max(reduced.weight_count))];
@@ -120,7 +120,7 @@ impl Route for NcclAllreduce3 {
     }
 
     fn connect(&self, context: &StepContext) -> Result<()> {
-        let limit = NcclLimit::new("setup_timeout", context.config.setup_timeout);
+        let limit = NcclTimeout::new("setup_timeout", context.config.setup_timeout);
         let nccl = connect(context, &self.rank, limit)?;
         self.try_out(context, &nccl, limit)?;
         self.kernels.clear()?;

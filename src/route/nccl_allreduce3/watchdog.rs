@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use super::words::StepWords;
 use crate::comm::errors;
-use crate::comm::nccl::{NcclLimit, NcclRank};
-use crate::device::{Bell, Linger, spawn};
+use crate::comm::nccl::{NcclRank, NcclTimeout};
+use crate::device::{EventCount, WaitStrategy, spawn};
 use crate::error::{Error, Result};
 use crate::route::rank::CudaRank;
 
@@ -35,7 +35,7 @@ struct Watched {
     rank: Arc<CudaRank>,
     timeout: Duration,
     is_over: AtomicBool,
-    bell: Bell,
+    events: EventCount,
 }
 
 impl Watchdog {
@@ -52,7 +52,7 @@ impl Watchdog {
             rank: Arc::clone(rank),
             timeout,
             is_over: AtomicBool::new(false),
-            bell: Bell::default(),
+            events: EventCount::default(),
         });
         let watching = Arc::clone(&watched);
         let thread = spawn("treeattn-watch".into(), move || watching.run())?;
@@ -68,7 +68,7 @@ impl Watchdog {
 impl Drop for Watchdog {
     fn drop(&mut self) {
         self.watched.is_over.store(true, Ordering::Release);
-        self.watched.bell.ring();
+        self.watched.events.notify();
         if let Some(thread) = self.thread.take() {
             // A panic in it was its own end.
             let _ = thread.join();
@@ -84,7 +84,7 @@ impl Watched {
         let tick = INTERVAL.min(self.timeout / 4).max(Duration::from_millis(1));
         let bootstrap = self.rank.bootstrap();
         while !self.is_over.load(Ordering::Acquire) {
-            let seen = self.bell.now();
+            let seen = self.events.key();
             let (begun, ended) = self.words.steps();
             waiting = match waiting {
                 _ if begun == ended => None,
@@ -110,11 +110,11 @@ impl Watched {
                 self.nccl.abort(PATIENCE);
                 return;
             }
-            self.bell.wait(seen, Linger::Park, Some(Instant::now() + tick));
+            self.events.wait(seen, WaitStrategy::Park, Some(Instant::now() + tick));
         }
     }
 }
 
 fn expired(step: u64, timeout: Duration) -> Error {
-    NcclLimit::new("step_timeout", timeout).expired(&format!("step {step} over NCCL"))
+    NcclTimeout::new("step_timeout", timeout).expired(&format!("step {step} over NCCL"))
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::comm::PlanLease;
-use crate::comm::nccl::NcclLimit;
+use crate::comm::nccl::NcclTimeout;
 use crate::device::cuda::{CudaDevice, CudaStream, Staging};
 use crate::error::Result;
 
@@ -59,7 +59,7 @@ impl StepWords {
     }
 
     /// Waits until that stream has nothing to do.
-    pub fn drain(&self, what: &str, limit: NcclLimit) -> Result<()> {
+    pub fn drain(&self, what: &str, limit: NcclTimeout) -> Result<()> {
         while !self.failed.lock().is_done()? {
             if Instant::now() >= limit.until {
                 return Err(limit.expired(what));
@@ -73,7 +73,7 @@ impl StepWords {
     pub fn fail_steps(&self) {
         // A device that takes no copy any more runs no kernel either.
         if self.failed.lock().upload(0, &1u64.to_le_bytes()).is_ok() {
-            let _ = self.drain("", NcclLimit::new("", PATIENCE));
+            let _ = self.drain("", NcclTimeout::new("", PATIENCE));
         }
     }
 }

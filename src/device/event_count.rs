@@ -3,42 +3,42 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// The longest time before a wait parks.
-const LINGER: Duration = Duration::from_micros(20);
+/// The longest that a wait keeps its core, or asks for it again, before it parks.
+const BUSY_WAIT: Duration = Duration::from_micros(20);
 /// Spin hints between two looks.
 const PAUSES: u32 = 16;
 
-/// What a wait does before it parks, for at most [`LINGER`].
+/// What a wait does before it parks, for at most [`BUSY_WAIT`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Linger {
+pub(crate) enum WaitStrategy {
     /// Looks again and again. For a thread that has a core of its own.
     Spin,
-    /// Gives its core to others and looks when it gets it back. For a thread that may need this core: where the ring is near,
-    /// this saves two context switches.
+    /// Gives its core to others and looks when it gets it back. For a thread that shares its core with the one it waits for:
+    /// where that one is nearly done, this saves two context switches.
     Yield,
-    /// Nothing. For a ring that is not near.
+    /// Nothing. For a condition that takes long to become true.
     Park,
 }
 
-/// A word that changes with every ring, and the number of threads parked on it.
+/// An event count: a word that every notification changes, and the number of threads parked on it.
 ///
-/// To wait for a condition: read [`Bell::now`], test the condition, [`Bell::wait`] for a ring after that reading, and repeat.
-/// Whoever makes the condition true rings afterwards. No ring is lost, since the futex compares the word.
+/// To wait for a condition: take [`EventCount::key`], test the condition, [`EventCount::wait`] with that key, and repeat.
+/// Whoever makes the condition true notifies afterwards. No notification is lost, since the futex compares the word.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-pub(crate) struct Bell {
+pub(crate) struct EventCount {
     word: AtomicU32,
     sleepers: AtomicU32,
 }
 
-impl Bell {
-    /// The state to wait from.
-    pub(crate) fn now(&self) -> u32 {
+impl EventCount {
+    /// What [`EventCount::wait`] waits to see changed.
+    pub(crate) fn key(&self) -> u32 {
         self.word.load(Ordering::Acquire)
     }
 
     /// Ends every wait that began before. No system call where nobody sleeps.
-    pub(crate) fn ring(&self) {
+    pub(crate) fn notify(&self) {
         // Sequentially consistent, as the count of sleepers: either this thread sees the sleeper's count, or the sleeper's
         // futex sees the new word.
         self.word.fetch_add(1, Ordering::SeqCst);
@@ -47,14 +47,14 @@ impl Bell {
         }
     }
 
-    /// Waits until the bell has rung since `seen`, or `deadline` has passed; may also return early.
-    pub(crate) fn wait(&self, seen: u32, linger: Linger, deadline: Option<Instant>) {
-        let rung = match linger {
-            Linger::Spin => self.linger(seen, || (0..PAUSES).for_each(|_| std::hint::spin_loop())),
-            Linger::Yield => self.linger(seen, std::thread::yield_now),
-            Linger::Park => false,
+    /// Waits until a notification has come since `key` was taken, or `deadline` has passed; may also return early.
+    pub(crate) fn wait(&self, key: u32, strategy: WaitStrategy, deadline: Option<Instant>) {
+        let notified = match strategy {
+            WaitStrategy::Spin => self.notified_soon(key, || (0..PAUSES).for_each(|_| std::hint::spin_loop())),
+            WaitStrategy::Yield => self.notified_soon(key, std::thread::yield_now),
+            WaitStrategy::Park => false,
         };
-        if rung {
+        if notified {
             return;
         }
         let left = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
@@ -62,15 +62,15 @@ impl Bell {
             left => left,
         };
         self.sleepers.fetch_add(1, Ordering::SeqCst);
-        futex(&self.word, libc::FUTEX_WAIT, seen, left);
+        futex(&self.word, libc::FUTEX_WAIT, key, left);
         self.sleepers.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// Whether the bell rings within [`LINGER`].
-    fn linger(&self, seen: u32, pause: impl Fn()) -> bool {
+    /// Whether a notification comes within [`BUSY_WAIT`].
+    fn notified_soon(&self, key: u32, pause: impl Fn()) -> bool {
         let start = Instant::now();
-        while start.elapsed() <= LINGER {
-            if self.now() != seen {
+        while start.elapsed() <= BUSY_WAIT {
+            if self.key() != key {
                 return true;
             }
             pause();
@@ -96,20 +96,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_wait_ends_by_ring_or_deadline() {
-        let bell = Bell::default();
-        let seen = bell.now();
-        bell.wait(seen, Linger::Spin, Some(Instant::now() + Duration::from_millis(5)));
-        assert_eq!(bell.now(), seen);
-        for linger in [Linger::Spin, Linger::Yield, Linger::Park] {
-            let seen = bell.now();
+    fn a_wait_ends_by_notification_or_deadline() {
+        let events = EventCount::default();
+        let key = events.key();
+        events.wait(key, WaitStrategy::Spin, Some(Instant::now() + Duration::from_millis(5)));
+        assert_eq!(events.key(), key);
+        for strategy in [WaitStrategy::Spin, WaitStrategy::Yield, WaitStrategy::Park] {
+            let key = events.key();
             std::thread::scope(|scope| {
                 scope.spawn(|| {
                     std::thread::sleep(Duration::from_millis(5));
-                    bell.ring();
+                    events.notify();
                 });
-                while bell.now() == seen {
-                    bell.wait(seen, linger, None);
+                while events.key() == key {
+                    events.wait(key, strategy, None);
                 }
             });
         }
