@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 /// What the name of every thread of the library begins with.
 pub const PREFIX: &str = "treeattn-";
 
-/// The process runs on one core from now on, and so do its new threads. Whoever gives the end of a thread a start and does
-/// not wait for it keeps the core, so that the thread is still there.
+/// The process runs on one core from now on, and so do its new threads: see [`come_and_go`].
 pub fn on_one_core() {
     // SAFETY: cpu_set_t is plain data for which zero is a value; the calls read and write the set given.
     unsafe {
@@ -45,6 +44,17 @@ fn others(before: &BTreeMap<String, String>) -> Vec<String> {
     alive().into_iter().filter(|(id, _)| !before.contains_key(id)).map(|(_, name)| name).collect()
 }
 
+/// Has the threads that were not there before run only while this one waits. Whoever tells such a thread to end, and does not
+/// wait for it, keeps the only core, so that the thread is still there.
+fn hold_back_others(before: &BTreeMap<String, String>) {
+    for id in alive().keys().filter(|id| !before.contains_key(*id)) {
+        let parameters = libc::sched_param { sched_priority: 0 };
+        // SAFETY: reads a local; the number is that of a thread of this process. One that has ended is an error, which
+        // changes nothing.
+        unsafe { libc::sched_setscheduler(id.parse().unwrap(), libc::SCHED_IDLE, &parameters) };
+    }
+}
+
 /// Makes things, and ends them: every thread that comes with them has the library's name, at least `least` do, and none is
 /// left the moment that they are gone. `what` is for messages.
 pub fn come_and_go<T>(what: &str, least: usize, make: impl Fn() -> T) {
@@ -61,6 +71,7 @@ pub fn come_and_go<T>(what: &str, least: usize, make: impl Fn() -> T) {
         }
         assert!(new.len() >= least, "{what}, round {round}: found the threads {new:?}, wanted {least}");
         assert!(new.iter().all(|name| name.starts_with(PREFIX)), "{what}, round {round}: found {new:?}");
+        hold_back_others(&before);
         drop(made);
         let left = others(&before);
         assert!(left.is_empty(), "{what}, round {round}: found {left:?} after the end, wanted none");
