@@ -8,6 +8,8 @@ use crate::support::values::Values;
 
 /// Multiply-adds of an ordinary case, at most.
 const WORK: usize = 1 << 21;
+/// Floats that the ranks of an ordinary case exchange, at most: rows in several slotfuls have a test of their own.
+const EXCHANGED: usize = 1 << 20;
 const FLOATS: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
 const HALVES: [Dtype; 2] = [Dtype::F16, Dtype::Bf16];
 
@@ -48,6 +50,8 @@ fn draw(seed: u64, layout: KvLayout, sharded: bool) -> Case {
     while batch > 1 && budget / (row_work * batch) < 64 {
         batch -= 1;
     }
+    let exchanged = if sharded { (desc.q_heads * desc.head_dim_v) as usize * world } else { 1 };
+    let most_tokens = (EXCHANGED / (exchanged * batch.max(1))).max(1);
     let spare = |r: &mut Rng| if query_start && batch > 0 && r.chance(15) { r.range(1, 3) } else { 0 };
     let mut tokens = spare(r);
     let mut sequences: Vec<Sequence> = Vec::new();
@@ -56,7 +60,8 @@ fn draw(seed: u64, layout: KvLayout, sharded: bool) -> Case {
             (false, _) => each,
             (true, true) => 0,
             (true, false) => r.pick(&[1, 1, 1, 2, 3, 4, 5, 9, 33]),
-        };
+        }
+        .min(most_tokens);
         let most = (budget / (row_work * batch * own.max(1))).clamp(1, 20_000);
         let keys = length(r, most).max(if desc.causal { own } else { 0 });
         let held = spread(r, desc.placement, world, keys, true);

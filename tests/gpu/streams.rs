@@ -19,9 +19,9 @@ pub fn replays() {
     let _current = Current::new(0);
     for (layout, page_size) in [(KvLayout::Strided, 0), (KvLayout::BlockTable, 8), (KvLayout::CsrPages, 1)] {
         let desc = AttentionDesc { kv_layout: layout, page_size, causal: true, ..shape(16, 4, 128, Dtype::Bf16) };
-        let desc = AttentionDesc { max_batch: 4, max_query_tokens: 8, max_kv_length: 5000, ..desc };
+        let desc = AttentionDesc { max_batch: 4, max_query_tokens: 8, max_kv_length: 2000, ..desc };
         // The same sequences of which less and less is used, so that the memory stays where it is.
-        let whole = Case::plain(desc, 1, &[(5000, 2), (4000, 2), (3000, 2), (1000, 2)], Values::Normal, 1);
+        let whole = Case::plain(desc, 1, &[(2000, 2), (1600, 2), (1200, 2), (400, 2)], Values::Normal, 1);
         let mut ready = Ready::new(whole);
         let raw = RawStream::new();
         // SAFETY: the raw stream is declared before, and so outlives, the wrapped one.
@@ -31,11 +31,11 @@ pub fn replays() {
             unsafe { ready.plan.decode(&ready.mirror.args, Some(&stream)) }.unwrap();
         });
         let changes: [([i32; 4], [i32; 5]); 5] = [
-            ([5000, 4000, 3000, 1000], [0, 2, 4, 6, 8]),
-            ([1, 0, 17, 999], [0, 1, 1, 5, 8]),
+            ([2000, 1600, 1200, 400], [0, 2, 4, 6, 8]),
+            ([1, 0, 17, 399], [0, 1, 1, 5, 8]),
             ([0, 0, 0, 0], [0, 0, 0, 0, 0]),
-            ([4999, 64, 65, 1], [2, 4, 5, 6, 6]),
-            ([2, 3000, 2999, 1000], [0, 2, 2, 2, 8]),
+            ([1999, 64, 65, 1], [2, 4, 5, 6, 6]),
+            ([2, 1200, 1199, 400], [0, 2, 2, 2, 8]),
         ];
         let table = match layout {
             KvLayout::Strided => None,
