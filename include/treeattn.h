@@ -82,9 +82,16 @@
  *
  * Every struct starts with struct_size, but for those held by value in others (treeattn_tensor_t,
  * treeattn_placement_t), which never change. Set one up with its TREEATTN_..._INIT macro, in C and in C++: zero is the
- * default of every other field. Structs grow at their end: a library that is newer than the header takes the shorter
- * struct; an older one takes the longer, if the fields it does not know are zero, and else refuses it.
- * Of a longer struct that the library fills, the fields that it does not know stay as they are.
+ * default of every other field. In C the macro is an initialiser; to assign it afterwards takes a cast:
+ * args = (treeattn_decode_args_t)TREEATTN_DECODE_ARGS_INIT. Structs grow at their end: a library that is newer than the
+ * header takes the shorter struct; an older one takes the longer, if the fields it does not know are zero, and else
+ * refuses it. A struct_size below that of the first version of a struct, such as that of a pointer, is refused. Of a
+ * longer struct that the library fills, the fields that it does not know stay as they are.
+ *
+ * UNITS
+ *
+ * Durations are int64 nanoseconds, and the names of their fields and parameters end in _ns. Sizes and strides are bytes;
+ * lengths and positions are tokens.
  */
 
 #ifndef TREEATTN_H
@@ -148,7 +155,7 @@ inline T sized() {
 #define TREEATTN_VERSION_MAJOR 0
 
 /** See `TREEATTN_VERSION_MAJOR`. */
-#define TREEATTN_VERSION_MINOR 1
+#define TREEATTN_VERSION_MINOR 2
 
 /** See `TREEATTN_VERSION_MAJOR`. */
 #define TREEATTN_VERSION_PATCH 0
@@ -157,7 +164,7 @@ inline T sized() {
  * Version of the binary interface, to compare with `treeattn_abi_version`. It grows when something is added;
  * nothing is taken away within one soname.
  */
-#define TREEATTN_ABI_VERSION 1
+#define TREEATTN_ABI_VERSION 2
 
 /**
  * Flag of `treeattn_transport_t`: callbacks may also come from the threads of CPU streams, so that steps of this
@@ -317,9 +324,9 @@ typedef struct treeattn_comm_config_t {
     /** sizeof(treeattn_comm_config_t). */
     size_t struct_size;
     /** How long creating the communicator and its plans may wait for the other ranks, in nanoseconds. 0: 30 s. */
-    int64_t setup_timeout;
+    int64_t setup_timeout_ns;
     /** How long a step may wait for the other ranks, in nanoseconds. 0: 10 s. */
-    int64_t step_timeout;
+    int64_t step_timeout_ns;
     /** Worker threads of a CPU rank, the calling thread among them. 0: the cores over the local ranks, at least 1. */
     int32_t threads_per_rank;
     /**
@@ -836,7 +843,7 @@ extern "C" {
 /* Version and error text ------------------------------------------------------------------------------------------- */
 
 /**
- * The version of the library that is loaded, for example "0.1.0".
+ * The version of the library that is loaded, for example "0.2.0".
  *
  * @return a text that is never freed; never NULL.
  *

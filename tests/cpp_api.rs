@@ -8,7 +8,7 @@ fn library_folder() -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cpp");
     std::fs::create_dir_all(&folder).unwrap();
-    for name in ["libtreeattn.so", "libtreeattn.so.0.1"] {
+    for name in ["libtreeattn.so", concat!("libtreeattn.so.0.", env!("CARGO_PKG_VERSION_MINOR"))] {
         let link = folder.join(name);
         let _ = std::fs::remove_file(&link);
         std::os::unix::fs::symlink(test.parent().unwrap().join("libtreeattn.so"), link).unwrap();

@@ -249,7 +249,7 @@ static void engine_connect(engine_t *engine, transport_t *transport, int tokens)
     callbacks.ctx = transport;
     callbacks.allgather = allgather;
     callbacks.sendrecv = sendrecv;
-    config.step_timeout = SECOND;
+    config.step_timeout_ns = SECOND;
     config.threads_per_rank = 1;
     CHECK(treeattn_comm_create_from_transport(engine->runtime, &callbacks, transport->world, transport->rank,
                                               TREEATTN_CPU(0), &config, &engine->comm));

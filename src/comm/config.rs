@@ -43,7 +43,7 @@ impl Default for CommConfig {
 impl CommConfig {
     /// Checks every field; `InvalidArgument` names the first bad one.
     pub fn check(&self) -> Result<()> {
-        for (name, value) in [("setup_timeout", self.setup_timeout), ("step_timeout", self.step_timeout)] {
+        for (name, value) in [("setup_timeout_ns", self.setup_timeout), ("step_timeout_ns", self.step_timeout)] {
             if value.is_zero() || value > MAX_TIMEOUT {
                 return Err(Error::invalid(name, format!("{value:?}"), "above 0, at most a year"));
             }
@@ -74,8 +74,8 @@ mod tests {
     fn the_default_is_accepted_and_nonsense_is_named() {
         CommConfig::default().check().unwrap();
         let bad = [
-            ("setup_timeout", CommConfig { setup_timeout: Duration::ZERO, ..Default::default() }),
-            ("step_timeout", CommConfig { step_timeout: Duration::MAX, ..Default::default() }),
+            ("setup_timeout_ns", CommConfig { setup_timeout: Duration::ZERO, ..Default::default() }),
+            ("step_timeout_ns", CommConfig { step_timeout: Duration::MAX, ..Default::default() }),
             ("threads_per_rank", CommConfig { threads_per_rank: 1025, ..Default::default() }),
             ("node_group", CommConfig { node_group: -1, ..Default::default() }),
             ("node_groups[1]", CommConfig { node_groups: vec![0, -3], ..Default::default() }),

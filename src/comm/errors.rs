@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind};
 /// Ranks `missing` did not come to `what` before the deadline called `field`.
 pub(super) fn timeout(what: &str, missing: &[usize], field: &str, timeout: Duration) -> Error {
     let message =
-        format!("{what}: {} did not come within {field} = {timeout:?}; the communicator is broken", ranks(missing));
+        format!("{what}: {} did not come within {timeout:?} ({field}); the communicator is broken", ranks(missing));
     let error = Error::new(ErrorKind::Timeout, message);
     missing.first().map_or(error.clone(), |&rank| error.with_rank(rank as i32))
 }
@@ -125,9 +125,9 @@ mod tests {
 
     #[test]
     fn messages_list_ranks() {
-        let error = timeout("round 3", &[1, 2, 5], "step_timeout", Duration::from_millis(50));
+        let error = timeout("round 3", &[1, 2, 5], "step_timeout_ns", Duration::from_millis(50));
         assert_eq!(error.rank(), Some(1));
-        assert!(error.message().contains("ranks 1, 2 and 5 did not come within step_timeout = 50ms"), "{error}");
+        assert!(error.message().contains("ranks 1, 2 and 5 did not come within 50ms (step_timeout_ns)"), "{error}");
         assert_eq!((ranks(&[3]), ranks(&[])), ("rank 3".into(), "a rank".into()));
     }
 }

@@ -228,7 +228,7 @@ fn a_rank_that_never_comes_is_named_and_the_process_goes_on() {
         });
         for (error, _) in &results {
             assert_eq!((error.kind(), error.rank()), (ErrorKind::Timeout, Some(2)), "{error}");
-            assert!(error.message().contains(if setup { "setup_timeout" } else { "step_timeout" }), "{error}");
+            assert!(error.message().contains(if setup { "setup_timeout_ns" } else { "step_timeout_ns" }), "{error}");
         }
         stress(4, 20, Epoch::START);
     }

@@ -200,12 +200,12 @@ pub const TREEATTN_MERGE_PLUS_INF_IS_EMPTY: u32 = 1;
 /// Version of the header, to compare with `treeattn_version`.
 pub const TREEATTN_VERSION_MAJOR: i32 = 0;
 /// See `TREEATTN_VERSION_MAJOR`.
-pub const TREEATTN_VERSION_MINOR: i32 = 1;
+pub const TREEATTN_VERSION_MINOR: i32 = 2;
 /// See `TREEATTN_VERSION_MAJOR`.
 pub const TREEATTN_VERSION_PATCH: i32 = 0;
 /// Version of the binary interface, to compare with `treeattn_abi_version`. It grows when something is added;
 /// nothing is taken away within one soname.
-pub const TREEATTN_ABI_VERSION: i32 = 1;
+pub const TREEATTN_ABI_VERSION: i32 = 2;
 
 /// Flag of `treeattn_transport_t`: callbacks may also come from the threads of CPU streams, so that steps of this
 /// communicator may be enqueued. Without it a step with a stream is refused.

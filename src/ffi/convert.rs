@@ -31,7 +31,7 @@ pub unsafe fn comm_config(config: *const treeattn_comm_config_t, n: Option<i32>)
         0 => Ok(default),
         ns => u64::try_from(ns)
             .map(Duration::from_nanos)
-            .map_err(|_| Error::invalid(name, ns, "at least 0 nanoseconds, 0 for the default")),
+            .map_err(|_| Error::invalid(name, ns, "nanoseconds, at least 0; 0 is the default")),
     };
     let default = CommConfig::default();
     let node_groups = match n {
@@ -44,8 +44,8 @@ pub unsafe fn comm_config(config: *const treeattn_comm_config_t, n: Option<i32>)
         }
     };
     Ok(CommConfig {
-        setup_timeout: timeout("setup_timeout", c.setup_timeout, default.setup_timeout)?,
-        step_timeout: timeout("step_timeout", c.step_timeout, default.step_timeout)?,
+        setup_timeout: timeout("setup_timeout_ns", c.setup_timeout_ns, default.setup_timeout)?,
+        step_timeout: timeout("step_timeout_ns", c.step_timeout_ns, default.step_timeout)?,
         threads_per_rank: usize::try_from(c.threads_per_rank)
             .map_err(|_| Error::invalid("threads_per_rank", c.threads_per_rank, "at least 0"))?,
         node_group: c.node_group,

@@ -27,7 +27,7 @@ layout! {
     treeattn_placement_t, 8: kind 4, interleave 4;
     treeattn_runtime_config_t, 16: struct_size 8, cpu_isa 8;
     treeattn_device_info_t, 408: struct_size 8, device 4, units 4, memory 8, name 128, isa 256;
-    treeattn_comm_config_t, 48: struct_size 8, setup_timeout 8, step_timeout 8, threads_per_rank 4, node_group 4,
+    treeattn_comm_config_t, 48: struct_size 8, setup_timeout_ns 8, step_timeout_ns 8, threads_per_rank 4, node_group 4,
         nccl_path 8, node_groups 8;
     treeattn_comm_status_t, 552: struct_size 8, code 4, rank 4, step 8, plan 8, sequence 4, broken 4, message 512;
     treeattn_attention_desc_t, 128: struct_size 8, q_heads 4, kv_heads 4, head_dim_qk 4, head_dim_v 4, q_dtype 4,

@@ -13,10 +13,15 @@ use crate::error::{Error, Result};
 ///
 /// # Safety
 /// The type is `repr(C)` and plain data, all zeros are a value of it, and its first field is `struct_size: usize`.
-pub unsafe trait Versioned: Copy {}
+pub unsafe trait Versioned: Copy {
+    /// Its name in C.
+    const NAME: &'static str;
+    /// Its size in the first version that had it. No caller was compiled with a shorter one.
+    const FIRST_SIZE: usize;
+}
 
-/// Reads a struct. A shorter one than this version's is filled up with zeros; a longer one is refused where its unknown
-/// tail is not zero.
+/// Reads a struct. One that is shorter than this version's, but not than the first version's, is filled up with zeros; a
+/// longer one is refused where its unknown tail is not zero.
 ///
 /// # Safety
 /// `from` is null, or points at a readable `struct_size` and as many bytes as it says.
@@ -251,9 +256,11 @@ unsafe fn struct_size<T: Versioned>(name: &str, from: *const T) -> Result<usize>
     // SAFETY: not null and aligned, as checked; `struct_size` is the first field (`Versioned`), readable by the contract.
     let size = unsafe { from.cast::<usize>().read() };
     // Every version's size is a multiple of 8; another one would cut a field in two.
-    if !(size_of::<usize>()..=LARGEST).contains(&size) || !size.is_multiple_of(8) {
-        let wanted = format!("sizeof of the struct, {} in this version", size_of::<T>());
-        return Err(Error::invalid(format_args!("{name}.struct_size"), size, wanted));
+    if !(T::FIRST_SIZE..=LARGEST).contains(&size) || !size.is_multiple_of(8) {
+        let pointer = if size == size_of::<*const T>() { ", which is that of a pointer to it" } else { "" };
+        let wanted =
+            format!("sizeof({}), {} in this version and never below {}", T::NAME, size_of::<T>(), T::FIRST_SIZE);
+        return Err(Error::invalid(format_args!("{name}.struct_size"), format_args!("{size}{pointer}"), wanted));
     }
     Ok(size)
 }
@@ -271,7 +278,10 @@ mod tests {
     }
 
     // SAFETY: repr(C), numbers only, and the size first.
-    unsafe impl Versioned for Sized {}
+    unsafe impl Versioned for Sized {
+        const NAME: &'static str = "sized_t";
+        const FIRST_SIZE: usize = 16;
+    }
 
     /// A caller's struct of another version: as many words, the first of which is the size.
     fn words<const N: usize>(rest: u64) -> [u64; N] {
@@ -306,7 +316,10 @@ mod tests {
             let some: [u64; 4] = words(0);
             let odd = some.as_ptr().cast::<u8>().add(4).cast::<Sized>();
             assert!(message(read("s", odd)).contains("wanted a pointer aligned to 8 bytes"));
-            for size in [0, 1, 7, 12, 1 << 17, u64::MAX] {
+            let said = message(read("s", words::<1>(0).as_ptr().cast::<Sized>()));
+            let wanted = "found 8, which is that of a pointer to it, wanted sizeof(sized_t), 24 in this version";
+            assert!(said.contains(wanted), "{said}");
+            for size in [0, 1, 7, 12, 20, 1 << 17, u64::MAX] {
                 let garbage = [size, 0, 0];
                 let said = message(read("s", garbage.as_ptr().cast::<Sized>()));
                 assert!(said.contains(&format!("s.struct_size: found {size}, wanted")), "{said}");

@@ -72,9 +72,9 @@ pub struct treeattn_comm_config_t {
     /// sizeof(treeattn_comm_config_t).
     pub struct_size: usize,
     /// How long creating the communicator and its plans may wait for the other ranks, in nanoseconds. 0: 30 s.
-    pub setup_timeout: i64,
+    pub setup_timeout_ns: i64,
     /// How long a step may wait for the other ranks, in nanoseconds. 0: 10 s.
-    pub step_timeout: i64,
+    pub step_timeout_ns: i64,
     /// Worker threads of a CPU rank, the calling thread among them. 0: the cores over the local ranks, at least 1.
     pub threads_per_rank: i32,
     /// Ranks of the same group count as one node; the tree algorithm merges within a node first. This one may differ from
@@ -460,24 +460,28 @@ pub struct treeattn_selfcheck_report_t {
 }
 
 macro_rules! versioned {
-    ($($name:ident)+) => {
+    ($($name:ident $first:literal)+) => {
         // SAFETY: each is repr(C) and begins with `struct_size` (`layout` holds the offsets); its other fields are numbers,
         // arrays of numbers, raw pointers and optional functions, of all of which zeros are a value.
-        $(unsafe impl Versioned for $name {})+
+        $(unsafe impl Versioned for $name {
+            const NAME: &'static str = stringify!($name);
+            const FIRST_SIZE: usize = $first;
+        })+
     };
 }
 
+// Every struct with its size in the first version that had it, which never changes; that of today is in `layout`.
 versioned! {
-    treeattn_runtime_config_t
-    treeattn_device_info_t
-    treeattn_comm_config_t
-    treeattn_comm_status_t
-    treeattn_attention_desc_t
-    treeattn_decode_args_t
-    treeattn_merge_args_t
-    treeattn_plan_memory_t
-    treeattn_plan_stats_t
-    treeattn_transport_t
-    treeattn_selfcheck_config_t
-    treeattn_selfcheck_report_t
+    treeattn_runtime_config_t 16
+    treeattn_device_info_t 408
+    treeattn_comm_config_t 48
+    treeattn_comm_status_t 552
+    treeattn_attention_desc_t 128
+    treeattn_decode_args_t 600
+    treeattn_merge_args_t 232
+    treeattn_plan_memory_t 24
+    treeattn_plan_stats_t 336
+    treeattn_transport_t 40
+    treeattn_selfcheck_config_t 32
+    treeattn_selfcheck_report_t 312
 }

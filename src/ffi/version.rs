@@ -6,7 +6,7 @@ use super::codes::*;
 use super::guard::{guard_value, last_error};
 use crate::error::ErrorKind;
 
-/// The version of the library that is loaded, for example "0.1.0".
+/// The version of the library that is loaded, for example "0.2.0".
 ///
 /// @return a text that is never freed; never NULL.
 ///

@@ -47,7 +47,7 @@ impl Communicator {
         }
         let cuda = open(runtime, device)?;
         let library = NcclLibrary::load(config.nccl_path.as_deref())?;
-        let limit = NcclTimeout::new("setup_timeout", config.setup_timeout);
+        let limit = NcclTimeout::new("setup_timeout_ns", config.setup_timeout);
         let rank = NcclRank::begin(library, &cuda, id, Shard { rank, world }, config.step_timeout)?;
         rank.settle("creating the NCCL communicator", limit)?;
         connect(runtime, rank, device, config, limit)
@@ -71,7 +71,7 @@ impl Communicator {
         }
         let cuda = open(runtime, device)?;
         let library = NcclLibrary::loaded(config.nccl_path.as_deref())?;
-        let limit = NcclTimeout::new("setup_timeout", config.setup_timeout);
+        let limit = NcclTimeout::new("setup_timeout_ns", config.setup_timeout);
         // SAFETY: as the caller vouches.
         let rank = unsafe { NcclRank::split(library, &cuda, nccl_comm, limit, config.step_timeout)? };
         connect(runtime, rank, device, config, limit)

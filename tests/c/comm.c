@@ -49,11 +49,11 @@ static void creation(void) {
     REFUSED(text);                                  \
     config.known.field = 0;                         \
   } while (0)
-  FIELD(setup_timeout, -1, "setup_timeout: found -1");
-  FIELD(setup_timeout, INT64_MIN, "setup_timeout: found");
-  FIELD(setup_timeout, INT64_MAX, "setup_timeout: found");
-  FIELD(step_timeout, -1000, "step_timeout: found -1000");
-  FIELD(step_timeout, INT64_MAX, "step_timeout: found");
+  FIELD(setup_timeout_ns, -1, "setup_timeout_ns: found -1");
+  FIELD(setup_timeout_ns, INT64_MIN, "setup_timeout_ns: found");
+  FIELD(setup_timeout_ns, INT64_MAX, "setup_timeout_ns: found");
+  FIELD(step_timeout_ns, -1000, "step_timeout_ns: found -1000");
+  FIELD(step_timeout_ns, INT64_MAX, "step_timeout_ns: found");
   FIELD(threads_per_rank, -1, "threads_per_rank: found -1");
   FIELD(threads_per_rank, INT32_MAX, "threads_per_rank: found 2147483647");
   FIELD(node_group, -1, "node_group: found -1");
@@ -71,14 +71,12 @@ static void creation(void) {
   config.tail[7] = 0;
   CHECK(check_untouched(made, sizeof(made)));
 
-  /* A longer config of zeros, and a shorter one. */
+  /* A shorter one is that of no version; a longer config of zeros is as good as one of this version. */
+  FIELD(struct_size, offsetof(treeattn_comm_config_t, step_timeout_ns), "config.struct_size: found 16, wanted sizeof(");
+  FIELD(struct_size, sizeof(&config), "config.struct_size: found 8, which is that of a pointer to it");
+  config.known.struct_size = sizeof(config);
   CHECK_OK(treeattn_comm_create_local(runtime, 2, devices, &config.known, made));
   CHECK(check_untouched(&made[2], sizeof(made[2])));
-  CHECK_OK(treeattn_comm_destroy(made[0]));
-  CHECK_OK(treeattn_comm_destroy(made[1]));
-  config.known.struct_size = offsetof(treeattn_comm_config_t, step_timeout);
-  config.known.step_timeout = -1;
-  CHECK_OK(treeattn_comm_create_local(runtime, 2, devices, &config.known, made));
   CHECK_OK(treeattn_comm_destroy(made[0]));
   CHECK_OK(treeattn_comm_destroy(made[1]));
 }
@@ -153,10 +151,13 @@ static void health(void) {
   CHECK_INVALID(treeattn_comm_status(comms[0], NULL), "status: found NULL");
   CHECK_INVALID(treeattn_comm_status(comms[0], (treeattn_comm_status_t *)(void *)(raw.rest + 4)), "status: found 0x");
   CHECK_BAD_HANDLES(treeattn_comm_t, 0, dead, runtime, "comm: found", treeattn_comm_status(handle, into));
-  CHECK(check_untouched(raw.rest, sizeof(raw.rest)));
   raw.struct_size = offsetof(treeattn_comm_status_t, step);
+  CHECK_INVALID(treeattn_comm_status(comms[0], into), "status.struct_size: found 16, wanted sizeof(treeattn_comm_status_t)");
+  CHECK(check_untouched(raw.rest, sizeof(raw.rest)));
+  raw.struct_size = sizeof(status);
   CHECK_OK(treeattn_comm_status(comms[0], into));
-  CHECK(memcmp(raw.rest, &status.code, 8) == 0 && check_untouched(raw.rest + 8, sizeof(raw.rest) - 8));
+  CHECK(memcmp(raw.rest, &status.code, sizeof(status) - 8) == 0);
+  CHECK(check_untouched(raw.rest + sizeof(status) - 8, sizeof(raw.rest) - sizeof(status) + 8));
 }
 
 static void abortion(void) {

@@ -251,16 +251,13 @@ static void structs(void) {
     refused_by(plan, &longer.known, TREEATTN_ERROR_INVALID_ARGUMENT, "args.struct_size: found 632");
     longer.tail[i] = 0;
   }
-  /* An older struct ends after what the step needs; what lies behind it is never read. */
+  /* The sizes of no version, although what the step needs would be within: half of it, and that of the pointer to it. */
   treeattn_decode_args_t shorter = shard.args;
   shorter.struct_size = offsetof(treeattn_decode_args_t, global_length);
-  memset((unsigned char *)&shorter + shorter.struct_size, 0xff, sizeof(shorter) - shorter.struct_size);
-  shard_reset(&shard);
-  CHECK_OK(treeattn_plan_decode(plan, &shorter, NULL));
-  CHECK(shard_matches(&shard, &problem));
-  shard_reset(&shard);
-  CHECK_OK(treeattn_plan_partial(plan, &shorter, NULL));
-  CHECK(shard_matches(&shard, &problem));
+  refused(shorter, "args.struct_size: found 272, wanted sizeof(treeattn_decode_args_t)");
+  treeattn_decode_args_t *pointer = &shorter;
+  shorter.struct_size = sizeof(pointer);
+  refused(*pointer, "args.struct_size: found 8, which is that of a pointer to it, wanted sizeof(treeattn_decode_args_t)");
   const size_t bad[] = {0, 7, (size_t)1 << 17, SIZE_MAX};
   for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
     treeattn_decode_args_t a = shard.args;

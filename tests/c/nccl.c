@@ -62,9 +62,9 @@ static void arguments(void) {
   }
   BAD(gpu, NULL, "comm: found NULL");
   BAD(gpu, (treeattn_comm_t **)(void *)((char *)&comm + 1), "comm: found 0x");
-  config.setup_timeout = -1;
-  BAD(gpu, &comm, "setup_timeout: found -1");
-  config.setup_timeout = 0;
+  config.setup_timeout_ns = -1;
+  BAD(gpu, &comm, "setup_timeout_ns: found -1");
+  config.setup_timeout_ns = 0;
   config.nccl_path = "";
   BAD(gpu, &comm, "nccl_path: found");
   config.nccl_path = NULL;

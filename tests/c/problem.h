@@ -220,8 +220,8 @@ static inline void group_make(treeattn_runtime_t *runtime, int world, int64_t st
   }
   treeattn_comm_config_t config = TREEATTN_COMM_CONFIG_INIT;
   config.threads_per_rank = 1;
-  config.step_timeout = step_ms * 1000000;
-  config.setup_timeout = setup_ms * 1000000;
+  config.step_timeout_ns = step_ms * 1000000;
+  config.setup_timeout_ns = setup_ms * 1000000;
   if (treeattn_comm_create_local(runtime, world, devices, &config, comms) != TREEATTN_OK) {
     printf("no communicators: %s\n", treeattn_last_error_message());
     exit(1);

@@ -100,7 +100,7 @@ static void setup(treeattn_runtime_t *runtime, treeattn_algorithm_t algorithm, r
   treeattn_comm_config_t config = TREEATTN_COMM_CONFIG_INIT;
   treeattn_attention_desc_t desc = TREEATTN_ATTENTION_DESC_INIT;
   config.threads_per_rank = 2;
-  config.step_timeout = (int64_t)HANG_MS * 1000000;
+  config.step_timeout_ns = (int64_t)HANG_MS * 1000000;
   desc.q_heads = desc.kv_heads = HEADS;
   desc.head_dim_qk = desc.head_dim_v = DIM;
   desc.q_dtype = desc.k_dtype = desc.v_dtype = desc.out_dtype = TREEATTN_DTYPE_F32;

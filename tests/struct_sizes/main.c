@@ -1,6 +1,6 @@
 /*
- * A program compiled with the header of another version: OLDER, in which every struct lacks its last fields, or NEWER,
- * in which every struct has `future` behind them. tests/struct_sizes.rs makes those headers.
+ * A program compiled with the header of another version: OLDER, in which every struct is as the first version had it, or
+ * NEWER, in which every struct has `future` behind its fields. tests/struct_sizes.rs makes those headers.
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -43,6 +43,22 @@ static int untouched(const void *bytes, size_t n) {
 
 #define GUARD_HOLDS(name) EXPECT(untouched(name.guard, GUARD))
 
+/* A struct that is shorter than that of the first version, as one of a pointer is, or no multiple of 8, is refused by
+   name. */
+#define TOO_SHORT(argument, type, first, name, call)                                               \
+  do {                                                                                             \
+    const size_t size_ = name.value.struct_size;                                                   \
+    for (size_t short_ = 0; short_ < (first); short_ += short_ < 16 ? 1 : 8) {                      \
+      name.value.struct_size = short_;                                                             \
+      EXPECT((call) == TREEATTN_ERROR_INVALID_ARGUMENT);                                           \
+      EXPECT(strstr(treeattn_last_error_message(), argument ".struct_size: found ") != NULL);      \
+      EXPECT(strstr(treeattn_last_error_message(), "wanted sizeof(" #type ")") != NULL);           \
+      EXPECT(short_ != sizeof(void *) ||                                                           \
+             strstr(treeattn_last_error_message(), "found 8, which is that of a pointer to it") != NULL); \
+    }                                                                                              \
+    name.value.struct_size = size_;                                                                \
+  } while (0)
+
 #ifdef NEWER
 /* An input whose unknown field is set is refused by name; once it is zero again the call is as it was. */
 #define ASKS_TOO_MUCH(argument, name, call)                                                      \
@@ -62,9 +78,10 @@ static int untouched(const void *bytes, size_t n) {
 #endif
 
 /* A call that fills a struct. */
-#define FILLS(name, call)                          \
+#define FILLS(type, first, name, call)             \
   do {                                             \
     size_t size_ = name.value.struct_size;         \
+    TOO_SHORT(#name, type, first, name, call);     \
     MARK_UNKNOWN(name);                            \
     EXPECT((call) == TREEATTN_OK);                 \
     EXPECT(name.value.struct_size == size_);       \
@@ -99,23 +116,25 @@ int main(void) {
 
   GUARDED(treeattn_runtime_config_t, config, TREEATTN_RUNTIME_CONFIG_INIT);
   ASKS_TOO_MUCH("config", config, treeattn_runtime_create(&config.value, &runtime));
+  TOO_SHORT("config", treeattn_runtime_config_t, 16, config, treeattn_runtime_create(&config.value, &runtime));
   EXPECT(runtime == NULL);
   EXPECT(treeattn_runtime_create(&config.value, &runtime) == TREEATTN_OK);
   GUARDED(treeattn_device_info_t, info, TREEATTN_DEVICE_INFO_INIT);
-  FILLS(info, treeattn_runtime_device_info(runtime, cpu, &info.value));
+  FILLS(treeattn_device_info_t, 408, info, treeattn_runtime_device_info(runtime, cpu, &info.value));
   EXPECT(info.value.units > 0 && info.value.name[0] != '\0');
 
   GUARDED(treeattn_comm_config_t, group, TREEATTN_COMM_CONFIG_INIT);
   group.value.threads_per_rank = 1;
   ASKS_TOO_MUCH("config", group, treeattn_comm_create_local(runtime, 1, &cpu, &group.value, &comm));
+  TOO_SHORT("config", treeattn_comm_config_t, 48, group, treeattn_comm_create_local(runtime, 1, &cpu, &group.value, &comm));
   EXPECT(comm == NULL);
   EXPECT(treeattn_comm_create_local(runtime, 1, &cpu, &group.value, &comm) == TREEATTN_OK);
 
   treeattn_comm_t *own = NULL;
   GUARDED(treeattn_transport_t, callbacks, TREEATTN_TRANSPORT_INIT);
   callbacks.value.allgather = alone;
-  ASKS_TOO_MUCH("callbacks", callbacks,
-                treeattn_comm_create_from_transport(runtime, &callbacks.value, 1, 0, cpu, &group.value, &own));
+  ASKS_TOO_MUCH("callbacks", callbacks, treeattn_comm_create_from_transport(runtime, &callbacks.value, 1, 0, cpu, &group.value, &own));
+  TOO_SHORT("callbacks", treeattn_transport_t, 40, callbacks, treeattn_comm_create_from_transport(runtime, &callbacks.value, 1, 0, cpu, &group.value, &own));
   EXPECT(own == NULL);
   EXPECT(treeattn_comm_create_from_transport(runtime, &callbacks.value, 1, 0, cpu, &group.value, &own) == TREEATTN_OK);
   EXPECT(treeattn_comm_destroy(own) == TREEATTN_OK);
@@ -127,8 +146,11 @@ int main(void) {
   desc.value.max_batch = desc.value.max_query_tokens = 1;
   desc.value.max_kv_length = KEYS;
   ASKS_TOO_MUCH("desc", desc, treeattn_attention_supported(runtime, cpu, &desc.value));
+  TOO_SHORT("desc", treeattn_attention_desc_t, 128, desc, treeattn_attention_supported(runtime, cpu, &desc.value));
   ASKS_TOO_MUCH("desc", desc, treeattn_plan_create(comm, &desc.value, &plan));
+  TOO_SHORT("desc", treeattn_attention_desc_t, 128, desc, treeattn_plan_create(comm, &desc.value, &plan));
   ASKS_TOO_MUCH("desc", desc, treeattn_plan_create_all(1, &comm, &desc.value, &plan));
+  TOO_SHORT("desc", treeattn_attention_desc_t, 128, desc, treeattn_plan_create_all(1, &comm, &desc.value, &plan));
   EXPECT(plan == NULL);
   EXPECT(treeattn_attention_supported(runtime, cpu, &desc.value) == TREEATTN_OK);
   EXPECT(treeattn_plan_create(comm, &desc.value, &plan) == TREEATTN_OK);
@@ -142,7 +164,9 @@ int main(void) {
   args.value.out = tensor(out, sizeof(out));
   memset(out, 0xA5, sizeof(out));
   ASKS_TOO_MUCH("args", args, treeattn_plan_decode(plan, &args.value, NULL));
+  TOO_SHORT("args", treeattn_decode_args_t, 600, args, treeattn_plan_decode(plan, &args.value, NULL));
   ASKS_TOO_MUCH("args", args, treeattn_plan_partial(plan, &args.value, NULL));
+  TOO_SHORT("args", treeattn_decode_args_t, 600, args, treeattn_plan_partial(plan, &args.value, NULL));
   EXPECT(untouched(out, sizeof(out)));
   EXPECT(treeattn_plan_decode(plan, &args.value, NULL) == TREEATTN_OK);
   for (int i = 0; i < HEADS * DIM; i++) {
@@ -152,7 +176,9 @@ int main(void) {
   EXPECT(treeattn_plan_partial(plan, &args.value, NULL) == TREEATTN_OK);
 
   ASKS_TOO_MUCH("desc", desc, treeattn_energy(runtime, cpu, &desc.value, &args.value, NULL, NULL));
+  TOO_SHORT("desc", treeattn_attention_desc_t, 128, desc, treeattn_energy(runtime, cpu, &desc.value, &args.value, NULL, NULL));
   ASKS_TOO_MUCH("args", args, treeattn_energy(runtime, cpu, &desc.value, &args.value, NULL, NULL));
+  TOO_SHORT("args", treeattn_decode_args_t, 600, args, treeattn_energy(runtime, cpu, &desc.value, &args.value, NULL, NULL));
   EXPECT(treeattn_energy(runtime, cpu, &desc.value, &args.value, NULL, NULL) == TREEATTN_OK);
 
   float lse[KEYS * HEADS] = {0};
@@ -166,26 +192,29 @@ int main(void) {
   merge.value.out = tensor(out, sizeof(out));
   memset(out, 0xA5, sizeof(out));
   ASKS_TOO_MUCH("args", merge, treeattn_plan_merge(plan, &merge.value, NULL));
+  TOO_SHORT("args", treeattn_merge_args_t, 232, merge, treeattn_plan_merge(plan, &merge.value, NULL));
   ASKS_TOO_MUCH("args", merge, treeattn_merge_partials(runtime, cpu, &merge.value, KEYS, NULL));
+  TOO_SHORT("args", treeattn_merge_args_t, 232, merge, treeattn_merge_partials(runtime, cpu, &merge.value, KEYS, NULL));
   EXPECT(untouched(out, sizeof(out)));
   EXPECT(treeattn_plan_merge(plan, &merge.value, NULL) == TREEATTN_OK && out[1] == v[1]);
   EXPECT(treeattn_merge_partials(runtime, cpu, &merge.value, KEYS, NULL) == TREEATTN_OK);
   EXPECT(out[1] == (v[1] + v[1 + HEADS * DIM]) / 2);
 
   GUARDED(treeattn_plan_memory_t, memory, TREEATTN_PLAN_MEMORY_INIT);
-  FILLS(memory, treeattn_plan_memory(plan, &memory.value));
+  FILLS(treeattn_plan_memory_t, 24, memory, treeattn_plan_memory(plan, &memory.value));
   EXPECT(memory.value.workspace > 0);
   GUARDED(treeattn_plan_stats_t, stats, TREEATTN_PLAN_STATS_INIT);
-  FILLS(stats, treeattn_plan_stats(plan, &stats.value));
+  FILLS(treeattn_plan_stats_t, 336, stats, treeattn_plan_stats(plan, &stats.value));
   EXPECT(stats.value.plan == 1 && stats.value.head_end == HEADS);
   GUARDED(treeattn_comm_status_t, status, TREEATTN_COMM_STATUS_INIT);
-  FILLS(status, treeattn_comm_status(comm, &status.value));
+  FILLS(treeattn_comm_status_t, 552, status, treeattn_comm_status(comm, &status.value));
   EXPECT(status.value.code == TREEATTN_OK && status.value.plan == 1 && status.value.sequence == -1);
 
   GUARDED(treeattn_selfcheck_config_t, sizes, TREEATTN_SELFCHECK_CONFIG_INIT);
   GUARDED(treeattn_selfcheck_report_t, report, TREEATTN_SELFCHECK_REPORT_INIT);
   ASKS_TOO_MUCH("config", sizes, treeattn_selfcheck(runtime, cpu, &desc.value, &sizes.value, &report.value));
-  FILLS(report, treeattn_selfcheck(runtime, cpu, &desc.value, &sizes.value, &report.value));
+  TOO_SHORT("config", treeattn_selfcheck_config_t, 32, sizes, treeattn_selfcheck(runtime, cpu, &desc.value, &sizes.value, &report.value));
+  FILLS(treeattn_selfcheck_report_t, 312, report, treeattn_selfcheck(runtime, cpu, &desc.value, &sizes.value, &report.value));
   EXPECT(report.value.passed == 1 && report.value.rows > 0);
 
   GUARD_HOLDS(config);

@@ -85,7 +85,7 @@ impl GpuRank {
         let Failure { code, rank, epoch } = Failure::from_word(failure);
         let what = format!("exchange {epoch}");
         Some(match ErrorKind::from_code(i32::from(code)) {
-            Some(ErrorKind::Timeout) => errors::timeout(&what, &[rank], "step_timeout", self.step_timeout),
+            Some(ErrorKind::Timeout) => errors::timeout(&what, &[rank], "step_timeout_ns", self.step_timeout),
             Some(ErrorKind::PeerLost) => errors::peer_lost(&what, rank),
             Some(ErrorKind::Desync) => errors::out_of_step(&what, rank),
             Some(ErrorKind::Aborted) => errors::aborted(rank),

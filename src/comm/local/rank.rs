@@ -131,7 +131,7 @@ impl Bootstrap for LocalRank {
             WaitDeadline {
                 events: &group.events,
                 until: Instant::now() + group.setup_timeout,
-                field: "setup_timeout",
+                field: "setup_timeout_ns",
                 timeout: group.setup_timeout,
             },
         );

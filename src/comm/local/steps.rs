@@ -159,7 +159,7 @@ impl Group {
     }
 
     fn step_limit<'a>(&self, events: &'a EventCount, until: Instant) -> WaitDeadline<'a> {
-        WaitDeadline { events, until, field: "step_timeout", timeout: self.step_timeout }
+        WaitDeadline { events, until, field: "step_timeout_ns", timeout: self.step_timeout }
     }
 }
 

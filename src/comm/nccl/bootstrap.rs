@@ -146,7 +146,7 @@ impl Bootstrap for NcclBootstrap {
         if let Some(error) = self.status() {
             return Err(error);
         }
-        self.gather(blob, NcclTimeout::new("setup_timeout", self.setup_timeout)).map_err(|error| {
+        self.gather(blob, NcclTimeout::new("setup_timeout_ns", self.setup_timeout)).map_err(|error| {
             self.latch(&error);
             // An abort on another thread ends the wait with NCCL's words for it.
             self.status().unwrap_or(error)

@@ -125,7 +125,7 @@ impl TransportRank {
             what: &what,
             peer: &[],
             until: Instant::now() + self.step_timeout,
-            field: "step_timeout",
+            field: "step_timeout_ns",
             timeout: self.step_timeout,
         };
         let mut buffers = lock(&self.buffers);
@@ -168,7 +168,7 @@ impl TransportRank {
             what: &what,
             peer: &[hop.from],
             until: hop.until,
-            field: "step_timeout",
+            field: "step_timeout_ns",
             timeout: self.step_timeout,
         };
         let mut buffers = lock(&self.buffers);
@@ -223,7 +223,7 @@ impl Bootstrap for TransportRank {
             what: &|| "setup exchange".to_string(),
             peer: &[],
             until: Instant::now() + self.setup_timeout,
-            field: "setup_timeout",
+            field: "setup_timeout_ns",
             timeout: self.setup_timeout,
         };
         let world = self.calls.shard.world as usize;

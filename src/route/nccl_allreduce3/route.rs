@@ -75,7 +75,7 @@ impl NcclAllreduce3 {
             // SAFETY: `reduced` names parts of the workspace that hold as many f32. The workspace is freed after the device is
             // done with all steps, or is given up with its communicator aborted.
             unsafe { nccl.begin_all_reduce(send, recv, count, reduction, stream) }?;
-            nccl.settle("ncclAllReduce", NcclTimeout::new("step_timeout", timeout))
+            nccl.settle("ncclAllReduce", NcclTimeout::new("step_timeout_ns", timeout))
         };
         let enqueue = || {
             reduce(reduced.lse, reduced.most, reduced.rows, Reduction::Maximum)?;
@@ -120,7 +120,7 @@ impl Route for NcclAllreduce3 {
     }
 
     fn connect(&self, context: &StepContext) -> Result<()> {
-        let limit = NcclTimeout::new("setup_timeout", context.config.setup_timeout);
+        let limit = NcclTimeout::new("setup_timeout_ns", context.config.setup_timeout);
         let nccl = connect(context, &self.rank, limit)?;
         self.try_out(context, &nccl, limit)?;
         self.kernels.clear()?;

@@ -116,5 +116,5 @@ impl Watched {
 }
 
 fn expired(step: u64, timeout: Duration) -> Error {
-    NcclTimeout::new("step_timeout", timeout).expired(&format!("step {step} over NCCL"))
+    NcclTimeout::new("step_timeout_ns", timeout).expired(&format!("step {step} over NCCL"))
 }
