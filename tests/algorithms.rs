@@ -19,8 +19,8 @@ const BATCH: u64 = 3;
 const KEYS: u64 = 10;
 /// Bytes of an element.
 const F32: u64 = 4;
-/// Elements of a partial: its o and its lse.
-const PARTIAL: u64 = BATCH * D + BATCH * HEADS;
+/// Elements of a partial: its o, and an lse of two floats a head: as much as the paper's output, numerator and denominator.
+const PARTIAL: u64 = BATCH * D + 2 * BATCH * HEADS;
 
 fn desc(algorithm: Algorithm) -> AttentionDesc {
     AttentionDesc { algorithm, ..AttentionDesc::new(HEADS as i32, HEADS as i32, DIM as i32, 1) }
@@ -67,8 +67,8 @@ fn a_tree_of_8_ranks_takes_3_steps_and_holds_what_the_paper_says() {
         for stats in even(Algorithm::Tree, world, 5) {
             assert_eq!((stats.algorithm, stats.rounds, stats.messages), (Algorithm::Tree, 5 * levels, 5 * levels));
             assert_eq!(stats.bytes_sent, 5 * levels * PARTIAL * F32);
-            // The paper's 2bd + 2b n_h beside the keys and values, which are the engine's own here.
-            assert_eq!(stats.exchange_memory, (2 * BATCH * D + 2 * BATCH * HEADS) * F32);
+            // The paper's 2bd + 2b n_h beside the keys and values, which are the engine's own here; each lse in two floats.
+            assert_eq!(stats.exchange_memory, (2 * BATCH * D + 4 * BATCH * HEADS) * F32);
         }
     }
     // Any number of ranks: ceil(log2 p) steps, and p - 1 merges on each way to the root.
@@ -93,7 +93,7 @@ fn a_tree_over_nodes_crosses_them_with_leaders_only() {
 fn a_narrow_wire_halves_what_is_sent_of_o() {
     let desc = AttentionDesc { wire_dtype: Dtype::Bf16, ..desc(Algorithm::Tree) };
     for stats in run(desc, &[], 8, &[80; BATCH as usize], 2) {
-        let partial = BATCH * D * 2 + BATCH * HEADS * 4;
+        let partial = BATCH * D * 2 + BATCH * HEADS * 8;
         assert_eq!(stats.bytes_sent, 2 * 3 * partial);
         // As f32, to send and to receive.
         assert_eq!(stats.exchange_memory, PARTIAL * F32 + 2 * partial);
@@ -107,7 +107,7 @@ fn three_allreduces_move_what_the_paper_says() {
         for stats in even(Algorithm::Allreduce3, world, 1) {
             assert_eq!((stats.rounds, stats.messages), (6, 6 * (world - 1)));
             assert_eq!(stats.bytes_sent, formula(world) / world, "2 (p - 1) / p (bd + 2b n_h)");
-            assert_eq!(stats.exchange_memory, (BATCH * D + 3 * BATCH * HEADS) * F32);
+            assert_eq!(stats.exchange_memory, (BATCH * D + 4 * BATCH * HEADS) * F32);
         }
     }
     // Where p does not divide the rows, ranks differ, but not their sum.
@@ -147,7 +147,7 @@ fn a_ring_moves_exactly_the_keys_and_values_it_must() {
             let log = u64::from(world.trailing_zeros());
             assert!((log + 1..=2 * log + 1).contains(&(partials / (PARTIAL * F32))));
             if world == 2 {
-                assert_eq!(stats.exchange_memory, (4 * BATCH * KEYS * D + 2 * BATCH * D + 2 * BATCH * HEADS) * F32);
+                assert_eq!(stats.exchange_memory, (4 * BATCH * KEYS * D + 2 * BATCH * D + 4 * BATCH * HEADS) * F32);
             }
         }
     }

@@ -5,6 +5,7 @@ use super::dtype::Dtype;
 use super::step::{disjoint, no_broadcast};
 use super::tensor::Tensor;
 use crate::error::{Error, Result};
+use crate::partial::Lse;
 use crate::partial::rows::{RowSource, RowTarget};
 
 /// Partials to merge and where the result goes.
@@ -166,7 +167,7 @@ impl MergeStep {
     ///
     /// # Safety
     /// `partial` and `row` exist, and the step's memory is host memory that stays valid.
-    pub unsafe fn lse(&self, partial: usize, row: usize) -> f32 {
+    pub unsafe fn lse(&self, partial: usize, row: usize) -> Lse {
         let (token, head) = (row / self.heads as usize, row % self.heads as usize);
         // SAFETY: `resolve` checked extents and alignment for every (partial, token, head); the caller promises that this is
         // one of them and that the memory is valid.
@@ -177,8 +178,8 @@ impl MergeStep {
     ///
     /// # Safety
     /// As [`MergeStep::lse`].
-    pub unsafe fn load(&self, partial: usize, row: usize, lse: f32, to: &mut [f32]) {
-        if lse == f32::NEG_INFINITY {
+    pub unsafe fn load(&self, partial: usize, row: usize, lse: Lse, to: &mut [f32]) {
+        if lse.is_empty() {
             to.fill(0.0);
             return;
         }

@@ -15,7 +15,7 @@ use crate::attention::{
 };
 use crate::device::{HostBuffer, Workers};
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::{DataFault, PartialRows};
+use crate::partial::{DataFault, Lse, PartialRows};
 
 /// Tiles a worker should have before the kv heads of a tile are kept together.
 const TILES_TO_BLOCK: u64 = 8;
@@ -142,7 +142,7 @@ impl CpuBackend {
             return Err(Error::invalid("batch", step.args.batch, format!("at most {}", self.desc.max_batch)));
         };
         rows.o.fill(0.0);
-        rows.lse.fill(f32::NEG_INFINITY);
+        rows.lse.fill(Lse::EMPTY);
         // SAFETY: the step is one of this plan's, and its caller vouched for the memory behind it until the step is done.
         let reader = unsafe { Reader::new(&self.desc, shard, step) };
         let fault = reader.sequences(sequences);
@@ -168,7 +168,7 @@ impl CpuBackend {
             let bad = sequence.first_token * self.shape.q_heads;
             let bad = bad..bad + sequence.tokens * self.shape.q_heads;
             rows.o[bad.start * rows.dim..bad.end * rows.dim].fill(f32::NAN);
-            rows.lse[bad].fill(f32::NAN);
+            rows.lse[bad].fill(Lse::NAN);
         }
         Ok(Some(DataFault { sequence: first as i32, cause }))
     }

@@ -6,6 +6,7 @@
 use super::kernel::args::{CloseArgs, SUM_LANES};
 use super::kernel::merge::power_of_two;
 use super::kernel::table::Kernels;
+use crate::partial::Lse;
 
 /// The shape of a set of sums.
 #[derive(Clone, Copy, Debug)]
@@ -157,23 +158,23 @@ impl ClosedSums {
     ///
     /// # Safety
     /// `r` is a row of the shape and `o` is no longer than its values.
-    pub unsafe fn finish(&self, r: usize, o: &mut [f32]) -> f32 {
+    pub unsafe fn finish(&self, r: usize, o: &mut [f32]) -> Lse {
         // SAFETY: the caller's.
         let (sums, max) = unsafe { (self.row(r), *self.max.add(r)) };
         let (values, weights) = sums.split_at(self.shape.dim);
         let weights: f64 = weights.iter().sum();
         if weights == 0.0 {
             o.fill(0.0);
-            return f32::NEG_INFINITY;
+            return Lse::EMPTY;
         }
         if !weights.is_finite() {
             o.fill(f32::NAN);
-            return f32::NAN;
+            return Lse::NAN;
         }
         let each = 1.0 / weights;
         for (o, value) in o.iter_mut().zip(values) {
             *o = (value * each) as f32;
         }
-        (f64::from(max) * std::f64::consts::LN_2 + weights.ln()) as f32
+        Lse::of(f64::from(max) * std::f64::consts::LN_2 + weights.ln())
     }
 }

@@ -6,7 +6,7 @@ use super::{CpuBackend, Isa};
 use crate::attention::placement::interleaved_position;
 use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, Placement, Shard, Step, Tensor, supported};
 use crate::device::Workers;
-use crate::partial::{DataFault, DataFaultCause, PartialRows};
+use crate::partial::{DataFault, DataFaultCause, Lse, PartialRows};
 
 /// SplitMix64.
 pub(super) struct Random(pub u64);
@@ -283,9 +283,9 @@ impl Case {
         let backend = CpuBackend::new(&self.desc, self.shard, threads, isa).unwrap();
         let rows = self.tokens() * self.desc.q_heads as usize;
         let dim = self.desc.head_dim_v as usize;
-        let (mut o, mut lse) = (vec![7.0; rows * dim], vec![7.0; rows]);
+        let (mut o, mut lse) = (vec![7.0; rows * dim], vec![Lse::of(7.0); rows]);
         let fault = backend.attend(&self.step(), &workers, PartialRows { o: &mut o, lse: &mut lse, dim }).unwrap();
-        (o, lse, fault)
+        (o, lse.into_iter().map(|lse| lse.high).collect(), fault)
     }
 
     fn sees(&self, b: usize, token: usize, slot: usize) -> bool {

@@ -7,6 +7,7 @@ use super::sequences::{Reader, Sequence};
 use super::shape::{Layout, RowShape, Shape};
 use super::sums::ClosedSums;
 use crate::attention::Tensor;
+use crate::partial::Lse;
 
 /// Where finished rows go: `o [row, dim]` and `lse [row]`, row = query token * q heads + head.
 #[derive(Clone, Copy, Debug)]
@@ -14,7 +15,7 @@ pub struct Output {
     /// Normalised outputs.
     pub o: *mut f32,
     /// Log-sum-exps.
-    pub lse: *mut f32,
+    pub lse: *mut Lse,
     /// Elements of a row.
     pub dim: usize,
 }

@@ -3,6 +3,7 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use super::lse::Lse;
 use super::rows::{RowSource, RowTarget};
 use crate::attention::MAX_HEAD_DIM;
 use crate::attention::dtype::Dtype;
@@ -13,7 +14,7 @@ impl RowTarget {
     /// # Safety
     /// The target is of host memory, and was made for a shape that contains (token, head) from strides that
     /// `Tensor::resolve` gave for it. The row is valid for writes, and nobody else uses it meanwhile.
-    pub(crate) unsafe fn write(&self, token: usize, head: usize, o: &[f32], lse: f32) {
+    pub(crate) unsafe fn write(&self, token: usize, head: usize, o: &[f32], lse: Lse) {
         let [s_token, s_head, s_dim] = self.o_stride;
         let offset = token as i64 * s_token + head as i64 * s_head;
         debug_assert_eq!(o.len(), self.dim as usize);
@@ -30,7 +31,7 @@ impl RowTarget {
             }
             if self.lse != 0 {
                 let offset = token as i64 * self.lse_stride[0] + head as i64 * self.lse_stride[1];
-                (self.lse as *mut u8).offset(offset as isize).cast::<f32>().write(lse);
+                (self.lse as *mut u8).offset(offset as isize).cast::<f32>().write(lse.high);
             }
         }
     }
@@ -45,7 +46,7 @@ impl RowTarget {
         for token in 0..tokens {
             for head in 0..heads {
                 // SAFETY: the caller's promise covers every (token, head) below these bounds.
-                unsafe { self.write(token, head, row, f32::NAN) };
+                unsafe { self.write(token, head, row, Lse::NAN) };
             }
         }
     }
@@ -57,13 +58,17 @@ impl RowSource {
     /// # Safety
     /// The source is of host memory, and was made for a shape that contains the row from strides that `Tensor::resolve` gave
     /// for it. The row is valid for reads, and nobody writes it meanwhile.
-    pub(crate) unsafe fn lse(&self, offset: i64, token: usize, head: usize) -> f32 {
+    pub(crate) unsafe fn lse(&self, offset: i64, token: usize, head: usize) -> Lse {
         let [s_token, s_head] = self.lse_stride;
         let offset = offset + token as i64 * s_token + head as i64 * s_head;
         // SAFETY: inside the extent that `resolve` checked, aligned as it checked; the caller keeps it valid.
         let lse = unsafe { (self.lse as *const u8).offset(offset as isize).cast::<f32>().read() };
-        let is_empty = self.plus_inf_is_empty != 0 && lse == f32::INFINITY;
-        if is_empty { f32::NEG_INFINITY } else { lse * self.to_natural }
+        if self.plus_inf_is_empty != 0 && lse == f32::INFINITY {
+            return Lse::EMPTY;
+        }
+        // Of base 2 it becomes a natural one in f64: rounded to f32, large ones would lose what weights are made of.
+        let to_natural = if self.to_natural == 1.0 { 1.0 } else { std::f64::consts::LN_2 };
+        Lse::of(f64::from(lse) * to_natural)
     }
 
     /// Converts that row's o to f32. `to` is a row long.

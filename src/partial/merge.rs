@@ -3,67 +3,45 @@
 //! merge((o1, l1), (o2, l2)): m = max(l1, l2), w_i = exp(l_i - m), o = (w1 o1 + w2 o2) / (w1 + w2),
 //! lse = m + log(w1 + w2). A partial with lse = -inf is the identity and its o is never read; a NaN lse makes the row NaN.
 
+use super::lse::Lse;
+
 /// Partials in row order (row = query token * heads + head): o packed `f32 [rows, dim]`, lse `f32 [rows]`.
 #[derive(Debug)]
 pub struct PartialRows<'a> {
     /// Normalised outputs.
     pub o: &'a mut [f32],
     /// Natural log-sum-exps.
-    pub lse: &'a mut [f32],
+    pub lse: &'a mut [Lse],
     /// Elements of an output row.
     pub dim: usize,
 }
 
-/// Merges partial (`o`, `lse`) into the accumulated one. Merging the identity, on either side, is bitwise the other.
-pub fn merge_into(acc_o: &mut [f32], acc_lse: &mut f32, o: &[f32], lse: f32) {
-    if lse == f32::NEG_INFINITY {
+/// Merges partial (`o`, `lse`) into the accumulated one, with weights and sums in f64, so that each element is rounded once.
+/// Merging the identity, on either side, is bitwise the other. Commutative bit for bit: ranks that swap partials end with
+/// the same one, whichever of the two is theirs.
+pub fn merge_two(acc_o: &mut [f32], acc_lse: &mut Lse, o: &[f32], lse: Lse) {
+    if lse.is_empty() {
         return;
     }
-    if *acc_lse == f32::NEG_INFINITY {
+    if acc_lse.is_empty() {
         acc_o.copy_from_slice(o);
         *acc_lse = lse;
         return;
     }
-    let max = acc_lse.max(lse);
-    if acc_lse.is_nan() || lse.is_nan() || max == f32::INFINITY {
+    if acc_lse.is_bad() || lse.is_bad() {
         acc_o.fill(f32::NAN);
-        *acc_lse = f32::NAN;
+        *acc_lse = Lse::NAN;
         return;
     }
-    let (w1, w2) = ((*acc_lse - max).exp(), (lse - max).exp());
-    let sum = w1 + w2;
-    let (a, b) = (w1 / sum, w2 / sum);
-    for (acc, &x) in acc_o.iter_mut().zip(o) {
-        *acc = a * *acc + b * x;
-    }
-    *acc_lse = max + sum.ln();
-}
-
-/// As [`merge_into`], with weights and sums in f64, so that each element is rounded once. Commutative bit for bit: ranks
-/// that swap partials end with the same one, whichever of the two is theirs.
-pub fn merge_two(acc_o: &mut [f32], acc_lse: &mut f32, o: &[f32], lse: f32) {
-    if lse == f32::NEG_INFINITY {
-        return;
-    }
-    if *acc_lse == f32::NEG_INFINITY {
-        acc_o.copy_from_slice(o);
-        *acc_lse = lse;
-        return;
-    }
-    let (l1, l2) = (f64::from(*acc_lse), f64::from(lse));
+    let (l1, l2) = (acc_lse.value(), lse.value());
     let max = l1.max(l2);
-    if l1.is_nan() || l2.is_nan() || max == f64::INFINITY {
-        acc_o.fill(f32::NAN);
-        *acc_lse = f32::NAN;
-        return;
-    }
     let (w1, w2) = ((l1 - max).exp(), (l2 - max).exp());
     let sum = w1 + w2;
     let (a, b) = (w1 / sum, w2 / sum);
     for (acc, &x) in acc_o.iter_mut().zip(o) {
         *acc = (a * f64::from(*acc) + b * f64::from(x)) as f32;
     }
-    *acc_lse = (max + sum.ln()) as f32;
+    *acc_lse = Lse::of(max + sum.ln());
 }
 
 /// Merges the partials of one row that `count` ranks hold, in rank order: global maximum first, then a left fold.
@@ -72,35 +50,35 @@ pub fn merge_two(acc_o: &mut [f32], acc_lse: &mut f32, o: &[f32], lse: f32) {
 /// none; it is not called where the lse is -inf. Writes the merged row to `out` and gives the merged lse.
 pub fn merge_ranks<'a>(
     count: usize,
-    lse: impl Fn(usize) -> f32,
+    lse: impl Fn(usize) -> Lse,
     o: impl Fn(usize, &mut [f32]) -> Option<&'a [f32]>,
     scratch: &mut [f32],
     out: &mut [f32],
-) -> f32 {
-    let mut max = f32::NEG_INFINITY;
+) -> Lse {
+    let mut max = f64::NEG_INFINITY;
     let mut live = 0;
     for r in 0..count {
         let l = lse(r);
-        if l.is_nan() || l == f32::INFINITY {
+        if l.is_bad() {
             out.fill(f32::NAN);
-            return f32::NAN;
+            return Lse::NAN;
         }
-        live += usize::from(l != f32::NEG_INFINITY);
-        max = max.max(l);
+        live += usize::from(!l.is_empty());
+        max = max.max(l.value());
     }
     if live == 0 {
         out.fill(0.0);
-        return max;
+        return Lse::EMPTY;
     }
-    // Weights and their sum in f64: they are a few a row, and their rounding would meet every element of it.
+    // Weights and their sum in f64: they are few, and their rounding would be in every element of the row.
     let mut sum = 0.0f64;
-    for r in (0..count).filter(|&r| lse(r) != f32::NEG_INFINITY) {
+    for r in (0..count).filter(|&r| !lse(r).is_empty()) {
         let row = o(r, scratch).unwrap_or(scratch);
         if live == 1 {
             out.copy_from_slice(row);
-            return max;
+            return lse(r);
         }
-        let weight = (f64::from(lse(r)) - f64::from(max)).exp();
+        let weight = (lse(r).value() - max).exp();
         if sum == 0.0 {
             out.fill(0.0);
         }
@@ -114,45 +92,55 @@ pub fn merge_ranks<'a>(
     for acc in out.iter_mut() {
         *acc = (f64::from(*acc) * scale) as f32;
     }
-    (f64::from(max) + sum.ln()) as f32
+    Lse::of(max + sum.ln())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn lse(x: f32) -> Lse {
+        Lse::of(f64::from(x))
+    }
+
     #[test]
     fn identity_is_bitwise() {
         let x = [1.5f32, -0.0, 3e-40];
-        let (mut o, mut lse) = ([f32::NAN; 3], f32::NEG_INFINITY);
-        merge_into(&mut o, &mut lse, &x, 0.25);
-        merge_into(&mut o, &mut lse, &[f32::NAN; 3], f32::NEG_INFINITY);
-        assert_eq!((o.map(f32::to_bits), lse), (x.map(f32::to_bits), 0.25));
+        let mine = Lse { high: 0.25, low: 1e-9 };
+        let (mut o, mut l) = ([f32::NAN; 3], Lse::EMPTY);
+        merge_two(&mut o, &mut l, &x, mine);
+        merge_two(&mut o, &mut l, &[f32::NAN; 3], Lse::EMPTY);
+        assert_eq!((o.map(f32::to_bits), l), (x.map(f32::to_bits), mine));
         let rows = [&[f32::NAN; 3][..], &x[..]];
-        let lses = [f32::NEG_INFINITY, 0.25];
+        let lses = [Lse::EMPTY, mine];
         let mut out = [0.0; 3];
-        assert_eq!(merge_ranks(2, |r| lses[r], |r, _| Some(rows[r]), &mut [0.0; 3], &mut out), 0.25);
+        assert_eq!(merge_ranks(2, |r| lses[r], |r, _| Some(rows[r]), &mut [0.0; 3], &mut out), mine);
         assert_eq!(out.map(f32::to_bits), x.map(f32::to_bits));
     }
 
     #[test]
     fn empty_everywhere_is_zero() {
         let mut out = [f32::NAN; 2];
-        assert_eq!(merge_ranks(3, |_| f32::NEG_INFINITY, |_, _| unreachable!(), &mut [], &mut out), f32::NEG_INFINITY);
+        assert_eq!(merge_ranks(3, |_| Lse::EMPTY, |_, _| unreachable!(), &mut [], &mut out), Lse::EMPTY);
         assert_eq!(out, [0.0; 2]);
     }
 
     #[test]
     fn nan_is_never_hidden() {
         let rows = [[1.0f32; 2], [2.0; 2]];
-        let lses = [0.0, f32::NAN];
-        let mut out = [0.0; 2];
-        assert!(merge_ranks(2, |r| lses[r], |r, _| Some(&rows[r]), &mut [], &mut out).is_nan());
-        assert!(out.iter().all(|x| x.is_nan()));
+        for bad in [f32::NAN, f32::INFINITY] {
+            let lses = [lse(0.0), Lse { high: bad, low: 0.0 }];
+            let mut out = [0.0; 2];
+            assert!(merge_ranks(2, |r| lses[r], |r, _| Some(&rows[r]), &mut [], &mut out).high.is_nan());
+            assert!(out.iter().all(|x| x.is_nan()));
+            let (mut o, mut l) = ([1.0f32], lse(0.0));
+            merge_two(&mut o, &mut l, &[1.0], lses[1]);
+            assert!(o[0].is_nan() && l.high.is_nan());
+        }
     }
 
     #[test]
-    fn the_merge_of_two_is_commutative_and_knows_its_identity() {
+    fn the_merge_of_two_is_commutative() {
         let mut state = 7u32;
         let mut draw = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -160,36 +148,41 @@ mod tests {
         };
         for _ in 0..1000 {
             let (x, y) = ([draw(), draw(), draw()], [draw(), draw(), draw()]);
-            let (lx, ly) = (10.0 * draw(), 10.0 * draw());
+            let (lx, ly) = (Lse::of(10.0 * f64::from(draw())), Lse::of(10.0 * f64::from(draw())));
             let (mut a, mut la) = (x, lx);
             merge_two(&mut a, &mut la, &y, ly);
             let (mut b, mut lb) = (y, ly);
             merge_two(&mut b, &mut lb, &x, lx);
-            assert_eq!((a.map(f32::to_bits), la.to_bits()), (b.map(f32::to_bits), lb.to_bits()));
-            let (mut c, mut lc) = (x, lx);
-            merge_into(&mut c, &mut lc, &y, ly);
-            assert!(a.iter().zip(c).all(|(a, c)| (a - c).abs() < 1e-6) && (la - lc).abs() < 1e-5);
-        }
-        for (lse, other) in [(f32::NEG_INFINITY, 0.5), (0.5, f32::NEG_INFINITY)] {
-            let (mut o, mut l) = ([-0.0f32, 3e-40], lse);
-            merge_two(&mut o, &mut l, &[-0.0, 3e-40], other);
-            assert_eq!((o.map(f32::to_bits), l), ([-0.0f32, 3e-40].map(f32::to_bits), 0.5));
-        }
-        for bad in [f32::NAN, f32::INFINITY] {
-            let (mut o, mut l) = ([1.0f32], 0.0);
-            merge_two(&mut o, &mut l, &[1.0], bad);
-            assert!(o[0].is_nan() && l.is_nan());
+            assert_eq!((a.map(f32::to_bits), la), (b.map(f32::to_bits), lb));
+            let (rows, lses) = ([x, y], [lx, ly]);
+            let mut out = [0.0; 3];
+            let l = merge_ranks(2, |r| lses[r], |r, _| Some(&rows[r]), &mut [], &mut out);
+            assert!(a.iter().zip(out).all(|(a, c)| (a - c).abs() < 1e-6) && (la.value() - l.value()).abs() < 1e-12);
         }
     }
 
     #[test]
     fn two_halves_make_the_whole() {
-        let (mut o, mut lse) = ([1.0f32], 0.0f32);
-        merge_into(&mut o, &mut lse, &[3.0], 0.0);
-        assert_eq!(o, [2.0]);
-        assert!((lse - 2f32.ln()).abs() < 1e-7);
+        let (mut o, mut l) = ([1.0f32], lse(0.0));
+        merge_two(&mut o, &mut l, &[3.0], lse(0.0));
+        assert_eq!((o, l.high), ([2.0], 2f32.ln()));
         let mut out = [0.0];
-        let l = merge_ranks(2, |_| 0.0, |r, _| Some(if r == 0 { &[1.0] } else { &[3.0] }), &mut [], &mut out);
-        assert_eq!((out[0], l), (2.0, 2f32.ln()));
+        let l = merge_ranks(2, |_| lse(0.0), |r, _| Some(if r == 0 { &[1.0] } else { &[3.0] }), &mut [], &mut out);
+        assert_eq!((out[0], l.high), (2.0, 2f32.ln()));
+    }
+
+    /// Large log-sum-exps differ by what an f32 of them could not tell.
+    #[test]
+    fn weights_are_right_however_large_the_lse() {
+        for base in [16.0, 3e4, 3e6] {
+            let lses = [Lse::of(base + 1e-4), Lse::of(base)];
+            let wanted = (1e-4f64 / 2.0).tanh();
+            let mut out = [0.0];
+            merge_ranks(2, |r| lses[r], |r, _| Some(if r == 0 { &[1.0] } else { &[-1.0] }), &mut [], &mut out);
+            assert!((f64::from(out[0]) - wanted).abs() < 1e-7, "{base}: {} {wanted}", out[0]);
+            let (mut o, mut l) = ([1.0], lses[0]);
+            merge_two(&mut o, &mut l, &[-1.0], lses[1]);
+            assert!((f64::from(o[0]) - wanted).abs() < 1e-7, "{base}: {} {wanted}", o[0]);
+        }
     }
 }

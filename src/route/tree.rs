@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use super::context::StepContext;
 use super::host::exchange::{Exchange, RankFault};
 use super::host::partials::PartialExchange;
-use super::host::scratch::{Scratch, zeroed};
+use super::host::scratch::{Scratch, floats, split_rows, zeroed};
 use super::host::wire::{self, Wire};
 use super::rank::CpuRank;
 use crate::attention::{Algorithm, Dtype};
@@ -33,7 +33,7 @@ impl TreeExchange {
     /// This rank's part in the tree, and room for the largest step.
     pub fn new(context: &StepContext, rank: &CpuRank) -> Result<TreeExchange> {
         let what = "max_query_tokens x q_heads x head_dim_v";
-        let bytes = (Wire::of(&context.desc).row_bytes() + 4).checked_mul(context.most_rows()?);
+        let bytes = Wire::of(&context.desc).bytes(1).checked_mul(context.most_rows()?);
         let words = bytes.map(|bytes| bytes.div_ceil(4));
         let narrow = context.desc.wire_dtype != Dtype::F32;
         let outgoing = zeroed(what, if narrow { words } else { Some(0) })?;
@@ -53,7 +53,7 @@ impl PartialExchange for TreeExchange {
         let Buffers { outgoing, incoming } = &mut *buffers;
         let (outgoing, incoming) = (wire::bytes_mut(outgoing), wire::bytes_mut(incoming));
         let Scratch { partial, spare } = scratch;
-        let partial = &mut partial[..rows * (dim + 1)];
+        let partial = &mut partial[..floats(rows, dim)];
         let mut fault = exchange.header.fault;
         for hop in &self.tree.hops {
             if hop.sends || hop.receipt == Receipt::Merge {
@@ -76,9 +76,9 @@ impl PartialExchange for TreeExchange {
                     fault = first_fault(fault, theirs);
                 }
                 Receipt::Replace => {
-                    let (lse, o) = partial.split_at_mut(rows);
+                    let (lse, o) = split_rows(partial, rows, dim);
                     lse.copy_from_slice(wire.lse(incoming, rows));
-                    wire::decode(wire.dtype, &incoming[4 * rows..bytes], o);
+                    wire::decode(wire.dtype, wire.all_o(incoming, rows), o);
                     fault = theirs;
                 }
             }
@@ -87,7 +87,7 @@ impl PartialExchange for TreeExchange {
             narrow(exchange, partial, outgoing);
         }
         exchange.count(self.tree.levels as usize, 0, 0);
-        let (lse, o) = partial.split_at(rows);
+        let (lse, o) = split_rows(partial, rows, dim);
         exchange.write_all(lse, o);
         Ok(DataFault::from_word(fault))
     }
@@ -106,9 +106,9 @@ impl PartialExchange for TreeExchange {
 fn narrow(exchange: &Exchange<'_>, partial: &mut [f32], outgoing: &mut [u8]) {
     let wire = exchange.wire;
     if wire.dtype != Dtype::F32 {
-        let (lse, o) = partial.split_at_mut(exchange.rows());
+        let (lse, o) = split_rows(partial, exchange.rows(), exchange.dim());
         wire.encode(outgoing, lse, o);
-        wire::decode(wire.dtype, &outgoing[4 * lse.len()..wire.bytes(lse.len())], o);
+        wire::decode(wire.dtype, wire.all_o(outgoing, lse.len()), o);
     }
 }
 

@@ -6,7 +6,7 @@ use crate::attention::{AttentionDesc, DecodeArgs, Shard, Step, Tensor, supported
 use crate::cpu::{self, CpuBackend, Isa};
 use crate::device::{Device, DeviceKind, FloatState, Workers, available_cores};
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::PartialRows;
+use crate::partial::{Lse, PartialRows};
 
 /// How long enqueueing may wait for room on the stream.
 const ENQUEUE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
@@ -78,10 +78,12 @@ unsafe fn run(energy: &EnergyStep) -> Result<()> {
     let workers = Workers::new(threads, "treeattn-energy", false)?;
     let (heads, dim) = (desc.q_heads as usize, desc.head_dim_v as usize);
     let rows = (step.args.query_tokens as usize).checked_mul(heads);
-    let (mut o, mut lse) = (zeroed(rows.and_then(|rows| rows.checked_mul(dim)))?, zeroed(rows)?);
-    let fault = backend.attend(step, &workers, PartialRows { o: &mut o, lse: &mut lse, dim })?;
+    let mut o = zeroed(rows.and_then(|rows| rows.checked_mul(dim)))?;
+    let mut lse = zeroed(rows.and_then(|rows| rows.checked_mul(Lse::FLOATS)))?;
+    let lse = Lse::slice_mut(&mut lse);
+    let fault = backend.attend(step, &workers, PartialRows { o: &mut o, lse, dim })?;
     let target = step.target(desc);
-    for (row, (o, &lse)) in o.chunks_exact(dim).zip(&lse).enumerate() {
+    for (row, (o, &lse)) in o.chunks_exact(dim).zip(&*lse).enumerate() {
         // SAFETY: `Step::new` resolved the output for these tokens and heads; the caller keeps it valid.
         unsafe { target.write(row / heads, row % heads, o, lse) };
     }

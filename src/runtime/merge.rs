@@ -8,7 +8,7 @@ use crate::attention::MAX_HEAD_DIM;
 use crate::attention::merge::{MergeArgs, MergeStep};
 use crate::device::{Device, DeviceKind, FloatState};
 use crate::error::{Error, Result};
-use crate::partial::merge_ranks;
+use crate::partial::{Lse, merge_ranks};
 
 /// How long enqueueing a merge may wait for room on its stream.
 const ENQUEUE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -61,7 +61,7 @@ unsafe fn merge_here(step: &MergeStep) -> Result<()> {
         let lse = |partial| unsafe { step.lse(partial, row) };
         let o = |partial, scratch: &mut [f32]| {
             // SAFETY: as above.
-            unsafe { step.load(partial, row, 0.0, scratch) };
+            unsafe { step.load(partial, row, Lse::of(0.0), scratch) };
             None
         };
         let merged_lse = merge_ranks(step.count as usize, lse, o, scratch, merged);

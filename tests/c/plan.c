@@ -315,7 +315,7 @@ static void reports(void) {
 
 /* Every algorithm on four local ranks of two nodes, from one thread with streams: the answer, and what it took. */
 static void algorithms(void) {
-  enum { WORLD = 4, PARTIAL = BATCH * Q_HEADS * (DIM + 1) * 4 };
+  enum { WORLD = 4, PARTIAL = BATCH * Q_HEADS * (DIM + 2) * 4 };
   static const struct {
     treeattn_algorithm_t algorithm;
     uint64_t rounds, messages, bytes, memory; /* of rank 3; 0: not asked */

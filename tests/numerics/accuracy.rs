@@ -168,6 +168,9 @@ impl Repeated {
     }
 }
 
+const ALGORITHMS: [Algorithm; 5] =
+    [Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Tree, Algorithm::Allreduce3, Algorithm::Ring];
+
 /// The largest shares of the bounds: usual error, guaranteed error.
 fn assert_guaranteed(name: &str, found: &Comparison) {
     println!(
@@ -284,4 +287,52 @@ fn products_beyond_float32() {
         }
     }
     assert_guaranteed("products beyond float32", &all);
+}
+
+/// Ranks whose values cancel: an lse rounded to f32 on its way would be seen in the output.
+#[test]
+fn ranks_that_cancel() {
+    for algorithm in ALGORITHMS {
+        let mut all = Comparison::default();
+        let mut counts = vec![vec![48_735, 49_970], vec![12_345, 54_321, 33_333, 33_332, 1]];
+        if full() && algorithm != Algorithm::Ring {
+            counts.push(vec![16_777_213, 16_777_183]);
+        }
+        for keys in counts {
+            let page = if keys[0] > 1_000_000 { 4096 } else { 64 };
+            let mut case = Repeated::new(1, 16, 16, page);
+            case.desc.max_kv_length = *keys.iter().max().expect("ranks") as i32;
+            for sign in [1.0, -1.0] {
+                case.page(|_| vec![1.0; 16], |_| vec![sign; 16]);
+            }
+            for (rank, &keys) in keys.iter().enumerate() {
+                case.rank_of(rank % 2, keys);
+            }
+            all.add(&case.check(Isa::best(), algorithm, 1));
+        }
+        assert_guaranteed(&format!("ranks that cancel, {}", algorithm.name()), &all);
+        assert!(all.worst <= 1.2, "{}: {all:?}", algorithm.name());
+    }
+}
+
+/// A rank that hardly counts has values beyond the wire's type.
+#[test]
+fn values_beyond_the_wire_type() {
+    for algorithm in [Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Tree, Algorithm::Allreduce3] {
+        for (dtype, far) in [(Dtype::F16, 7e4), (Dtype::F16, 1e9), (Dtype::Bf16, 3.4e38)] {
+            let mut case = Repeated::new(1, 16, 16, 4);
+            case.desc.wire_dtype = dtype;
+            case.desc.scale = 1.0;
+            case.q.fill(1.0);
+            // Scores of 0 and of -250, whose weight no float has.
+            case.page(|_| vec![0.0; 16], |slot| vec![0.3 + slot as f32; 16]);
+            case.page(|_| vec![-250.0 / 16.0; 16], |_| vec![far; 16]);
+            case.rank_of(0, 4);
+            case.rank_of(1, 1);
+            assert_guaranteed(
+                &format!("{far:e} as {}, {}", dtype.name(), algorithm.name()),
+                &case.check(Isa::best(), algorithm, 1),
+            );
+        }
+    }
 }

@@ -70,7 +70,7 @@ fn merging_handed_in_partials_gives_the_whole() {
                         let precision = Precision { out: Dtype::F32, wire: Dtype::F32 };
                         let row_lse = (base == 0).then_some(lse[row]);
                         wanted.compare_row(token * 6 + head, &out[row * 40..][..40], row_lse, precision, &mut found);
-                        // Another base costs a rounding of the lse, before and after.
+                        // Another base costs the roundings of the lse that is handed in.
                         let (lse, wanted) = (f64::from(lse[row]), wanted.lse[token * 6 + head]);
                         assert!(lse == wanted || (lse - wanted).abs() <= 1e-6 * wanted.abs().max(1.0));
                     }
@@ -115,4 +115,57 @@ fn hand_in(
     // SAFETY: the arrays outlive the call, which runs here.
     unsafe { plan.merge(&args, None) }.expect("a merge");
     (out, out_lse)
+}
+
+/// Large log-sum-exps differ by little: they are subtracted before anything of them is rounded, in either base, whatever the
+/// order in which ranks merge.
+#[test]
+fn large_lse_are_not_rounded_before_they_are_subtracted() {
+    let unit = |base: i32| if base == 2 { std::f64::consts::LN_2 } else { 1.0 };
+    for world in [2usize, 5, 8] {
+        for algorithm in [Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Tree, Algorithm::Allreduce3] {
+            let mut desc = AttentionDesc::new(1, 1, 8, 1);
+            (desc.kv_heads, desc.algorithm) = (0, algorithm);
+            let group = Group::new("scalar", world, 1);
+            let plans = group.plans(&desc).expect("plans");
+            for base in [0, 2] {
+                let lse: Vec<f32> = (0..world).map(|rank| 30_000.25 + (rank * 3 % 8) as f32 * 0.375).collect();
+                let o: Vec<Vec<f32>> = (0..world).map(|rank| vec![1.0 - 2.0 * (rank % 2) as f32; 8]).collect();
+                let natural = |rank: usize| f64::from(lse[rank]) * unit(base);
+                let most = (0..world).map(natural).fold(f64::NEG_INFINITY, f64::max);
+                let weight = |rank: usize| (natural(rank) - most).exp();
+                let sum: f64 = (0..world).map(weight).sum();
+                let wanted = (0..world).map(|rank| weight(rank) * f64::from(o[rank][0])).sum::<f64>() / sum;
+                let results: Vec<([f32; 8], f32)> = std::thread::scope(|scope| {
+                    let merge = |rank: usize| {
+                        let (mut out, mut out_lse) = ([0f32; 8], 0f32);
+                        let args = MergeArgs {
+                            query_tokens: 1,
+                            heads: 0,
+                            head_dim: 0,
+                            o: Tensor::from_slice(&o[rank]),
+                            o_dtype: Dtype::F32,
+                            lse: Tensor::from_slice(&lse[rank..=rank]),
+                            lse_base: base,
+                            plus_inf_is_empty: false,
+                            out: Tensor::from_slice_mut(&mut out),
+                            out_dtype: None,
+                            out_lse: Tensor::from_slice_mut(std::slice::from_mut(&mut out_lse)),
+                        };
+                        // SAFETY: the arrays outlive the call, which has no stream and so blocks.
+                        unsafe { plans[rank].merge(&args, None) }.expect("a merge");
+                        (out, out_lse)
+                    };
+                    let threads: Vec<_> = (0..world).map(|rank| scope.spawn(move || merge(rank))).collect();
+                    threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+                });
+                for (out, out_lse) in results {
+                    let what = format!("{} over {world}, base {base}", algorithm.name());
+                    let error = (f64::from(out[0]) - wanted).abs();
+                    assert!(error <= 2f64.powi(-24) * (4 + world) as f64, "{what}: {} wanted {wanted}", out[0]);
+                    assert_eq!(out_lse, (most + sum.ln()) as f32, "{what}");
+                }
+            }
+        }
+    }
 }

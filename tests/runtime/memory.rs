@@ -50,7 +50,7 @@ fn a_plans_workspace_is_that_of_its_backend_and_its_algorithm() {
     let config = CommConfig { threads_per_rank: THREADS, ..quick(Duration::from_secs(20)) };
     // 5 heads over 3 ranks: 1, 2 and 2.
     let base = AttentionDesc { max_batch: 4, max_query_tokens: 7, ..AttentionDesc::new(5, 5, 24, 64) };
-    let (rows, row) = (7 * 5, 24 + 1);
+    let (rows, row) = (7 * 5, 24 + 2);
     let (_runtime, comms) = group(3, &config);
     let local = AttentionDesc { output: OutputMode::Local, ..base };
     let alone = memory_of_all(&comms, &local)[0].workspace;

@@ -3,11 +3,12 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
+use super::scratch::floats;
 use super::wire::Wire;
 use crate::attention::{Shard, head_range};
 use crate::comm::{Round, RoundHeader, Rounds};
 use crate::error::Result;
-use crate::partial::{DataFault, RowTarget, merge_two};
+use crate::partial::{DataFault, Lse, RowTarget, merge_two};
 use crate::route::context::{Call, StepContext, fingerprint};
 use crate::route::rank::CpuRank;
 
@@ -108,7 +109,7 @@ impl<'a> Exchange<'a> {
     }
 
     /// Writes row `row` of the step, if it is one of this rank's. Each row is written by one worker.
-    pub fn write(&self, row: usize, o: &[f32], lse: f32) {
+    pub fn write(&self, row: usize, o: &[f32], lse: Lse) {
         let (token, head, own) = (row / self.heads(), row % self.heads(), &self.context.heads);
         if own.contains(&head) {
             // SAFETY: `new` was promised a target of these tokens and heads; rows differ between workers.
@@ -117,7 +118,7 @@ impl<'a> Exchange<'a> {
     }
 
     /// Writes the merged rows of a partial.
-    pub fn write_all(&self, lse: &[f32], o: &[f32]) {
+    pub fn write_all(&self, lse: &[Lse], o: &[f32]) {
         for (row, (&lse, o)) in lse.iter().zip(o.chunks_exact(self.dim())).enumerate() {
             self.write(row, o, lse);
         }
@@ -127,14 +128,14 @@ impl<'a> Exchange<'a> {
     pub fn merge(&self, wire: Wire, partial: &mut [f32], theirs: &[u8], spare: &mut [f32]) -> Result<()> {
         let (rows, dim) = (self.rows(), self.dim());
         let base = partial.as_mut_ptr() as usize;
-        assert!(partial.len() >= rows * (dim + 1));
+        assert!(partial.len() >= floats(rows, dim));
         self.share(rows, 2 * rows * dim, spare, &|part, spare| {
             for row in part {
                 // SAFETY: the lse of a row, and its o behind those of all rows, lie inside `partial` by the assertion, which
                 // is borrowed until `share` returns; the parts of workers do not overlap, so no other has this row.
                 let (lse, o) = unsafe {
-                    let base = base as *mut f32;
-                    (&mut *base.add(row), std::slice::from_raw_parts_mut(base.add(rows + row * dim), dim))
+                    let o = (base as *mut f32).add(rows * Lse::FLOATS + row * dim);
+                    (&mut *(base as *mut Lse).add(row), std::slice::from_raw_parts_mut(o, dim))
                 };
                 let their_lse = wire.lse(theirs, rows)[row];
                 match wire.o(theirs, rows, row, &mut spare[..dim]) {

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault;
+use crate::partial::Lse;
 
 /// This rank's partial, and what merging rows takes.
 pub(in crate::route) struct Scratch {
@@ -14,7 +15,7 @@ pub(in crate::route) struct Scratch {
 impl Scratch {
     /// Room for `partials` partials of `rows` rows of `dim` elements, and for `workers` threads.
     pub fn new(rows: usize, dim: usize, partials: usize, workers: usize) -> Result<Scratch> {
-        let partial = rows.checked_mul(dim + 1).and_then(|floats| floats.checked_mul(partials));
+        let partial = rows.checked_mul(dim + Lse::FLOATS).and_then(|floats| floats.checked_mul(partials));
         Ok(Scratch {
             partial: zeroed("max_query_tokens x q_heads x head_dim_v", partial)?,
             spare: zeroed("workers x head_dim_v", workers.checked_mul(2 * dim))?,
@@ -22,8 +23,8 @@ impl Scratch {
     }
 
     /// The lse and o of a step of `rows` rows.
-    pub fn rows(&mut self, rows: usize, dim: usize) -> (&mut [f32], &mut [f32]) {
-        self.partial[..rows * (dim + 1)].split_at_mut(rows)
+    pub fn rows(&mut self, rows: usize, dim: usize) -> (&mut [Lse], &mut [f32]) {
+        split_rows(&mut self.partial, rows, dim)
     }
 
     /// Bytes of the partials.
@@ -35,6 +36,17 @@ impl Scratch {
     pub fn spare_bytes(&self) -> usize {
         size_of_val(&*self.spare)
     }
+}
+
+/// Floats of a partial of `rows` rows of `dim` elements.
+pub(in crate::route) fn floats(rows: usize, dim: usize) -> usize {
+    rows * (dim + Lse::FLOATS)
+}
+
+/// The lse and o of the partial that `memory` begins with.
+pub(in crate::route) fn split_rows(memory: &mut [f32], rows: usize, dim: usize) -> (&mut [Lse], &mut [f32]) {
+    let (lse, o) = memory[..floats(rows, dim)].split_at_mut(rows * Lse::FLOATS);
+    (Lse::slice_mut(lse), o)
 }
 
 /// `count` zeros (none: the count overflowed) for `what`, or `NoMemory`.

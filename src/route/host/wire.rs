@@ -1,8 +1,9 @@
-//! How partials travel: the lse of every row (f32), then the rows of o in the plan's wire type, without gaps.
+//! How partials travel: the lse of every row (two f32), then the rows of o in the plan's wire type, without gaps.
 
 use half::{bf16, f16};
 
 use crate::attention::{AttentionDesc, Dtype};
+use crate::partial::Lse;
 
 /// The layout of a shape's partials on the wire.
 #[derive(Clone, Copy, Debug)]
@@ -25,7 +26,7 @@ impl Wire {
 
     /// Bytes of `rows` partials.
     pub fn bytes(&self, rows: usize) -> usize {
-        rows * (4 + self.row_bytes())
+        rows * (LSE_BYTES + self.row_bytes())
     }
 
     /// Most rows that fit `capacity` bytes, at least 1.
@@ -34,20 +35,25 @@ impl Wire {
     }
 
     /// Writes rows to the front of `to`.
-    pub fn encode(&self, to: &mut [u8], lse: &[f32], o: &[f32]) {
-        let (head, body) = to.split_at_mut(4 * lse.len());
-        floats_mut(head).copy_from_slice(lse);
+    pub fn encode(&self, to: &mut [u8], lse: &[Lse], o: &[f32]) {
+        let (head, body) = to.split_at_mut(LSE_BYTES * lse.len());
+        Lse::slice_mut(floats_mut(head)).copy_from_slice(lse);
         encode(self.dtype, &mut body[..o.len() * self.dtype.size()], o);
     }
 
     /// The lse of the `rows` partials in `bytes`.
-    pub fn lse<'a>(&self, bytes: &'a [u8], rows: usize) -> &'a [f32] {
-        floats(&bytes[..4 * rows])
+    pub fn lse<'a>(&self, bytes: &'a [u8], rows: usize) -> &'a [Lse] {
+        Lse::slice(floats(&bytes[..LSE_BYTES * rows]))
+    }
+
+    /// The o of the `rows` partials in `bytes`, in the wire type.
+    pub fn all_o<'a>(&self, bytes: &'a [u8], rows: usize) -> &'a [u8] {
+        &bytes[LSE_BYTES * rows..self.bytes(rows)]
     }
 
     /// Row `row` of the `rows` partials in `bytes`, in place or, where it has to be converted, none and in `scratch`.
     pub fn o<'a>(&self, bytes: &'a [u8], rows: usize, row: usize, scratch: &mut [f32]) -> Option<&'a [f32]> {
-        let bytes = &bytes[4 * rows + row * self.row_bytes()..][..self.row_bytes()];
+        let bytes = &self.all_o(bytes, rows)[row * self.row_bytes()..][..self.row_bytes()];
         if self.dtype == Dtype::F32 {
             return Some(floats(bytes));
         }
@@ -56,16 +62,25 @@ impl Wire {
     }
 }
 
-/// Converts `values` into as many elements of `dtype`.
+/// Bytes of the lse of a row.
+const LSE_BYTES: usize = size_of::<Lse>();
+
+/// Converts `values` into as many elements of `dtype`; finite ones beyond its range become its largest, so that a value whose
+/// weight is small does no more harm than that.
 pub(in crate::route) fn encode(dtype: Dtype, to: &mut [u8], values: &[f32]) {
     let convert: fn(f32) -> u16 = match dtype {
-        Dtype::F16 => |x| f16::from_f32(x).to_bits(),
-        Dtype::Bf16 => |x| bf16::from_f32(x).to_bits(),
+        Dtype::F16 => |x| f16::from_f32(limit(x, f16::MAX.to_f32())).to_bits(),
+        Dtype::Bf16 => |x| bf16::from_f32(limit(x, bf16::MAX.to_f32())).to_bits(),
         _ => return floats_mut(to).copy_from_slice(values),
     };
     for (to, &x) in to.chunks_exact_mut(2).zip(values) {
         to.copy_from_slice(&convert(x).to_ne_bytes());
     }
+}
+
+/// A finite `x` within -`most` to `most`.
+fn limit(x: f32, most: f32) -> f32 {
+    if x.is_finite() { x.clamp(-most, most) } else { x }
 }
 
 /// Converts elements of `dtype` back.
@@ -122,13 +137,26 @@ mod tests {
     use super::*;
 
     #[test]
+    fn values_beyond_a_16_bit_type_become_its_largest() {
+        for (dtype, most) in [(Dtype::F16, 65504.0), (Dtype::Bf16, f32::from_bits(0x7f7f_0000))] {
+            let values = [7e4, -7e4, 65519.0, f32::MAX, f32::MIN, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1.0];
+            let (mut bytes, mut back) = ([0; 18], [0.0; 9]);
+            encode(dtype, &mut bytes, &values);
+            decode(dtype, &bytes, &mut back);
+            assert_eq!((back[3], back[4], back[8]), (most, -most, 1.0));
+            assert!(back[..3].iter().all(|x| x.is_finite()), "{back:?}");
+            assert!(back[5] == f32::INFINITY && back[6] == f32::NEG_INFINITY && back[7].is_nan());
+        }
+    }
+
+    #[test]
     fn partials_go_round_without_gaps() {
-        for (dtype, dim, size) in [(Dtype::F32, 3, 16), (Dtype::F16, 3, 10), (Dtype::Bf16, 5, 14)] {
+        for (dtype, dim, size) in [(Dtype::F32, 3, 20), (Dtype::F16, 3, 14), (Dtype::Bf16, 5, 18)] {
             let wire = Wire { dtype, dim };
             assert_eq!((wire.bytes(1), wire.bytes(7), wire.rows(50)), (size, 7 * size, 50 / size));
-            let (lse, o): (Vec<f32>, Vec<f32>) =
-                ((0..7).map(|i| i as f32).collect(), (0..7 * dim).map(|i| i as f32 / 4.0).collect());
-            let mut words = vec![0.0; 7 * (dim + 1)];
+            let lse: Vec<Lse> = (0..7).map(|i| Lse { high: i as f32, low: i as f32 / 1e9 }).collect();
+            let o: Vec<f32> = (0..7 * dim).map(|i| i as f32 / 4.0).collect();
+            let mut words = vec![0.0; 7 * (dim + 2)];
             wire.encode(bytes_mut(&mut words), &lse, &o);
             let found = bytes(&words);
             assert_eq!(wire.lse(found, 7), lse);

@@ -9,9 +9,9 @@ use crate::comm::{Hop, Round};
 use crate::cpu::{CpuBackend, Held};
 use crate::device::HostBuffer;
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::PartialRows;
+use crate::partial::{Lse, PartialRows};
 use crate::route::host::exchange::{Exchange, RankFault};
-use crate::route::host::scratch::Scratch;
+use crate::route::host::scratch::{Scratch, floats, split_rows};
 use crate::route::host::wire::{self, Wire};
 
 /// Bytes that a rank announces of a sequence.
@@ -98,8 +98,8 @@ impl RingStep<'_> {
             std::mem::swap(&mut here, &mut next);
         }
         let rows = exchange.rows();
-        let last = &partial[self.order.last() * rows * (exchange.dim() + 1)..][..rows * (exchange.dim() + 1)];
-        let (lse, o) = last.split_at(rows);
+        let size = floats(rows, exchange.dim());
+        let (lse, o) = split_rows(&mut partial[self.order.last() * size..], rows, exchange.dim());
         exchange.write_all(lse, o);
         Ok(())
     }
@@ -168,15 +168,15 @@ impl RingStep<'_> {
         let (rows, dim, heads) = (exchange.rows(), exchange.dim(), exchange.heads());
         let turn = (origin + exchange.world() - exchange.me()) % exchange.world();
         let slot = self.order.slots[turn];
-        let (lse, o) = partial[slot * rows * (dim + 1)..][..rows * (dim + 1)].split_at_mut(rows);
-        lse.fill(f32::NEG_INFINITY);
+        let (lse, o) = split_rows(&mut partial[slot * floats(rows, dim)..], rows, dim);
+        lse.fill(Lse::EMPTY);
         o.fill(0.0);
         let tokens = self.tokens(origin);
         let mut first = 0;
         for (b, (announced, held)) in self.announced_by(origin).iter().zip(self.own).enumerate() {
             let own = held.first_token * heads..(held.first_token + held.tokens) * heads;
             if announced.keys < 0 {
-                lse[own.clone()].fill(f32::NAN);
+                lse[own.clone()].fill(Lse::NAN);
                 o[own.start * dim..own.end * dim].fill(f32::NAN);
             }
             if announced.keys > 0 && !own.is_empty() {
@@ -233,7 +233,7 @@ impl RingStep<'_> {
 
     /// Merges what can be merged once block number `turn` has come.
     fn merge(&self, turn: usize, partial: &mut [f32], spare: &mut [f32]) -> Result<()> {
-        let size = self.exchange.rows() * (self.exchange.dim() + 1);
+        let size = floats(self.exchange.rows(), self.exchange.dim());
         let f32s = Wire { dtype: Dtype::F32, dim: self.exchange.dim() };
         for merge in self.order.merges.iter().filter(|merge| merge.turn == turn) {
             let (low, high) = partial.split_at_mut(merge.into.max(merge.from) * size);

@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use crate::attention::{Algorithm, Dtype};
 use crate::comm::Round;
 use crate::error::Result;
+use crate::partial::Lse;
 use crate::route::context::StepContext;
 use crate::route::host::exchange::{Exchange, RankFault};
 use crate::route::host::partials::PartialExchange;
@@ -46,7 +47,7 @@ impl PartialExchange for Allreduce3 {
         let (lse, o) = scratch.rows(rows, dim);
         let (most, weights) = reduced[..2 * rows].split_at_mut(rows);
         let mut found = None;
-        most.copy_from_slice(lse);
+        most.iter_mut().zip(&*lse).for_each(|(most, lse)| *most = lse.high);
         allreduce(exchange, most, Dtype::F32, Reduction::Maximum, &mut found)?;
         for (row, o) in o.chunks_exact_mut(dim).enumerate() {
             weights[row] = weigh(o, lse[row], most[row]);
@@ -70,16 +71,16 @@ impl PartialExchange for Allreduce3 {
 }
 
 /// Turns a row into its numerator over the common maximum. Gives its denominator.
-fn weigh(o: &mut [f32], lse: f32, most: f32) -> f32 {
+fn weigh(o: &mut [f32], lse: Lse, most: f32) -> f32 {
     if most.is_nan() || most == f32::INFINITY {
         o.fill(f32::NAN);
         return f32::NAN;
     }
-    if lse == f32::NEG_INFINITY {
+    if lse.is_empty() {
         o.fill(0.0);
         return 0.0;
     }
-    let weight = (f64::from(lse) - f64::from(most)).exp();
+    let weight = (lse.value() - f64::from(most)).exp();
     for x in o.iter_mut() {
         *x = (weight * f64::from(*x)) as f32;
     }
@@ -87,15 +88,15 @@ fn weigh(o: &mut [f32], lse: f32, most: f32) -> f32 {
 }
 
 /// Turns summed numerators into the output row. Gives its lse.
-fn divide(o: &mut [f32], sum: f32, most: f32) -> f32 {
+fn divide(o: &mut [f32], sum: f32, most: f32) -> Lse {
     if most == f32::NEG_INFINITY {
         o.fill(0.0);
-        return most;
+        return Lse::EMPTY;
     }
     for x in o.iter_mut() {
         *x /= sum;
     }
-    (f64::from(most) + f64::from(sum).ln()) as f32
+    Lse::of(f64::from(most) + f64::from(sum).ln())
 }
 
 /// Reduces `values` over all ranks, in place, on every rank.
@@ -177,15 +178,16 @@ mod tests {
     #[test]
     fn rows_without_keys_weigh_nothing_and_bad_ones_are_nan() {
         let mut o = [f32::NAN; 2];
-        assert_eq!((weigh(&mut o, f32::NEG_INFINITY, 1.0), o), (0.0, [0.0; 2]));
-        assert_eq!((weigh(&mut o, f32::NEG_INFINITY, f32::NEG_INFINITY), o), (0.0, [0.0; 2]));
-        assert_eq!((divide(&mut o, 0.0, f32::NEG_INFINITY), o), (f32::NEG_INFINITY, [0.0; 2]));
+        assert_eq!((weigh(&mut o, Lse::EMPTY, 1.0), o), (0.0, [0.0; 2]));
+        assert_eq!((weigh(&mut o, Lse::EMPTY, f32::NEG_INFINITY), o), (0.0, [0.0; 2]));
+        assert_eq!((divide(&mut o, 0.0, f32::NEG_INFINITY), o), (Lse::EMPTY, [0.0; 2]));
         for most in [f32::NAN, f32::INFINITY] {
             let mut o = [1.0];
-            assert!(weigh(&mut o, 0.0, most).is_nan() && o[0].is_nan());
-            assert!(divide(&mut o, f32::NAN, most).is_nan() && o[0].is_nan());
+            assert!(weigh(&mut o, Lse::of(0.0), most).is_nan() && o[0].is_nan());
+            assert!(divide(&mut o, f32::NAN, most).is_bad() && o[0].is_nan());
         }
         let mut o = [1.5, -3.0];
-        assert_eq!((weigh(&mut o, 2.0, 2.0), divide(&mut o, 1.0, 2.0), o), (1.0, 2.0, [1.5, -3.0]));
+        let lse = Lse { high: 2.0, low: 0.0 };
+        assert_eq!((weigh(&mut o, lse, 2.0), divide(&mut o, 1.0, 2.0), o), (1.0, lse, [1.5, -3.0]));
     }
 }

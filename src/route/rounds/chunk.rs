@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::comm::Round;
 use crate::error::Result;
-use crate::partial::merge_ranks;
+use crate::partial::{Lse, merge_ranks};
 use crate::route::host::exchange::Exchange;
 
 /// Rows `first..first + n` of a step, of which a rank may own some heads.
@@ -47,7 +47,8 @@ impl Chunk {
     /// One round in which every rank publishes this chunk of its partial.
     pub fn publish(&self, exchange: &Exchange<'_>, partial: &[f32], take: &mut dyn FnMut(&dyn Round)) -> Result<()> {
         let (wire, dim) = (exchange.wire, exchange.dim());
-        let (lse, o) = partial.split_at(exchange.rows());
+        let (lse, o) = partial.split_at(exchange.rows() * Lse::FLOATS);
+        let lse = Lse::slice(lse);
         let (lse, o) = (&lse[self.first..][..self.n], &o[self.first * dim..][..self.n * dim]);
         let mut fill = |slot: &mut [u8]| wire.encode(slot, lse, o);
         exchange.rounds().round(exchange.header, wire.bytes(self.n), &mut fill, take)
@@ -61,7 +62,7 @@ impl Chunk {
         row: usize,
         scratch: &mut [f32],
         merged: &mut [f32],
-    ) -> f32 {
+    ) -> Lse {
         let (wire, n) = (exchange.wire, self.n);
         merge_ranks(
             exchange.world(),

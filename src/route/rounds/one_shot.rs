@@ -5,7 +5,7 @@ use crate::attention::{Algorithm, OutputMode};
 use crate::error::Result;
 use crate::route::host::exchange::{Exchange, RankFault};
 use crate::route::host::partials::PartialExchange;
-use crate::route::host::scratch::Scratch;
+use crate::route::host::scratch::{Scratch, floats};
 
 /// One round a chunk.
 pub(in crate::route) struct OneShot;
@@ -14,7 +14,7 @@ impl PartialExchange for OneShot {
     fn run(&self, exchange: &Exchange<'_>, scratch: &mut Scratch) -> Result<RankFault> {
         let (context, rows, dim, world) = (exchange.context, exchange.rows(), exchange.dim(), exchange.world());
         let Scratch { partial, spare } = scratch;
-        let partial = &partial[..rows * (dim + 1)];
+        let partial = &partial[..floats(rows, dim)];
         let mut found = None;
         for chunk in Chunk::all(exchange) {
             let mut failed = None;

@@ -7,10 +7,11 @@ use super::one_shot::OneShot;
 use crate::attention::{Algorithm, OutputMode, head_range};
 use crate::comm::Round;
 use crate::error::Result;
+use crate::partial::Lse;
 use crate::route::context::StepContext;
 use crate::route::host::exchange::{Exchange, RankFault};
 use crate::route::host::partials::PartialExchange;
-use crate::route::host::scratch::{Scratch, zeroed};
+use crate::route::host::scratch::{Scratch, floats, split_rows, zeroed};
 
 /// Two rounds a chunk; with scattered output the first is all that is needed, and is `ONE_SHOT`'s.
 pub(in crate::route) struct TwoShot {
@@ -24,7 +25,8 @@ impl TwoShot {
         let desc = &context.desc;
         let own = head_range(desc.q_heads, context.shard)?.len();
         let rows = context.most_rows()? / desc.q_heads as usize * own;
-        let merged = zeroed("max_query_tokens x q_heads x head_dim_v", rows.checked_mul(desc.head_dim_v as usize + 1))?;
+        let width = desc.head_dim_v as usize + Lse::FLOATS;
+        let merged = zeroed("max_query_tokens x q_heads x head_dim_v", rows.checked_mul(width))?;
         Ok(TwoShot { merged: Mutex::new(merged) })
     }
 }
@@ -36,13 +38,13 @@ impl PartialExchange for TwoShot {
         }
         let (rows, dim, world, wire) = (exchange.rows(), exchange.dim(), exchange.world(), exchange.wire);
         let Scratch { partial, spare } = scratch;
-        let (partial, spare) = (&partial[..rows * (dim + 1)], &mut spare[..2 * dim]);
+        let (partial, spare) = (&partial[..floats(rows, dim)], &mut spare[..2 * dim]);
         let mut merged = self.merged.lock();
         let own = exchange.heads_of(exchange.me());
         let mut found = None;
         for chunk in Chunk::all(exchange) {
             let owned = chunk.owned(&own);
-            let (lse, o) = merged[..owned * (dim + 1)].split_at_mut(owned);
+            let (lse, o) = split_rows(&mut merged, owned, dim);
             chunk.publish(exchange, partial, &mut |round| {
                 found = found.or_else(|| exchange.first_fault(round));
                 for ((row, lse), o) in chunk.rows_of(&own).zip(&mut *lse).zip(o.chunks_exact_mut(dim)) {
