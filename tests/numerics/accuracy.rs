@@ -311,7 +311,9 @@ fn ranks_that_cancel() {
             all.add(&case.check(Isa::best(), algorithm, 1));
         }
         assert_guaranteed(&format!("ranks that cancel, {}", algorithm.name()), &all);
-        assert!(all.worst <= 1.2, "{}: {all:?}", algorithm.name());
+        // The paper's merge has one float for the largest lse of all ranks.
+        let most = if algorithm == Algorithm::Allreduce3 { 4.5 } else { 1.2 };
+        assert!(all.worst <= most, "{}: {all:?}", algorithm.name());
     }
 }
 

@@ -21,8 +21,8 @@
 //! less than u / 16. Values: 8 keys in a register, and 16 such sums: 24 u A. Weights: 128 / L of them in a lane.
 //! Maxima are whole powers of two, so rescaling never rounds.
 //!
-//! **Partials.** o is rounded to f32: u A. Between ranks the lse is rounded to f32 today, which
-//! costs up to 2 u |lse| A more and is not counted here. Merged: each weight is
+//! **Partials.** o is rounded to f32: u A. Between CPU ranks the lse travels as two floats, whose
+//! error is u^2 |lse|; `ALLREDUCE3`, the paper's baseline, has one, which costs up to 2 u |lse| A more. Merged: each weight is
 //! rounded once and each product once, R sums, the quotient once: (R + 4) u A. On a 16-bit wire each o is rounded to it,
 //! in a tree once a level and once more for what is handed back: (1 + ceil(log2 R)) units in the last place of A.
 //!

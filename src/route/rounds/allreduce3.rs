@@ -80,7 +80,9 @@ fn weigh(o: &mut [f32], lse: Lse, most: f32) -> f32 {
         o.fill(0.0);
         return 0.0;
     }
-    let weight = (lse.value() - f64::from(most)).exp();
+    // Of the lse only what the maximum was found of: the largest then weighs exactly 1, and nothing overflows. The paper's
+    // first allreduce has one float a row, so this baseline rounds each rank's lse to f32.
+    let weight = (f64::from(lse.high) - f64::from(most)).exp();
     for x in o.iter_mut() {
         *x = (weight * f64::from(*x)) as f32;
     }
@@ -188,6 +190,7 @@ mod tests {
         }
         let mut o = [1.5, -3.0];
         let lse = Lse { high: 2.0, low: 0.0 };
+        assert_eq!(weigh(&mut [1.0], Lse { high: 3e32, low: 1e25 }, 3e32), 1.0);
         assert_eq!((weigh(&mut o, lse, 2.0), divide(&mut o, 1.0, 2.0), o), (1.0, lse, [1.5, -3.0]));
     }
 }
