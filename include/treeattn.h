@@ -609,8 +609,8 @@ typedef struct treeattn_attention_desc_t {
     /** Which bits are promised to be the same. */
     treeattn_reproducibility_t reproducibility;
     /**
-     * Element type of partial outputs on their way between ranks: f32, f16 or bf16. 0: f32. The lse always travels as
-     * f32.
+     * Element type of partial outputs on their way between ranks: f32, f16 or bf16. 0: f32. Finite values
+     * beyond its range travel as its largest number. The lse always travels as f32, two of them between CPU ranks.
      */
     treeattn_dtype_t wire_dtype;
     /** TREEATTN_ATTENTION_ flags. */

@@ -164,7 +164,8 @@ pub struct AttentionDesc {
     pub algorithm: Algorithm,
     /// Which bits are promised to be the same.
     pub reproducibility: Reproducibility,
-    /// Element type of o on the wire; the lse always travels as two f32. Finite values beyond its range become its largest.
+    /// Element type of o on the wire; finite values beyond its range become its largest. The lse always
+    /// travels as f32, two of them between CPU ranks.
     pub wire_dtype: Dtype,
     /// K and V older than the step's own tokens do not change while earlier work of the stream runs.
     pub kv_stable: bool,

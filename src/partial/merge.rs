@@ -71,7 +71,7 @@ pub fn merge_ranks<'a>(
         return Lse::EMPTY;
     }
     // Weights and their sum in f64: they are few, and their rounding would be in every element of the row.
-    let mut sum = 0.0f64;
+    let (mut sum, mut first) = (0.0f64, true);
     for r in (0..count).filter(|&r| !lse(r).is_empty()) {
         let row = o(r, scratch).unwrap_or(scratch);
         if live == 1 {
@@ -79,7 +79,7 @@ pub fn merge_ranks<'a>(
             return lse(r);
         }
         let weight = (lse(r).value() - max).exp();
-        if sum == 0.0 {
+        if std::mem::take(&mut first) {
             out.fill(0.0);
         }
         sum += weight;
@@ -169,6 +169,16 @@ mod tests {
         let mut out = [0.0];
         let l = merge_ranks(2, |_| lse(0.0), |r, _| Some(if r == 0 { &[1.0] } else { &[3.0] }), &mut [], &mut out);
         assert_eq!((out[0], l.high), (2.0, 2f32.ln()));
+    }
+
+    #[test]
+    fn a_weight_of_nothing_hides_no_nan() {
+        for order in [[0, 1], [1, 0]] {
+            let (rows, lses) = ([[f32::NAN, 1.0], [2.0, 2.0]], [lse(-1000.0), lse(0.0)]);
+            let mut out = [0.0; 2];
+            let l = merge_ranks(2, |r| lses[order[r]], |r, _| Some(&rows[order[r]]), &mut [], &mut out);
+            assert!(out[0].is_nan() && out[1] == 2.0 && l == lse(0.0), "{out:?} {l:?}");
+        }
     }
 
     /// Large log-sum-exps differ by what an f32 of them could not tell.

@@ -180,8 +180,11 @@ fn merging_given_partials_is_decoding() {
         unsafe { merge_partials(&runtime, CPU, &args, count, None).unwrap() };
         (out.clone(), lse.clone())
     };
-    // The same fold in the same order: the same bits as between ranks.
-    assert_eq!(run(&lses, 3, false), (whole.clone(), whole_lse.clone()));
+    // The same fold in the same order as between ranks, whose lse is not rounded to one f32.
+    let (out, lse) = run(&lses, 3, false);
+    for (a, b) in out.iter().zip(whole).chain(lse.iter().zip(whole_lse)) {
+        assert!((a - b).abs() <= 1e-6 * b.abs().max(1.0), "{a} {b}");
+    }
     // Rank 1 says +inf for empty: only ranks 0 and 2 count.
     lses[8..16].fill(f32::INFINITY);
     let with_flag = run(&lses, 3, true);

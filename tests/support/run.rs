@@ -147,7 +147,11 @@ impl Tally {
         );
         let all: Vec<&Comparison> = self.by_dtype.iter().chain([&self.narrow_wire]).collect();
         let (broken, elements) = all.iter().fold((0, 0), |(b, e), c| (b + c.broken, e + c.elements));
-        println!("{name}: {broken} of {elements} outputs over their bound");
+        let share = |of: fn(&Comparison) -> f64| all.iter().copied().map(of).fold(0.0, f64::max);
+        let (o, lse) = (share(|c| c.worst_guaranteed), share(|c| c.worst_lse_guaranteed));
+        println!(
+            "{name}: {broken} of {elements} outputs over their bound; {o:.3} of the guaranteed error, lse {lse:.3}"
+        );
         (broken, elements)
     }
 }
@@ -229,8 +233,10 @@ impl Pool {
         self.tally.bits_compared += runs[0].iter().map(|bits| bits.len() as u64).sum::<u64>();
         let found = judge(case, &ranks)?;
         self.tally.add(case, &found);
+        let guaranteed = found.worst_guaranteed.max(found.worst_lse_guaranteed);
         match found.failure {
-            Some(failure) if found.worst.max(found.worst_lse) > MOST => Err(failure),
+            Some(failure) if found.worst.max(found.worst_lse) > MOST || guaranteed > 1.0 => Err(failure),
+            None if guaranteed > 1.0 => Err(format!("{guaranteed} of the guaranteed error")),
             _ => Ok(()),
         }
     }

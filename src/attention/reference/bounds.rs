@@ -25,8 +25,10 @@ pub struct Comparison {
     pub worst_lse: f64,
     /// Bounds broken, those of outputs and of lses.
     pub broken: u64,
-    /// The largest error of an output or an lse, as a part of what is guaranteed; above 1 the guarantee is broken.
+    /// The largest error of an output element, as a part of what is guaranteed; above 1 the guarantee is broken.
     pub worst_guaranteed: f64,
+    /// The same for the lse.
+    pub worst_lse_guaranteed: f64,
     /// The first broken bound, in words.
     pub failure: Option<String>,
 }
@@ -45,6 +47,7 @@ impl Comparison {
         self.worst_lse = self.worst_lse.max(other.worst_lse);
         self.broken += other.broken;
         self.worst_guaranteed = self.worst_guaranteed.max(other.worst_guaranteed);
+        self.worst_lse_guaranteed = self.worst_lse_guaranteed.max(other.worst_lse_guaranteed);
         self.failure = self.failure.take().or_else(|| other.failure.clone());
     }
 
@@ -123,7 +126,7 @@ impl Reference {
         let (error, bound) = ((found - wanted).abs(), self.lse_bound(row));
         let part = |bound: f64| if error.is_finite() { error / bound } else { f64::INFINITY };
         to.worst_lse = to.worst_lse.max(part(bound));
-        to.worst_guaranteed = to.worst_guaranteed.max(part(self.lse_guarantee(row)));
+        to.worst_lse_guaranteed = to.worst_lse_guaranteed.max(part(self.lse_guarantee(row)));
         // NaN is never within the bound.
         let within = error <= bound;
         if !within {

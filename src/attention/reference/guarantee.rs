@@ -21,15 +21,24 @@
 //! less than u / 16. Values: 8 keys in a register, and 16 such sums: 24 u A. Weights: 128 / L of them in a lane.
 //! Maxima are whole powers of two, so rescaling never rounds.
 //!
-//! **Partials.** o is rounded to f32: u A. Between CPU ranks the lse travels as two floats, whose
-//! error is u^2 |lse|; `ALLREDUCE3`, the paper's baseline, has one, which costs up to 2 u |lse| A more. Merged: each weight is
-//! rounded once and each product once, R sums, the quotient once: (R + 4) u A. On a 16-bit wire each o is rounded to it,
-//! in a tree once a level and once more for what is handed back: (1 + ceil(log2 R)) units in the last place of A.
+//! **Partials.** o is rounded to f32: u A. Between ranks the lse travels as two floats, whose error, u^2 |lse|, is left out;
+//! one that an engine hands in is one float, and having been rounded costs up to 2 u |lse| A more.
+//! Merged: each weight is rounded once and each product once, R sums, the quotient once: (R + 4) u A.
+//! With a 16-bit wire type whose unit is e (2^-11 for f16, 2^-8 for bf16) and whose smallest subnormal is t, each o is
+//! rounded to it T times: once, and once more for what is handed back; in a tree once a level, which makes T
+//! 1 + ceil(log2 R) in one node and 1 + ceil(log2 of the largest node) + ceil(log2 of the nodes) over several, never more
+//! than 2 ceil(log2 R). That costs ((1 + e)^T - 1) A + (R + 1) t. Finite values beyond the type's range become its largest, M: what a rank's o has
+//! beyond M is lost in proportion to that rank's weight, sum_j w_j max(0, |v_j| - M) at most.
 //!
 //! **In all**, |error of o| <= u A (24 + 128 / L + 12 + R + 2 N S' + 4 S), the wire's part, and 1 unit in the last place of
-//! a 16-bit output; |error of the lse| <= u (128 / L + 12 + R + N S' + 2 S) and half a unit in the last place of the lse.
-//! Besides, an average stays in the range of the values; and what underflows is lost: weights below 2^-126 of the largest,
-//! and 2^-149 of a sum.
+//! a 16-bit output; where x = u (2 N S' + 4 S) is not small, with e^x - 1 in its place, since weights are off by factors; |error of the lse| <= u (128 / L + 12 + R + N S' + 2 S) and half a unit in the last place of the lse,
+//! whatever the wire type. This holds for all algorithms.
+//!
+//! **Limits.** An average stays in the range of the values, which is all that is left of these bounds for scores past 2^22.
+//! What underflows is lost: weights below 2^-125 of the largest, and 2^-149 of a sum. Scores, and the partial sums of
+//! their products, have to be within float32 (of scales beyond 2^-32 to 2^32 the products times that power of two): a row
+//! with one above it is NaN, and one below it weighs nothing, so that a row with no other counts as one without keys. Values
+//! are summed before they are divided: above 3.4e38 / 128, or 3.4e38 / R between ranks, sums may be infinite.
 
 use super::floats::{Precision, ulp};
 use super::partials::Reference;
@@ -42,6 +51,8 @@ fn reach(score: f64) -> f64 {
 
 /// 2^-24.
 const U: f64 = 1.0 / 16_777_216.0;
+/// From here on float32 scores do not tell which key is the largest.
+const LARGEST_SCORE: f64 = 4_194_304.0;
 /// Roundings of weights (twice), quotients and merges, beyond one a partial.
 const ROUNDINGS: f64 = 12.0;
 /// Roundings on a path through a sum of values.
@@ -63,13 +74,18 @@ impl Reference {
         }
         let (score, partials) = (self.score[row], self.partials as f64);
         let sums = VALUE_ROUNDINGS + self.arithmetic.weight_roundings() + ROUNDINGS + partials;
-        let c = U * (sums + 2.0 * self.score_roundings() * reach(score) + 4.0 * score);
+        let scores = U * (2.0 * self.score_roundings() * reach(score) + 4.0 * score);
+        let c = if score < LARGEST_SCORE { U * sums + scores.exp_m1() } else { f64::INFINITY };
         let terms = self.keys[row] as f64 + 64.0;
-        let underflow = terms * (self.least_weight * largest + 2f64.powi(-149));
+        // A maximum is rounded up to a whole power of two, so the least weight is that part of twice the largest.
+        let underflow = terms * (2.0 * self.least_weight * largest + 2f64.powi(-149));
         let range = o + (1.0 + U * sums) * largest;
-        let mut bound = (c * weighted + underflow).min(range);
+        // A bound of infinity times nothing is none.
+        let mut bound = if c.is_finite() { (c * weighted + underflow).min(range) } else { range };
         if precision.wire != Dtype::F32 {
-            bound += (1.0 + partials.log2().ceil()) * ulp(weighted, precision.wire);
+            let (unit, tiny) = (ulp(1.0, precision.wire) / 2.0, ulp(0.0, precision.wire));
+            let times = 2.0 * partials.log2().ceil().max(1.0);
+            bound += ((1.0 + unit).powf(times) - 1.0) * weighted + (partials + 1.0) * tiny;
         }
         if precision.out != Dtype::F32 {
             bound += ulp(o + bound, precision.out);
@@ -84,6 +100,6 @@ impl Reference {
         let terms = self.keys[row] as f64 + 64.0;
         U * (sums + self.score_roundings() * reach(score) + 2.0 * score)
             + 0.5 * ulp(lse, Dtype::F32)
-            + terms * self.least_weight
+            + terms * 2.0 * self.least_weight
     }
 }

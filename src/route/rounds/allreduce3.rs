@@ -1,5 +1,6 @@
-//! `ALLREDUCE3`: the paper's merge (arXiv 2408.04093, algorithm 3). With m the largest lse of all ranks, every rank weighs
-//! its o by exp(lse - m); numerators and weights are summed, and their quotient is the output.
+//! `ALLREDUCE3`: the paper's merge (arXiv 2408.04093, algorithm 3). With m the largest lse of all ranks, a rank weighs
+//! exp(lse - m); the weights are summed, and then each rank's o times its share of them. The paper sums numerators and divides
+//! at the end; divided first, they stay in the range of the values, which a 16-bit wire has room for.
 //!
 //! An allreduce is a reduce-scatter and an allgather: each rank reduces its part of all ranks' values, in rank order, then
 //! the reduced parts go round. Over a transport's allgather every rank has all values after the first round, and reduces
@@ -49,14 +50,14 @@ impl PartialExchange for Allreduce3 {
         let mut found = None;
         most.iter_mut().zip(&*lse).for_each(|(most, lse)| *most = lse.high);
         allreduce(exchange, most, Dtype::F32, Reduction::Maximum, &mut found)?;
-        for (row, o) in o.chunks_exact_mut(dim).enumerate() {
-            weights[row] = weigh(o, lse[row], most[row]);
-        }
-        allreduce(exchange, o, exchange.wire.dtype, Reduction::Sum, &mut found)?;
+        weights.iter_mut().zip(&*lse).zip(&*most).for_each(|((to, &lse), &most)| *to = weight(lse, most));
         allreduce(exchange, weights, Dtype::F32, Reduction::Sum, &mut found)?;
         for (row, o) in o.chunks_exact_mut(dim).enumerate() {
-            let lse = divide(o, weights[row], most[row]);
-            exchange.write(row, o, lse);
+            share(o, lse[row], most[row], weights[row]);
+        }
+        allreduce(exchange, o, exchange.wire.dtype, Reduction::Sum, &mut found)?;
+        for (row, o) in o.chunks_exact(dim).enumerate() {
+            exchange.write(row, o, merged_lse(weights[row], most[row]));
         }
         Ok(found)
     }
@@ -70,35 +71,40 @@ impl PartialExchange for Allreduce3 {
     }
 }
 
-/// Turns a row into its numerator over the common maximum. Gives its denominator.
-fn weigh(o: &mut [f32], lse: Lse, most: f32) -> f32 {
+/// A rank's weight, over the largest lse of all ranks; NaN where the row is to be.
+fn weight(lse: Lse, most: f32) -> f32 {
     if most.is_nan() || most == f32::INFINITY {
-        o.fill(f32::NAN);
         return f32::NAN;
     }
     if lse.is_empty() {
-        o.fill(0.0);
         return 0.0;
     }
-    // Of the lse only what the maximum was found of: the largest then weighs exactly 1, and nothing overflows. The paper's
-    // first allreduce has one float a row, so this baseline rounds each rank's lse to f32.
-    let weight = (f64::from(lse.high) - f64::from(most)).exp();
-    for x in o.iter_mut() {
-        *x = (weight * f64::from(*x)) as f32;
-    }
-    weight as f32
+    // The maximum was found of the rounded ones, so the largest weight is 1 but for the rest of its lse. Where that rest is
+    // beyond 1, scores are larger than 2^24 and their rounding decides; it must not make the weight overflow.
+    ((f64::from(lse.high) - f64::from(most)) + f64::from(lse.low).clamp(-1.0, 1.0)).exp() as f32
 }
 
-/// Turns summed numerators into the output row. Gives its lse.
-fn divide(o: &mut [f32], sum: f32, most: f32) -> Lse {
+/// Multiplies a row by its share of all weights, whose sum is `sum`.
+fn share(o: &mut [f32], lse: Lse, most: f32, sum: f32) {
+    if lse.is_empty() && !sum.is_nan() {
+        // An identity's o is never read.
+        return o.fill(0.0);
+    }
+    let share = f64::from(weight(lse, most)) / f64::from(sum);
+    for x in o.iter_mut() {
+        *x = (share * f64::from(*x)) as f32;
+    }
+}
+
+/// The lse of all ranks together.
+fn merged_lse(sum: f32, most: f32) -> Lse {
     if most == f32::NEG_INFINITY {
-        o.fill(0.0);
         return Lse::EMPTY;
     }
-    for x in o.iter_mut() {
-        *x /= sum;
-    }
-    Lse::of(f64::from(most) + f64::from(sum).ln())
+    let rest = f64::from(sum).ln();
+    // As much as the rest of one rank's lse and the rounding of its weight may make: then it is that rank's alone.
+    let alone = f64::from(most.abs().next_up() - most.abs()) / 2.0 + f64::from(f32::EPSILON) / 2.0;
+    if rest.abs() <= alone { Lse { high: most, low: 0.0 } } else { Lse::of(f64::from(most) + rest) }
 }
 
 /// Reduces `values` over all ranks, in place, on every rank.
@@ -179,18 +185,39 @@ mod tests {
 
     #[test]
     fn rows_without_keys_weigh_nothing_and_bad_ones_are_nan() {
+        assert_eq!((weight(Lse::EMPTY, 1.0), weight(Lse::EMPTY, f32::NEG_INFINITY)), (0.0, 0.0));
         let mut o = [f32::NAN; 2];
-        assert_eq!((weigh(&mut o, Lse::EMPTY, 1.0), o), (0.0, [0.0; 2]));
-        assert_eq!((weigh(&mut o, Lse::EMPTY, f32::NEG_INFINITY), o), (0.0, [0.0; 2]));
-        assert_eq!((divide(&mut o, 0.0, f32::NEG_INFINITY), o), (Lse::EMPTY, [0.0; 2]));
+        share(&mut o, Lse::EMPTY, 1.0, 1.0);
+        assert_eq!((o, merged_lse(0.0, f32::NEG_INFINITY)), ([0.0; 2], Lse::EMPTY));
         for most in [f32::NAN, f32::INFINITY] {
-            let mut o = [1.0];
-            assert!(weigh(&mut o, Lse::of(0.0), most).is_nan() && o[0].is_nan());
-            assert!(divide(&mut o, f32::NAN, most).is_bad() && o[0].is_nan());
+            for lse in [Lse::of(0.0), Lse::EMPTY, Lse::NAN] {
+                let mut o = [1.0];
+                share(&mut o, lse, most, f32::NAN);
+                assert!(weight(lse, most).is_nan() && o[0].is_nan());
+            }
+            assert!(merged_lse(f32::NAN, most).is_bad());
         }
-        let mut o = [1.5, -3.0];
-        let lse = Lse { high: 2.0, low: 0.0 };
-        assert_eq!(weigh(&mut [1.0], Lse { high: 3e32, low: 1e25 }, 3e32), 1.0);
-        assert_eq!((weigh(&mut o, lse, 2.0), divide(&mut o, 1.0, 2.0), o), (1.0, lse, [1.5, -3.0]));
+        let (mut o, lse) = ([1.5, -3.0], Lse { high: 2.0, low: 0.0 });
+        share(&mut o, lse, 2.0, 1.0);
+        assert_eq!((weight(lse, 2.0), merged_lse(1.0, 2.0), o), (1.0, lse, [1.5, -3.0]));
+    }
+
+    #[test]
+    fn weights_count_what_rounding_took_from_the_lse_and_never_overflow() {
+        let lse = Lse { high: 30_000.0, low: 0.000_9 };
+        assert_eq!(weight(lse, 30_000.0), f64::from(lse.low).exp() as f32);
+        assert_eq!(weight(Lse { high: 3e32, low: 1e25 }, 3e32), 1f32.exp());
+        assert_eq!(weight(Lse { high: 3e32, low: 1e25 }, 3.1e32), 0.0);
+    }
+
+    #[test]
+    fn the_only_rank_with_keys_keeps_its_bits() {
+        for i in 0..100_000u32 {
+            let lse = Lse::of(f64::from(i).sin() * 1.1f64.powi((i % 97) as i32));
+            let (most, mut o) = (lse.high, [f32::from_bits(0x3f80_0000 + i)]);
+            let sum = weight(lse, most);
+            share(&mut o, lse, most, sum);
+            assert_eq!((merged_lse(sum, most).high, o[0].to_bits()), (lse.high, 0x3f80_0000 + i), "{lse:?}");
+        }
     }
 }
