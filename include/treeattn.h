@@ -256,7 +256,7 @@ typedef int32_t treeattn_status_t;
 /** The operating system refused something (a thread, a file). */
 #define TREEATTN_ERROR_SYSTEM 20
 
-/** A defect of the library, caught at its border. The process goes on; please report it. */
+/** A defect of the library, caught before it reached the caller. The process goes on; please report it. */
 #define TREEATTN_ERROR_INTERNAL 21
 
 /** The object is in use by another call that must end first. */
