@@ -29,7 +29,18 @@ fn desc(algorithm: Algorithm) -> AttentionDesc {
 /// The statistics of every rank after `steps` steps over `keys` keys in all, and what one step of them is.
 fn run(desc: AttentionDesc, nodes: &[i32], world: usize, keys: &[u64], steps: usize) -> Vec<PlanStats> {
     let sequences: Vec<(usize, usize)> = keys.iter().map(|&keys| (keys as usize, 1)).collect();
-    let case = Case::plain(desc, world, &sequences, Values::Normal, 11);
+    run_sequences(desc, nodes, world, &sequences, steps)
+}
+
+/// As [`run`], over sequences of so many keys and query tokens.
+fn run_sequences(
+    desc: AttentionDesc,
+    nodes: &[i32],
+    world: usize,
+    sequences: &[(usize, usize)],
+    steps: usize,
+) -> Vec<PlanStats> {
+    let case = Case::plain(desc, world, sequences, Values::Normal, 11);
     let group = Group::over_nodes(&case.isa, world, 1, nodes);
     let plans = group.plans(&case.desc).unwrap();
     let ranks: Vec<Rank> = (0..world).map(|rank| Rank::new(&case, rank)).collect();
@@ -172,5 +183,16 @@ fn a_ring_of_uneven_blocks_passes_each_on_as_it_is() {
         // Everything but the block of the rank above, which ends here.
         let passed: u64 = (0..4).map(|hop| held((rank as u64 + hop) % 5)).sum();
         assert_eq!(stats.bytes_sent, passed * token);
+    }
+}
+
+#[test]
+fn a_ring_passes_no_keys_that_nobody_asks_for() {
+    let token = 2 * D * F32;
+    for (asked, unasked) in [(12, 30), (0, 30)] {
+        for stats in run_sequences(desc(Algorithm::Ring), &[], 3, &[(unasked, 0), (asked, 1)], 1) {
+            let messages = if asked > 0 { 2 } else { 0 };
+            assert_eq!((stats.messages, stats.bytes_sent), (messages, 2 * (asked as u64 / 3) * token));
+        }
     }
 }

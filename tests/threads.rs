@@ -74,11 +74,14 @@ unsafe extern "C" fn gather(
 fn a_transport() {
     let runtime = runtime();
     let transport = Transport { ctx: std::ptr::null_mut(), allgather: gather, sendrecv: None, stream_threads: false };
-    // Two helpers, and the thread that watches deadlines.
-    come_and_go("transport", 3, || {
-        // SAFETY: the callback does what an allgather of one rank does, and uses no context.
-        unsafe { Communicator::create_from_transport(&runtime, transport, 1, 0, Device::CPU, &config()) }.unwrap()
-    });
+    // The thread that watches deadlines and two helpers; or it alone, which no other thread's end gives time to end.
+    for threads in [3, 1] {
+        let config = CommConfig { threads_per_rank: threads, ..config() };
+        come_and_go("transport", threads, || {
+            // SAFETY: the callback does what an allgather of one rank does, and uses no context.
+            unsafe { Communicator::create_from_transport(&runtime, transport, 1, 0, Device::CPU, &config) }.unwrap()
+        });
+    }
 }
 
 fn a_plan() {

@@ -70,6 +70,8 @@ mod tests {
         let error = compare(&[same(), other, same()]).unwrap_err();
         assert_eq!((error.kind(), error.rank()), (ErrorKind::Mismatch, Some(1)));
         assert!(error.message().starts_with("threads_per_rank: found 2 on ranks [0, 2] and 4 on ranks [1]"), "{error}");
+        let error = compare(&[same(), same(), encode(4, &desc, Ok(Vec::new()))]).unwrap_err();
+        assert!(error.message().starts_with("plans created before") && error.rank() == Some(2), "{error}");
         let wider = encode(3, &AttentionDesc { q_heads: 8, ..desc }, Ok(Vec::new()));
         assert!(compare(&[same(), wider]).unwrap_err().message().starts_with("q_heads"));
         let failed = encode(3, &desc, Err(&Error::new(ErrorKind::NoMemory, "none\nleft")));

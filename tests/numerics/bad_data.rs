@@ -101,15 +101,61 @@ fn lengths_beyond_the_room_of_keys_or_values() {
     }
 }
 
+/// What lies behind the end of a table is not looked at: it would be a page that exists.
+#[test]
+fn lengths_beyond_the_room_of_a_table() {
+    let group = Group::new("scalar", 1, 1);
+    let (q, mut out) = ([1f32; 16], [0f32; 16]);
+    let (k, v, pages) = (vec![0f32; 8 * 4 * 16], vec![2f32; 8 * 4 * 16], [0, 1, 2, 3, 4, 5, 6, 7]);
+    for (kv_layout, given) in [(KvLayout::BlockTable, 0), (KvLayout::CsrPages, 0), (KvLayout::CsrPages, 1)] {
+        let desc = AttentionDesc { kv_layout, page_size: 4, ..AttentionDesc::new(1, 1, 16, 32) };
+        let plans = group.plans(&desc).expect("plans");
+        // A table of two pages, whose last may hold so many tokens.
+        for (last, fits) in [(1, true), (4, true), (5, false), (24, false)] {
+            let (length, indptr) = (4 + last, [0, 2]);
+            let args = DecodeArgs {
+                batch: 1,
+                query_tokens: 1,
+                q: Tensor::from_slice(&q),
+                k: Tensor::from_slice(&k),
+                v: Tensor::from_slice(&v),
+                out: Tensor::from_slice_mut(&mut out),
+                kv_length: if given == 0 { &length } else { std::ptr::null() },
+                last_page_len: if given == 0 { std::ptr::null() } else { &last },
+                block_table: pages.as_ptr(),
+                max_pages: 2,
+                num_pages: 8,
+                page_indptr: indptr.as_ptr(),
+                page_indices: pages.as_ptr(),
+                num_page_indices: 2,
+                ..DecodeArgs::default()
+            };
+            // SAFETY: as above.
+            let result = unsafe { plans[0].decode(&args, None) };
+            let what = format!("{kv_layout:?}, {last} tokens in the last page: {result:?}");
+            if fits {
+                assert!(result.is_ok() && out == [2.0; 16], "{what}");
+            } else {
+                assert_bad_data(&[result], 0, if given == 0 { "kv_length" } else { "page" });
+                assert!(out.iter().all(|x| x.is_nan()), "{what}");
+            }
+        }
+    }
+}
+
 #[test]
 fn lengths_under_every_algorithm() {
     let mut pool = Pool::default();
     for algorithm in [Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Tree, Algorithm::Allreduce3, Algorithm::Ring] {
-        for rank in 0..3 {
-            let mut case = case(KvLayout::BlockTable, Placement::Contiguous, true, 3);
-            case.desc.algorithm = algorithm;
-            check(&mut pool, &case, (rank, Ints::KvLength, 1, -1), &[1], "kv_length");
-            check(&mut pool, &case, (rank, Ints::KvStart, LAST, -5), &[LAST], "kv_start");
+        // On one node, and on two: a rank that does not lead its node hears of the others' bad data from its leader.
+        for nodes in [&[][..], &[1, 1, 2]] {
+            for rank in 0..3 {
+                let mut case = case(KvLayout::BlockTable, Placement::Contiguous, true, 3);
+                case.desc.algorithm = algorithm;
+                case.nodes = nodes.to_vec();
+                check(&mut pool, &case, (rank, Ints::KvLength, 1, -1), &[1], "kv_length");
+                check(&mut pool, &case, (rank, Ints::KvStart, LAST, -5), &[LAST], "kv_start");
+            }
         }
     }
 }

@@ -120,15 +120,18 @@ enum Difference {
     Tokens,
     /// A merge of given partials, with as many query tokens.
     Call,
+    /// The same in a step without queries, which is told apart by nothing else.
+    EmptyCall,
 }
 
 #[test]
 fn a_step_that_differs_in_one_thing_is_a_desync_on_every_rank_by_any_algorithm() {
     for algorithm in ALGORITHMS {
-        for difference in [Difference::Plan, Difference::Batch, Difference::Tokens, Difference::Call] {
+        use Difference::*;
+        for difference in [Plan, Batch, Tokens, Call, EmptyCall] {
             for odd in 0..3 {
                 // A ring merges no given partials.
-                if !matches!((algorithm, difference), (Algorithm::Ring, Difference::Call)) {
+                if !matches!((algorithm, difference), (Algorithm::Ring, Call | EmptyCall)) {
                     differing_step(algorithm, difference, odd);
                 }
             }
@@ -143,9 +146,10 @@ fn differing_step(algorithm: Algorithm, difference: Difference, odd: usize) {
     let results = on_threads(3, |r| {
         let mut shard = Shard::new(&desc, 4, 5, r as u32);
         let (partial, lse) = (shard.out.clone(), shard.lse.clone());
-        let mut args = DecodeArgs { batch: 2, ..shard.args(4) };
+        let (batch, query_tokens) = if matches!(difference, Difference::EmptyCall) { (0, 0) } else { (2, 4) };
+        let mut args = DecodeArgs { batch, query_tokens, ..shard.args(4) };
         let merge = MergeArgs {
-            query_tokens: 4,
+            query_tokens,
             heads: 0,
             head_dim: 0,
             o: Tensor::from_slice(&partial),
@@ -170,7 +174,7 @@ fn differing_step(algorithm: Algorithm, difference: Difference, odd: usize) {
                     args.query_tokens = 2;
                     plans[r].decode(&args, None)
                 }
-                Difference::Call => plans[r].merge(&merge, None),
+                Difference::Call | Difference::EmptyCall => plans[r].merge(&merge, None),
             }
         };
         (result, shard.out)
@@ -180,6 +184,7 @@ fn differing_step(algorithm: Algorithm, difference: Difference, odd: usize) {
         let Err(error) = result else { panic!("{told}") };
         assert_eq!((error.kind(), error.rank()), (ErrorKind::Desync, Some(odd as i32)), "{told}");
         // The odd rank may have fewer rows.
-        assert!(out[..2 * 4 * 16].iter().all(|x| x.is_nan()), "{told}");
+        let rows = if matches!(difference, Difference::EmptyCall) { 0 } else { 2 * 4 };
+        assert!(out[..rows * 16].iter().all(|x| x.is_nan()), "{told}");
     }
 }

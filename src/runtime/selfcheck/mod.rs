@@ -50,11 +50,16 @@ pub fn selfcheck(
     let shape = Shape::resolve(desc, &config)?;
     let inputs = Inputs::random(desc, shape)?;
     let (first, second) = run_twice(runtime, device, desc, &inputs)?;
+    compare(desc, &inputs, &first, &second)
+}
 
+/// Holds the results of two runs, rank by rank, against float64 sums and against each other.
+fn compare(desc: &AttentionDesc, inputs: &Inputs, first: &[Results], second: &[Results]) -> Result<SelfcheckReport> {
+    let shape = inputs.shape;
     let mut tally = Tally::new(desc, shape.ranks);
-    let whole = if desc.output == OutputMode::Local { None } else { Some(Expected::new(desc, &inputs, None)?) };
+    let whole = if desc.output == OutputMode::Local { None } else { Some(Expected::new(desc, inputs, None)?) };
     for rank in 0..shape.ranks {
-        let own = if whole.is_none() { Some(Expected::new(desc, &inputs, Some(rank))?) } else { None };
+        let own = if whole.is_none() { Some(Expected::new(desc, inputs, Some(rank))?) } else { None };
         if let Some(expected) = whole.as_ref().or(own.as_ref()) {
             tally.rank(rank, heads(desc, rank, shape.ranks)?, &first[rank], expected);
         }
@@ -157,6 +162,34 @@ mod tests {
             let report = selfcheck(&runtime, Device::CPU, &desc, &config).unwrap();
             assert!(report.passed, "seed {seed}: {}", report.message);
             assert!(report.rows > 0 && report.max_lse_error_ratio > 0.0, "seed {seed}: {report:?}");
+        }
+    }
+
+    /// One bit is enough, also where every number is within its bounds.
+    #[test]
+    fn bits_that_differ_between_runs_or_ranks_do_not_pass() {
+        let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+        for output in [OutputMode::Replicated, OutputMode::Scattered, OutputMode::Local] {
+            let desc = AttentionDesc { output, ..AttentionDesc::new(4, 2, 8, 50) };
+            let shape = Shape::resolve(&desc, &SelfcheckConfig::default()).unwrap();
+            let inputs = Inputs::random(&desc, shape).unwrap();
+            let (first, second) = run_twice(&runtime, Device::CPU, &desc, &inputs).unwrap();
+            let changed = |results: &[Results]| {
+                let mut results = results.to_vec();
+                let last = results[1].1.len() - 4;
+                results[1].1[last] ^= 1;
+                results
+            };
+            let report = compare(&desc, &inputs, &first, &second).unwrap();
+            assert!(report.passed && report.same_bits, "{output:?}: {report:?}");
+            let report = compare(&desc, &inputs, &first, &changed(&second)).unwrap();
+            assert!(!report.passed && !report.same_bits, "{output:?}: {report:?}");
+            assert!(report.message.starts_with("a second run on rank 1 differs"), "{output:?}: {report:?}");
+            // Only ranks with the whole output have the same.
+            let report = compare(&desc, &inputs, &changed(&first), &changed(&second)).unwrap();
+            let passes = output != OutputMode::Replicated;
+            assert_eq!((report.passed, report.same_bits), (passes, passes), "{output:?}: {report:?}");
+            assert!(passes || report.message.starts_with("rank 1 differs from rank 0"), "{output:?}: {report:?}");
         }
     }
 
