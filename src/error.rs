@@ -37,7 +37,8 @@ errors! {
     Unsupported = 4,
     /// A library or device that the request needs is not on this machine.
     Unavailable = 5,
-    /// The ranks passed different descriptors to a collective creation.
+    /// The ranks passed different descriptors to a collective creation, or inputs that do not fit together to a step of a
+    /// checked plan.
     Mismatch = 6,
     /// The ranks issued different exchanging calls; the communicator is broken.
     Desync = 7,

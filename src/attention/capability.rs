@@ -23,6 +23,8 @@ pub struct Capabilities {
     pub alibi: bool,
     /// Sinks.
     pub sinks: bool,
+    /// Checks of what the ranks pass to a step.
+    pub checked: bool,
     /// Kinds of masks.
     pub masks: &'static [MaskKind],
     /// What ranks may pass as q.
@@ -70,6 +72,9 @@ pub fn supported(desc: &AttentionDesc, backend: &Capabilities) -> Result<()> {
     off("softcap", desc.softcap == 0.0, desc.softcap.to_string(), backend.softcap)?;
     off("alibi", !desc.alibi, "1".into(), backend.alibi)?;
     off("sinks", !desc.sinks, "1".into(), backend.sinks)?;
+    if desc.checked && !backend.checked {
+        return Err(Error::unsupported("flags", "CHECKED", format!("0{}", backend.place)));
+    }
     let served = backend.masks.contains(&desc.mask);
     one_of("mask", desc.mask.name(), served, &mut backend.masks.iter().map(|m| m.name()))?;
     let served = backend.query_inputs.contains(&desc.query_input);
@@ -103,6 +108,7 @@ mod tests {
         softcap: false,
         alibi: false,
         sinks: false,
+        checked: false,
         masks: &[MaskKind::None],
         query_inputs: &[QueryInput::Replicated],
         reproducibility: &[Reproducibility::Repeatable],
@@ -118,7 +124,7 @@ mod tests {
     fn each_field_is_refused_by_name_and_served_where_the_data_says_so() {
         let base = AttentionDesc::new(2, 1, 64, 10);
         supported(&base, &SERVED).unwrap();
-        let cases: [(&str, &str, Set, Serve); 11] = [
+        let cases: [(&str, &str, Set, Serve); 12] = [
             (
                 "k_dtype: found q8_0",
                 "f32, f16 and bf16 on a test",
@@ -155,6 +161,7 @@ mod tests {
             ("softcap: found 0.5", "0", |d| d.softcap = 0.5, |c| c.softcap = true),
             ("alibi: found 1", "0", |d| d.alibi = true, |c| c.alibi = true),
             ("sinks: found 1", "0", |d| d.sinks = true, |c| c.sinks = true),
+            ("flags: found CHECKED", "0 on a test", |d| d.checked = true, |c| c.checked = true),
             ("mask: found BOOLEAN", "NONE", |d| d.mask = MaskKind::Boolean, |c| c.masks = &[MaskKind::Boolean]),
             (
                 "query_input: found SCATTERED",

@@ -169,6 +169,9 @@ pub struct AttentionDesc {
     pub wire_dtype: Dtype,
     /// K and V older than the step's own tokens do not change while earlier work of the stream runs.
     pub kv_stable: bool,
+    /// Steps that exchange compare what the ranks passed: queries, lengths, positions, and that every position below
+    /// `global_length` is held once. Ranks that do not fit together get `Mismatch`, and NaN for the sequence.
+    pub checked: bool,
 }
 
 impl AttentionDesc {
@@ -203,6 +206,7 @@ impl AttentionDesc {
             reproducibility: Reproducibility::Repeatable,
             wire_dtype: Dtype::F32,
             kv_stable: false,
+            checked: false,
         }
     }
 
@@ -306,6 +310,7 @@ impl AttentionDesc {
             reproducibility,
             wire_dtype,
             kv_stable,
+            checked,
         } = *self;
         let (kind, run) = match placement {
             Placement::Contiguous => ("CONTIGUOUS", 0),
@@ -342,6 +347,7 @@ impl AttentionDesc {
             ("reproducibility", reproducibility.name().into()),
             ("wire_dtype", wire_dtype.name().into()),
             ("kv_stable", i32::from(kv_stable).to_string()),
+            ("checked", i32::from(checked).to_string()),
         ]
     }
 }

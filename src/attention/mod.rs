@@ -10,6 +10,7 @@ pub mod energy;
 pub mod format;
 pub mod merge;
 pub mod placement;
+pub mod record;
 pub mod reference;
 pub mod score;
 pub mod step;
@@ -23,6 +24,7 @@ pub use descriptor::{
 pub use dtype::Dtype;
 pub use format::KvFormat;
 pub use placement::{Placement, Shard, head_range};
+pub use record::SequenceRecord;
 pub use score::ScoreMod;
 pub use step::{DecodeArgs, Step};
 pub use tensor::Tensor;

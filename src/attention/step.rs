@@ -195,8 +195,8 @@ impl Step {
         aligned("last_page_len", args.last_page_len)?;
         aligned("query_start", args.query_start)?;
         aligned("query_position", args.query_position)?;
-        if desc.needs_positions() && batch > 0 {
-            required("global_length", args.global_length, args.query_position.is_null())?;
+        if (desc.needs_positions() || desc.checked) && batch > 0 {
+            required("global_length", args.global_length, args.query_position.is_null() || desc.checked)?;
             match desc.placement {
                 Placement::Contiguous => required("kv_start", args.kv_start, shard.world > 1)?,
                 Placement::Explicit => required("kv_position", args.kv_position, true)?,
@@ -250,7 +250,7 @@ impl Step {
         let when = |used: bool, elements: i64| if used { elements } else { 0 };
         let table = desc.kv_layout == KvLayout::BlockTable;
         let csr = desc.kv_layout == KvLayout::CsrPages;
-        let positions = desc.needs_positions();
+        let positions = desc.needs_positions() || desc.checked;
         // Of the last row only its beginning is known to exist.
         let rows = self.kv_position_stride(desc).saturating_mul((batch - 1).max(0)).saturating_add(1);
         [

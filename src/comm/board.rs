@@ -21,6 +21,17 @@ pub(crate) struct PlanFault {
 impl PlanFault {
     /// The error to tell of it.
     fn error(&self) -> Error {
+        if let Some(found) = self.fault.cause.disagreement() {
+            let rank = if self.rank >= 0 { format!("rank {}", self.rank) } else { "the ranks together".into() };
+            let message = format!(
+                "{}: found {found} in sequence {} on {rank}, wanted the same queries and lengths on every rank and each \
+                 position below global_length once; the outputs of that sequence are NaN",
+                self.fault.cause.argument(),
+                self.fault.sequence
+            );
+            let error = Error::new(ErrorKind::Mismatch, message);
+            return if self.rank >= 0 { error.with_rank(self.rank) } else { error };
+        }
         let message = format!(
             "{}: found a value out of range in sequence {} on rank {}, wanted values within the plan's limits; the \
              outputs of that sequence are NaN",

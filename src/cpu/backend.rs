@@ -30,6 +30,7 @@ pub const CAPABILITIES: Capabilities = Capabilities {
     softcap: false,
     alibi: false,
     sinks: false,
+    checked: true,
     masks: &[MaskKind::None],
     query_inputs: &[QueryInput::Replicated],
     reproducibility: &[Reproducibility::Repeatable],

@@ -5,6 +5,7 @@
 //! | file | does |
 //! |---|---|
 //! | `pack` | copies keys and values for ranks that attend them elsewhere |
+//! | `records` | what ranks of a checked plan tell each other of their sequences |
 //! | `backend` | a step: checks, runs the workers, merges the items that they share |
 //! | `slice` | a worker's slice, split by split |
 //! | `task` | a split, tile by tile; `seen`: which keys of a tile are visible |
@@ -25,6 +26,7 @@ mod isa;
 mod kernel;
 mod pack;
 mod partition;
+mod records;
 mod rows;
 mod seen;
 mod sequences;

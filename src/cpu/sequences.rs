@@ -175,21 +175,36 @@ impl<'a> Reader<'a> {
         } else if (0..out.tokens).any(|i| self.position(out, i) < 0) {
             return Err(DataFaultCause::Position);
         }
-        if self.desc.placement == Placement::Contiguous && !args.kv_start.is_null() {
-            out.start = i64::from(read(args.kv_start, b as i64));
-        }
+        out.start = self.start(b);
         if self.key_positions(b, out).are_valid(out.held) { Ok(()) } else { Err(DataFaultCause::Position) }
     }
 
-    /// Where the keys of sequence `b` are, whose start is read.
-    fn key_positions(&self, b: usize, sequence: &Sequence) -> KeyPositions<'a> {
+    /// Contiguous placement: the global position of the first key of sequence `b`, 0 where none is given.
+    pub fn start(&self, b: usize) -> i64 {
+        let given = self.desc.placement == Placement::Contiguous && !self.step.args.kv_start.is_null();
+        if given { i64::from(read(self.step.args.kv_start, b as i64)) } else { 0 }
+    }
+
+    /// The global length of sequence `b`, 0 where none is given.
+    pub fn global_length(&self, b: usize) -> i32 {
+        if self.step.args.global_length.is_null() { 0 } else { read(self.step.args.global_length, b as i64) }
+    }
+
+    /// The positions of a sequence's query tokens, where they are given one by one.
+    pub fn query_positions(&self, sequence: &Sequence) -> Option<impl Iterator<Item = i32> + use<>> {
+        let (positions, first) = (self.step.args.query_position, sequence.first_token as i64);
+        (!positions.is_null()).then(|| (0..sequence.tokens as i64).map(move |i| read(positions, first + i)))
+    }
+
+    /// Where the keys of sequence `b` are, whose start is read. Only for shapes that look at positions.
+    pub fn key_positions(&self, b: usize, sequence: &Sequence) -> KeyPositions<'a> {
         match self.desc.placement {
             Placement::Contiguous => KeyPositions::Contiguous { start: sequence.start },
             Placement::Interleaved { run } => KeyPositions::Interleaved { run: i64::from(run), shard: self.shard },
             Placement::Explicit => {
                 let row = b as i64 * self.step.kv_position_stride(self.desc);
                 let row = self.step.args.kv_position.wrapping_offset(row as isize);
-                // SAFETY: positions are read only where visibility needs them, and there `Step::new` refused a null or
+                // SAFETY: positions are read only where visibility or a check needs them, and there `Step::new` refused a null or
                 // unaligned pointer. Whoever made the reader vouched for a position for each token that is held.
                 KeyPositions::Explicit { positions: unsafe { std::slice::from_raw_parts(row, sequence.held) } }
             }

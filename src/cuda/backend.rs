@@ -32,6 +32,7 @@ pub(crate) const CAPABILITIES: Capabilities = Capabilities {
     softcap: false,
     alibi: false,
     sinks: false,
+    checked: false,
     masks: &[MaskKind::None],
     query_inputs: &[QueryInput::Replicated],
     reproducibility: &[Reproducibility::Repeatable],

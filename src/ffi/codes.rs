@@ -19,7 +19,8 @@ pub const TREEATTN_ERROR_PARENT_DESTROYED: treeattn_status_t = treeattn_status_t
 pub const TREEATTN_ERROR_UNSUPPORTED: treeattn_status_t = treeattn_status_t(4);
 /// A library or device that the request needs is not on this machine.
 pub const TREEATTN_ERROR_UNAVAILABLE: treeattn_status_t = treeattn_status_t(5);
-/// The ranks passed different descriptors to a collective creation; the message names the field and the ranks.
+/// The ranks passed different descriptors to a collective creation; the message names the field and the ranks. Or different
+/// inputs to a step of a plan with TREEATTN_ATTENTION_CHECKED; then the communicator stays usable.
 pub const TREEATTN_ERROR_MISMATCH: treeattn_status_t = treeattn_status_t(6);
 /// The ranks issued different exchanging calls. The communicator is broken.
 pub const TREEATTN_ERROR_DESYNC: treeattn_status_t = treeattn_status_t(7);
@@ -193,6 +194,14 @@ pub const TREEATTN_MASK_BOOLEAN: treeattn_mask_kind_t = treeattn_mask_kind_t(2);
 /// Flag of `treeattn_attention_desc_t`: keys and values older than the step's own tokens do not change while earlier
 /// work of the stream runs, so that a step may read them early.
 pub const TREEATTN_ATTENTION_KV_STABLE: u32 = 1;
+/// Flag of `treeattn_attention_desc_t`: every step that exchanges compares what the ranks passed: the queries bit by bit (by
+/// a 64-bit sum), query tokens, `global_length`, `query_position`, and that the keys of all ranks together are the positions
+/// 0 to `global_length` - 1, each once (with explicit placement by their number and the sums of their first three powers).
+/// Ranks that do not fit together get TREEATTN_ERROR_MISMATCH, which names rank, sequence and argument; the outputs of that
+/// sequence are NaN on every rank, the others are good, and the communicator stays usable. Keys at or beyond `global_length`
+/// do not count. Such plans need `global_length`, and `kv_start` or `kv_position` where their placement has one, also where
+/// they are not causal. Merges of partials and `treeattn_plan_partial` check nothing. CPU ranks only.
+pub const TREEATTN_ATTENTION_CHECKED: u32 = 2;
 
 /// Flag of `treeattn_merge_args_t`: an incoming lse of +inf means an empty partial, as -inf does.
 pub const TREEATTN_MERGE_PLUS_INF_IS_EMPTY: u32 = 1;

@@ -212,7 +212,12 @@ pub unsafe extern "C" fn treeattn_comm_status(
             step: found.step,
             plan: found.plan,
             sequence: found.sequence,
-            broken: i32::from(found.error.as_ref().is_some_and(|error| error.kind() != ErrorKind::InvalidData)),
+            broken: i32::from(
+                found
+                    .error
+                    .as_ref()
+                    .is_some_and(|error| !matches!(error.kind(), ErrorKind::InvalidData | ErrorKind::Mismatch)),
+            ),
             message: memory::fixed(found.error.as_ref().map_or("", |error| error.message())),
         });
         Ok(())

@@ -92,7 +92,7 @@ pub fn attention_desc(d: &treeattn_attention_desc_t) -> Result<AttentionDesc> {
         0 if !needed => Ok(Dtype::F32),
         code => Dtype::from_code(name, code),
     };
-    if d.flags & !TREEATTN_ATTENTION_KV_STABLE != 0 {
+    if d.flags & !(TREEATTN_ATTENTION_KV_STABLE | TREEATTN_ATTENTION_CHECKED) != 0 {
         return Err(Error::invalid(
             "flags",
             format_args!("{:#x}", d.flags),
@@ -129,6 +129,7 @@ pub fn attention_desc(d: &treeattn_attention_desc_t) -> Result<AttentionDesc> {
         reproducibility: Reproducibility::from_code("reproducibility", d.reproducibility.0)?,
         wire_dtype: dtype("wire_dtype", d.wire_dtype, false)?,
         kv_stable: d.flags & TREEATTN_ATTENTION_KV_STABLE != 0,
+        checked: d.flags & TREEATTN_ATTENTION_CHECKED != 0,
     })
 }
 

@@ -1,4 +1,4 @@
-//! Bad data that a step met, and the one word that carries it: in headers between ranks, in windows, in host memory.
+//! Bad data that a step met on a rank or between ranks, and the one word that carries it: in headers between ranks, in windows, in host memory.
 
 use super::word::{HIGH_SHIFT, RANK_MASK, RANK_SHIFT};
 
@@ -25,23 +25,70 @@ pub enum DataFaultCause {
     PageRow = 4,
     /// A global length or position is negative or too large.
     Position = 5,
+    /// Ranks of a checked plan: another split of the query tokens into sequences.
+    QueryStartDiffers = 6,
+    /// Another `global_length`.
+    GlobalLengthDiffers = 7,
+    /// Another `query_position`.
+    QueryPositionDiffers = 8,
+    /// Other queries.
+    QueryDiffers = 9,
+    /// A position that another rank, or slot, holds, too.
+    KeysTwice = 10,
+    /// A position below `global_length` that no rank holds.
+    KeysMissing = 11,
 }
 
 impl DataFaultCause {
     /// The cause with this code.
     pub fn from_code(code: u8) -> Option<DataFaultCause> {
         use DataFaultCause::*;
-        [QueryStart, KvLength, Page, PageRow, Position].into_iter().find(|&c| c as u8 == code)
+        [
+            QueryStart,
+            KvLength,
+            Page,
+            PageRow,
+            Position,
+            QueryStartDiffers,
+            GlobalLengthDiffers,
+            QueryPositionDiffers,
+            QueryDiffers,
+            KeysTwice,
+            KeysMissing,
+        ]
+        .into_iter()
+        .find(|&c| c as u8 == code)
     }
 
     /// The argument to name in a message.
     pub fn argument(self) -> &'static str {
         match self {
-            DataFaultCause::QueryStart => "query_start",
+            DataFaultCause::QueryStart | DataFaultCause::QueryStartDiffers => "query_start",
+            DataFaultCause::GlobalLengthDiffers => "global_length",
+            DataFaultCause::QueryPositionDiffers => "query_position",
+            DataFaultCause::QueryDiffers => "q",
+            DataFaultCause::KeysTwice | DataFaultCause::KeysMissing => "kv_length, kv_start or kv_position",
             DataFaultCause::KvLength => "kv_length",
             DataFaultCause::Page => "block_table or page_indices",
             DataFaultCause::PageRow => "page_indptr or last_page_len",
             DataFaultCause::Position => "global_length, kv_start, kv_position or query_position",
+        }
+    }
+
+    /// What ranks of a checked plan disagree in; none where a rank's data is bad by itself.
+    pub fn disagreement(self) -> Option<&'static str> {
+        match self {
+            DataFaultCause::QueryStart
+            | DataFaultCause::KvLength
+            | DataFaultCause::Page
+            | DataFaultCause::PageRow
+            | DataFaultCause::Position => None,
+            DataFaultCause::QueryStartDiffers => Some("other query tokens than on the other ranks"),
+            DataFaultCause::GlobalLengthDiffers => Some("another length than on the other ranks"),
+            DataFaultCause::QueryPositionDiffers => Some("other positions than on the other ranks"),
+            DataFaultCause::QueryDiffers => Some("other bits than on the other ranks"),
+            DataFaultCause::KeysTwice => Some("a position that is held twice"),
+            DataFaultCause::KeysMissing => Some("a position below global_length that no rank holds"),
         }
     }
 }
@@ -75,7 +122,7 @@ mod tests {
             let fault = DataFault { sequence, cause: DataFaultCause::Position };
             assert_eq!(DataFault::from_word(fault.word(rank)), Some((rank, fault)));
         }
-        assert_eq!((DataFault::from_word(0), DataFault::from_word(6)), (None, None));
+        assert_eq!((DataFault::from_word(0), DataFault::from_word(12)), (None, None));
         let later = DataFault { sequence: 70_001, cause: DataFaultCause::Position };
         assert!(fault.word(0) > later.word(63));
     }

@@ -154,7 +154,8 @@ impl Plan {
     /// Attends this rank's shard, exchanges the partials and writes the merged output. Allocates nothing.
     ///
     /// With a stream it enqueues; without one (CPU plans) it runs here and blocks, and also returns what went wrong
-    /// in the step: after `InvalidData` outputs are written, with NaN for the sequence that the message names.
+    /// in the step: after `InvalidData`, and `Mismatch` of a checked plan, outputs are written, with NaN for the sequence
+    /// that the message names.
     ///
     /// A call that is refused (`InvalidArgument`, `Unsupported`, `ParentDestroyed`, `Capturing`, `Busy` while another step of
     /// this rank is under way) leaves outputs as they are. A step that fails, and every later step on its communicator,
@@ -423,7 +424,7 @@ impl PlanCore {
     /// until this returns.
     unsafe fn run(&self, output: &StepOutput, exchanges: bool, step: impl FnOnce() -> Result<()>) -> Result<()> {
         catch(step).inspect_err(|error| {
-            if error.kind() == ErrorKind::InvalidData {
+            if matches!(error.kind(), ErrorKind::InvalidData | ErrorKind::Mismatch) {
                 // Its sequence is NaN, the others are right.
                 self.comm.runtime.log(LogLevel::Warning, error.message());
                 return;

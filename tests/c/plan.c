@@ -172,7 +172,7 @@ static void supported(void) {
   desc.head_dim_v = 1;
   desc.causal = 1;
   desc.output = TREEATTN_OUTPUT_SCATTERED;
-  desc.flags = TREEATTN_ATTENTION_KV_STABLE;
+  desc.flags = TREEATTN_ATTENTION_KV_STABLE | TREEATTN_ATTENTION_CHECKED;
   desc.max_kv_length = INT32_MAX;
   CHECK_OK(treeattn_attention_supported(runtime, TREEATTN_CPU(0), &desc));
   CHECK_INVALID(treeattn_attention_supported(runtime, TREEATTN_CPU(1), &desc), "device: found cpu:1");

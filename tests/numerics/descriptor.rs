@@ -11,7 +11,7 @@ use crate::support::run::Group;
 type Change = fn(&mut AttentionDesc);
 
 /// A change of every field, by the name under which ranks compare it.
-const CHANGES: [(&str, Change); 29] = [
+const CHANGES: [(&str, Change); 30] = [
     ("q_heads", |d| d.q_heads = 8),
     ("kv_heads", |d| d.kv_heads = 4),
     ("head_dim_qk", |d| d.head_dim_qk = 24),
@@ -41,6 +41,7 @@ const CHANGES: [(&str, Change); 29] = [
     ("reproducibility", |d| d.reproducibility = Reproducibility::Canonical),
     ("wire_dtype", |d| d.wire_dtype = Dtype::F16),
     ("kv_stable", |d| d.kv_stable = true),
+    ("checked", |d| d.checked = true),
 ];
 
 fn base() -> AttentionDesc {

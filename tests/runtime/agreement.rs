@@ -33,6 +33,7 @@ fn every_difference_of_descriptors_is_named_on_every_rank() {
         ("algorithm", AttentionDesc { algorithm: Algorithm::OneShot, ..base }),
         ("wire_dtype", AttentionDesc { wire_dtype: Dtype::Bf16, ..base }),
         ("kv_stable", AttentionDesc { kv_stable: true, ..base }),
+        ("checked", AttentionDesc { checked: true, ..base }),
     ];
     for (field, other) in changes {
         let errors = on_threads(3, |r| Plan::create(&comms[r], if r == 1 { &other } else { &base }).err().unwrap());

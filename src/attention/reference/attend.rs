@@ -21,6 +21,7 @@ const CAPABILITIES: Capabilities = Capabilities {
     softcap: false,
     alibi: false,
     sinks: false,
+    checked: true,
     masks: &[MaskKind::None],
     query_inputs: &[QueryInput::Replicated],
     reproducibility: &[Reproducibility::Repeatable, Reproducibility::BatchInvariant, Reproducibility::Canonical],

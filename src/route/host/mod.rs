@@ -1,7 +1,7 @@
 //! What routes of CPU ranks share: everything is in host memory.
 //!
 //! `scratch` holds a rank's partial, `wire` says how partials travel, `shard` attends this rank's shard into the scratch,
-//! `exchange` is one step's exchange under way, and `partials` the route of every algorithm that exchanges partials. Each
+//! `exchange` is one step's exchange under way, `checked` the round in which ranks compare what they were passed, and `partials` the route of every algorithm that exchanges partials. Each
 //! uses those before it.
 //!
 //! The partial lies in the scratch, `lse` before `o`, which is also how it travels as f32, so that it can be sent from where
@@ -12,6 +12,7 @@
 //! lengths that its round tells. Where ranks share memory, a rank that reads a part of what lies there moved that part;
 //! over a transport's allgather all of it moved.
 
+pub(super) mod checked;
 pub(super) mod exchange;
 pub(super) mod partials;
 pub(super) mod scratch;

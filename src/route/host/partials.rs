@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::checked::Check;
 use super::exchange::{Exchange, RankFault};
 use super::scratch::Scratch;
 use super::shard::HostShard;
@@ -33,6 +34,7 @@ pub(in crate::route) trait PartialExchange: Send + Sync {
 pub(in crate::route) struct PartialRoute<E> {
     shard: HostShard,
     exchange: E,
+    check: Option<Check>,
     reason: &'static str,
 }
 
@@ -45,10 +47,10 @@ impl<E: PartialExchange> PartialRoute<E> {
         reason: &'static str,
     ) -> Result<PartialRoute<E>> {
         let shard = HostShard::new(context, rank, 1)?;
-        Ok(PartialRoute { shard, exchange: exchange()?, reason })
+        Ok(PartialRoute { shard, exchange: exchange()?, check: Check::new(context)?, reason })
     }
 
-    /// Exchanges what `attend` leaves in the scratch.
+    /// Exchanges what `attend` leaves in the scratch, of the step `attended` if that is what it did.
     ///
     /// # Safety
     /// As [`Exchange::new`].
@@ -59,16 +61,22 @@ impl<E: PartialExchange> PartialRoute<E> {
         tokens: usize,
         target: &RowTarget,
         attend: impl FnOnce(&mut Scratch) -> Result<Option<DataFault>>,
+        attended: Option<&Step>,
     ) -> Result<()> {
         let _float = FloatState::enter();
         let mut scratch = self.shard.lock();
         // SAFETY: the caller's promise.
         let mut exchange = unsafe { Exchange::new(context, self.shard.rank(), tokens, target) };
-        let attended = attend(&mut scratch);
+        let fault = attend(&mut scratch);
         context.count_step();
-        exchange.open(call, attended?)?;
+        exchange.open(call, fault?)?;
+        let check = self.check.as_ref().zip(attended);
+        let differing = check.map_or(Ok(None), |(check, step)| check.run(&exchange, self.shard.backend()?, step))?;
         let found = self.exchange.run(&exchange, &mut scratch)?;
-        exchange.finish(found)
+        if let Some((check, _)) = check {
+            check.write_nan(&exchange, &mut scratch.spare[..context.desc.head_dim_v as usize]);
+        }
+        exchange.finish(found.or(differing))
     }
 }
 
@@ -77,7 +85,9 @@ impl<E: PartialExchange> Route for PartialRoute<E> {
         let (call, tokens) = (Call::Decode(step.args.batch), step.args.query_tokens as usize);
         let target = step.target(&context.desc);
         // SAFETY: the step was checked for the context's heads, and the caller keeps its memory valid while this runs.
-        unsafe { self.exchange(context, call, tokens, &target, |scratch| self.shard.attend_into(step, scratch)) }
+        unsafe {
+            self.exchange(context, call, tokens, &target, |scratch| self.shard.attend_into(step, scratch), Some(step))
+        }
     }
 
     unsafe fn partial(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
@@ -93,13 +103,14 @@ impl<E: PartialExchange> Route for PartialRoute<E> {
             Ok(None)
         };
         // SAFETY: the step was checked for the context's heads, and the caller keeps its memory valid while this runs.
-        unsafe { self.exchange(context, Call::Merge, step.tokens as usize, &step.target, load) }
+        unsafe { self.exchange(context, Call::Merge, step.tokens as usize, &step.target, load, None) }
     }
 
     fn memory(&self) -> RouteMemory {
         let RouteMemory { workspace, exchange } = self.shard.memory();
         let more = self.exchange.bytes();
-        RouteMemory { workspace: workspace + more, exchange: exchange + more }
+        let check = self.check.as_ref().map_or(0, Check::bytes);
+        RouteMemory { workspace: workspace + more + check, exchange: exchange + more }
     }
 
     fn algorithm(&self) -> (Algorithm, &str) {

@@ -16,6 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::partial::RowTarget;
 use crate::route::backend::Backend;
 use crate::route::context::{Call, StepContext};
+use crate::route::host::checked::Check;
 use crate::route::host::exchange::{Exchange, RankFault};
 use crate::route::host::scratch::Scratch;
 use crate::route::host::shard::HostShard;
@@ -29,6 +30,7 @@ pub(in crate::route) struct Ring {
     backend: CpuBackend,
     order: Order,
     block: Block,
+    check: Option<Check>,
     state: Mutex<State>,
 }
 
@@ -67,6 +69,7 @@ impl Ring {
             backend: CpuBackend::new(&one, shard, rank.workers.threads(), rank.isa)?,
             order,
             block,
+            check: Check::new(context)?,
             state: Mutex::new(state),
         })
     }
@@ -80,11 +83,15 @@ impl Ring {
         let backend = self.shard.backend()?;
         let fault = backend.survey(step, own)?;
         exchange.open(Call::Ring(step.args.batch), fault)?;
+        let differing = self.check.as_ref().map_or(Ok(None), |check| check.run(exchange, backend, step))?;
         let found = RingStep::announce(exchange, own, announced)?;
         let ring =
             RingStep { exchange, order: &self.order, block: self.block, backend: &self.backend, step, own, announced };
         ring.run(backend, blocks, scratch)?;
-        Ok(found)
+        if let Some(check) = &self.check {
+            check.write_nan(exchange, &mut scratch.spare[..exchange.dim()]);
+        }
+        Ok(found.or(differing))
     }
 
     /// Runs a step and ends it.
@@ -146,6 +153,7 @@ impl Route for Ring {
         let state = self.state.lock();
         let blocks: usize = state.blocks.iter().map(HostBuffer::len).sum();
         let others = self.backend.memory() + size_of_val(&*state.own) + size_of_val(&*state.announced);
+        let others = others + self.check.as_ref().map_or(0, Check::bytes);
         RouteMemory { workspace: workspace + blocks + others, exchange: exchange + blocks }
     }
 

@@ -1,0 +1,101 @@
+//! The round of a checked plan in which ranks tell each other what they were passed.
+
+use parking_lot::Mutex;
+
+use super::exchange::{Exchange, RankFault};
+use crate::attention::record::judge;
+use crate::attention::{SequenceRecord, Step};
+use crate::comm::Round;
+use crate::cpu::CpuBackend;
+use crate::error::{Error, ErrorKind, Result};
+use crate::partial::DataFault;
+use crate::route::context::StepContext;
+
+/// What the check of a step works on.
+pub(in crate::route) struct Check(Mutex<State>);
+
+struct State {
+    /// This rank's records, by sequence.
+    own: Vec<SequenceRecord>,
+    /// Those of all ranks, sequence after sequence.
+    all: Vec<SequenceRecord>,
+    /// Query tokens of the sequences in which ranks do not fit together, as this rank has them: first and count.
+    wrong: Vec<(usize, usize)>,
+}
+
+impl Check {
+    /// The check of a plan, if it is checked, with room for its largest step.
+    pub fn new(context: &StepContext) -> Result<Option<Check>> {
+        let desc = &context.desc;
+        if !desc.checked || desc.is_merge_only() || !context.exchanges() {
+            return Ok(None);
+        }
+        let batch = desc.max_batch as usize;
+        let mut state = State { own: Vec::new(), all: Vec::new(), wrong: Vec::new() };
+        let reserved = state.own.try_reserve_exact(batch).is_ok()
+            && batch.checked_mul(context.world()).is_some_and(|all| state.all.try_reserve_exact(all).is_ok())
+            && state.wrong.try_reserve_exact(batch).is_ok();
+        if !reserved {
+            let message =
+                format!("max_batch x ranks: found {batch} x {}, wanted what memory has room for", context.world());
+            return Err(Error::new(ErrorKind::NoMemory, message));
+        }
+        Ok(Some(Check(Mutex::new(state))))
+    }
+
+    /// Bytes that it holds.
+    pub fn bytes(&self) -> usize {
+        let State { own, all, wrong } = &*self.0.lock();
+        (own.capacity() + all.capacity()) * size_of::<SequenceRecord>() + wrong.capacity() * size_of::<(usize, usize)>()
+    }
+
+    /// Tells what this rank was passed, for the step that `backend` attended or surveyed last, and judges what all were. The
+    /// same verdict on every rank: the first sequence in which they do not fit together.
+    pub fn run(&self, exchange: &Exchange<'_>, backend: &CpuBackend, step: &Step) -> Result<RankFault> {
+        let mut state = self.0.lock();
+        let State { own, all, wrong } = &mut *state;
+        let (batch, world) = (step.args.batch as usize, exchange.world());
+        own.resize(batch, SequenceRecord::default());
+        all.resize(batch * world, SequenceRecord::default());
+        wrong.clear();
+        backend.records(step, own)?;
+        let most = (exchange.rounds().capacity() / SequenceRecord::BYTES).max(1);
+        for (chunk, own) in own.chunks(most).enumerate() {
+            let mut fill = |slot: &mut [u8]| {
+                let slots = slot.as_chunks_mut::<{ SequenceRecord::BYTES }>().0;
+                slots.iter_mut().zip(own).for_each(|(to, record)| record.store(to));
+            };
+            let mut take = |round: &dyn Round| {
+                for rank in 0..world {
+                    let theirs = round.payload(rank).as_chunks::<{ SequenceRecord::BYTES }>().0;
+                    for (b, from) in theirs.iter().take(own.len()).enumerate() {
+                        all[(chunk * most + b) * world + rank] = SequenceRecord::load(from);
+                    }
+                }
+            };
+            exchange.rounds().round(exchange.header, own.len() * SequenceRecord::BYTES, &mut fill, &mut take)?;
+        }
+        let mut found = None;
+        for (b, (records, own)) in all.chunks(world).zip(&*own).enumerate() {
+            if let Some((rank, cause)) = judge(exchange.context.desc.placement, records) {
+                wrong.push((own.first_token as usize, own.tokens as usize));
+                found = found.or(Some((rank, DataFault { sequence: b as i32, cause })));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Writes NaN to the rows of the sequences in which ranks did not fit together. `row` is one row of scratch.
+    pub fn write_nan(&self, exchange: &Exchange<'_>, row: &mut [f32]) {
+        let state = self.0.lock();
+        if state.wrong.is_empty() {
+            return;
+        }
+        row.fill(f32::NAN);
+        for &(first, tokens) in &state.wrong {
+            for row_index in first * exchange.heads()..(first + tokens) * exchange.heads() {
+                exchange.write(row_index, row, f32::NAN);
+            }
+        }
+    }
+}
