@@ -148,6 +148,17 @@ inline T sized() {
  */
 #define TREEATTN_ATTENTION_KV_STABLE 1
 
+/**
+ * Flag of `treeattn_attention_desc_t`: every step that exchanges compares what the ranks passed: the queries bit by bit (by
+ * a 64-bit sum), query tokens, `global_length`, `query_position`, and that the keys of all ranks together are the positions
+ * 0 to `global_length` - 1, each once (with explicit placement by their number and the sums of their first three powers).
+ * Ranks that do not fit together get TREEATTN_ERROR_MISMATCH, which names rank, sequence and argument; the outputs of that
+ * sequence are NaN on every rank, the others are good, and the communicator stays usable. Keys at or beyond `global_length`
+ * do not count. Such plans need `global_length`, and `kv_start` or `kv_position` where their placement has one, also where
+ * they are not causal. Merges of partials and `treeattn_plan_partial` check nothing. CPU ranks only.
+ */
+#define TREEATTN_ATTENTION_CHECKED 2
+
 /** Flag of `treeattn_merge_args_t`: an incoming lse of +inf means an empty partial, as -inf does. */
 #define TREEATTN_MERGE_PLUS_INF_IS_EMPTY 1
 
@@ -208,7 +219,10 @@ typedef int32_t treeattn_status_t;
 /** A library or device that the request needs is not on this machine. */
 #define TREEATTN_ERROR_UNAVAILABLE 5
 
-/** The ranks passed different descriptors to a collective creation; the message names the field and the ranks. */
+/**
+ * The ranks passed different descriptors to a collective creation; the message names the field and the ranks. Or different
+ * inputs to a step of a plan with TREEATTN_ATTENTION_CHECKED; then the communicator stays usable.
+ */
 #define TREEATTN_ERROR_MISMATCH 6
 
 /** The ranks issued different exchanging calls. The communicator is broken. */

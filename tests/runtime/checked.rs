@@ -289,8 +289,7 @@ fn a_batch_larger_than_a_round_is_checked_whole() {
                 shard.length[wrong] = 1;
             }
             let (lengths, starts) = (vec![4; batch], vec![2 * rank as i32; batch]);
-            let args =
-                DecodeArgs { global_length: lengths.as_ptr(), kv_start: starts.as_ptr(), ..shard.args(batch) };
+            let args = DecodeArgs { global_length: lengths.as_ptr(), kv_start: starts.as_ptr(), ..shard.args(batch) };
             // SAFETY: everything outlives the blocking call.
             unsafe { plans[rank].decode(&args, None) }.err()
         });

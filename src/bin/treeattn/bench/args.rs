@@ -42,6 +42,9 @@ pub struct Args {
     /// Query tokens of each sequence; causal where there are several.
     #[arg(long, value_delimiter = ',', value_parser = size)]
     pub query_tokens: Vec<usize>,
+    /// Times every step with its ranks comparing what they were passed, too.
+    #[arg(long)]
+    pub checked: bool,
     /// Threads of each rank. Default: the cores over the ranks.
     #[arg(long, value_parser = size)]
     pub threads: Option<usize>,

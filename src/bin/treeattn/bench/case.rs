@@ -26,6 +26,8 @@ pub struct Case {
     pub page_size: usize,
     /// Whether the same cache is read again and again; else it comes from memory.
     pub cached: bool,
+    /// Whether ranks compare what they were passed.
+    pub checked: bool,
 }
 
 fn dtype_name<S: Serializer>(dtype: &Dtype, to: S) -> Result<S::Ok, S::Error> {
@@ -78,7 +80,8 @@ impl Case {
         let pages = (self.page_size > 0).then(|| format!("pages of {}", self.page_size));
         let tokens = (self.query_tokens > 1).then(|| format!("{} query tokens", self.query_tokens));
         let cached = self.cached.then(|| "cached".to_string());
-        [pages, tokens, cached].into_iter().flatten().collect()
+        let checked = self.checked.then(|| "checked".to_string());
+        [pages, tokens, cached, checked].into_iter().flatten().collect()
     }
 }
 
@@ -97,6 +100,7 @@ fn base(cores: usize) -> Case {
         isa: treeattn::cpu::isa(),
         page_size: 0,
         cached: false,
+        checked: false,
     }
 }
 
@@ -148,6 +152,8 @@ pub struct Axes {
     pub isas: Vec<Isa>,
     pub pages: Vec<usize>,
     pub query_tokens: Vec<usize>,
+    /// Whether every case is timed checked, too.
+    pub checked: bool,
     pub threads: Option<usize>,
 }
 
@@ -161,6 +167,7 @@ impl Axes {
             && self.isas.is_empty()
             && self.pages.is_empty()
             && self.query_tokens.is_empty()
+            && !self.checked
             && self.threads.is_none()
     }
 
@@ -189,6 +196,7 @@ impl Axes {
         cases = vary(cases, self.pages.len(), &|case, n| case.page_size = self.pages[n]);
         cases = vary(cases, self.query_tokens.len(), &|case, n| case.query_tokens = self.query_tokens[n]);
         cases = vary(cases, self.ranks.len(), &|case, n| *case = over(self.ranks[n], cores, *case));
+        cases = vary(cases, 2 * usize::from(self.checked), &|case, n| case.checked = n == 1);
         for case in &mut cases {
             case.threads_per_rank = self.threads.unwrap_or(case.threads_per_rank);
         }

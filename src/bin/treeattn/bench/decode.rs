@@ -110,6 +110,7 @@ fn describe(case: &Case, algorithm: Algorithm) -> Outcome<AttentionDesc> {
     desc.max_batch = i32::try_from(case.batch)?;
     desc.max_query_tokens = i32::try_from(case.batch * case.query_tokens)?;
     desc.causal = case.query_tokens > 1;
+    desc.checked = case.checked;
     if case.page_size > 0 {
         (desc.kv_layout, desc.page_size) = (KvLayout::BlockTable, i32::try_from(case.page_size)?);
     }
@@ -125,7 +126,8 @@ impl Rank {
         let room = (keys as usize).next_multiple_of(case.page_size.max(1));
         let elements = case.batch * case.query_tokens * case.q_heads * case.head_dim;
         let q = HostBuffer::new(elements * case.dtype.size())?;
-        let mut random = Random(1 + rank as u64);
+        // Every rank has the same queries.
+        let mut random = Random(1);
         for i in 0..elements {
             // Scores with a spread of about 1, as real ones have.
             let x = 3.0 * random.float();

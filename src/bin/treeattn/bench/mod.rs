@@ -76,6 +76,7 @@ pub fn run(args: &Args) -> Outcome<()> {
         isas: args.isa.clone(),
         pages: args.page_size.clone(),
         query_tokens: args.query_tokens.clone(),
+        checked: args.checked,
         threads: args.threads,
     };
     let asked: Vec<Algorithm> = args.algorithms.iter().flat_map(|some| &some.0).copied().collect();
