@@ -8,7 +8,7 @@ use crate::attention::{SequenceRecord, Step};
 use crate::comm::Round;
 use crate::cpu::CpuBackend;
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::DataFault;
+use crate::partial::{DataFault, Lse};
 use crate::route::context::StepContext;
 
 /// What the check of a step works on.
@@ -94,7 +94,7 @@ impl Check {
         row.fill(f32::NAN);
         for &(first, tokens) in &state.wrong {
             for row_index in first * exchange.heads()..(first + tokens) * exchange.heads() {
-                exchange.write(row_index, row, f32::NAN);
+                exchange.write(row_index, row, Lse::NAN);
             }
         }
     }
