@@ -25,6 +25,10 @@
  * TREEATTN_ERROR_BAD_HANDLE and never a crash. Destroying NULL does nothing. Objects may be destroyed in any order: one
  * whose parent is gone returns TREEATTN_ERROR_PARENT_DESTROYED, and can still be destroyed.
  *
+ * Handles belong to a process: after fork() those of the parent are TREEATTN_ERROR_BAD_HANDLE in the child, at once and in
+ * every call, and what they name is not touched. The child may make objects of its own, unless another thread was inside a
+ * call of the library when it was forked. dlclose comes after the last object is destroyed.
+ *
  * A STEP
  *
  *   treeattn_runtime_t *runtime;

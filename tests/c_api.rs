@@ -111,6 +111,7 @@ programs! {
     energy,
     faults,
     floats,
+    fork,
     handles,
     lifetimes,
     local,
