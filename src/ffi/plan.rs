@@ -119,8 +119,9 @@ pub unsafe extern "C" fn treeattn_plan_create_all(
 /// @param plan   the plan; in flight on one stream at a time.
 /// @param args   the step. The struct is read during the call; what it points to has to stay valid, and unchanged by
 ///               others, until the step is done.
-/// @param stream where to enqueue. NULL on a CPU plan: the step runs on the calling thread, and each local rank then
-///               needs a thread of its own.
+/// @param stream where to enqueue: a stream of its own for each rank of a communicator. A step on a CPU stream on which
+///               another rank waits for it is INVALID_ARGUMENT. NULL on a CPU plan: the step runs on the calling thread,
+///               and each local rank then needs a thread of its own.
 /// @return TREEATTN_OK; refused, with nothing enqueued or written: INVALID_ARGUMENT or UNSUPPORTED, by field; BAD_HANDLE;
 ///         PARENT_DESTROYED; BUSY: another call of this rank that exchanges is under way. What broke the communicator
 ///         (TIMEOUT, DESYNC, PEER_LOST, ABORTED, ...), with NaN in all of the output; PARENT_DESTROYED, too, where the

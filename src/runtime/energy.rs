@@ -60,7 +60,7 @@ pub unsafe fn energy(
         // SAFETY: the caller keeps the buffers valid while this runs.
         RunsOn::Caller => unsafe { run(&energy) },
         // SAFETY: the caller keeps the buffers valid until the evaluation is done.
-        RunsOn::Queue(queue) => queue.push(move || unsafe { run(&energy) }, ENQUEUE_TIMEOUT),
+        RunsOn::Queue(queue) => queue.push(move || unsafe { run(&energy) }, ENQUEUE_TIMEOUT).map(drop),
         RunsOn::Cuda(_) => Err(Error::unsupported("device", device, "CPU devices")),
     }
 }

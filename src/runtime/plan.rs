@@ -342,7 +342,14 @@ impl Plan {
                     // SAFETY: the caller's promise, which lasts until this is done.
                     unsafe { plan.run(&output, exchanges, || step(plan, None)) }
                 };
-                queue.push(task, core.context.config.step_timeout)
+                let (group, timeout) = (core.comm.group, core.context.config.step_timeout);
+                let pushed = match stream {
+                    Some(stream) if exchanges && group != 0 => {
+                        stream.push_exchange(queue, (group, core.context.shard.rank), task, timeout)
+                    }
+                    _ => queue.push(task, timeout),
+                };
+                pushed.map(drop)
             }
         }
     }

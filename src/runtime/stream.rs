@@ -2,6 +2,7 @@
 
 use std::ffi::c_void;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use once_cell::sync::OnceCell;
 use parking_lot::Mutex;
@@ -13,6 +14,8 @@ use crate::device::cuda::{CudaDevice, CudaStream};
 use crate::device::{Device, DeviceKind, Queue};
 use crate::error::{Error, ErrorList, Result};
 
+/// Communicators whose exchanges a CPU stream can hold at once without allocating.
+const MOST_GROUPS: usize = 64;
 /// Steps that a stream holds before enqueueing waits.
 const QUEUE_CAPACITY: usize = 1024;
 
@@ -23,6 +26,18 @@ pub struct Stream {
     kind: Kind,
     /// On a GPU, the ranks whose exchanges were enqueued.
     exchanging: Mutex<Vec<Weak<GpuRank>>>,
+    /// On the CPU, the ranks of local groups whose exchanges are enqueued and not done.
+    waiting: Mutex<Vec<WaitingRank>>,
+}
+
+/// A rank that waits for its peers on a CPU stream.
+#[derive(Clone, Copy)]
+struct WaitingRank {
+    /// Its group in this process.
+    group: u64,
+    rank: i32,
+    /// Its last step's number in the queue.
+    last: u64,
 }
 
 enum Kind {
@@ -50,7 +65,7 @@ impl Stream {
             DeviceKind::Cpu => Kind::Cpu(Queue::new(QUEUE_CAPACITY, "treeattn-stream")?),
             DeviceKind::Cuda => Kind::cuda(CudaStream::new(&CudaDevice::get(device)?)?),
         };
-        Ok(Stream { runtime: runtime.clone(), device, kind, exchanging: Mutex::default() })
+        Ok(Stream::of(runtime, device, kind))
     }
 
     /// The caller's own CUDA stream (a `CUstream` or `cudaStream_t`; null is the legacy default stream) of the primary
@@ -65,7 +80,38 @@ impl Stream {
         }
         // SAFETY: the caller's promise; `self` holds the wrapper, and drops it with itself.
         let stream = unsafe { CudaStream::wrap(&CudaDevice::get(device)?, cuda_stream) }?;
-        Ok(Stream { runtime: runtime.clone(), device, kind: Kind::cuda(stream), exchanging: Mutex::default() })
+        Ok(Stream::of(runtime, device, Kind::cuda(stream)))
+    }
+
+    fn of(runtime: &Runtime, device: Device, kind: Kind) -> Stream {
+        let waiting = Mutex::new(Vec::with_capacity(MOST_GROUPS));
+        Stream { runtime: runtime.clone(), device, kind, exchanging: Mutex::default(), waiting }
+    }
+
+    /// Enqueues on this stream's queue an exchange of `rank` of the local `group`. `InvalidArgument` where another rank of the
+    /// group waits on this stream for it to come: neither would ever be done.
+    pub(super) fn push_exchange<F>(
+        &self,
+        queue: &Queue,
+        (group, rank): (u64, i32),
+        task: F,
+        timeout: Duration,
+    ) -> Result<u64>
+    where
+        F: FnOnce() -> Result<()> + Send + 'static,
+    {
+        let mut waiting = self.waiting.lock();
+        waiting.retain(|waiting| !queue.is_done(waiting.last));
+        if let Some(other) = waiting.iter().find(|waiting| waiting.group == group && waiting.rank != rank) {
+            let found = format!("one on which rank {} of this communicator waits for rank {rank}", other.rank);
+            return Err(Error::invalid("stream", found, "a stream of its own for each rank of a communicator"));
+        }
+        let last = queue.push(task, timeout)?;
+        match waiting.iter_mut().find(|waiting| waiting.group == group) {
+            Some(waiting) => waiting.last = last,
+            None => waiting.push(WaitingRank { group, rank, last }),
+        }
+        Ok(last)
     }
 
     /// Waits until everything enqueued so far is done, also where the runtime is closed. On the CPU it returns the errors

@@ -138,6 +138,41 @@ static void at_once(void) {
   CHECK_TAKES(0, 2 * LATE, group_close(&made));
 }
 
+/* Ranks of one communicator on one stream: the second is refused while the first waits for it, and the first goes on. */
+static void one_stream_for_two_ranks(void) {
+  group_t made;
+  group_open(&made, 3, &desc, HANG, HANG);
+  treeattn_stream_t *own = made.streams[1];
+  group_reset(&made);
+  CHECK_OK(group_enqueue(&made, 0));
+  made.streams[1] = made.streams[0];
+  CHECK_TAKES(0, SOON,
+              CHECK_INVALID(treeattn_plan_decode(made.plans[1], &made.shards[1].args, made.streams[1]),
+                            "stream: found one on which rank 0 of this communicator waits for rank 1, wanted a stream"));
+  CHECK(shard_untouched(&made.shards[1]));
+  /* The same rank again is in order. */
+  CHECK_OK(group_enqueue(&made, 0));
+  made.streams[1] = own;
+  for (int step = 0; step < 2; step++) {
+    CHECK_OK(group_enqueue(&made, 1));
+    CHECK_OK(group_enqueue(&made, 2));
+  }
+  for (int rank = 0; rank < 3; rank++) {
+    CHECK_OK(treeattn_stream_synchronize(made.streams[rank]));
+    CHECK(shard_matches(&made.shards[rank], &problem));
+  }
+  /* Nobody waits there any more: another rank may have the stream. */
+  made.streams[1] = made.streams[0];
+  made.streams[0] = own;
+  for (int rank = 0; rank < 3; rank++) {
+    CHECK_OK(group_enqueue(&made, rank));
+  }
+  for (int rank = 0; rank < 3; rank++) {
+    CHECK_OK(treeattn_stream_synchronize(made.streams[rank]));
+  }
+  group_close(&made);
+}
+
 int main(void) {
   problem_make(&problem, GROUP_SEED);
   desc = problem_desc();
@@ -145,5 +180,6 @@ int main(void) {
   behind_another();
   by_deadline();
   at_once();
+  one_stream_for_two_ranks();
   return check_report("waits");
 }
