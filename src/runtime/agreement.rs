@@ -66,8 +66,9 @@ mod tests {
         let desc = AttentionDesc::new(4, 2, 64, 100);
         let same = || encode(3, &desc, Ok(vec![("threads_per_rank", "2".into())]));
         compare(&[same(), same(), same()]).unwrap();
-        let other = encode(3, &desc, Ok(vec![("threads_per_rank", "4".into())]));
-        let error = compare(&[same(), other, same()]).unwrap_err();
+        let other = || encode(3, &desc, Ok(vec![("threads_per_rank", "4".into())]));
+        assert_eq!(compare(&[other(), same(), same()]).unwrap_err().rank(), Some(0));
+        let error = compare(&[same(), other(), same()]).unwrap_err();
         assert_eq!((error.kind(), error.rank()), (ErrorKind::Mismatch, Some(1)));
         assert!(error.message().starts_with("threads_per_rank: found 2 on ranks [0, 2] and 4 on ranks [1]"), "{error}");
         let error = compare(&[same(), same(), encode(4, &desc, Ok(Vec::new()))]).unwrap_err();

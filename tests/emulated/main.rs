@@ -185,6 +185,7 @@ fn main() -> ExitCode {
         test("ranks_mismatch", ranks::faults::mismatch),
         test("ranks_bad_data_of_others", ranks::faults::bad_data_of_others),
         test("ranks_another_batch", ranks::faults::another_batch),
+        test("ranks_another_call", ranks::faults::another_call),
         test("ranks_skipped_step", ranks::faults::a_skipped_step),
         test("ranks_statistics", ranks::accounts::statistics),
         test("ranks_statistics_of_merges", ranks::accounts::statistics_of_merges),

@@ -41,7 +41,7 @@ const APART: [(&str, fn()); 5] = [
 
 /// Tests of ranks that wait for each other on one GPU: each in a process of its own and one after the other, since so many
 /// kernels and streams as all of them have would stand in each other's way.
-const RANKS: [(&str, fn()); 32] = [
+const RANKS: [(&str, fn()); 33] = [
     ("ranks_random_strided_0", || ranks::random(KvLayout::Strided, 0, count())),
     ("ranks_random_strided_1", || ranks::random(KvLayout::Strided, count(), count())),
     ("ranks_random_block_table_0", || ranks::random(KvLayout::BlockTable, 0, count())),
@@ -68,6 +68,7 @@ const RANKS: [(&str, fn()); 32] = [
     ("ranks_deadline", ranks::faults::the_deadline_is_kept),
     ("ranks_replayed_after_a_failure", ranks::faults::replayed_after_a_failure),
     ("ranks_another_batch", ranks::faults::another_batch),
+    ("ranks_another_call", ranks::faults::another_call),
     ("ranks_another_graph", ranks::faults::another_graph),
     ("ranks_skipped_step", ranks::faults::a_skipped_step),
     ("ranks_module_loading", ranks::faults::module_loading),

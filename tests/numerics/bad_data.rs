@@ -37,6 +37,8 @@ fn check_with(
     ranks[rank].set(which, index, value);
     let results = pool.step(case, &mut ranks, Call::Decode);
     assert_bad_data(&results, bad[0], argument);
+    let named = results.iter().map(|result| result.as_ref().err().and_then(|error| error.rank()));
+    assert!(named.into_iter().all(|named| named == Some(rank as i32)), "{what}\n{results:?}");
     for (memory, clean) in ranks.iter().zip(&clean) {
         for token in 0..case.tokens {
             let is_bad = case.owner(token).is_some_and(|b| bad.contains(&b));
@@ -110,7 +112,8 @@ fn lengths_beyond_the_room_of_a_table() {
     for (kv_layout, given) in [(KvLayout::BlockTable, 0), (KvLayout::CsrPages, 0), (KvLayout::CsrPages, 1)] {
         let desc = AttentionDesc { kv_layout, page_size: 4, ..AttentionDesc::new(1, 1, 16, 32) };
         let plans = group.plans(&desc).expect("plans");
-        // A table of two pages, whose last may hold so many tokens.
+        // A table of two pages, whose last may hold so many tokens; in CSR the pages of others come behind it.
+        let others = if kv_layout == KvLayout::CsrPages { 6 } else { 0 };
         for (last, fits) in [(1, true), (4, true), (5, false), (24, false)] {
             let (length, indptr) = (4 + last, [0, 2]);
             let args = DecodeArgs {
@@ -127,7 +130,7 @@ fn lengths_beyond_the_room_of_a_table() {
                 num_pages: 8,
                 page_indptr: indptr.as_ptr(),
                 page_indices: pages.as_ptr(),
-                num_page_indices: 2,
+                num_page_indices: 2 + others,
                 ..DecodeArgs::default()
             };
             // SAFETY: as above.
@@ -208,6 +211,8 @@ fn query_starts() {
     for (memory, clean) in ranks.iter().zip(&clean) {
         for head in 0..HEADS {
             assert_eq!(memory.row(&case, 0, head).1, clean.row(&case, 0, head).1);
+            // Which rows are sequence 2's is not known, so none has an answer.
+            assert!((1..4).all(|token| memory.row(&case, token, head).0.iter().all(|x| x.is_nan())));
         }
     }
     for value in [-1, 5, i32::MAX, i32::MIN] {
@@ -238,7 +243,9 @@ fn positions() {
     check(&mut pool, &explicit, (0, Ints::KvPosition, row + 3, -1), &[1], "kv_position");
     let mut given = contiguous.clone();
     given.query_position = Some(vec![59, 88, 89, 74]);
-    check(&mut pool, &given, (1, Ints::QueryPosition, 1, -1), &[1], "query_position");
+    for token in [1, 2] {
+        check(&mut pool, &given, (1, Ints::QueryPosition, token, -1), &[1], "query_position");
+    }
 }
 
 #[test]
@@ -252,6 +259,10 @@ fn the_first_of_several_is_named_and_the_group_goes_on() {
     ranks[1].set(Ints::KvLength, 2, 1 << 30);
     // The lowest rank that found some speaks for all.
     assert_bad_data(&step(&group, &plans, &ranks, false, Call::Decode), 2, "kv_length");
+    for rank in &ranks {
+        let is_nan = |token: usize| rank.row(&case, token, 0).0.iter().all(|x| x.is_nan());
+        assert_eq!([0, 1, 2, 3].map(is_nan), [false, true, true, true], "every faulty sequence is NaN");
+    }
     for comm in &group.ranks {
         assert!(comm.status().expect("a live communicator").error.is_none(), "the step has told it");
     }

@@ -97,6 +97,77 @@ fn bad_lengths_poison_their_sequence_on_every_rank_and_nothing_else() {
 }
 
 #[test]
+fn the_status_says_which_rank_sequence_and_plan_met_bad_data_before() {
+    let (runtime, comms) = group(3, &quick(Duration::from_secs(20)));
+    let desc = shape();
+    let (plans, later) = (plan_all(&comms, &desc), plan_all(&comms, &desc));
+    let streams: Vec<_> = comms.iter().map(|_| Stream::new(&runtime, CPU).unwrap()).collect();
+    for odd in 0..3 {
+        let mut shards: Vec<_> = (0..3).map(|r| Shard::new(&desc, 3, 5, r)).collect();
+        shards[odd].length[odd] = desc.max_kv_length + 1;
+        let mut good: Vec<_> = (0..3).map(|r| Shard::new(&desc, 3, 5, r)).collect();
+        for rank in 0..3 {
+            // SAFETY: the shards outlive the steps, which are waited for.
+            unsafe {
+                plans[rank].decode(&shards[rank].args(3), Some(&streams[rank])).unwrap();
+                later[rank].decode(&good[rank].args(3), Some(&streams[rank])).unwrap();
+            }
+        }
+        for (rank, comm) in comms.iter().enumerate() {
+            assert!(later[rank].wait(HANG));
+            let status = comm.status().unwrap();
+            assert_eq!(status.error.unwrap().kind(), ErrorKind::InvalidData);
+            assert_eq!((status.rank, status.sequence, status.plan), (odd as i32, odd as i32, 1), "on rank {rank}");
+            let status = comm.status().unwrap();
+            assert!(status.error.is_none(), "told once");
+            assert_eq!((status.rank, status.sequence, status.plan), (-1, -1, 2), "on rank {rank}");
+            assert_eq!(status.step, 2 * (odd as u64 + 1));
+            streams[rank].synchronize().unwrap();
+        }
+        // SAFETY: as above, for a blocking call.
+        let error = unsafe { plans[odd].partial(&shards[odd].args(3), None) }.unwrap_err();
+        assert_eq!((error.kind(), error.rank()), (ErrorKind::InvalidData, Some(odd as i32)), "{error}");
+    }
+}
+
+#[test]
+fn steps_count_decodes_and_merges_and_no_partials() {
+    for world in [1, 2] {
+        let (_runtime, comms) = group(world, &quick(Duration::from_secs(20)));
+        let desc = shape();
+        on_threads(world, |r| {
+            let plan = Plan::create(&comms[r], &desc).unwrap();
+            let mut shard = Shard::new(&desc, 2, 5, r as u32);
+            let decode = shard.args(2);
+            // SAFETY: the shard outlives the blocking calls.
+            unsafe { plan.partial(&decode, None) }.unwrap();
+            let (o, lse) = (shard.out.clone(), shard.lse.clone());
+            let merge = MergeArgs {
+                query_tokens: 2,
+                heads: 0,
+                head_dim: 0,
+                o: Tensor::from_slice(&o),
+                o_dtype: Dtype::F32,
+                lse: Tensor::from_slice(&lse),
+                lse_base: 0,
+                plus_inf_is_empty: false,
+                out: decode.out,
+                out_dtype: None,
+                out_lse: decode.lse,
+            };
+            for wanted in [1, 2] {
+                // SAFETY: as above.
+                unsafe { plan.decode(&decode, None) }.unwrap();
+                assert_eq!(plan.stats().unwrap().steps, 2 * wanted - 1, "{world} ranks");
+                // SAFETY: as above.
+                unsafe { plan.merge(&merge, None) }.unwrap();
+                assert_eq!(plan.stats().unwrap().steps, 2 * wanted, "{world} ranks");
+            }
+        });
+    }
+}
+
+#[test]
 fn scattered_outputs_are_the_replicated_ones_cut_by_heads() {
     for world in [1usize, 3, 5, 7] {
         let (_runtime, comms) = group(world, &quick(Duration::from_secs(20)));

@@ -5,6 +5,7 @@ mod watchdog;
 
 mod agreement;
 mod answers;
+mod arguments;
 mod checked;
 #[cfg(target_arch = "x86_64")]
 mod floats;

@@ -1,12 +1,13 @@
 //! Ranks over a transport that differ, abort or fail.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use treeattn::ErrorKind;
 use treeattn::attention::{Algorithm, AttentionDesc};
-use treeattn::runtime::{CommConfig, Plan};
+use treeattn::cpu::Isa;
+use treeattn::runtime::{CommConfig, Communicator, Plan, Runtime, RuntimeConfig};
 
 use super::mesh::{FAIL, LONG, Mesh, connect, connect_as, unix_pairs};
 use super::ranks::*;
@@ -24,6 +25,33 @@ fn a_ring_wants_equally_many_threads_on_every_rank() {
                 let error = Plan::create(&comm, &desc).err().unwrap();
                 assert_eq!((error.kind(), error.rank()), (ErrorKind::Mismatch, Some(2)));
                 assert!(error.message().starts_with("threads_per_rank: found 1 on ranks [0, 1] and 2"), "{error}");
+                Plan::create(&comm, &AttentionDesc { algorithm: Algorithm::Tree, ..shape(1) }).unwrap();
+            });
+        }
+    });
+}
+
+/// The same for instruction sets.
+#[test]
+fn a_ring_wants_one_instruction_set_on_every_rank() {
+    if Isa::best().name() == "scalar" {
+        return;
+    }
+    let meshes = Mesh::threads(3, unix_pairs);
+    thread::scope(|scope| {
+        for mesh in &meshes {
+            scope.spawn(move || {
+                let cpu_isa = (mesh.rank == 2).then(|| "scalar".to_string());
+                let runtime = Runtime::new(RuntimeConfig { cpu_isa }).unwrap();
+                let (transport, rank) = (mesh.transport(false), mesh.rank as i32);
+                // SAFETY: the mesh outlives the communicator.
+                let comm = unsafe {
+                    Communicator::create_from_transport(&runtime, transport, 3, rank, CPU, &config(LONG)).unwrap()
+                };
+                let desc = AttentionDesc { algorithm: Algorithm::Ring, ..shape(1) };
+                let error = Plan::create(&comm, &desc).err().unwrap();
+                assert_eq!((error.kind(), error.rank()), (ErrorKind::Mismatch, Some(2)));
+                assert!(error.message().starts_with("cpu_isa: found"), "{error}");
                 Plan::create(&comm, &AttentionDesc { algorithm: Algorithm::Tree, ..shape(1) }).unwrap();
             });
         }
@@ -50,9 +78,12 @@ fn ranks_that_differ_are_named() {
 
 #[test]
 fn abort_ends_a_callback() {
+    let undone = AtomicUsize::new(1);
     on_ranks(2, &config(LONG), |mesh, comm| {
+        let _undone = (mesh.rank == 0).then(|| Undone(&undone));
         let plan = Plan::create(comm, &shape(1)).unwrap();
         if mesh.rank == 0 {
+            let began = Instant::now();
             thread::scope(|scope| {
                 scope.spawn(|| {
                     thread::sleep(Duration::from_millis(100));
@@ -60,9 +91,11 @@ fn abort_ends_a_callback() {
                 });
                 let error = decode(&plan, 0, 1, None).err().unwrap();
                 assert_eq!(error.kind(), ErrorKind::Aborted, "{error}");
+                assert!(began.elapsed() < LONG / 3, "{:?}", began.elapsed());
             });
         } else {
-            thread::sleep(Duration::from_millis(400));
+            // Its sockets stay open, so that nothing but the abort ends the callback.
+            wait_for_all(&undone);
         }
     });
 }

@@ -1,12 +1,14 @@
 //! Every wait for a callback ends by its own deadline.
 
+use std::ffi::c_void;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use treeattn::ErrorKind;
 use treeattn::attention::{Algorithm, AttentionDesc};
-use treeattn::runtime::{CommConfig, Plan};
+use treeattn::runtime::{CommConfig, Communicator, Plan, Runtime, RuntimeConfig, Transport};
 
 use super::mesh::{LONG, Mesh, STUCK, WHOLE, connect, unix_pairs};
 use super::ranks::*;
@@ -71,6 +73,9 @@ fn a_rank_that_stops_within_the_step_ends_it_by_its_deadline() {
                 let error = decode(&plan, mesh.rank, 1, None).err().unwrap();
                 let what = format!("{algorithm:?}, deaf {deaf}, rank {}", mesh.rank);
                 assert_timed_out(&what, &error, began.elapsed());
+                if algorithm == Algorithm::Ring {
+                    assert_eq!(error.rank(), Some((mesh.rank as i32 + 1) % 3), "{what}: {error}");
+                }
                 drop(own);
                 wait_for_all(&undone);
             });
@@ -126,4 +131,42 @@ fn a_rank_that_comes_to_create_after_the_step_deadline_is_waited_for() {
             });
         }
     });
+}
+
+/// How long the callback below takes.
+const SLOW: Duration = Duration::from_millis(20);
+
+/// An allgather of one rank, which notes the time that it is given.
+unsafe extern "C" fn slow_gather(
+    ctx: *mut c_void,
+    send: *const c_void,
+    recv: *mut c_void,
+    bytes: usize,
+    timeout_ns: i64,
+    _abort: *const i32,
+) -> i32 {
+    // SAFETY: the context is the list of the test below, which outlives the communicator.
+    unsafe { &*ctx.cast::<Mutex<Vec<i64>>>() }.lock().unwrap().push(timeout_ns);
+    thread::sleep(SLOW);
+    // SAFETY: the library gives `bytes` bytes on both sides, which do not overlap.
+    unsafe { std::ptr::copy_nonoverlapping(send.cast::<u8>(), recv.cast::<u8>(), bytes) };
+    0
+}
+
+#[test]
+fn a_callback_is_given_what_the_ones_before_have_left_of_the_deadline() {
+    let given: Mutex<Vec<i64>> = Mutex::default();
+    let transport = Transport {
+        ctx: (&raw const given).cast_mut().cast(),
+        allgather: slow_gather,
+        sendrecv: None,
+        stream_threads: false,
+    };
+    let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+    // SAFETY: the callback does what an allgather of one rank does; the list outlives the communicator.
+    drop(unsafe { Communicator::create_from_transport(&runtime, transport, 1, 0, CPU, &config(LONG)) }.unwrap());
+    let given = given.into_inner().unwrap();
+    // What ranks tell each other goes in two messages: its sizes first.
+    assert!(given[0] as u128 <= LONG.as_nanos(), "{given:?}");
+    assert!(given[1] as u128 + SLOW.as_nanos() <= given[0] as u128, "{given:?}");
 }

@@ -123,8 +123,9 @@ pub fn memory() {
 
 /// Statistics of a merge of the engine's own partials are those of a step of as many rows.
 pub fn statistics_of_merges() {
-    for mode in MODES {
-        let (world, tokens, heads, dim) = (2, 3, 4, 64);
+    // With two ranks a rank sends as many rows in two shots as in one; heads that do not divide tell more.
+    for (mode, world) in MODES.into_iter().flat_map(|mode| [(mode, 2), (mode, 3)]) {
+        let (tokens, heads, dim) = (3, 4, 64);
         let group = Group::over(world, counts().pop().unwrap(), LONG);
         let base = AttentionDesc {
             kv_heads: 0,
@@ -174,7 +175,7 @@ pub fn statistics_of_merges() {
             assert_eq!(
                 (found.rounds, found.messages, found.bytes_sent),
                 (rounds, messages, sent * row_bytes(dim as u64, 4)),
-                "{mode:?}"
+                "{mode:?}, rank {rank} of {world}"
             );
         }
     }

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use treeattn::ErrorKind;
-use treeattn::attention::{Algorithm, AttentionDesc, Dtype, OutputMode};
-use treeattn::runtime::{Buffer, Plan};
+use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, Dtype, OutputMode, Tensor};
+use treeattn::runtime::{Buffer, MergeArgs, Plan};
 
 use super::{HANG, LONG, counts};
 use crate::driver::{Canary, Current, RawKernel};
@@ -142,17 +142,25 @@ pub fn replayed_after_a_failure() {
             let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
             let mirrors = group.mirrors(&all);
             group.step(&plans, &mirrors, &mut all);
-            let lane = OwnStream::new(&group.gpus[0]);
-            let graph = lane.raw.capture(|| {
-                // SAFETY: the device memory outlives the replays, which are waited for.
-                unsafe { plans[0].decode(&mirrors[0].args, Some(&lane.stream)) }.unwrap();
+            let lanes = [0, 1].map(|rank| OwnStream::new(&group.gpus[rank]));
+            let graphs = [0, 1].map(|rank: usize| {
+                let (_current, lane) = (Current::new(lanes[rank].ordinal), &lanes[rank]);
+                lane.raw.capture(|| {
+                    // SAFETY: the device memory outlives the replays, which are waited for.
+                    unsafe { plans[rank].decode(&mirrors[rank].args, Some(&lane.stream)) }.unwrap();
+                })
             });
-            for replay in 0..3 {
+            for replay in 0..4 {
                 all[0].prefill(0);
                 mirrors[0].update_all(&all[0]);
+                if replay == 3 {
+                    // The other rank comes after all, and pushes all that this one waited for.
+                    graphs[1].replay(&lanes[1].raw);
+                    lanes[1].raw.synchronize();
+                }
                 let started = Instant::now();
-                graph.replay(&lane.raw);
-                lane.raw.synchronize();
+                graphs[0].replay(&lanes[0].raw);
+                lanes[0].raw.synchronize();
                 let took = started.elapsed();
                 assert!(replay == 0 || took < STEP / 2, "replay {replay}: {took:?}");
                 mirrors[0].fetch(&mut all[0]);
@@ -188,22 +196,65 @@ pub fn out_of_step() {
     }
 }
 
-/// One rank has the tokens of a step in two sequences, the others in one: all else is the same.
+/// One rank has the tokens of a step in two sequences, or fewer tokens: all else is the same.
 pub fn another_batch() {
     for on in counts() {
         for algorithm in [Algorithm::OneShot, Algorithm::TwoShot] {
-            let base = AttentionDesc { algorithm, out_dtype: Dtype::F32, max_batch: 2, ..shape(8, 2, 64, Dtype::F16) };
-            let desc = AttentionDesc { max_kv_length: 100, max_query_tokens: 2, ..base };
-            let case = Case::plain(desc, 3, &[(100, 2)], Values::Normal, 5);
-            let other = Case::plain(desc, 3, &[(50, 1), (50, 1)], Values::Normal, 6);
-            assert_eq!((case.desc, case.tokens), (other.desc, other.tokens));
+            for sequences in [&[(50, 1), (50, 1)][..], &[(100, 1)]] {
+                let base =
+                    AttentionDesc { algorithm, out_dtype: Dtype::F32, max_batch: 2, ..shape(8, 2, 64, Dtype::F16) };
+                let desc = AttentionDesc { max_kv_length: 100, max_query_tokens: 2, ..base };
+                let case = Case::plain(desc, 3, &[(100, 2)], Values::Normal, 5);
+                let other = Case::plain(desc, 3, sequences, Values::Normal, 6);
+                assert_eq!(case.desc, other.desc);
+                let group = Group::over(3, on, LONG);
+                let (mut all, others) = (ranks(&case), ranks(&other));
+                let (plans, mirrors, odd) = (group.plans(&desc), group.mirrors(&all), group.mirrors(&others));
+                for rank in 0..3 {
+                    let mirror = if rank == 1 { &odd[rank] } else { &mirrors[rank] };
+                    // SAFETY: the device memory outlives the step, which is waited for.
+                    unsafe { plans[rank].decode(&mirror.args, Some(&group.gpus[rank].stream)) }.unwrap();
+                }
+                drop(plans);
+                failed(group, &case, &mut all, &[0, 1, 2], ErrorKind::Desync, 1);
+            }
+        }
+    }
+}
+
+/// One rank merges given partials where the others decode. Without queries nothing else tells the two apart.
+pub fn another_call() {
+    for on in counts() {
+        for tokens in [1, 0] {
+            let desc = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+            let case = Case::plain(desc, 3, &[(100, 1)], Values::Normal, 5);
             let group = Group::over(3, on, LONG);
-            let (mut all, others) = (ranks(&case), ranks(&other));
-            let (plans, mirrors, odd) = (group.plans(&desc), group.mirrors(&all), group.mirrors(&others));
+            let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
+            let mirrors = group.mirrors(&all);
             for rank in 0..3 {
-                let mirror = if rank == 1 { &odd[rank] } else { &mirrors[rank] };
+                let (args, stream) = (&mirrors[rank].args, Some(&group.gpus[rank].stream));
+                let merge = MergeArgs {
+                    query_tokens: tokens,
+                    heads: 0,
+                    head_dim: 0,
+                    // Any memory of the device: what is merged is never looked at.
+                    o: Tensor { stride: [0; 4], ..args.k },
+                    o_dtype: Dtype::F16,
+                    lse: Tensor { stride: [0; 4], ..args.k },
+                    lse_base: 0,
+                    plus_inf_is_empty: false,
+                    out: args.out,
+                    out_dtype: None,
+                    out_lse: args.lse,
+                };
+                let decode = if tokens == 0 { DecodeArgs { batch: 0, query_tokens: 0, ..*args } } else { *args };
                 // SAFETY: the device memory outlives the step, which is waited for.
-                unsafe { plans[rank].decode(&mirror.args, Some(&group.gpus[rank].stream)) }.unwrap();
+                unsafe {
+                    match rank {
+                        1 => plans[rank].merge(&merge, stream).unwrap(),
+                        _ => plans[rank].decode(&decode, stream).unwrap(),
+                    }
+                }
             }
             drop(plans);
             failed(group, &case, &mut all, &[0, 1, 2], ErrorKind::Desync, 1);
