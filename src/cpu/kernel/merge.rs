@@ -1,14 +1,15 @@
 //! Open sums closed into f64.
 
 use super::args::CloseArgs;
+use crate::cpu::simd::vector::Simd;
 
 /// Adds open sums to closed ones, each over 2^maximum of its row, and empties them. Nothing rounds but the additions in
 /// f64. Plain loops: inside an entry point of `table` they are compiled for its instruction set.
 ///
 /// # Safety
-/// The arguments describe valid memory.
+/// The arguments describe valid memory; the instruction set of `S` is there.
 #[inline(always)]
-pub unsafe fn close(a: &CloseArgs) {
+pub unsafe fn close<S: Simd>(a: &CloseArgs) {
     // SAFETY: rows stay below `rows` and elements below `width`.
     unsafe {
         for r in 0..a.rows {
@@ -16,9 +17,8 @@ pub unsafe fn close(a: &CloseArgs) {
             let (closed, open) = (a.closed.add(r * a.width), a.open.add(r * a.width));
             if ours == theirs {
                 // The usual case: the maximum stood still.
-                for i in 0..a.width {
-                    *closed.add(i) += f64::from(*open.add(i));
-                    *open.add(i) = 0.0;
+                for i in (0..a.width).step_by(S::LANES) {
+                    S::close(closed.add(i), open.add(i));
                 }
                 continue;
             }

@@ -73,7 +73,7 @@ macro_rules! kernels {
                 }};
             }
             entry!(weights_of, WeightArgs, weights::weights::<$simd>, bool);
-            entry!(close_of, CloseArgs, merge::close);
+            entry!(close_of, CloseArgs, merge::close::<$simd>);
 
             pub const KERNELS: Kernels = Kernels {
                 of_codec: [codec!(F32), codec!(F16), codec!(Bf16)],

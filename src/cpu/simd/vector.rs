@@ -40,6 +40,17 @@ pub unsafe trait Simd: Copy {
     unsafe fn exp2_unless_hidden(x: Self::V, whole: Self::V, rest: Self::V, score: Self::V) -> Self::V;
     /// Sums the lanes of each accumulator: `out[q * stride + t]` = sum of `acc[q][t]`. RQ * RT is a multiple of LANES.
     unsafe fn sum_lanes<const RQ: usize, const RT: usize>(acc: &[[Self::V; RT]; RQ], out: *mut f32, stride: usize);
+    /// Adds LANES floats to as many f64, and sets them to 0.
+    #[inline(always)]
+    unsafe fn close(closed: *mut f64, open: *mut f32) {
+        for i in 0..Self::LANES {
+            // SAFETY: both pointers are valid for the lanes.
+            unsafe {
+                *closed.add(i) += f64::from(*open.add(i));
+                *open.add(i) = 0.0;
+            }
+        }
+    }
     /// Asks for the cache line of `p`; never faults.
     unsafe fn prefetch(p: *const u8);
 }
