@@ -28,13 +28,15 @@ mod space;
 mod streams;
 #[path = "../support/mod.rs"]
 mod support;
+#[path = "../support/threads.rs"]
+mod threads;
 #[path = "../gpu/trial.rs"]
 mod trial;
 
 use std::process::ExitCode;
 
 use libtest_mimic::Arguments;
-use treeattn::attention::{AttentionDesc, Dtype, KvLayout, OutputMode};
+use treeattn::attention::{Algorithm, AttentionDesc, Dtype, KvLayout, OutputMode};
 
 use mirror::Ready;
 use support::case::Case;
@@ -54,7 +56,7 @@ const STRICT: Variables = &[("EMULATOR_STRICT", "1")];
 const DELAYS: Variables = &[("EMULATOR_DELAYS", "200000"), ("EMULATOR_SEED", "3")];
 
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 26] = [
+const APART: [(&str, fn(), Variables); 27] = [
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
     ("replays", streams::replays, &[]),
@@ -80,6 +82,7 @@ const APART: [(&str, fn(), Variables); 26] = [
     ("ranks_another_graph", ranks::faults::another_graph, &[]),
     ("ranks_module_loading", ranks::faults::module_loading, &[]),
     ("memory_is_what_is_said", memory_is_what_is_said, &[]),
+    ("allreduce3_threads", threads_over_nccl, &[]),
     ("strict_over_an_id", allreduce::over_an_id, STRICT),
 ];
 
@@ -129,6 +132,16 @@ fn memory_is_what_is_said() {
             assert_eq!(windows, world * memory.window + others, "{world} ranks");
         }
     }
+}
+
+/// Threads that watch steps over NCCL are joined by the end of their plans.
+fn threads_over_nccl() {
+    threads::on_one_core();
+    let group = group::Group::over(2, 2, std::time::Duration::from_secs(60));
+    let desc = AttentionDesc { algorithm: Algorithm::Allreduce3, ..numerics::shape(8, 2, 64, Dtype::F16) };
+    // The emulator has a thread of its own from its first launch on.
+    drop(group.plans(&desc));
+    threads::come_and_go("plans over NCCL", 2, || group.plans(&desc));
 }
 
 fn delays_random() {
@@ -196,6 +209,7 @@ fn main() -> ExitCode {
         test("allreduce3_over_an_id", allreduce::over_an_id),
         test("allreduce3_created_beside_steps", allreduce::created_beside_steps),
         test("allreduce3_a_rank_that_does_not_come", allreduce::a_rank_that_does_not_come),
+        test("allreduce3_a_rank_that_leaves", allreduce::a_rank_that_leaves),
         test("processes_numbers", processes::numbers),
         test("processes_killed", processes::killed),
         test("processes_leave", processes::leaves),

@@ -248,7 +248,8 @@ pub fn created_beside_steps() {
 pub fn a_rank_that_does_not_come() {
     let desc = by_allreduces(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
     let case = Case::plain(desc, 2, &[(100, 1)], Values::Normal, 5);
-    let group = Group::new(2, Duration::from_millis(500));
+    const STEP: Duration = Duration::from_secs(3);
+    let group = Group::new(2, STEP);
     let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
     let mirrors = group.mirrors(&all);
     group.step(&plans, &mirrors, &mut all);
@@ -256,7 +257,8 @@ pub fn a_rank_that_does_not_come() {
     // SAFETY: the device memory outlives the step, which is waited for.
     unsafe { plans[0].decode(&mirrors[0].args, Some(&group.gpus[0].stream)) }.unwrap();
     assert_eq!(group.gpus[0].stream.synchronize().unwrap_err().kind(), ErrorKind::Timeout);
-    assert!(started.elapsed() < HANG);
+    let took = started.elapsed();
+    assert!(took >= STEP && took < 2 * STEP - STEP / 6, "{took:?}");
     mirrors[0].fetch(&mut all[0]);
     assert!(all[0].row(&case, 0, 3).0.iter().all(|x| x.is_nan()));
     for comm in &group.comms {
@@ -270,6 +272,27 @@ pub fn a_rank_that_does_not_come() {
     let plans = group.plans(&case.desc);
     group.step(&plans, &mirrors, &mut all);
     assert_eq!(judge(&case, &all).unwrap().failure, None);
+}
+
+/// A rank that leaves, this one or its peer, ends the step long before the deadline.
+pub fn a_rank_that_leaves() {
+    let desc = by_allreduces(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
+    let case = Case::plain(desc, 2, &[(100, 1)], Values::Normal, 5);
+    for (leaver, kind) in [(1, ErrorKind::PeerLost), (0, ErrorKind::ParentDestroyed)] {
+        let group = Group::new(2, HANG);
+        let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
+        let mirrors = group.mirrors(&all);
+        group.step(&plans, &mirrors, &mut all);
+        let started = Instant::now();
+        // SAFETY: the device memory outlives the step, which is waited for.
+        unsafe { plans[0].decode(&mirrors[0].args, Some(&group.gpus[0].stream)) }.unwrap();
+        group.comms[leaver].close();
+        let error = group.gpus[0].stream.synchronize().unwrap_err();
+        assert_eq!((error.kind(), error.rank()), (kind, Some(leaver as i32)), "{error}");
+        assert!(started.elapsed() < HANG / 4, "{:?}", started.elapsed());
+        mirrors[0].fetch(&mut all[0]);
+        assert!(all[0].row(&case, 0, 3).0.iter().all(|x| x.is_nan()));
+    }
 }
 
 /// Captured on every GPU by one thread, replayed over other lengths.

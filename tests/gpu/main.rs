@@ -79,13 +79,14 @@ const RANKS: [(&str, fn()); 33] = [
 
 /// The same for ranks that NCCL connects, on two GPUs or more. NCCL itself asks that kernels of several communicators are
 /// launched in the same order everywhere; tests beside each other would break that.
-const OVER_NCCL: [(&str, fn()); 13] = [
+const OVER_NCCL: [(&str, fn()); 14] = [
     ("allreduce3_numbers", allreduce::numbers),
     ("allreduce3_merges", allreduce::merges),
     ("allreduce3_bad_data", allreduce::bad_data),
     ("allreduce3_over_an_id", allreduce::over_an_id),
     ("allreduce3_created_beside_steps", allreduce::created_beside_steps),
     ("allreduce3_a_rank_that_does_not_come", allreduce::a_rank_that_does_not_come),
+    ("allreduce3_a_rank_that_leaves", allreduce::a_rank_that_leaves),
     ("allreduce3_replays", allreduce::replays),
     ("processes_numbers", processes::numbers),
     ("processes_killed", processes::killed),
