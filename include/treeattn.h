@@ -23,7 +23,9 @@
  *
  * Objects are handles, not addresses. A handle that was destroyed, or is of another type or no handle at all, is
  * TREEATTN_ERROR_BAD_HANDLE and never a crash. Destroying NULL does nothing. Objects may be destroyed in any order: one
- * whose parent is gone returns TREEATTN_ERROR_PARENT_DESTROYED, and can still be destroyed.
+ * whose parent is gone begins nothing more (TREEATTN_ERROR_PARENT_DESTROYED), and can still be destroyed; where the runtime
+ * is gone, treeattn_stream_synchronize, treeattn_comm_abort and treeattn_comm_status go on serving. The order that never
+ * waits for anybody else's step: plans, communicators, streams, runtime.
  *
  * Handles belong to a process: after fork() those of the parent are TREEATTN_ERROR_BAD_HANDLE in the child, at once and in
  * every call, and what they name is not touched. The child may make objects of its own, unless another thread was inside a
@@ -43,7 +45,7 @@
  *   desc.q_heads = 32; desc.kv_heads = 8; desc.head_dim_qk = desc.head_dim_v = 128;
  *   desc.q_dtype = desc.k_dtype = desc.v_dtype = desc.out_dtype = TREEATTN_DTYPE_F16;
  *   desc.max_batch = desc.max_query_tokens = 1;
- *   desc.max_kv_length = 65536;                              // tokens of a sequence on one rank; costs no memory
+ *   desc.max_kv_length = 65536;                              // most tokens of a sequence on one rank
  *   treeattn_plan_create_all(2, comms, &desc, plans);
  *
  *   // then, on a thread of its own for each rank r, once a layer and token:
@@ -63,18 +65,32 @@
  * decode, merge) of one communicator in the same order. With a NULL stream a step of a CPU plan runs on the calling
  * thread and waits there for the other ranks, so each local rank needs a thread of its own. With a stream it is only
  * enqueued, so one thread can drive them all: step k on every rank before step k + 1 on any. A plan is in flight on one
- * stream at a time. The library's own threads block all signals, and end with the object that they serve.
+ * stream at a time. One CPU stream does not serve two ranks of a communicator: their steps would wait for each other.
+ * The library's own threads block all signals, and end with the object that they serve. A thread that calls the library
+ * needs 256 KiB of stack: a step of a CPU rank takes 32 KiB of it, GPU drivers, NCCL and callbacks what they take.
  *
  * ERRORS
  *
  * Calls return a status; treeattn_last_error_message() names the argument, the value found and the value wanted.
- * Outputs come last. A call that is refused leaves them as they were. A step that began and failed, and every later step
- * on its communicator, writes NaN to all of them. What the host can see is checked before anything is enqueued.
- * What only the device sees (lengths, positions, tables) is checked during the step, before any address is formed from
- * it: such a sequence gets NaN, the status is TREEATTN_ERROR_INVALID_DATA, everything else is good. Every wait for other
- * ranks has a deadline; one that expires breaks the communicator on all ranks (TREEATTN_ERROR_TIMEOUT), and a new one
- * can be made in the same process. No call aborts, exits or traps. A defect of the library comes back as
- * TREEATTN_ERROR_INTERNAL (after the usual panic line on stderr: the library installs no panic hook).
+ * Outputs come last. A call that is refused before it begins leaves them as they were. A step that began and failed, and
+ * every later step on its communicator, writes NaN to all of them. What the host can see is checked before anything is
+ * enqueued. What a step alone sees (lengths, positions, tables) is checked during it, before any address is formed from
+ * it: such a sequence gets NaN, the status is TREEATTN_ERROR_INVALID_DATA, everything else is good.
+ *
+ * Every wait for other ranks has a deadline. One that expires breaks the communicator (TREEATTN_ERROR_TIMEOUT): for all of
+ * its ranks at once where they live in one process, or are GPUs that reach each other's memory; over an engine's transport
+ * or NCCL for this rank, while the others end by their own deadlines. A broken communicator stays broken; a new one can be
+ * made in the same process. A rank that is refused a step leaves its peers waiting for it: correct the call and issue it
+ * again within the deadline, or end their wait with treeattn_comm_abort.
+ *
+ * No call aborts, exits or traps. A defect of the library comes back as TREEATTN_ERROR_INTERNAL (after the usual panic line
+ * on stderr: the library installs no panic hook).
+ *
+ * ENVIRONMENT
+ *
+ * Read once, when a process makes its first runtime, so that a later setenv neither matters nor races: TREEATTN_CPU_ISA
+ * (treeattn_runtime_config_t), TREEATTN_GPU_EXCHANGE (the form of the exchange between GPUs: "memory", "push" or "single"),
+ * VIRTUAL_ENV and PATH (where to look for NCCL). What has to differ between objects is a field of a config.
  *
  * POINTERS
  *
@@ -162,6 +178,13 @@ inline T sized() {
  * they are not causal. Merges of partials and `treeattn_plan_partial` check nothing. CPU ranks only.
  */
 #define TREEATTN_ATTENTION_CHECKED 2
+
+/**
+ * Flag of `treeattn_attention_desc_t`, with `causal` = 1: sequences may hold keys past `global_length`, such as those of
+ * drafts that were rolled back; causality hides them. Without it such a step is refused on CPUs, where it may be that a
+ * rank's lengths are stale. Since 0.2.
+ */
+#define TREEATTN_ATTENTION_SURPLUS_KEYS 4
 
 /** Flag of `treeattn_merge_args_t`: an incoming lse of +inf means an empty partial, as -inf does. */
 #define TREEATTN_MERGE_PLUS_INF_IS_EMPTY 1
@@ -285,8 +308,8 @@ typedef struct treeattn_runtime_config_t {
     /** sizeof(treeattn_runtime_config_t). */
     size_t struct_size;
     /**
-     * Instruction set of the CPU backend: "scalar", "avx2", "avx512" or "neon". NULL: the environment variable
-     * TREEATTN_CPU_ISA, else the best that the machine has.
+     * Instruction set of the CPU backend: "scalar", "avx2", "avx512" or "neon". NULL: what the environment variable
+     * TREEATTN_CPU_ISA said when the process made its first runtime, else the best that the machine has.
      */
     const char *cpu_isa;
 } treeattn_runtime_config_t;
@@ -418,7 +441,10 @@ typedef struct treeattn_comm_status_t {
     treeattn_status_t code;
     /** The rank that the error is about, -1 if none. */
     int32_t rank;
-    /** Steps that exchanged, each counted once whatever its algorithm: completed on a CPU, enqueued on a GPU. */
+    /**
+     * Steps of all plans of this rank that exchanged, each counted once whatever its algorithm and size: completed on a CPU,
+     * enqueued on a GPU. (`steps` of `treeattn_plan_stats_t` counts those of one plan, also without exchange.)
+     */
     uint64_t step;
     /**
      * The plan of the last step by its number on the communicator (from 1; see `treeattn_plan_stats_t`), 0 before the
@@ -597,7 +623,10 @@ typedef struct treeattn_attention_desc_t {
     int32_t max_batch;
     /** Most query tokens in a step, all sequences together, at least 1. */
     int32_t max_query_tokens;
-    /** Most tokens of one sequence on one rank, at least 1. Costs no memory. */
+    /**
+     * Most tokens of one sequence on one rank, at least 1. Costs no memory but with TREEATTN_ALGORITHM_RING, whose blocks it
+     * sizes.
+     */
     int32_t max_kv_length;
     /** Multiplies q.k; 0: 1/sqrt(head_dim_qk). */
     float scale;
@@ -606,7 +635,7 @@ typedef struct treeattn_attention_desc_t {
      * cache first.
      */
     int32_t causal;
-    /** Keys visible before a query, by global position. 0: all. */
+    /** A query sees the last `window` keys up to its own global position, its own token among them. 0: all. */
     int32_t window;
     /** Scores become softcap * tanh(score / softcap). 0: off. */
     float softcap;
@@ -641,15 +670,19 @@ typedef struct treeattn_attention_desc_t {
  * A caller's buffer with byte strides; what the dimensions are is said where the tensor is used. Frozen: no
  * struct_size.
  *
- * All strides zero means packed, row-major. Otherwise every stride is taken as it is, so that a zero broadcasts
- * (inputs only). The library touches nothing outside `bytes` bytes from `data`.
+ * All strides zero means packed, row-major; how many tokens a packed cache has room for is said at `kv_capacity` of
+ * `treeattn_decode_args_t`. Otherwise every stride is taken as it is, so that a zero broadcasts (inputs only, and not the
+ * elements of a row of keys or values). The library touches nothing outside `bytes` bytes from `data`.
  */
 typedef struct treeattn_tensor_t {
     /** First element, on the plan's device. Aligned to the element (to 4 bytes at most). */
     void *data;
     /** Bytes from `data` that the library may touch. */
     uint64_t bytes;
-    /** Byte strides, outermost dimension first; those past the last dimension are ignored. */
+    /**
+     * Byte strides, outermost dimension first, each at least 0 and a multiple of the element's size; those past the last
+     * dimension are ignored.
+     */
     int64_t stride[4];
 } treeattn_tensor_t;
 
@@ -657,8 +690,16 @@ typedef struct treeattn_tensor_t {
  * The arguments of one decode step on one rank. Pointers are to memory of the plan's device.
  *
  * Lengths, starts, positions and tables are read while the step runs, and checked there before any address is formed
- * from them: what is out of range gives NaN for that sequence and TREEATTN_ERROR_INVALID_DATA. A row with no queries
- * or no keys is valid padding.
+ * from them: what is out of range gives NaN for that sequence and TREEATTN_ERROR_INVALID_DATA. Rows that see no key, and
+ * rows from `query_start[batch]` on, are valid padding: out 0, lse -inf.
+ *
+ * An argument that the layout or the placement has no use for (a block table with a strided cache, `kv_start` with
+ * interleaved placement) is TREEATTN_ERROR_INVALID_ARGUMENT. On CPUs, whose memory the call can read, so is what cannot be
+ * meant: `k.bytes` too small for the lengths, `max_pages` or `num_pages` 0; `query_start[0]` other than 0; of a sequence with
+ * queries and a `global_length` also kv_start + length above it and, with interleaved placement, a length other than what
+ * the rank holds of it (for `treeattn_plan_partial` and `treeattn_energy`: more than that); of plans that are CHECKED the
+ * ranks find the latter together, as MISMATCH. What lies in a GPU's memory the
+ * call cannot read: there the former are INVALID_DATA of the step, and the latter are not looked at.
  */
 typedef struct treeattn_decode_args_t {
     /** sizeof(treeattn_decode_args_t). */
@@ -669,24 +710,35 @@ typedef struct treeattn_decode_args_t {
     int32_t query_tokens;
     /** Queries [token, query head, dim]. */
     struct treeattn_tensor_t q;
-    /** Keys [sequence, token, kv head, dim], or [page, slot, kv head, dim]. */
+    /**
+     * Keys [sequence, token, kv head, dim], or [page, slot, kv head, dim]. Packed (all strides 0) and strided, the tokens of a
+     * sequence are as many as `kv_capacity` says. `bytes` may end where the tokens of the last sequence do; on a GPU no
+     * sequence may then be longer than the last has room for. Last stride 0 with dim above 1 is refused.
+     */
     struct treeattn_tensor_t k;
     /** Values, as the keys. May be a view of the keys. */
     struct treeattn_tensor_t v;
-    /** Output [token, query head, dim]; with a scattered output the rank's own heads only. Shares no byte with inputs. */
+    /**
+     * Output [token, query head, dim]; with a scattered output the rank's own heads only. Shares no byte with inputs, and no
+     * two elements share one: each dimension steps over the whole of those with smaller strides.
+     */
     struct treeattn_tensor_t out;
     /** Natural log-sum-exp of the scaled scores, f32 [token, query head], heads as `out`. data NULL: not wanted. */
     struct treeattn_tensor_t lse;
-    /** `int32 [batch + 1]`: first query token of each sequence, ascending from 0. NULL: query_tokens / batch each. */
+    /**
+     * `int32 [batch + 1]`: first query token of each sequence, ascending from 0. NULL: query_tokens / batch each, which then
+     * leaves no remainder.
+     */
     const int32_t *query_start;
     /**
-     * `int32 [batch]`: tokens of each sequence on this rank, 0 to `max_kv_length`. NULL only for CSR pages with
-     * `last_page_len`.
+     * `int32 [batch]`: tokens of each sequence on this rank, 0 to `max_kv_length`. NULL only for CSR pages, which take exactly
+     * one of `kv_length` and `last_page_len`.
      */
     const int32_t *kv_length;
     /**
      * `int32 [batch]`: tokens of each sequence on all ranks together, this step's query tokens included. Required where
-     * global positions matter (causal, window, ALiBi) and `query_position` is NULL.
+     * global positions matter (causal, window, ALiBi) and `query_position` is NULL; elsewhere welcome, since the lengths of
+     * this rank are held against it. Keys past it: see TREEATTN_ATTENTION_SURPLUS_KEYS.
      */
     const int32_t *global_length;
     /** `int32 [batch]`, contiguous placement: global position of local slot 0. NULL: 0, with one rank. */
@@ -709,7 +761,7 @@ typedef struct treeattn_decode_args_t {
     const int32_t *page_indices;
     /** Entries of `page_indices`. */
     int64_t num_page_indices;
-    /** `int32 [batch]`, CSR pages: tokens in each sequence's last page, 1 to page_size. NULL: `kv_length` counts. */
+    /** `int32 [batch]`, CSR pages: tokens in each sequence's last page, 1 to page_size, instead of `kv_length`. */
     const int32_t *last_page_len;
     /** f32 scales of fp8 keys, [sequence or page, token or slot, kv head]. Here all strides zero is one scale for all. */
     struct treeattn_tensor_t k_scale;
@@ -721,6 +773,14 @@ typedef struct treeattn_decode_args_t {
     struct treeattn_tensor_t sinks;
     /** Mask [sequence, head, query, local slot] of `mask_dtype`. Strides are taken as they are: 0 broadcasts. */
     struct treeattn_tensor_t mask;
+    /**
+     * Tokens that a packed strided k or v (all strides 0) has room for in each sequence: it is [batch, kv_capacity, kv head,
+     * dim]. May be 0 for one sequence, and where `bytes` is just the size of [batch or `max_batch`, `max_kv_length`, kv head,
+     * dim] or, with batch = `max_batch`, of fewer tokens. 0 where k and v have strides, and in other layouts. Since 0.2.
+     */
+    int32_t kv_capacity;
+    /** Zero; keeps the size a multiple of 8. */
+    int32_t reserved;
 } treeattn_decode_args_t;
 
 /**
@@ -777,11 +837,11 @@ typedef struct treeattn_plan_stats_t {
     size_t struct_size;
     /** The number of this plan on its communicator, from 1. */
     uint64_t plan;
-    /** Steps run. */
+    /** Calls of decode, partial and merge on this plan that ran, or were enqueued on a GPU. */
     uint64_t steps;
     /**
-     * Steps of the exchanges: rounds, and levels of the tree or hops of the ring; a decode step larger than the window
-     * takes several rounds.
+     * What their exchanges took: rounds among all ranks, levels of the tree, hops of the ring. A step that is larger than
+     * the window takes several.
      */
     uint64_t rounds;
     /** Messages sent to peers. */
@@ -1023,8 +1083,9 @@ treeattn_status_t treeattn_stream_wrap_cuda(struct treeattn_runtime_t *runtime,
  * Waits until everything enqueued so far is done, also where the runtime is destroyed.
  *
  * @param stream the stream.
- * @return TREEATTN_OK; BAD_HANDLE; or the first error of a step since the last call, whose message tells of those of
- *         other steps, and which are then forgotten (a broken communicator stays broken, and its later calls say so). On
+ * @return TREEATTN_OK; BAD_HANDLE; or the first error of a step that was enqueued on this stream, of whichever rank and
+ *         plan, since the last call by any thread, whose message tells of those of other steps, and which are then
+ *         forgotten (a broken communicator stays broken, and its later calls say so). On
  *         a GPU: CUDA, CUDA_FATAL; CAPTURING; why communicators are broken whose steps were enqueued here; what steps
  *         found in their data comes from treeattn_comm_status().
  *
@@ -1229,9 +1290,9 @@ treeattn_status_t treeattn_comm_status(struct treeattn_comm_t *comm,
                                        struct treeattn_comm_status_t *status);
 
 /**
- * Breaks a communicator: every wait on it ends at once, on all ranks, with ABORTED, and so does every later call. Over
- * an engine's transport it reaches this rank only, and ends its callback; the peers end by their deadlines. Serves also
- * where the runtime is destroyed.
+ * Breaks a communicator: every wait on it ends at once with ABORTED, on all ranks of a process and of GPUs that reach each
+ * other's memory, and so does every later call. Over an engine's transport or NCCL it reaches this rank only, and ends its
+ * callback; the peers end by their deadlines. Serves also where the runtime is destroyed.
  *
  * @param comm the communicator.
  * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED.
@@ -1380,7 +1441,8 @@ treeattn_status_t treeattn_plan_create(struct treeattn_comm_t *comm,
  * @param plans where the n handles go, in the order of comms.
  * @return as `treeattn_plan_create`. On an error no plan is left.
  *
- * Ownership: the caller destroys each of the n. Thread safety: as `treeattn_plan_create`. Does not wait for anybody.
+ * Ownership: the caller destroys each of the n. Thread safety: as `treeattn_plan_create`. Waits for no other call; between
+ * GPUs, TREEATTN_ALGORITHM_ALLREDUCE3 has NCCL connect the ranks, on threads of the library, at most the setup deadline.
  * During a capture: CAPTURING. Since 0.1.
  */
 treeattn_status_t treeattn_plan_create_all(int32_t n,
@@ -1398,11 +1460,13 @@ treeattn_status_t treeattn_plan_create_all(int32_t n,
  * @param plan   the plan; in flight on one stream at a time.
  * @param args   the step. The struct is read during the call; what it points to has to stay valid, and unchanged by
  *               others, until the step is done.
- * @param stream where to enqueue: a stream of its own for each rank of a communicator. A step on a CPU stream on which
- *               another rank waits for it is INVALID_ARGUMENT. NULL on a CPU plan: the step runs on the calling thread,
- *               and each local rank then needs a thread of its own.
- * @return TREEATTN_OK; refused, with nothing enqueued or written: INVALID_ARGUMENT or UNSUPPORTED, by field; BAD_HANDLE;
- *         PARENT_DESTROYED; BUSY: another call of this rank that exchanges is under way. What broke the communicator
+ * @param stream where to enqueue; of the plan's device. NULL on a CPU plan: the step runs on the calling thread, and each
+ *               local rank then needs a thread of its own. NULL on a CUDA plan is INVALID_ARGUMENT; the legacy default
+ *               stream is `treeattn_stream_wrap_cuda` of NULL. A CPU stream serves one rank of a communicator at a time:
+ *               INVALID_ARGUMENT while it holds a step of another one.
+ * @return TREEATTN_OK; refused, with nothing enqueued or written, while the peers wait for this rank: INVALID_ARGUMENT or
+ *         UNSUPPORTED, by field; BAD_HANDLE; PARENT_DESTROYED; BUSY: another call of this rank that exchanges is under
+ *         way. What broke the communicator
  *         (TIMEOUT, DESYNC, PEER_LOST, ABORTED, ...), with NaN in all of the output; PARENT_DESTROYED, too, where the
  *         communicator is destroyed within the step. With a NULL stream also INVALID_DATA: the output is written, with
  *         NaN in the sequence that the message names. With a stream the errors of the step itself come from

@@ -106,6 +106,7 @@ macro_rules! programs {
 }
 
 programs! {
+    arguments,
     comm,
     decode,
     energy,

@@ -172,6 +172,8 @@ pub struct AttentionDesc {
     /// Steps that exchange compare what the ranks passed: queries, lengths, positions, and that every position below
     /// `global_length` is held once. Ranks that do not fit together get `Mismatch`, and NaN for the sequence.
     pub checked: bool,
+    /// Sequences may hold keys past `global_length`, which `causal` hides: rolled back, and not taken out of the lengths.
+    pub surplus_keys: bool,
 }
 
 impl AttentionDesc {
@@ -207,6 +209,7 @@ impl AttentionDesc {
             wire_dtype: Dtype::F32,
             kv_stable: false,
             checked: false,
+            surplus_keys: false,
         }
     }
 
@@ -269,6 +272,11 @@ impl AttentionDesc {
         if !self.scale.is_finite() {
             return Err(Error::invalid("scale", self.scale, "a finite number, 0 for 1/sqrt(head_dim_qk)"));
         }
+        if self.surplus_keys && !self.causal {
+            let wanted =
+                "no TREEATTN_ATTENTION_SURPLUS_KEYS where causal = 0: nothing would hide the keys past global_length";
+            return Err(Error::invalid("flags", "SURPLUS_KEYS", wanted));
+        }
         if self.window < 0 {
             return Err(Error::invalid("window", self.window, "at least 0"));
         }
@@ -311,12 +319,9 @@ impl AttentionDesc {
             wire_dtype,
             kv_stable,
             checked,
+            surplus_keys,
         } = *self;
-        let (kind, run) = match placement {
-            Placement::Contiguous => ("CONTIGUOUS", 0),
-            Placement::Interleaved { run } => ("INTERLEAVED", run),
-            Placement::Explicit => ("EXPLICIT", 0),
-        };
+        let run = if let Placement::Interleaved { run } = placement { run } else { 0 };
         vec![
             ("q_heads", q_heads.to_string()),
             ("kv_heads", kv_heads.to_string()),
@@ -328,7 +333,7 @@ impl AttentionDesc {
             ("out_dtype", out_dtype.name().into()),
             ("kv_layout", kv_layout.name().into()),
             ("page_size", page_size.to_string()),
-            ("placement.kind", kind.into()),
+            ("placement.kind", placement.name().into()),
             ("placement.interleave", run.to_string()),
             ("max_batch", max_batch.to_string()),
             ("max_query_tokens", max_query_tokens.to_string()),
@@ -348,6 +353,7 @@ impl AttentionDesc {
             ("wire_dtype", wire_dtype.name().into()),
             ("kv_stable", i32::from(kv_stable).to_string()),
             ("checked", i32::from(checked).to_string()),
+            ("surplus_keys", i32::from(surplus_keys).to_string()),
         ]
     }
 }

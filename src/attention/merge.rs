@@ -2,7 +2,7 @@
 
 use super::descriptor::{AttentionDesc, MAX_HEAD_DIM};
 use super::dtype::Dtype;
-use super::step::{disjoint, no_broadcast};
+use super::step::{disjoint, no_overlap};
 use super::tensor::Tensor;
 use crate::error::{Error, Result};
 use crate::partial::Lse;
@@ -119,12 +119,12 @@ impl MergeStep {
         };
         let shape = [i64::from(args.query_tokens), i64::from(heads), i64::from(dim)];
         let out_stride = args.out.resolve("out", float("out_dtype", out_dtype)?, &shape)?;
-        no_broadcast("out", &out_stride, &shape)?;
+        no_overlap("out", out_dtype.size(), &out_stride, &shape)?;
         let out_lse_stride = if args.out_lse.data.is_null() {
             [0; 4]
         } else {
             let stride = args.out_lse.resolve("out_lse", Dtype::F32, &shape[..2])?;
-            no_broadcast("out_lse", &stride, &shape[..2])?;
+            no_overlap("out_lse", Dtype::F32.size(), &stride, &shape[..2])?;
             stride
         };
         for (out_name, out) in [("out", &args.out), ("out_lse", &args.out_lse)] {

@@ -4,6 +4,7 @@
 //! [`crate::partial`]. Backends, the runtime and the C ABI build on it.
 
 pub mod capability;
+pub mod decode_args;
 pub mod descriptor;
 pub mod dtype;
 pub mod energy;
@@ -14,10 +15,14 @@ pub mod record;
 pub mod reference;
 pub mod score;
 pub mod step;
+mod step_arrays;
+mod strided_cache;
 pub mod tensor;
+mod unused_args;
 pub mod visibility;
 
 pub use capability::{Capabilities, supported};
+pub use decode_args::DecodeArgs;
 pub use descriptor::{
     Algorithm, AttentionDesc, KvLayout, MAX_HEAD_DIM, MaskKind, OutputMode, QueryInput, Reproducibility,
 };
@@ -26,6 +31,7 @@ pub use format::KvFormat;
 pub use placement::{Placement, Shard, head_range};
 pub use record::SequenceRecord;
 pub use score::ScoreMod;
-pub use step::{DecodeArgs, Step};
+pub use step::Step;
+pub use step_arrays::Keys;
 pub use tensor::Tensor;
 pub use visibility::{KeyPositions, Visibility, VisibilityRule};

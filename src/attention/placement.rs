@@ -19,6 +19,17 @@ pub enum Placement {
     Explicit,
 }
 
+impl Placement {
+    /// The name used in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Placement::Contiguous => "CONTIGUOUS",
+            Placement::Interleaved { .. } => "INTERLEAVED",
+            Placement::Explicit => "EXPLICIT",
+        }
+    }
+}
+
 /// One rank's place among the ranks of a communicator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Shard {

@@ -1,100 +1,17 @@
 //! What changes from step to step: the arguments of a decode, checked as far as the host can see.
 
+use std::cmp::Reverse;
 use std::ffi::c_void;
 
+use super::decode_args::DecodeArgs;
 use super::descriptor::{AttentionDesc, KvLayout};
 use super::dtype::Dtype;
-use super::format::KvFormat;
 use super::placement::{Placement, Shard};
+use super::strided_cache::{self, StridedCache};
 use super::tensor::Tensor;
+use super::unused_args;
 use crate::error::{Error, Result};
 use crate::partial::rows::RowTarget;
-
-/// The arguments of one decode step on one rank. Pointers are to memory of the plan's device.
-///
-/// Tensors: q [token, q head, dim]; k and v [sequence, token, kv head, dim] (strided) or [page, slot, kv head, dim];
-/// out [token, q head, dim]; lse [token, q head] f32, optional. With a scattered output, out and lse hold the rank's
-/// own heads only.
-#[derive(Clone, Copy, Debug)]
-pub struct DecodeArgs {
-    /// Sequences in this step.
-    pub batch: i32,
-    /// Query tokens of all sequences together: an upper bound of `query_start[batch]`.
-    pub query_tokens: i32,
-    /// Queries.
-    pub q: Tensor,
-    /// Keys.
-    pub k: Tensor,
-    /// Values.
-    pub v: Tensor,
-    /// Output.
-    pub out: Tensor,
-    /// Natural log-sum-exp of the scaled scores, f32; `data` null: not wanted.
-    pub lse: Tensor,
-    /// `int32 [batch + 1]`: first query token of each sequence. Null: `query_tokens / batch` tokens each.
-    pub query_start: *const i32,
-    /// `int32 [batch]`: tokens of each sequence on this rank. Null only for CSR pages with `last_page_len`.
-    pub kv_length: *const i32,
-    /// `int32 [batch]`: tokens of each sequence on all ranks together, the query tokens included. Needed where
-    /// global positions matter and `query_position` is null.
-    pub global_length: *const i32,
-    /// `int32 [batch]`, contiguous placement: global position of local slot 0. Null: 0 in a world of one.
-    pub kv_start: *const i32,
-    /// int32, explicit placement: global position of each local slot; row b begins at b * `kv_position_stride`.
-    pub kv_position: *const i32,
-    /// Elements between the rows of `kv_position`; 0: `max_kv_length` of the descriptor.
-    pub kv_position_stride: i64,
-    /// `int32 [query_tokens]`: global position of each query token. Null: global_length - n_query + i.
-    pub query_position: *const i32,
-    /// `int32 [batch, max_pages]`: the pages of each sequence.
-    pub block_table: *const i32,
-    /// Entries of a row of `block_table`.
-    pub max_pages: i32,
-    /// Pages that exist in k and v.
-    pub num_pages: i32,
-    /// `int32 [batch + 1]`: first entry of each sequence in `page_indices`.
-    pub page_indptr: *const i32,
-    /// `int32 [num_page_indices]`: the pages, sequence after sequence.
-    pub page_indices: *const i32,
-    /// Entries of `page_indices`.
-    pub num_page_indices: i64,
-    /// `int32 [batch]`: tokens in each sequence's last page, 1 to page_size. Null: `kv_length` counts.
-    pub last_page_len: *const i32,
-}
-
-// SAFETY: addresses and numbers. Nothing here reads through them; the unsafe code that does says who keeps the memory
-// alive until the step is done.
-unsafe impl Send for DecodeArgs {}
-// SAFETY: as for Send: sharing them shares numbers.
-unsafe impl Sync for DecodeArgs {}
-
-impl Default for DecodeArgs {
-    fn default() -> Self {
-        DecodeArgs {
-            batch: 0,
-            query_tokens: 0,
-            q: Tensor::NULL,
-            k: Tensor::NULL,
-            v: Tensor::NULL,
-            out: Tensor::NULL,
-            lse: Tensor::NULL,
-            query_start: std::ptr::null(),
-            kv_length: std::ptr::null(),
-            global_length: std::ptr::null(),
-            kv_start: std::ptr::null(),
-            kv_position: std::ptr::null(),
-            kv_position_stride: 0,
-            query_position: std::ptr::null(),
-            block_table: std::ptr::null(),
-            max_pages: 0,
-            num_pages: 0,
-            page_indptr: std::ptr::null(),
-            page_indices: std::ptr::null(),
-            num_page_indices: 0,
-            last_page_len: std::ptr::null(),
-        }
-    }
-}
 
 /// Decode arguments whose host-visible fields were checked against a descriptor, with resolved byte strides.
 #[derive(Clone, Copy, Debug)]
@@ -111,7 +28,8 @@ pub struct Step {
     pub out_stride: [i64; 4],
     /// Byte strides of lse: token, head.
     pub lse_stride: [i64; 4],
-    /// Most tokens of a sequence that k and v have room for and the plan allows; a longer `kv_length` is bad data.
+    /// Most tokens of a sequence that the plan allows and that k and v have room for: strided ones in the last sequence,
+    /// [`Step::room`] tells of the others; pages, in all.
     pub kv_capacity: i64,
     /// Where the energy is evaluated, see [`Step::at_zeta`]; `data` null: at 0, which is plain attention.
     pub zeta: Tensor,
@@ -137,6 +55,7 @@ impl Step {
     pub fn new(desc: &AttentionDesc, shard: Shard, args: &DecodeArgs, out_heads: i32) -> Result<Step> {
         bounded("batch", args.batch, 0, desc.max_batch, "max_batch")?;
         bounded("query_tokens", args.query_tokens, 0, desc.max_query_tokens, "max_query_tokens")?;
+        unused_args::check(desc, args)?;
         let (batch, tokens) = (i64::from(args.batch), i64::from(args.query_tokens));
         let (q_heads, kv_heads) = (i64::from(desc.q_heads), i64::from(desc.kv_heads));
         let (dim_qk, dim_v) = (i64::from(desc.head_dim_qk), i64::from(desc.head_dim_v));
@@ -151,27 +70,31 @@ impl Step {
         let q_stride = args.q.resolve("q", desc.q_dtype, &[tokens, q_heads, dim_qk])?;
         let out_heads = i64::from(out_heads);
         let out_stride = args.out.resolve("out", desc.out_dtype, &[tokens, out_heads, dim_v])?;
-        no_broadcast("out", &out_stride, &[tokens, out_heads, dim_v])?;
+        no_overlap("out", desc.out_dtype.size(), &out_stride, &[tokens, out_heads, dim_v])?;
         let lse_stride = if args.lse.data.is_null() {
             [0; 4]
         } else {
             let stride = args.lse.resolve("lse", Dtype::F32, &[tokens, out_heads])?;
-            no_broadcast("lse", &stride, &[tokens, out_heads])?;
+            no_overlap("lse", Dtype::F32.size(), &stride, &[tokens, out_heads])?;
             stride
         };
 
         let limit = i64::from(desc.max_kv_length);
         let (k_stride, v_stride, kv_capacity) = match desc.kv_layout {
             KvLayout::Strided => {
-                let (k_stride, k_cap) = strided("k", &args.k, desc.k_dtype, [batch, limit, kv_heads, dim_qk])?;
-                let (v_stride, v_cap) = strided("v", &args.v, desc.v_dtype, [batch, limit, kv_heads, dim_v])?;
-                (k_stride, v_stride, limit.min(k_cap).min(v_cap))
+                let cache = StridedCache { batch, max_batch: desc.max_batch, limit, capacity: args.kv_capacity };
+                let k_stride = cache.strides("k", &args.k, desc.k_dtype, [kv_heads, dim_qk])?;
+                let v_stride = cache.strides("v", &args.v, desc.v_dtype, [kv_heads, dim_v])?;
+                // Of the last sequence, which has room for the fewest.
+                (k_stride, v_stride, 0)
             }
             KvLayout::BlockTable | KvLayout::CsrPages => {
                 at_least("num_pages", i64::from(args.num_pages), 0)?;
                 let (pages, page) = (i64::from(args.num_pages), i64::from(desc.page_size));
                 let k_stride = args.k.resolve("k", desc.k_dtype, &[pages, page, kv_heads, dim_qk])?;
                 let v_stride = args.v.resolve("v", desc.v_dtype, &[pages, page, kv_heads, dim_v])?;
+                strided_cache::no_broadcast_rows("k", desc.k_dtype, &k_stride, dim_qk)?;
+                strided_cache::no_broadcast_rows("v", desc.v_dtype, &v_stride, dim_v)?;
                 let room = if desc.kv_layout == KvLayout::BlockTable {
                     at_least("max_pages", i64::from(args.max_pages), 0)?;
                     required("block_table", args.block_table, batch > 0 && args.max_pages > 0)?;
@@ -196,10 +119,20 @@ impl Step {
         aligned("query_start", args.query_start)?;
         aligned("query_position", args.query_position)?;
         if (desc.needs_positions() || desc.checked) && batch > 0 {
-            required("global_length", args.global_length, args.query_position.is_null() || desc.checked)?;
+            let why = match desc {
+                AttentionDesc { causal: true, .. } => "causal = 1",
+                AttentionDesc { checked: true, .. } => "the plan is CHECKED",
+                AttentionDesc { window: 1.., .. } => "window is not 0",
+                _ => "alibi = 1",
+            };
+            let needed = args.query_position.is_null() || desc.checked;
+            let and = if desc.checked { "" } else { " and query_position is NULL" };
+            because("global_length", args.global_length, needed, why, and)?;
             match desc.placement {
-                Placement::Contiguous => required("kv_start", args.kv_start, shard.world > 1)?,
-                Placement::Explicit => required("kv_position", args.kv_position, true)?,
+                Placement::Contiguous => {
+                    because("kv_start", args.kv_start, shard.world > 1, why, " and there are several ranks")?
+                }
+                Placement::Explicit => because("kv_position", args.kv_position, true, why, "")?,
                 Placement::Interleaved { .. } => {}
             }
         }
@@ -207,7 +140,7 @@ impl Step {
         aligned("kv_start", args.kv_start)?;
         aligned("kv_position", args.kv_position)?;
         at_least("kv_position_stride", args.kv_position_stride, 0)?;
-        let step = Step {
+        let mut step = Step {
             args: *args,
             q_stride,
             k_stride,
@@ -218,8 +151,102 @@ impl Step {
             zeta: Tensor::NULL,
             zeta_stride: [0; 4],
         };
+        if desc.kv_layout == KvLayout::Strided && batch > 0 {
+            step.kv_capacity = step.room(desc, batch - 1);
+        }
         step.check_aliasing(desc)?;
         Ok(step)
+    }
+
+    /// Most tokens of sequence `b` that the plan allows, and k and v have room for.
+    pub fn room(&self, desc: &AttentionDesc, b: i64) -> i64 {
+        if desc.kv_layout != KvLayout::Strided {
+            return self.kv_capacity;
+        }
+        let heads = i64::from(desc.kv_heads);
+        let k =
+            strided_cache::room(&self.args.k, desc.k_dtype, &self.k_stride, [heads, i64::from(desc.head_dim_qk)], b);
+        let v = strided_cache::room(&self.args.v, desc.v_dtype, &self.v_stride, [heads, i64::from(desc.head_dim_v)], b);
+        i64::from(desc.max_kv_length).min(k).min(v)
+    }
+
+    /// What [`Step::room`] lacks for `keys` keys, at most the plan's longest, of sequence `b`: named for what was given.
+    /// `what` names the length.
+    pub(super) fn check_room(&self, desc: &AttentionDesc, b: i64, keys: i64, what: impl Fn() -> String) -> Result<()> {
+        if keys <= self.room(desc, b) {
+            return Ok(());
+        }
+        let a = &self.args;
+        if desc.kv_layout != KvLayout::Strided {
+            // Where there is a table, or are lists, they and the length are data against each other.
+            let none = desc.kv_layout == KvLayout::BlockTable && a.max_pages == 0;
+            let wanted = || format!("at least 1 for {}", what());
+            return if none { Err(Error::invalid("max_pages", 0, wanted())) } else { Ok(()) };
+        }
+        for (name, tensor, dtype, stride, dim) in [
+            ("k", &a.k, desc.k_dtype, &self.k_stride, desc.head_dim_qk),
+            ("v", &a.v, desc.v_dtype, &self.v_stride, desc.head_dim_v),
+        ] {
+            let inner = [i64::from(desc.kv_heads), i64::from(dim)];
+            if keys <= strided_cache::room(tensor, dtype, stride, inner, b) {
+                continue;
+            }
+            let end = strided_cache::end_of(dtype, stride, inner, b, keys - 1);
+            if tensor.bytes > 0 && i128::from(tensor.bytes) >= end {
+                let room = stride[0] / stride[1].max(1);
+                let wanted = format!("at least {}: a packed {name} has room for {room} tokens a sequence", what());
+                return Err(Error::invalid("kv_capacity", a.kv_capacity, wanted));
+            }
+            let wanted = format!("at least {end} for {} with byte strides {stride:?}", what());
+            return Err(Error::invalid(format_args!("{name}.bytes"), tensor.bytes, wanted));
+        }
+        Ok(())
+    }
+
+    /// Settles where the sequences of a packed k and v begin whose `kv_capacity` is not given, and whose bytes told it only if
+    /// they end where the last sequence does. `longest` and `last`: the length of the longest sequence and of the last; none
+    /// where they cannot be read.
+    pub(super) fn settle_packed(&mut self, desc: &AttentionDesc, lengths: Option<(i64, i64)>) -> Result<()> {
+        let (batch, limit) = (i64::from(self.args.batch), i64::from(desc.max_kv_length));
+        if desc.kv_layout != KvLayout::Strided || batch < 2 || self.args.kv_capacity > 0 {
+            return Ok(());
+        }
+        for (name, tensor, stride) in [("k", &self.args.k, &mut self.k_stride), ("v", &self.args.v, &mut self.v_stride)]
+        {
+            if tensor.stride != [0; 4] || tensor.bytes == 0 {
+                continue;
+            }
+            let (token, bytes) = (i128::from(stride[1]), i128::from(tensor.bytes));
+            let all = token * i128::from(limit);
+            let early =
+                lengths.is_some_and(|(_, last)| bytes == all * i128::from(batch - 1) + token * i128::from(last));
+            let exact = bytes == i128::from(stride[0]) * i128::from(batch)
+                || strided_cache::is_of_plan(tensor.bytes, stride[1], desc.max_batch, limit);
+            match (exact, early) {
+                // Both: only where a sequence is too long for the one is it the other.
+                (true, true) if i128::from(stride[0]) < all => {
+                    if lengths.is_none_or(|(longest, _)| i128::from(longest) * token <= i128::from(stride[0])) {
+                        return Err(strided_cache::untold(name, tensor.bytes, batch, limit, stride[1]));
+                    }
+                    stride[0] = stride[1] * limit;
+                }
+                (false, false) => return Err(strided_cache::untold(name, tensor.bytes, batch, limit, stride[1])),
+                _ => {}
+            }
+        }
+        self.kv_capacity = self.room(desc, batch - 1);
+        Ok(())
+    }
+
+    /// Where lengths cannot be read before the step runs: a strided k and v have room for a token of each sequence, if they
+    /// are there at all.
+    pub fn check_unseen_lengths(&mut self, desc: &AttentionDesc) -> Result<()> {
+        self.settle_packed(desc, None)?;
+        let (a, last) = (&self.args, i64::from(self.args.batch) - 1);
+        if desc.kv_layout != KvLayout::Strided || last < 0 || a.k.bytes == 0 || a.v.bytes == 0 {
+            return Ok(());
+        }
+        self.check_room(desc, last, 1, || format!("a token of each of {} sequences", a.batch))
     }
 
     /// Elements between the rows of `kv_position`.
@@ -280,45 +307,24 @@ pub(crate) fn disjoint(a_name: &str, a: &Tensor, b_name: &str, b: &Tensor) -> Re
     Err(Error::invalid(a_name, found, format!("a buffer that shares no byte with {b_name}")))
 }
 
-/// Refuses an output in which two elements would share an address.
-pub(crate) fn no_broadcast(name: &str, stride: &[i64; 4], shape: &[i64]) -> Result<()> {
-    for (dim, &n) in shape.iter().enumerate() {
-        if n > 1 && stride[dim] == 0 {
-            return Err(Error::invalid(format_args!("{name}.stride[{dim}]"), 0, "a positive stride in an output"));
+/// Refuses an output in which two elements of `size` bytes would share one: sorted by stride, each dimension steps over all
+/// of those inside it.
+pub(crate) fn no_overlap(name: &str, size: usize, stride: &[i64; 4], shape: &[i64]) -> Result<()> {
+    if shape.contains(&0) {
+        return Ok(());
+    }
+    let mut order = [0, 1, 2, 3];
+    let order = &mut order[..shape.len()];
+    order.sort_unstable_by_key(|&dim| (stride[dim], Reverse(dim)));
+    let mut span = size as i128;
+    for &dim in order.iter().filter(|&&dim| shape[dim] > 1) {
+        if i128::from(stride[dim]) < span {
+            let wanted = format!("at least {span} in an output of shape {shape:?}, so that no two elements overlap");
+            return Err(Error::invalid(format_args!("{name}.stride[{dim}]"), stride[dim], wanted));
         }
+        span += i128::from(stride[dim]) * i128::from(shape[dim] - 1);
     }
     Ok(())
-}
-
-/// Strides of a strided cache, and how many tokens a sequence its bytes have room for.
-fn strided(name: &str, tensor: &Tensor, dtype: Dtype, shape: [i64; 4]) -> Result<([i64; 4], i64)> {
-    if shape[0] == 0 || tensor.bytes == 0 {
-        // An empty shard needs no cache; any length above 0 is then bad data.
-        return Ok((tensor.stride, 0));
-    }
-    let one = tensor.resolve(name, dtype, &[shape[0], 1, shape[2], shape[3]]);
-    let packed = tensor.stride.iter().all(|&s| s == 0);
-    if packed {
-        // Packed over the plan's longest sequence; the batch may still be cut short by `bytes`.
-        let stride = KvFormat::of(dtype).packed_strides(name, &shape)?;
-        let resolved = Tensor { stride, ..*tensor }.resolve(name, dtype, &[shape[0], 1, shape[2], shape[3]])?;
-        return Ok((resolved, room(tensor.bytes, dtype, &resolved, &shape)));
-    }
-    let stride = one?;
-    Ok((stride, room(tensor.bytes, dtype, &stride, &shape)))
-}
-
-/// Tokens of the last sequence that fit `bytes`.
-fn room(bytes: u64, dtype: Dtype, stride: &[i64; 4], shape: &[i64; 4]) -> i64 {
-    if stride[1] == 0 {
-        return i64::MAX;
-    }
-    let format = KvFormat::of(dtype);
-    let counts = format.block_shape(shape);
-    let fixed = format.block_bytes() as i128
-        + [0, 2, 3].iter().map(|&d| i128::from(stride[d]) * i128::from(counts[d] - 1)).sum::<i128>();
-    let left = i128::from(bytes) - fixed;
-    if left < 0 { 0 } else { i64::try_from(left / i128::from(stride[1]) + 1).unwrap_or(i64::MAX) }
 }
 
 fn bounded(name: &str, value: i32, low: i32, high: i32, limit: &str) -> Result<()> {
@@ -336,6 +342,14 @@ fn at_least(name: &str, value: i64, low: i64) -> Result<()> {
 fn required(name: &str, pointer: *const i32, needed: bool) -> Result<()> {
     if needed && pointer.is_null() {
         return Err(Error::invalid(name, "NULL", "a pointer to int32"));
+    }
+    aligned(name, pointer)
+}
+
+/// As `required`, and says why it is.
+fn because(name: &str, pointer: *const i32, needed: bool, why: &str, and: &str) -> Result<()> {
+    if needed && pointer.is_null() {
+        return Err(Error::invalid(name, "NULL", format_args!("a pointer to int32, because {why}{and}")));
     }
     aligned(name, pointer)
 }

@@ -32,13 +32,7 @@ impl PlanFault {
             let error = Error::new(ErrorKind::Mismatch, message);
             return if self.rank >= 0 { error.with_rank(self.rank) } else { error };
         }
-        let message = format!(
-            "{}: found a value out of range in sequence {} on rank {}, wanted values within the plan's limits; the \
-             outputs of that sequence are NaN",
-            self.fault.cause.argument(),
-            self.fault.sequence,
-            self.rank
-        );
+        let message = self.fault.message(&format!(" on rank {}", self.rank));
         Error::new(ErrorKind::InvalidData, message).with_rank(self.rank)
     }
 }
@@ -95,7 +89,7 @@ mod tests {
     fn bad_data_is_told_once_and_names_rank_and_sequence() {
         let board = StatusBoard::default();
         assert_eq!((board.take(), board.last_plan()), (None, 0));
-        let fault = DataFault { sequence: 5, cause: DataFaultCause::KvLength };
+        let fault = DataFault::new(5, DataFaultCause::KvLength);
         board.report(PlanFault { rank: 2, plan: 9, fault });
         let (found, error) = board.take().unwrap();
         assert_eq!((found.plan, board.take()), (9, None));

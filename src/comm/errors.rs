@@ -13,6 +13,13 @@ pub(super) fn timeout(what: &str, missing: &[usize], field: &str, timeout: Durat
     missing.first().map_or(error.clone(), |&rank| error.with_rank(rank as i32))
 }
 
+/// The same as `rank` itself is told, one of the missing.
+pub(super) fn came_late(rank: usize, timeout: &Error) -> Error {
+    let message = format!("this rank, {rank}, came too late: {}", timeout.message());
+    let late = Error::new(timeout.kind(), message);
+    timeout.rank().map_or(late.clone(), |first| late.with_rank(first))
+}
+
 /// `rank` left the group while `what` needed it.
 pub(crate) fn peer_lost(what: &str, rank: usize) -> Error {
     let message = format!("{what}: rank {rank} has left the communicator, which is broken");

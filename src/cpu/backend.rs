@@ -164,14 +164,14 @@ impl CpuBackend {
             let output = Output { o: rows.o.as_mut_ptr(), lse: rows.lse.as_mut_ptr(), dim: rows.dim };
             self.run(reader, &partition, ScratchBase(floats.as_mut_ptr().cast()), output, workers)?;
         }
-        let Some((first, cause)) = fault else { return Ok(None) };
+        let Some(fault) = fault else { return Ok(None) };
         for sequence in sequences.iter().filter(|s| s.fault.is_some()) {
             let bad = sequence.first_token * self.shape.q_heads;
             let bad = bad..bad + sequence.tokens * self.shape.q_heads;
             rows.o[bad.start * rows.dim..bad.end * rows.dim].fill(f32::NAN);
             rows.lse[bad].fill(Lse::NAN);
         }
-        Ok(Some(DataFault { sequence: first as i32, cause }))
+        Ok(Some(fault))
     }
 
     fn run(

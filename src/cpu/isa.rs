@@ -2,6 +2,7 @@
 
 use std::sync::OnceLock;
 
+use crate::device::environment;
 use crate::error::{Error, ErrorKind, Result};
 
 /// The environment variable that picks an instruction set.
@@ -114,7 +115,7 @@ impl Chosen {
 
 fn chosen() -> &'static Chosen {
     static CHOSEN: OnceLock<Chosen> = OnceLock::new();
-    CHOSEN.get_or_init(|| Chosen::from(std::env::var(ENVIRONMENT).ok().as_deref()))
+    CHOSEN.get_or_init(|| Chosen::from(environment().cpu_isa.as_deref()))
 }
 
 /// The instruction set of this process: the environment's where it names one that this machine has, else the best.

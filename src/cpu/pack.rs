@@ -79,7 +79,7 @@ impl CpuBackend {
                 start: sequence.start,
             };
         }
-        Ok(fault.map(|(first, cause)| DataFault { sequence: first as i32, cause }))
+        Ok(fault)
     }
 
     /// Packs the keys and values of sequence `b` of the step that was surveyed last, on all workers. `k` and `v` are as

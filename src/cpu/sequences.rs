@@ -1,7 +1,10 @@
 //! The sequences of a step: what their lengths, starts, tables and positions say, checked before any address is formed.
 
 use crate::attention::{AttentionDesc, KeyPositions, KvLayout, Placement, Shard, Step, Visibility, VisibilityRule};
-use crate::partial::DataFaultCause;
+use crate::partial::{BadValue, DataFault, DataFaultCause};
+
+/// What is wrong with a sequence.
+type Bad = (DataFaultCause, BadValue);
 
 /// One sequence of a step, as read and checked.
 #[derive(Clone, Copy, Debug, Default)]
@@ -61,17 +64,17 @@ impl<'a> Reader<'a> {
     }
 
     /// Fills `out[..batch]`. Gives the first faulty sequence, if any.
-    pub fn sequences(&self, out: &mut [Sequence]) -> Option<(usize, DataFaultCause)> {
+    pub fn sequences(&self, out: &mut [Sequence]) -> Option<DataFault> {
         let mut first = None;
         let mut taken = 0;
         for (b, out) in out.iter_mut().enumerate() {
             let mut sequence = Sequence::default();
             let checked =
                 self.queries(b, &mut taken, &mut sequence).and_then(|()| self.keys_and_positions(b, &mut sequence));
-            if let Err(cause) = checked {
+            if let Err((cause, value)) = checked {
                 (sequence.held, sequence.visible) = (0, Visibility::NONE);
                 sequence.fault = Some(cause);
-                first = first.or(Some((b, cause)));
+                first = first.or(Some(DataFault { sequence: b as i32, cause, value: Some(value) }));
             }
             *out = sequence;
         }
@@ -79,7 +82,7 @@ impl<'a> Reader<'a> {
     }
 
     /// The query tokens of sequence `b`; `taken` is where the sequences before it end, so that no token has two owners.
-    fn queries(&self, b: usize, taken: &mut i64, out: &mut Sequence) -> Result<(), DataFaultCause> {
+    fn queries(&self, b: usize, taken: &mut i64, out: &mut Sequence) -> Result<(), Bad> {
         let args = &self.step.args;
         let all = i64::from(args.query_tokens);
         if args.query_start.is_null() {
@@ -89,16 +92,23 @@ impl<'a> Reader<'a> {
         }
         let begin = i64::from(read(args.query_start, b as i64));
         let end = i64::from(read(args.query_start, b as i64 + 1));
-        let good = begin >= *taken && end >= begin && end <= all;
+        let bad = if begin < *taken || begin > all {
+            // Of the first sequence the begin is at fault, of each later one the end of the one before has been judged.
+            Some(DataFaultCause::QueryStart.at(b as i64, begin, *taken, all))
+        } else if end < begin || end > all {
+            Some(DataFaultCause::QueryStart.at(b as i64 + 1, end, begin, all))
+        } else {
+            None
+        };
         // A faulty sequence still owns the rows that it names and nobody before it does.
         let (begin, end) = (begin.clamp(*taken, all), end.clamp(*taken, all));
         out.first_token = begin as usize;
         out.tokens = (end - begin).max(0) as usize;
         *taken = end.max(*taken);
-        if good { Ok(()) } else { Err(DataFaultCause::QueryStart) }
+        bad.map_or(Ok(()), Err)
     }
 
-    fn keys_and_positions(&self, b: usize, out: &mut Sequence) -> Result<(), DataFaultCause> {
+    fn keys_and_positions(&self, b: usize, out: &mut Sequence) -> Result<(), Bad> {
         let keys = self.length(b, out)?;
         if keys == 0 || out.tokens == 0 {
             return Ok(());
@@ -119,26 +129,37 @@ impl<'a> Reader<'a> {
     }
 
     /// The tokens that sequence `b` holds here, and where its pages begin.
-    fn length(&self, b: usize, out: &mut Sequence) -> Result<i64, DataFaultCause> {
+    fn length(&self, b: usize, out: &mut Sequence) -> Result<i64, Bad> {
         let (args, b) = (&self.step.args, b as i64);
         let page = i64::from(self.desc.page_size);
-        let mut room = self.step.kv_capacity;
+        let mut room = self.step.room(self.desc, b);
         match self.desc.kv_layout {
             KvLayout::Strided => {}
             KvLayout::BlockTable => out.first_page = b * i64::from(args.max_pages),
             KvLayout::CsrPages => {
                 let (begin, end) = (i64::from(read(args.page_indptr, b)), i64::from(read(args.page_indptr, b + 1)));
-                if begin < 0 || end < begin || end > args.num_page_indices {
-                    return Err(DataFaultCause::PageRow);
+                if begin < 0 || begin > args.num_page_indices {
+                    return Err(DataFaultCause::PageIndptr.at(b, begin, 0, args.num_page_indices));
+                }
+                if end < begin || end > args.num_page_indices {
+                    return Err(DataFaultCause::PageIndptr.at(b + 1, end, begin, args.num_page_indices));
                 }
                 out.first_page = begin;
                 if !args.last_page_len.is_null() && end > begin {
                     let last = i64::from(read(args.last_page_len, b));
                     if last < 1 || last > page {
-                        return Err(DataFaultCause::PageRow);
+                        return Err(DataFaultCause::LastPageLen.at(b, last, 1, page));
                     }
-                    let keys = (end - begin - 1) * page + last;
-                    return if keys > room { Err(DataFaultCause::KvLength) } else { Ok(keys) };
+                    let full = (end - begin - 1) * page;
+                    if full >= room {
+                        return Err(DataFaultCause::PageIndptr.at(b + 1, end, begin, begin + (room + page - 1) / page));
+                    }
+                    let most = page.min(room - full);
+                    return if last > most {
+                        Err(DataFaultCause::LastPageLen.at(b, last, 1, most))
+                    } else {
+                        Ok(full + last)
+                    };
                 }
                 room = room.min((end - begin) * page);
             }
@@ -147,36 +168,59 @@ impl<'a> Reader<'a> {
             return Ok(0);
         }
         let keys = i64::from(read(args.kv_length, b));
-        if keys < 0 || keys > room { Err(DataFaultCause::KvLength) } else { Ok(keys) }
+        if keys < 0 || keys > room { Err(DataFaultCause::KvLength.at(b, keys, 0, room)) } else { Ok(keys) }
     }
 
     /// Every page in use exists.
-    fn pages(&self, keys: i64, sequence: &Sequence) -> Result<(), DataFaultCause> {
+    fn pages(&self, keys: i64, sequence: &Sequence) -> Result<(), Bad> {
         let args = &self.step.args;
-        let table = match self.desc.kv_layout {
+        let (cause, table) = match self.desc.kv_layout {
             KvLayout::Strided => return Ok(()),
-            KvLayout::BlockTable => args.block_table,
-            KvLayout::CsrPages => args.page_indices,
+            KvLayout::BlockTable => (DataFaultCause::BlockTable, args.block_table),
+            KvLayout::CsrPages => (DataFaultCause::PageIndices, args.page_indices),
         };
         let used = (keys + i64::from(self.desc.page_size) - 1) / i64::from(self.desc.page_size);
         let bad = (sequence.first_page..sequence.first_page + used)
-            .any(|entry| !(0..args.num_pages).contains(&read(table, entry)));
-        if bad { Err(DataFaultCause::Page) } else { Ok(()) }
+            .find(|&entry| !(0..args.num_pages).contains(&read(table, entry)));
+        let told = |entry| cause.at(entry, i64::from(read(table, entry)), 0, i64::from(args.num_pages) - 1);
+        bad.map_or(Ok(()), |entry| Err(told(entry)))
     }
 
     /// Reads and checks the global positions that visibility needs.
-    fn positions(&self, b: usize, out: &mut Sequence) -> Result<(), DataFaultCause> {
+    fn positions(&self, b: usize, out: &mut Sequence) -> Result<(), Bad> {
+        /// The largest position.
+        const MOST: i64 = i32::MAX as i64;
         let args = &self.step.args;
         if args.query_position.is_null() {
-            out.first_position = i64::from(read(args.global_length, b as i64)) - out.tokens as i64;
+            let global = i64::from(read(args.global_length, b as i64));
+            out.first_position = global - out.tokens as i64;
             if out.first_position < 0 {
-                return Err(DataFaultCause::Position);
+                return Err(DataFaultCause::GlobalLength.at(b as i64, global, out.tokens as i64, MOST));
             }
-        } else if (0..out.tokens).any(|i| self.position(out, i) < 0) {
-            return Err(DataFaultCause::Position);
+        } else if let Some(i) = (0..out.tokens).find(|&i| self.position(out, i) < 0) {
+            let index = (out.first_token + i) as i64;
+            return Err(DataFaultCause::QueryPosition.at(index, self.position(out, i), 0, MOST));
         }
         out.start = self.start(b);
-        if self.key_positions(b, out).are_valid(out.held) { Ok(()) } else { Err(DataFaultCause::Position) }
+        let keys = self.key_positions(b, out);
+        if keys.are_valid(out.held) {
+            return Ok(());
+        }
+        Err(match keys {
+            KeyPositions::Contiguous { start } => {
+                DataFaultCause::KvStart.at(b as i64, start, 0, MOST - out.held as i64 + 1)
+            }
+            // Runs whose positions end beyond the largest.
+            KeyPositions::Interleaved { .. } => {
+                let held = out.held as i64;
+                DataFaultCause::KvLength.at(b as i64, held, 0, held - 1)
+            }
+            KeyPositions::Explicit { positions } => {
+                let slot = positions.iter().position(|&position| position < 0).unwrap_or(0);
+                let row = b as i64 * self.step.kv_position_stride(self.desc);
+                DataFaultCause::KvPosition.at(row + slot as i64, i64::from(positions[slot]), 0, MOST)
+            }
+        })
     }
 
     /// Contiguous placement: the global position of the first key of sequence `b`, 0 where none is given.

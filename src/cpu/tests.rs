@@ -256,16 +256,25 @@ impl Case {
             v: tensor(&self.v, self.v_stride),
             query_start: self.starts.as_ptr(),
             global_length: self.globals.as_ptr(),
-            kv_start: self.kv_starts.as_ptr(),
-            kv_position: self.positions.as_ptr(),
-            block_table: self.table.as_ptr(),
-            page_indices: self.table.as_ptr(),
-            page_indptr: self.indptr.as_ptr(),
-            num_pages: self.pages,
-            max_pages: (self.table.len() / self.lengths.len()) as i32,
-            num_page_indices: self.table.len() as i64,
             ..DecodeArgs::default()
         };
+        match self.desc.placement {
+            Placement::Contiguous => args.kv_start = self.kv_starts.as_ptr(),
+            Placement::Interleaved { .. } => {}
+            Placement::Explicit => args.kv_position = self.positions.as_ptr(),
+        }
+        match self.desc.kv_layout {
+            KvLayout::Strided => {}
+            KvLayout::BlockTable => {
+                args.block_table = self.table.as_ptr();
+                args.max_pages = (self.table.len() / self.lengths.len()) as i32;
+                args.num_pages = self.pages;
+            }
+            KvLayout::CsrPages => {
+                (args.page_indptr, args.page_indices) = (self.indptr.as_ptr(), self.table.as_ptr());
+                (args.num_page_indices, args.num_pages) = (self.table.len() as i64, self.pages);
+            }
+        }
         if by_last {
             args.last_page_len = self.last.as_ptr()
         } else {
@@ -449,11 +458,11 @@ fn bad_data_is_nan_in_its_own_sequence() {
     let breaks: [(Break, DataFaultCause); 8] = [
         (|c, _| c.lengths[1] = -1, DataFaultCause::KvLength),
         (|c, _| c.lengths[1] = 101, DataFaultCause::KvLength),
-        (|c, row| c.table[row + 2] = -1, DataFaultCause::Page),
-        (|c, row| c.table[row + 4] = c.pages, DataFaultCause::Page),
-        (|c, _| c.globals[1] = 2, DataFaultCause::Position),
-        (|c, _| c.kv_starts[1] = -1, DataFaultCause::Position),
-        (|c, _| c.kv_starts[1] = i32::MAX - 3, DataFaultCause::Position),
+        (|c, row| c.table[row + 2] = -1, DataFaultCause::BlockTable),
+        (|c, row| c.table[row + 4] = c.pages, DataFaultCause::BlockTable),
+        (|c, _| c.globals[1] = 2, DataFaultCause::GlobalLength),
+        (|c, _| c.kv_starts[1] = -1, DataFaultCause::KvStart),
+        (|c, _| c.kv_starts[1] = i32::MAX - 3, DataFaultCause::KvStart),
         (|c, _| c.starts[2] = 99, DataFaultCause::QueryStart),
     ];
     for isa in [Isa::Scalar, Isa::best()] {
@@ -464,7 +473,12 @@ fn bad_data_is_nan_in_its_own_sequence() {
             broken(&mut case, row);
             let (o, lse, fault) = case.run(isa, 1);
             let sequence = 1;
-            assert_eq!(fault, Some(DataFault { sequence, cause: *cause }), "{i}");
+            let fault = fault.expect("bad data");
+            assert_eq!((fault.sequence, fault.cause), (sequence, *cause), "{i}");
+            assert!(
+                fault.value.is_some_and(|value| !(value.least..=value.most).contains(&value.found)),
+                "{i}: {fault:?}"
+            );
             let dead = if *cause == DataFaultCause::QueryStart { 4..12 } else { 4..10 };
             for r in 0..12 {
                 if dead.contains(&r) {

@@ -5,6 +5,7 @@
 //! | `identity` | which device, and what it is |
 //! | `host` | the processors of this machine |
 //! | `buffer` | aligned host memory |
+//! | `environment` | environment variables, read once |
 //! | `float_state` | a guard of the floating-point control register |
 //! | `thread` | starts every thread of the library |
 //! | `event_count` | how one thread waits for another: spin, yield, park |
@@ -14,6 +15,7 @@
 
 mod buffer;
 pub(crate) mod cuda;
+mod environment;
 mod event_count;
 mod float_state;
 mod host;
@@ -25,6 +27,7 @@ mod thread_tests;
 mod workers;
 
 pub use buffer::HostBuffer;
+pub(crate) use environment::environment;
 pub(crate) use event_count::{EventCount, WaitStrategy};
 pub use float_state::FloatState;
 pub use host::available_cores;

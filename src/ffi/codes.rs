@@ -202,6 +202,10 @@ pub const TREEATTN_ATTENTION_KV_STABLE: u32 = 1;
 /// do not count. Such plans need `global_length`, and `kv_start` or `kv_position` where their placement has one, also where
 /// they are not causal. Merges of partials and `treeattn_plan_partial` check nothing. CPU ranks only.
 pub const TREEATTN_ATTENTION_CHECKED: u32 = 2;
+/// Flag of `treeattn_attention_desc_t`, with `causal` = 1: sequences may hold keys past `global_length`, such as those of
+/// drafts that were rolled back; causality hides them. Without it such a step is refused on CPUs, where it may be that a
+/// rank's lengths are stale. Since 0.2.
+pub const TREEATTN_ATTENTION_SURPLUS_KEYS: u32 = 4;
 
 /// Flag of `treeattn_merge_args_t`: an incoming lse of +inf means an empty partial, as -inf does.
 pub const TREEATTN_MERGE_PLUS_INF_IS_EMPTY: u32 = 1;

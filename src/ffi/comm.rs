@@ -224,9 +224,9 @@ pub unsafe extern "C" fn treeattn_comm_status(
     })
 }
 
-/// Breaks a communicator: every wait on it ends at once, on all ranks, with ABORTED, and so does every later call. Over
-/// an engine's transport it reaches this rank only, and ends its callback; the peers end by their deadlines. Serves also
-/// where the runtime is destroyed.
+/// Breaks a communicator: every wait on it ends at once with ABORTED, on all ranks of a process and of GPUs that reach each
+/// other's memory, and so does every later call. Over an engine's transport or NCCL it reaches this rank only, and ends its
+/// callback; the peers end by their deadlines. Serves also where the runtime is destroyed.
 ///
 /// @param comm the communicator.
 /// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED.
@@ -251,6 +251,7 @@ pub extern "C" fn treeattn_comm_destroy(comm: *mut treeattn_comm_t) -> treeattn_
     guard("treeattn_comm_destroy", || {
         if let Some(comm) = handle::remove::<Communicator>("comm", comm)? {
             comm.close();
+            handle::drop_last(comm);
         }
         Ok(())
     })

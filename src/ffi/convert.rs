@@ -92,7 +92,8 @@ pub fn attention_desc(d: &treeattn_attention_desc_t) -> Result<AttentionDesc> {
         0 if !needed => Ok(Dtype::F32),
         code => Dtype::from_code(name, code),
     };
-    if d.flags & !(TREEATTN_ATTENTION_KV_STABLE | TREEATTN_ATTENTION_CHECKED) != 0 {
+    let known = TREEATTN_ATTENTION_KV_STABLE | TREEATTN_ATTENTION_CHECKED | TREEATTN_ATTENTION_SURPLUS_KEYS;
+    if d.flags & !known != 0 {
         return Err(Error::invalid(
             "flags",
             format_args!("{:#x}", d.flags),
@@ -130,6 +131,7 @@ pub fn attention_desc(d: &treeattn_attention_desc_t) -> Result<AttentionDesc> {
         wire_dtype: dtype("wire_dtype", d.wire_dtype, false)?,
         kv_stable: d.flags & TREEATTN_ATTENTION_KV_STABLE != 0,
         checked: d.flags & TREEATTN_ATTENTION_CHECKED != 0,
+        surplus_keys: d.flags & TREEATTN_ATTENTION_SURPLUS_KEYS != 0,
     })
 }
 
@@ -164,6 +166,9 @@ pub fn decode_args(a: &treeattn_decode_args_t) -> Result<DecodeArgs> {
             return Err(Error::unsupported(name, format_args!("{pointer:p}"), "NULL"));
         }
     }
+    if a.reserved != 0 {
+        return Err(Error::invalid("reserved", a.reserved, "0"));
+    }
     Ok(DecodeArgs {
         batch: a.batch,
         query_tokens: a.query_tokens,
@@ -186,6 +191,7 @@ pub fn decode_args(a: &treeattn_decode_args_t) -> Result<DecodeArgs> {
         page_indices: a.page_indices,
         num_page_indices: a.num_page_indices,
         last_page_len: a.last_page_len,
+        kv_capacity: a.kv_capacity,
     })
 }
 

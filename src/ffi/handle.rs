@@ -198,6 +198,20 @@ pub fn remove<T: Object>(argument: &str, handle: *mut T::C) -> Result<Option<Arc
     Ok(object.and_then(|object| object.downcast().ok()))
 }
 
+/// Drops an object that was removed when the other calls that have it pinned are over, which end at once: so that it is this
+/// call that gives back what it holds, which may take a while, and not one that never blocks. One that does not end is
+/// waited for no longer than that takes.
+pub fn drop_last<T: Object>(object: Arc<T>) {
+    /// Looks at the pins, of a few us each.
+    const MOST: usize = 1000;
+    for _ in 0..MOST {
+        if Arc::strong_count(&object) == 1 {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_micros(100));
+    }
+}
+
 /// As [`remove`], unless `check` says that the object cannot go now: the handle then stays alive.
 pub fn remove_if<T: Object>(
     argument: &str,

@@ -82,7 +82,8 @@ pub unsafe extern "C" fn treeattn_plan_create(
 /// @param plans where the n handles go, in the order of comms.
 /// @return as `treeattn_plan_create`. On an error no plan is left.
 ///
-/// Ownership: the caller destroys each of the n. Thread safety: as `treeattn_plan_create`. Does not wait for anybody.
+/// Ownership: the caller destroys each of the n. Thread safety: as `treeattn_plan_create`. Waits for no other call; between
+/// GPUs, TREEATTN_ALGORITHM_ALLREDUCE3 has NCCL connect the ranks, on threads of the library, at most the setup deadline.
 /// During a capture: CAPTURING. Since 0.1.
 ///
 /// # Safety
@@ -119,11 +120,13 @@ pub unsafe extern "C" fn treeattn_plan_create_all(
 /// @param plan   the plan; in flight on one stream at a time.
 /// @param args   the step. The struct is read during the call; what it points to has to stay valid, and unchanged by
 ///               others, until the step is done.
-/// @param stream where to enqueue: a stream of its own for each rank of a communicator. A step on a CPU stream on which
-///               another rank waits for it is INVALID_ARGUMENT. NULL on a CPU plan: the step runs on the calling thread,
-///               and each local rank then needs a thread of its own.
-/// @return TREEATTN_OK; refused, with nothing enqueued or written: INVALID_ARGUMENT or UNSUPPORTED, by field; BAD_HANDLE;
-///         PARENT_DESTROYED; BUSY: another call of this rank that exchanges is under way. What broke the communicator
+/// @param stream where to enqueue; of the plan's device. NULL on a CPU plan: the step runs on the calling thread, and each
+///               local rank then needs a thread of its own. NULL on a CUDA plan is INVALID_ARGUMENT; the legacy default
+///               stream is `treeattn_stream_wrap_cuda` of NULL. A CPU stream serves one rank of a communicator at a time:
+///               INVALID_ARGUMENT while it holds a step of another one.
+/// @return TREEATTN_OK; refused, with nothing enqueued or written, while the peers wait for this rank: INVALID_ARGUMENT or
+///         UNSUPPORTED, by field; BAD_HANDLE; PARENT_DESTROYED; BUSY: another call of this rank that exchanges is under
+///         way. What broke the communicator
 ///         (TIMEOUT, DESYNC, PEER_LOST, ABORTED, ...), with NaN in all of the output; PARENT_DESTROYED, too, where the
 ///         communicator is destroyed within the step. With a NULL stream also INVALID_DATA: the output is written, with
 ///         NaN in the sequence that the message names. With a stream the errors of the step itself come from

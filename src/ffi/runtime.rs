@@ -240,8 +240,9 @@ pub unsafe extern "C" fn treeattn_stream_wrap_cuda(
 /// Waits until everything enqueued so far is done, also where the runtime is destroyed.
 ///
 /// @param stream the stream.
-/// @return TREEATTN_OK; BAD_HANDLE; or the first error of a step since the last call, whose message tells of those of
-///         other steps, and which are then forgotten (a broken communicator stays broken, and its later calls say so). On
+/// @return TREEATTN_OK; BAD_HANDLE; or the first error of a step that was enqueued on this stream, of whichever rank and
+///         plan, since the last call by any thread, whose message tells of those of other steps, and which are then
+///         forgotten (a broken communicator stays broken, and its later calls say so). On
 ///         a GPU: CUDA, CUDA_FATAL; CAPTURING; why communicators are broken whose steps were enqueued here; what steps
 ///         found in their data comes from treeattn_comm_status().
 ///

@@ -42,8 +42,8 @@ pub type treeattn_log_callback_t =
 pub struct treeattn_runtime_config_t {
     /// sizeof(treeattn_runtime_config_t).
     pub struct_size: usize,
-    /// Instruction set of the CPU backend: "scalar", "avx2", "avx512" or "neon". NULL: the environment variable
-    /// TREEATTN_CPU_ISA, else the best that the machine has.
+    /// Instruction set of the CPU backend: "scalar", "avx2", "avx512" or "neon". NULL: what the environment variable
+    /// TREEATTN_CPU_ISA said when the process made its first runtime, else the best that the machine has.
     pub cpu_isa: *const c_char,
 }
 
@@ -96,7 +96,8 @@ pub struct treeattn_comm_status_t {
     pub code: treeattn_status_t,
     /// The rank that the error is about, -1 if none.
     pub rank: i32,
-    /// Steps that exchanged, each counted once whatever its algorithm: completed on a CPU, enqueued on a GPU.
+    /// Steps of all plans of this rank that exchanged, each counted once whatever its algorithm and size: completed on a CPU,
+    /// enqueued on a GPU. (`steps` of `treeattn_plan_stats_t` counts those of one plan, also without exchange.)
     pub step: u64,
     /// The plan of the last step by its number on the communicator (from 1; see `treeattn_plan_stats_t`), 0 before the
     /// first; with INVALID_DATA the plan that met it.
@@ -112,8 +113,9 @@ pub struct treeattn_comm_status_t {
 /// A caller's buffer with byte strides; what the dimensions are is said where the tensor is used. Frozen: no
 /// struct_size.
 ///
-/// All strides zero means packed, row-major. Otherwise every stride is taken as it is, so that a zero broadcasts
-/// (inputs only). The library touches nothing outside `bytes` bytes from `data`.
+/// All strides zero means packed, row-major; how many tokens a packed cache has room for is said at `kv_capacity` of
+/// `treeattn_decode_args_t`. Otherwise every stride is taken as it is, so that a zero broadcasts (inputs only, and not the
+/// elements of a row of keys or values). The library touches nothing outside `bytes` bytes from `data`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct treeattn_tensor_t {
@@ -121,7 +123,8 @@ pub struct treeattn_tensor_t {
     pub data: *mut c_void,
     /// Bytes from `data` that the library may touch.
     pub bytes: u64,
-    /// Byte strides, outermost dimension first; those past the last dimension are ignored.
+    /// Byte strides, outermost dimension first, each at least 0 and a multiple of the element's size; those past the last
+    /// dimension are ignored.
     pub stride: [i64; 4],
 }
 
@@ -171,14 +174,15 @@ pub struct treeattn_attention_desc_t {
     pub max_batch: i32,
     /// Most query tokens in a step, all sequences together, at least 1.
     pub max_query_tokens: i32,
-    /// Most tokens of one sequence on one rank, at least 1. Costs no memory.
+    /// Most tokens of one sequence on one rank, at least 1. Costs no memory but with TREEATTN_ALGORITHM_RING, whose blocks it
+    /// sizes.
     pub max_kv_length: i32,
     /// Multiplies q.k; 0: 1/sqrt(head_dim_qk).
     pub scale: f32,
     /// 1: a query does not see keys at later global positions. Its own token is a key like the others: put it into the
     /// cache first.
     pub causal: i32,
-    /// Keys visible before a query, by global position. 0: all.
+    /// A query sees the last `window` keys up to its own global position, its own token among them. 0: all.
     pub window: i32,
     /// Scores become softcap * tanh(score / softcap). 0: off.
     pub softcap: f32,
@@ -210,8 +214,16 @@ pub struct treeattn_attention_desc_t {
 /// The arguments of one decode step on one rank. Pointers are to memory of the plan's device.
 ///
 /// Lengths, starts, positions and tables are read while the step runs, and checked there before any address is formed
-/// from them: what is out of range gives NaN for that sequence and TREEATTN_ERROR_INVALID_DATA. A row with no queries
-/// or no keys is valid padding.
+/// from them: what is out of range gives NaN for that sequence and TREEATTN_ERROR_INVALID_DATA. Rows that see no key, and
+/// rows from `query_start[batch]` on, are valid padding: out 0, lse -inf.
+///
+/// An argument that the layout or the placement has no use for (a block table with a strided cache, `kv_start` with
+/// interleaved placement) is TREEATTN_ERROR_INVALID_ARGUMENT. On CPUs, whose memory the call can read, so is what cannot be
+/// meant: `k.bytes` too small for the lengths, `max_pages` or `num_pages` 0; `query_start[0]` other than 0; of a sequence with
+/// queries and a `global_length` also kv_start + length above it and, with interleaved placement, a length other than what
+/// the rank holds of it (for `treeattn_plan_partial` and `treeattn_energy`: more than that); of plans that are CHECKED the
+/// ranks find the latter together, as MISMATCH. What lies in a GPU's memory the
+/// call cannot read: there the former are INVALID_DATA of the step, and the latter are not looked at.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct treeattn_decode_args_t {
@@ -223,21 +235,26 @@ pub struct treeattn_decode_args_t {
     pub query_tokens: i32,
     /// Queries [token, query head, dim].
     pub q: treeattn_tensor_t,
-    /// Keys [sequence, token, kv head, dim], or [page, slot, kv head, dim].
+    /// Keys [sequence, token, kv head, dim], or [page, slot, kv head, dim]. Packed (all strides 0) and strided, the tokens of a
+    /// sequence are as many as `kv_capacity` says. `bytes` may end where the tokens of the last sequence do; on a GPU no
+    /// sequence may then be longer than the last has room for. Last stride 0 with dim above 1 is refused.
     pub k: treeattn_tensor_t,
     /// Values, as the keys. May be a view of the keys.
     pub v: treeattn_tensor_t,
-    /// Output [token, query head, dim]; with a scattered output the rank's own heads only. Shares no byte with inputs.
+    /// Output [token, query head, dim]; with a scattered output the rank's own heads only. Shares no byte with inputs, and no
+    /// two elements share one: each dimension steps over the whole of those with smaller strides.
     pub out: treeattn_tensor_t,
     /// Natural log-sum-exp of the scaled scores, f32 [token, query head], heads as `out`. data NULL: not wanted.
     pub lse: treeattn_tensor_t,
-    /// `int32 [batch + 1]`: first query token of each sequence, ascending from 0. NULL: query_tokens / batch each.
+    /// `int32 [batch + 1]`: first query token of each sequence, ascending from 0. NULL: query_tokens / batch each, which then
+    /// leaves no remainder.
     pub query_start: *const i32,
-    /// `int32 [batch]`: tokens of each sequence on this rank, 0 to `max_kv_length`. NULL only for CSR pages with
-    /// `last_page_len`.
+    /// `int32 [batch]`: tokens of each sequence on this rank, 0 to `max_kv_length`. NULL only for CSR pages, which take exactly
+    /// one of `kv_length` and `last_page_len`.
     pub kv_length: *const i32,
     /// `int32 [batch]`: tokens of each sequence on all ranks together, this step's query tokens included. Required where
-    /// global positions matter (causal, window, ALiBi) and `query_position` is NULL.
+    /// global positions matter (causal, window, ALiBi) and `query_position` is NULL; elsewhere welcome, since the lengths of
+    /// this rank are held against it. Keys past it: see TREEATTN_ATTENTION_SURPLUS_KEYS.
     pub global_length: *const i32,
     /// `int32 [batch]`, contiguous placement: global position of local slot 0. NULL: 0, with one rank.
     pub kv_start: *const i32,
@@ -259,7 +276,7 @@ pub struct treeattn_decode_args_t {
     pub page_indices: *const i32,
     /// Entries of `page_indices`.
     pub num_page_indices: i64,
-    /// `int32 [batch]`, CSR pages: tokens in each sequence's last page, 1 to page_size. NULL: `kv_length` counts.
+    /// `int32 [batch]`, CSR pages: tokens in each sequence's last page, 1 to page_size, instead of `kv_length`.
     pub last_page_len: *const i32,
     /// f32 scales of fp8 keys, [sequence or page, token or slot, kv head]. Here all strides zero is one scale for all.
     pub k_scale: treeattn_tensor_t,
@@ -271,6 +288,12 @@ pub struct treeattn_decode_args_t {
     pub sinks: treeattn_tensor_t,
     /// Mask [sequence, head, query, local slot] of `mask_dtype`. Strides are taken as they are: 0 broadcasts.
     pub mask: treeattn_tensor_t,
+    /// Tokens that a packed strided k or v (all strides 0) has room for in each sequence: it is [batch, kv_capacity, kv head,
+    /// dim]. May be 0 for one sequence, and where `bytes` is just the size of [batch or `max_batch`, `max_kv_length`, kv head,
+    /// dim] or, with batch = `max_batch`, of fewer tokens. 0 where k and v have strides, and in other layouts. Since 0.2.
+    pub kv_capacity: i32,
+    /// Zero; keeps the size a multiple of 8.
+    pub reserved: i32,
 }
 
 /// Partials to merge and where the result goes.
@@ -329,10 +352,10 @@ pub struct treeattn_plan_stats_t {
     pub struct_size: usize,
     /// The number of this plan on its communicator, from 1.
     pub plan: u64,
-    /// Steps run.
+    /// Calls of decode, partial and merge on this plan that ran, or were enqueued on a GPU.
     pub steps: u64,
-    /// Steps of the exchanges: rounds, and levels of the tree or hops of the ring; a decode step larger than the window
-    /// takes several rounds.
+    /// What their exchanges took: rounds among all ranks, levels of the tree, hops of the ring. A step that is larger than
+    /// the window takes several.
     pub rounds: u64,
     /// Messages sent to peers.
     pub messages: u64,

@@ -9,6 +9,21 @@ pub struct DataFault {
     pub sequence: i32,
     /// What was found.
     pub cause: DataFaultCause,
+    /// The value, where it is known: a word does not carry it.
+    pub value: Option<BadValue>,
+}
+
+/// The entry of an input that was out of range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadValue {
+    /// Its index.
+    pub index: i64,
+    /// What it holds.
+    pub found: i64,
+    /// The least that it may hold.
+    pub least: i64,
+    /// The most.
+    pub most: i64,
 }
 
 /// Which input of a step was out of range.
@@ -37,27 +52,34 @@ pub enum DataFaultCause {
     KeysTwice = 10,
     /// A position below `global_length` that no rank holds.
     KeysMissing = 11,
+    /// Of [`PageRow`](Self::PageRow), `page_indptr`. This and what follows comes from CPUs.
+    PageIndptr = 12,
+    /// Of [`PageRow`](Self::PageRow), `last_page_len`.
+    LastPageLen = 13,
+    /// Of [`Position`](Self::Position), `global_length`: fewer tokens than queries.
+    GlobalLength = 14,
+    /// Of [`Position`](Self::Position), `kv_start`.
+    KvStart = 15,
+    /// Of [`Position`](Self::Position), `kv_position`.
+    KvPosition = 16,
+    /// Of [`Position`](Self::Position), `query_position`.
+    QueryPosition = 17,
+    /// Of [`Page`](Self::Page), `block_table`.
+    BlockTable = 18,
+    /// Of [`Page`](Self::Page), `page_indices`.
+    PageIndices = 19,
 }
 
 impl DataFaultCause {
     /// The cause with this code.
     pub fn from_code(code: u8) -> Option<DataFaultCause> {
         use DataFaultCause::*;
-        [
-            QueryStart,
-            KvLength,
-            Page,
-            PageRow,
-            Position,
-            QueryStartDiffers,
-            GlobalLengthDiffers,
-            QueryPositionDiffers,
-            QueryDiffers,
-            KeysTwice,
-            KeysMissing,
-        ]
-        .into_iter()
-        .find(|&c| c as u8 == code)
+        let checked =
+            [QueryStartDiffers, GlobalLengthDiffers, QueryPositionDiffers, QueryDiffers, KeysTwice, KeysMissing];
+        let singles =
+            [PageIndptr, LastPageLen, GlobalLength, KvStart, KvPosition, QueryPosition, BlockTable, PageIndices];
+        let all = [QueryStart, KvLength, Page, PageRow, Position].into_iter().chain(checked).chain(singles);
+        all.into_iter().find(|&cause| cause as u8 == code)
     }
 
     /// The argument to name in a message.
@@ -72,28 +94,57 @@ impl DataFaultCause {
             DataFaultCause::Page => "block_table or page_indices",
             DataFaultCause::PageRow => "page_indptr or last_page_len",
             DataFaultCause::Position => "global_length, kv_start, kv_position or query_position",
+            DataFaultCause::PageIndptr => "page_indptr",
+            DataFaultCause::LastPageLen => "last_page_len",
+            DataFaultCause::GlobalLength => "global_length",
+            DataFaultCause::KvStart => "kv_start",
+            DataFaultCause::KvPosition => "kv_position",
+            DataFaultCause::QueryPosition => "query_position",
+            DataFaultCause::BlockTable => "block_table",
+            DataFaultCause::PageIndices => "page_indices",
         }
     }
 
     /// What ranks of a checked plan disagree in; none where a rank's data is bad by itself.
     pub fn disagreement(self) -> Option<&'static str> {
         match self {
-            DataFaultCause::QueryStart
-            | DataFaultCause::KvLength
-            | DataFaultCause::Page
-            | DataFaultCause::PageRow
-            | DataFaultCause::Position => None,
             DataFaultCause::QueryStartDiffers => Some("other query tokens than on the other ranks"),
             DataFaultCause::GlobalLengthDiffers => Some("another length than on the other ranks"),
             DataFaultCause::QueryPositionDiffers => Some("other positions than on the other ranks"),
             DataFaultCause::QueryDiffers => Some("other bits than on the other ranks"),
             DataFaultCause::KeysTwice => Some("a position that is held twice"),
             DataFaultCause::KeysMissing => Some("a position below global_length that no rank holds"),
+            _ => None,
         }
+    }
+
+    /// The entry of it that is bad, which holds `found` instead of `least` to `most`.
+    pub fn at(self, index: i64, found: i64, least: i64, most: i64) -> (DataFaultCause, BadValue) {
+        (self, BadValue { index, found, least, most })
     }
 }
 
 impl DataFault {
+    /// What `cause` says of `sequence`, and nothing more.
+    pub fn new(sequence: i32, cause: DataFaultCause) -> DataFault {
+        DataFault { sequence, cause, value: None }
+    }
+
+    /// What to tell of it, where `on` names who met it: " on rank 1" or nothing.
+    pub fn message(&self, on: &str) -> String {
+        let (name, sequence) = (self.cause.argument(), self.sequence);
+        match self.value {
+            Some(BadValue { index, found, least, most }) => format!(
+                "{name}[{index}]: found {found}, wanted {least} to {most}, in sequence {sequence}{on}; the outputs of that \
+                 sequence are NaN"
+            ),
+            None => format!(
+                "{name}: found a value out of range in sequence {sequence}{on}, wanted values within the plan's limits; the \
+                 outputs of that sequence are NaN"
+            ),
+        }
+    }
+
     /// The word of a fault that rank `rank` met: the complement of the sequence, 24 bits of the rank, 8 bits of the cause.
     /// The largest word of a rank is that of its first faulty sequence; 0 is no fault. `pack_status` in
     /// `kernels/params.cuh` makes the same.
@@ -106,7 +157,7 @@ impl DataFault {
     pub fn from_word(word: u64) -> Option<(i32, DataFault)> {
         let cause = DataFaultCause::from_code(word as u8)?;
         let sequence = (u32::MAX - (word >> HIGH_SHIFT) as u32).cast_signed();
-        Some(((word as u32 >> RANK_SHIFT).cast_signed(), DataFault { sequence, cause }))
+        Some(((word as u32 >> RANK_SHIFT).cast_signed(), DataFault::new(sequence, cause)))
     }
 }
 
@@ -116,14 +167,32 @@ mod tests {
 
     #[test]
     fn a_word_carries_rank_sequence_and_cause_and_orders_by_sequence() {
-        let fault = DataFault { sequence: 70_000, cause: DataFaultCause::KvLength };
+        let fault = DataFault::new(70_000, DataFaultCause::KvLength);
         assert_eq!(fault.word(63), u64::from(u32::MAX - 70_000) << 32 | 63 << 8 | 2);
         for (sequence, rank) in [(0, 0), (i32::MAX, 4095), (5, (1 << 24) - 1)] {
-            let fault = DataFault { sequence, cause: DataFaultCause::Position };
+            let fault = DataFault::new(sequence, DataFaultCause::Position);
             assert_eq!(DataFault::from_word(fault.word(rank)), Some((rank, fault)));
         }
-        assert_eq!((DataFault::from_word(0), DataFault::from_word(12)), (None, None));
-        let later = DataFault { sequence: 70_001, cause: DataFaultCause::Position };
+        assert_eq!((DataFault::from_word(0), DataFault::from_word(20)), (None, None));
+        let later = DataFault::new(70_001, DataFaultCause::Position);
         assert!(fault.word(0) > later.word(63));
+    }
+
+    #[test]
+    fn causes_have_their_codes_and_messages_the_value() {
+        for code in 1..20 {
+            let cause = DataFaultCause::from_code(code).unwrap();
+            assert_eq!(cause as u8, code);
+        }
+        let (cause, value) = DataFaultCause::KvLength.at(3, 129, 0, 128);
+        let fault = DataFault { sequence: 3, cause, value: Some(value) };
+        let wanted =
+            "kv_length[3]: found 129, wanted 0 to 128, in sequence 3 on rank 1; the outputs of that sequence are NaN";
+        assert_eq!(fault.message(" on rank 1"), wanted);
+        assert!(
+            DataFault::new(3, cause)
+                .message("")
+                .contains("kv_length: found a value out of range in sequence 3, wanted")
+        );
     }
 }

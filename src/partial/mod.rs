@@ -22,6 +22,6 @@ pub(crate) mod word;
 pub(crate) use rows::{RowSource, RowTarget};
 pub(crate) use view::ExchangeView;
 
-pub use fault::{DataFault, DataFaultCause};
+pub use fault::{BadValue, DataFault, DataFaultCause};
 pub use lse::Lse;
 pub use merge::{PartialRows, merge_ranks, merge_two};

@@ -128,7 +128,7 @@ mod tests {
 
     #[test]
     fn the_bad_data_of_the_lowest_rank_wins() {
-        let fault = DataFault { sequence: i32::MAX, cause: DataFaultCause::Position };
+        let fault = DataFault::new(i32::MAX, DataFaultCause::Position);
         let word = |rank| fault.word(rank);
         for (a, b, lowest) in [(0, 0, 0), (word(2), 0, word(2)), (0, word(2), word(2)), (word(7), word(2), word(2))] {
             assert_eq!((first_fault(a, b), first_fault(b, a)), (lowest, lowest));

@@ -83,11 +83,15 @@ impl Communicator {
         if devices.is_empty() {
             return Err(Error::invalid("n", 0, "at least 1 device"));
         }
-        for &device in devices {
-            runtime.check_device(device)?;
+        for (i, &device) in devices.iter().enumerate() {
+            runtime.check_device(device).map_err(|error| {
+                let message = format!("devices[{i}]: {}", error.message().trim_start_matches("device: "));
+                if error.kind() == ErrorKind::ParentDestroyed { error } else { Error::new(error.kind(), message) }
+            })?;
         }
-        if let Some(odd) = devices.iter().find(|device| device.kind != devices[0].kind) {
-            return Err(Error::unsupported("devices", format!("{} and {odd}", devices[0]), "devices of one kind"));
+        if let Some(odd) = devices.iter().position(|device| device.kind != devices[0].kind) {
+            let wanted = format!("devices of one kind, as devices[0] = {}", devices[0]);
+            return Err(Error::unsupported(format_args!("devices[{odd}]"), devices[odd], wanted));
         }
         let groups = match &config.node_groups[..] {
             [] => vec![config.node_group; devices.len()],

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::{Condvar, Mutex};
 
 use crate::cpu::{self, Isa};
-use crate::device::{self, Device, DeviceInfo, DeviceKind};
+use crate::device::{self, Device, DeviceInfo, DeviceKind, environment};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How weighty a log line is.
@@ -27,7 +27,8 @@ pub type LogCallback = Box<dyn Fn(LogLevel, &str) + Send + Sync>;
 /// What a runtime is created with.
 #[derive(Clone, Debug, Default)]
 pub struct RuntimeConfig {
-    /// The CPU instruction set to use: "scalar", "avx2", "avx512" or "neon". None: `TREEATTN_CPU_ISA`, else the best.
+    /// The CPU instruction set to use: "scalar", "avx2", "avx512" or "neon". None: what `TREEATTN_CPU_ISA` said when the process
+    /// made its first runtime, else the best.
     pub cpu_isa: Option<String>,
 }
 
@@ -73,6 +74,8 @@ impl Drop for LogCall {
 impl Runtime {
     /// A runtime. An instruction set that this machine lacks is `Unavailable`.
     pub fn new(config: RuntimeConfig) -> Result<Runtime> {
+        // All of it, here: later another thread of the engine may change it.
+        environment();
         let isa = match &config.cpu_isa {
             Some(name) => Isa::by_name("cpu_isa", name)?,
             None => cpu::isa(),

@@ -2,7 +2,7 @@
 
 use super::context::Runtime;
 use super::stream::{RunsOn, Stream};
-use crate::attention::{AttentionDesc, DecodeArgs, Shard, Step, Tensor, supported};
+use crate::attention::{AttentionDesc, DecodeArgs, Keys, Shard, Step, Tensor, supported};
 use crate::cpu::{self, CpuBackend, Isa};
 use crate::device::{Device, DeviceKind, FloatState, Workers, available_cores};
 use crate::error::{Error, ErrorKind, Result};
@@ -54,7 +54,9 @@ pub unsafe fn energy(
         return Err(Error::invalid("kv_heads", 0, "at least 1 where keys are attended"));
     }
     supported(desc, &cpu::CAPABILITIES)?;
-    let step = Step::new(desc, ALONE, args, desc.q_heads)?.at_zeta(desc, zeta)?;
+    let mut step = Step::new(desc, ALONE, args, desc.q_heads)?.at_zeta(desc, zeta)?;
+    // SAFETY: the caller's promise, and a CPU's memory is host memory.
+    unsafe { step.check_arrays(desc, ALONE, Keys::Some) }?;
     let energy = EnergyStep { desc: *desc, step, isa: runtime.cpu_isa() };
     match Stream::runs_on(stream, device)? {
         // SAFETY: the caller keeps the buffers valid while this runs.
@@ -88,13 +90,7 @@ unsafe fn run(energy: &EnergyStep) -> Result<()> {
         unsafe { target.write(row / heads, row % heads, o, lse) };
     }
     let Some(fault) = fault else { return Ok(()) };
-    let message = format!(
-        "{}: found a value out of range in sequence {}, wanted values within the descriptor's limits; the outputs of \
-         that sequence are NaN",
-        fault.cause.argument(),
-        fault.sequence
-    );
-    Err(Error::new(ErrorKind::InvalidData, message))
+    Err(Error::new(ErrorKind::InvalidData, fault.message("")))
 }
 
 /// `count` zeros (none: too many for 64 bits), or `NoMemory`.

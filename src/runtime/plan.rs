@@ -12,9 +12,9 @@ use super::communicator::{CommCore, Communicator, Exchanging};
 use super::context::{LogLevel, Runtime};
 use super::stream::{RunsOn, Stream};
 use crate::attention::merge::{MergeArgs, MergeStep};
-use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, OutputMode, Step};
+use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, Keys, OutputMode, Step};
 use crate::device::cuda::CudaStream;
-use crate::device::{Device, Within, catch, spawn_scoped};
+use crate::device::{Device, DeviceKind, Within, catch, spawn_scoped};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::RowTarget;
 use crate::route::choose;
@@ -167,7 +167,9 @@ impl Plan {
     pub unsafe fn decode(&self, args: &DecodeArgs, stream: Option<&Stream>) -> Result<()> {
         let core = self.attending()?;
         let context = &core.context;
-        let step = Step::new(&context.desc, context.shard, args, context.heads.len() as i32)?;
+        let mut step = Step::new(&context.desc, context.shard, args, context.heads.len() as i32)?;
+        // SAFETY: the caller's promise.
+        unsafe { core.check_arrays(&mut step, Keys::All) }?;
         let size = (args.query_tokens as usize, context.heads.len());
         let output = StepOutput { size, target: step.target(&context.desc) };
         // SAFETY: the step was checked for this plan; the caller keeps its buffers valid until it is done.
@@ -185,7 +187,9 @@ impl Plan {
     pub unsafe fn partial(&self, args: &DecodeArgs, stream: Option<&Stream>) -> Result<()> {
         let core = self.attending()?;
         let desc = &core.context.desc;
-        let step = Step::new(desc, core.context.shard, args, desc.q_heads)?;
+        let mut step = Step::new(desc, core.context.shard, args, desc.q_heads)?;
+        // SAFETY: the caller's promise.
+        unsafe { core.check_arrays(&mut step, Keys::Some) }?;
         let size = (args.query_tokens as usize, desc.q_heads as usize);
         let output = StepOutput { size, target: step.target(desc) };
         // SAFETY: as in `decode`, for all heads.
@@ -322,7 +326,8 @@ impl Plan {
                     .map_err(explain_timeout)
             }
             RunsOn::Queue(_) if !core.comm.rank.serves_streams() => {
-                let wanted = "none: this transport's callbacks run on calling threads only";
+                let wanted = "NULL: this transport's flags lack TREEATTN_TRANSPORT_STREAM_THREADS, so that its callbacks run on \
+                              calling threads only";
                 Err(Error::invalid("stream", "a stream", wanted))
             }
             RunsOn::Queue(queue) => {
@@ -404,6 +409,18 @@ impl PlanCore {
 
     fn memory(&self) -> PlanMemory {
         PlanMemory { workspace: self.memory.workspace as u64, window: self.comm.rank.bootstrap().window_bytes() as u64 }
+    }
+
+    /// Checks what a step's arrays say, as far as the host sees them.
+    ///
+    /// # Safety
+    /// The arrays of a plan on the CPU are as long as the step's fields say, and written by nobody meanwhile.
+    unsafe fn check_arrays(&self, step: &mut Step, keys: Keys) -> Result<()> {
+        match self.comm.device.kind {
+            // SAFETY: this function's contract, and a CPU's memory is host memory.
+            DeviceKind::Cpu => unsafe { step.check_arrays(&self.context.desc, self.context.shard, keys) },
+            DeviceKind::Cuda => step.check_unseen_lengths(&self.context.desc),
+        }
     }
 
     /// Begins a step; one that exchanges is `Busy` while another call of the rank is.

@@ -28,7 +28,7 @@ static void creation(void) {
   for (int i = 0; i < 5; i++) {
     devices[2] = wrong[i];
     CHECK_INVALID(treeattn_comm_create_local(runtime, 3, devices, NULL, made),
-                  i < 4 ? "devices[2]: found" : "device: found cpu:1");
+                  i < 4 ? "devices[2]: found" : "devices[2]: found cpu:1");
   }
   devices[2] = TREEATTN_CUDA(65535);
   CHECK_STATUS(treeattn_comm_create_local(runtime, 3, devices, NULL, made), TREEATTN_ERROR_UNAVAILABLE, "cuda:65535");

@@ -88,7 +88,7 @@ static void values(void) {
   shard.kv_length[1] = MAX_LENGTH + 1;
   shard_reset(&shard);
   CHECK_STATUS(treeattn_energy(runtime, cpu, &desc, &shard.args, &at, NULL), TREEATTN_ERROR_INVALID_DATA,
-               "kv_length: found a value out of range in sequence 1");
+               "kv_length[1]: found 25, wanted 0 to 24, in sequence 1");
   CHECK(sequence_is_nan(&shard.outputs, 1) && outputs_guarded(&shard.outputs));
   CHECK_OK(treeattn_energy(runtime, cpu, &desc, &shard.args, &at, stream));
   CHECK(treeattn_stream_synchronize(stream) == TREEATTN_ERROR_INVALID_DATA);

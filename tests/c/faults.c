@@ -244,7 +244,8 @@ static void timeouts(void) {
   CHECK(strstr(treeattn_last_error_message(), "need a thread or a CPU stream each") != NULL);
   CHECK(sequence_is_nan(&shards[0].outputs, 0) && sequence_is_nan(&shards[0].outputs, 1));
   CHECK(outputs_guarded(&shards[0].outputs) && shard_untouched(&shards[1]));
-  CHECK_STATUS(treeattn_plan_decode(ranks[1].plan, ranks[1].args, NULL), TREEATTN_ERROR_TIMEOUT, "rank 1 did not come");
+  CHECK_STATUS(treeattn_plan_decode(ranks[1].plan, ranks[1].args, NULL), TREEATTN_ERROR_TIMEOUT,
+               "this rank, 1, came too late: ");
   CHECK(sequence_is_nan(&shards[1].outputs, 0) && sequence_is_nan(&shards[1].outputs, 1));
   check_broken(&ranks[0], &shards[0], TREEATTN_ERROR_TIMEOUT, 1);
   check_broken(&ranks[1], &shards[1], TREEATTN_ERROR_TIMEOUT, 1);
@@ -263,6 +264,28 @@ static void timeouts(void) {
   CHECK_STATUS(treeattn_plan_decode(ranks[0].plan, ranks[0].args, stream), TREEATTN_ERROR_TIMEOUT, "rank 0");
   CHECK_OK(treeattn_stream_synchronize(stream));
   CHECK_OK(treeattn_stream_destroy(stream));
+  teardown(ranks, 2);
+
+  /* Two ranks on one stream would wait for each other: the second is refused, and the first goes on by a stream of its own. */
+  treeattn_stream_t *second = NULL;
+  setup(ranks, 2, 5000);
+  CHECK_OK(treeattn_stream_create(runtime, TREEATTN_CPU(0), &stream));
+  CHECK_OK(treeattn_stream_create(runtime, TREEATTN_CPU(0), &second));
+  for (int i = 0; i < 3; i++) {
+    CHECK_OK(treeattn_plan_decode(ranks[0].plan, ranks[0].args, stream));
+    CHECK_STATUS(treeattn_plan_decode(ranks[1].plan, ranks[1].args, stream), TREEATTN_ERROR_INVALID_ARGUMENT,
+                 "stream: found one on which rank 0 of this communicator waits for rank 1");
+    CHECK_OK(treeattn_plan_decode(ranks[1].plan, ranks[1].args, second));
+    CHECK_OK(treeattn_stream_synchronize(stream));
+    CHECK_OK(treeattn_stream_synchronize(second));
+    CHECK(shard_matches(&shards[0], &problem) && shard_matches(&shards[1], &problem));
+    /* Whoever is done may change over. */
+    treeattn_stream_t *other = stream;
+    stream = second;
+    second = other;
+  }
+  CHECK_OK(treeattn_stream_destroy(stream));
+  CHECK_OK(treeattn_stream_destroy(second));
   teardown(ranks, 2);
 
   /* A rank that never comes to create its plan. */

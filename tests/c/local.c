@@ -157,8 +157,8 @@ static void bad_merges(void) {
   FIELD(o.stride[2], 2, "o.stride[2]: found 2");
   FIELD(o.stride[0], INT64_MAX - 3, "o.");
   FIELD(lse.stride[2], INT64_MAX - 3, "lse.");
-  FIELD(out.stride[0], 4, "out.stride[1]: found 0, wanted a positive stride in an output");
-  FIELD(out_lse.stride[1], 4, "out_lse.stride[0]: found 0, wanted a positive stride in an output");
+  FIELD(out.stride[0], 4, "out.stride[2]: found 0, wanted at least ");
+  FIELD(out_lse.stride[1], 4, "out_lse.stride[0]: found 0, wanted at least ");
   FIELD(out.data, merge.o, "shares no byte with o");
   FIELD(out.data, merge.lse, "found");
   FIELD(out_lse.data, &merge.lse[1][0][0], "shares no byte with lse");

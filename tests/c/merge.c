@@ -215,8 +215,8 @@ static void bad(void) {
   FIELD(o.stride[1], INT64_MAX - 3, "o.");
   FIELD(lse.stride[0], INT64_MIN, "lse.stride[0]: found");
   FIELD(lse.stride[1], 3, "lse.stride[1]: found 3");
-  FIELD(out.stride[2], 4, "out.stride[0]: found 0, wanted a positive stride in an output");
-  FIELD(out_lse.stride[0], 4, "out_lse.stride[1]: found 0, wanted a positive stride in an output");
+  FIELD(out.stride[2], 4, "out.stride[1]: found 0, wanted at least ");
+  FIELD(out_lse.stride[0], 4, "out_lse.stride[1]: found 0, wanted at least ");
   FIELD(out.data, partials[0].o, "shares no byte with o");
   FIELD(out_lse.data, partials[0].lse, "shares no byte with lse");
   FIELD(out_lse.data, shards[0].outputs.out, "shares no byte with out_lse");

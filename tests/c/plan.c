@@ -56,7 +56,7 @@ static void sizes(void) {
   INVALID(scale, NAN, "scale: found NaN");
   INVALID(softcap, -1.0f, "softcap: found -1");
   INVALID(softcap, NAN, "softcap: found NaN");
-  INVALID(flags, 4, "flags: found 0x4");
+  INVALID(flags, 0x40000000, "flags: found 0x40000000");
   INVALID(flags, UINT32_MAX, "flags: found 0xffffffff");
   INVALID(reserved, 1, "reserved: found 1");
   const int32_t no_answer[] = {-1, 2, INT32_MAX};

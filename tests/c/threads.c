@@ -3,6 +3,7 @@
  * _create_from_transport and _destroy, treeattn_stream_create and _destroy, treeattn_selfcheck.
  */
 #include <dirent.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <time.h>
 
@@ -173,6 +174,35 @@ static void selfcheck(void) {
   CHECK_THREADS(0);
 }
 
+/* What a thread with little stack does: everything from the communicator to its end. */
+static void *whole_life(void *failures) {
+  treeattn_comm_t *comm = NULL;
+  treeattn_plan_t *plan = NULL;
+  treeattn_attention_desc_t desc = problem_desc();
+  static shard_t shard;
+  shard_make(&shard, &problem, 1, 0);
+  group(1, &comm);
+  int bad = treeattn_plan_create(comm, &desc, &plan) != TREEATTN_OK;
+  bad += treeattn_plan_decode(plan, &shard.args, NULL) != TREEATTN_OK || !shard_matches(&shard, &problem);
+  shard.args.q.data = NULL; /* a message is made */
+  bad += treeattn_plan_decode(plan, &shard.args, NULL) != TREEATTN_ERROR_INVALID_ARGUMENT;
+  bad += treeattn_plan_destroy(plan) != TREEATTN_OK || treeattn_comm_destroy(comm) != TREEATTN_OK;
+  *(int *)failures = bad;
+  return NULL;
+}
+
+/* A quarter of the stack that the header asks for. */
+static void small_stack(void) {
+  pthread_attr_t attributes;
+  pthread_t thread;
+  int failures = -1;
+  CHECK(pthread_attr_init(&attributes) == 0 && pthread_attr_setstacksize(&attributes, 64 * 1024) == 0);
+  CHECK(pthread_create(&thread, &attributes, whole_life, &failures) == 0 && pthread_join(thread, NULL) == 0);
+  CHECK(failures == 0);
+  CHECK(pthread_attr_destroy(&attributes) == 0);
+  CHECK_THREADS(0);
+}
+
 int main(void) {
   problem_make(&problem, 9);
   runtime = runtime_make();
@@ -182,6 +212,7 @@ int main(void) {
   streams();
   orphans();
   selfcheck();
+  small_stack();
   CHECK_OK(treeattn_runtime_destroy(runtime));
   CHECK_THREADS(0);
   return check_report("threads");

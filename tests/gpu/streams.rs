@@ -265,7 +265,7 @@ pub fn beyond_4_gib() {
     for token_stride in [row, 8 << 20] {
         let sequence_stride = if token_stride == row { 5usize << 30 } else { row };
         let bytes = sequence_stride + (capacity - 1) * token_stride + row;
-        let mut args = compact.args;
+        let mut args = DecodeArgs { kv_capacity: 0, ..compact.args };
         let mut buffers = Vec::new();
         for (tensor, memory) in [(&mut args.k, &rank.k), (&mut args.v, rank.v.as_ref().unwrap())] {
             let large = Buffer::alloc(&gpu.runtime, GPU, bytes).unwrap();
@@ -298,7 +298,7 @@ pub fn beyond_4_gib() {
     let width = lengths[0].div_ceil(16);
     let table: Vec<i32> = (0..2 * width).map(|i| ((i * 37 + 5) % (2 * width)) as i32).collect();
     let bytes = (2 * width - 1) * step + 16 * row;
-    let mut args = compact.args;
+    let mut args = DecodeArgs { kv_capacity: 0, ..compact.args };
     let mut buffers = Vec::new();
     for (tensor, memory) in [(&mut args.k, &rank.k), (&mut args.v, rank.v.as_ref().unwrap())] {
         let large = Buffer::alloc(&gpu.runtime, GPU, bytes).unwrap();

@@ -39,19 +39,20 @@ fn arrays_that_a_step_needs_are_asked_for_by_name_and_no_others() {
     for (desc, needed) in cases {
         let plans = plan_all(&comms, &desc);
         let mut shard = Shard::new(&desc, 1, 4, 0);
-        let all = DecodeArgs {
-            kv_length: length.as_ptr(),
-            global_length: global.as_ptr(),
-            kv_start: start.as_ptr(),
-            kv_position: positions.as_ptr(),
-            block_table: pages.as_ptr(),
-            max_pages: 1,
-            num_pages: 1,
-            page_indptr: indptr.as_ptr(),
-            page_indices: pages.as_ptr(),
-            num_page_indices: 1,
-            ..shard.args(1)
-        };
+        let mut all = DecodeArgs { kv_length: length.as_ptr(), global_length: global.as_ptr(), ..shard.args(1) };
+        match desc.placement {
+            Placement::Contiguous => all.kv_start = start.as_ptr(),
+            Placement::Interleaved { .. } => {}
+            Placement::Explicit => all.kv_position = positions.as_ptr(),
+        }
+        match desc.kv_layout {
+            KvLayout::Strided => {}
+            KvLayout::BlockTable => (all.block_table, all.max_pages, all.num_pages) = (pages.as_ptr(), 1, 1),
+            KvLayout::CsrPages => {
+                (all.page_indptr, all.page_indices) = (indptr.as_ptr(), pages.as_ptr());
+                (all.num_page_indices, all.num_pages) = (1, 1);
+            }
+        }
         // SAFETY: the arrays and the shard outlive the blocking call.
         let partial = |args: &DecodeArgs| unsafe { plans[0].partial(args, None) };
         partial(&all).unwrap();
@@ -68,7 +69,7 @@ fn arrays_that_a_step_needs_are_asked_for_by_name_and_no_others() {
                 }
             }
             if needed.contains(&name) {
-                *array(&mut args) = array(&mut all.clone()).wrapping_byte_add(1);
+                *array(&mut args) = (*array(&mut { all })).wrapping_byte_add(1);
                 let error = partial(&args).unwrap_err();
                 assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{what}");
                 assert!(error.message().starts_with(name) && error.message().contains("aligned"), "{what}: {error}");

@@ -17,6 +17,7 @@ const LENGTH: i32 = 20;
 /// What one rank passes.
 struct Input {
     shard: Shard,
+    placement: Placement,
     global_length: Vec<i32>,
     kv_start: Vec<i32>,
     kv_position: Vec<i32>,
@@ -39,6 +40,7 @@ impl Input {
         }
         Input {
             shard: Shard::new(desc, BATCH, keys as i32, rank as u32),
+            placement: desc.placement,
             global_length: vec![LENGTH; BATCH],
             kv_start: vec![begin; BATCH],
             kv_position,
@@ -48,15 +50,20 @@ impl Input {
     }
 
     fn args(&mut self) -> DecodeArgs {
-        DecodeArgs {
+        let mut args = DecodeArgs {
             global_length: self.global_length.as_ptr(),
-            kv_start: self.kv_start.as_ptr(),
-            kv_position: self.kv_position.as_ptr(),
-            kv_position_stride: STRIDE as i64,
             query_start: self.query_start.as_ptr(),
             query_position: self.query_position.as_ref().map_or(std::ptr::null(), |positions| positions.as_ptr()),
             ..self.shard.args(BATCH)
+        };
+        match self.placement {
+            Placement::Contiguous => args.kv_start = self.kv_start.as_ptr(),
+            Placement::Interleaved { .. } => {}
+            Placement::Explicit => {
+                (args.kv_position, args.kv_position_stride) = (self.kv_position.as_ptr(), STRIDE as i64);
+            }
         }
+        args
     }
 }
 

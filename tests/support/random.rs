@@ -33,9 +33,7 @@ pub fn case(seed: u64, layout: KvLayout) -> Case {
     let v_broadcast = broadcast(r, layout);
     let alike = k_broadcast[0] || v_broadcast[0];
     let mut sequences: Vec<Sequence> = Vec::new();
-    // Tokens before the first sequence and after the last are nobody's.
-    let spare = |r: &mut Rng| if query_start && batch > 0 && r.chance(15) { r.range(1, 3) } else { 0 };
-    let mut tokens = spare(r);
+    let mut tokens = 0;
     for _ in 0..batch {
         let mut own = match (query_start, r.chance(20)) {
             (false, _) => each,
@@ -56,7 +54,10 @@ pub fn case(seed: u64, layout: KvLayout) -> Case {
         sequences.push(Sequence { keys, first_token: tokens, tokens: own, held, ..Sequence::default() });
         tokens += own;
     }
-    tokens += spare(r);
+    // Tokens after the last sequence are nobody's.
+    if query_start && batch > 0 && r.chance(25) {
+        tokens += r.range(1, 3);
+    }
 
     let longest = sequences.iter().flat_map(|s| s.held.iter().map(Vec::len)).max().unwrap_or(0);
     let slack = |r: &mut Rng, n: usize| (n.max(1) + if r.chance(50) { r.range(0, 9) } else { 0 }) as i32;
@@ -145,7 +146,7 @@ fn broadcast(r: &mut Rng, layout: KvLayout) -> [bool; 4] {
         return [false; 4];
     }
     // Whole pages that are the same page would have to hold the same tokens.
-    [layout == KvLayout::Strided && r.chance(40), r.chance(20), r.chance(40), r.chance(10)]
+    [layout == KvLayout::Strided && r.chance(40), r.chance(20), r.chance(40), false]
 }
 
 /// A length of at most `most`: often one at the edges of tiles, sometimes none.

@@ -381,6 +381,8 @@ impl Builder<'_> {
         k.freeze();
         if packed {
             (k_view.stride, v_view.stride) = ([0; 4], [0; 4]);
+            // The bytes do not tell, since the last sequence ends early.
+            args.kv_capacity = inner as i32;
         }
         let k_bytes = if joined { k_view.bytes } else { k.len() };
         args.k = Tensor { data: k.ptr(), bytes: k_bytes as u64, stride: k_view.stride };

@@ -50,7 +50,7 @@ pub unsafe fn attend(desc: &AttentionDesc, shard: Shard, step: &Step) -> Result<
         if let Some(cause) = sequence.fault {
             let first = sequence.first_token * desc.q_heads as usize;
             (first..first + sequence.tokens * desc.q_heads as usize).for_each(|row| reference.poison(row));
-            reference.fault = reference.fault.or(Some(DataFault { sequence: b as i32, cause }));
+            reference.fault = reference.fault.or(Some(DataFault::new(b as i32, cause)));
         } else {
             attend_sequence(&inputs, &sequence, &mut reference)?;
         }

@@ -65,7 +65,7 @@ impl Inputs<'_> {
     fn check(&self, sequence: &mut Sequence) -> Result<(), DataFaultCause> {
         let (args, b) = (&self.step.args, sequence.index as i64);
         let page_size = i64::from(self.desc.page_size);
-        let mut room = self.step.kv_capacity;
+        let mut room = self.step.room(self.desc, b);
         let mut length = None;
         match self.desc.kv_layout {
             KvLayout::Strided => {}

@@ -111,7 +111,7 @@ fn bad_data_is_named_and_its_rows_are_nan() {
     let mut x = Tiny::new(&[1.0], &[0.0, 1.0], &[1.0; 4]);
     x.kv_length = vec![3];
     let found = x.attend();
-    assert_eq!(found.fault, Some(DataFault { sequence: 0, cause: DataFaultCause::KvLength }));
+    assert_eq!(found.fault, Some(DataFault::new(0, DataFaultCause::KvLength)));
     assert!(found.o.iter().chain(&found.lse).all(|x| x.is_nan()));
     x.kv_length = vec![2];
     (x.desc.kv_layout, x.desc.page_size) = (KvLayout::BlockTable, 1);

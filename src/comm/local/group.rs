@@ -1,7 +1,7 @@
 //! What the ranks of a local group share: windows, slots, blobs of allgathers, and how they wait and fail together.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::message::MessageSlot;
@@ -28,6 +28,8 @@ pub(super) struct Group {
     /// Set with `error`.
     pub(super) broken: AtomicBool,
     pub(super) error: Mutex<Option<Error>>,
+    /// Ranks that came too late for what the others gave up.
+    pub(super) late: OnceLock<Vec<usize>>,
     /// Ranks that have left.
     pub(super) gone: AtomicU32,
     /// What each rank gave in its last two allgathers: number and blob, by parity.
@@ -187,7 +189,10 @@ impl Group {
                 let late_ranks = (0..self.ranks.len()).filter(|&r| most != Absence::Present && absence(r) == most);
                 let missing: Vec<usize> = late_ranks.collect();
                 if !missing.is_empty() || late {
-                    return Err(self.break_with(errors::timeout(&what(), &missing, limit.field, limit.timeout)));
+                    let error = errors::timeout(&what(), &missing, limit.field, limit.timeout);
+                    // Should another error be first, nobody is told that it was late.
+                    let _ = self.late.set(missing);
+                    return Err(self.break_with(error));
                 }
                 // Everyone is between publishing and arriving.
                 (late, deadline) = (true, deadline + GRACE);

@@ -1,7 +1,7 @@
 //! One rank's end of a local group.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use super::group::{Absence, Group, Padded, RankState, WaitDeadline, lock};
@@ -55,6 +55,7 @@ pub(in crate::comm) fn local_group_at(world: usize, config: &CommConfig, start: 
         openings: Padded(Arrivals::starting_at(Default::default(), AtomicU32::new(0), start)),
         broken: AtomicBool::new(false),
         error: Mutex::new(None),
+        late: OnceLock::new(),
         gone: AtomicU32::new(0),
         blobs: Mutex::new((0..world).map(|_| Default::default()).collect()),
         ranks: (0..world).map(|_| rank()).collect(),
@@ -142,7 +143,10 @@ impl Bootstrap for LocalRank {
         let group = self.group.broken()?;
         let own = lock(&self.own().error).clone();
         let odd = || if group.kind() == ErrorKind::Desync { self.group.odd(self.rank) } else { None };
-        Some(own.or_else(odd).unwrap_or(group))
+        let error = own.or_else(odd).unwrap_or(group);
+        let is_late =
+            error.kind() == ErrorKind::Timeout && self.group.late.get().is_some_and(|late| late.contains(&self.rank));
+        Some(if is_late { errors::came_late(self.rank, &error) } else { error })
     }
 
     fn abort(&self) {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use libloading::os::unix::Library as Handle;
 
+use crate::device::environment;
 use crate::error::{Error, ErrorKind, Result};
 
 /// NCCL's soname, and the name of its development link.
@@ -114,8 +115,8 @@ pub(super) fn file_of(address: usize) -> Option<String> {
 
 /// The package folders of the virtual environment and of the first python in `PATH`.
 fn packages() -> Vec<PathBuf> {
-    let mut prefixes: Vec<PathBuf> = std::env::var_os("VIRTUAL_ENV").map(PathBuf::from).into_iter().collect();
-    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut prefixes: Vec<PathBuf> = environment().virtual_env.as_ref().map(PathBuf::from).into_iter().collect();
+    let path = environment().path.clone().unwrap_or_default();
     let python = std::env::split_paths(&path)
         .flat_map(|folder| ["python3", "python"].map(|name| folder.join(name)))
         .find(|python| python.is_file());

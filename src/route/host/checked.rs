@@ -79,7 +79,7 @@ impl Check {
         for (b, (records, own)) in all.chunks(world).zip(&*own).enumerate() {
             if let Some((rank, cause)) = judge(exchange.context.desc.placement, records) {
                 wrong.push((own.first_token as usize, own.tokens as usize));
-                found = found.or(Some((rank, DataFault { sequence: b as i32, cause })));
+                found = found.or(Some((rank, DataFault::new(b as i32, cause))));
             }
         }
         Ok(found)

@@ -29,6 +29,8 @@ pub(in crate::route) struct Exchange<'a> {
     /// What this rank says in all rounds and hops.
     pub header: RoundHeader,
     pub wire: Wire,
+    /// Bad data that this rank met, with its value, which does not travel.
+    own: Option<DataFault>,
 }
 
 /// What a worker does with some rows.
@@ -47,7 +49,7 @@ impl<'a> Exchange<'a> {
         target: &'a RowTarget,
     ) -> Exchange<'a> {
         let header = RoundHeader { fingerprint: 0, fault: 0 };
-        Exchange { context, rank, tokens, target, header, wire: Wire::of(&context.desc) }
+        Exchange { context, rank, tokens, target, header, wire: Wire::of(&context.desc), own: None }
     }
 
     /// Opens the step, in which this rank met `fault`. Waits for nobody.
@@ -56,8 +58,9 @@ impl<'a> Exchange<'a> {
         let [kind, size] = call.words();
         let fingerprint = fingerprint(&[self.context.plan, number, kind, size, self.tokens as u64]);
         self.rank.rounds.open(fingerprint)?;
-        let fault = fault.map_or(0, |fault| fault.word(self.context.shard.rank));
-        self.header = RoundHeader { fingerprint, fault };
+        let word = fault.map_or(0, |fault| fault.word(self.context.shard.rank));
+        self.header = RoundHeader { fingerprint, fault: word };
+        self.own = fault;
         Ok(())
     }
 
@@ -167,6 +170,9 @@ impl<'a> Exchange<'a> {
     /// Ends the step: tells of bad data that a rank met, if any.
     pub fn finish(self, found: RankFault) -> Result<()> {
         self.context.board.count_step();
-        found.map_or(Ok(()), |(rank, fault)| Err(self.context.report(rank, fault)))
+        let Some((rank, fault)) = found else { return Ok(()) };
+        let is_own = |own: &DataFault| (rank, own.sequence) == (self.context.shard.rank, fault.sequence);
+        let own = self.own.filter(|own| is_own(own) && own.cause == fault.cause);
+        Err(self.context.report(rank, own.unwrap_or(fault)))
     }
 }

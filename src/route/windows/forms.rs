@@ -1,6 +1,7 @@
 //! How a step's partials come to the exchange, by the step's size.
 
 use crate::cuda::COMMUNICATORS;
+use crate::device::environment;
 use crate::error::{Error, Result};
 
 /// The environment variable that picks a [`Form`] where the step's size allows it: "memory", "push" or "single".
@@ -22,9 +23,9 @@ pub(super) enum Form {
 }
 
 impl Form {
-    /// The form that [`ENVIRONMENT`] asks for.
+    /// The form that [`ENVIRONMENT`] asked for when the process made its first runtime.
     pub fn asked() -> Result<Option<Form>> {
-        let Some(word) = std::env::var_os(ENVIRONMENT) else { return Ok(None) };
+        let Some(word) = &environment().gpu_exchange else { return Ok(None) };
         match word.to_str() {
             Some("memory") => Ok(Some(Form::Memory)),
             Some("push") => Ok(Some(Form::Push)),

@@ -1,7 +1,7 @@
 //! One rank's buffers of a self-check: the shard in the descriptor's layout, with NaN wherever no live data is.
 
 use super::inputs::{Inputs, Random, Sequence, put, room};
-use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, Tensor};
+use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, Placement, Tensor};
 use crate::device::Device;
 use crate::error::Result;
 use crate::runtime::buffer::Buffer;
@@ -92,11 +92,16 @@ impl ShardBuffers {
             query_start: at(queries),
             kv_length: at(lengths),
             global_length: at(globals),
-            kv_start: at(starts),
-            kv_position: at(positions),
-            kv_position_stride: map.capacity as i64,
             ..DecodeArgs::default()
         };
+        match desc.placement {
+            Placement::Contiguous => args.kv_start = at(starts),
+            Placement::Interleaved { .. } => {}
+            Placement::Explicit => {
+                args.kv_position = at(positions);
+                args.kv_position_stride = map.capacity as i64;
+            }
+        }
         match desc.kv_layout {
             KvLayout::Strided => {}
             KvLayout::BlockTable => {

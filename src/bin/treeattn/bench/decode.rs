@@ -165,6 +165,7 @@ impl Rank {
             stride: [0; 4],
         };
         let cache = |at: usize| tensor(pool.data().wrapping_add(slot + at), bytes).with_strides(stride);
+        let paged = case.page_size > 0;
         DecodeArgs {
             batch: case.batch as i32,
             query_tokens: (case.batch * case.query_tokens) as i32,
@@ -175,9 +176,9 @@ impl Rank {
             kv_length: self.lengths.as_ptr(),
             global_length: self.global_lengths.as_ptr(),
             kv_start: self.starts.as_ptr(),
-            block_table: self.table.as_ptr(),
-            max_pages: (self.table.len() / case.batch) as i32,
-            num_pages: self.table.len() as i32,
+            block_table: if paged { self.table.as_ptr() } else { std::ptr::null() },
+            max_pages: if paged { (self.table.len() / case.batch) as i32 } else { 0 },
+            num_pages: if paged { self.table.len() as i32 } else { 0 },
             ..DecodeArgs::default()
         }
     }

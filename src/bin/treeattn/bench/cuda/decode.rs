@@ -176,6 +176,8 @@ impl Memory {
             };
             let outer = if case.page_size > 0 { case.page_size } else { case.keys } * case.token_bytes();
             let stride = [outer, case.token_bytes(), row_bytes, case.dtype.size()].map(|stride| stride as i64);
+            let paged = case.page_size > 0;
+            let table = tables.data().wrapping_byte_add(4 * copy * pages).cast_const().cast();
             DecodeArgs {
                 batch: case.batch as i32,
                 query_tokens: tokens as i32,
@@ -186,9 +188,9 @@ impl Memory {
                 lse: whole(&lse),
                 kv_length: lengths.data().cast_const().cast(),
                 global_length: lengths.data().cast_const().cast(),
-                block_table: tables.data().wrapping_byte_add(4 * copy * pages).cast_const().cast(),
-                max_pages: case.pages() as i32,
-                num_pages: (copies * pages) as i32,
+                block_table: if paged { table } else { std::ptr::null() },
+                max_pages: if paged { case.pages() as i32 } else { 0 },
+                num_pages: if paged { (copies * pages) as i32 } else { 0 },
                 ..DecodeArgs::default()
             }
         });
