@@ -224,6 +224,7 @@ fn main() -> ExitCode {
         test("like_the_cpu", numerics::like_the_cpu),
         test("nan_in_the_newest_value", numerics::nan_in_the_newest_value),
         test("bad_data", numerics::bad_data),
+        test("bad_data_of_a_plan_that_is_gone", numerics::bad_data_of_a_plan_that_is_gone),
         test("stale_entries", numerics::stale_entries),
         test("merge_partials", numerics::merge_partials),
         test("late_predecessors", || streams::late_predecessors(4)),

@@ -137,6 +137,7 @@ fn main() -> ExitCode {
         test("two_streams", numerics::two_streams),
         test("unaligned_bases", numerics::unaligned_bases),
         test("bad_data", numerics::bad_data),
+        test("bad_data_of_a_plan_that_is_gone", numerics::bad_data_of_a_plan_that_is_gone),
         test("stale_entries", numerics::stale_entries),
         test("merge_partials", numerics::merge_partials),
         test("late_predecessors", || streams::late_predecessors(40)),

@@ -333,6 +333,25 @@ pub fn two_streams() {
     }
 }
 
+/// What a step of a plan met that is gone is told of no other plan, also where that has its words.
+pub fn bad_data_of_a_plan_that_is_gone() {
+    /// At least as many as have their words in one allocation, and come before those that were given back.
+    const PLANS: usize = 128;
+    let mut ready = Ready::new(Case::plain(shape(8, 2, 64, Dtype::Bf16), 1, &[(90, 1)], Values::Normal, 9));
+    ready.rank.set(Ints::KvLength, 0, -1);
+    let mirror = Mirror::new(&ready.gpu, &ready.rank);
+    let create = || Plan::create(&ready.comm, &ready.case.desc).unwrap();
+    let plan = create();
+    // SAFETY: the device memory outlives the step, which is waited for.
+    unsafe { plan.decode(&mirror.args, Some(&ready.gpu.stream)) }.unwrap();
+    ready.gpu.stream.synchronize().unwrap();
+    drop(plan);
+    let plans: Vec<_> = (0..PLANS).map(|_| create()).collect();
+    let error = ready.comm.status().unwrap().error;
+    assert!(error.is_none(), "{error:?}");
+    drop(plans);
+}
+
 /// What a step finds in its int32 inputs: NaN for that sequence only, and a report that names the input.
 pub fn bad_data() {
     use KvLayout::{BlockTable, CsrPages, Strided};
