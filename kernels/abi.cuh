@@ -53,9 +53,14 @@ enum : int32_t {
 enum : int {
     kBroken = 0,
     kConsumed = 128,
-    kArrived = 129,
-    kFailed = 130,
-    kFault = 131,
+    kFailed = 129,
+    kFault = 130,
+    kTickets = 132,
+    kDecided = 136,
+    kLeftOver = 144,
+    kLeftOverWords = 8,
+    kStepFault = 134,
+    kArrived = 135,
     kLeft = 192,
     kControlWords = 512,
 };
@@ -76,10 +81,11 @@ enum : int {
     kMaxRanks = 64,
     kSlots = 2,
 };
-// Where the flag of a packet lies; the epoch after the largest one.
+// Where the flag of a packet lies; the epoch after the largest one; kConsumed's unit.
 enum : uint32_t {
     kFlagShift = 32,
     kAfterWrap = 2,
+    kLaunchShift = 16,
 };
 // Where failures and bad data have their rank, and their epoch or sequence.
 enum : int {
@@ -94,7 +100,7 @@ enum : uint32_t {
 };
 
 // The hash of all that is said here; each image carries it.
-constexpr uint64_t kAbi = 0x3f5c38a2eabf588d;
+constexpr uint64_t kAbi = 0x543e30ef9893eaa9;
 
 }  // namespace treeattn
 
@@ -129,7 +135,7 @@ constexpr uint64_t kAbi = 0x3f5c38a2eabf588d;
     static_assert(offsetof(RowSource, to_natural) == 64, "RowSource::to_natural"); \
     static_assert(offsetof(RowSource, plus_inf_is_empty) == 68, "RowSource::plus_inf_is_empty"); \
     static_assert(sizeof(ExchangeView) == 104, "ExchangeView"); \
-    static_assert(offsetof(ExchangeView, peers) == 0, "ExchangeView::peers"); \
+    static_assert(offsetof(ExchangeView, slots) == 0, "ExchangeView::slots"); \
     static_assert(offsetof(ExchangeView, bases) == 8, "ExchangeView::bases"); \
     static_assert(offsetof(ExchangeView, window) == 16, "ExchangeView::window"); \
     static_assert(offsetof(ExchangeView, host) == 24, "ExchangeView::host"); \
@@ -193,14 +199,15 @@ constexpr uint64_t kAbi = 0x3f5c38a2eabf588d;
     static_assert(offsetof(MergeParams, partials) == 152, "MergeParams::partials"); \
     static_assert(offsetof(MergeParams, tokens) == 156, "MergeParams::tokens"); \
     static_assert(offsetof(MergeParams, heads) == 160, "MergeParams::heads"); \
-    static_assert(sizeof(ExchangeParams) == 264, "ExchangeParams"); \
+    static_assert(sizeof(ExchangeParams) == 272, "ExchangeParams"); \
     static_assert(offsetof(ExchangeParams, source) == 0, "ExchangeParams::source"); \
     static_assert(offsetof(ExchangeParams, target) == 72, "ExchangeParams::target"); \
     static_assert(offsetof(ExchangeParams, first_row) == 136, "ExchangeParams::first_row"); \
     static_assert(offsetof(ExchangeParams, rows) == 144, "ExchangeParams::rows"); \
     static_assert(offsetof(ExchangeParams, is_pushed) == 152, "ExchangeParams::is_pushed"); \
     static_assert(offsetof(ExchangeParams, is_last) == 156, "ExchangeParams::is_last"); \
-    static_assert(offsetof(ExchangeParams, view) == 160, "ExchangeParams::view"); \
+    static_assert(offsetof(ExchangeParams, waiting) == 160, "ExchangeParams::waiting"); \
+    static_assert(offsetof(ExchangeParams, view) == 168, "ExchangeParams::view"); \
     static_assert(sizeof(AllreduceParams) == 168, "AllreduceParams"); \
     static_assert(offsetof(AllreduceParams, o) == 0, "AllreduceParams::o"); \
     static_assert(offsetof(AllreduceParams, lse) == 8, "AllreduceParams::lse"); \

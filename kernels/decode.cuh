@@ -229,9 +229,9 @@ __device__ __forceinline__ void touch_parameters(const DecodeParams& p, int* unu
 }
 
 // The kernel. A family holds one warp's state (running maximum, sum and output of its rows) and says how a tile is
-// attended: stage_query, begin, attend, poison, close.
+// attended: stage_query, begin, attend, poison, close. Says whether the block had keys, and so has announced its rank.
 template <class Family>
-__device__ __forceinline__ void decode(const DecodeParams& p) {
+__device__ __forceinline__ bool decode(const DecodeParams& p) {
     using S = typename Family::S;
     extern __shared__ __align__(128) char shared[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -242,8 +242,9 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     Walk<S> walk(p, shared);
     const EvenSplit even = walk.prepare();
     const bool is_even = even.blocks > 0;
-    dependency_wait();
     PushState* push = reinterpret_cast<PushState*>(shared + S::kPushStateAt);
+    if (p.flags & kFlagPush) keep_step(p, push);
+    dependency_wait();
     if (p.flags & kFlagPush) ask_push_state(p, push);
     if (p.waiting == 0) dependency_launch();
 
@@ -259,7 +260,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     int stage = 0, filled = 0;
     Item first;
     if (is_even) {
-        if (walk.done) return;
+        if (walk.done) return false;
         const uint32_t small = walk.touch_small(even);
         first = walk.start_even(even);
         asm volatile("" ::"r"(small));
@@ -267,7 +268,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
         if (p.query_start != nullptr) write_unowned(p, *push);
         first = walk.start();
     }
-    if (walk.done) return;
+    if (walk.done) return false;
 
     // The ring is full before the first tile is attended; from then on a slot is filled again as soon as it is free.
     int next_tile = even.index * S::kWarps + warp;  // of an evenly split item, the next to be attended
@@ -310,6 +311,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
         const uint32_t slot = slots + stage * S::kSlotBytes;
         copy_async_wait<S::kStages - 1>();
         __syncwarp();
+        if (filled == S::kStages && warp == 0 && (p.flags & kFlagPush)) announce(*push);
         if (tile.keys > 0) family.attend(p, tile, shared, slot);
         if (tile.flags & kSlotPoison) family.poison();
         if (tile.flags & kSlotLast) {
@@ -322,6 +324,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
         __syncwarp();
     }
     copy_async_wait<0>();
+    return true;
 }
 
 // A kernel and its constant, by the naming rule of params.cuh. BODY<FAMILY> is what it does.
@@ -331,8 +334,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
         treeattn::Partials<FAMILY::S>::kStrips * treeattn::kCountersOfStrip};                                         \
     extern "C" __global__ void __launch_bounds__(FAMILY::S::kThreads, FAMILY::S::kBlocks)                           \
         NAME(const __grid_constant__ treeattn::DecodeParams params) {                                                 \
-        BODY<FAMILY>(params);                                                                                         \
-        treeattn::end_step<FAMILY::S>(params);                                                                        \
+        treeattn::end_step<FAMILY::S>(params, BODY<FAMILY>(params));                                                  \
     }
 
 }  // namespace treeattn

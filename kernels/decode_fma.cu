@@ -264,22 +264,23 @@ struct Fma {
 
 // The kernel. As decode(), with a tile in registers for the ring.
 template <class Family>
-__device__ __forceinline__ void decode_loaded(const DecodeParams& p) {
+__device__ __forceinline__ bool decode_loaded(const DecodeParams& p) {
     using S = typename Family::S;
     extern __shared__ __align__(128) char shared[];
     const int warp = threadIdx.x / 32;
     touch_parameters(p, reinterpret_cast<int*>(shared + S::kFlagAt) + 1);
     LoadWalk<S> walk(p, shared);
     const EvenSplit even = walk.prepare();
-    dependency_wait();
     PushState* push = reinterpret_cast<PushState*>(shared + S::kPushStateAt);
+    if (p.flags & kFlagPush) keep_step(p, push);
+    dependency_wait();
     if (p.flags & kFlagPush) ask_push_state(p, push);
     if (p.waiting == 0) dependency_launch();
 
     Item& item = *reinterpret_cast<Item*>(shared + S::kItemAt);  // the one at hand, for the whole block
     Item next_item;
     if (even.blocks > 0) {
-        if (walk.done) return;
+        if (walk.done) return false;
         const uint32_t small = walk.touch_small(even);
         next_item = walk.start_even(even);
         asm volatile("" ::"r"(small));
@@ -288,7 +289,7 @@ __device__ __forceinline__ void decode_loaded(const DecodeParams& p) {
         if (p.query_start != nullptr) write_unowned(p, *push);
         next_item = walk.start();
     }
-    if (walk.done) return;
+    if (walk.done) return false;
 
     Family family;
     while (true) {
@@ -321,17 +322,25 @@ __device__ __forceinline__ void decode_loaded(const DecodeParams& p) {
             if (next.keys > 0) walk.template load<S::kDimV>(family.v, next.v, p.v_stride, p.head_dim_v());
             if (tile.flags & kSlotLast) break;
             // The first keys are on their way before the queries have been laid out.
-            if (tile.flags == 0) __syncthreads();
+            if (tile.flags == 0) {
+                __syncthreads();
+                if (warp == 0 && (p.flags & kFlagPush)) {
+                    // Once an item: to know that it was done would take a register.
+                    await_push_state();
+                    __syncwarp();
+                    announce(*push);
+                }
+            }
             tile = next;
         }
         walk.report();
-        if (p.flags & kFlagPush) await_push_state();
         merge_item<S>(p, item, shared, family, warp * S::kCloseBytes, rows);
         if (tile.flags & kSlotFinal) break;
         __syncthreads();
         walk.next_item(walk.stage);
         next_item = walk.cursor().item;
     }
+    return true;
 }
 
 }  // namespace treeattn

@@ -4,9 +4,10 @@
 // that carries the epoch carries its data, and nothing needs a fence. Ranks write ("push") into each other's windows and
 // read their own only.
 //
-// Every exchange has an epoch. A rank pushes epoch e + 1 only when its own `consumed` says e, and every rank pushes a
-// header to every rank in every epoch, rows or not. Two slots, one a parity of the epoch, are then enough: src/partial/
-// epoch.rs says why. Where the words of a window and of host memory lie is said in src/partial/view.rs.
+// Every exchange has an epoch. A rank pushes epoch e + 1 only when it has read epoch e to its end, because the launch that
+// pushes waits for the end of the one before; and every rank pushes a header to every rank in every epoch, rows or not, and
+// waits for all of them. Two slots, one a parity of the epoch, are then enough: src/partial/epoch.rs says why. Where the
+// words of a window and of host memory lie is said in src/partial/view.rs.
 #pragma once
 
 #include "params.cuh"
@@ -15,6 +16,7 @@
 namespace treeattn {
 
 constexpr uint32_t kWholeWarp = 0xffffffffu;
+constexpr uint32_t kSleep = 200;  // ns between looks of warps that wait for long
 constexpr int kSpins = 64;        // looks at a word between two looks at the clock and at what ends a wait
 // Time between a warp's looks at host memory, ns: each goes over PCIe, and many of them hold up all reads of the GPU.
 constexpr uint64_t kHostEvery = 2'000'000;
@@ -25,9 +27,12 @@ __device__ __forceinline__ uint64_t failure(uint32_t code, uint32_t rank) { retu
 // How long a rank that has left is still waited for: what it enqueued before may be on its way.
 constexpr uint64_t kGrace = 250'000'000;  // ns
 
-// Never 0, which is no epoch, and parities alternate for ever.
-__device__ __forceinline__ uint32_t next_epoch(uint32_t epoch) {
-    return epoch == 0xffffffffu ? kAfterWrap : epoch + 1;
+// The number of the exchange that follows `ended` ones (epoch::Epoch::after says the same): never 0, which is no epoch, and
+// of the other parity than the one before, also where the number wraps. `ended` is a word kConsumed.
+__device__ __forceinline__ uint32_t epoch_after(uint64_t ended) {
+    const uint64_t n = (ended >> kLaunchShift) + 1;
+    const uint64_t x = (n & 0xffffffffu) + kAfterWrap * (n >> 32);
+    return static_cast<uint32_t>(x >> 32 == 0 ? x : x - (0x100000000u - kAfterWrap));
 }
 
 __device__ __forceinline__ uint64_t packet(uint32_t data, uint32_t epoch) {
@@ -66,32 +71,58 @@ __device__ __forceinline__ int first_head_of(int rank, int heads, int world) {
 // An exchange that is under way, as one warp sees it.
 struct Epoch {
     uint32_t number;
-    bool broken;     // nothing is sent or waited for any more
-    uint64_t until;  // lane 0: when to give up; 0: no wait has been long yet
-    int lost;        // lane 0: the rank that has left, because of which that is soon; -1: none
-    uint64_t ask;    // lane 0: when to look at host memory
+    bool broken;       // nothing is sent or waited for any more
+    bool has_headers;  // every rank has said that it has come, and for the same
+    uint64_t until;    // lane 0: when to give up; 0: no wait has been long yet
+    int lost;          // lane 0: the rank that has left, because of which that is soon; -1: none
+    uint64_t ask;      // lane 0: when to look at host memory
+
+    // `failed`: the word kFailed, the same for all lanes.
+    __device__ __forceinline__ Epoch(uint64_t ended, uint64_t failed)
+        : number(epoch_after(ended)), broken(failed != 0), has_headers(false), until(0), lost(-1), ask(0) {}
 
     __device__ __forceinline__ int parity() const { return number % kSlots; }
 };
 
-// Reads where this rank stands, after the dependency wait. One lane asks for the warp: another block may fail meanwhile,
-// and lanes that know of it and lanes that do not would wait for each other.
+// Reads where this rank stands, after the dependency wait. One lane says for the warp what has failed: another block may
+// fail meanwhile, and lanes that know of it and lanes that do not would wait for each other.
 __device__ __forceinline__ Epoch begin_epoch(const ExchangeView& v) {
-    const uint32_t consumed = static_cast<uint32_t>(load_word(v.window + kConsumed));
-    const int failed = threadIdx.x % 32 == 0 && load_word(v.window + kFailed) != 0;
-    return Epoch{next_epoch(consumed), __shfl_sync(kWholeWarp, failed, 0) != 0, 0, -1, 0};
+    const ulonglong2 words = load_words(v.window + kConsumed);
+    return Epoch(words.x, __shfl_sync(kWholeWarp, words.y, 0));
 }
 
-// This rank's slot in the window of `to`, and the slot of `from` in its own.
-__device__ __forceinline__ uint64_t* slot_at(const ExchangeView& v, const Epoch& e, int to) {
-    return reinterpret_cast<uint64_t*>(v.peers[to]) + e.parity() * v.parity_words;
+// Notes bad data that this rank's running launch has met, as pack_status, until its epoch is over; and tells the host.
+__device__ __forceinline__ void note_bad_data(const ExchangeView& v, uint64_t status) {
+    const uint32_t parity = epoch_after(load_word(v.window + kConsumed)) % kSlots;
+    atomicMax(reinterpret_cast<unsigned long long*>(v.window + kFault + parity), static_cast<unsigned long long>(status));
+    atomicMax(reinterpret_cast<unsigned long long*>(v.host + kBadData), static_cast<unsigned long long>(status));
 }
+
+// Where the slot of `from` begins in every window, in words.
+__device__ __forceinline__ int64_t slot_begin(const ExchangeView& v, const Epoch& e, int from) {
+    return kControlWords + from * v.slot_words + e.parity() * v.parity_words;
+}
+// The slot of `from` in this rank's window.
 __device__ __forceinline__ const uint64_t* slot_of(const ExchangeView& v, const Epoch& e, int from) {
-    return v.window + kControlWords + from * v.slot_words + e.parity() * v.parity_words;
+    return v.window + slot_begin(v, e, from);
 }
-// The slot of merged rows in the window of `to`.
-__device__ __forceinline__ uint64_t* merged_slot(const ExchangeView& v, const Epoch& e, int to) {
-    return reinterpret_cast<uint64_t*>(v.bases[to]) + v.merged_at + e.parity() * v.slot_words;
+// The slot of merged rows, in words from the begin of every window.
+__device__ __forceinline__ int64_t merged_begin(const ExchangeView& v, const Epoch& e) {
+    return v.merged_at + e.parity() * v.slot_words;
+}
+
+// Sets a bit of a word, before this thread's next add_word.
+static __device__ __noinline__ void leave_over(uint64_t* word, uint64_t bit) {
+    atomicOr(reinterpret_cast<unsigned long long*>(word), static_cast<unsigned long long>(bit));
+    __threadfence();
+}
+
+// A block's word that it needs nothing of this exchange any more but what has come: by one thread of each block, after the
+// block has read kConsumed. All blocks of a launch together add 2^kLaunchShift, so that the epoch is the same for all of
+// them, and the next launch, which waits for the end of this one, begins the next epoch.
+__device__ __forceinline__ void end_block(const ExchangeView& v) {
+    const bool is_last = blockIdx.x == gridDim.x - 1;
+    add_word(v.window + kConsumed, is_last ? (1u << kLaunchShift) - (gridDim.x - 1) : 1u);
 }
 
 // Fails the communicator, unless it has: for the host, for this rank's later launches and for its peers.
@@ -142,11 +173,35 @@ __device__ __forceinline__ int lowest(bool seen, int rank) {
     return missing;
 }
 
-// One warp tells every rank that this one has come, and what for.
-__device__ __forceinline__ void push_header(const ExchangeView& v, const Epoch& e) {
+// Where this rank pushes to, a copy of ExchangeView::slots in shared memory: the own window last, since the others' words
+// have the longer way.
+struct SlotTable {
+    uint64_t addresses[kMaxRanks][kSlots];
+
+    __device__ __forceinline__ uint64_t* at(uint32_t epoch, int n) const {
+        return reinterpret_cast<uint64_t*>(addresses[n][epoch % kSlots]);
+    }
+    // Which of them is that of `to`.
+    static __device__ __forceinline__ int place_of(int to, int rank, int world) {
+        const int n = to - rank - 1;
+        return n < 0 ? n + world : n;
+    }
+};
+static_assert(kSlots == 2, "16 bytes a rank");
+
+// One warp of the last block, as soon as that runs: tells every rank that this one has come, and what for. Blocks come up
+// in the order of their numbers, so all of this launch run then, or have run: what they push comes without any other
+// launch's room or end.
+static __device__ __noinline__ void push_header(const ExchangeView& v, const Epoch& e, const SlotTable& to) {
+    const int lane = threadIdx.x % 32;
+    // What the next epoch counts and notes.
+    const int parity = e.parity() ^ 1;
+    if (lane < 3) store_word(v.window + (lane == 0 ? kFault : lane == 1 ? kTickets : kDecided) + parity, 0);
+    if (lane < kLeftOverWords) store_word(v.window + kLeftOver + parity * kLeftOverWords + lane, 0);
+    if (e.broken) return;
     const uint64_t low = packet(static_cast<uint32_t>(v.fingerprint), e.number);
     const uint64_t high = packet(static_cast<uint32_t>(v.fingerprint >> 32), e.number);
-    for (int rank = threadIdx.x % 32; rank < v.world; rank += 32) store_words(slot_at(v, e, rank), low, high);
+    for (int n = lane; n < v.world; n += 32) store_words(to.at(e.number, n), low, high);
 }
 
 __device__ __forceinline__ uint64_t fingerprint_of(ulonglong2 words) {
@@ -179,38 +234,51 @@ static __device__ __noinline__ int rank_out_of_step(const ExchangeView& v, const
     return v.rank;
 }
 
-// One warp waits until every rank has come, for the same as this one. False: the communicator is broken.
-__device__ __forceinline__ bool wait_headers(const ExchangeView& v, Epoch& e) {
+// Ranks that have come differ in what for: one warp waits for the headers that may still be on their way, for whom to blame
+// is told by all of them, and fails the communicator.
+static __device__ __noinline__ void fail_out_of_step(const ExchangeView& v, Epoch& e) {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int first = 0; first < v.world; first += 32) {
-        const int rank = first + lane;
-        bool seen = rank >= v.world, same = true;
+        const int rank = min(first + lane, v.world - 1);
         for (int spins = 1;; spins++) {
-            if (!seen) {
-                const ulonglong2 words = load_words(slot_of(v, e, rank));
-                seen = are_of(words, e.number);
-                same = !seen || fingerprint_of(words) == v.fingerprint;
-            }
+            const bool seen = are_of(load_words(slot_of(v, e, rank)), e.number);
             if (__all_sync(kWholeWarp, seen)) break;
-            if (spins % kSpins == 0 && give_up(v, e, lowest(seen, rank))) return false;
-        }
-        if (!__all_sync(kWholeWarp, same)) {
-            // Whom to blame is told by all headers; those of higher ranks may be on their way.
-            for (int other = first + 32; other < v.world; other += 32) {
-                const int there = min(other + lane, v.world - 1);
-                for (int spins = 1;; spins++) {
-                    const bool come = are_of(load_words(slot_of(v, e, there)), e.number);
-                    if (__all_sync(kWholeWarp, come)) break;
-                    if (spins % kSpins == 0 && give_up(v, e, lowest(come, there))) return false;
-                }
-            }
-            if (lane == 0) fail(v, e.number, failure(kDesync, rank_out_of_step(v, e)));
-            e.broken = true;
-            return false;
+            if (spins % kSpins == 0 && give_up(v, e, lowest(seen, rank))) return;
         }
     }
-    return true;
+    if (lane == 0) fail(v, e.number, failure(kDesync, rank_out_of_step(v, e)));
+    e.broken = true;
+}
+
+// One warp waits until every rank has come, for the same as this one; at most `most` nanoseconds, or, where that is 0, until
+// it fails: the communicator is broken then. Whether all have come.
+static __device__ __noinline__ bool wait_headers(const ExchangeView& v, Epoch& e, uint64_t most) {
+    const uint64_t until = most == 0 ? 0 : nanoseconds() + most;
+    for (int spins = 1; !e.broken && !e.has_headers; spins++) {
+        bool seen = true, same = true;
+        int late = v.world;
+#pragma unroll 1
+        for (int rank = threadIdx.x % 32; rank < v.world; rank += 32) {
+            const ulonglong2 words = load_words(slot_of(v, e, rank));
+            const bool come = are_of(words, e.number);
+            if (!come) late = min(late, rank);
+            seen &= come;
+            same &= !come || fingerprint_of(words) == v.fingerprint;
+        }
+        if (!__all_sync(kWholeWarp, same)) {
+            fail_out_of_step(v, e);
+        } else if (__all_sync(kWholeWarp, seen)) {
+            e.has_headers = true;
+        } else if (most != 0) {
+            if (__any_sync(kWholeWarp, nanoseconds() >= until)) break;
+        } else if (spins % kSpins == 0) {
+            give_up(v, e, lowest(seen, late));
+        } else if (spins > kSpins) {
+            __nanosleep(kSleep);
+        }
+    }
+    return e.has_headers;
 }
 
 }  // namespace treeattn

@@ -75,6 +75,17 @@ __device__ __forceinline__ void store_two(char* p, int64_t stride, int32_t dtype
     }
 }
 
+// Two neighbours along the head dimension, of which `there` exist; zeros for the others.
+__device__ __forceinline__ float2 load_two(const char* p, int64_t stride, int32_t dtype, int there) {
+    const int size = element_size(dtype);
+    if (there >= 2 && stride == size && (reinterpret_cast<uintptr_t>(p) & (2 * size - 1)) == 0) {
+        if (dtype == kF32) return *reinterpret_cast<const float2*>(p);
+        const uint32_t bits = *reinterpret_cast<const uint32_t*>(p);
+        return dtype == kBf16 ? unpack_pair<true>(bits) : unpack_pair<false>(bits);
+    }
+    return make_float2(there >= 1 ? load_element(p, dtype) : 0.f, there >= 2 ? load_element(p + stride, dtype) : 0.f);
+}
+
 // Eight neighbours along the head dimension.
 __device__ __forceinline__ void load_eight(float (&x)[8], const char* p, int64_t stride, int32_t dtype) {
     const int size = element_size(dtype);

@@ -50,8 +50,9 @@ __host__ __device__ constexpr uint64_t pack_status(uint32_t sequence, uint32_t c
 // How the partials of a rank reach its peers: windows, slots, epochs and what ends a wait. All zero: there is no
 // exchange. What lies where in a window is said in ll.cuh; a word there is 64 bits.
 struct ExchangeView {
-    const uint64_t* peers;  // [world] addresses of this rank's slot of parity 0 in each rank's window, its own too
-    const uint64_t* bases;  // [world] addresses of each rank's window
+    const uint64_t* slots;  // [world][parity] addresses of this rank's slots in the windows of the others, from the rank after
+                            // it on, and in its own last
+    const uint64_t* bases;  // [world] addresses of each rank's window, its own too
     uint64_t* window;       // this rank's
     uint64_t* host;         // HostWord, in mapped host memory
     int64_t slot_words;     // words between slots
@@ -111,10 +112,10 @@ struct DecodeParams {
     int32_t world;
     float scale;           // multiplies q.k; finite
     uint32_t flags;
-    int32_t waiting;       // kFlagPush: how many blocks, the last of the grid, merge what comes; 0: a launch of
-                           // treeattn_exchange does
-    Workspace workspace;
-    ExchangeView exchange;  // kFlagPush; its status word is then kFault of the window
+    int32_t waiting;       // kFlagPush: how many blocks, the last of the grid, may wait for ranks that have not come; 0: a
+                           // launch of treeattn_exchange merges what comes
+    Workspace workspace;   // its status word is not used where rows are pushed
+    ExchangeView exchange;  // kFlagPush
 
     __device__ __forceinline__ int head_dim_v() const { return target.dim; }
 };
@@ -140,6 +141,7 @@ struct ExchangeParams {
     int64_t rows;       // 0: a step without rows
     int32_t is_pushed;  // 1: the launch before has pushed this rank's header and rows
     int32_t is_last;    // 1: no other exchange belongs to the step
+    int32_t waiting;    // how many blocks, the last of the grid, may wait for ranks that have not come; at least 1
     ExchangeView view;
 };
 

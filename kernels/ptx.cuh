@@ -9,6 +9,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// The same pointer, which the compiler then knows to be one to shared memory.
+template <class T>
+__device__ __forceinline__ T* in_shared(T* p) {
+    __builtin_assume(__isShared(p));
+    return p;
+}
+
 // Waits until everything that this launch depends on has finished and is visible.
 __device__ __forceinline__ void dependency_wait() {
 #if __CUDA_ARCH__ >= 900
@@ -158,6 +165,11 @@ __device__ __forceinline__ ulonglong2 load_words(const uint64_t* from) {
     ulonglong2 x;
     asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(x.x), "=l"(x.y) : "l"(from) : "memory");
     return x;
+}
+
+// Adds to a word of this GPU's, relaxed; nobody waits for it.
+__device__ __forceinline__ void add_word(uint64_t* to, uint64_t x) {
+    asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(to), "l"(x) : "memory");
 }
 
 // A clock that all of a GPU sees alike, nanoseconds.

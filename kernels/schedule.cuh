@@ -8,6 +8,7 @@
 // two levels, groups of kFanIn first. Slices are large enough for that to do.
 #pragma once
 
+#include "ll.cuh"
 #include "numbers.cuh"
 #include "params.cuh"
 #include "ptx.cuh"
@@ -93,12 +94,14 @@ __device__ __forceinline__ Sequence read_sequence(const DecodeParams& p, int b, 
     return s;
 }
 
-static __device__ __noinline__ void raise_status(uint64_t* status, uint64_t word) {
-    atomicMax(reinterpret_cast<unsigned long long*>(status), word);
-}
-
-__device__ __forceinline__ void report_fault(const DecodeParams& p, int b, uint32_t cause) {
-    raise_status(p.workspace.status, pack_status(static_cast<uint32_t>(b), cause));
+// Notes bad data: for the host, and where rows are pushed for the ranks that get them.
+static __device__ __noinline__ void report_fault(const DecodeParams& p, int b, uint32_t cause) {
+    const auto sequence = static_cast<uint32_t>(b);
+    if (p.flags & kFlagPush) {
+        note_bad_data(p.exchange, pack_status(sequence, cause, p.exchange.rank));
+    } else {
+        atomicMax(reinterpret_cast<unsigned long long*>(p.workspace.status), pack_status(sequence, cause));
+    }
 }
 
 // Units a block. `items` of equal length that the grid can share out evenly get borders at item ends, if that costs at

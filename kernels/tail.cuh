@@ -2,44 +2,55 @@
 // after its last item.
 //
 // A row goes to the ranks that merge it as soon as the block that completes it has it. In the first form another launch
-// (exchange.cu) merges what came. In the second the last blocks of the grid do, once they owe nothing themselves: no
-// block waits that has a tile, a merge or a push left, and the launches that depend on this one come up only when the
-// waiting is over. So all blocks get their turn as long as those that wait, of all kernels on the GPU, leave room for one
-// more.
+// (exchange.cu) merges what came. In the second this one does, with blocks that owe nothing any more: no block waits that has
+// a tile, a merge or a push left. `receive` in exchange.cuh says which blocks wait, and for what.
 #pragma once
 
 #include "exchange.cuh"
 
 namespace treeattn {
 
-// What pushes need to know, in shared memory: it comes while the first keys do.
+// What pushes and merges need to know, in shared memory.
 struct alignas(16) PushState {
-    uint64_t slots[kMaxRanks];  // of parity 0: this rank's in each rank's window
-    uint64_t consumed, arrived;
-    uint64_t failed, fault;
-    // Of the step's view.
-    const uint64_t* window;
-    int64_t parity_words;
-    int32_t world, rank, mode, heads, wire_dtype;
+    SlotTable slots;
+    uint64_t ended, failed;  // words kConsumed and kFailed of the own window
+    MergeStep step;
     int32_t row_words;
 };
-static_assert(kConsumed % 2 == 0 && kFailed == kConsumed + 2, "two words of a window a copy");
+static_assert(kConsumed % 2 == 0 && kFailed == kConsumed + 1, "one copy of 16 bytes");
 
-// Asks for the push state. After the dependency wait; await_push_state, or a wait for the first copies that the first warp commits
-// after it, comes before they are used, and then a barrier.
-static __device__ __noinline__ void ask_push_state(const DecodeParams& p, PushState* push) {
-    const ExchangeView& v = p.exchange;
-    const uint32_t to = shared_address(push);
-    const int i = threadIdx.x;
-    if (i >= 32) return;
-    // Behind the addresses lie others, so that an odd number of them can be copied in twos.
-    if (i * 2 < v.world) copy_async16(to + i * 16, v.peers + i * 2, 16);
-    if (i < 2) copy_async16(to + offsetof(PushState, consumed) + i * 16, v.window + kConsumed + i * 2, 16);
-    if (i == 31) {
-        push->window = v.window, push->parity_words = v.parity_words;
-        push->world = v.world, push->rank = v.rank, push->mode = v.mode, push->heads = v.heads;
-        push->wire_dtype = v.wire_dtype;
-        push->row_words = static_cast<int32_t>(row_words(p.head_dim_v(), v.wire_dtype));
+__device__ __forceinline__ Epoch epoch_of(const PushState& push) { return Epoch(push.ended, push.failed); }
+
+// Keeps what the parameters say, before the dependency wait. In line: only the kernel itself reads its parameters from where
+// they are at hand. A barrier comes before it is used.
+__device__ __forceinline__ void keep_step(const DecodeParams& p, PushState* push) {
+    const int lane = threadIdx.x;
+    constexpr int kView = sizeof(ExchangeView) / 8, kTarget = sizeof(RowTarget) / 8;
+    static_assert(sizeof(ExchangeView) % 8 == 0 && sizeof(RowTarget) % 8 == 0 && kView + kTarget < 32, "a word a lane");
+    if (lane < kView) {
+        reinterpret_cast<uint64_t*>(&push->step.view)[lane] = reinterpret_cast<const uint64_t*>(&p.exchange)[lane];
+    } else if (lane < kView + kTarget) {
+        const int i = lane - kView;
+        reinterpret_cast<uint64_t*>(&push->step.target)[i] = reinterpret_cast<const uint64_t*>(&p.target)[i];
+    } else if (lane == 31) {
+        push->row_words = static_cast<int32_t>(row_words(p.head_dim_v(), p.exchange.wire_dtype));
+        push->step.first_row = 0;
+        push->step.rows = static_cast<int64_t>(p.query_tokens) * p.exchange.heads;
+        push->step.count = static_cast<int64_t>(p.query_tokens) * p.exchange.own_heads;
+        push->step.waiting = p.waiting;
+    }
+}
+
+// Asks for what lies in memory, after the dependency wait and before the first keys: whatever is asked for behind them comes
+// after them. await_push_state, or a wait for the first copies that each thread of the first warp commits after it, comes
+// before it is used, and then a barrier.
+__device__ __forceinline__ void ask_push_state(const DecodeParams& p, PushState* push) {
+    if (threadIdx.x >= 32) return;
+    const int lane = threadIdx.x;
+    if (lane == 31) copy_async16(shared_address(&push->ended), p.exchange.window + kConsumed, 16);
+#pragma unroll 1
+    for (int n = lane; n < p.exchange.world; n += 32) {
+        copy_async16(shared_address(push->slots.addresses[n]), p.exchange.slots + n * kSlots, 16);
     }
 }
 
@@ -49,87 +60,64 @@ __device__ __forceinline__ void await_push_state() {
     copy_async_wait<0>();
 }
 
-__device__ __forceinline__ Epoch epoch_of(const PushState& push) {
-    return Epoch{next_epoch(static_cast<uint32_t>(push.consumed)), push.failed != 0, 0, -1, 0};
-}
-
-// Calls `send(slot's word)` for every rank that gets words of a head.
-template <class Send>
-__device__ __forceinline__ void for_push_targets(const PushState& push, const Epoch& e, int head, int64_t at, Send send) {
-    at += e.parity() * push.parity_words;
-    const auto slot = [&](int rank) { return reinterpret_cast<uint64_t*>(push.slots[rank]) + at; };
-    const int world = push.world;
-    if (push.mode != kOneShot) {
-        send(slot(owner_of(head, push.heads, world)));
-        return;
-    }
-    // The own window last: the others' words have the longer way.
-    int rank = push.rank;
-#pragma unroll 1
-    for (int n = 0; n < world; n++) {
-        if (++rank == world) rank = 0;
-        send(slot(rank));
-    }
+// At least once a launch, by the first warp of each block as soon as it has the push state; the last block tells the ranks.
+__device__ __forceinline__ void announce(const PushState& push) {
+    if (blockIdx.x == gridDim.x - 1) push_header(push.step.view, epoch_of(push), push.slots);
 }
 
 // Pushes two finished columns of a row, the first an even one, and with column 0 its natural lse. A call, and not in
 // line: kernels that write their rows instead would have to step over it.
-static __device__ __noinline__ void push_columns(const PushState& push, int64_t token, int head, int column, float lse,
+static __device__ __noinline__ void push_columns(const PushState& state, int64_t token, int head, int column, float lse,
                                                  float2 o) {
-    const Epoch e = epoch_of(push);
-    if (e.broken) return;
-    delay(DelayPoint::kPush, e.number);
-    const Wire wire(push.wire_dtype);
-    const int64_t at = kHeaderWords + (token * push.heads + head) * push.row_words;
-    if (column == 0) {
-        // Bad data of the row's own sequence has been reported: it made the row NaN.
-        const uint32_t fault = lse == lse ? 0 : pack_fault(load_word(push.window + kFault), push.rank);
-        const uint64_t x = packet(__float_as_uint(lse), e.number), y = packet(fault, e.number);
-        for_push_targets(push, e, head, at, [&](uint64_t* to) { store_words(to, x, y); });
+    const PushState& push = *in_shared(&state);
+    const ExchangeView& v = push.step.view;
+    if (push.failed != 0) return;
+    const uint32_t epoch = epoch_after(push.ended);
+    delay(DelayPoint::kPush, epoch);
+    const Wire wire(v.wire_dtype);
+    const int64_t at = kHeaderWords + (token * v.heads + head) * push.row_words;
+    int n = 0, end = v.world;
+    if (v.mode != kOneShot) {
+        n = SlotTable::place_of(owner_of(head, v.heads, v.world), v.rank, v.world);
+        end = n + 1;
     }
-    if (wire.is_f32) {
-        const uint64_t x = packet(__float_as_uint(o.x), e.number), y = packet(__float_as_uint(o.y), e.number);
-        for_push_targets(push, e, head, at + kRowHead + column, [&](uint64_t* to) { store_words(to, x, y); });
-    } else {
-        const uint64_t x = packet(wire.pack(o), e.number);
-        for_push_targets(push, e, head, at + kRowHead + column / 2, [&](uint64_t* to) { store_word(to, x); });
+    uint32_t fault = 0;
+    // Bad data of the row's own sequence has been reported: it made the row NaN.
+    if (lse != lse && column == 0) {
+        fault = pack_fault(load_word(v.window + kFault + epoch % kSlots), v.rank);
+    }
+#pragma unroll 1
+    for (; n < end; n++) {
+        uint64_t* row = push.slots.at(epoch, n) + at;
+        uint64_t* to = row + kRowHead;
+        if (wire.is_f32) {
+            store_words(to + column, packet(__float_as_uint(o.x), epoch), packet(__float_as_uint(o.y), epoch));
+        } else {
+            store_word(to + column / 2, packet(wire.pack(o), epoch));
+        }
+        if (column == 0) store_words(row, packet(__float_as_uint(lse), epoch), packet(fault, epoch));
     }
 }
 
-// After a block's last item, by all of its threads; the push state has come. `step` is shared memory that nobody needs any
-// more.
-static __device__ __noinline__ void end_exchange(const DecodeParams& p, const PushState& push, ExchangeParams& step) {
-    const ExchangeView& v = p.exchange;
-    Epoch e = epoch_of(push);
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    if (blockIdx.x == 0 && warp == 0 && !e.broken) push_header(v, e);
-    if (p.waiting == 0) return;
-    const int waiting = min(p.waiting, static_cast<int>(gridDim.x));
-    const int nth = static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x);
-    if (nth < waiting) {
-        if (threadIdx.x < sizeof(ExchangeView) / 8) {
-            reinterpret_cast<uint64_t*>(&step.view)[threadIdx.x] = reinterpret_cast<const uint64_t*>(&v)[threadIdx.x];
-        }
-        if (threadIdx.x == 32 % blockDim.x) {
-            step.target = p.target;
-            step.first_row = 0, step.rows = static_cast<int64_t>(p.query_tokens) * v.heads;
-        }
-        __syncthreads();
-        receive(step, e, static_cast<int64_t>(nth) * warps + warp, static_cast<int64_t>(waiting) * warps);
-        __syncthreads();
-    }
-    dependency_launch();
-    if (threadIdx.x == 0) consume(v, e, gridDim.x, true);
+// After a block's last item, by all of its threads; the push state has come.
+static __device__ __noinline__ void end_exchange(PushState* state, bool has_announced) {
+    PushState* push = in_shared(state);
+    Epoch e = epoch_of(*push);
+    if (!has_announced && threadIdx.x < 32) announce(*push);
+    // Where no block may wait another launch ends the exchange.
+    if (push->step.waiting == 0) return;
+    if (threadIdx.x == 0) end_block(push->step.view);
+    receive(&push->step, e);
 }
 
-// The same, of a kernel of this shape; nothing where there is no exchange.
+// The same, of a kernel of this shape; nothing where there is no exchange. `has_announced`: `announce` has been called.
 template <class S>
-__device__ __forceinline__ void end_step(const DecodeParams& p) {
+__device__ __forceinline__ void end_step(const DecodeParams& p, bool has_announced) {
     extern __shared__ __align__(128) char shared[];
     if (!(p.flags & kFlagPush)) return;
-    await_push_state();
+    if (!has_announced) await_push_state();
     __syncthreads();
-    end_exchange(p, *reinterpret_cast<const PushState*>(shared + S::kPushStateAt), *reinterpret_cast<ExchangeParams*>(shared));
+    end_exchange(reinterpret_cast<PushState*>(shared + S::kPushStateAt), has_announced);
 }
 
 }  // namespace treeattn

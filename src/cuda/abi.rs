@@ -13,7 +13,7 @@ use super::params::{
 use crate::attention::{Dtype, KvLayout};
 use crate::device::cuda::{Image, Kernel};
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::epoch::{AFTER_WRAP, FLAG_SHIFT, SLOTS};
+use crate::partial::epoch::{AFTER_WRAP, FLAG_SHIFT, LAUNCH_SHIFT, SLOTS};
 use crate::partial::view::{ExchangeMode, ExchangeView, host, window};
 use crate::partial::{DataFaultCause, RowSource, RowTarget, word};
 
@@ -85,9 +85,14 @@ const CONSTANTS: &[Constants] = &[
     constants!("Words of a window before its slots (partial::view::window).", "int", {
         kBroken = window::BROKEN,
         kConsumed = window::CONSUMED,
-        kArrived = window::ARRIVED,
         kFailed = window::FAILED,
         kFault = window::FAULT,
+        kTickets = window::TICKETS,
+        kDecided = window::DECIDED,
+        kLeftOver = window::LEFT_OVER,
+        kLeftOverWords = window::LEFT_OVER_WORDS,
+        kStepFault = window::STEP_FAULT,
+        kArrived = window::ARRIVED,
         kLeft = window::LEFT,
         kControlWords = window::CONTROL_WORDS,
     }),
@@ -105,9 +110,10 @@ const CONSTANTS: &[Constants] = &[
         kMaxRanks = window::MAX_RANKS,
         kSlots = SLOTS,
     }),
-    constants!("Where the flag of a packet lies; the epoch after the largest one.", "uint32_t", {
+    constants!("Where the flag of a packet lies; the epoch after the largest one; kConsumed's unit.", "uint32_t", {
         kFlagShift = FLAG_SHIFT,
         kAfterWrap = AFTER_WRAP,
+        kLaunchShift = LAUNCH_SHIFT,
     }),
     constants!("Where failures and bad data have their rank, and their epoch or sequence.", "int", {
         kRankShift = word::RANK_SHIFT,
@@ -126,7 +132,7 @@ const LAYOUTS: &[Layout] = &[
     layout!(RowTarget { o, lse, o_stride, lse_stride, dtype, dim }),
     layout!(RowSource { o, lse, o_stride, lse_stride, dtype, dim, to_natural, plus_inf_is_empty }),
     layout!(ExchangeView {
-        peers,
+        slots,
         bases,
         window,
         host,
@@ -186,7 +192,7 @@ const LAYOUTS: &[Layout] = &[
         exchange,
     }),
     layout!(MergeParams { source, target, step, partials, tokens, heads }),
-    layout!(ExchangeParams { source, target, first_row, rows, is_pushed, is_last, view }),
+    layout!(ExchangeParams { source, target, first_row, rows, is_pushed, is_last, waiting, view }),
     layout!(AllreduceParams {
         o,
         lse,
@@ -350,17 +356,19 @@ mod tests {
 
     #[test]
     fn words_of_a_window_lie_apart() {
-        let ranks = window::MAX_RANKS as u64;
-        let words = [window::BROKEN, window::CONSUMED, window::ARRIVED, window::FAILED, window::FAULT];
-        let mut taken: Vec<_> = words.map(|word| word..word + 1).to_vec();
-        taken.extend([window::LET_GO..window::LET_GO + ranks, window::LEFT..window::LEFT + ranks]);
-        taken.sort_by_key(|range| range.start);
-        assert!(taken.windows(2).all(|pair| pair[0].end <= pair[1].start), "{taken:?}");
-        assert!(taken.last().unwrap().end <= window::CONTROL_WORDS);
-        // A copy of 16 bytes takes two.
-        assert_eq!(
-            (window::CONSUMED % 2, window::ARRIVED, window::FAILED, window::FAULT),
-            (0, window::CONSUMED + 1, window::CONSUMED + 2, window::CONSUMED + 3)
-        );
+        let (ranks, parities) = (window::MAX_RANKS as u64, SLOTS as u64);
+        let mut taken = vec![
+            (window::LET_GO, ranks),
+            (window::LEFT, ranks),
+            (window::FAULT, parities),
+            (window::TICKETS, parities),
+            (window::DECIDED, parities),
+            (window::LEFT_OVER, parities * window::LEFT_OVER_WORDS),
+        ];
+        let words = [window::BROKEN, window::CONSUMED, window::FAILED, window::STEP_FAULT, window::ARRIVED];
+        taken.extend(words.map(|word| (word, 1)));
+        taken.sort_unstable();
+        assert!(taken.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "{taken:?}");
+        assert!(taken.last().is_some_and(|(word, count)| word + count <= window::CONTROL_WORDS));
     }
 }

@@ -46,9 +46,9 @@ pub(crate) enum Destination<'a> {
     Output,
     /// To memory. `status`: where bad data is noted.
     Partial { target: &'a RowTarget, status: u64 },
-    /// To the ranks of an exchange. `status`: where bad data is noted. `waiting`: how many blocks merge what comes, to the
-    /// step's output; 0: another launch has to.
-    Ranks { view: &'a ExchangeView, status: u64, waiting: i32 },
+    /// To the ranks of an exchange. `most_waiting`: how many blocks at most may wait for ranks that have not come, to merge
+    /// what comes to the step's output; 0: another launch merges.
+    Ranks { view: &'a ExchangeView, most_waiting: i64 },
 }
 
 /// A decode kernel with its grid.
@@ -226,11 +226,13 @@ impl CudaBackend {
                 parameters.target = *target;
                 parameters.workspace.status = status;
             }
-            Destination::Ranks { view, status, waiting } => {
+            Destination::Ranks { view, most_waiting } => {
+                // A warp takes a row.
+                let warps = i64::from(decode.shape.threads / 32).max(1);
+                let rows = i64::from(step.args.query_tokens) * i64::from(view.own_heads);
                 parameters.flags |= params::PUSH;
-                parameters.waiting = waiting;
+                parameters.waiting = (rows.max(1) + warps - 1).div_euclid(warps).min(most_waiting) as i32;
                 parameters.exchange = *view;
-                parameters.workspace.status = status;
             }
         }
         // SAFETY: what the kernel takes; the workspace lives as long as `self`, and the caller of the step vouches for

@@ -13,12 +13,12 @@ use crate::partial::{ExchangeView, RowSource, RowTarget};
 const THREADS: u32 = 256;
 /// Rows that a block takes at a time.
 const ROWS: u64 = THREADS as u64 / 32;
-/// Most blocks, however large the GPU: enough for a link.
-const MOST_BLOCKS: i32 = 64;
+/// Most blocks that may wait for ranks that have not come, however large the GPU.
+const MOST_WAITING: i32 = 64;
 /// Blocks that a multiprocessor holds at least, by the kernel's launch bounds.
 const BLOCKS_A_UNIT: i32 = 2;
-/// Communicators whose exchanges may wait on a GPU at the same time: all blocks of a rank must be resident for its peers to
-/// go on, whatever other ranks wait.
+/// Communicators whose exchanges may wait on a GPU at the same time, with all blocks that may wait resident, and others may
+/// still run there.
 pub(crate) const COMMUNICATORS: i32 = 4;
 
 /// One exchange.
@@ -54,17 +54,18 @@ impl ExchangeStep {
 pub(crate) struct ExchangeKernel {
     kernel: Kernel,
     pointers: PointerCheck,
-    /// Most blocks: those of all ranks on the GPU are resident together, because they wait for each other.
+    /// Most blocks, and how many of them may wait for ranks that have not come.
     most: u64,
+    most_waiting: u64,
 }
 
 impl ExchangeKernel {
     /// Makes the kernel resident, for one of `sharing` ranks on the GPU. Blocks; `Capturing` during a capture.
     pub fn new(device: &Arc<CudaDevice>, sharing: usize) -> Result<ExchangeKernel> {
         let kernel = abi::kernel(&Image::new(device)?, "exchange", "treeattn_exchange", THREADS, 0)?;
-        let ranks = COMMUNICATORS * sharing.clamp(1, 1 << 16) as i32;
-        let most = (device.units * BLOCKS_A_UNIT / ranks).clamp(1, MOST_BLOCKS) as u64;
-        Ok(ExchangeKernel { kernel, pointers: PointerCheck::new(), most })
+        let most = device.units * BLOCKS_A_UNIT / sharing.clamp(1, 1 << 16) as i32;
+        let most_waiting = (most / COMMUNICATORS).clamp(1, MOST_WAITING) as u64;
+        Ok(ExchangeKernel { kernel, pointers: PointerCheck::new(), most: most.max(1) as u64, most_waiting })
     }
 
     /// Refuses memory that is not the device's, by the names of the arguments.
@@ -79,6 +80,7 @@ impl ExchangeKernel {
 
     /// Enqueues an exchange; every rank enqueues its own. Allocates nothing, waits for nothing, may be captured.
     pub fn enqueue(&self, view: &ExchangeView, step: &ExchangeStep, stream: &CudaStream) -> Result<()> {
+        let blocks = (step.rows as u64).div_ceil(ROWS).clamp(1, self.most);
         let parameters = ExchangeParams {
             source: step.source,
             target: step.target,
@@ -86,9 +88,9 @@ impl ExchangeKernel {
             rows: step.rows,
             is_pushed: i32::from(step.is_pushed),
             is_last: i32::from(step.is_last),
+            waiting: blocks.min(self.most_waiting) as i32,
             view: *view,
         };
-        let blocks = (step.rows as u64).div_ceil(ROWS).clamp(1, self.most);
         let entered = self.kernel.device().enter()?;
         // SAFETY: what the kernel takes; the window outlives its communicator's work, and the caller of the step vouches
         // for the rest.

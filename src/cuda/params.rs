@@ -138,6 +138,7 @@ pub struct ExchangeParams {
     pub rows: i64,
     pub is_pushed: i32,
     pub is_last: i32,
+    pub waiting: i32,
     pub view: ExchangeView,
 }
 

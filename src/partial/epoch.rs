@@ -20,6 +20,8 @@ pub(crate) const SLOTS: usize = 2;
 pub(crate) const FLAG_SHIFT: u32 = 32;
 /// The epoch after the largest one: never 0, which is no epoch, and of the other parity.
 pub(crate) const AFTER_WRAP: u32 = 2;
+/// GPUs count the exchanges that they have ended in units of 2^this, and blocks of the running one in units of one.
+pub(crate) const LAUNCH_SHIFT: u32 = 16;
 /// Most payload of a rank in one round, bytes.
 pub(crate) const MAX_PAYLOAD: usize = 1 << 20;
 /// Most memory of the windows of a group together, bytes.
@@ -78,6 +80,13 @@ impl Epoch {
     /// The flag of its packets.
     pub(crate) fn flag(self) -> u32 {
         self.0
+    }
+
+    /// The epoch of the last of `count` exchanges, or [`Epoch::START`]: the numbers after the largest begin anew with
+    /// [`AFTER_WRAP`]. `epoch_after` in `kernels/ll.cuh` says the same.
+    pub(crate) fn after(count: u64) -> Epoch {
+        let folded = u64::from(count as u32) + u64::from(AFTER_WRAP) * (count >> 32);
+        Epoch(if folded >> 32 == 0 { folded } else { folded - ((1 << 32) - u64::from(AFTER_WRAP)) } as u32)
     }
 
     /// The epoch after it.
@@ -235,6 +244,16 @@ impl<W: Word32> Cursor<W> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn counts_of_exchanges_are_epochs() {
+        assert_eq!([0, 1, 7].map(Epoch::after), [Epoch::START, Epoch(1), Epoch(7)]);
+        let last = u64::from(u32::MAX);
+        assert_eq!([last, last + 1, last + 2].map(Epoch::after), [Epoch(u32::MAX), Epoch(2), Epoch(3)]);
+        for count in [0, 1, last - 1, last, 2 * last - 4, 2 * last - 3, 2 * last - 2, 2 * last, 9 * last + 5, 1 << 47] {
+            assert_eq!(Epoch::after(count + 1), Epoch::after(count).next(), "{count}");
+        }
+    }
 
     #[test]
     fn epochs_alternate_and_compare_across_the_wrap() {

@@ -2,20 +2,21 @@
 //!
 //! In `epoch_model` ranks publish at home and read what others hold. Here every rank pushes packets into the windows of all
 //! and reads its own, by relaxed words alone: a word that carries the epoch carries its data. `kernels/ll.cuh` has the
-//! rules, and [`World::launch`] follows `kernels/exchange.cu` step by step. What a launch leaves undone when a communicator
-//! breaks is not modelled.
+//! rules, and [`World::launch`] follows `kernels/exchange.cu` and `kernels/exchange.cuh` step by step. The last block of a launch
+//! is the one that may wait. What a launch leaves undone when a communicator breaks is not modelled, nor are rows that are
+//! drawn from a counter.
 //!
 //! Loom never moves a store before an earlier load. Neither does a GPU here: whether a rank goes on to store hangs on what
 //! it loaded. Run with `RUSTFLAGS="--cfg loom" cargo test --release --lib push_model`.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{AcqRel, Relaxed};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
-use loom::sync::atomic::{AtomicU32, AtomicU64};
+use loom::sync::atomic::{AtomicU64, fence};
 use loom::sync::{Condvar, Mutex};
 use loom::thread;
 
-use super::epoch::{Epoch, SLOTS, data_of, epoch_of, packet};
+use super::epoch::{Epoch, LAUNCH_SHIFT, SLOTS, data_of, epoch_of, packet};
 use super::epoch_model::bounded;
 use super::view::ExchangeMode;
 
@@ -25,18 +26,20 @@ const START: Epoch = Epoch::from_flag(u32::MAX - 1);
 /// A rule that a broken protocol lacks.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Without {
-    /// A launch waits for the end of the one before, which wrote `consumed`, and takes the epoch after that.
+    /// A launch waits for the end of the one before, and takes the epoch after those that `consumed` counts.
     Guard,
     /// Words of an epoch and of the next lie apart.
     Parity,
-    /// A block waits for the header of every rank, also of those whose rows it does not need.
+    /// A launch ends after the headers of all ranks have come, also of those whose rows it does not need.
     Headers,
+    /// A block looks for what others have left over after all have decided.
+    Decisions,
 }
 
 #[derive(Clone, Copy)]
 struct Case {
     ranks: usize,
-    /// Blocks of a launch. The first pushes headers; rows go round.
+    /// Blocks of a launch. The last one pushes headers; rows go round.
     blocks: usize,
     /// Threads of a rank, which take the blocks of its launches in turn. With more threads than blocks, a launch comes up
     /// while the one before runs.
@@ -87,10 +90,21 @@ struct Window {
     /// Rows that their owners have merged, by parity.
     merged: [Vec<AtomicU64>; SLOTS],
     consumed: AtomicU64,
-    /// Blocks of the running launch that are done.
-    arrived: AtomicU32,
-    /// Launches that have ended. Not a word of a window: the GPU itself tells a launch that the one before has.
-    ended: (Mutex<usize>, Condvar),
+    /// By parity: blocks that have decided, and above 2^32 those that have left their rows over.
+    decided: [AtomicU64; SLOTS],
+    /// By parity: a bit for each of those.
+    left_over: [AtomicU64; SLOTS],
+    /// Not a word of a window: the GPU itself tells a launch that the one before has ended.
+    progress: (Mutex<Progress>, Condvar),
+}
+
+#[derive(Default)]
+struct Progress {
+    /// Launches that have ended.
+    ended: usize,
+    /// Of the running one, blocks that are done, and rows that were merged.
+    blocks: usize,
+    rows: usize,
 }
 
 struct World {
@@ -102,25 +116,27 @@ fn words(count: usize) -> Vec<AtomicU64> {
     (0..count).map(|_| AtomicU64::new(0)).collect()
 }
 
-/// Waits until all words are of the epoch at one look, as a warp does, and checks what they say.
-fn wait<'a>(epoch: Epoch, expected: impl Iterator<Item = (&'a AtomicU64, u32)> + Clone) {
-    loop {
-        let mut come = true;
-        for (word, expected) in expected.clone() {
-            let word = word.load(Relaxed);
-            match data_of(word, epoch) {
-                Some(data) => assert_eq!(data, expected, "a word has the flag of its epoch and other data"),
-                None => {
-                    let other = epoch_of(word);
-                    let early = other == Epoch::START || !other.reached(epoch);
-                    assert!(early, "a word of epoch {} was overwritten before it was read", epoch.flag());
-                    come = false;
-                }
+/// Whether all words are of the epoch at one look, as a warp does it; checks what they say.
+fn look<'a>(epoch: Epoch, expected: impl Iterator<Item = (&'a AtomicU64, u32)>) -> bool {
+    let mut come = true;
+    for (word, expected) in expected {
+        let word = word.load(Relaxed);
+        match data_of(word, epoch) {
+            Some(data) => assert_eq!(data, expected, "a word has the flag of its epoch and other data"),
+            None => {
+                let other = epoch_of(word);
+                let early = other == Epoch::START || !other.reached(epoch);
+                assert!(early, "a word of epoch {} was overwritten before it was read", epoch.flag());
+                come = false;
             }
         }
-        if come {
-            return;
-        }
+    }
+    come
+}
+
+/// Waits until all words are of the epoch at one look.
+fn wait<'a>(epoch: Epoch, expected: impl Iterator<Item = (&'a AtomicU64, u32)> + Clone) {
+    while !look(epoch, expected.clone()) {
         thread::yield_now();
     }
 }
@@ -132,9 +148,10 @@ impl World {
         let window = || Window {
             slots: (0..case.ranks).map(|_| std::array::from_fn(|_| slot())).collect(),
             merged: std::array::from_fn(|_| words(merged)),
-            consumed: AtomicU64::new(u64::from(START.flag())),
-            arrived: AtomicU32::new(0),
-            ended: (Mutex::new(0), Condvar::new()),
+            consumed: AtomicU64::new(u64::from(START.flag()) << LAUNCH_SHIFT),
+            decided: std::array::from_fn(|_| AtomicU64::new(0)),
+            left_over: std::array::from_fn(|_| AtomicU64::new(0)),
+            progress: (Mutex::new(Progress::default()), Condvar::new()),
         };
         World { case, windows: (0..case.ranks).map(|_| window()).collect() }
     }
@@ -159,6 +176,15 @@ impl World {
     fn others_first(&self, rank: usize) -> impl Iterator<Item = usize> {
         let ranks = self.case.ranks;
         (1..=ranks).map(move |n| (rank + n) % ranks)
+    }
+
+    /// Words of the headers of all ranks in a window, and what they say.
+    fn headers(&self, rank: usize, epoch: Epoch) -> impl Iterator<Item = (&AtomicU64, u32)> + Clone {
+        let parity = self.parity(epoch);
+        self.windows[rank].slots.iter().enumerate().flat_map(move |(sender, slots)| {
+            let header = slots[parity].header.iter().enumerate();
+            header.map(move |(half, word)| (word, Word::Header(half).data(sender, epoch)))
+        })
     }
 
     /// What a block takes of these rows.
@@ -194,17 +220,20 @@ impl World {
         let epoch = (0..=n).fold(START, |epoch, _| epoch.next());
         let parity = self.parity(epoch);
         let rows = 0..self.rows(n);
-        let owned = rows.clone().filter(|&row| self.owner(row) == rank);
         if !self.lacks(Without::Guard) {
-            let mut ended = window.ended.0.lock().unwrap();
-            while *ended < n {
-                ended = window.ended.1.wait(ended).unwrap();
+            let mut progress = window.progress.0.lock().unwrap();
+            while progress.ended < n {
+                progress = window.progress.1.wait(progress).unwrap();
             }
-            drop(ended);
-            let begun = Epoch::from_flag(window.consumed.load(Relaxed) as u32).next();
+            drop(progress);
+            let begun = Epoch::after(window.consumed.load(Relaxed) >> LAUNCH_SHIFT).next();
             assert_eq!(begun, epoch, "a block takes another epoch than its launch has");
         }
-        if block == 0 {
+        let may_wait = block == case.blocks - 1;
+        if may_wait {
+            // What the next epoch counts and notes.
+            window.decided[epoch.next().slot()].store(0, Relaxed);
+            window.left_over[epoch.next().slot()].store(0, Relaxed);
             for to in self.others_first(rank) {
                 for (half, word) in self.windows[to].slots[rank][parity].header.iter().enumerate() {
                     word.store(packet(Word::Header(half).data(rank, epoch), epoch), Relaxed);
@@ -214,47 +243,88 @@ impl World {
         for row in self.share(block, rows.clone()) {
             self.push_row(epoch, rank, row);
         }
-        if !self.lacks(Without::Headers) {
-            let slots = window.slots.iter().enumerate();
-            wait(
-                epoch,
-                slots.flat_map(|(sender, slots)| {
-                    let header = slots[parity].header.iter().enumerate();
-                    header.map(move |(half, word)| (word, Word::Header(half).data(sender, epoch)))
-                }),
-            );
-        }
-        match case.mode {
-            ExchangeMode::OneShot => {
-                for row in self.share(block, rows.clone()) {
-                    self.merge_row(epoch, rank, row);
-                }
-            }
+        let others = case.blocks as u64 - 1;
+        window.consumed.fetch_add(if may_wait { (1 << LAUNCH_SHIFT) - others } else { 1 }, Relaxed);
+        let merged = match case.mode {
+            ExchangeMode::TwoShot if may_wait => self.receive_two_shot(rank, epoch, rows.clone()),
+            ExchangeMode::TwoShot => 0,
+            ExchangeMode::OneShot => self.receive(rank, block, epoch, rows.clone()),
             ExchangeMode::Scattered => {
-                for row in self.share(block, owned) {
-                    self.merge_row(epoch, rank, row);
-                }
+                self.receive(rank, block, epoch, rows.clone().filter(|&row| self.owner(row) == rank))
             }
-            ExchangeMode::TwoShot => {
-                for row in self.share(block, owned) {
-                    self.merge_row(epoch, rank, row);
-                    for to in self.others_first(rank) {
-                        let word = packet(Word::Merged(row).data(rank, epoch), epoch);
-                        self.windows[to].merged[parity][row].store(word, Relaxed);
-                    }
-                }
-                for row in self.share(block, rows.clone()) {
-                    let data = Word::Merged(row).data(self.owner(row), epoch);
-                    wait(epoch, [(&window.merged[parity][row], data)].into_iter());
+        };
+        let mut progress = window.progress.0.lock().unwrap();
+        progress.blocks += 1;
+        progress.rows += merged;
+        if progress.blocks == case.blocks {
+            let owned = if case.mode == ExchangeMode::Scattered {
+                rows.filter(|&row| self.owner(row) == rank).count()
+            } else {
+                rows.count()
+            };
+            assert_eq!(progress.rows, owned, "rows that were merged");
+            *progress = Progress { ended: n + 1, ..Progress::default() };
+            window.progress.1.notify_all();
+        }
+    }
+
+    /// What a block merges of these rows, after its pushes. How many that were.
+    fn receive(&self, rank: usize, block: usize, epoch: Epoch, rows: impl Iterator<Item = usize> + Clone) -> usize {
+        let window = &self.windows[rank];
+        let last = self.case.blocks - 1;
+        let slot = epoch.slot();
+        let merge = |block| {
+            let share = self.share(block, rows.clone());
+            share.inspect(|&row| self.merge_row(epoch, rank, row)).count()
+        };
+        if block != last {
+            // It does not wait for ranks that have not come.
+            let comes = look(epoch, self.headers(rank, epoch));
+            if !comes {
+                window.left_over[slot].fetch_or(1 << block, Relaxed);
+                fence(Release);
+            }
+            window.decided[slot].fetch_add(if comes { 1 } else { 1 | 1 << 32 }, Relaxed);
+            return if comes { merge(block) } else { 0 };
+        }
+        let decided = loop {
+            let decided = window.decided[slot].load(Relaxed);
+            if decided as u32 as usize == last || self.lacks(Without::Decisions) {
+                break decided;
+            }
+            thread::yield_now();
+        };
+        if !self.lacks(Without::Headers) {
+            wait(epoch, self.headers(rank, epoch));
+        }
+        let mut merged = merge(last);
+        if decided >> 32 != 0 {
+            fence(Acquire);
+            for block in 0..last {
+                if window.left_over[slot].load(Relaxed) >> block & 1 != 0 {
+                    merged += merge(block);
                 }
             }
         }
-        if window.arrived.fetch_add(1, AcqRel) as usize + 1 == case.blocks {
-            window.arrived.store(0, Relaxed);
-            window.consumed.store(u64::from(epoch.flag()), Relaxed);
-            *window.ended.0.lock().unwrap() = n + 1;
-            window.ended.1.notify_all();
+        merged
+    }
+
+    /// What the last block does in two shots. How many rows it was.
+    fn receive_two_shot(&self, rank: usize, epoch: Epoch, rows: impl Iterator<Item = usize> + Clone) -> usize {
+        let (window, parity) = (&self.windows[rank], self.parity(epoch));
+        wait(epoch, self.headers(rank, epoch));
+        for row in rows.clone().filter(|&row| self.owner(row) == rank) {
+            self.merge_row(epoch, rank, row);
+            for to in self.others_first(rank) {
+                let word = packet(Word::Merged(row).data(rank, epoch), epoch);
+                self.windows[to].merged[parity][row].store(word, Relaxed);
+            }
         }
+        rows.inspect(|&row| {
+            let data = Word::Merged(row).data(self.owner(row), epoch);
+            wait(epoch, [(&window.merged[parity][row], data)].into_iter());
+        })
+        .count()
     }
 
     /// What one thread of a rank does.
@@ -351,9 +421,15 @@ fn beginning_before_the_last_launch_has_ended_is_caught() {
 }
 
 #[test]
-#[should_panic(expected = "was overwritten before it was read")]
+#[should_panic(expected = "rows that were merged")]
 fn a_block_ahead_of_another_is_caught() {
     check(Case { without: Some(Without::Guard), rows: 1, mode: ExchangeMode::Scattered, ..BLOCKS });
+}
+
+#[test]
+#[should_panic(expected = "rows that were merged")]
+fn what_is_left_over_before_all_have_decided_is_caught() {
+    check(Case { without: Some(Without::Decisions), preemptions: 1, launches: 1, ..BLOCKS });
 }
 
 #[test]

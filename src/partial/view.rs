@@ -5,8 +5,9 @@
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub(crate) struct ExchangeView {
-    /// Where this rank's slot of parity 0 lies in each rank's window: a table of addresses.
-    pub peers: u64,
+    /// Where this rank's slots lie, of either parity, in the windows of the other ranks, from the one after it on, and in its own
+    /// window last: a table of pairs of addresses.
+    pub slots: u64,
     /// Where each rank's window begins: a table of addresses.
     pub bases: u64,
     /// This rank's window.
@@ -52,7 +53,7 @@ pub(crate) enum ExchangeMode {
 impl ExchangeView {
     /// There is no exchange.
     pub const NONE: ExchangeView = ExchangeView {
-        peers: 0,
+        slots: 0,
         bases: 0,
         window: 0,
         host: 0,
@@ -77,14 +78,25 @@ pub(crate) mod window {
     pub const BROKEN: u64 = 0;
     /// A peer's process has let go of the window: one word a rank, which no kernel reads.
     pub const LET_GO: u64 = 16;
-    /// The last epoch that the rank has read to its end.
+    /// Exchanges that the rank has read to their ends, times 2^[`LAUNCH_SHIFT`](super::super::epoch::LAUNCH_SHIFT), and the
+    /// blocks of the running one that need its epoch no more.
     pub const CONSUMED: u64 = 128;
-    /// u32: blocks of the running launch that are done; 0 between launches.
-    pub const ARRIVED: u64 = 129;
     /// The first failure of this rank.
-    pub const FAILED: u64 = 130;
-    /// Bad data that the running step's attention met, as [`DataFault::word`](super::super::DataFault::word).
-    pub const FAULT: u64 = 131;
+    pub const FAILED: u64 = 129;
+    /// Bad data that a launch which pushes rows met, as [`DataFault::word`](super::super::DataFault::word): one word a parity.
+    pub const FAULT: u64 = 130;
+    /// How many shares of rows the blocks of a launch have drawn that belong to no block: one word a parity.
+    pub const TICKETS: u64 = 132;
+    /// How many blocks that may not wait have decided whether they merge their shares of rows; above 2^32, how many have left them
+    /// over: one word a parity.
+    pub const DECIDED: u64 = 136;
+    /// A bit a block that has left its share over: so many words a parity.
+    pub const LEFT_OVER: u64 = 144;
+    pub const LEFT_OVER_WORDS: u64 = 8;
+    /// Bad data of a step whose partial lies in memory.
+    pub const STEP_FAULT: u64 = 134;
+    /// u32: blocks that have ended, of a launch that is to clear [`STEP_FAULT`]; 0 between launches.
+    pub const ARRIVED: u64 = 135;
     /// A peer of another process has left: one word a rank.
     pub const LEFT: u64 = 192;
     /// Where the slots begin.

@@ -127,8 +127,8 @@ fn memory_is_what_is_said() {
             let plans = group.plans(&desc(output));
             let memory = plans[0].memory().unwrap();
             assert_eq!(driver::used() as u64 - before, world * memory.workspace, "{output:?}");
-            // Beside its window, a rank has two tables of addresses and what it waits for its GPU by.
-            let others = world * (2 * 8 * world + 1);
+            // Beside its window, a rank has tables of three addresses a rank and what it waits for its GPU by.
+            let others = world * (3 * 8 * world + 1);
             assert_eq!(windows, world * memory.window + others, "{world} ranks");
         }
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::geometry::{WORD, slot_words, window_bytes};
 use crate::device::cuda::{Allocations, CudaDevice, MappedWords};
 use crate::error::Result;
-use crate::partial::epoch::Epoch;
+use crate::partial::epoch::{Epoch, LAUNCH_SHIFT, SLOTS};
 use crate::partial::view::{host, window};
 
 /// The window of one rank: device memory that all ranks push into. Any thread may use it.
@@ -14,7 +14,9 @@ pub(super) struct LocalWindow {
     pub device: Arc<CudaDevice>,
     /// The device's address of the window.
     pub address: u64,
-    /// The device's address of two tables: of this rank's slot in every window, then of every window.
+    /// The device's address of two tables: of this rank's slots as [`ExchangeView::slots`] says, then of every window.
+    ///
+    /// [`ExchangeView::slots`]: crate::partial::ExchangeView::slots
     pub tables: u64,
     words: MappedWords,
     _allocations: Allocations,
@@ -34,22 +36,27 @@ impl LocalWindow {
         let new = LocalWindow {
             device: Arc::clone(device),
             address: allocations.memory(window_bytes(world).next_multiple_of(align))?,
-            tables: allocations.memory(2 * world * WORD as usize)?,
+            tables: allocations.memory((SLOTS + 1) * world * WORD as usize)?,
             words: allocations.words(host::WORDS)?,
             _allocations: allocations,
         };
+        let consumed = u64::from(start.flag()) << LAUNCH_SHIFT;
         // SAFETY: CONSUMED lies among the control words of the window just made, which nobody else knows yet.
-        unsafe { device.upload(new.address + window::CONSUMED * WORD, &u64::from(start.flag()).to_ne_bytes())? };
+        unsafe { device.upload(new.address + window::CONSUMED * WORD, &consumed.to_ne_bytes())? };
         Ok(new)
     }
 
     /// Tells the kernels of `rank`, which owns this window, where the windows of all ranks are. Blocks. No kernel of the
     /// rank may have been enqueued.
     pub fn connect(&self, rank: usize, windows: &[u64]) -> Result<()> {
-        let slot = (window::CONTROL_WORDS + rank as u64 * slot_words(windows.len())) * WORD;
-        let slots = windows.iter().map(|window| window + slot);
+        let (world, words) = (windows.len() as u64, slot_words(windows.len()));
+        let slot =
+            |window: u64, parity: u64| window + (window::CONTROL_WORDS + (parity * world + rank as u64) * words) * WORD;
+        let (before, after) = windows.split_at(rank + 1);
+        let slots =
+            after.iter().chain(before).flat_map(|&window| (0..SLOTS as u64).map(move |parity| slot(window, parity)));
         let tables: Vec<u8> = slots.chain(windows.iter().copied()).flat_map(u64::to_ne_bytes).collect();
-        // SAFETY: `new` allocated two tables of one address a rank, `windows` has one a rank, and no kernel reads them yet.
+        // SAFETY: `new` allocated these three addresses a rank, `windows` has one a rank, and no kernel reads them yet.
         unsafe { self.device.upload(self.tables, &tables) }
     }
 

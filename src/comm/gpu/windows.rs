@@ -11,7 +11,7 @@ use crate::device::cuda::{CudaDevice, DeviceDrain};
 use crate::device::run_bounded;
 use crate::error::Result;
 use crate::partial::ExchangeView;
-use crate::partial::epoch::{Epoch, SLOTS};
+use crate::partial::epoch::{Epoch, LAUNCH_SHIFT, SLOTS};
 use crate::partial::view::{host, window};
 
 /// The windows of a group of GPUs. Those of this process are freed with the last of its ranks and after all of its kernels,
@@ -167,22 +167,23 @@ impl Windows {
         self.local(rank).words()
     }
 
-    /// The device's address where the attention kernel of a rank leaves the bad data of a step.
+    /// The device's address where the attention kernel of a rank leaves the bad data of a step whose partial it leaves in
+    /// memory.
     pub fn fault_address(&self, rank: usize) -> u64 {
-        self.local(rank).address + window::FAULT * WORD
+        self.local(rank).address + window::STEP_FAULT * WORD
     }
 
     /// The last epoch that a rank of this process has read to its end. Blocks.
     pub fn consumed(&self, rank: usize) -> Result<Epoch> {
-        Ok(Epoch::from_flag(self.local(rank).control_word(window::CONSUMED)? as u32))
+        Ok(Epoch::after(self.local(rank).control_word(window::CONSUMED)? >> LAUNCH_SHIFT))
     }
 
     /// What a kernel of `rank` is told of the windows; the step's own fields are zero.
     pub fn view(&self, rank: usize, timeout: Duration) -> ExchangeView {
         let (own, world) = (self.local(rank), self.world() as u64);
         ExchangeView {
-            peers: own.tables,
-            bases: own.tables + world * WORD,
+            slots: own.tables,
+            bases: own.tables + SLOTS as u64 * world * WORD,
             window: own.address,
             host: own.words().address(),
             slot_words: self.slot_words as i64,

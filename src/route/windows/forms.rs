@@ -6,9 +6,7 @@ use crate::error::{Error, Result};
 
 /// The environment variable that picks a [`Form`] where the step's size allows it: "memory", "push" or "single".
 const ENVIRONMENT: &str = "TREEATTN_GPU_EXCHANGE";
-/// Rows of a step for which the attention kernel has a block waiting: one a warp.
-const ROWS_A_BLOCK: i64 = 8;
-/// Most blocks that wait. More rows are merged sooner by an exchange kernel, which has more.
+/// Most blocks of an attention kernel that may wait for ranks that have not come.
 const MOST_WAITING: i64 = 16;
 
 /// How a step's partials come to the exchange.
@@ -18,7 +16,7 @@ pub(super) enum Form {
     Memory,
     /// Attention pushes rows as it completes them; one exchange kernel merges.
     Push,
-    /// Attention pushes rows, and its last blocks merge.
+    /// Attention pushes rows, and its blocks merge.
     Single,
 }
 
@@ -50,8 +48,8 @@ pub(super) struct Forms {
     asked: Option<Form>,
     /// Rows that a slot holds.
     pub most_rows: i64,
-    /// Blocks of the attention kernel that may wait.
-    most_waiting: i64,
+    /// Blocks of the attention kernel that may wait for ranks that have not come.
+    pub most_waiting: i64,
 }
 
 impl Forms {
@@ -61,14 +59,13 @@ impl Forms {
         Forms { asked, most_rows, most_waiting }
     }
 
-    /// The form of a step of `rows` rows, and how many blocks of its attention kernel wait.
-    pub fn of(&self, rows: i64) -> (Form, i32) {
-        let waiting = rows.div_euclid(ROWS_A_BLOCK) + i64::from(rows % ROWS_A_BLOCK > 0);
+    /// The form of a step of `rows` rows.
+    pub fn of(&self, rows: i64) -> Form {
         match self.asked {
-            _ if rows == 0 || rows > self.most_rows => (Form::Memory, 0),
-            Some(form @ (Form::Memory | Form::Push)) => (form, 0),
-            _ if waiting <= self.most_waiting => (Form::Single, waiting as i32),
-            _ => (Form::Push, 0),
+            _ if rows == 0 || rows > self.most_rows => Form::Memory,
+            Some(form @ (Form::Memory | Form::Push)) => form,
+            _ if self.most_waiting > 0 => Form::Single,
+            _ => Form::Push,
         }
     }
 }
@@ -80,12 +77,11 @@ mod tests {
     #[test]
     fn forms_follow_the_size_of_a_step_and_leave_room_for_others() {
         let forms = Forms::new(None, 1000, 132, 1);
-        let found = [0, 1, 32, 128, 129, 1000, 1001].map(|rows| forms.of(rows));
         use Form::{Memory, Push, Single};
-        assert_eq!(found, [(Memory, 0), (Single, 1), (Single, 4), (Single, 16), (Push, 0), (Push, 0), (Memory, 0)]);
-        let shared = Forms::new(None, 1000, 132, 8);
-        assert_eq!([32, 33].map(|rows| shared.of(rows).0), [Single, Push]);
-        assert_eq!(Forms::new(Some(Single), 1000, 4, 2).of(1).0, Push, "no room to wait");
-        assert_eq!(Forms::new(Some(Memory), 1000, 132, 1).of(1).0, Memory);
+        assert_eq!([0, 1, 1000, 1001].map(|rows| forms.of(rows)), [Memory, Single, Single, Memory]);
+        assert_eq!(forms.most_waiting, 16);
+        assert_eq!(Forms::new(None, 1000, 132, 8).most_waiting, 4);
+        assert_eq!(Forms::new(Some(Single), 1000, 4, 2).of(1), Push, "no room to wait");
+        assert_eq!(Forms::new(Some(Memory), 1000, 132, 1).of(1), Memory);
     }
 }

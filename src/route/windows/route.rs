@@ -67,7 +67,7 @@ impl WindowsRoute {
         };
         let most_rows = ((peers.capacity() / row_bytes) as i64).max(1);
         let forms = Forms::new(Form::asked()?, most_rows, rank.device.units, rank.sharing);
-        let (form, _) = forms.of(rows as i64);
+        let form = forms.of(rows as i64);
         let mut allocations = Allocations::new(&rank.device, context.config.step_timeout);
         let (mut target, mut bytes) = (None, 0);
         if !desc.is_merge_only() && form == Form::Memory {
@@ -133,7 +133,7 @@ impl WindowsRoute {
         let (tokens, call) = (step.args.query_tokens, Call::Decode(step.args.batch));
         let rows = i64::from(tokens) * i64::from(self.view.heads);
         let merged = ExchangeStep { target: step.target(&context.desc), rows, ..ExchangeStep::NOTHING };
-        let (form, waiting) = self.forms.of(rows);
+        let form = self.forms.of(rows);
         if form == Form::Memory {
             let given = match self.target {
                 Some(target) => {
@@ -147,8 +147,8 @@ impl WindowsRoute {
             return self.exchange(context, given, tokens, call, stream);
         }
         let view = self.view_of(context, tokens, call, 0);
-        let destination = Destination::Ranks { view: &view, status: self.status, waiting };
-        self.shard.backend.decode_to(step, destination, stream)?;
+        let most_waiting = if form == Form::Single { self.forms.most_waiting } else { 0 };
+        self.shard.backend.decode_to(step, Destination::Ranks { view: &view, most_waiting }, stream)?;
         if form == Form::Push {
             let step = ExchangeStep { is_pushed: true, ..merged };
             self.kernel.enqueue(&view, &step, stream).map_err(|error| self.shard.rank.fail(error))?;

@@ -6,6 +6,10 @@
 namespace treeattn {
 
 inline uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
+template <class T>
+inline T* in_shared(T* p) {
+    return p;
+}
 inline void dependency_wait() { emulator::dependency_wait(); }
 inline void dependency_launch() { emulator::dependency_launch(); }
 
@@ -71,6 +75,9 @@ inline uint64_t load_word(const uint64_t* from) {
 inline ulonglong2 load_words(const uint64_t* from) {
     const uint64_t x = emulator::load_watched(from);
     return {x, emulator::load_watched(from + 1)};
+}
+inline void add_word(uint64_t* to, uint64_t x) {
+    emulator::change(to, [x](uint64_t old) { return old + x; });
 }
 inline uint64_t nanoseconds() { return emulator::global_timer(); }
 
