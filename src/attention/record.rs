@@ -252,7 +252,8 @@ mod tests {
     #[test]
     fn what_must_be_the_same_is_compared_and_the_minority_is_to_blame() {
         let good = record(0, 0, 0);
-        let changes: [(fn(&mut SequenceRecord), DataFaultCause); 5] = [
+        type Change = fn(&mut SequenceRecord);
+        let changes: [(Change, DataFaultCause); 5] = [
             (|r| r.first_token = 1, QueryStartDiffers),
             (|r| r.tokens = 2, QueryStartDiffers),
             (|r| r.global_length = 5, GlobalLengthDiffers),

@@ -106,8 +106,9 @@ mod tests {
 
     #[test]
     fn every_field_that_a_shape_ignores_is_refused_by_name() {
+        type Set = fn(&mut DecodeArgs, *const i32);
         let at: *const i32 = &7;
-        let set: [(&str, fn(&mut DecodeArgs, *const i32)); 11] = [
+        let set: [(&str, Set); 11] = [
             ("block_table", |args, at| args.block_table = at),
             ("max_pages", |args, _| args.max_pages = 1),
             ("num_pages", |args, _| args.num_pages = 1),
