@@ -1,0 +1,201 @@
+// How one warp merges a row of any number of ranks and any size, and how rows go in two shots.
+#pragma once
+
+#include "merge_step.cuh"
+
+namespace treeattn {
+
+constexpr int kRanksTogether = 4;  // whose words are asked for before the first is looked at: they come at the same time
+
+// The log-sum-exps of a row and what follows from them, of any number of ranks; lane r has those of ranks r and r + 32.
+struct Weights {
+    float lse[2];
+    float weight[2];  // as shares
+    RowScale scale;
+    uint32_t fault;  // bad data that came with the row, that of the first sequence
+};
+
+// One warp waits for the log-sum-exps of all ranks' partials of the row at word `at` of their slots.
+__device__ __forceinline__ bool wait_weights(const ExchangeView& v, Epoch& e, int64_t at, Weights& w) {
+    const int lane = threadIdx.x % 32;
+    w.fault = 0;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        w.lse[half] = -infinity();
+        const int rank = half * 32 + lane;
+        if (half * 32 >= v.world) continue;
+        bool seen = rank >= v.world;
+        for (int spins = 1;; spins++) {
+            if (!seen) {
+                const ulonglong2 words = load_words(slot_of(v, e, rank) + at);
+                seen = are_of(words, e.number);
+                if (seen) {
+                    w.lse[half] = __uint_as_float(data_of(words.x));
+                    w.fault = first_fault(w.fault, data_of(words.y));
+                }
+            }
+            if (__all_sync(kWholeWarp, seen)) break;
+            if (spins % kSpins == 0 && give_up(v, e, lowest(seen, rank))) return false;
+        }
+    }
+    w.scale.bad = __any_sync(kWholeWarp, !(w.lse[0] < infinity()) || !(w.lse[1] < infinity()));
+    w.scale.top = fmaxf(w.lse[0], w.lse[1]);
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) {
+        w.scale.top = fmaxf(w.scale.top, __shfl_xor_sync(kWholeWarp, w.scale.top, d));
+        w.fault = first_fault(w.fault, __shfl_xor_sync(kWholeWarp, w.fault, d));
+    }
+    w.scale.sum = {0.f, 0.f};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        w.weight[half] = w.scale.weight(w.lse[half]);
+        if (half * 32 >= v.world) continue;
+        for (int rank = 0; rank < min(v.world - half * 32, 32); rank++) {
+            w.scale.sum.add(__shfl_sync(kWholeWarp, w.weight[half], rank));
+        }
+    }
+    w.scale.invert();
+    w.weight[0] = w.scale.share(w.weight[0]), w.weight[1] = w.scale.share(w.weight[1]);
+    return true;
+}
+
+// One warp merges a row of any size: waits for every rank's words and gives the merged ones, two at a time, to
+// `take(word of o, its elements, those of the next word)`, then the lse to `end`. The headers have come. False: the
+// communicator is broken.
+template <class Take, class End>
+__device__ __forceinline__ bool merge_row(const MergeStep& m, Epoch& e, int64_t row, Take take, End end) {
+    const ExchangeView& v = m.view;
+    const Wire wire(v.wire_dtype);
+    const int lane = threadIdx.x % 32;
+    const int words = static_cast<int>(row_words(m.target.dim, v.wire_dtype)) - kRowHead;
+    const int64_t at = kHeaderWords + row * (words + kRowHead);
+    Weights w;
+    if (!wait_weights(v, e, at, w)) return false;
+#pragma unroll 1
+    for (int first = 0; first < words; first += kWordsAPass) {
+        float2 acc[kPairs][2] = {};
+#pragma unroll 1
+        for (int ranks = 0; ranks < v.world; ranks += kRanksTogether) {
+            ulonglong2 x[kRanksTogether][kPairs];
+            for (int spins = 1;; spins++) {
+                bool seen = true;
+                int late = v.world;
+#pragma unroll
+                for (int r = 0; r < kRanksTogether; r++) {
+#pragma unroll
+                    for (int pair = 0; pair < kPairs; pair++) {
+                        const int n = first + pair * 64 + lane * 2;
+                        if (ranks + r >= v.world || n >= words) continue;
+                        x[r][pair] = load_words(slot_of(v, e, ranks + r) + at + kRowHead + n);
+                    }
+                }
+#pragma unroll
+                for (int r = 0; r < kRanksTogether; r++) {
+#pragma unroll
+                    for (int pair = 0; pair < kPairs; pair++) {
+                        const int n = first + pair * 64 + lane * 2;
+                        if (ranks + r >= v.world || n >= words || are_of(x[r][pair], e.number)) continue;
+                        seen = false, late = min(late, ranks + r);
+                    }
+                }
+                if (__all_sync(kWholeWarp, seen)) break;
+                if (spins % kSpins == 0 && give_up(v, e, lowest(seen, late))) return false;
+            }
+#pragma unroll
+            for (int r = 0; r < kRanksTogether; r++) {
+                const int rank = ranks + r;
+                if (rank >= v.world) continue;
+                // Asked by all lanes alike.
+                const float weight = __shfl_sync(kWholeWarp, rank < 32 ? w.weight[0] : w.weight[1], rank % 32);
+#pragma unroll
+                for (int pair = 0; pair < kPairs; pair++) {
+                    const float2 a = wire.unpack(data_of(x[r][pair].x)), b = wire.unpack(data_of(x[r][pair].y));
+                    const auto add = [&](float& to, float from) { to = fmaf(weight, from, to); };
+                    add(acc[pair][0].x, a.x), add(acc[pair][0].y, a.y);
+                    add(acc[pair][1].x, b.x), add(acc[pair][1].y, b.y);
+                }
+            }
+        }
+#pragma unroll
+        for (int pair = 0; pair < kPairs; pair++) {
+            const int n = first + pair * 64 + lane * 2;
+            if (n >= words) continue;
+            take(n, acc[pair][0], acc[pair][1]);
+        }
+    }
+    end(w.scale.lse(), w.fault);
+    return true;
+}
+
+// One warp merges a row of any size and writes it.
+static __device__ __noinline__ bool merge_large_row(const MergeStep* step, Epoch& e, int64_t row) {
+    const MergeStep& m = *in_shared(step);
+    if (!e.has_headers) {
+        if (!wait_headers(m.view, e, 0)) return false;
+        dependency_launch();
+    }
+    const Wire wire(m.view.wire_dtype);
+    const OutputRow to(m, row);
+    return merge_row(
+        m, e, row, [&](int n, float2 a, float2 b) { write_words(m.target, wire, to, n, a, b); },
+        [&](float lse, uint32_t fault) {
+            if (threadIdx.x % 32 != 0) return;
+            if (to.lse != nullptr) *to.lse = lse;
+            report_bad_data(m.view, fault);
+        });
+}
+
+// One warp merges a row that is its rank's and pushes it to every rank.
+static __device__ __noinline__ bool push_merged(const MergeStep* step, Epoch& e, int64_t row) {
+    const MergeStep& m = *in_shared(step);
+    const ExchangeView& v = m.view;
+    const Wire wire(v.wire_dtype);
+    const int64_t at = merged_begin(v, e) + kHeaderWords + row * row_words(m.target.dim, v.wire_dtype);
+    const auto push = [&](int64_t to, uint32_t x, uint32_t y) {
+#pragma unroll 1
+        for (int n = 1; n <= v.world; n++) {
+            uint64_t* window = reinterpret_cast<uint64_t*>(v.bases[(v.rank + n) % v.world]);
+            store_words(window + to, packet(x, e.number), packet(y, e.number));
+        }
+    };
+    return merge_row(
+        m, e, row, [&](int n, float2 a, float2 b) { push(at + kRowHead + n, wire.pack(a), wire.pack(b)); },
+        [&](float lse, uint32_t fault) {
+            if (threadIdx.x % 32 == 0) push(at, __float_as_uint(lse), fault);
+        });
+}
+
+// One warp waits for a row that its owner has merged, and writes it.
+static __device__ __noinline__ bool write_received(const MergeStep* step, Epoch& e, int64_t row) {
+    const MergeStep& m = *in_shared(step);
+    const ExchangeView& v = m.view;
+    const Wire wire(v.wire_dtype);
+    const OutputRow to(m, row);
+    const int lane = threadIdx.x % 32;
+    const int words = static_cast<int>(row_words(m.target.dim, v.wire_dtype));
+    const int head = static_cast<int>((m.first_row + row) % v.heads);
+    const uint64_t* from = v.window + merged_begin(v, e) + kHeaderWords + row * words;
+#pragma unroll 1
+    for (int first = 0; first < words; first += 64) {
+        const int n = first + lane * 2;
+        bool seen = n >= words;
+        for (int spins = 1;; spins++) {
+            ulonglong2 x = {};
+            if (!seen) {
+                x = load_words(from + n);
+                seen = are_of(x, e.number);
+                if (seen && n == 0) {
+                    if (to.lse != nullptr) *to.lse = __uint_as_float(data_of(x.x));
+                    report_bad_data(v, data_of(x.y));
+                } else if (seen) {
+                    write_words(m.target, wire, to, n - kRowHead, wire.unpack(data_of(x.x)), wire.unpack(data_of(x.y)));
+                }
+            }
+            if (__all_sync(kWholeWarp, seen)) break;
+            if (spins % kSpins == 0 && give_up(v, e, owner_of(head, v.heads, v.world))) return false;
+        }
+    }
+    return true;
+}
+
+}  // namespace treeattn
