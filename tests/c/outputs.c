@@ -159,6 +159,15 @@ static void two_errors_on_one_stream(void) {
   group_close(&second);
 }
 
+/* Waits until a plan has begun so many steps. */
+static void await_steps(treeattn_plan_t *plan, uint64_t steps) {
+  treeattn_plan_stats_t stats = TREEATTN_PLAN_STATS_INIT;
+  for (int ms = 0; stats.steps < steps && ms < HANG; ms++) {
+    sleep_ms(1);
+    CHECK_OK(treeattn_plan_stats(plan, &stats));
+  }
+}
+
 /* A second call on a rank while its step waits changes nothing, for anybody. */
 static void busy(int streamed, int same_plan) {
   group_t group;
@@ -172,7 +181,7 @@ static void busy(int streamed, int same_plan) {
     group_reset(&group);
     shard_reset(&second);
     step_begin(&step, &group, 0, streamed);
-    sleep_ms(50);
+    await_steps(group.plans[0], (uint64_t)round + 1);
     CHECK_STATUS(treeattn_plan_decode(same_plan ? group.plans[0] : plans[0], &second.args, NULL), TREEATTN_ERROR_BUSY,
                  "rank 0");
     CHECK(shard_untouched(&second));
