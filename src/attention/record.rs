@@ -5,6 +5,7 @@
 //! together and by the sums of their first, second and third powers: one wrong position always shows, several would have to
 //! keep all four numbers.
 
+use super::majority::odd_ranks;
 use super::placement::{Placement, Shard, local_length};
 use crate::partial::DataFaultCause;
 
@@ -136,13 +137,9 @@ pub fn judge(placement: Placement, records: &[SequenceRecord]) -> Option<(i32, D
     }
 }
 
-/// The rank whose value is not that of the others.
+/// The first rank whose value is not that of the others.
 fn odd<T: PartialEq>(records: &[SequenceRecord], value: impl Fn(&SequenceRecord) -> T) -> Option<usize> {
-    let party = |record: &SequenceRecord| records.iter().filter(|other| value(other) == value(record)).count();
-    let largest = records.iter().map(party).max()?;
-    // The first of a largest party: rank 0's own where it is one of several.
-    let right = records.iter().find(|record| party(record) == largest)?;
-    records.iter().position(|record| value(record) != value(right))
+    odd_ranks(records.len(), 0, |rank| value(&records[rank])).first().copied()
 }
 
 /// Whether the ranks' ranges hold the positions 0 to `length` - 1, each once. What lies beyond is not seen.

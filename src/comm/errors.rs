@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use crate::attention::majority::odd_ranks;
 use crate::error::{Error, ErrorKind};
 
 /// Ranks `missing` did not come to `what` before the deadline called `field`.
@@ -54,24 +55,16 @@ pub(super) fn desync(
     world: usize,
     fingerprint: impl Fn(usize) -> u64,
 ) -> Option<Error> {
-    let first = fingerprint(0);
-    if (1..world).all(|rank| fingerprint(rank) == first) {
-        return None;
-    }
-    let party = |rank: usize| (0..world).filter(|&other| fingerprint(other) == fingerprint(rank)).count();
-    let largest = (0..world).map(party).max().unwrap_or(0);
-    let leading: Vec<usize> = (0..world).filter(|&rank| party(rank) == largest).collect();
-    let single = leading.iter().all(|&rank| fingerprint(rank) == fingerprint(leading[0]));
-    let right = if single { fingerprint(leading[0]) } else { fingerprint(me) };
-    let odd: Vec<usize> = (0..world).filter(|&rank| fingerprint(rank) != right).collect();
-    let rest: Vec<usize> = (0..world).filter(|&rank| fingerprint(rank) == right).collect();
+    let odd = odd_ranks(world, me, fingerprint);
+    let first = *odd.first()?;
+    let rest: Vec<usize> = (0..world).filter(|rank| !odd.contains(rank)).collect();
     let message = format!(
         "{}: {} issued another call (or another batch, query_tokens or plan) than {}; the communicator is broken",
         what(),
         ranks(&odd),
         ranks(&rest)
     );
-    Some(Error::new(ErrorKind::Desync, message).with_rank(odd[0] as i32))
+    Some(Error::new(ErrorKind::Desync, message).with_rank(first as i32))
 }
 
 /// `rank` is out of step in `what`, as the ranks have told each other.

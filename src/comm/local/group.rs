@@ -58,7 +58,7 @@ pub(super) struct RankState {
     pub(super) opening: AtomicU32,
     pub(super) steps: AtomicU64,
     pub(super) message: MessageSlot,
-    /// Rings for this rank's hops.
+    /// Notified of this rank's hops.
     pub(super) events: EventCount,
     pub(super) rounds: AtomicU64,
     pub(super) gathers: AtomicU64,
