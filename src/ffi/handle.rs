@@ -198,11 +198,10 @@ pub fn remove<T: Object>(argument: &str, handle: *mut T::C) -> Result<Option<Arc
     Ok(object.and_then(|object| object.downcast().ok()))
 }
 
-/// Drops an object that was removed when the other calls that have it pinned are over, which end at once: so that it is this
-/// call that gives back what it holds, which may take a while, and not one that never blocks. One that does not end is
-/// waited for no longer than that takes.
+/// Drops an object that was removed, once no other call uses it: so this call gives back what the object holds, which may
+/// take a while, and not one that never blocks. Calls that go on for longer than 0.1 s are not waited for.
 pub fn drop_last<T: Object>(object: Arc<T>) {
-    /// Looks at the pins, of a few us each.
+    /// Looks at whether others use it, 100 us apart.
     const MOST: usize = 1000;
     for _ in 0..MOST {
         if Arc::strong_count(&object) == 1 {
