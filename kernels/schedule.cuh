@@ -94,7 +94,8 @@ __device__ __forceinline__ Sequence read_sequence(const DecodeParams& p, int b, 
     return s;
 }
 
-// Notes bad data: for the host, and where rows are pushed for the ranks that get them.
+// Notes bad data: for the host, and where rows are pushed for the ranks that get them. Block 0 notes that of all sequences,
+// for some have no rows; every block that of a sequence it takes, before it pushes rows of it. The first sequence's stays.
 static __device__ __noinline__ void report_fault(const DecodeParams& p, int b, uint32_t cause) {
     const auto sequence = static_cast<uint32_t>(b);
     if (p.flags & kFlagPush) {
@@ -349,7 +350,7 @@ __device__ __noinline__ BlockSlice find_slice(const DecodeParams& p, SliceScratc
             slice.b = found;
             slice.sequence_begin = found_begin;
             slice.taken = p.query_start == nullptr ? 0 : p.query_start[found];
-            if (blockIdx.x != 0) break;  // block 0 goes on: it reports faults
+            if (blockIdx.x != 0) break;  // block 0 goes on: it reports the faults of all
         }
     }
     return slice;

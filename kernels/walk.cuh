@@ -83,6 +83,8 @@ struct Walk {
     __device__ __forceinline__ void take_sequence(const Sequence& seq) {
         keys = seq.keys;
         page_row = seq.page_row;
+        // By every block, before it pushes a row of the sequence: ranks that get the row are told why it is NaN.
+        if (seq.fault != kFaultNone && threadIdx.x == 0) report_fault(p, b, seq.fault);
         flags = seq.fault != kFaultNone || positions_bad(seq) ? kSlotPoison : 0;
     }
 
@@ -90,7 +92,6 @@ struct Walk {
     __device__ __forceinline__ Item start_even(const EvenSplit& even) {
         int taken = 0;
         const Sequence seq = read_sequence<S::kRows>(p, 0, taken);
-        if (blockIdx.x == 0 && threadIdx.x == 0 && seq.fault != kFaultNone) report_fault(p, 0, seq.fault);
         tile_end = seq.key_tiles;
         done = even.index * S::kWarps >= seq.key_tiles;
         const Split split = even.split(seq.key_tiles, S::kWarps);

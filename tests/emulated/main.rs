@@ -50,15 +50,13 @@ const MANY_SMS: Variables = &[("EMULATOR_SMS", "40"), ("EMULATOR_SEED", "2")];
 /// As many as two levels of merges cannot take: two blocks each are more than 16 x 16.
 const MOST_SMS: Variables = &[("EMULATOR_SMS", "140")];
 
-/// One block a launch: of several, block 0 notes a sequence's bad data, maybe after another has pushed its row.
-const ONE_SM: Variables = &[("EMULATOR_SMS", "1")];
 /// The driver waits for all kernels wherever it may.
 const STRICT: Variables = &[("EMULATOR_STRICT", "1")];
 /// Kernels hold back at random points of an exchange.
 const DELAYS: Variables = &[("EMULATOR_DELAYS", "200000"), ("EMULATOR_SEED", "3")];
 
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 28] = [
+const APART: [(&str, fn(), Variables); 27] = [
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
     ("replays", streams::replays, &[]),
@@ -84,7 +82,6 @@ const APART: [(&str, fn(), Variables); 28] = [
     ("ranks_another_graph", ranks::faults::another_graph, &[]),
     ("ranks_module_loading", ranks::faults::module_loading, &[]),
     ("memory_is_what_is_said", memory_is_what_is_said, &[]),
-    ("ranks_bad_data_of_others", ranks::faults::bad_data_of_others, ONE_SM),
     ("allreduce3_threads", threads_over_nccl, &[]),
     ("strict_over_an_id", allreduce::over_an_id, STRICT),
 ];
@@ -188,6 +185,7 @@ fn main() -> ExitCode {
         test("ranks_same_as_one", ranks::same_as_one),
         test("ranks_merges", ranks::merges::merges),
         test("ranks_bad_data", ranks::faults::bad_data),
+        test("ranks_bad_data_of_others", ranks::faults::bad_data_of_others),
         test("ranks_many_steps", ranks::order::many_steps),
         test("ranks_two_communicators", ranks::order::two_communicators),
         test("ranks_absent", ranks::faults::a_rank_that_does_not_come),
