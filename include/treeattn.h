@@ -636,13 +636,22 @@ typedef struct treeattn_attention_desc_t {
      * cache first.
      */
     int32_t causal;
-    /** A query sees the last `window` keys up to its own global position, its own token among them. 0: all. */
+    /**
+     * A query at global position p sees no key before p - window + 1: with `causal` = 1 the last `window` keys up to its
+     * own, its own token among them, whatever ranks hold them. With `causal` = 0 it sees all later keys, too. 0: no window.
+     * Keys outside the windows of all query tokens of a sequence are not read. At least 0.
+     */
     int32_t window;
     /** Scores become softcap * tanh(score / softcap). 0: off. */
     float softcap;
     /** 1: per-head slopes times the global distance are subtracted from the scores (`alibi_slopes`). */
     int32_t alibi;
-    /** 1: per-head sinks join the softmax denominator, once and not per rank (`sinks`). */
+    /**
+     * 1: a sink for each query head joins the softmax of every row, once and not per rank (`sinks` of
+     * `treeattn_decode_args_t`): lse = log(exp(sink) + sum_j exp(s_j)), and the outputs shrink accordingly. A row that sees no
+     * key is 0 with lse = sink; rows of no sequence stay 0 with lse -inf. The partial of rank 0 holds the sinks, also with
+     * TREEATTN_OUTPUT_LOCAL and from `treeattn_plan_partial`, so that merging all partials counts them once.
+     */
     int32_t sinks;
     /** An additional mask. */
     treeattn_mask_kind_t mask;
@@ -770,7 +779,10 @@ typedef struct treeattn_decode_args_t {
     struct treeattn_tensor_t v_scale;
     /** `f32 [query head]`. */
     struct treeattn_tensor_t alibi_slopes;
-    /** `f32 [query head]`: logits that join the denominator. */
+    /**
+     * `f32 [query head]`: logits that join the softmax, not scaled. Required where the plan has sinks, the same on every rank;
+     * -inf is none, NaN and +inf make their rows NaN. NULL without sinks.
+     */
     struct treeattn_tensor_t sinks;
     /** Mask [sequence, head, query, local slot] of `mask_dtype`. Strides are taken as they are: 0 broadcasts. */
     struct treeattn_tensor_t mask;
@@ -1576,7 +1588,8 @@ treeattn_status_t treeattn_merge_partials(struct treeattn_runtime_t *runtime,
  * of a modern Hopfield network.
  *
  * (gradient, F) is a partial of the keys that are passed: those of several shards, each evaluated at the same zeta,
- * become the whole by `treeattn_merge_partials`, or between ranks by `treeattn_plan_merge`.
+ * become the whole by `treeattn_merge_partials`, or between ranks by `treeattn_plan_merge`. Sinks join F as they join the
+ * softmax, with a value of 0: where partials are merged, have them (`sinks` = 1) in one of the shards only.
  *
  * @param runtime the runtime.
  * @param device  where the tensors are; a CPU device in this version.

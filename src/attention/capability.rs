@@ -40,10 +40,10 @@ pub struct Capabilities {
 /// Of a merge-only plan only the algorithm counts.
 pub fn supported(desc: &AttentionDesc, backend: &Capabilities) -> Result<()> {
     let one_of = |field: &str, found: &str, is_served: bool, served: &mut dyn Iterator<Item = &'static str>| {
-        if is_served { Ok(()) } else { Err(Error::unsupported(field, found, list(served))) }
+        if is_served { Ok(()) } else { Err(Error::unsupported(field, found, list(served) + backend.place)) }
     };
     let off = |field: &str, is_off: bool, found: String, is_served: bool| {
-        if is_off || is_served { Ok(()) } else { Err(Error::unsupported(field, found, "0")) }
+        if is_off || is_served { Ok(()) } else { Err(Error::unsupported(field, found, format!("0{}", backend.place))) }
     };
     let algorithms = backend.algorithms;
     if desc.is_merge_only() && desc.algorithm == Algorithm::Ring {
@@ -56,10 +56,8 @@ pub fn supported(desc: &AttentionDesc, backend: &Capabilities) -> Result<()> {
         return Ok(());
     }
     for (field, dtype) in [("k_dtype", desc.k_dtype), ("v_dtype", desc.v_dtype)] {
-        if !backend.kv_dtypes.contains(&dtype) {
-            let served = list(&mut backend.kv_dtypes.iter().map(|dtype| dtype.name()));
-            return Err(Error::unsupported(field, dtype.name(), format!("{served}{}", backend.place)));
-        }
+        let served = backend.kv_dtypes.contains(&dtype);
+        one_of(field, dtype.name(), served, &mut backend.kv_dtypes.iter().map(|dtype| dtype.name()))?;
     }
     for (field, dim) in [("head_dim_qk", desc.head_dim_qk), ("head_dim_v", desc.head_dim_v)] {
         let (multiple, limit) = (backend.head_dim_multiple, backend.head_dim_limit);
@@ -157,15 +155,20 @@ mod tests {
                     c.head_dim_limit = 264;
                 },
             ),
-            ("window: found 3", "0", |d| d.window = 3, |c| c.window = true),
-            ("softcap: found 0.5", "0", |d| d.softcap = 0.5, |c| c.softcap = true),
-            ("alibi: found 1", "0", |d| d.alibi = true, |c| c.alibi = true),
-            ("sinks: found 1", "0", |d| d.sinks = true, |c| c.sinks = true),
+            ("window: found 3", "0 on a test", |d| d.window = 3, |c| c.window = true),
+            ("softcap: found 0.5", "0 on a test", |d| d.softcap = 0.5, |c| c.softcap = true),
+            ("alibi: found 1", "0 on a test", |d| d.alibi = true, |c| c.alibi = true),
+            ("sinks: found 1", "0 on a test", |d| d.sinks = true, |c| c.sinks = true),
             ("flags: found CHECKED", "0 on a test", |d| d.checked = true, |c| c.checked = true),
-            ("mask: found BOOLEAN", "NONE", |d| d.mask = MaskKind::Boolean, |c| c.masks = &[MaskKind::Boolean]),
+            (
+                "mask: found BOOLEAN",
+                "NONE on a test",
+                |d| d.mask = MaskKind::Boolean,
+                |c| c.masks = &[MaskKind::Boolean],
+            ),
             (
                 "query_input: found SCATTERED",
-                "REPLICATED",
+                "REPLICATED on a test",
                 |d| d.query_input = QueryInput::Scattered,
                 |c| {
                     c.query_inputs = &[QueryInput::Scattered];
@@ -173,7 +176,7 @@ mod tests {
             ),
             (
                 "reproducibility: found CANONICAL",
-                "REPEATABLE",
+                "REPEATABLE on a test",
                 |d| d.reproducibility = Reproducibility::Canonical,
                 |c| {
                     c.reproducibility = &[Reproducibility::Canonical];
@@ -192,7 +195,7 @@ mod tests {
         let mut desc = base;
         desc.algorithm = Algorithm::Tree;
         let error = supported(&desc, &SERVED).unwrap_err();
-        assert_eq!(error.message(), "algorithm: found TREE, this build supports AUTO, ONE_SHOT and RING");
+        assert_eq!(error.message(), "algorithm: found TREE, this build supports AUTO, ONE_SHOT and RING on a test");
         desc = base;
         (desc.kv_heads, desc.window) = (0, 7);
         supported(&desc, &SERVED).unwrap();

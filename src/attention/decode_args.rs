@@ -55,6 +55,8 @@ pub struct DecodeArgs {
     /// Tokens that a packed strided k or v (all strides zero) has room for in each sequence. 0: told by `bytes`, where that
     /// is the size of [batch or `max_batch`, `max_kv_length`, kv head, dim] or, of a full batch, of fewer tokens; or one sequence.
     pub kv_capacity: i32,
+    /// `f32 [q head]`, for shapes with sinks: logits that join the softmax once; those of rank 0 count. The same on every rank.
+    pub sinks: Tensor,
 }
 
 // SAFETY: addresses and numbers. Nothing here reads through them; the unsafe code that does says who keeps the memory
@@ -88,6 +90,7 @@ impl Default for DecodeArgs {
             num_page_indices: 0,
             last_page_len: std::ptr::null(),
             kv_capacity: 0,
+            sinks: Tensor::NULL,
         }
     }
 }

@@ -9,6 +9,7 @@ pub mod descriptor;
 pub mod dtype;
 pub mod energy;
 pub mod format;
+pub mod head_values;
 pub mod majority;
 pub mod merge;
 pub mod placement;

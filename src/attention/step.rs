@@ -6,6 +6,7 @@ use std::ffi::c_void;
 use super::decode_args::DecodeArgs;
 use super::descriptor::{AttentionDesc, KvLayout};
 use super::dtype::Dtype;
+use super::head_values::HeadValues;
 use super::placement::{Placement, Shard};
 use super::strided_cache::{self, StridedCache};
 use super::tensor::Tensor;
@@ -35,6 +36,8 @@ pub struct Step {
     pub zeta: Tensor,
     /// Byte strides of zeta: token, head, dim.
     pub zeta_stride: [i64; 4],
+    /// The sinks, where the shape has them.
+    pub sinks: HeadValues,
 }
 
 impl Step {
@@ -78,6 +81,11 @@ impl Step {
             no_overlap("lse", Dtype::F32.size(), &stride, &[tokens, out_heads])?;
             stride
         };
+
+        let per_head = |name, tensor, used| {
+            if used { HeadValues::resolve(name, tensor, q_heads) } else { Ok(HeadValues::NONE) }
+        };
+        let sinks = per_head("sinks", &args.sinks, desc.sinks)?;
 
         let limit = i64::from(desc.max_kv_length);
         let (k_stride, v_stride, kv_capacity) = match desc.kv_layout {
@@ -150,6 +158,7 @@ impl Step {
             kv_capacity,
             zeta: Tensor::NULL,
             zeta_stride: [0; 4],
+            sinks,
         };
         if desc.kv_layout == KvLayout::Strided && batch > 0 {
             step.kv_capacity = step.room(desc, batch - 1);
@@ -258,7 +267,7 @@ impl Step {
     fn check_aliasing(&self, desc: &AttentionDesc) -> Result<()> {
         let a = &self.args;
         for (out_name, out) in [("out", &a.out), ("lse", &a.lse)] {
-            for (in_name, input) in [("q", &a.q), ("k", &a.k), ("v", &a.v)] {
+            for (in_name, input) in [("q", &a.q), ("k", &a.k), ("v", &a.v), ("sinks", &a.sinks)] {
                 disjoint(out_name, out, in_name, input)?;
             }
             for (in_name, data, elements) in self.arrays(desc) {

@@ -73,7 +73,7 @@ impl Step {
             }
             let global = read(args.global_length, b);
             let start = if args.kv_start.is_null() { 0 } else { read(args.kv_start, b) };
-            let fewest = if desc.causal && args.query_position.is_null() { queries } else { 0 };
+            let fewest = if desc.needs_positions() && args.query_position.is_null() { queries } else { 0 };
             if global < fewest {
                 continue;
             }

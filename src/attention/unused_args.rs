@@ -3,6 +3,7 @@
 use super::decode_args::DecodeArgs;
 use super::descriptor::{AttentionDesc, KvLayout};
 use super::placement::Placement;
+use super::tensor::Tensor;
 use crate::error::{Error, Result};
 
 /// What a field holds, and whether that is nothing.
@@ -18,6 +19,16 @@ impl Given for *const i32 {
     }
     fn found(&self) -> String {
         format!("{self:p}")
+    }
+    const NOTHING: &'static str = "NULL";
+}
+
+impl Given for Tensor {
+    fn is_given(&self) -> bool {
+        !self.data.is_null()
+    }
+    fn found(&self) -> String {
+        format!("{:p}", self.data)
     }
     const NOTHING: &'static str = "NULL";
 }
@@ -65,6 +76,7 @@ pub(super) fn check(desc: &AttentionDesc, args: &DecodeArgs) -> Result<()> {
         num_page_indices,
         last_page_len,
         kv_capacity,
+        sinks,
     } = args;
     let layout = Shape("kv_layout", desc.kv_layout.name());
     let (table, csr) = (desc.kv_layout == KvLayout::BlockTable, desc.kv_layout == KvLayout::CsrPages);
@@ -80,6 +92,7 @@ pub(super) fn check(desc: &AttentionDesc, args: &DecodeArgs) -> Result<()> {
     unused("kv_start", kv_start, desc.placement == Placement::Contiguous, placement)?;
     unused("kv_position", kv_position, explicit, placement)?;
     unused("kv_position_stride", kv_position_stride, explicit, placement)?;
+    unused("sinks", sinks, desc.sinks, Shape("sinks", "0"))?;
     if *kv_capacity < 0 {
         return Err(Error::invalid("kv_capacity", kv_capacity, "at least 0"));
     }
@@ -108,7 +121,7 @@ mod tests {
     fn every_field_that_a_shape_ignores_is_refused_by_name() {
         type Set = fn(&mut DecodeArgs, *const i32);
         let at: *const i32 = &7;
-        let set: [(&str, Set); 11] = [
+        let set: [(&str, Set); 12] = [
             ("block_table", |args, at| args.block_table = at),
             ("max_pages", |args, _| args.max_pages = 1),
             ("num_pages", |args, _| args.num_pages = 1),
@@ -120,6 +133,7 @@ mod tests {
             ("kv_position", |args, at| args.kv_position = at),
             ("kv_position_stride", |args, _| args.kv_position_stride = 1),
             ("kv_capacity", |args, _| args.kv_capacity = 1),
+            ("sinks", |args, at| args.sinks.data = at.cast_mut().cast()),
         ];
         let pages = ["block_table", "max_pages", "num_pages"];
         let csr = ["num_pages", "page_indptr", "page_indices", "num_page_indices", "last_page_len"];
@@ -144,6 +158,9 @@ mod tests {
                 }
             }
         }
+        let (plain, mut args) = (AttentionDesc::new(1, 1, 8, 8), DecodeArgs::default());
+        args.sinks.data = at.cast_mut().cast();
+        check(&AttentionDesc { sinks: true, ..plain }, &args).unwrap();
         let desc = AttentionDesc::new(1, 1, 8, 8);
         let mut args = DecodeArgs { kv_capacity: 4, ..DecodeArgs::default() };
         (args.k.stride, args.v.stride) = ([64, 32, 32, 4], [64, 32, 32, 4]);

@@ -1,5 +1,5 @@
-//! Which keys a query row sees: the only place that knows what hides them (causality; the lengths and placements that it
-//! is asked with).
+//! Which keys a query row sees: the only place that knows what hides them (causality and windows; the lengths and
+//! placements that it is asked with).
 //!
 //! A key is hidden by its global position and the query's. [`VisibilityRule::sees`] is that definition; the others derive
 //! from it what a backend needs: the slots that a row can see ([`Visibility`]), the first and last tile of work, and the
@@ -8,12 +8,12 @@
 use std::ops::Range;
 
 use super::descriptor::AttentionDesc;
-use super::placement::{Placement, Shard, interleaved_position};
+use super::placement::{Shard, interleaved_position};
 
 impl AttentionDesc {
     /// Whether global positions matter: to what is seen, or to scores.
     pub fn needs_positions(&self) -> bool {
-        VisibilityRule::of(self).reads_positions() || self.window != 0 || self.alibi
+        VisibilityRule::of(self).reads_positions() || self.alibi
     }
 }
 
@@ -116,48 +116,64 @@ impl Visibility {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VisibilityRule {
     causal: bool,
+    /// Keys that a query sees up to its own position; 0: all.
+    window: i64,
 }
 
 impl VisibilityRule {
     /// The rule of `desc`.
     pub fn of(desc: &AttentionDesc) -> VisibilityRule {
-        VisibilityRule { causal: desc.causal }
+        VisibilityRule { causal: desc.causal, window: i64::from(desc.window) }
     }
 
     /// Whether it looks at positions; where it does not, those that it is asked with may be anything.
     pub fn reads_positions(self) -> bool {
-        self.causal
-    }
-
-    /// Whether it looks at a position for each key that a step brings.
-    pub fn reads_key_positions(self, placement: Placement) -> bool {
-        self.reads_positions() && placement == Placement::Explicit
-    }
-
-    /// The fewest keys that a sequence has, all ranks together, if `tokens` query tokens are its last ones.
-    pub fn fewest_keys(self, tokens: usize) -> usize {
-        if self.causal { tokens } else { 0 }
+        self.causal || self.window > 0
     }
 
     /// Whether a query at `position` sees the key in `slot`.
     pub fn sees(self, keys: &KeyPositions<'_>, position: i64, slot: usize) -> bool {
-        !self.causal || keys.of(slot) <= position
+        self.sees_between(keys, slot, position, position)
+    }
+
+    /// Whether a query may see the key in `slot` that is at `first`, `last` or a position between.
+    #[inline]
+    fn sees_between(self, keys: &KeyPositions<'_>, slot: usize, first: i64, last: i64) -> bool {
+        if !self.reads_positions() {
+            return true;
+        }
+        let key = keys.of(slot);
+        (!self.causal || key <= last) && (self.window == 0 || key > first - self.window)
     }
 
     /// What a query at `position` can see of the slots 0 to `held`.
     #[inline]
     pub fn visible(self, keys: &KeyPositions<'_>, held: usize, position: i64) -> Visibility {
-        let all = Visibility { lo: 0, hi: held };
-        if !self.causal {
-            return all;
+        self.visible_between(keys, held, position, position)
+    }
+
+    /// What queries at positions from `first` to `last` can see of the slots 0 to `held`.
+    #[inline]
+    pub fn visible_between(self, keys: &KeyPositions<'_>, held: usize, first: i64, last: i64) -> Visibility {
+        if !self.reads_positions() {
+            return Visibility { lo: 0, hi: held };
         }
-        keys.up_to(position).map_or(all, |hi| Visibility { lo: 0, hi: hi.clamp(0, held as i64) as usize })
+        let up_to = |position: i64| keys.up_to(position).map(|slots| slots.clamp(0, held as i64) as usize);
+        let (Some(hidden), Some(seen)) = (up_to(first - self.window), up_to(last)) else {
+            // Positions in any order: the first and the last slot that any of them sees.
+            let sees = |&slot: &usize| self.sees_between(keys, slot, first, last);
+            let Some(lo) = (0..held).find(sees) else { return Visibility::NONE };
+            return Visibility { lo, hi: (lo..held).rev().find(sees).map_or(lo, |slot| slot + 1) };
+        };
+        let lo = if self.window > 0 { hidden } else { 0 };
+        let hi = if self.causal { seen } else { held };
+        Visibility { lo, hi: hi.max(lo) }
     }
 
     /// Which of the `count` <= 64 slots from `slot` on a query at `position` sees: bit i is `slot` + i. All are held.
     #[inline]
     pub fn mask(self, keys: &KeyPositions<'_>, position: i64, slot: usize, count: usize) -> u64 {
-        if self.causal && matches!(keys, KeyPositions::Explicit { .. }) {
+        if self.reads_positions() && matches!(keys, KeyPositions::Explicit { .. }) {
             return (0..count).fold(0, |mask, i| mask | u64::from(self.sees(keys, position, slot + i)) << i);
         }
         let seen = self.visible(keys, slot + count, position);
@@ -174,6 +190,7 @@ pub fn low_bits(n: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attention::placement::Placement;
 
     /// Every derived answer against the definition, over all placements, around every border.
     #[test]
@@ -185,18 +202,25 @@ mod tests {
             places.push(KeyPositions::Interleaved { run, shard: Shard { rank, world } });
         }
         for keys in places {
-            for causal in [false, true] {
-                let rule = VisibilityRule { causal };
+            for (causal, window) in [(false, 0), (true, 0), (false, 1), (true, 1), (true, 70), (false, 300)] {
+                let rule = VisibilityRule { causal, window };
                 for position in (-1..400).chain([i64::from(i32::MAX)]) {
                     let sees = |slot: usize| rule.sees(&keys, position, slot);
                     for held in [0usize, 1, 63, 64, 65, 150] {
                         let seen = rule.visible(&keys, held, position);
-                        assert!(seen.hi <= held);
+                        assert!(seen.lo <= seen.hi && seen.hi <= held);
                         let outside = (0..held).filter(|slot| !(seen.lo..seen.hi).contains(slot));
                         assert!(outside.into_iter().all(|slot| !sees(slot)), "{keys:?} {position} {held}");
                         if !matches!(keys, KeyPositions::Explicit { .. }) {
                             assert!((seen.lo..seen.hi).all(sees), "{keys:?} {position} {held}");
                         }
+                    }
+                    for last in [0, 1, 90].map(|more| position + more).into_iter().filter(|_| position % 37 == 0) {
+                        let seen = rule.visible_between(&keys, 150, position, last);
+                        let any = |slot: &usize| (position..=last).any(|at| rule.sees(&keys, at, *slot));
+                        let (first, end) = ((0..150).find(any), (0..150).rev().find(any).map(|slot| slot + 1));
+                        let found = (!seen.is_empty()).then_some((seen.lo, seen.hi));
+                        assert_eq!(found, first.zip(end), "{keys:?} {position} to {last}");
                     }
                     for (slot, count) in [(0, 64), (64, 64), (128, 22), (3, 1), (70, 0)] {
                         let wanted = (0..count).fold(0, |mask, i| mask | u64::from(sees(slot + i)) << i);

@@ -15,7 +15,7 @@ use crate::attention::{
 };
 use crate::device::{HostBuffer, Workers};
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::{DataFault, Lse, PartialRows};
+use crate::partial::{DataFault, Lse, PartialRows, sinks};
 
 /// Tiles a worker should have before the kv heads of a tile are kept together.
 const TILES_TO_BLOCK: u64 = 8;
@@ -26,10 +26,10 @@ pub const CAPABILITIES: Capabilities = Capabilities {
     kv_dtypes: &[Dtype::F32, Dtype::F16, Dtype::Bf16],
     head_dim_multiple: 1,
     head_dim_limit: MAX_HEAD_DIM,
-    window: false,
+    window: true,
     softcap: false,
     alibi: false,
-    sinks: false,
+    sinks: true,
     checked: true,
     masks: &[MaskKind::None],
     query_inputs: &[QueryInput::Replicated],
@@ -164,6 +164,9 @@ impl CpuBackend {
             let output = Output { o: rows.o.as_mut_ptr(), lse: rows.lse.as_mut_ptr(), dim: rows.dim };
             self.run(reader, &partition, ScratchBase(floats.as_mut_ptr().cast()), output, workers)?;
         }
+        if self.desc.sinks && sinks::belong_to(shard.rank) {
+            self.merge_sinks(step, sequences, rows.o, rows.lse);
+        }
         let Some(fault) = fault else { return Ok(None) };
         for sequence in sequences.iter().filter(|s| s.fault.is_some()) {
             let bad = sequence.first_token * self.shape.q_heads;
@@ -172,6 +175,19 @@ impl CpuBackend {
             rows.lse[bad].fill(Lse::NAN);
         }
         Ok(Some(fault))
+    }
+
+    /// Merges the sinks into the rows of all sequences; rows of none stay as they are.
+    fn merge_sinks(&self, step: &Step, sequences: &[Sequence], o: &mut [f32], lse: &mut [Lse]) {
+        let (heads, dim) = (self.shape.q_heads, self.shape.kv[1].dim);
+        for sequence in sequences {
+            for row in sequence.first_token * heads..(sequence.first_token + sequence.tokens) * heads {
+                // SAFETY: a query head of the plan, for which `Step::new` resolved the sinks; the caller of the step vouched for
+                // its memory.
+                let sink = unsafe { step.sinks.get(row % heads, f32::NEG_INFINITY) };
+                sinks::merge_sink(&mut o[row * dim..][..dim], &mut lse[row], sink);
+            }
+        }
     }
 
     fn run(

@@ -116,15 +116,16 @@ impl<'a> Reader<'a> {
         self.pages(keys, out)?;
         out.held = keys as usize;
         let rule = VisibilityRule::of(self.desc);
-        if !rule.reads_positions() {
+        if !self.desc.needs_positions() {
             out.visible = rule.visible(&KeyPositions::Contiguous { start: 0 }, out.held, 0);
             return Ok(());
         }
         self.positions(b, out)?;
-        let positions = self.key_positions(b, out);
-        out.visible = (0..out.tokens)
-            .map(|i| rule.visible(&positions, out.held, self.position(out, i)))
-            .fold(Visibility::NONE, Visibility::union);
+        let (mut first, mut last) = (i64::MAX, i64::MIN);
+        for position in (0..out.tokens).map(|i| self.position(out, i)) {
+            (first, last) = (first.min(position), last.max(position));
+        }
+        out.visible = rule.visible_between(&self.key_positions(b, out), out.held, first, last);
         Ok(())
     }
 

@@ -115,6 +115,7 @@ impl Case {
         ]);
         desc.causal = r.below(2) == 0;
         desc.scale = r.pick(&[0.0, 0.0, 0.3, -0.2]);
+        desc.window = if r.below(4) == 0 { r.pick(&[1, 3, 64, 100, 700]) } else { 0 };
         let world = r.pick(&[1, 2, 3]);
         let shard = Shard { rank: r.below(world as usize) as i32, world };
         let batch = r.pick(&[1, 1, 2, 3, 6]);
@@ -305,7 +306,8 @@ impl Case {
             Placement::Interleaved { run } => interleaved_position(i64::from(run), self.shard, slot as i64),
             Placement::Explicit => i64::from(self.positions[b * self.desc.max_kv_length as usize + slot]),
         };
-        !self.desc.causal || key <= query
+        let window = i64::from(self.desc.window);
+        (!self.desc.causal || key <= query) && (window == 0 || query - key < window)
     }
 
     /// Checks every row against float64; gives the largest error as a part of what is allowed.
@@ -551,12 +553,10 @@ fn what_is_not_served_is_named() {
     let desc = AttentionDesc::new(4, 2, 64, 10);
     assert!(supported(&desc, &super::CAPABILITIES).is_ok());
     type Change = fn(&mut AttentionDesc);
-    let changes: [(Change, &str); 5] = [
+    let changes: [(Change, &str); 3] = [
         (|d| d.k_dtype = Dtype::Q8_0, "k_dtype"),
         (|d| d.v_dtype = Dtype::F8E4M3, "v_dtype"),
-        (|d| d.window = 5, "window"),
         (|d| d.softcap = 3.0, "softcap"),
-        (|d| d.sinks = true, "sinks"),
     ];
     for (change, name) in changes {
         let mut desc = desc;
@@ -565,4 +565,36 @@ fn what_is_not_served_is_named() {
         assert_eq!(error.kind(), crate::ErrorKind::Unsupported);
         assert!(error.message().starts_with(name), "{error}");
     }
+}
+
+/// Work follows the window, not the context: tiles outside are no work of anybody's.
+#[test]
+fn work_follows_the_window() {
+    let tiles = |placement: Placement, window: i32, shard: Shard| {
+        let mut desc = AttentionDesc::new(2, 1, 16, 4096);
+        (desc.placement, desc.causal, desc.window) = (placement, true, window);
+        let taste = Taste { q: 1.0, v_offset: 0.0 };
+        let mut case = Case::fill(&mut Random(5), desc, shard, vec![4096], vec![0, 1], taste);
+        let global = 4096 * shard.world;
+        (case.globals[0], case.kv_starts[0]) = (global, 4096 * shard.rank);
+        // Slot s holds position s, whatever the number of ranks.
+        case.positions = (0..4096).collect();
+        let workers = Workers::new(2, "test", false).unwrap();
+        let backend = CpuBackend::new(&case.desc, shard, 2, Isa::Scalar).unwrap();
+        let (mut o, mut lse) = (vec![0.0; 32], vec![Lse::EMPTY; 2]);
+        backend.attend(&case.step(), &workers, PartialRows { o: &mut o, lse: &mut lse, dim: 16 }).unwrap();
+        let scratch = backend.scratch.lock();
+        scratch.sequences[0].visible.tiles(super::kernel::args::TILE).len()
+    };
+    let (second, first) = (Shard { rank: 1, world: 2 }, Shard { rank: 0, world: 2 });
+    for (window, wanted) in [(0, 64), (1, 1), (64, 1), (65, 2), (1000, 16), (4096, 64), (9000, 64)] {
+        assert_eq!(tiles(Placement::Contiguous, window, Shard::ALONE), wanted, "window {window}");
+        assert_eq!(tiles(Placement::Explicit, window, Shard::ALONE), wanted, "window {window}");
+        assert_eq!(tiles(Placement::Contiguous, window, second), wanted, "window {window}");
+    }
+    // The first of two shards is hidden whole by a window of the second's keys; one more key shows its last tile.
+    assert_eq!(tiles(Placement::Contiguous, 4096, first), 0);
+    assert_eq!(tiles(Placement::Contiguous, 4097, first), 1);
+    // Round robin: half of the window's keys are here.
+    assert_eq!(tiles(Placement::Interleaved { run: 1 }, 1000, first), 8);
 }

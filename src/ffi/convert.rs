@@ -158,7 +158,6 @@ pub fn decode_args(a: &treeattn_decode_args_t) -> Result<DecodeArgs> {
         ("k_scale", a.k_scale.data.cast_const()),
         ("v_scale", a.v_scale.data.cast_const()),
         ("alibi_slopes", a.alibi_slopes.data.cast_const()),
-        ("sinks", a.sinks.data.cast_const()),
         ("mask", a.mask.data.cast_const()),
     ];
     for (name, pointer) in later {
@@ -192,6 +191,7 @@ pub fn decode_args(a: &treeattn_decode_args_t) -> Result<DecodeArgs> {
         num_page_indices: a.num_page_indices,
         last_page_len: a.last_page_len,
         kv_capacity: a.kv_capacity,
+        sinks: tensor(&a.sinks),
     })
 }
 

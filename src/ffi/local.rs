@@ -54,7 +54,8 @@ pub unsafe extern "C" fn treeattn_merge_partials(
 /// of a modern Hopfield network.
 ///
 /// (gradient, F) is a partial of the keys that are passed: those of several shards, each evaluated at the same zeta,
-/// become the whole by `treeattn_merge_partials`, or between ranks by `treeattn_plan_merge`.
+/// become the whole by `treeattn_merge_partials`, or between ranks by `treeattn_plan_merge`. Sinks join F as they join the
+/// softmax, with a value of 0: where partials are merged, have them (`sinks` = 1) in one of the shards only.
 ///
 /// @param runtime the runtime.
 /// @param device  where the tensors are; a CPU device in this version.

@@ -182,13 +182,18 @@ pub struct treeattn_attention_desc_t {
     /// 1: a query does not see keys at later global positions. Its own token is a key like the others: put it into the
     /// cache first.
     pub causal: i32,
-    /// A query sees the last `window` keys up to its own global position, its own token among them. 0: all.
+    /// A query at global position p sees no key before p - window + 1: with `causal` = 1 the last `window` keys up to its
+    /// own, its own token among them, whatever ranks hold them. With `causal` = 0 it sees all later keys, too. 0: no window.
+    /// Keys outside the windows of all query tokens of a sequence are not read. At least 0.
     pub window: i32,
     /// Scores become softcap * tanh(score / softcap). 0: off.
     pub softcap: f32,
     /// 1: per-head slopes times the global distance are subtracted from the scores (`alibi_slopes`).
     pub alibi: i32,
-    /// 1: per-head sinks join the softmax denominator, once and not per rank (`sinks`).
+    /// 1: a sink for each query head joins the softmax of every row, once and not per rank (`sinks` of
+    /// `treeattn_decode_args_t`): lse = log(exp(sink) + sum_j exp(s_j)), and the outputs shrink accordingly. A row that sees no
+    /// key is 0 with lse = sink; rows of no sequence stay 0 with lse -inf. The partial of rank 0 holds the sinks, also with
+    /// TREEATTN_OUTPUT_LOCAL and from `treeattn_plan_partial`, so that merging all partials counts them once.
     pub sinks: i32,
     /// An additional mask.
     pub mask: treeattn_mask_kind_t,
@@ -284,7 +289,8 @@ pub struct treeattn_decode_args_t {
     pub v_scale: treeattn_tensor_t,
     /// `f32 [query head]`.
     pub alibi_slopes: treeattn_tensor_t,
-    /// `f32 [query head]`: logits that join the denominator.
+    /// `f32 [query head]`: logits that join the softmax, not scaled. Required where the plan has sinks, the same on every rank;
+    /// -inf is none, NaN and +inf make their rows NaN. NULL without sinks.
     pub sinks: treeattn_tensor_t,
     /// Mask [sequence, head, query, local slot] of `mask_dtype`. Strides are taken as they are: 0 broadcasts.
     pub mask: treeattn_tensor_t,

@@ -2,8 +2,8 @@
 //!
 //! Finished partials (those of ranks, of nodes, and the engine's own) are merged by [`merge_two`] or [`merge_ranks`], with
 //! an [`Lse`] of two floats. Inside a rank a backend has folds of its own, by the same algebra on sums that are not normalised yet
-//! (`cpu::sums`, and the kernels of a GPU). The order is fixed by the caller throughout. `epoch` holds the rules of an
-//! exchange of partials, whatever carries it; `view` is what a GPU's kernel is told of one; `rows` says where partials and
+//! (`cpu::sums`, and the kernels of a GPU). The order is fixed by the caller throughout. `sinks` says whose partial holds the
+//! sinks. `epoch` holds the rules of an exchange of partials, whatever carries it; `view` is what a GPU's kernel is told of one; `rows` says where partials and
 //! outputs lie in memory, `fault` what bad data is. Depends on nothing but plain data (`attention::dtype`).
 
 pub(crate) mod epoch;
@@ -16,6 +16,7 @@ mod merge;
 #[cfg(all(test, loom))]
 mod push_model;
 pub(crate) mod rows;
+pub(crate) mod sinks;
 pub(crate) mod view;
 pub(crate) mod word;
 

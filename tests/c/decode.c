@@ -221,7 +221,6 @@ static void later_fields(void) {
       {"k_scale: found", offsetof(treeattn_decode_args_t, k_scale)},
       {"v_scale: found", offsetof(treeattn_decode_args_t, v_scale)},
       {"alibi_slopes: found", offsetof(treeattn_decode_args_t, alibi_slopes)},
-      {"sinks: found", offsetof(treeattn_decode_args_t, sinks)},
       {"mask: found", offsetof(treeattn_decode_args_t, mask)},
   };
   for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++) {

@@ -115,10 +115,8 @@ static void codes(void) {
 
 static void later_capabilities(void) {
   const treeattn_attention_desc_t base = problem_desc();
-  UNSUPPORTED(window, 128, "window: found 128");
   UNSUPPORTED(softcap, 30.0f, "softcap: found 30");
   UNSUPPORTED(alibi, 1, "alibi: found");
-  UNSUPPORTED(sinks, 1, "sinks: found");
   UNSUPPORTED(mask, TREEATTN_MASK_ADDITIVE, "mask: found ADDITIVE");
   UNSUPPORTED(mask, TREEATTN_MASK_BOOLEAN, "mask: found BOOLEAN");
   UNSUPPORTED(query_input, TREEATTN_QUERY_INPUT_SCATTERED, "query_input: found SCATTERED");

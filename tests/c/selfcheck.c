@@ -66,7 +66,7 @@ static void bad(void) {
   DESC(kv_heads, 3, invalid, "kv_heads: found 3");
   DESC(q_dtype, 9, invalid, "q_dtype: found 9");
   DESC(reserved, 1, invalid, "reserved: found 1");
-  DESC(window, 5, TREEATTN_ERROR_UNSUPPORTED, "window: found 5");
+  DESC(query_input, TREEATTN_QUERY_INPUT_SCATTERED, TREEATTN_ERROR_UNSUPPORTED, "query_input: found SCATTERED");
   DESC(k_dtype, TREEATTN_DTYPE_Q8_0, TREEATTN_ERROR_UNSUPPORTED, "k_dtype: found");
 #define CONFIG(field, value, text)                                     \
   do {                                                                 \

@@ -4,6 +4,7 @@ use treeattn::attention::{Algorithm, AttentionDesc, Dtype, KvLayout, OutputMode,
 
 use crate::support::case::{Case, Sequence, spread};
 use crate::support::rng::Rng;
+use crate::support::terms::Terms;
 use crate::support::values::Values;
 
 /// Multiply-adds of an ordinary case, at most.
@@ -95,6 +96,7 @@ fn draw(seed: u64, layout: KvLayout, sharded: bool) -> Case {
         query_start,
         query_position,
         want_lse: r.chance(75),
+        terms: Terms::default(),
         q_broadcast: [r.chance(5), r.chance(5), r.chance(3), false],
         k_broadcast: [false; 4],
         v_broadcast: [false; 4],

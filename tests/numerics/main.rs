@@ -19,3 +19,4 @@ mod minilm;
 mod nan;
 mod placement;
 mod random;
+mod terms;

@@ -90,10 +90,8 @@ fn later_capabilities_are_refused_by_name() {
     let cases = [
         ("k_dtype", AttentionDesc { k_dtype: Dtype::Q8_0, ..base }),
         ("v_dtype", AttentionDesc { v_dtype: Dtype::F8E4M3, ..base }),
-        ("window", AttentionDesc { window: 128, ..base }),
         ("softcap", AttentionDesc { softcap: 30.0, ..base }),
         ("alibi", AttentionDesc { alibi: true, ..base }),
-        ("sinks", AttentionDesc { sinks: true, ..base }),
         ("mask", AttentionDesc { mask: treeattn::attention::MaskKind::Additive, ..base }),
         ("query_input", AttentionDesc { query_input: QueryInput::Scattered, ..base }),
         ("reproducibility", AttentionDesc { reproducibility: Reproducibility::BatchInvariant, ..base }),

@@ -3,6 +3,7 @@
 use treeattn::attention::{AttentionDesc, Dtype, Placement, Shard, placement};
 
 use super::rng::Rng;
+use super::terms::Terms;
 use super::values::{Maker, Values, store};
 
 /// One sequence of a case.
@@ -48,6 +49,7 @@ pub struct Case {
     /// Global position of each query token, where they are passed one by one.
     pub query_position: Option<Vec<i32>>,
     pub want_lse: bool,
+    pub terms: Terms,
     /// [token, head, dim]
     pub q_broadcast: Broadcast,
     /// [sequence, token, head, dim]
@@ -99,6 +101,7 @@ impl Case {
             query_start: true,
             query_position: None,
             want_lse: true,
+            terms: Terms::default(),
             q_broadcast: [false; 4],
             k_broadcast: [false; 4],
             v_broadcast: [false; 4],
@@ -106,6 +109,7 @@ impl Case {
             wild: false,
         };
         case.fill(&mut rng);
+        case.terms = Terms::draw(&mut rng, &case.desc);
         case
     }
 
@@ -180,8 +184,11 @@ impl Case {
             Some(rank) => sequence.held[rank].clone(),
             None => (0..sequence.keys).collect(),
         };
-        let last = self.position(b, token);
-        seen.retain(|&position| !self.desc.causal || position as i64 <= last);
+        let (last, window) = (self.position(b, token), i64::from(self.desc.window));
+        seen.retain(|&position| {
+            let after = position as i64 - last;
+            (!self.desc.causal || after <= 0) && (window == 0 || after > -window)
+        });
         seen
     }
 
@@ -192,9 +199,11 @@ impl Case {
         let (heads, kv_heads) = (desc.q_heads as usize, desc.kv_heads as usize);
         let kv_head = head * kv_heads / heads;
         let mut o = vec![0.0; dim_v];
-        let Some(b) = self.owner(token).filter(|_| !seen.is_empty()) else {
-            return (o, f64::NEG_INFINITY);
-        };
+        let Some(b) = self.owner(token) else { return (o, f64::NEG_INFINITY) };
+        let sink = self.terms.sink(head, rank);
+        if seen.is_empty() {
+            return (o, sink);
+        }
         let sequence = &self.sequences[b];
         let q = &self.q[(token * heads + head) * dim_qk..][..dim_qk];
         let score = |&position: &usize| -> f64 {
@@ -203,8 +212,8 @@ impl Case {
             f64::from(desc.effective_scale()) * dot
         };
         let scores: Vec<f64> = seen.iter().map(score).collect();
-        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let lse = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
+        let max = scores.iter().copied().fold(sink, f64::max);
+        let lse = max + scores.iter().chain([&sink]).map(|s| (s - max).exp()).sum::<f64>().ln();
         for (&position, s) in seen.iter().zip(&scores) {
             let v = &sequence.v[(position * kv_heads + kv_head) * dim_v..][..dim_v];
             // The weight is normalised before it is used, unlike in the library's reference.
@@ -221,7 +230,7 @@ impl Case {
         let held: Vec<Vec<usize>> = self.sequences.iter().map(|s| s.held.iter().map(Vec::len).collect()).collect();
         format!(
             "case {}: {} over nodes {:?}, {} ranks x {} threads, {}, streams {}, values {:?}, heads {}/{}, dims {}/{}, q {} k {} v {} out {} \
-             wire {}, {} page {}, {:?}, {}, causal {}, scale {}, tokens {}, (keys, query tokens) {lengths:?}, held \
+             wire {}, {} page {}, {:?}, {}, causal {}, window {}, sinks {}, scale {}, tokens {}, (keys, query tokens) {lengths:?}, held \
              {held:?}, query_start {}, query_position {}, broadcast q {:?} k {:?} v {:?}, v in k {}, wild {}",
             self.seed,
             d.algorithm.name(),
@@ -245,6 +254,8 @@ impl Case {
             d.placement,
             d.output.name(),
             d.causal,
+            d.window,
+            d.sinks,
             d.scale,
             self.tokens,
             self.query_start,

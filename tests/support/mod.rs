@@ -14,6 +14,7 @@ pub mod random;
 pub mod rank;
 pub mod rng;
 pub mod run;
+pub mod terms;
 pub mod values;
 
 use std::path::PathBuf;

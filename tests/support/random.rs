@@ -5,6 +5,7 @@ use treeattn::cpu::Isa;
 
 use super::case::{Case, Sequence, spread};
 use super::rng::Rng;
+use super::terms::Terms;
 use super::values::Values;
 
 /// Multiply-adds of an ordinary case, at most.
@@ -44,11 +45,11 @@ pub fn case(seed: u64, layout: KvLayout) -> Case {
         let (keys, held) = match sequences.first().filter(|_| alike) {
             Some(first) => (first.keys, first.held.clone()),
             None => {
-                let keys = length(r, most).max(if desc.causal { own } else { 0 });
+                let keys = length(r, most).max(if desc.needs_positions() { own } else { 0 });
                 (keys, spread(r, desc.placement, world, keys, true))
             }
         };
-        if query_start && desc.causal {
+        if query_start && desc.needs_positions() {
             own = own.min(keys);
         }
         sequences.push(Sequence { keys, first_token: tokens, tokens: own, held, ..Sequence::default() });
@@ -64,7 +65,7 @@ pub fn case(seed: u64, layout: KvLayout) -> Case {
     desc.max_batch = slack(r, batch);
     desc.max_query_tokens = slack(r, tokens);
     desc.max_kv_length = slack(r, longest);
-    let query_position = (desc.causal && r.chance(30)).then(|| positions(r, &sequences, tokens));
+    let query_position = (desc.needs_positions() && r.chance(30)).then(|| positions(r, &sequences, tokens));
     let isas: Vec<Isa> = Isa::available().collect();
     let v_in_k = desc.k_dtype == desc.v_dtype
         && desc.head_dim_v <= desc.head_dim_qk
@@ -87,6 +88,7 @@ pub fn case(seed: u64, layout: KvLayout) -> Case {
         query_start,
         query_position,
         want_lse: r.chance(75),
+        terms: Terms::default(),
         q_broadcast: [r.chance(5), r.chance(5), r.chance(5), false],
         k_broadcast,
         v_broadcast,
@@ -94,6 +96,7 @@ pub fn case(seed: u64, layout: KvLayout) -> Case {
         wild: true,
     };
     case.fill(r);
+    case.terms = Terms::draw(r, &case.desc);
     case
 }
 
@@ -128,6 +131,10 @@ fn shape(r: &mut Rng, layout: KvLayout) -> (AttentionDesc, Values) {
         _ => Placement::Explicit,
     };
     desc.causal = r.chance(50);
+    if r.chance(25) {
+        desc.window = r.pick(&[1, 2, 5, 17, 63, 64, 65, 100, 300, 1000, i32::MAX]);
+    }
+    desc.sinks = r.chance(20);
     desc.output = match r.range(0, 9) {
         0..=5 => OutputMode::Replicated,
         6..=8 => OutputMode::Scattered,

@@ -80,6 +80,7 @@ pub struct Rank {
     pub page_indptr: Memory,
     pub page_indices: Memory,
     pub last_page_len: Memory,
+    pub sinks: Memory,
     pub args: DecodeArgs,
     pub out_view: View,
     pub lse_view: View,
@@ -236,6 +237,7 @@ impl Builder<'_> {
             page_indptr: Memory::of_ints(&[]),
             page_indices: Memory::of_ints(&[]),
             last_page_len: Memory::of_ints(&[]),
+            sinks: Memory::new(0, true),
             args,
             out_view,
             lse_view,
@@ -243,7 +245,23 @@ impl Builder<'_> {
         };
         self.positions(&held, &mut rank);
         self.tables(&held, &pages, &mut rank);
+        if desc.sinks {
+            (rank.sinks, rank.args.sinks) = self.per_head(&case.terms.sinks);
+        }
         rank
+    }
+
+    /// One number a query head, side by side or apart.
+    fn per_head(&mut self, values: &[f32]) -> (Memory, Tensor) {
+        let pad = if self.wild { 30 } else { 0 };
+        let view = lay(&mut self.r, &[values.len()], &[0], 4, pad, &[]);
+        let mut memory = self.memory(view.bytes);
+        for (head, &x) in values.iter().enumerate() {
+            put(&mut memory, view.at([head, 0, 0, 0]), Dtype::F32, x);
+        }
+        memory.freeze();
+        let tensor = Tensor { data: memory.ptr(), bytes: memory.len() as u64, stride: view.stride };
+        (memory, tensor)
     }
 
     fn memory(&mut self, bytes: usize) -> Memory {
@@ -424,11 +442,11 @@ impl Builder<'_> {
         if case.query_position.is_some() {
             rank.args.query_position = rank.query_position.ints();
         }
-        if desc.causal && case.query_position.is_none() || needless(&mut self.r) {
+        if desc.needs_positions() && case.query_position.is_none() || needless(&mut self.r) {
             rank.args.global_length = rank.global_length.ints();
         }
         let alone = case.world == 1 && held.iter().all(|slots| slots.first().is_none_or(|&p| p == 0));
-        if desc.placement == Placement::Contiguous && (desc.causal && !alone || needless(&mut self.r)) {
+        if desc.placement == Placement::Contiguous && (desc.needs_positions() && !alone || needless(&mut self.r)) {
             rank.args.kv_start = rank.kv_start.ints();
         }
         if desc.placement == Placement::Explicit {
@@ -443,7 +461,7 @@ impl Builder<'_> {
                 row.iter_mut().zip(*slots).for_each(|(to, &position)| *to = position as i32);
             }
             rank.kv_position = Memory::of_ints(&table);
-            if desc.causal || needless(&mut self.r) {
+            if desc.needs_positions() || needless(&mut self.r) {
                 rank.args.kv_position = rank.kv_position.ints();
                 rank.args.kv_position_stride = if own { stride as i64 } else { 0 };
             }

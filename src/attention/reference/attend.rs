@@ -9,7 +9,7 @@ use crate::attention::placement::Shard;
 use crate::attention::score::ScoreMod;
 use crate::attention::step::Step;
 use crate::error::{Error, Result};
-use crate::partial::DataFault;
+use crate::partial::{DataFault, sinks};
 
 /// What the reference knows. How partials meet and which bits are promised is nothing to it.
 const CAPABILITIES: Capabilities = Capabilities {
@@ -17,10 +17,10 @@ const CAPABILITIES: Capabilities = Capabilities {
     kv_dtypes: &[Dtype::F32, Dtype::F16, Dtype::Bf16],
     head_dim_multiple: 1,
     head_dim_limit: i32::MAX,
-    window: false,
+    window: true,
     softcap: false,
     alibi: false,
-    sinks: false,
+    sinks: true,
     checked: true,
     masks: &[MaskKind::None],
     query_inputs: &[QueryInput::Replicated],
@@ -44,6 +44,8 @@ pub unsafe fn attend(desc: &AttentionDesc, shard: Shard, step: &Step) -> Result<
     let rows = step.args.query_tokens as usize * desc.q_heads as usize;
     let mut reference = Reference::identity(rows, desc.head_dim_v as usize)?;
     (reference.dim_qk, reference.biased) = (desc.head_dim_qk as usize, !step.zeta.data.is_null());
+    // The sinks are a partial of their own.
+    reference.partials += u32::from(desc.sinks && sinks::belong_to(shard.rank));
     let mut taken = 0;
     for b in 0..step.args.batch as usize {
         let sequence = inputs.sequence(b, &mut taken);
@@ -65,6 +67,7 @@ fn attend_sequence(inputs: &Inputs<'_>, sequence: &Sequence, reference: &mut Ref
     let mut q = zeroed(group * dim_qk)?;
     let (mut k, mut v) = (zeroed(dim_qk)?, zeroed(dim_v)?);
     let tilted = !step.zeta.data.is_null();
+    let has_sinks = desc.sinks && sinks::belong_to(inputs.shard.rank);
     let mods = ScoreMod::of(desc, tilted);
     let mut zeta = zeroed(if tilted { group * dim_v } else { 0 })?;
     let mut scores = zeroed(group * sequence.keys)?;
@@ -118,6 +121,11 @@ fn attend_sequence(inputs: &Inputs<'_>, sequence: &Sequence, reference: &mut Ref
             for (g, &(max, sum)) in sums.iter().enumerate() {
                 reference.keys[first_row + g] = visible.len() as u64;
                 reference.finish(first_row + g, max, sum);
+                if has_sinks {
+                    // SAFETY: a query head, for which `Step::new` resolved the sinks; the caller of `attend` vouches for them.
+                    let sink = unsafe { step.sinks.get(kv_head * group + g, f32::NEG_INFINITY) };
+                    reference.merge_sink(first_row + g, f64::from(sink));
+                }
             }
         }
     }

@@ -104,7 +104,7 @@ impl Inputs<'_> {
                 return Err(DataFaultCause::Page);
             }
         }
-        if !VisibilityRule::of(self.desc).reads_positions() {
+        if !self.desc.needs_positions() {
             return Ok(());
         }
         let positions = 0..=i64::from(i32::MAX);

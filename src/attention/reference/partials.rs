@@ -143,6 +143,24 @@ impl Reference {
         self.lse[row] = max + sum.ln();
     }
 
+    /// Merges the partial (0, `sink`) into row `row`.
+    pub(super) fn merge_sink(&mut self, row: usize, sink: f64) {
+        let lse = self.lse[row];
+        if sink == f64::NEG_INFINITY || lse.is_nan() {
+            return;
+        }
+        if !sink.is_finite() {
+            return self.poison(row);
+        }
+        let max = lse.max(sink);
+        let (own, other) = ((lse - max).exp(), (sink - max).exp());
+        for d in row * self.dim..(row + 1) * self.dim {
+            self.o[d] *= own / (own + other);
+            self.weighted[d] *= own / (own + other);
+        }
+        self.lse[row] = max + (own + other).ln();
+    }
+
     pub(super) fn poison(&mut self, row: usize) {
         self.o[row * self.dim..(row + 1) * self.dim].fill(f64::NAN);
         self.lse[row] = f64::NAN;

@@ -20,7 +20,7 @@ impl Block {
         let heads = desc.kv_heads as usize;
         let (k, v) = (desc.k_format(), desc.v_format());
         Block {
-            positions: desc.causal && desc.placement == Placement::Explicit,
+            positions: desc.needs_positions() && desc.placement == Placement::Explicit,
             token: [heads * k.row_bytes(desc.head_dim_qk as usize), heads * v.row_bytes(desc.head_dim_v as usize)],
             values_first: v.alignment() > k.alignment(),
         }

@@ -9,7 +9,7 @@ use crate::comm::{Hop, Round};
 use crate::cpu::{CpuBackend, Held};
 use crate::device::HostBuffer;
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::{Lse, PartialRows};
+use crate::partial::{Lse, PartialRows, sinks};
 use crate::route::host::exchange::{Exchange, RankFault};
 use crate::route::host::scratch::{Scratch, floats, split_rows};
 use crate::route::host::wire::{self, Wire};
@@ -166,6 +166,7 @@ impl RingStep<'_> {
     fn attend(&self, origin: usize, block: &[u8], partial: &mut [f32]) -> Result<()> {
         let exchange = self.exchange;
         let (rows, dim, heads) = (exchange.rows(), exchange.dim(), exchange.heads());
+        let desc = &exchange.context.desc;
         let turn = (origin + exchange.world() - exchange.me()) % exchange.world();
         let slot = self.order.slots[turn];
         let (lse, o) = split_rows(&mut partial[slot * floats(rows, dim)..], rows, dim);
@@ -179,7 +180,9 @@ impl RingStep<'_> {
                 lse[own.clone()].fill(Lse::NAN);
                 o[own.start * dim..own.end * dim].fill(f32::NAN);
             }
-            if announced.keys > 0 && !own.is_empty() {
+            // The block of rank 0 brings the sinks, with keys or without.
+            let counts = announced.keys > 0 || announced.keys == 0 && desc.sinks && sinks::belong_to(origin as i32);
+            if counts && !own.is_empty() {
                 let block_step = self.block_step(block, tokens, first, b, announced)?;
                 let rows = PartialRows { o: &mut o[own.start * dim..own.end * dim], lse: &mut lse[own], dim };
                 let shard = Shard { rank: origin as i32, ..exchange.context.shard };

@@ -43,8 +43,8 @@ impl Shape {
         let default = DEFAULT_KEYS.min(desc.max_kv_length).max(tokens as i32);
         let most = desc.max_kv_length.saturating_mul(ranks as i32);
         let keys = pick("kv_length", config.kv_length, default, most, "ranks x max_kv_length")?;
-        if desc.causal && keys < tokens {
-            let wanted = format!("at least query_tokens = {tokens} with causal");
+        if desc.needs_positions() && keys < tokens {
+            let wanted = format!("at least query_tokens = {tokens} where positions matter (causal, window, alibi)");
             return Err(Error::invalid("kv_length", keys, wanted));
         }
         let shape = Shape { ranks, batch, tokens, keys, seed: config.seed };
@@ -90,6 +90,14 @@ pub(super) struct Inputs {
     /// [query token of all sequences, q head, dim].
     pub q: Vec<f32>,
     pub sequences: Vec<Sequence>,
+    pub terms: Terms,
+}
+
+/// What shapes have of terms beside keys; empty where they have none.
+#[derive(Debug)]
+pub(super) struct Terms {
+    /// [q head].
+    pub sinks: Vec<f32>,
 }
 
 impl Inputs {
@@ -98,7 +106,7 @@ impl Inputs {
         let (dim_qk, dim_v) = (desc.head_dim_qk as usize, desc.head_dim_v as usize);
         let (q_heads, kv_heads) = (desc.q_heads as usize, desc.kv_heads as usize);
         let q = random.normals(shape.batch * shape.tokens * q_heads * dim_qk, desc.q_dtype)?;
-        let fewest = if desc.causal { shape.tokens } else { 0 };
+        let fewest = if desc.needs_positions() { shape.tokens } else { 0 };
         let mut sequences = room(shape.batch)?;
         for b in 0..shape.batch {
             let keys = if b == 0 { shape.keys } else { fewest + random.below(shape.keys - fewest + 1) };
@@ -113,7 +121,9 @@ impl Inputs {
             let v = random.normals(keys * kv_heads * dim_v, desc.v_dtype)?;
             sequences.push(Sequence { keys, k, v, slots });
         }
-        Ok(Inputs { shape, q, sequences })
+        let heads = |has: bool| if has { q_heads } else { 0 };
+        let terms = Terms { sinks: random.normals(heads(desc.sinks), Dtype::F32)? };
+        Ok(Inputs { shape, q, sequences, terms })
     }
 }
 

@@ -5,11 +5,12 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use super::inputs::{Inputs, Sequence};
+use super::inputs::{Inputs, Sequence, Terms};
 use super::types::{Results, SelfcheckReport};
 use crate::attention::reference::{self, Comparison, Precision, Reference};
 use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, OutputMode, Placement, Shard, Step, Tensor};
 use crate::error::Result;
+use crate::partial::sinks;
 
 /// The references of all sequences over some of their keys.
 pub(super) struct Expected {
@@ -26,7 +27,9 @@ impl Expected {
         let mut sequences = Vec::with_capacity(inputs.sequences.len());
         for (sequence, q) in inputs.sequences.iter().zip(inputs.q.chunks(row)) {
             let slots = rank.map(|rank| &sequence.slots[rank][..]);
-            sequences.push(attend(desc, sequence, q, tokens, slots)?);
+            let sinks = desc.sinks && rank.is_none_or(|rank| sinks::belong_to(rank as i32));
+            let desc = AttentionDesc { sinks, ..*desc };
+            sequences.push(attend(&desc, sequence, (q, tokens), slots, &inputs.terms)?);
         }
         Ok(Expected { sequences, tokens })
     }
@@ -41,9 +44,9 @@ impl Expected {
 fn attend(
     desc: &AttentionDesc,
     sequence: &Sequence,
-    q: &[f32],
-    tokens: usize,
+    (q, tokens): (&[f32], usize),
     slots: Option<&[usize]>,
+    terms: &Terms,
 ) -> Result<Reference> {
     let gather = |data: &'_ [f32], dim: i32| -> Vec<f32> {
         let row = (desc.kv_heads * dim) as usize;
@@ -88,6 +91,7 @@ fn attend(
         kv_length: lengths.as_ptr(),
         global_length: globals.as_ptr(),
         kv_position: positions.as_ptr(),
+        sinks: if desc.sinks { Tensor::from_slice(&terms.sinks) } else { Tensor::NULL },
         ..DecodeArgs::default()
     };
     let step = Step::new(&plain, Shard::ALONE, &args, plain.q_heads)?;

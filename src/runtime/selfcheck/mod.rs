@@ -152,6 +152,7 @@ mod tests {
             desc.page_size = if desc.kv_layout == KvLayout::Strided { 0 } else { 7 };
             (desc.k_dtype, desc.out_dtype) = (dtypes[at(1)], dtypes[(at(3) + at(1)) % 3]);
             desc.causal = seed % 2 == 0;
+            (desc.window, desc.sinks) = ([0, 50, 9][(seed / 2) % 3], seed % 5 > 2);
             let config = SelfcheckConfig {
                 ranks: 1 + (seed % 4) as i32,
                 batch: 3,

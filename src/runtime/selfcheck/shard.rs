@@ -94,6 +94,13 @@ impl ShardBuffers {
             global_length: at(globals),
             ..DecodeArgs::default()
         };
+        let mut more = Vec::new();
+        if desc.sinks {
+            let bytes: Vec<u8> = inputs.terms.sinks.iter().flat_map(|x| x.to_ne_bytes()).collect();
+            let buffer = load(&bytes)?;
+            args.sinks = tensor(&buffer);
+            more.push(buffer);
+        }
         match desc.placement {
             Placement::Contiguous => args.kv_start = at(starts),
             Placement::Interleaved { .. } => {}
@@ -116,7 +123,8 @@ impl ShardBuffers {
                 args.num_pages = map.pages as i32;
             }
         }
-        Ok(ShardBuffers { args, out, lse, _inputs: vec![q, k, v, integers] })
+        more.extend([q, k, v, integers]);
+        Ok(ShardBuffers { args, out, lse, _inputs: more })
     }
 
     /// Fills the outputs with NaN, so that an element nobody writes shows.
