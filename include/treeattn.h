@@ -887,7 +887,7 @@ typedef struct treeattn_plan_stats_t {
 typedef struct treeattn_selfcheck_config_t {
     /** sizeof(treeattn_selfcheck_config_t). */
     size_t struct_size;
-    /** Local ranks that the sequences are sharded over. 0: 2. */
+    /** Local ranks that the sequences are sharded over. 0: 2 on a CPU, 1 on a GPU. */
     int32_t ranks;
     /**
      * Sequences, at most the descriptor's `max_batch`. The first has `kv_length` keys, the others random lengths up to
@@ -898,11 +898,16 @@ typedef struct treeattn_selfcheck_config_t {
     int32_t query_tokens;
     /**
      * Keys of the first sequence on all ranks together; each rank's part is at most the descriptor's `max_kv_length`.
-     * 0: 1,000, or `max_kv_length` where that is less.
+     * 0: 300, or `max_kv_length` where that is less.
      */
     int32_t kv_length;
     /** Seed of the random inputs. */
     uint64_t seed;
+    /**
+     * Where each rank lives, [ranks], `ranks` not 0: CPUs only or GPUs only, one of them several times where several ranks
+     * live on it. NULL: all on the `device` of the call. Read during the call only. Since 0.2.
+     */
+    const treeattn_device_t *devices;
 } treeattn_selfcheck_config_t;
 
 /** What a self-check found. Filled by `treeattn_selfcheck`. */
@@ -1712,7 +1717,7 @@ treeattn_status_t treeattn_placement_global_position(const struct treeattn_place
  * the library's error bounds.
  *
  * @param runtime the runtime.
- * @param device  where the ranks live.
+ * @param device  where the ranks live; those of `config->devices`, the first of which this is, live where that says.
  * @param desc    the shape. Read during the call only.
  * @param config  the sizes; NULL for defaults.
  * @param report  set up with TREEATTN_SELFCHECK_REPORT_INIT; filled.

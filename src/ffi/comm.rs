@@ -8,8 +8,8 @@ use super::guard::guard;
 use super::handle;
 use super::memory::{self, Output, OutputRanks, OutputStruct, OutputText};
 use super::types::*;
-use crate::error::{ErrorKind, Result};
-use crate::runtime::{Communicator, Device, Runtime};
+use crate::error::ErrorKind;
+use crate::runtime::{Communicator, Runtime};
 
 /// Creates a communicator whose ranks all live in this process, and gives every rank's end of it.
 ///
@@ -47,8 +47,7 @@ pub unsafe extern "C" fn treeattn_comm_create_local(
         let codes = unsafe { memory::ranks("devices", devices, n) }?;
         // SAFETY: `comms` is null or has room for `n` handles, by this function's contract.
         let comms = unsafe { OutputRanks::new("comms", comms, n) }?;
-        let device = |(rank, &code)| Device::from_code(&format!("devices[{rank}]"), code);
-        let devices: Vec<Device> = codes.iter().enumerate().map(device).collect::<Result<_>>()?;
+        let devices = convert::devices(codes)?;
         // SAFETY: `config` is what `comm_config` wants, by this function's contract.
         let config = unsafe { convert::comm_config(config, Some(n)) }?;
         comms.set(&handle::insert_all(Communicator::create_local(&runtime, &devices, &config)?)?);

@@ -18,6 +18,33 @@ pub fn device(code: treeattn_device_t) -> Result<Device> {
     Device::from_code("device", code)
 }
 
+/// The devices of a list.
+pub fn devices(codes: &[treeattn_device_t]) -> Result<Vec<Device>> {
+    let device = |(rank, &code)| Device::from_code(&format!("devices[{rank}]"), code);
+    codes.iter().enumerate().map(device).collect()
+}
+
+/// Where the ranks of a self-check live: the one device of the call, or those of its config.
+///
+/// # Safety
+/// `c.devices` is null or holds `c.ranks` devices.
+pub unsafe fn selfcheck_devices(code: treeattn_device_t, c: &treeattn_selfcheck_config_t) -> Result<Vec<Device>> {
+    let first = device(code)?;
+    if c.devices.is_null() {
+        return Ok(vec![first]);
+    }
+    if !(1..=memory::MOST_RANKS).contains(&c.ranks) {
+        let wanted = format!("1 to {}, the number of devices", memory::MOST_RANKS);
+        return Err(Error::invalid("ranks", c.ranks, wanted));
+    }
+    // SAFETY: as many values as ranks, by this function's contract.
+    let devices = devices(unsafe { memory::ranks("devices", c.devices, c.ranks) }?)?;
+    if devices[0] != first {
+        return Err(Error::invalid("device", first, format!("devices[0] = {}", devices[0])));
+    }
+    Ok(devices)
+}
+
 /// A communicator's configuration, for `n` ranks of this process or, with none, for one rank of several processes. Null
 /// is the default.
 ///

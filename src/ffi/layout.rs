@@ -44,7 +44,7 @@ layout! {
     treeattn_plan_stats_t, 336: struct_size 8, plan 8, steps 8, rounds 8, messages 8, bytes_sent 8, peak_memory 8,
         algorithm 4, wire_dtype 4, head_begin 4, head_end 4, reason 256, exchange_memory 8;
     treeattn_transport_t, 40: struct_size 8, ctx 8, allgather 8, sendrecv 8, flags 4, reserved 4;
-    treeattn_selfcheck_config_t, 32: struct_size 8, ranks 4, batch 4, query_tokens 4, kv_length 4, seed 8;
+    treeattn_selfcheck_config_t, 40: struct_size 8, ranks 4, batch 4, query_tokens 4, kv_length 4, seed 8, devices 8;
     treeattn_selfcheck_report_t, 312: struct_size 8, passed 4, same_bits 4, rows 8, max_error_ratio 8,
         max_lse_error_ratio 8, correctly_rounded 8, relative_l2 8, message 256;
 }

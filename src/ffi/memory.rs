@@ -68,6 +68,9 @@ pub unsafe fn value<T: Copy>(name: &str, from: *const T) -> Result<T> {
     Ok(unsafe { from.read() })
 }
 
+/// Most ranks that one process holds.
+pub const MOST_RANKS: i32 = 1024;
+
 /// An array with one value a rank, as its caller has it. `n` is bounded before anything is read.
 ///
 /// # Safety
@@ -229,10 +232,8 @@ fn cut(text: &str, most: usize) -> &str {
 }
 
 fn number_of_ranks(n: i32) -> Result<usize> {
-    /// Most ranks that one process holds.
-    const MOST: i32 = 1024;
-    if !(1..=MOST).contains(&n) {
-        return Err(Error::invalid("n", n, format_args!("1 to {MOST} ranks")));
+    if !(1..=MOST_RANKS).contains(&n) {
+        return Err(Error::invalid("n", n, format_args!("1 to {MOST_RANKS} ranks")));
     }
     Ok(n as usize)
 }

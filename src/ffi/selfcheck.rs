@@ -12,7 +12,7 @@ use crate::runtime::{self, Runtime};
 /// the library's error bounds.
 ///
 /// @param runtime the runtime.
-/// @param device  where the ranks live.
+/// @param device  where the ranks live; those of `config->devices`, the first of which this is, live where that says.
 /// @param desc    the shape. Read during the call only.
 /// @param config  the sizes; NULL for defaults.
 /// @param report  set up with TREEATTN_SELFCHECK_REPORT_INIT; filled.
@@ -23,7 +23,8 @@ use crate::runtime::{self, Runtime};
 /// and joins its own threads. Not capture-safe. Since 0.1.
 ///
 /// # Safety
-/// `desc` and `config` are null or as long as their `struct_size` says; `report` is null or writable for as many bytes as
+/// `desc` and `config` are null or as long as their `struct_size` says; `config->devices` is null or holds `config->ranks`
+/// devices; `report` is null or writable for as many bytes as
 /// its `struct_size` says.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_selfcheck(
@@ -39,8 +40,10 @@ pub unsafe extern "C" fn treeattn_selfcheck(
         let (desc, config) = unsafe { (memory::read("desc", desc)?, memory::read_or_default("config", config)?) };
         // SAFETY: `report` is null or writable for its size until this call returns, by this function's contract.
         let report = unsafe { OutputStruct::new("report", report) }?;
+        // SAFETY: `config.devices` is null or holds `config.ranks` devices, by this function's contract.
+        let devices = unsafe { convert::selfcheck_devices(device, &config) }?;
         let (desc, config) = (convert::attention_desc(&desc)?, convert::selfcheck_config(&config));
-        let found = runtime::selfcheck(&runtime, convert::device(device)?, &desc, &config)?;
+        let found = runtime::selfcheck(&runtime, &devices, &desc, &config)?;
         report.set(&treeattn_selfcheck_report_t {
             struct_size: 0,
             passed: i32::from(found.passed),

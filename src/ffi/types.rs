@@ -450,7 +450,7 @@ pub struct treeattn_transport_t {
 pub struct treeattn_selfcheck_config_t {
     /// sizeof(treeattn_selfcheck_config_t).
     pub struct_size: usize,
-    /// Local ranks that the sequences are sharded over. 0: 2.
+    /// Local ranks that the sequences are sharded over. 0: 2 on a CPU, 1 on a GPU.
     pub ranks: i32,
     /// Sequences, at most the descriptor's `max_batch`. The first has `kv_length` keys, the others random lengths up to
     /// that. 0: 2 where the descriptor has room.
@@ -458,10 +458,13 @@ pub struct treeattn_selfcheck_config_t {
     /// Query tokens of each sequence; batch * query_tokens is at most the descriptor's `max_query_tokens`. 0: 1.
     pub query_tokens: i32,
     /// Keys of the first sequence on all ranks together; each rank's part is at most the descriptor's `max_kv_length`.
-    /// 0: 1,000, or `max_kv_length` where that is less.
+    /// 0: 300, or `max_kv_length` where that is less.
     pub kv_length: i32,
     /// Seed of the random inputs.
     pub seed: u64,
+    /// Where each rank lives, [ranks], `ranks` not 0: CPUs only or GPUs only, one of them several times where several ranks
+    /// live on it. NULL: all on the `device` of the call. Read during the call only. Since 0.2.
+    pub devices: *const treeattn_device_t,
 }
 
 /// What a self-check found. Filled by `treeattn_selfcheck`.

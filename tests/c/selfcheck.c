@@ -42,6 +42,12 @@ static void good(void) {
   if (other.passed == 0) {
     printf("%s\n", other.message);
   }
+  /* The same with a device a rank: the same numbers. */
+  const treeattn_device_t devices[] = {TREEATTN_CPU(0), TREEATTN_CPU(0), TREEATTN_CPU(0)};
+  treeattn_selfcheck_report_t third = TREEATTN_SELFCHECK_REPORT_INIT;
+  config.devices = devices;
+  CHECK_OK(treeattn_selfcheck(runtime, TREEATTN_CPU(0), &desc, &config, &third));
+  CHECK(memcmp(&third, &other, sizeof(third)) == 0);
 }
 
 static void bad(void) {
@@ -82,6 +88,16 @@ static void bad(void) {
     CONFIG(query_tokens, wrong[i], "query_tokens: found");
     CONFIG(kv_length, wrong[i], "kv_length: found");
   }
+  const treeattn_device_t devices[] = {TREEATTN_CPU(0), TREEATTN_CUDA(0)};
+  config.devices = devices;
+  refused(0, &desc, &config, invalid, "ranks: found 0, wanted 1 to 1024, the number of devices");
+  config.ranks = 1025;
+  refused(0, &desc, &config, invalid, "ranks: found 1025");
+  config.ranks = 2;
+  refused(0, &desc, &config, invalid, "devices: found cuda:0, wanted CPUs only, or GPUs only");
+  refused(TREEATTN_CUDA(0), &desc, &config, invalid, "device: found cuda:0, wanted devices[0] = cpu:0");
+  config.devices = (const treeattn_device_t *)(const void *)((const char *)devices + 1);
+  refused(0, &desc, &config, invalid, "devices: found 0x");
   struct {
     treeattn_selfcheck_config_t known;
     unsigned char tail[8];
@@ -89,7 +105,7 @@ static void bad(void) {
   memset(&longer, 0, sizeof(longer));
   longer.known.struct_size = sizeof(longer);
   longer.tail[0] = 1;
-  refused(0, &desc, &longer.known, invalid, "config.struct_size: found 40 with byte 32 set");
+  refused(0, &desc, &longer.known, invalid, "config.struct_size: found 48 with byte 40 set");
 
   treeattn_selfcheck_report_t *into = (treeattn_selfcheck_report_t *)(void *)&raw;
   CHECK_INVALID(treeattn_selfcheck(runtime, 0, &desc, NULL, NULL), "report: found NULL");

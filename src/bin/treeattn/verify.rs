@@ -125,7 +125,7 @@ pub fn run(args: &Args) -> Outcome<bool> {
         let runtime = Runtime::new(RuntimeConfig { cpu_isa: Some(isa.name().to_string()) })?;
         for (number, &pick) in picks.iter().enumerate() {
             let check = check(pick, number, args.seed);
-            let (word, rest, why) = match selfcheck(&runtime, Device::CPU, &check.desc, &check.config) {
+            let (word, rest, why) = match selfcheck(&runtime, &[Device::CPU], &check.desc, &check.config) {
                 Ok(report) => {
                     let numbers = format!(
                         "{:>6.3} {:>6.3} {:>7.2}%",

@@ -9,8 +9,16 @@ use super::inputs::{Inputs, Sequence, Terms};
 use super::types::{Results, SelfcheckReport};
 use crate::attention::reference::{self, Comparison, Precision, Reference};
 use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, OutputMode, Placement, Shard, Step, Tensor};
+use crate::device::DeviceKind;
 use crate::error::Result;
 use crate::partial::sinks;
+
+/// How many times its bound an output of a GPU may err, and which part of the outputs may err by more than the bound: tensor
+/// cores cut off the bits of a product that lie below those of the largest beside it.
+const GPU_EXCESS: f64 = 2.0;
+const GPU_SELDOM: f64 = 1e-4;
+/// The least weight, as a part of the largest, that GPUs tell from 0 where values are f16.
+const LEAST_F16_WEIGHT: f64 = 1.0 / (1u64 << 39) as f64;
 
 /// The references of all sequences over some of their keys.
 pub(super) struct Expected {
@@ -21,7 +29,7 @@ pub(super) struct Expected {
 impl Expected {
     /// Over the keys that `rank` holds; over all keys where there is no rank. Reads the sequences in whole, never a
     /// rank's buffers, so that a mistake in how shards are laid out shows as well.
-    pub fn new(desc: &AttentionDesc, inputs: &Inputs, rank: Option<usize>) -> Result<Expected> {
+    pub fn new(kind: DeviceKind, desc: &AttentionDesc, inputs: &Inputs, rank: Option<usize>) -> Result<Expected> {
         let tokens = inputs.shape.tokens;
         let row = tokens * desc.q_heads as usize * desc.head_dim_qk as usize;
         let mut sequences = Vec::with_capacity(inputs.sequences.len());
@@ -29,7 +37,11 @@ impl Expected {
             let slots = rank.map(|rank| &sequence.slots[rank][..]);
             let sinks = desc.sinks && rank.is_none_or(|rank| sinks::belong_to(rank as i32));
             let desc = AttentionDesc { sinks, ..*desc };
-            sequences.push(attend(&desc, sequence, (q, tokens), slots, &inputs.terms)?);
+            let mut reference = attend(&desc, sequence, (q, tokens), slots, &inputs.terms)?;
+            if kind == DeviceKind::Cuda && desc.v_dtype == Dtype::F16 {
+                reference.least_weight = LEAST_F16_WEIGHT;
+            }
+            sequences.push(reference);
         }
         Ok(Expected { sequences, tokens })
     }
@@ -101,6 +113,7 @@ fn attend(
 
 /// Adds up what the ranks' outputs show.
 pub(super) struct Tally<'a> {
+    kind: DeviceKind,
     desc: &'a AttentionDesc,
     precision: Precision,
     comparison: Comparison,
@@ -114,10 +127,11 @@ pub(super) struct Tally<'a> {
 }
 
 impl<'a> Tally<'a> {
-    pub fn new(desc: &'a AttentionDesc, ranks: usize) -> Tally<'a> {
+    pub fn new(kind: DeviceKind, desc: &'a AttentionDesc, ranks: usize) -> Tally<'a> {
         let exchanged = ranks > 1 && desc.output != OutputMode::Local;
         let wire = if exchanged { desc.wire_dtype } else { Dtype::F32 };
         Tally {
+            kind,
             desc,
             precision: Precision { out: desc.out_dtype, wire },
             comparison: Comparison::default(),
@@ -168,7 +182,13 @@ impl<'a> Tally<'a> {
         let same_bits = self.difference.is_none();
         let relative_l2 =
             if self.squared_error == 0.0 { 0.0 } else { (self.squared_error / self.squared_reference).sqrt() };
-        let failed = self.failure.or(rounding).or(self.difference);
+        let tolerated = self.kind == DeviceKind::Cuda && {
+            let allowed = GPU_SELDOM * self.comparison.elements as f64;
+            let worst = self.comparison.worst.max(self.comparison.worst_lse);
+            worst <= GPU_EXCESS && self.comparison.broken as f64 <= allowed + 4.0 * allowed.sqrt()
+        };
+        let failure = self.failure.filter(|_| !tolerated);
+        let failed = failure.or(rounding).or(self.difference);
         SelfcheckReport {
             passed: failed.is_none(),
             rows: self.rows,
@@ -225,14 +245,14 @@ mod tests {
         desc.max_query_tokens = 40;
         let config = SelfcheckConfig { ranks: 1, query_tokens: 40, kv_length: 50, ..Default::default() };
         let inputs = Inputs::random(&desc, Shape::resolve(&desc, &config).unwrap()).unwrap();
-        let expected = Expected::new(&desc, &inputs, None).unwrap();
+        let expected = Expected::new(DeviceKind::Cpu, &desc, &inputs, None).unwrap();
         let mut right: Results = (Vec::new(), Vec::new());
         for reference in &expected.sequences {
             right.0.extend(reference.o.iter().flat_map(|&x| bf16::from_f64(x).to_ne_bytes()));
             right.1.extend(reference.lse.iter().flat_map(|&x| (x as f32).to_ne_bytes()));
         }
         let judge = |results: &Results| {
-            let mut tally = Tally::new(&desc, 1);
+            let mut tally = Tally::new(DeviceKind::Cpu, &desc, 1);
             tally.rank(0, 0..2, results, &expected);
             tally.report()
         };
@@ -263,8 +283,8 @@ mod tests {
     #[test]
     fn different_bits_do_not_pass() {
         let desc = AttentionDesc::new(1, 1, 8, 16);
-        let mut tally = Tally::new(&desc, 2);
-        assert!(Tally::new(&desc, 2).report().passed);
+        let mut tally = Tally::new(DeviceKind::Cpu, &desc, 2);
+        assert!(Tally::new(DeviceKind::Cpu, &desc, 2).report().passed);
         tally.differs("rank 1, row 0: found other bits than on rank 0".into());
         tally.differs("rank 1, row 7: found other bits than on rank 0".into());
         let report = tally.report();

@@ -22,44 +22,67 @@ use crate::comm::CommConfig;
 use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
 
-/// Makes random inputs for the shape of `desc`, shards them over local ranks of `device` as the descriptor places them,
-/// decodes twice and compares every output with float64 sums.
+/// Makes random inputs for the shape of `desc`, shards them over local ranks as the descriptor places them, decodes twice and
+/// compares every output with float64 sums. `devices`: where each rank lives, all CPUs or all GPUs; or one device, on which all
+/// `config.ranks` ranks live.
 ///
 /// The bounds, with A = sum_j w_j |v_j| of an element and R = max_j scale sum_i |q_i k_ij| of its row: an output errs by
 /// at most 2^-24 (4 + 2 R) A, plus 1 ulp of a 16-bit output (and one rounding of a 16-bit wire); at least 99 % (bf16) or
 /// 98 % (f16) of the outputs are correctly rounded, with four standard deviations of slack where they are few; the lse
-/// errs by at most 4 ulp of max(1, |lse|, R). Dead memory (slots past a length, unused pages) holds NaN.
+/// errs by at most 4 ulp of max(1, |lse|, R). Dead memory (slots past a length, unused pages) holds NaN. Tensor cores cut
+/// products off where these differ much in size: on GPUs 1 output in 10,000 may err by up to twice as much.
 ///
 /// A check that fails is a report with `passed` false, not an error. Errors: `InvalidArgument` for sizes that the
 /// descriptor has no room for, `Unsupported` as plan creation, `NoMemory`, and whatever the steps themselves return.
 /// Blocks; takes time proportional to rows x keys. Starts and joins its own threads. May be called from any thread.
 pub fn selfcheck(
     runtime: &Runtime,
-    device: Device,
+    devices: &[Device],
     desc: &AttentionDesc,
     config: &SelfcheckConfig,
 ) -> Result<SelfcheckReport> {
-    attention_supported(runtime, device, desc)?;
+    let Some((&device, others)) = devices.split_first() else {
+        return Err(Error::invalid("devices", "none", "one for all ranks, or one a rank"));
+    };
+    for &other in devices {
+        if other.kind != device.kind {
+            return Err(Error::invalid("devices", other, "CPUs only, or GPUs only"));
+        }
+        attention_supported(runtime, other, desc)?;
+    }
     if desc.is_merge_only() {
         return Err(Error::invalid("kv_heads", 0, "at least 1 (a merge-only plan has no attention to check)"));
     }
     let mut config = *config;
-    if config.ranks == 0 && device.kind == DeviceKind::Cuda {
-        config.ranks = 1;
+    match (config.ranks, others.len() as i32 + 1) {
+        (0, 1) if device.kind == DeviceKind::Cuda => config.ranks = 1,
+        (0, 1) | (_, 1) => {}
+        (0, several) => config.ranks = several,
+        (ranks, several) if ranks != several => {
+            return Err(Error::invalid("ranks", ranks, format!("0 or {several}, the number of devices")));
+        }
+        _ => {}
     }
     let shape = Shape::resolve(desc, &config)?;
     let inputs = Inputs::random(desc, shape)?;
-    let (first, second) = run_twice(runtime, device, desc, &inputs)?;
-    compare(desc, &inputs, &first, &second)
+    let devices = if others.is_empty() { vec![device; shape.ranks] } else { devices.to_vec() };
+    let (first, second) = run_twice(runtime, &devices, desc, &inputs)?;
+    compare(device.kind, desc, &inputs, &first, &second)
 }
 
 /// Holds the results of two runs, rank by rank, against float64 sums and against each other.
-fn compare(desc: &AttentionDesc, inputs: &Inputs, first: &[Results], second: &[Results]) -> Result<SelfcheckReport> {
+fn compare(
+    kind: DeviceKind,
+    desc: &AttentionDesc,
+    inputs: &Inputs,
+    first: &[Results],
+    second: &[Results],
+) -> Result<SelfcheckReport> {
     let shape = inputs.shape;
-    let mut tally = Tally::new(desc, shape.ranks);
-    let whole = if desc.output == OutputMode::Local { None } else { Some(Expected::new(desc, inputs, None)?) };
+    let mut tally = Tally::new(kind, desc, shape.ranks);
+    let whole = if desc.output == OutputMode::Local { None } else { Some(Expected::new(kind, desc, inputs, None)?) };
     for rank in 0..shape.ranks {
-        let own = if whole.is_none() { Some(Expected::new(desc, inputs, Some(rank))?) } else { None };
+        let own = if whole.is_none() { Some(Expected::new(kind, desc, inputs, Some(rank))?) } else { None };
         if let Some(expected) = whole.as_ref().or(own.as_ref()) {
             tally.rank(rank, heads(desc, rank, shape.ranks)?, &first[rank], expected);
         }
@@ -75,23 +98,23 @@ fn compare(desc: &AttentionDesc, inputs: &Inputs, first: &[Results], second: &[R
     Ok(tally.report())
 }
 
-/// Shards, decodes twice, and gives each run's results rank by rank.
+/// Shards over a rank a device, decodes twice, and gives each run's results rank by rank.
 fn run_twice(
     runtime: &Runtime,
-    device: Device,
+    devices: &[Device],
     desc: &AttentionDesc,
     inputs: &Inputs,
 ) -> Result<(Vec<Results>, Vec<Results>)> {
     let ranks = inputs.shape.ranks;
     // Declared before the streams, which on every way out finish their work before the buffers go.
     let mut shards = Vec::with_capacity(ranks);
-    for rank in 0..ranks {
+    for (rank, &device) in devices.iter().enumerate() {
         let out_heads = heads(desc, rank, ranks)?.len();
         shards.push(ShardBuffers::new(runtime, device, desc, inputs, rank, out_heads)?);
     }
-    let comms = Communicator::create_local(runtime, &vec![device; ranks], &CommConfig::default())?;
+    let comms = Communicator::create_local(runtime, devices, &CommConfig::default())?;
     let plans = Plan::create_all(&comms.iter().collect::<Vec<_>>(), desc)?;
-    let streams = (0..ranks).map(|_| Stream::new(runtime, device)).collect::<Result<Vec<_>>>()?;
+    let streams = devices.iter().map(|&device| Stream::new(runtime, device)).collect::<Result<Vec<_>>>()?;
     let step = || -> Result<Vec<Results>> {
         for shard in &shards {
             shard.poison()?;
@@ -160,7 +183,7 @@ mod tests {
                 kv_length: 3 + 8 * seed as i32,
                 seed: seed as u64,
             };
-            let report = selfcheck(&runtime, Device::CPU, &desc, &config).unwrap();
+            let report = selfcheck(&runtime, &[Device::CPU], &desc, &config).unwrap();
             assert!(report.passed, "seed {seed}: {}", report.message);
             assert!(report.rows > 0 && report.max_lse_error_ratio > 0.0, "seed {seed}: {report:?}");
         }
@@ -174,20 +197,20 @@ mod tests {
             let desc = AttentionDesc { output, ..AttentionDesc::new(4, 2, 8, 50) };
             let shape = Shape::resolve(&desc, &SelfcheckConfig::default()).unwrap();
             let inputs = Inputs::random(&desc, shape).unwrap();
-            let (first, second) = run_twice(&runtime, Device::CPU, &desc, &inputs).unwrap();
+            let (first, second) = run_twice(&runtime, &[Device::CPU; 2], &desc, &inputs).unwrap();
             let changed = |results: &[Results]| {
                 let mut results = results.to_vec();
                 let last = results[1].1.len() - 4;
                 results[1].1[last] ^= 1;
                 results
             };
-            let report = compare(&desc, &inputs, &first, &second).unwrap();
+            let report = compare(DeviceKind::Cpu, &desc, &inputs, &first, &second).unwrap();
             assert!(report.passed && report.same_bits, "{output:?}: {report:?}");
-            let report = compare(&desc, &inputs, &first, &changed(&second)).unwrap();
+            let report = compare(DeviceKind::Cpu, &desc, &inputs, &first, &changed(&second)).unwrap();
             assert!(!report.passed && !report.same_bits, "{output:?}: {report:?}");
             assert!(report.message.starts_with("a second run on rank 1 differs"), "{output:?}: {report:?}");
             // Only ranks with the whole output have the same.
-            let report = compare(&desc, &inputs, &changed(&first), &changed(&second)).unwrap();
+            let report = compare(DeviceKind::Cpu, &desc, &inputs, &changed(&first), &changed(&second)).unwrap();
             let passes = output != OutputMode::Replicated;
             assert_eq!((report.passed, report.same_bits), (passes, passes), "{output:?}: {report:?}");
             assert!(passes || report.message.starts_with("rank 1 differs from rank 0"), "{output:?}: {report:?}");
@@ -198,7 +221,7 @@ mod tests {
     fn sizes_without_room_are_named() {
         let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
         let desc = AttentionDesc::new(2, 2, 8, 10);
-        let check = |config: SelfcheckConfig| selfcheck(&runtime, Device::CPU, &desc, &config);
+        let check = |config: SelfcheckConfig| selfcheck(&runtime, &[Device::CPU], &desc, &config);
         assert!(check(SelfcheckConfig::default()).unwrap().passed);
         for (name, config) in [
             ("ranks", SelfcheckConfig { ranks: -1, ..Default::default() }),
@@ -218,11 +241,20 @@ mod tests {
             SelfcheckConfig { batch: i32::MAX, ..Default::default() },
             SelfcheckConfig { query_tokens: i32::MAX / 2, ..Default::default() },
         ] {
-            let error = selfcheck(&runtime, Device::CPU, &large, &config).unwrap_err();
+            let error = selfcheck(&runtime, &[Device::CPU], &large, &config).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::NoMemory, "{error}");
         }
+        let three = [Device::CPU; 3];
+        assert_eq!(selfcheck(&runtime, &three, &desc, &SelfcheckConfig::default()).unwrap().rows, 3 * 2);
+        let two = SelfcheckConfig { ranks: 2, ..Default::default() };
+        let error = selfcheck(&runtime, &three, &desc, &two).unwrap_err();
+        assert_eq!(error.message(), "ranks: found 2, wanted 0 or 3, the number of devices");
+        assert!(selfcheck(&runtime, &[], &desc, &two).unwrap_err().message().starts_with("devices: found none"));
+        let mixed = [Device::CPU, Device { kind: DeviceKind::Cuda, ordinal: 0 }];
+        let error = selfcheck(&runtime, &mixed, &desc, &two).unwrap_err();
+        assert_eq!(error.message(), "devices: found cuda:0, wanted CPUs only, or GPUs only");
         let merge_only = AttentionDesc { kv_heads: 0, ..desc };
-        let error = selfcheck(&runtime, Device::CPU, &merge_only, &SelfcheckConfig::default()).unwrap_err();
+        let error = selfcheck(&runtime, &[Device::CPU], &merge_only, &SelfcheckConfig::default()).unwrap_err();
         assert!(error.message().starts_with("kv_heads"), "{error}");
     }
 }
