@@ -30,6 +30,22 @@ fn verify_passes_on_the_scalar_kernels() {
     assert!(text.contains(" shapes passed, 0 failed"), "{text}");
 }
 
+/// Where there is no GPU, what is missing is said.
+#[test]
+fn verify_says_why_gpus_cannot_be_used() {
+    let output = treeattn(&["info"]);
+    if stdout(&output).contains("\ncuda:0: ") {
+        return;
+    }
+    assert!(stdout(&output).contains("libcuda.so.1"), "{output:?}");
+    for args in [["verify", "--device", "cuda:0"], ["verify", "--ranks", "cuda:0,cuda:1"]] {
+        let output = treeattn(&args);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(stdout(&output).contains("FAIL  cuda:0: "), "{output:?}");
+        assert!(!stdout(&output).contains("\nok "), "{output:?}");
+    }
+}
+
 #[test]
 fn bench_writes_its_table_and_json() {
     let path = std::env::temp_dir().join(format!("treeattn-bench-{}.json", std::process::id()));
@@ -95,6 +111,9 @@ fn bench_compares_every_algorithm_and_draws_them() {
 fn bad_words_are_named() {
     for (args, word) in [
         (&["verify", "--isa", "sse9"][..], "sse9"),
+        (&["verify", "--device", "cuda:0", "--isa", "avx2"], "--isa"),
+        (&["verify", "--device", "cuda:0", "--ranks", "cuda:0"], "--ranks"),
+        (&["verify", "--ranks", "cpu:0"], "wanted a GPU"),
         (&["bench", "--heads", "32x128"], "32x128"),
         (&["bench", "--device", "cuda"], "cpu:0 or cuda:N"),
         (&["bench", "--device", "cpu:1"], "cpu:0 or cuda:N"),

@@ -55,6 +55,21 @@ pub fn device_info(device: Device) -> Result<DeviceInfo> {
     }
 }
 
+/// What this build needs of a machine with GPUs, apart from GPUs.
+#[derive(Clone, Debug)]
+pub struct CudaSupport {
+    /// The CUDA driver's version; `Unavailable` without a driver.
+    pub driver: Result<String>,
+    /// What the kernels in this build were compiled for and with; `Unavailable` where there are none.
+    pub kernels: Result<String>,
+}
+
+/// Looks for the CUDA driver, which it loads, and for kernels. Makes no context on any GPU.
+pub fn cuda_support() -> CudaSupport {
+    let version = |(major, minor): (i32, i32)| format!("{major}.{minor}");
+    CudaSupport { driver: cuda::driver().map(|driver| version(driver.version())), kernels: cuda::describe_image() }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -30,6 +30,7 @@ pub use communicator::{CommStatus, Communicator};
 pub use context::{LogCallback, LogLevel, Runtime, RuntimeConfig};
 pub use energy::energy;
 pub use merge::merge_partials;
+pub use nccl::nccl_library;
 pub use plan::{Plan, PlanMemory, PlanStats, attention_supported};
 pub use selfcheck::{SelfcheckConfig, SelfcheckReport, selfcheck};
 pub use stream::Stream;

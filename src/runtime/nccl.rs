@@ -78,6 +78,13 @@ impl Communicator {
     }
 }
 
+/// The version and the file of the NCCL that communicators would use, `path` or the one that is found. Loads it; opens no
+/// socket. `Unavailable` where there is none of 2.18 or later.
+pub fn nccl_library(path: Option<&str>) -> Result<String> {
+    let library = NcclLibrary::load(path)?;
+    Ok(format!("{} ({})", library.version(), library.file()))
+}
+
 /// What can be said of the arguments without any library.
 fn check(runtime: &Runtime, device: Device, config: &CommConfig) -> Result<()> {
     runtime.check_open()?;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the packed tests:
 #
-#   run.sh [WORD...]     without words: full ranks processes nccl c examples sanitize bench
+#   run.sh [WORD...]     without words: full ranks processes nccl c examples verify sanitize bench
 #
 #   quick      one rank: every test, a few random cases           full   with the acceptance counts
 #   ranks      several ranks in one process, on one GPU and on two if there are two
@@ -9,6 +9,7 @@
 #   nccl       steps over NCCL, and communicators that it connects, on as many GPUs: at least two
 #   c          bad input, a dead context and the host's time of a call, from C
 #   examples   the example programs
+#   verify     what the GPUs can do for each other, and answers against float64, by the command line
 #   sanitize   small shapes under compute-sanitizer: memory, races, uninitialised reads
 #   bench      the read ceiling and the kernels, to bench.json and bench.svg in OUT (default: the current folder)
 #
@@ -65,7 +66,7 @@ export here PATH="$PATH:/usr/local/cuda/bin"
 
 mkdir -p "$out"
 : >"$out/log.txt"
-[ $# -gt 0 ] || set -- full ranks processes nccl c examples sanitize bench
+[ $# -gt 0 ] || set -- full ranks processes nccl c examples verify sanitize bench
 one=(--skip ranks_ --skip processes_ --skip allreduce3_)
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 # limit SECONDS: for one GPU; ranks run all over again on a second one.
@@ -81,6 +82,10 @@ for word in "$@"; do
     nccl) try "$(limit 100)" 30 tests-nccl "$here/gpu-tests" "${FILTER:-allreduce3_}" ;;
     c) for program in bad_input dead_context host_time; do try 20 5 "c-$program" "$here/c/$program"; done ;;
     examples) for program in "$here"/examples/*; do [ ! -x "$program" ] || try 30 30 "example-$(basename "$program")" "$program"; done ;;
+    verify)
+        try 120 20 verify-device "$here/treeattn" verify --device cuda:0
+        [ "$gpus" -lt 2 ] || try 120 20 verify-ranks "$here/treeattn" verify --ranks cuda:0,cuda:1
+        ;;
     sanitize)
         # Asking for a kernel that a build does not have is no error.
         try 45 5 sanitizer-memcheck bash -c 'sanitize "$@"' sanitize memcheck --report-api-errors no
@@ -91,7 +96,7 @@ for word in "$@"; do
         # shellcheck disable=SC2086 # several words
         try 120 120 bench "$here/treeattn" bench --device cuda:0 --json "$out/bench.json" --plot "$out/bench.svg" ${BENCH:-}
         ;;
-    *) sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,22s/^# \{0,1\}//p' "$0"; exit 2 ;;
     esac
 done
 printf '\n== summary, %d s in all\n\n' "$SECONDS"

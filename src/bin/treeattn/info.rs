@@ -2,11 +2,11 @@
 
 use serde::Serialize;
 use treeattn::cpu::{ENVIRONMENT, Isa};
-use treeattn::device::DeviceKind;
 use treeattn::ffi::codes::TREEATTN_ABI_VERSION;
-use treeattn::runtime::{Device, Runtime, RuntimeConfig};
+use treeattn::runtime::{Runtime, RuntimeConfig};
 
 use crate::bench::{Ceiling, Pool};
+use crate::gpus;
 use crate::machine::Machine;
 use crate::outcome::{Outcome, print};
 
@@ -30,7 +30,8 @@ struct Info {
     machine: Machine,
     isa: String,
     isa_available: Vec<&'static str>,
-    cuda_devices: Vec<String>,
+    /// The driver, the kernels in this build, every GPU, NCCL.
+    gpus: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     read_bandwidth: Option<ReadBandwidth>,
 }
@@ -43,18 +44,6 @@ struct ReadBandwidth {
 
 pub fn run(args: &Args) -> Outcome<()> {
     let runtime = Runtime::new(RuntimeConfig::default())?;
-    let mut cuda_devices = Vec::new();
-    for ordinal in 0..runtime.device_count(DeviceKind::Cuda)? {
-        let info = runtime.device_info(Device { kind: DeviceKind::Cuda, ordinal })?;
-        cuda_devices.push(format!(
-            "{}: {}, {:.0} GiB, {} multiprocessors, {}",
-            info.device,
-            info.name,
-            gib(info.memory),
-            info.units,
-            info.isa
-        ));
-    }
     let read_bandwidth = if args.bandwidth {
         let pool = Pool::new(READ_BYTES)?;
         let ceiling = Ceiling::measure(&pool)?;
@@ -68,7 +57,7 @@ pub fn run(args: &Args) -> Outcome<()> {
         machine: Machine::find(&runtime)?,
         isa: runtime.cpu_isa().describe(),
         isa_available: Isa::available().map(Isa::name).collect(),
-        cuda_devices,
+        gpus: gpus::describe(&runtime)?,
         read_bandwidth,
     };
     if args.json { print(&format!("{}\n", serde_json::to_string_pretty(&info)?)) } else { print(&text(&info)) }
@@ -91,10 +80,7 @@ fn text(info: &Info) -> String {
     if let Some(read) = &info.read_bandwidth {
         lines.push(format!("  read bandwidth, all cores: {:.1} GB/s ({})", read.gb_per_s, read.kernel));
     }
-    if info.cuda_devices.is_empty() {
-        lines.push("no CUDA devices that this build can use".to_string());
-    }
-    lines.extend(info.cuda_devices.iter().cloned());
+    lines.extend(info.gpus.iter().cloned());
     lines.join("\n") + "\n"
 }
 

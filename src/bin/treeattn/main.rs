@@ -2,6 +2,7 @@
 //! (`bench`). Thin over the library's public API.
 
 mod bench;
+mod gpus;
 mod info;
 mod machine;
 mod outcome;

@@ -1,13 +1,22 @@
-//! `treeattn verify`: a grid of shapes against float64 sums, a line each.
+//! `treeattn verify`: a grid of shapes against float64 sums, a line each; on GPUs first what these need.
 
+use treeattn::ErrorKind;
 use treeattn::attention::{AttentionDesc, Dtype, KvLayout, OutputMode, Placement};
 use treeattn::cpu::Isa;
-use treeattn::runtime::{Device, Runtime, RuntimeConfig, SelfcheckConfig, selfcheck};
+use treeattn::runtime::{Device, DeviceKind, Runtime, RuntimeConfig, SelfcheckConfig, attention_supported, selfcheck};
 
+use crate::bench::device;
+use crate::gpus;
 use crate::outcome::{Outcome, print};
 
 #[derive(clap::Args)]
 pub struct Args {
+    /// Where the ranks live: cpu:0, or a GPU such as cuda:0.
+    #[arg(long, default_value = "cpu:0", value_parser = device)]
+    device: Device,
+    /// The GPU of each rank, such as cuda:0,cuda:1, in place of one device for 1 to 8 ranks.
+    #[arg(long, value_delimiter = ',', value_parser = gpu, conflicts_with = "device")]
+    ranks: Vec<Device>,
     /// Kernels to check: scalar, avx2, avx512, neon, or all that this machine has. Default: those in use here.
     #[arg(long)]
     isa: Option<String>,
@@ -97,17 +106,23 @@ fn check(pick: [usize; 7], number: usize, seed: u64) -> Check {
     Check { desc, config: SelfcheckConfig { ranks, batch, query_tokens: tokens, kv_length: keys, seed } }
 }
 
-/// Whether every shape passed.
+/// Whether every shape passed, and GPUs can do what they need to.
 pub fn run(args: &Args) -> Outcome<bool> {
+    let devices = if args.ranks.is_empty() { vec![args.device] } else { args.ranks.clone() };
+    let on_gpus = devices[0].kind == DeviceKind::Cuda;
     let isas: Vec<Isa> = match args.isa.as_deref() {
+        Some(_) if on_gpus => return Err(format!("--isa: it is for the CPU, found {}", devices[0]).into()),
         None => vec![treeattn::cpu::isa()],
         Some("all") => Isa::available().collect(),
         Some(name) => vec![Isa::by_name("--isa", name)?],
     };
+    if on_gpus && !gpus::examine(&Runtime::new(RuntimeConfig::default())?, &devices)? {
+        return Ok(false);
+    }
     let picks = if args.full { every() } else { spread() };
     print(&format!(
         "      {:<7} {:<13} {:<19} {:<13} {:<13} {:<10} {:>5} {:>8} {:>6}  {:>6} {:>6} {:>8}\n",
-        "isa",
+        if on_gpus { "device" } else { "isa" },
         "heads x dim",
         "q/k/v>out",
         "layout",
@@ -120,12 +135,21 @@ pub fn run(args: &Args) -> Outcome<bool> {
         "lse",
         "rounded"
     ))?;
-    let (mut passed, mut failed) = (0, 0);
+    let (mut passed, mut failed, mut not_served) = (0, 0, 0);
     for isa in isas {
         let runtime = Runtime::new(RuntimeConfig { cpu_isa: Some(isa.name().to_string()) })?;
+        let place = if on_gpus { devices[0].to_string() } else { isa.name().to_string() };
         for (number, &pick) in picks.iter().enumerate() {
-            let check = check(pick, number, args.seed);
-            let (word, rest, why) = match selfcheck(&runtime, &[Device::CPU], &check.desc, &check.config) {
+            let mut check = check(pick, number, args.seed);
+            if !args.ranks.is_empty() {
+                check.config.ranks = devices.len() as i32;
+            }
+            let served = attention_supported(&runtime, devices[0], &check.desc);
+            if served.is_err_and(|error| error.kind() == ErrorKind::Unsupported) {
+                not_served += 1;
+                continue;
+            }
+            let (word, rest, why) = match selfcheck(&runtime, &devices, &check.desc, &check.config) {
                 Ok(report) => {
                     let numbers = format!(
                         "{:>6.3} {:>6.3} {:>7.2}%",
@@ -137,7 +161,7 @@ pub fn run(args: &Args) -> Outcome<bool> {
                 }
                 Err(error) => ("FAIL", String::new(), Some(error.to_string())),
             };
-            print(&format!("{word:<5} {:<7} {}  {rest}\n", isa.name(), describe(&check)))?;
+            print(&format!("{word:<5} {place:<7} {}  {rest}\n", describe(&check)))?;
             if let Some(why) = why {
                 failed += 1;
                 print(&format!("      {why} (seed {})\n", check.config.seed))?;
@@ -146,10 +170,20 @@ pub fn run(args: &Args) -> Outcome<bool> {
             }
         }
     }
+    let not_served = if not_served > 0 { format!(" ({not_served} more are not served there)") } else { String::new() };
     print(&format!(
-        "{passed} shapes passed, {failed} failed; error and lse: the largest error over its bound, at most 1\n"
+        "{passed} shapes passed, {failed} failed{not_served}; error and lse: the largest error over its bound, at most 1{}\n",
+        if on_gpus { ", or 2 where that is rare" } else { "" }
     ))?;
     Ok(failed == 0)
+}
+
+/// `cuda:N`, for `--ranks`.
+fn gpu(text: &str) -> Result<Device, String> {
+    device(text)
+        .ok()
+        .filter(|device| device.kind == DeviceKind::Cuda)
+        .ok_or_else(|| format!("found {text:?}, wanted a GPU such as cuda:0"))
 }
 
 fn describe(check: &Check) -> String {

@@ -94,18 +94,31 @@ pub(crate) struct Image {
     device: Arc<CudaDevice>,
 }
 
+/// What the kernels that this build carries were compiled for and with. `Unavailable` as [`Image::new`].
+pub(crate) fn describe_image() -> Result<String> {
+    check_image()?;
+    let (major, minor) = image::TOOLKIT;
+    Ok(format!("sm_{} by CUDA {major}.{minor}", image::ARCHS.join(", sm_").replace("sm_ptx", "PTX of ")))
+}
+
+/// `Unavailable`, saying what to do, where this build carries no kernels.
+fn check_image() -> Result<()> {
+    if !image::MODULES.is_empty() {
+        return Ok(());
+    }
+    let message = format!(
+        "kernels: found none in this build of the library ({}), wanted a build made where nvcc is found: set \
+         TREEATTN_NVCC, or install a CUDA toolkit or pip's nvidia-cuda-nvcc; TREEATTN_CUDA=required makes sure",
+        image::WHY_EMPTY
+    );
+    Err(Error::new(ErrorKind::Unavailable, message))
+}
+
 impl Image {
     /// `Unavailable`, saying what to do, where this build carries no kernels.
     pub fn new(device: &Arc<CudaDevice>) -> Result<Image> {
-        if !image::MODULES.is_empty() {
-            return Ok(Image { device: Arc::clone(device) });
-        }
-        let message = format!(
-            "kernels: found none in this build of the library ({}), wanted a build made where nvcc is found: set \
-             TREEATTN_NVCC, or install a CUDA toolkit or pip's nvidia-cuda-nvcc; TREEATTN_CUDA=required makes sure",
-            image::WHY_EMPTY
-        );
-        Err(Error::new(ErrorKind::Unavailable, message))
+        check_image()?;
+        Ok(Image { device: Arc::clone(device) })
     }
 
     /// The device.

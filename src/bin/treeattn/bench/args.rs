@@ -66,7 +66,7 @@ pub struct Args {
     pub plot: Option<PathBuf>,
 }
 
-fn device(text: &str) -> Result<Device, String> {
+pub fn device(text: &str) -> Result<Device, String> {
     let parse = || {
         let (kind, ordinal) = text.split_once(':')?;
         let kind = match kind {

@@ -26,10 +26,11 @@ use treeattn::device::available_cores;
 use treeattn::runtime::{Device, DeviceKind, Runtime, RuntimeConfig};
 
 use self::algorithms::Comparison;
-pub use self::args::Args;
+pub use self::args::{Args, device};
 use self::args::{DTYPES, Ranks};
 use self::case::{Axes, Case, Target};
 pub use self::ceiling::Ceiling;
+pub use self::cuda::measure_peers;
 use self::decode::{Decode, least_pool};
 use self::limit::Limit;
 pub use self::pool::Pool;

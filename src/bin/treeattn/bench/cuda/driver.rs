@@ -43,7 +43,7 @@ pub struct Card {
 pub struct Gpu {
     pub card: Card,
     device: sys::CUdevice,
-    module: sys::CUmodule,
+    modules: Vec<sys::CUmodule>,
     /// Most shared memory of a block, bytes.
     shared: i32,
 }
@@ -51,18 +51,22 @@ pub struct Gpu {
 impl Gpu {
     /// The library has seen that the GPU is there.
     pub fn new(ordinal: i32, name: String, memory_bytes: u64) -> Outcome<Gpu> {
-        let Some(&(_, bytes)) = image::MODULES.iter().find(|module| module.0 == "read") else {
+        if image::MODULES.is_empty() {
             return Err(format!("this build has no kernels to measure a GPU with: {}", image::WHY_EMPTY).into());
-        };
-        let (mut device, mut context, mut module, mut version) = (0, null_mut(), null_mut(), 0);
-        // SAFETY: calls with places to write to; the image is a fatbin.
+        }
+        let (mut device, mut context, mut modules, mut version) = (0, null_mut(), Vec::new(), 0);
+        // SAFETY: calls with places to write to; the images are fatbins.
         unsafe {
             cuda!(cuInit(0))?;
             cuda!(cuDriverGetVersion(&mut version))?;
             cuda!(cuDeviceGet(&mut device, ordinal))?;
             cuda!(cuDevicePrimaryCtxRetain(&mut context, device))?;
             cuda!(cuCtxPushCurrent_v2(context))?;
-            cuda!(cuModuleLoadData(&mut module, bytes.as_ptr().cast()))?;
+            for (_, bytes) in image::MODULES {
+                let mut module = null_mut();
+                cuda!(cuModuleLoadData(&mut module, bytes.as_ptr().cast()))?;
+                modules.push(module);
+            }
         }
         let attribute = |which| -> Outcome<i32> {
             let mut value = 0;
@@ -86,15 +90,20 @@ impl Gpu {
             driver: (version / 1000, version % 1000 / 10),
         };
         let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        Ok(Gpu { card, device, module, shared })
+        Ok(Gpu { card, device, modules, shared })
     }
 
     /// A kernel of `kernels/bench` that may use `shared` bytes of dynamic shared memory.
     pub fn kernel(&self, name: &str, shared: u32) -> Outcome<Kernel> {
         let (symbol, mut function) = (CString::new(name)?, null_mut());
-        // SAFETY: writes one handle, then sets an attribute of it.
+        // SAFETY: writes one handle, which only the module that has the kernel does, then sets an attribute of it.
         unsafe {
-            cuda!(cuModuleGetFunction(&mut function, self.module, symbol.as_ptr()))?;
+            let found = |&&module: &&sys::CUmodule| {
+                sys::cuModuleGetFunction(&mut function, module, symbol.as_ptr()) == CUresult::CUDA_SUCCESS
+            };
+            if self.modules.iter().find(found).is_none() {
+                return Err(format!("this build has no kernel {name}").into());
+            }
             if shared > 48 << 10 {
                 let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 // The same for all, since they may share the function; a little is the kernel's own.
@@ -110,7 +119,9 @@ impl Drop for Gpu {
         let mut context = null_mut();
         // SAFETY: undoes `new`, on the same thread, since raw handles are not Send. Statuses change nothing here.
         unsafe {
-            let _ = sys::cuModuleUnload(self.module);
+            for &module in &self.modules {
+                let _ = sys::cuModuleUnload(module);
+            }
             let _ = sys::cuCtxPopCurrent_v2(&mut context);
             let _ = sys::cuDevicePrimaryCtxRelease_v2(self.device);
         }
@@ -142,6 +153,20 @@ impl Drop for Current {
             let _ = sys::cuCtxPopCurrent_v2(&mut context);
             let _ = sys::cuDevicePrimaryCtxRelease_v2(self.0);
         }
+    }
+}
+
+/// Lets kernels of one GPU access plain allocations of another.
+pub fn let_access(ordinal: i32, peer: i32) -> Outcome<()> {
+    let _peer = Current::new(peer)?;
+    let mut context = null_mut();
+    // SAFETY: writes one handle.
+    unsafe { cuda!(cuCtxGetCurrent(&mut context)) }?;
+    let _current = Current::new(ordinal)?;
+    // SAFETY: the peer's context is retained here, and by the library.
+    match unsafe { sys::cuCtxEnablePeerAccess(context, 0) } {
+        CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
+        status => check(status, "cuCtxEnablePeerAccess"),
     }
 }
 
@@ -216,6 +241,12 @@ impl Stream {
             cuda!(cuEventElapsedTime(&mut ms, self.begin, self.end))?;
         }
         Ok(f64::from(ms) * 1e-3)
+    }
+
+    /// Enqueues a copy between GPUs that may access each other's memory, which outlives it.
+    pub fn copy(&self, to: u64, from: u64, bytes: usize) -> Outcome<()> {
+        // SAFETY: the stream is alive; the driver checks the addresses.
+        unsafe { cuda!(cuMemcpyAsync(to, from, bytes, self.stream)) }
     }
 
     /// Captures what `enqueue` puts on the stream.

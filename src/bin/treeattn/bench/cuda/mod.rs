@@ -2,12 +2,13 @@
 //! read its memory.
 //!
 //! `case` says what is timed, `driver` is the CUDA that the library has no call for, `pool` the memory to read from, `ceiling` measures the memory,
-//! `decode` times the library, `report` tells; `ranks` does all this for several GPUs.
+//! `decode` times the library, `report` tells; `ranks` does all this for several GPUs, beside what `peers` measures between two.
 
 mod case;
 mod ceiling;
 mod decode;
 mod driver;
+mod peers;
 mod pool;
 mod ranks;
 mod report;
@@ -28,6 +29,7 @@ use crate::outcome::{Outcome, print};
 /// The ceiling is measured again before every so many cases.
 const BETWEEN: usize = 4;
 
+pub use self::peers::measure as measure_peers;
 pub use self::ranks::run as run_ranks;
 
 pub fn run(args: &Args, device: Device) -> Outcome<()> {

@@ -1,5 +1,5 @@
 //! `treeattn bench --ranks cuda:0,cuda:1`: decode steps whose cache is sharded over GPUs, and exchanges alone, the
-//! library's own beside the paper's three allreduces in one run.
+//! library's own beside the paper's three allreduces in one run, and beside what the machine can do at most.
 //!
 //! Every rank has a thread, a stream and a pool of random numbers. A step's time is that of the slowest rank. `meeting`
 //! keeps the threads together, `time` measures, `report` tells.
@@ -14,8 +14,10 @@ use treeattn::runtime::{Buffer, CommConfig, Communicator, Device, Plan, Runtime,
 use self::report::{ExchangeRow, Found, Report, Row};
 use self::time::{Rank, Work, merge_desc};
 use super::case::{self, Axes, Case};
+use super::ceiling::Ceiling;
 use super::decode::{FULL, Memory, QUICK, describe, least_pool};
 use super::driver::{Gpu, Stream};
+use super::peers;
 use super::pool::{QUICK_POOL, fill};
 use crate::bench::args::Args;
 use crate::bench::progress;
@@ -63,8 +65,17 @@ pub fn run(args: &Args, devices: &[Device]) -> Outcome<()> {
     let exchanged = if args.no_exchange { &[][..] } else { &EXCHANGED[..] };
     let progress = progress::bar(cases.len() + exchanged.len());
 
+    let sizes: Vec<usize> = exchanged.iter().map(|&tokens| time::partial_bytes(tokens)).collect();
+    progress.set_message("limits");
+    let peers = match devices.iter().find(|&&device| device != devices[0]) {
+        Some(&other) => Some(peers::measure(&runtime, [devices[0], other], &sizes)?),
+        None => None,
+    };
+    fill_all(&ranks, Dtype::Bf16)?;
+    let read_bandwidth = read_bandwidth(&runtime, &ranks[0])?;
+
     let mut rows = Vec::new();
-    let mut filled = None;
+    let mut filled = Some(Dtype::Bf16);
     for &case in &cases {
         progress.set_message(case.shape());
         if filled.replace(case.dtype) != Some(case.dtype) {
@@ -93,7 +104,8 @@ pub fn run(args: &Args, devices: &[Device]) -> Outcome<()> {
         let local = time(OutputMode::Local, Algorithm::Auto)?;
         let found =
             algorithms.iter().map(|&algorithm| time(OutputMode::Replicated, algorithm)).collect::<Outcome<Vec<_>>>()?;
-        rows.push(Row::new(case, devices.len(), local, found)?);
+        let hop = peers.as_ref().map_or(0.0, |peers| peers.flag);
+        rows.push(Row::new(case, devices.len(), local, found, (read_bandwidth, hop))?);
         progress.inc(1);
     }
 
@@ -132,6 +144,8 @@ pub fn run(args: &Args, devices: &[Device]) -> Outcome<()> {
         ranks: names,
         links: serde_json::from_str(&comms[0].describe()?)?,
         pool_bytes,
+        read_bandwidth,
+        peers,
         rows,
         exchanges,
         targets: Vec::new(),
@@ -161,6 +175,13 @@ fn refuse(args: &Args) -> Outcome<()> {
         None if args.dtype.contains(&Dtype::F32) => Err("--dtype: found f32, wanted f16 or bf16 on a GPU".into()),
         None => Ok(()),
     }
+}
+
+/// Bytes a second at which the first rank's GPU can read its memory.
+fn read_bandwidth(runtime: &Runtime, rank: &Rank) -> Outcome<f64> {
+    let gpu = Gpu::new(rank.device.ordinal, rank.info.name.clone(), rank.info.memory)?;
+    let sink = Buffer::alloc(runtime, rank.device, 4)?;
+    Ok(Ceiling::measure(&gpu, &Stream::new()?, &rank.pool, sink)?.median())
 }
 
 /// Writes random numbers to every rank's pool.

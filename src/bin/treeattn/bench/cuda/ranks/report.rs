@@ -7,6 +7,7 @@ use treeattn::runtime::PlanStats;
 
 use crate::bench::cuda::case::{self, Case};
 use crate::bench::cuda::decode::Timed;
+use crate::bench::cuda::peers::Peers;
 use crate::bench::samples::Summary;
 use crate::outcome::Outcome;
 use crate::plot::{Panel, Plot, Scale, Style};
@@ -22,6 +23,10 @@ pub struct Report {
     pub links: serde_json::Value,
     /// Bytes of each rank's pool.
     pub pool_bytes: usize,
+    /// Bytes a second at which the first rank's GPU can read its memory.
+    pub read_bandwidth: f64,
+    /// What two of the GPUs can do for each other, if there are two.
+    pub peers: Option<Peers>,
     pub rows: Vec<Row>,
     pub exchanges: Vec<ExchangeRow>,
     pub targets: Vec<TargetReport>,
@@ -35,6 +40,8 @@ pub struct Row {
     pub kv_bytes_a_rank: usize,
     /// The attention kernel alone, on all ranks at once.
     pub local: Times,
+    /// Seconds that a rank's bytes take at the read bandwidth, and a flag one way.
+    pub floor: f64,
     pub found: Vec<Found>,
 }
 
@@ -103,9 +110,11 @@ impl Found {
 }
 
 impl Row {
-    pub fn new(case: Case, ranks: usize, local: Found, found: Vec<Found>) -> Outcome<Row> {
+    /// `limits`: the read bandwidth, and the time of a flag one way.
+    pub fn new(case: Case, ranks: usize, local: Found, found: Vec<Found>, limits: (f64, f64)) -> Outcome<Row> {
         let Some(local) = local.times else { return Err(local.reason.into()) };
-        Ok(Row { case, kv_bytes_a_rank: case.kv_bytes() / ranks, local, found })
+        let kv_bytes_a_rank = case.kv_bytes() / ranks;
+        Ok(Row { case, kv_bytes_a_rank, local, floor: kv_bytes_a_rank as f64 / limits.0 + limits.1, found })
     }
 
     /// What the first algorithm took, microseconds.
@@ -134,9 +143,15 @@ impl Report {
         let steps = case::sharded_targets()
             .into_iter()
             .filter_map(|(case, most, public)| target(case.shape(), most, row(case)?.ours(), public));
-        let exchanges = self.exchanges.iter().zip([3.5, 5.0, 11.0]).filter_map(|(exchange, most)| {
-            let name = format!("exchange alone, {} bytes", exchange.bytes);
-            target(name, most, exchange.found.first()?.micros(), "")
+        let exchanges = self.exchanges.iter().filter_map(|exchange| {
+            let over = exchange.found.first()?.micros()? / self.plain(exchange.bytes)?;
+            Some(TargetReport {
+                name: format!("exchange alone, {} bytes", exchange.bytes),
+                wanted: "<= 1.2 x plain".into(),
+                found: format!("{over:.2} x"),
+                public: "",
+                met: over <= 1.2,
+            })
         });
         let first = self.rows.iter().find(|row| row.case.batch == 1);
         let added =
@@ -148,9 +163,21 @@ impl Report {
         steps.chain(exchanges).chain(added).chain(host).collect()
     }
 
-    /// The tables.
+    /// What an exchange of that many bytes that does nothing else takes, microseconds.
+    fn plain(&self, bytes: usize) -> Option<f64> {
+        let plain = self.peers.as_ref()?.exchanges.iter().find(|plain| plain.bytes == bytes)?;
+        Some(1e6 * plain.seconds)
+    }
+
+    /// The limits and the tables.
     pub fn text(&self) -> String {
-        let mut text = format!("{} ranks: {}\n\n", self.ranks.len(), self.ranks.join(", "));
+        let mut text = format!("{} ranks: {}\n", self.ranks.len(), self.ranks.join(", "));
+        text.push_str(&format!("read bandwidth: {:.3} TB/s\n", 1e-12 * self.read_bandwidth));
+        if let Some(Peers { between: [a, b], flag, copy, .. }) = &self.peers {
+            let (flag, copy) = (1e6 * flag, 1e-9 * copy);
+            text.push_str(&format!("{a} and {b}: a flag one way in {flag:.2} us, copies at {copy:.0} GB/s\n"));
+        }
+        text.push('\n');
         let us = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.2}"));
         let columns = |found: &[Found]| -> Vec<String> {
             let mut all = Vec::new();
@@ -175,7 +202,7 @@ impl Report {
         };
         if let Some(first) = self.rows.first() {
             let mut header: Vec<String> =
-                ["decode", "MB a rank", "local us", "chosen"].map(String::from).into_iter().collect();
+                ["decode", "MB a rank", "floor us", "local us", "chosen"].map(String::from).into_iter().collect();
             header.extend(columns(&first.found));
             header.extend(["first - local", "eager us", "host us"].map(String::from));
             let mut table = Table::new(&header.iter().map(String::as_str).collect::<Vec<_>>());
@@ -184,6 +211,7 @@ impl Report {
                 let mut line = vec![
                     row.case.shape(),
                     format!("{:.1}", row.kv_bytes_a_rank as f64 / 1e6),
+                    format!("{:.2}", 1e6 * row.floor),
                     format!("{:.2}", 1e6 * row.local.replay.median),
                     row.found.first().map_or("-".into(), |found| found.algorithm.into()),
                 ];
@@ -198,11 +226,16 @@ impl Report {
         if let Some(first) = self.exchanges.first() {
             let mut header = vec!["exchange alone".to_string(), "chosen".into()];
             header.extend(columns(&first.found));
+            header.extend(["plain us", "first / plain"].map(String::from));
             let mut table = Table::new(&header.iter().map(String::as_str).collect::<Vec<_>>());
             for row in &self.exchanges {
                 let chosen = row.found.first().map_or("-", |found| found.algorithm);
                 let mut line = vec![format!("{} bytes a rank", row.bytes), chosen.into()];
                 line.extend(cells(&row.found));
+                let plain = self.plain(row.bytes);
+                line.push(us(plain));
+                let over = row.found.first().and_then(Found::micros).zip(plain).map(|(ours, plain)| ours / plain);
+                line.push(over.map_or("-".into(), |over| format!("{over:.2}")));
                 table.row(line);
             }
             text.push_str(&format!("\n{}", table.render()));
@@ -229,13 +262,14 @@ impl Report {
         }
         text.push_str(
             "\nkeys: of all ranks together; bf16 unless named; output on every rank; a replayed graph of many steps on each \
-             rank, each of which reads another copy of the cache; the slowest rank counts\n",
+             rank, each of which reads another copy of the cache; the slowest rank counts; floor: a rank's bytes at the read bandwidth, and a flag one way; plain: words with flags to the \
+             peer, its own added, and a kernel that counts\n",
         );
         text
     }
 
-    /// A step's time over the keys of all ranks: a panel for each kind of shape, a colour for each algorithm, and what
-    /// attention alone takes.
+    /// A step's time over the keys of all ranks: a panel for each kind of shape, a colour for each algorithm, what attention
+    /// alone takes, and the floor.
     pub fn plot(&self) -> Plot {
         let mut panels: Vec<Panel> = Vec::new();
         for row in self.rows.iter().filter(|row| row.case.batch == 1) {
@@ -252,6 +286,7 @@ impl Report {
                 }
             }
             panels[place].add(Style::Limit("attention alone".into()), (keys, 1e6 * row.local.replay.median));
+            panels[place].add(Style::Limit("bytes at the read bandwidth, one flag".into()), (keys, 1e6 * row.floor));
         }
         let mut title = format!("Decode over {} GPUs", self.ranks.len());
         if let [only] = &mut panels[..] {
