@@ -780,8 +780,8 @@ typedef struct treeattn_decode_args_t {
     /** `f32 [query head]`. */
     struct treeattn_tensor_t alibi_slopes;
     /**
-     * `f32 [query head]`: logits that join the softmax, not scaled. Required where the plan has sinks, the same on every rank;
-     * -inf is none, NaN and +inf make their rows NaN. NULL without sinks.
+     * `f32 [query head]`: logits that join the softmax, not scaled. Required where the plan has sinks. The same on every rank.
+     * -inf is none. NaN and +inf make their rows NaN. NULL without sinks.
      */
     struct treeattn_tensor_t sinks;
     /** Mask [sequence, head, query, local slot] of `mask_dtype`. Strides are taken as they are: 0 broadcasts. */

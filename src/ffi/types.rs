@@ -289,8 +289,8 @@ pub struct treeattn_decode_args_t {
     pub v_scale: treeattn_tensor_t,
     /// `f32 [query head]`.
     pub alibi_slopes: treeattn_tensor_t,
-    /// `f32 [query head]`: logits that join the softmax, not scaled. Required where the plan has sinks, the same on every rank;
-    /// -inf is none, NaN and +inf make their rows NaN. NULL without sinks.
+    /// `f32 [query head]`: logits that join the softmax, not scaled. Required where the plan has sinks. The same on every rank.
+    /// -inf is none. NaN and +inf make their rows NaN. NULL without sinks.
     pub sinks: treeattn_tensor_t,
     /// Mask [sequence, head, query, local slot] of `mask_dtype`. Strides are taken as they are: 0 broadcasts.
     pub mask: treeattn_tensor_t,
