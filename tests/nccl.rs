@@ -241,9 +241,18 @@ fn setup_beside_kernels() {
     };
     strict(5);
     let result = std::panic::catch_unwind(|| {
-        let comms = group(2, &config(Duration::from_secs(10)));
-        on_ranks(2, |rank| Plan::create(&comms[rank as usize], &shape()).map(drop).unwrap());
-        drop(comms);
+        let config = config(Duration::from_secs(10));
+        let created = || group(2, &config);
+        let wrapped = || {
+            let (runtime, id) = (runtime(), Communicator::nccl_unique_id(&runtime()).unwrap());
+            on_ranks(2, |rank| {
+                // SAFETY: a live communicator, of this thread alone.
+                unsafe { Communicator::wrap_nccl(&runtime, engines(&id, 2, rank), gpu(rank), &config) }.unwrap()
+            })
+        };
+        for comms in [created(), wrapped()] {
+            on_ranks(2, |rank| Plan::create(&comms[rank as usize], &shape()).map(drop).unwrap());
+        }
     });
     strict(0);
     result.unwrap_or_else(|panic| std::panic::resume_unwind(panic));

@@ -8,7 +8,8 @@
 //!
 //! `context` is the runtime object, which all others know. `stream`, `buffer` and `communicator` stand beside each other, as
 //! do `merge` and `energy`, which need a stream only; `nccl` makes communicators; `plan` uses communicators and streams,
-//! `agreement` is how its ranks find out that they make the same one; `selfcheck` uses them all.
+//! `plan_creation` makes it on all ranks, `agreement` is how these find out that they make the same one; `selfcheck` uses them
+//! all.
 
 mod agreement;
 mod buffer;
@@ -18,6 +19,7 @@ mod energy;
 mod merge;
 mod nccl;
 mod plan;
+mod plan_creation;
 mod selfcheck;
 mod stream;
 

@@ -8,7 +8,7 @@ use super::context::{LogLevel, Runtime};
 use crate::attention::Shard;
 use crate::comm::CommConfig;
 use crate::comm::nccl::{NcclBootstrap, NcclLibrary, NcclRank, NcclTimeout, UNIQUE_ID_BYTES};
-use crate::device::cuda::CudaDevice;
+use crate::device::cuda::{CudaDevice, Staging};
 use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
 use crate::route::rank::{CudaGroup, CudaRank, Rank};
@@ -48,9 +48,10 @@ impl Communicator {
         let cuda = open(runtime, device)?;
         let library = NcclLibrary::load(config.nccl_path.as_deref())?;
         let limit = NcclTimeout::new("setup_timeout_ns", config.setup_timeout);
+        let staging = NcclBootstrap::staging(&cuda, world, config)?;
         let rank = NcclRank::begin(library, &cuda, id, Shard { rank, world }, config.step_timeout)?;
         rank.settle("creating the NCCL communicator", limit)?;
-        connect(runtime, rank, device, config, limit)
+        connect(runtime, rank, staging, config, limit)
     }
 
     /// As [`Communicator::create_nccl`], for the ranks of a communicator that the engine made with the NCCL that is loaded
@@ -72,9 +73,12 @@ impl Communicator {
         let cuda = open(runtime, device)?;
         let library = NcclLibrary::loaded(config.nccl_path.as_deref())?;
         let limit = NcclTimeout::new("setup_timeout_ns", config.setup_timeout);
-        // SAFETY: as the caller vouches.
-        let rank = unsafe { NcclRank::split(library, &cuda, nccl_comm, limit, config.step_timeout)? };
-        connect(runtime, rank, device, config, limit)
+        // SAFETY: the caller promises a live communicator of this NCCL, which no other thread uses during this call.
+        let shard = unsafe { NcclRank::shard_of(library, &cuda, nccl_comm)? };
+        let staging = NcclBootstrap::staging(&cuda, shard.world, config)?;
+        // SAFETY: as above; that it is not used while a split lives on is this function's contract, too.
+        let rank = unsafe { NcclRank::split(library, &cuda, nccl_comm, shard, limit, config.step_timeout)? };
+        connect(runtime, rank, staging, config, limit)
     }
 }
 
@@ -108,12 +112,12 @@ fn open(runtime: &Runtime, device: Device) -> Result<Arc<CudaDevice>> {
 fn connect(
     runtime: &Runtime,
     rank: NcclRank,
-    device: Device,
+    staging: Staging,
     config: &CommConfig,
     limit: NcclTimeout,
 ) -> Result<Communicator> {
-    let (shard, library) = (rank.shard(), rank.library());
-    let bootstrap = NcclBootstrap::new(rank, config, limit)?;
+    let (shard, library, device) = (rank.shard(), rank.library(), rank.device().device());
+    let bootstrap = NcclBootstrap::new(rank, staging, config, limit)?;
     let (_, local) = nodes(&bootstrap, config)?;
     let message = format!(
         "rank {} of {} on {device}, {local} on this machine, over NCCL {} ({})",

@@ -7,14 +7,13 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::agreement;
-use super::communicator::{CommCore, Communicator, Exchanging};
+use super::communicator::{CommCore, Exchanging};
 use super::context::{LogLevel, Runtime};
 use super::stream::{RunsOn, Stream};
 use crate::attention::merge::{MergeArgs, MergeStep};
 use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, Keys, OutputMode, Step};
 use crate::device::cuda::CudaStream;
-use crate::device::{Device, DeviceKind, Within, catch, spawn_scoped};
+use crate::device::{Device, DeviceKind, Within, catch};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::RowTarget;
 use crate::route::choose;
@@ -70,9 +69,9 @@ struct StepOutput {
     target: RowTarget,
 }
 
-struct PlanCore {
-    route: Box<dyn Route>,
-    context: StepContext,
+pub(super) struct PlanCore {
+    pub(super) route: Box<dyn Route>,
+    pub(super) context: StepContext,
     memory: RouteMemory,
     /// Whether a step that runs on the CPU is under way.
     running: AtomicBool,
@@ -91,61 +90,8 @@ pub fn attention_supported(runtime: &Runtime, device: Device, desc: &AttentionDe
 }
 
 impl Plan {
-    /// A plan of this rank. Collective: every rank calls it, each from a thread of its own; blocks until all have.
-    ///
-    /// A difference between the ranks' descriptors is `Mismatch` on every rank, naming the field.
-    pub fn create(comm: &Communicator, desc: &AttentionDesc) -> Result<Plan> {
-        let core = &comm.core;
-        core.check_open()?;
-        core.check_unbroken()?;
-        let _exchanging = core.begin_creation()?;
-        let built = PlanCore::build(core, desc);
-        if core.shard().world == 1 {
-            return Ok(Plan::commit(built?));
-        }
-        // A rank that fails here still takes part, so that its peers hear of it at once.
-        let more = built.as_ref().map(|plan| plan.route.agreement());
-        let mine = agreement::encode(core.plans.load(Ordering::Relaxed), desc, more);
-        let blobs = core.rank.bootstrap().allgather(&mine)?;
-        let plan = built?;
-        agreement::compare(&blobs)?;
-        plan.route.connect(&plan.context)?;
-        Ok(Plan::commit(plan))
-    }
-
-    /// The same for all ranks of a local group from one thread. `comms` holds every rank once.
-    pub fn create_all(comms: &[&Communicator], desc: &AttentionDesc) -> Result<Vec<Plan>> {
-        let Some(first) = comms.first() else {
-            return Err(Error::invalid("n", 0, "every rank of the group"));
-        };
-        let world = first.world();
-        let mut seen = vec![false; world as usize];
-        for comm in comms {
-            comm.core.check_open()?;
-            comm.core.check_unbroken()?;
-            let rank = comm.rank() as usize;
-            let fresh = seen.get_mut(rank).is_some_and(|seen| !std::mem::replace(seen, true));
-            if comm.core.group == 0 || comm.core.group != first.core.group || !fresh {
-                let found = format!("rank {rank} of another group, or twice");
-                return Err(Error::invalid("comms", found, "every rank of one local group, once"));
-            }
-        }
-        if comms.len() != world as usize {
-            return Err(Error::invalid("n", comms.len(), format!("{world}, every rank of the group")));
-        }
-        let next = first.core.plans.load(Ordering::Relaxed);
-        if let Some(odd) = comms.iter().find(|comm| comm.core.plans.load(Ordering::Relaxed) != next) {
-            let found = odd.core.plans.load(Ordering::Relaxed);
-            let message = format!("comms: found {found} plans on rank {}, wanted {next} as on rank 0", odd.rank());
-            return Err(Error::new(ErrorKind::Mismatch, message).with_rank(odd.rank()));
-        }
-        let _exchanging: Vec<_> = comms.iter().map(|comm| comm.core.begin_creation()).collect::<Result<_>>()?;
-        let built: Vec<PlanCore> = comms.iter().map(|comm| PlanCore::build(&comm.core, desc)).collect::<Result<_>>()?;
-        connect_all(&built)?;
-        Ok(built.into_iter().map(Plan::commit).collect())
-    }
-
-    fn commit(core: PlanCore) -> Plan {
+    /// A plan that its peers know of, too.
+    pub(super) fn commit(core: PlanCore) -> Plan {
         core.comm.plans.store(core.context.plan, Ordering::Relaxed);
         let deadline = core.context.config.step_timeout;
         Plan { core: Arc::new(Within::new(core, deadline)) }
@@ -390,7 +336,8 @@ impl Drop for Running<'_> {
 }
 
 impl PlanCore {
-    fn build(comm: &Arc<CommCore>, desc: &AttentionDesc) -> Result<PlanCore> {
+    /// The plan of one rank, which its peers know nothing of yet.
+    pub(super) fn build(comm: &Arc<CommCore>, desc: &AttentionDesc) -> Result<PlanCore> {
         attention_supported(&comm.runtime, comm.device, desc)?;
         let plan = comm.plans.load(Ordering::Relaxed) + 1;
         let context = StepContext::new(plan, desc, comm.shard(), &comm.config, &comm.board)?;
@@ -470,25 +417,6 @@ impl PlanCore {
         // SAFETY: the caller's promise.
         unsafe { self.route.write_nan(&self.context, output.size, &output.target, stream) }
     }
-}
-
-/// The collective part of making the plans of all ranks of a group, which wait for each other: a thread each.
-fn connect_all(plans: &[PlanCore]) -> Result<()> {
-    if !plans.iter().any(|plan| plan.route.connects()) {
-        return Ok(());
-    }
-    std::thread::scope(|scope| {
-        let connect = |plan: &PlanCore| plan.route.connect(&plan.context);
-        let threads: Vec<_> = plans
-            .iter()
-            .map(|plan| spawn_scoped(scope, "treeattn-connect", move || connect(plan)))
-            .collect::<Result<_>>()?;
-        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(panicked())))
-    })
-}
-
-fn panicked() -> Error {
-    Error::new(ErrorKind::Internal, "plan: a thread that connected a rank panicked")
 }
 
 /// Says what a caller without streams most often did wrong.

@@ -30,6 +30,11 @@ pub const GARBAGE: i32 = 3;
 /// Between two ranks nothing moves until the time is over.
 pub const STUCK: i32 = 4;
 
+/// They bring another number wherever one of 32 bits is `LIE_ABOUT`.
+pub const LIE: i32 = 5;
+/// What they lie about.
+pub const LIE_ABOUT: i32 = 9;
+
 /// What a callback that was told to fail returns.
 pub const CODE: i32 = 4242;
 
@@ -173,10 +178,17 @@ impl Mesh {
             _ => {}
         }
         let code = self.move_all(flows, &give_up);
-        if code == 0 && self.fault.load(Ordering::Relaxed) == GARBAGE {
-            for byte in flows.iter_mut().flat_map(|flow| flow.recv.iter_mut()) {
-                *byte ^= 0x55;
+        let received = flows.iter_mut().map(|flow| &mut *flow.recv);
+        match self.fault.load(Ordering::Relaxed) {
+            GARBAGE if code == 0 => received.flatten().for_each(|byte| *byte ^= 0x55),
+            LIE if code == 0 => {
+                for word in received.flat_map(|bytes| bytes.chunks_exact_mut(4)) {
+                    if *word == LIE_ABOUT.to_ne_bytes() {
+                        word.copy_from_slice(&1_000_000i32.to_ne_bytes());
+                    }
+                }
             }
+            _ => {}
         }
         code
     }

@@ -9,7 +9,7 @@ use treeattn::attention::{Algorithm, AttentionDesc};
 use treeattn::cpu::Isa;
 use treeattn::runtime::{CommConfig, Communicator, Plan, Runtime, RuntimeConfig};
 
-use super::mesh::{FAIL, LONG, Mesh, connect, connect_as, unix_pairs};
+use super::mesh::{FAIL, LIE, LONG, Mesh, connect, connect_as, unix_pairs};
 use super::ranks::*;
 
 /// Every rank of a ring works out all partials, and slices of other sizes would round otherwise.
@@ -114,6 +114,20 @@ fn a_failing_callback_is_a_transport_error_and_the_process_goes_on() {
             assert!(error.message().contains("returned 4242"), "{error}");
         });
     }
+}
+
+/// A ring takes in as much as it has room for, whatever it was told to expect.
+#[test]
+fn a_ring_is_not_told_of_more_keys_than_a_plan_holds() {
+    on_ranks(2, &config(LONG), |mesh, comm| {
+        let plan = Plan::create(comm, &AttentionDesc { algorithm: Algorithm::Ring, ..shape(1) }).unwrap();
+        decode(&plan, mesh.rank, 1, None).unwrap();
+        mesh.fault.store(LIE, Ordering::Relaxed);
+        let error = decode(&plan, mesh.rank, 1, None).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Desync, "{error}");
+        let found = format!("kv_length: rank {} announced 1000000, above the plan's ", 1 - mesh.rank);
+        assert!(error.message().contains(&found), "{error}");
+    });
 }
 
 #[test]

@@ -2,18 +2,20 @@
 //!
 //! It serves setup only: steps of GPUs exchange on the GPUs.
 
-use std::sync::Arc;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use super::library::UNIQUE_ID_BYTES;
 use super::rank::{NcclRank, NcclTimeout, PATIENCE};
 use crate::attention::Shard;
 use crate::comm::bootstrap::Bootstrap;
 use crate::comm::config::CommConfig;
 use crate::comm::errors;
-use crate::device::cuda::Staging;
+use crate::device::cuda::{CudaDevice, Staging};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes that a rank sends at a time. Longer blobs go in several.
@@ -38,13 +40,18 @@ pub(crate) struct NcclBootstrap {
 }
 
 impl NcclBootstrap {
+    /// What the exchanges of `world` ranks work on. Made before the communicator: a rank that allocates while a peer's first
+    /// exchange runs on another GPU may wait for it.
+    pub fn staging(device: &Arc<CudaDevice>, world: i32, config: &CommConfig) -> Result<Staging> {
+        Staging::new(device, bytes(world), config.step_timeout)
+    }
+
     /// The group of a communicator that is there. Collective: compares the versions of all ranks, of this library and of
     /// NCCL, within `limit`.
-    pub fn new(rank: NcclRank, config: &CommConfig, limit: NcclTimeout) -> Result<NcclBootstrap> {
-        let world = rank.shard().world as usize;
-        let bytes = (world + 1) * CHUNK;
+    pub fn new(rank: NcclRank, staging: Staging, config: &CommConfig, limit: NcclTimeout) -> Result<NcclBootstrap> {
+        let bytes = bytes(rank.shard().world);
         let bootstrap = NcclBootstrap {
-            staging: Mutex::new(Staging::new(rank.device(), bytes, config.step_timeout)?),
+            staging: Mutex::new(staging),
             rank: Arc::new(rank),
             setup_timeout: config.setup_timeout,
             step_timeout: config.step_timeout,
@@ -62,7 +69,22 @@ impl NcclBootstrap {
             bootstrap.latch(&error);
             return Err(error);
         }
+        if !bootstrap.rank.is_named() {
+            bootstrap.agree_on_name(limit).inspect_err(|error| bootstrap.latch(error))?;
+        }
         Ok(bootstrap)
+    }
+
+    /// Gives the communicator a name by which the ranks of one process find each other: one that rank 0 made up.
+    fn agree_on_name(&self, limit: NcclTimeout) -> Result<()> {
+        static PROCESS: OnceLock<[u8; 16]> = OnceLock::new();
+        let process = *PROCESS.get_or_init(random);
+        let all = self.gather(&[process, random()].concat(), limit)?;
+        let mut name = [0; UNIQUE_ID_BYTES];
+        name[..16].copy_from_slice(&all[0][16..]);
+        let members: Vec<i32> = (0..).zip(&all).filter(|(_, theirs)| theirs[..16] == process).map(|(r, _)| r).collect();
+        self.rank.name(&name, &members);
+        Ok(())
     }
 
     /// The communicator below.
@@ -188,6 +210,20 @@ impl Bootstrap for NcclBootstrap {
             self.step_timeout.as_millis(),
         )
     }
+}
+
+/// Bytes on each side for the exchanges of `world` ranks: this rank's chunk, then those of all.
+fn bytes(world: i32) -> usize {
+    (world as usize + 1) * CHUNK
+}
+
+/// 16 bytes that no other call makes, in this process or another.
+fn random() -> [u8; 16] {
+    let half = || RandomState::new().build_hasher().finish().to_ne_bytes();
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&half());
+    bytes[8..].copy_from_slice(&half());
+    bytes
 }
 
 /// The 64-bit word that a message begins with.

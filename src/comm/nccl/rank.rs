@@ -6,7 +6,7 @@
 
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -63,7 +63,8 @@ pub(crate) struct NcclRank {
     link: Arc<Link>,
     /// How long the other ranks may take to end the communicator in order.
     patience: Duration,
-    member: Member,
+    /// Unset as long as the communicator has no name.
+    member: OnceLock<Member>,
 }
 
 /// A communicator of NCCL's, with what its calls need.
@@ -88,7 +89,7 @@ impl NcclRank {
         shard: Shard,
         patience: Duration,
     ) -> Result<NcclRank> {
-        let member = Member::join(id, shard.rank);
+        let member = OnceLock::from(Member::join(id, shard.rank, &[]));
         let link = Link::new(library, device);
         let mut raw = std::ptr::null_mut();
         let entered = device.enter_to_change()?;
@@ -102,8 +103,31 @@ impl NcclRank {
         Ok(NcclRank { shard, link: Arc::new(link), patience, member })
     }
 
-    /// Splits a communicator of all ranks of `borrowed` off it. Collective over these. Blocks, at most until `limit`. After
-    /// that the borrowed communicator is not used, unless the split itself has not returned: then it still runs.
+    /// Which rank of how many an engine's communicator is. `InvalidArgument` where it is one of another GPU.
+    ///
+    /// # Safety
+    /// `borrowed` is a live communicator of `library`, which nobody else uses until this returns.
+    pub unsafe fn shard_of(library: &'static Library, device: &Arc<CudaDevice>, borrowed: RawComm) -> Result<Shard> {
+        let _entered = device.enter_to_change()?;
+        let ask = |call: unsafe extern "C" fn(RawComm, *mut c_int) -> Status, name: &str| {
+            let mut value = 0;
+            // SAFETY: the caller promises a live communicator that nobody else uses; the call writes one int to a local.
+            library.check(unsafe { call(borrowed, &mut value) }, name).map(|()| value)
+        };
+        let ordinal = ask(library.calls.comm_cu_device, "ncclCommCuDevice")?;
+        if ordinal != device.device().ordinal {
+            let wanted = format!("cuda:{ordinal}, the device of nccl_comm");
+            return Err(Error::invalid("device", device.device(), wanted));
+        }
+        Ok(Shard {
+            rank: ask(library.calls.comm_user_rank, "ncclCommUserRank")?,
+            world: ask(library.calls.comm_count, "ncclCommCount")?,
+        })
+    }
+
+    /// Splits a communicator of all ranks of `borrowed`, which is rank `shard`, off it. Collective over these. Blocks, at most
+    /// until `limit`. After that the borrowed communicator is not used, unless the split itself has not returned: then it
+    /// still runs.
     ///
     /// # Safety
     /// `borrowed` is a live communicator of `library`. Nobody else uses it until this returns or, where that is `Timeout`,
@@ -112,26 +136,10 @@ impl NcclRank {
         library: &'static Library,
         device: &Arc<CudaDevice>,
         borrowed: RawComm,
+        shard: Shard,
         limit: NcclTimeout,
         patience: Duration,
     ) -> Result<NcclRank> {
-        let shard = {
-            let _entered = device.enter_to_change()?;
-            let ask = |call: unsafe extern "C" fn(RawComm, *mut c_int) -> Status, name: &str| {
-                let mut value = 0;
-                // SAFETY: the caller promises a live communicator that nobody else uses; the call writes one int to a local.
-                library.check(unsafe { call(borrowed, &mut value) }, name).map(|()| value)
-            };
-            let ordinal = ask(library.calls.comm_cu_device, "ncclCommCuDevice")?;
-            if ordinal != device.device().ordinal {
-                let wanted = format!("cuda:{ordinal}, the device of nccl_comm");
-                return Err(Error::invalid("device", device.device(), wanted));
-            }
-            Shard {
-                rank: ask(library.calls.comm_user_rank, "ncclCommUserRank")?,
-                world: ask(library.calls.comm_count, "ncclCommCount")?,
-            }
-        };
         // Where the borrowed one blocks, so does its split, whatever the config of the new one says.
         let (borrowed, its_device) = (borrowed as usize, Arc::clone(device));
         let (done, result) = mpsc::channel();
@@ -155,9 +163,19 @@ impl NcclRank {
         };
         let _ = thread.join();
         split?;
-        let rank = NcclRank { shard, link: Arc::new(link), patience, member: Member::alone(shard.rank) };
+        let rank = NcclRank { shard, link: Arc::new(link), patience, member: OnceLock::new() };
         rank.settle(what, limit)?;
         Ok(rank)
+    }
+
+    /// Whether this process knows the communicator by a name, by which its ranks find each other.
+    pub fn is_named(&self) -> bool {
+        self.member.get().is_some()
+    }
+
+    /// Names the communicator, of which the ranks `members` are in this process: they meet before each exchange from now on.
+    pub fn name(&self, id: &[u8; UNIQUE_ID_BYTES], members: &[i32]) {
+        self.member.get_or_init(|| Member::join(id, self.shard.rank, members));
     }
 
     /// Which rank of how many.
@@ -231,9 +249,10 @@ impl NcclRank {
         self.enqueued(status, "ncclAllGather", limit)
     }
 
-    /// Waits until all ranks of this process are here.
+    /// Waits until all ranks of this process are here, where they have a name to find each other by.
     fn meet(&self, what: &str, limit: NcclTimeout) -> Result<()> {
-        self.member.wait(limit.until, || self.state(what).map(drop))?.map_err(|missing| {
+        let Some(member) = self.member.get() else { return Ok(()) };
+        member.wait(limit.until, || self.state(what).map(drop))?.map_err(|missing| {
             self.abort(PATIENCE);
             errors::timeout(what, &[missing as usize], limit.field, limit.timeout)
         })

@@ -6,7 +6,8 @@
 //! still at that, each would wait for the other. So no rank of a process launches before all of them are about to.
 //!
 //! Ranks of other processes need not be waited for: their contexts are not this process's. Ranks that were split off an
-//! engine's communicator have no name that this process could find them by, and do not wait.
+//! engine's communicator have no name at first. They have allocated what they need before the split, agree on a name in their
+//! first exchanges, and meet from then on.
 
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -44,25 +45,24 @@ pub(super) struct Member {
 }
 
 impl Member {
-    /// Rank `rank` of the communicator called `id`. All members of this process have joined once NCCL has made the
-    /// communicator, since that takes every rank.
-    pub fn join(id: &Id, rank: i32) -> Member {
+    /// Rank `rank` of the communicator called `id`. `members`: the ranks that are known to join in this process, at any time;
+    /// nobody goes on without them. Where none are, all must have joined before the first waits; NCCL sees to that, as it
+    /// takes every rank to make a communicator.
+    pub fn join(id: &Id, rank: i32, members: &[i32]) -> Member {
         let mut all = ALL.lock();
         all.retain(|(_, known)| known.strong_count() > 0);
         let known = all.iter().find(|(known, _)| known == id).and_then(|(_, known)| known.upgrade());
         let shared = known.unwrap_or_else(|| {
-            let new = Arc::default();
+            let new: Arc<Rendezvous> = Arc::default();
+            new.state.lock().members.extend(members);
             all.push((*id, Arc::downgrade(&new)));
             new
         });
-        shared.state.lock().members.push(rank);
-        Member { rank, shared }
-    }
-
-    /// The only member of its kind.
-    pub fn alone(rank: i32) -> Member {
-        let shared: Arc<Rendezvous> = Arc::default();
-        shared.state.lock().members.push(rank);
+        let mut state = shared.state.lock();
+        if !state.members.contains(&rank) {
+            state.members.push(rank);
+        }
+        drop(state);
         Member { rank, shared }
     }
 
@@ -136,10 +136,9 @@ mod tests {
 
     #[test]
     fn nobody_goes_on_before_all_are_there() {
-        let members = [0, 1, 2].map(|rank| Member::join(&id(1), rank));
-        let other = Member::join(&id(2), 0);
+        let members = [0, 1, 2].map(|rank| Member::join(&id(1), rank, &[]));
+        let other = Member::join(&id(2), 0, &[]);
         assert_eq!(wait(&other, LONG), Ok(Ok(())), "another communicator");
-        assert_eq!(wait(&Member::alone(1), LONG), Ok(Ok(())));
         let arrived = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for member in &members {
@@ -158,8 +157,20 @@ mod tests {
     }
 
     #[test]
+    fn members_that_are_known_to_come_are_waited_for() {
+        let first = Member::join(&id(4), 0, &[0, 1]);
+        assert_eq!(wait(&first, Duration::from_millis(5)), Ok(Err(1)));
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| wait(&first, LONG));
+            let second = Member::join(&id(4), 1, &[0, 1]);
+            assert_eq!(wait(&second, LONG), Ok(Ok(())));
+            assert_eq!(waiting.join().unwrap(), Ok(Ok(())));
+        });
+    }
+
+    #[test]
     fn a_wait_ends_by_time_by_error_and_by_leaving() {
-        let [first, second] = [0, 1].map(|rank| Member::join(&id(3), rank));
+        let [first, second] = [0, 1].map(|rank| Member::join(&id(3), rank, &[]));
         assert_eq!(wait(&first, Duration::from_millis(5)), Ok(Err(1)));
         assert_eq!(first.wait(Instant::now() + LONG, || Err("over")), Err("over"));
         std::thread::scope(|scope| {
