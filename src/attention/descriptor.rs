@@ -257,6 +257,8 @@ impl AttentionDesc {
         }
         dim("head_dim_qk", self.head_dim_qk)?;
         float("q_dtype", self.q_dtype)?;
+        whole_blocks("head_dim_qk", self.head_dim_qk, "k_dtype", self.k_dtype)?;
+        whole_blocks("head_dim_v", self.head_dim_v, "v_dtype", self.v_dtype)?;
         at_least_one("max_batch", self.max_batch)?;
         at_least_one("max_kv_length", self.max_kv_length)?;
         match self.kv_layout {
@@ -364,6 +366,19 @@ fn dim(name: &str, value: i32) -> Result<()> {
     } else {
         Err(Error::invalid(name, value, format!("1 to {MAX_HEAD_DIM}")))
     }
+}
+
+/// A row ends where a block does.
+fn whole_blocks(name: &str, dim: i32, of: &str, dtype: Dtype) -> Result<()> {
+    let elements = KvFormat::of(dtype).block_elements() as i32;
+    if dim % elements == 0 {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        name,
+        dim,
+        format_args!("a multiple of {elements}, the elements of a block, with {of} {}", dtype.name()),
+    ))
 }
 
 fn float(name: &str, dtype: Dtype) -> Result<()> {

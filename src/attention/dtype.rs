@@ -20,20 +20,40 @@ pub enum Dtype {
     Q8_0 = 6,
     /// ggml blocks of 32: one f16 scale and 32 4-bit values (18 bytes).
     Q4_0 = 7,
+    /// Whole numbers -128 to 127; scales come beside them.
+    Int8 = 8,
+    /// ggml blocks of 32: an f16 scale, an f16 minimum and 32 4-bit values (20 bytes).
+    Q4_1 = 9,
+    /// ggml blocks of 32: an f16 scale and 32 5-bit values (22 bytes).
+    Q5_0 = 10,
+    /// ggml blocks of 32: an f16 scale, an f16 minimum and 32 5-bit values (24 bytes).
+    Q5_1 = 11,
+    /// ggml blocks of 32: an f16 scale and 32 4-bit indices into a table (18 bytes).
+    Iq4Nl = 12,
 }
 
 impl Dtype {
+    /// Every type, in the order of the codes.
+    pub const ALL: [Dtype; 12] = [
+        Dtype::F32,
+        Dtype::F16,
+        Dtype::Bf16,
+        Dtype::F8E4M3,
+        Dtype::F8E5M2,
+        Dtype::Q8_0,
+        Dtype::Q4_0,
+        Dtype::Int8,
+        Dtype::Q4_1,
+        Dtype::Q5_0,
+        Dtype::Q5_1,
+        Dtype::Iq4Nl,
+    ];
+
     /// The type with this code.
     pub fn from_code(field: &str, code: i32) -> Result<Dtype> {
-        Ok(match code {
-            1 => Dtype::F32,
-            2 => Dtype::F16,
-            3 => Dtype::Bf16,
-            4 => Dtype::F8E4M3,
-            5 => Dtype::F8E5M2,
-            6 => Dtype::Q8_0,
-            7 => Dtype::Q4_0,
-            _ => return Err(Error::invalid(field, code, "a TREEATTN_DTYPE_ code (1 to 7)")),
+        let index = usize::try_from(code).ok().and_then(|code| code.checked_sub(1));
+        index.and_then(|index| Dtype::ALL.get(index).copied()).ok_or_else(|| {
+            Error::invalid(field, code, format_args!("a TREEATTN_DTYPE_ code (1 to {})", Dtype::ALL.len()))
         })
     }
 
@@ -52,6 +72,11 @@ impl Dtype {
             Dtype::F8E5M2 => "f8_e5m2",
             Dtype::Q8_0 => "q8_0",
             Dtype::Q4_0 => "q4_0",
+            Dtype::Int8 => "int8",
+            Dtype::Q4_1 => "q4_1",
+            Dtype::Q5_0 => "q5_0",
+            Dtype::Q5_1 => "q5_1",
+            Dtype::Iq4Nl => "iq4_nl",
         }
     }
 }

@@ -2,10 +2,11 @@
 //!
 //! Tensors, steps, the packed copies that ranks pass round and the reference ask here; the CPU's and the GPU's own
 //! widening (`cpu::simd`, `kernels/loads.cuh`) are chosen by the format. A new format is a new arm in each function here
-//! and a codec in each backend that is to serve it.
+//! and in `block`, which says what the bytes of a block stand for, and a codec in each backend that is to serve it.
 
 use half::{bf16, f16};
 
+use super::block;
 use super::dtype::Dtype;
 use crate::error::{Error, Result};
 
@@ -38,8 +39,8 @@ impl KvFormat {
     /// Elements of a block.
     pub const fn block_elements(self) -> usize {
         match self.dtype {
-            Dtype::F32 | Dtype::F16 | Dtype::Bf16 | Dtype::F8E4M3 | Dtype::F8E5M2 => 1,
-            Dtype::Q8_0 | Dtype::Q4_0 => 32,
+            Dtype::F32 | Dtype::F16 | Dtype::Bf16 | Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::Int8 => 1,
+            Dtype::Q8_0 | Dtype::Q4_0 | Dtype::Q4_1 | Dtype::Q5_0 | Dtype::Q5_1 | Dtype::Iq4Nl => 32,
         }
     }
 
@@ -48,9 +49,12 @@ impl KvFormat {
         match self.dtype {
             Dtype::F32 => 4,
             Dtype::F16 | Dtype::Bf16 => 2,
-            Dtype::F8E4M3 | Dtype::F8E5M2 => 1,
+            Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::Int8 => 1,
             Dtype::Q8_0 => 2 + 32,
-            Dtype::Q4_0 => 2 + 16,
+            Dtype::Q4_0 | Dtype::Iq4Nl => 2 + 16,
+            Dtype::Q4_1 => 4 + 16,
+            Dtype::Q5_0 => 2 + 4 + 16,
+            Dtype::Q5_1 => 4 + 4 + 16,
         }
     }
 
@@ -58,8 +62,9 @@ impl KvFormat {
     pub const fn alignment(self) -> usize {
         match self.dtype {
             Dtype::F32 => 4,
-            Dtype::F16 | Dtype::Bf16 | Dtype::Q8_0 | Dtype::Q4_0 => 2,
-            Dtype::F8E4M3 | Dtype::F8E5M2 => 1,
+            Dtype::F16 | Dtype::Bf16 => 2,
+            Dtype::Q8_0 | Dtype::Q4_0 | Dtype::Q4_1 | Dtype::Q5_0 | Dtype::Q5_1 | Dtype::Iq4Nl => 2,
+            Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::Int8 => 1,
         }
     }
 
@@ -102,24 +107,36 @@ impl KvFormat {
         counts
     }
 
-    /// Widens a row to f64, which is exact, in plain code: the reference's way. False: the format is none that it knows.
+    /// Widens a row to f64 in plain code: the reference's way. Each element is the f32 that the format stands for.
     ///
     /// # Safety
     /// `row` is valid for reads of every block of `out.len()` elements, `stride` bytes from block to block.
-    pub unsafe fn widen_row(self, row: *const u8, stride: i64, out: &mut [f64]) -> bool {
+    pub unsafe fn widen_row(self, row: *const u8, stride: i64, out: &mut [f64]) {
         let at = |i: usize| row.wrapping_offset(i as isize * stride as isize);
-        for (i, out) in out.iter_mut().enumerate() {
+        for (i, out) in out.chunks_mut(self.block_elements()).enumerate() {
             // SAFETY: block i of the row is readable, as the caller vouches; reads need no alignment.
-            *out = unsafe {
-                match self.dtype {
-                    Dtype::F32 => f64::from(at(i).cast::<f32>().read_unaligned()),
-                    Dtype::F16 => at(i).cast::<f16>().read_unaligned().to_f64(),
-                    Dtype::Bf16 => at(i).cast::<bf16>().read_unaligned().to_f64(),
-                    Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::Q8_0 | Dtype::Q4_0 => return false,
+            unsafe {
+                match (self.dtype, &mut *out) {
+                    (Dtype::F32, [out]) => *out = f64::from(at(i).cast::<f32>().read_unaligned()),
+                    (Dtype::F16, [out]) => *out = at(i).cast::<f16>().read_unaligned().to_f64(),
+                    (Dtype::Bf16, [out]) => *out = at(i).cast::<bf16>().read_unaligned().to_f64(),
+                    _ => block::widen(self.dtype, std::slice::from_raw_parts(at(i), self.block_bytes()), out),
                 }
-            };
+            }
         }
-        true
+    }
+
+    /// What element `i` of a block, which holds as many bytes as [`block_bytes`](Self::block_bytes), stands for.
+    pub fn element(self, block: &[u8], i: usize) -> f32 {
+        block::element(self.dtype, block, i)
+    }
+
+    /// The nearest that a packed row of this format has to these values, as bytes: as many as [`row_bytes`](Self::row_bytes).
+    /// NaN becomes NaN where the format has one; what is beyond a format's range becomes its largest.
+    pub fn narrow_row(self, values: &[f32], out: &mut [u8]) {
+        for (values, out) in values.chunks(self.block_elements()).zip(out.chunks_exact_mut(self.block_bytes())) {
+            block::narrow(self.dtype, values, out);
+        }
     }
 
     /// Copies a row of `dim` elements block by block to packed memory.
@@ -151,6 +168,8 @@ mod tests {
         assert_eq!(sizes(Dtype::F8E4M3, 5), (5, 5));
         assert_eq!(sizes(Dtype::Q8_0, 128), (4, 136));
         assert_eq!(sizes(Dtype::Q4_0, 64), (2, 36));
+        assert_eq!((sizes(Dtype::Q4_1, 32), sizes(Dtype::Iq4Nl, 32)), ((1, 20), (1, 18)));
+        assert_eq!((sizes(Dtype::Q5_0, 96), sizes(Dtype::Q5_1, 32), sizes(Dtype::Int8, 7)), ((3, 66), (1, 24), (7, 7)));
     }
 
     #[test]
@@ -172,7 +191,7 @@ mod tests {
         // SAFETY: three blocks of 2 bytes, 4 apart, then side by side.
         unsafe {
             format.pack_row(strided.as_ptr(), 4, 3, packed.as_mut_ptr());
-            assert!(format.widen_row(packed.as_ptr(), 2, &mut wide));
+            format.widen_row(packed.as_ptr(), 2, &mut wide);
         }
         assert_eq!(wide, [1.5, -2.0, 7.0]);
     }

@@ -3,6 +3,7 @@
 //! Plain data and checks; depends on nothing but [`crate::error`] and, for what bad data is,
 //! [`crate::partial`]. Backends, the runtime and the C ABI build on it.
 
+mod block;
 pub mod capability;
 pub mod decode_args;
 pub mod descriptor;
@@ -23,6 +24,7 @@ pub mod tensor;
 mod unused_args;
 pub mod visibility;
 
+pub use block::IQ4_NL;
 pub use capability::{Capabilities, supported};
 pub use decode_args::DecodeArgs;
 pub use descriptor::{

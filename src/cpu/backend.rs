@@ -23,7 +23,7 @@ const TILES_TO_BLOCK: u64 = 8;
 /// What the CPU backend serves.
 pub const CAPABILITIES: Capabilities = Capabilities {
     place: "",
-    kv_dtypes: &[Dtype::F32, Dtype::F16, Dtype::Bf16],
+    kv_dtypes: &Dtype::ALL,
     head_dim_multiple: 1,
     head_dim_limit: MAX_HEAD_DIM,
     window: true,
@@ -89,7 +89,7 @@ impl CpuBackend {
             let message = format!("isa: found {}, this machine has not got it", isa.name());
             return Err(Error::new(ErrorKind::Unavailable, message));
         };
-        let shape = Shape::new(desc, with_zeta)?;
+        let shape = Shape::new(desc, with_zeta);
         let too_large = || Error::new(ErrorKind::NoMemory, "cpu scratch: its size does not fit the address space");
         let layout = Layout::of(&shape).ok_or_else(too_large)?;
         let bytes = layout.floats.checked_mul(4 * threads).ok_or_else(too_large)?;

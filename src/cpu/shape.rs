@@ -4,7 +4,6 @@ use super::kernel::args::TILE;
 use super::kernel::table::codec_of;
 use super::sums::{ClosedSums, SumShape};
 use crate::attention::{AttentionDesc, Dtype, KvFormat, ScoreMod};
-use crate::error::{Error, Result};
 
 /// Most rows of a row block.
 const ROW_BLOCK: usize = 32;
@@ -24,10 +23,9 @@ pub struct RowShape {
 }
 
 impl RowShape {
-    fn new(field: &str, dim: i32, dtype: Dtype) -> Result<RowShape> {
+    fn new(dim: i32, dtype: Dtype) -> RowShape {
         let format = KvFormat::of(dtype);
-        let codec = codec_of(format).ok_or_else(|| Error::unsupported(field, dtype.name(), "f32, f16 and bf16"))?;
-        Ok(RowShape { dim: dim as usize, format, codec })
+        RowShape { dim: dim as usize, format, codec: codec_of(format) }
     }
 
     /// Elements of a widened row.
@@ -65,9 +63,8 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// The shape of a checked descriptor. `with_zeta`: steps come with a zeta. `Unsupported` for an element type without
-    /// kernels.
-    pub fn new(desc: &AttentionDesc, with_zeta: bool) -> Result<Shape> {
+    /// The shape of a checked descriptor. `with_zeta`: steps come with a zeta.
+    pub fn new(desc: &AttentionDesc, with_zeta: bool) -> Shape {
         let group = desc.group() as usize;
         let row_block = (group.saturating_mul(desc.max_query_tokens as usize)).min(ROW_BLOCK);
         let heads = desc.kv_heads as usize;
@@ -79,22 +76,19 @@ impl Shape {
         let factor = mods.factor().unwrap_or(1.0);
         let q_factor = 2f64.powi(mods.q_power());
         let left = if mods.factor().is_some() { factor / q_factor } else { factor };
-        Ok(Shape {
+        Shape {
             q_heads: desc.q_heads as usize,
             group,
             row_block,
             head_block,
-            q: RowShape::new("q_dtype", desc.head_dim_qk, desc.q_dtype)?,
-            kv: [
-                RowShape::new("k_dtype", desc.head_dim_qk, desc.k_dtype)?,
-                RowShape::new("v_dtype", desc.head_dim_v, desc.v_dtype)?,
-            ],
-            zeta: RowShape::new("zeta", desc.head_dim_v, Dtype::F32)?,
+            q: RowShape::new(desc.head_dim_qk, desc.q_dtype),
+            kv: [RowShape::new(desc.head_dim_qk, desc.k_dtype), RowShape::new(desc.head_dim_v, desc.v_dtype)],
+            zeta: RowShape::new(desc.head_dim_v, Dtype::F32),
             mods,
             factor: two_floats(left.abs() * std::f64::consts::LOG2_E),
             q_factor: q_factor.copysign(factor) as f32,
             product_factor: 1.0 / q_factor,
-        })
+        }
     }
 
     /// Elements of a widened row of q and k.

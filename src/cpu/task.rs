@@ -2,7 +2,7 @@
 
 use super::kernel::args::{ScoreArgs, TILE, ValueArgs, WeightArgs, WidenArgs, keys_together};
 use super::kernel::prefetch::{Prefetch, PrefetchRows};
-use super::kernel::table::WIDE;
+use super::kernel::table::{DIRECT, WIDE};
 use super::partition::{Split, leaf};
 use super::rows::Rows;
 use super::seen::Seen;
@@ -93,7 +93,7 @@ impl<'a> Task<'a> {
             let row = &shape.kv[i];
             let packed = row.format.is_packed(strides[i][3]);
             let many = split.rows > WIDEN_ABOVE && row.codec != WIDE;
-            task.widen[i] = !packed || row.dim != row.padded() || many;
+            task.widen[i] = !packed || row.dim != row.padded() || many || row.codec >= DIRECT;
             task.row_bytes[i] = if packed { row.format.row_bytes(row.dim) } else { 0 };
             for (t, wide) in task.wide[i].iter_mut().enumerate() {
                 *wide = worker.scratch.wrapping_add(layout.wide[i] + t * row.padded()).cast::<u8>().cast_const();
@@ -177,7 +177,7 @@ impl<'a> Task<'a> {
         let out = self.worker.scratch.wrapping_add(self.worker.layout.wide[which]);
         let args = WidenArgs { rows: raw, offset, count: keys, dim, stride, out };
         // SAFETY: the rows are a tile's, within the checked extents of k and v; the layout has room for a wide tile.
-        unsafe { (self.worker.kernels.of_codec[row.codec].widen)(&args) };
+        unsafe { (self.worker.kernels.widen[row.codec])(&args) };
         (self.wide[which].as_ptr(), 0, WIDE)
     }
 
@@ -220,7 +220,7 @@ impl<'a> Task<'a> {
                 dim: worker.shape.padded_v(),
             };
             loop {
-                (worker.kernels.of_codec[codec].scores)(&score);
+                (worker.kernels.direct[codec].scores)(&score);
                 if !is_product {
                     self.modify(heads, keys, rows, scores);
                 }
@@ -246,7 +246,7 @@ impl<'a> Task<'a> {
         unsafe {
             let biases = worker.scratch.add(worker.layout.biases);
             let (v, offset, codec) = self.source(V, heads.first, keys, rows);
-            (worker.kernels.of_codec[codec].scores)(&ScoreArgs {
+            (worker.kernels.direct[codec].scores)(&ScoreArgs {
                 q: worker.zeta(split, heads.first),
                 heads: heads.count,
                 rows: split.rows,
@@ -334,7 +334,7 @@ impl<'a> Task<'a> {
     /// # Safety
     /// The arguments describe valid memory.
     unsafe fn sum_leaves(&self, all: &ValueArgs, codec: usize, first: usize) {
-        let values = self.worker.kernels.of_codec[codec].values;
+        let values = self.worker.kernels.direct[codec].values;
         if self.leaf >= TILE {
             // SAFETY: the caller's arguments.
             return unsafe { values(all) };

@@ -101,9 +101,7 @@ impl Worker<'_> {
         let (rows, count, dim) = (pointers.as_ptr(), split.rows, row.dim);
         // SAFETY: the rows are tokens and heads of the step, within the extent of the tensor that was checked when the step
         // was made.
-        unsafe {
-            (self.kernels.of_codec[row.codec].widen)(&WidenArgs { rows, offset: 0, count, dim, stride: stride[2], out })
-        }
+        unsafe { (self.kernels.widen[row.codec])(&WidenArgs { rows, offset: 0, count, dim, stride: stride[2], out }) }
     }
 
     /// Writes the rows of a finished item.

@@ -82,6 +82,11 @@ mirrors! {
     TREEATTN_DTYPE_F8_E5M2 == Dtype::F8E5M2;
     TREEATTN_DTYPE_Q8_0 == Dtype::Q8_0;
     TREEATTN_DTYPE_Q4_0 == Dtype::Q4_0;
+    TREEATTN_DTYPE_INT8 == Dtype::Int8;
+    TREEATTN_DTYPE_Q4_1 == Dtype::Q4_1;
+    TREEATTN_DTYPE_Q5_0 == Dtype::Q5_0;
+    TREEATTN_DTYPE_Q5_1 == Dtype::Q5_1;
+    TREEATTN_DTYPE_IQ4_NL == Dtype::Iq4Nl;
     TREEATTN_DEVICE_CPU == DeviceKind::Cpu;
     TREEATTN_DEVICE_CUDA == DeviceKind::Cuda;
     TREEATTN_KV_LAYOUT_STRIDED == KvLayout::Strided;

@@ -14,7 +14,7 @@ use crate::partial::{DataFault, sinks};
 /// What the reference knows. How partials meet and which bits are promised is nothing to it.
 const CAPABILITIES: Capabilities = Capabilities {
     place: " in the float64 reference",
-    kv_dtypes: &[Dtype::F32, Dtype::F16, Dtype::Bf16],
+    kv_dtypes: &Dtype::ALL,
     head_dim_multiple: 1,
     head_dim_limit: i32::MAX,
     window: true,

@@ -5,7 +5,7 @@ use super::{merge, scores, values, weights, widen};
 use crate::attention::KvFormat;
 use crate::attention::dtype::Dtype;
 use crate::cpu::isa::Isa;
-use crate::cpu::simd::codec::{Bf16, F16, F32};
+use crate::cpu::simd::codec::{Bf16, F8E4M3, F8E5M2, F16, F32, Int8, Iq4Nl, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
 use crate::cpu::simd::scalar::Scalar;
 
 /// The kernels of one instruction set.
@@ -13,37 +13,48 @@ use crate::cpu::simd::scalar::Scalar;
 /// Calling one needs the instruction set, and arguments that describe valid memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernels {
-    /// Those that read rows, by [`codec_of`] their format.
-    pub of_codec: [CodecKernels; CODECS],
+    /// Those that read rows as they lie, by [`codec_of`] their format.
+    pub direct: [DirectKernels; DIRECT],
+    /// [`widen::widen`], by [`codec_of`] the format.
+    pub widen: [unsafe fn(&WidenArgs); CODECS],
     /// [`weights::weights`].
     pub weights: unsafe fn(&WeightArgs) -> bool,
     /// [`merge::close`].
     pub close: unsafe fn(&CloseArgs),
 }
 
-/// The kernels that read rows of one format.
+/// The kernels that read rows of one format as they lie.
 #[derive(Clone, Copy, Debug)]
-pub struct CodecKernels {
+pub struct DirectKernels {
     /// [`scores::scores`], of keys.
     pub scores: unsafe fn(&ScoreArgs),
     /// [`values::values`], of values.
     pub values: unsafe fn(&ValueArgs),
-    /// [`widen::widen`], of any rows.
-    pub widen: unsafe fn(&WidenArgs),
 }
 
 /// Formats with a codec.
-pub const CODECS: usize = 3;
+pub const CODECS: usize = 12;
+/// Those with direct kernels come first; rows of the others are always widened before they are used, which costs a
+/// store and a load an element and saves the code.
+pub const DIRECT: usize = 8;
 /// The codec of f32, which rows are widened to.
 pub const WIDE: usize = 0;
 
-/// The codec of a format; None where there is none.
-pub fn codec_of(format: KvFormat) -> Option<usize> {
+/// The codec of a format: the place of its kernels among those of an instruction set.
+pub fn codec_of(format: KvFormat) -> usize {
     match format.dtype() {
-        Dtype::F32 => Some(WIDE),
-        Dtype::F16 => Some(1),
-        Dtype::Bf16 => Some(2),
-        Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::Q8_0 | Dtype::Q4_0 => None,
+        Dtype::F32 => WIDE,
+        Dtype::F16 => 1,
+        Dtype::Bf16 => 2,
+        Dtype::F8E4M3 => 3,
+        Dtype::F8E5M2 => 4,
+        Dtype::Int8 => 5,
+        Dtype::Q8_0 => 6,
+        Dtype::Q4_0 => 7,
+        Dtype::Q4_1 => 8,
+        Dtype::Q5_0 => 9,
+        Dtype::Q5_1 => 10,
+        Dtype::Iq4Nl => 11,
     }
 }
 
@@ -64,19 +75,47 @@ macro_rules! kernels {
                     }
                 };
             }
-            macro_rules! codec {
+            macro_rules! direct {
                 ($codec:ty) => {{
                     entry!(scores_of, ScoreArgs, scores::scores::<$simd, $codec, $t4, $t2, $t1>);
                     entry!(values_of, ValueArgs, values::values::<$simd, $codec, $w4, $w1>);
+                    DirectKernels { scores: scores_of, values: values_of }
+                }};
+            }
+            macro_rules! widen {
+                ($codec:ty) => {{
                     entry!(widen_of, WidenArgs, widen::widen::<$simd, $codec>);
-                    CodecKernels { scores: scores_of, values: values_of, widen: widen_of }
+                    widen_of
                 }};
             }
             entry!(weights_of, WeightArgs, weights::weights::<$simd>, bool);
             entry!(close_of, CloseArgs, merge::close::<$simd>);
 
             pub const KERNELS: Kernels = Kernels {
-                of_codec: [codec!(F32), codec!(F16), codec!(Bf16)],
+                direct: [
+                    direct!(F32),
+                    direct!(F16),
+                    direct!(Bf16),
+                    direct!(F8E4M3),
+                    direct!(F8E5M2),
+                    direct!(Int8),
+                    direct!(Q8_0),
+                    direct!(Q4_0),
+                ],
+                widen: [
+                    widen!(F32),
+                    widen!(F16),
+                    widen!(Bf16),
+                    widen!(F8E4M3),
+                    widen!(F8E5M2),
+                    widen!(Int8),
+                    widen!(Q8_0),
+                    widen!(Q4_0),
+                    widen!(Q4_1),
+                    widen!(Q5_0),
+                    widen!(Q5_1),
+                    widen!(Iq4Nl),
+                ],
                 weights: weights_of,
                 close: close_of,
             };

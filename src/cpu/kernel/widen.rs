@@ -17,7 +17,15 @@ pub unsafe fn widen<S: Simd, E: Codec>(a: &WidenArgs) {
             let from = (*a.rows.add(t)).add(a.offset);
             let to = a.out.add(t * padded);
             let mut d = 0;
-            if E::FORMAT.is_packed(a.stride) {
+            let n = E::FORMAT.block_elements();
+            if n > 1 {
+                // Rows end where blocks do, and blocks where vectors do.
+                while d < a.dim {
+                    let block = from.offset((d / n) as isize * a.stride as isize);
+                    S::store(to.add(d), E::load::<S>(block, d % n));
+                    d += S::LANES;
+                }
+            } else if E::FORMAT.is_packed(a.stride) {
                 while d + S::LANES <= a.dim {
                     S::store(to.add(d), E::load::<S>(from, d));
                     d += S::LANES;

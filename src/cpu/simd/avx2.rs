@@ -42,6 +42,54 @@ unsafe impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_int8(p: *const u8) -> __m256 {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_f8_e4m3(p: *const u8) -> __m256 {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
+        unsafe {
+            // An f16 of the same bits has an exponent that is 8 too small.
+            let halves = _mm_slli_epi16::<7>(_mm_cvtepi8_epi16(_mm_loadl_epi64(p.cast())));
+            let halves = _mm_and_si128(halves, _mm_set1_epi16(0xbfffu16 as i16));
+            let magnitude = _mm_and_si128(halves, _mm_set1_epi16(0x3f80));
+            let nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x3f80));
+            let small = _mm256_cvtph_ps(_mm_or_si128(halves, nan));
+            _mm256_mul_ps(small, _mm256_set1_ps(256.0))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f8_e5m2(p: *const u8) -> __m256 {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
+        unsafe { _mm256_cvtph_ps(_mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_entries(table: &[i8; 16], p: *const u8, upper: bool) -> __m256 {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
+        unsafe {
+            let bytes = _mm_loadl_epi64(p.cast());
+            let bytes = if upper { _mm_srli_epi16::<4>(bytes) } else { bytes };
+            let entries =
+                _mm_shuffle_epi8(_mm_loadu_si128(table.as_ptr().cast()), _mm_and_si128(bytes, _mm_set1_epi8(15)));
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(entries))
+        }
+    }
+    #[inline(always)]
+    unsafe fn splat_f16(p: *const u8) -> __m256 {
+        // SAFETY: the contract of `Simd`: the pointer is valid for an f16, and the instruction set is there.
+        unsafe { _mm256_cvtph_ps(_mm_set1_epi16(p.cast::<i16>().read_unaligned())) }
+    }
+    #[inline(always)]
+    unsafe fn add_where(a: __m256, bits: u32, x: f32) -> __m256 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
+        unsafe {
+            let lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+            let set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits as i32), lane), lane);
+            _mm256_add_ps(a, _mm256_and_ps(_mm256_castsi256_ps(set), _mm256_set1_ps(x)))
+        }
+    }
+    #[inline(always)]
     unsafe fn add(a: __m256, b: __m256) -> __m256 {
         // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { _mm256_add_ps(a, b) }

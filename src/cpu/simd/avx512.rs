@@ -43,6 +43,52 @@ unsafe impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn load_int8(p: *const u8) -> __m512 {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_f8_e4m3(p: *const u8) -> __m512 {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
+        unsafe {
+            let bytes = _mm_loadu_si128(p.cast());
+            // An f16 of the same bits has an exponent that is 8 too small.
+            let halves = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(bytes));
+            let small = _mm512_cvtph_ps(_mm256_and_si256(halves, _mm256_set1_epi16(0xbfffu16 as i16)));
+            let is_number = _mm_cmpneq_epi8_mask(_mm_or_si128(bytes, _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
+            _mm512_mask_mul_ps(_mm512_set1_ps(f32::NAN), is_number, small, _mm512_set1_ps(256.0))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f8_e5m2(p: *const u8) -> __m512 {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
+        unsafe {
+            let bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast()));
+            _mm512_cvtph_ps(_mm256_slli_epi16::<8>(bytes))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_entries(table: &[i8; 16], p: *const u8, upper: bool) -> __m512 {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
+        unsafe {
+            let bytes = _mm_loadu_si128(p.cast());
+            let bytes = if upper { _mm_srli_epi16::<4>(bytes) } else { bytes };
+            let entries =
+                _mm_shuffle_epi8(_mm_loadu_si128(table.as_ptr().cast()), _mm_and_si128(bytes, _mm_set1_epi8(15)));
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(entries))
+        }
+    }
+    #[inline(always)]
+    unsafe fn splat_f16(p: *const u8) -> __m512 {
+        // SAFETY: the contract of `Simd`: the pointer is valid for an f16, and the instruction set is there.
+        unsafe { _mm512_cvtph_ps(_mm256_set1_epi16(p.cast::<i16>().read_unaligned())) }
+    }
+    #[inline(always)]
+    unsafe fn add_where(a: __m512, bits: u32, x: f32) -> __m512 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
+        unsafe { _mm512_mask_add_ps(a, bits as __mmask16, a, _mm512_set1_ps(x)) }
+    }
+    #[inline(always)]
     unsafe fn add(a: __m512, b: __m512) -> __m512 {
         // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { _mm512_add_ps(a, b) }

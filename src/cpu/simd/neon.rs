@@ -9,6 +9,33 @@ use super::vector::{Simd, exp2_fraction};
 #[derive(Clone, Copy)]
 pub struct Neon;
 
+/// Four f16, widened.
+///
+/// # Safety
+/// NEON is there.
+#[inline(always)]
+unsafe fn widen_halves(halves: uint16x4_t) -> float32x4_t {
+    let wide: float32x4_t;
+    // SAFETY: one instruction of NEON on registers. The intrinsic needs a later compiler than the crate asks for.
+    unsafe {
+        asm!("fcvtl {0:v}.4s, {1:v}.4h", lateout(vreg) wide, in(vreg) halves, options(pure, nomem, nostack));
+    }
+    wide
+}
+
+/// Four int8, the first in the lowest byte, widened.
+///
+/// # Safety
+/// NEON is there.
+#[inline(always)]
+unsafe fn widen_bytes(bytes: u32) -> float32x4_t {
+    // SAFETY: NEON is there.
+    unsafe {
+        let words = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(bytes)));
+        vcvtq_f32_s32(vmovl_s16(vget_low_s16(words)))
+    }
+}
+
 // SAFETY: NEON is part of every AArch64 target that this is built for.
 unsafe impl Simd for Neon {
     type V = float32x4_t;
@@ -32,18 +59,61 @@ unsafe impl Simd for Neon {
     #[inline(always)]
     unsafe fn load_f16(p: *const u8) -> float32x4_t {
         // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
-        unsafe {
-            let halves = vld1_u16(p.cast());
-            let wide: float32x4_t;
-            // The intrinsic needs a later compiler than the crate asks for.
-            asm!("fcvtl {0:v}.4s, {1:v}.4h", lateout(vreg) wide, in(vreg) halves, options(pure, nomem, nostack));
-            wide
-        }
+        unsafe { widen_halves(vld1_u16(p.cast())) }
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u8) -> float32x4_t {
         // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_int8(p: *const u8) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
+        unsafe { widen_bytes(p.cast::<u32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn load_f8_e4m3(p: *const u8) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
+        unsafe {
+            let bytes = vreinterpret_s8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
+            // An f16 of the same bits has an exponent that is 8 too small.
+            let halves = vreinterpretq_u16_s16(vshlq_n_s16::<7>(vmovl_s8(bytes)));
+            let halves = vget_low_u16(vandq_u16(halves, vdupq_n_u16(0xbfff)));
+            let nan = vceq_u16(vand_u16(halves, vdup_n_u16(0x3f80)), vdup_n_u16(0x3f80));
+            vmulq_n_f32(widen_halves(vorr_u16(halves, nan)), 256.0)
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f8_e5m2(p: *const u8) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
+        unsafe {
+            let bytes = vreinterpret_u8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
+            widen_halves(vget_low_u16(vshll_n_u8::<8>(bytes)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_entries(table: &[i8; 16], p: *const u8, upper: bool) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
+        unsafe {
+            let bytes = vreinterpret_u8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
+            let bytes = if upper { vshr_n_u8::<4>(bytes) } else { vand_u8(bytes, vdup_n_u8(15)) };
+            let entries = vqtbl1_s8(vld1q_s8(table.as_ptr()), bytes);
+            widen_bytes(vget_lane_u32::<0>(vreinterpret_u32_s8(entries)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn splat_f16(p: *const u8) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the pointer is valid for an f16, and the instruction set is there.
+        unsafe { widen_halves(vdup_n_u16(p.cast::<u16>().read_unaligned())) }
+    }
+    #[inline(always)]
+    unsafe fn add_where(a: float32x4_t, bits: u32, x: f32) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
+        unsafe {
+            let lane = vld1q_u32([1, 2, 4, 8].as_ptr());
+            let set = vtstq_u32(vdupq_n_u32(bits), lane);
+            vaddq_f32(a, vreinterpretq_f32_u32(vandq_u32(set, vreinterpretq_u32_f32(vdupq_n_f32(x)))))
+        }
     }
     #[inline(always)]
     unsafe fn add(a: float32x4_t, b: float32x4_t) -> float32x4_t {

@@ -1,6 +1,6 @@
 //! Plain code: eight independent lanes, so that sums have the shape of the vector ones.
 
-use super::half_float::widen_f16;
+use super::half_float::{widen_f8_e4m3, widen_f8_e5m2, widen_f16};
 use super::vector::{Simd, exp2_fraction};
 
 /// No instruction set beyond the target's own.
@@ -47,6 +47,36 @@ unsafe impl Simd for Scalar {
     unsafe fn load_bf16(p: *const u8) -> [f32; N] {
         // SAFETY: the contract of `Simd`: the pointer is valid for the lanes.
         unsafe { p.cast::<[u16; N]>().read_unaligned() }.map(|h| f32::from_bits(u32::from(h) << 16))
+    }
+    #[inline(always)]
+    unsafe fn load_int8(p: *const u8) -> [f32; N] {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes.
+        unsafe { p.cast::<[i8; N]>().read_unaligned() }.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn load_f8_e4m3(p: *const u8) -> [f32; N] {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes.
+        unsafe { p.cast::<[u8; N]>().read_unaligned() }.map(widen_f8_e4m3)
+    }
+    #[inline(always)]
+    unsafe fn load_f8_e5m2(p: *const u8) -> [f32; N] {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes.
+        unsafe { p.cast::<[u8; N]>().read_unaligned() }.map(widen_f8_e5m2)
+    }
+    #[inline(always)]
+    unsafe fn load_entries(table: &[i8; 16], p: *const u8, upper: bool) -> [f32; N] {
+        let shift = if upper { 4 } else { 0 };
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes.
+        unsafe { p.cast::<[u8; N]>().read_unaligned() }.map(|byte| f32::from(table[usize::from(byte >> shift & 15)]))
+    }
+    #[inline(always)]
+    unsafe fn splat_f16(p: *const u8) -> [f32; N] {
+        // SAFETY: the contract of `Simd`: the pointer is valid for an f16.
+        [widen_f16(unsafe { p.cast::<u16>().read_unaligned() }); N]
+    }
+    #[inline(always)]
+    unsafe fn add_where(a: [f32; N], bits: u32, x: f32) -> [f32; N] {
+        std::array::from_fn(|i| if bits >> i & 1 == 1 { a[i] + x } else { a[i] })
     }
     #[inline(always)]
     unsafe fn add(a: [f32; N], b: [f32; N]) -> [f32; N] {

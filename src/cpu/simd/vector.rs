@@ -21,6 +21,18 @@ pub unsafe trait Simd: Copy {
     unsafe fn load_f16(p: *const u8) -> Self::V;
     /// Loads and widens LANES bf16, exactly.
     unsafe fn load_bf16(p: *const u8) -> Self::V;
+    /// Loads and widens LANES int8.
+    unsafe fn load_int8(p: *const u8) -> Self::V;
+    /// Loads and widens LANES f8_e4m3, exactly; NaN stays NaN.
+    unsafe fn load_f8_e4m3(p: *const u8) -> Self::V;
+    /// Loads and widens LANES f8_e5m2, exactly; infinities and NaN stay what they are.
+    unsafe fn load_f8_e5m2(p: *const u8) -> Self::V;
+    /// The entries of `table` at the lower, or the upper, four bits of LANES bytes, widened.
+    unsafe fn load_entries(table: &[i8; 16], p: *const u8, upper: bool) -> Self::V;
+    /// An f16, widened, in every lane.
+    unsafe fn splat_f16(p: *const u8) -> Self::V;
+    /// `a` with `x` added to each lane i whose bit `bits >> i & 1` is set.
+    unsafe fn add_where(a: Self::V, bits: u32, x: f32) -> Self::V;
     /// a + b.
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     /// a - b.
