@@ -208,7 +208,7 @@ mod tests {
             (Dtype::Q4_1, 0.6),
             (Dtype::Q5_0, 0.3),
             (Dtype::Q5_1, 0.3),
-            (Dtype::Iq4Nl, 0.8),
+            (Dtype::Iq4Nl, 1.0),
             (Dtype::F8E4M3, 0.3),
             (Dtype::Int8, 1.0),
         ] {

@@ -134,7 +134,7 @@ static void bad_merges(void) {
   FIELD(lse_base, -2, "lse_base: found -2");
   FIELD(flags, 2, "flags: found 0x2");
   FIELD(reserved, 9, "reserved: found 9");
-  const int32_t dtypes[] = {-1, 8, INT32_MAX, TREEATTN_DTYPE_F8_E4M3, TREEATTN_DTYPE_Q4_0};
+  const int32_t dtypes[] = {-1, 13, INT32_MAX, TREEATTN_DTYPE_F8_E4M3, TREEATTN_DTYPE_Q4_0};
   for (int i = 0; i < 5; i++) {
     FIELD(o_dtype, dtypes[i], "o_dtype: found");
     FIELD(out_dtype, dtypes[i], "out_dtype: found");

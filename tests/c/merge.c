@@ -191,7 +191,7 @@ static void bad(void) {
   FIELD(head_dim, INT32_MIN, "head_dim: found");
   FIELD(o_dtype, 0, "o_dtype: found 0");
   FIELD(o_dtype, -1, "o_dtype: found -1");
-  FIELD(o_dtype, 8, "o_dtype: found 8");
+  FIELD(o_dtype, 13, "o_dtype: found 13");
   FIELD(o_dtype, TREEATTN_DTYPE_Q8_0, "o_dtype: found");
   FIELD(out_dtype, TREEATTN_DTYPE_F16, "out_dtype: found f16, wanted the plan's f32");
   FIELD(out_dtype, 99, "out_dtype: found 99");

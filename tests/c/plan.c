@@ -84,7 +84,7 @@ static void sizes(void) {
 
 static void codes(void) {
   const treeattn_attention_desc_t base = problem_desc();
-  const int32_t no_dtype[] = {-1, 8, INT32_MAX, INT32_MIN};
+  const int32_t no_dtype[] = {-1, 13, INT32_MAX, INT32_MIN};
   for (int i = 0; i < 4; i++) {
     INVALID(q_dtype, no_dtype[i], "q_dtype: found");
     INVALID(k_dtype, no_dtype[i], "k_dtype: found");
@@ -104,12 +104,13 @@ static void codes(void) {
   INVALID(k_dtype, 0, "k_dtype: found 0");
   INVALID(v_dtype, 0, "v_dtype: found 0");
   INVALID(out_dtype, 0, "out_dtype: found 0");
-  for (int quantised = TREEATTN_DTYPE_F8_E4M3; quantised <= TREEATTN_DTYPE_Q4_0; quantised++) {
+  for (int quantised = TREEATTN_DTYPE_F8_E4M3; quantised <= TREEATTN_DTYPE_IQ4_NL; quantised++) {
     INVALID(q_dtype, quantised, "q_dtype: found");
     INVALID(out_dtype, quantised, "out_dtype: found");
     INVALID(wire_dtype, quantised, "wire_dtype: found");
-    UNSUPPORTED(k_dtype, quantised, "k_dtype: found");
-    UNSUPPORTED(v_dtype, quantised, "v_dtype: found");
+    if (quantised == TREEATTN_DTYPE_F8_E4M3 || quantised == TREEATTN_DTYPE_F8_E5M2 || quantised == TREEATTN_DTYPE_INT8) continue;
+    INVALID(k_dtype, quantised, "head_dim_qk: found 8, wanted a multiple of 32");
+    INVALID(v_dtype, quantised, "head_dim_v: found 8, wanted a multiple of 32");
   }
 }
 

@@ -70,10 +70,10 @@ static void bad(void) {
   DESC(q_heads, 0, invalid, "q_heads: found 0");
   DESC(kv_heads, 0, invalid, "kv_heads: found 0");
   DESC(kv_heads, 3, invalid, "kv_heads: found 3");
-  DESC(q_dtype, 9, invalid, "q_dtype: found 9");
+  DESC(q_dtype, 13, invalid, "q_dtype: found 13");
   DESC(reserved, 1, invalid, "reserved: found 1");
   DESC(query_input, TREEATTN_QUERY_INPUT_SCATTERED, TREEATTN_ERROR_UNSUPPORTED, "query_input: found SCATTERED");
-  DESC(k_dtype, TREEATTN_DTYPE_Q8_0, TREEATTN_ERROR_UNSUPPORTED, "k_dtype: found");
+  DESC(k_dtype, TREEATTN_DTYPE_Q8_0, invalid, "head_dim_qk: found");
 #define CONFIG(field, value, text)                                     \
   do {                                                                 \
     treeattn_selfcheck_config_t c = TREEATTN_SELFCHECK_CONFIG_INIT;    \

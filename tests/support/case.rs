@@ -1,6 +1,6 @@
 //! A case: global sequences, their queries, and which rank holds which key; and the answer worked out from that alone.
 
-use treeattn::attention::{AttentionDesc, Dtype, Placement, Shard, placement};
+use treeattn::attention::{AttentionDesc, Dtype, KvFormat, Placement, Shard, placement};
 
 use super::rng::Rng;
 use super::terms::Terms;
@@ -19,6 +19,9 @@ pub struct Sequence {
     pub k: Vec<f32>,
     /// f32 [keys, kv head, dim], exact in the type of v.
     pub v: Vec<f32>,
+    /// The same, of types that are not plain floats: packed rows [keys, kv head] as they lie in memory.
+    pub k_rows: Vec<u8>,
+    pub v_rows: Vec<u8>,
     /// The positions that each rank holds, slot by slot.
     pub held: Vec<Vec<usize>>,
 }
@@ -137,7 +140,20 @@ impl Case {
             sequence.v =
                 (0..keys * kv_heads * dim_v).map(|i| store(maker.v(i / (kv_heads * dim_v)), desc.v_dtype)).collect();
             collapse(&mut sequence.v, &[keys, kv_heads, dim_v], &self.v_broadcast[1..]);
+            sequence.k_rows = narrow_rows(&mut sequence.k, dim_qk, desc.k_dtype);
             if self.v_in_k {
+                for (v, k) in sequence.v.chunks_exact_mut(dim_v).zip(sequence.k.chunks_exact(dim_qk)) {
+                    v.copy_from_slice(&k[..dim_v]);
+                }
+            }
+            sequence.v_rows = narrow_rows(&mut sequence.v, dim_v, desc.v_dtype);
+            if self.v_in_k && !sequence.v_rows.is_empty() {
+                // Blocks do not tell how they were made: the same values may have others.
+                let format = KvFormat::of(desc.k_dtype);
+                let (k_bytes, v_bytes) = (format.row_bytes(dim_qk), format.row_bytes(dim_v));
+                for (v, k) in sequence.v_rows.chunks_exact_mut(v_bytes).zip(sequence.k_rows.chunks_exact(k_bytes)) {
+                    v.copy_from_slice(&k[..v_bytes]);
+                }
                 for (v, k) in sequence.v.chunks_exact_mut(dim_v).zip(sequence.k.chunks_exact(dim_qk)) {
                     v.copy_from_slice(&k[..dim_v]);
                 }
@@ -147,12 +163,12 @@ impl Case {
         if self.k_broadcast[0]
             && let Some((first, rest)) = self.sequences.split_first_mut()
         {
-            rest.iter_mut().for_each(|s| s.k.copy_from_slice(&first.k));
+            rest.iter_mut().for_each(|s| (s.k, s.k_rows) = (first.k.clone(), first.k_rows.clone()));
         }
         if self.v_broadcast[0]
             && let Some((first, rest)) = self.sequences.split_first_mut()
         {
-            rest.iter_mut().for_each(|s| s.v.copy_from_slice(&first.v));
+            rest.iter_mut().for_each(|s| (s.v, s.v_rows) = (first.v.clone(), first.v_rows.clone()));
         }
     }
 
@@ -267,6 +283,22 @@ impl Case {
             self.wild,
         )
     }
+}
+
+/// Rows of `dim` values in a type that is no plain float: gives their bytes, and leaves in `values` what these stand for.
+fn narrow_rows(values: &mut [f32], dim: usize, dtype: Dtype) -> Vec<u8> {
+    if dtype.is_float() {
+        return Vec::new();
+    }
+    let format = KvFormat::of(dtype);
+    let (mut rows, mut wide) = (vec![0; values.len() / dim * format.row_bytes(dim)], vec![0.0; dim]);
+    for (row, values) in rows.chunks_exact_mut(format.row_bytes(dim)).zip(values.chunks_exact_mut(dim)) {
+        format.narrow_row(values, row);
+        // SAFETY: a packed row of `dim` elements.
+        unsafe { format.widen_row(row.as_ptr(), format.block_bytes() as i64, &mut wide) };
+        values.iter_mut().zip(&wide).for_each(|(value, &wide)| *value = wide as f32);
+    }
+    rows
 }
 
 /// Makes a tensor constant along the dimensions that are to be broadcast.

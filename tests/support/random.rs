@@ -1,6 +1,6 @@
 //! Random cases over everything that is accepted.
 
-use treeattn::attention::{AttentionDesc, Dtype, KvLayout, OutputMode, Placement};
+use treeattn::attention::{AttentionDesc, Dtype, KvFormat, KvLayout, OutputMode, Placement};
 use treeattn::cpu::Isa;
 
 use super::case::{Case, Sequence, spread};
@@ -11,6 +11,9 @@ use super::values::Values;
 /// Multiply-adds of an ordinary case, at most.
 const WORK: usize = 1 << 21;
 const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+/// Types of keys and values beside the plain floats.
+const NARROW: [Dtype; 8] =
+    [Dtype::F8E4M3, Dtype::F8E5M2, Dtype::Q8_0, Dtype::Q4_0, Dtype::Q4_1, Dtype::Q5_0, Dtype::Q5_1, Dtype::Iq4Nl];
 
 /// The case of a seed, in one layout.
 pub fn case(seed: u64, layout: KvLayout) -> Case {
@@ -117,8 +120,15 @@ fn shape(r: &mut Rng, layout: KvLayout) -> (AttentionDesc, Values) {
         desc.head_dim_v = dim(r) as i32;
     }
     desc.q_dtype = r.pick(&DTYPES);
-    desc.k_dtype = r.pick(&DTYPES);
-    desc.v_dtype = if r.chance(60) { desc.k_dtype } else { r.pick(&DTYPES) };
+    let stored = |r: &mut Rng| if r.chance(55) { r.pick(&DTYPES) } else { r.pick(&NARROW) };
+    desc.k_dtype = stored(r);
+    desc.v_dtype = if r.chance(60) { desc.k_dtype } else { stored(r) };
+    // Rows are whole blocks.
+    let whole =
+        |dim: i32, dtype: Dtype| (dim as u32).next_multiple_of(KvFormat::of(dtype).block_elements() as u32) as i32;
+    let same = desc.head_dim_v == desc.head_dim_qk;
+    desc.head_dim_qk = whole(desc.head_dim_qk, desc.k_dtype);
+    desc.head_dim_v = whole(if same { desc.head_dim_qk } else { desc.head_dim_v }, desc.v_dtype);
     desc.out_dtype = r.pick(&DTYPES);
     desc.wire_dtype = if r.chance(15) { r.pick(&DTYPES) } else { Dtype::F32 };
     desc.kv_layout = layout;

@@ -1,7 +1,7 @@
 //! One rank's memory for a case: inputs where its layout puts them, everything else poisoned.
 
 use half::{bf16, f16};
-use treeattn::attention::{DecodeArgs, Dtype, KvLayout, OutputMode, Placement, Tensor, head_range};
+use treeattn::attention::{DecodeArgs, Dtype, KvFormat, KvLayout, OutputMode, Placement, Tensor, head_range};
 
 use super::case::Case;
 use super::memory::Memory;
@@ -335,7 +335,10 @@ impl Builder<'_> {
             // An empty shard needs no cache.
             return (Memory::new(0, true), Some(Memory::new(0, true)));
         }
-        let (k_shape, v_shape) = ([outer, inner, kv_heads, dim_qk], [outer, inner, kv_heads, dim_v]);
+        // Rows are counted in the blocks of their formats.
+        let (k_format, v_format) = (desc.k_format(), desc.v_format());
+        let (k_blocks, v_blocks) = (k_format.blocks(dim_qk), v_format.blocks(dim_v));
+        let (k_shape, v_shape) = ([outer, inner, kv_heads, k_blocks], [outer, inner, kv_heads, v_blocks]);
         let (k_size, v_size) = (desc.k_dtype.size(), desc.v_dtype.size());
         let mut order = vec![3, 2, 1, 0];
         if self.wild && !packed {
@@ -348,8 +351,12 @@ impl Builder<'_> {
             }
         }
         let pad = if self.wild && !packed { self.r.pick(&[0, 0, 30]) } else { 0 };
-        let joined =
-            !case.v_in_k && self.wild && plain && !packed && (k_size, dim_qk) == (v_size, dim_v) && self.r.chance(20);
+        let joined = !case.v_in_k
+            && self.wild
+            && plain
+            && !packed
+            && (k_size, k_blocks) == (v_size, v_blocks)
+            && self.r.chance(20);
         let mut k_view = lay(&mut self.r, &k_shape, &order, k_size, pad, &case.k_broadcast);
         let mut v_view = if case.v_in_k || joined {
             View { shape: v_shape.to_vec(), ..k_view.clone() }
@@ -358,8 +365,8 @@ impl Builder<'_> {
         };
         if packed {
             // The last sequence may end where its tokens do.
-            k_view.bytes -= (inner - longest) * kv_heads * dim_qk * k_size;
-            v_view.bytes -= (inner - longest) * kv_heads * dim_v * v_size;
+            k_view.bytes -= (inner - longest) * kv_heads * k_blocks * k_size;
+            v_view.bytes -= (inner - longest) * kv_heads * v_blocks * v_size;
         }
         let mut v_offset = 0;
         if joined {
@@ -384,14 +391,13 @@ impl Builder<'_> {
             for (slot, &position) in slots.iter().enumerate() {
                 let (o, i) = if strided { (b, slot) } else { (pages.of[b][slot / inner], slot % inner) };
                 for h in 0..kv_heads {
-                    let k_row = &sequence.k[(position * kv_heads + h) * dim_qk..][..dim_qk];
-                    for (d, &x) in k_row.iter().enumerate() {
-                        put(&mut k, k_view.at([o, i, h, d]), desc.k_dtype, x);
+                    let row = position * kv_heads + h;
+                    for (n, block) in blocks(&sequence.k, &sequence.k_rows, row, dim_qk, desc.k_dtype).enumerate() {
+                        k.bytes_mut()[k_view.at([o, i, h, n])..][..k_size].copy_from_slice(&block);
                     }
-                    let v_row = &sequence.v[(position * kv_heads + h) * dim_v..][..dim_v];
-                    for (d, &x) in v_row.iter().enumerate() {
+                    for (n, block) in blocks(&sequence.v, &sequence.v_rows, row, dim_v, desc.v_dtype).enumerate() {
                         let memory = own_v.as_mut().unwrap_or(&mut k);
-                        put(memory, v_offset + v_view.at([o, i, h, d]), desc.v_dtype, x);
+                        memory.bytes_mut()[v_offset + v_view.at([o, i, h, n])..][..v_size].copy_from_slice(&block);
                     }
                 }
             }
@@ -530,6 +536,32 @@ pub fn each(shape: &[usize], mut visit: impl FnMut([usize; 4])) {
             }
         }
     }
+}
+
+/// The blocks of row `row` of `dim` elements: of `rows` where the type is no plain float, else of `values`.
+fn blocks<'a>(
+    values: &'a [f32],
+    rows: &'a [u8],
+    row: usize,
+    dim: usize,
+    dtype: Dtype,
+) -> impl Iterator<Item = std::borrow::Cow<'a, [u8]>> {
+    let format = KvFormat::of(dtype);
+    let (size, blocks) = (format.block_bytes(), format.blocks(dim));
+    (0..blocks).map(move |n| {
+        if dtype.is_float() {
+            let x = values[row * dim + n];
+            let mut bytes = match dtype {
+                Dtype::F16 => f16::from_f32(x).to_ne_bytes().to_vec(),
+                Dtype::Bf16 => bf16::from_f32(x).to_ne_bytes().to_vec(),
+                _ => x.to_ne_bytes().to_vec(),
+            };
+            bytes.truncate(size);
+            std::borrow::Cow::Owned(bytes)
+        } else {
+            std::borrow::Cow::Borrowed(&rows[(row * blocks + n) * size..][..size])
+        }
+    })
 }
 
 /// Writes an element; `x` is exact in the type, or NaN.

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 
 use super::types::SelfcheckConfig;
 use crate::attention::placement::{global_position, local_length};
-use crate::attention::{AttentionDesc, Dtype, Placement, Shard};
+use crate::attention::{AttentionDesc, Dtype, KvFormat, Placement, Shard};
 use crate::comm::MAX_RANKS;
 use crate::device::{Device, device_info};
 use crate::error::{Error, ErrorKind, Result};
@@ -79,6 +79,9 @@ pub(super) struct Sequence {
     pub k: Vec<f32>,
     /// [position, kv head, dim].
     pub v: Vec<f32>,
+    /// The same as they lie in memory: packed rows [position, kv head].
+    pub k_rows: Vec<u8>,
+    pub v_rows: Vec<u8>,
     /// For each rank the global positions of its local slots.
     pub slots: Vec<Vec<usize>>,
 }
@@ -117,14 +120,32 @@ impl Inputs {
                     format!("a length of which every rank gets at most max_kv_length = {}", desc.max_kv_length);
                 return Err(Error::invalid("kv_length", keys, wanted));
             }
-            let k = random.normals(keys * kv_heads * dim_qk, desc.k_dtype)?;
-            let v = random.normals(keys * kv_heads * dim_v, desc.v_dtype)?;
-            sequences.push(Sequence { keys, k, v, slots });
+            let mut k = random.normals(keys * kv_heads * dim_qk, Dtype::F32)?;
+            let mut v = random.normals(keys * kv_heads * dim_v, Dtype::F32)?;
+            let (k_rows, v_rows) = (narrow(&mut k, dim_qk, desc.k_dtype)?, narrow(&mut v, dim_v, desc.v_dtype)?);
+            sequences.push(Sequence { keys, k, v, k_rows, v_rows, slots });
         }
         let heads = |has: bool| if has { q_heads } else { 0 };
         let terms = Terms { sinks: random.normals(heads(desc.sinks), Dtype::F32)? };
         Ok(Inputs { shape, q, sequences, terms })
     }
+}
+
+/// Rows of `dim` values as `dtype` holds them: gives the bytes, and leaves in `values` what they stand for.
+fn narrow(values: &mut [f32], dim: usize, dtype: Dtype) -> Result<Vec<u8>> {
+    let format = KvFormat::of(dtype);
+    let size = format.row_bytes(dim);
+    let bytes = values.len() / dim * size;
+    let mut rows = room(bytes)?;
+    rows.resize(bytes, 0);
+    let mut wide = vec![0.0; dim];
+    for (row, values) in rows.chunks_exact_mut(size).zip(values.chunks_exact_mut(dim)) {
+        format.narrow_row(values, row);
+        // SAFETY: a packed row of `dim` elements.
+        unsafe { format.widen_row(row.as_ptr(), format.block_bytes() as i64, &mut wide) };
+        values.iter_mut().zip(&wide).for_each(|(value, &wide)| *value = wide as f32);
+    }
+    Ok(rows)
 }
 
 /// The global positions that each rank holds, in the order of its local slots.

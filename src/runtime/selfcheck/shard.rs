@@ -1,7 +1,7 @@
 //! One rank's buffers of a self-check: the shard in the descriptor's layout, with NaN wherever no live data is.
 
 use super::inputs::{Inputs, Random, Sequence, put, room};
-use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, Placement, Tensor};
+use crate::attention::{AttentionDesc, DecodeArgs, KvFormat, KvLayout, Placement, Tensor};
 use crate::device::Device;
 use crate::error::Result;
 use crate::runtime::buffer::Buffer;
@@ -59,8 +59,8 @@ impl ShardBuffers {
             put(&mut bytes, i * size, x, desc.q_dtype);
         }
         let q = load(&bytes)?;
-        let k = load(&map.fill(inputs, rank, desc, dim_qk, desc.k_dtype, |s| &s.k)?)?;
-        let v = load(&map.fill(inputs, rank, desc, dim_v, desc.v_dtype, |s| &s.v)?)?;
+        let k = load(&map.fill(inputs, rank, desc, desc.k_format().row_bytes(dim_qk), |s| &s.k_rows)?)?;
+        let v = load(&map.fill(inputs, rank, desc, desc.v_format().row_bytes(dim_v), |s| &s.v_rows)?)?;
 
         let mut words = Integers::default();
         let lengths: Vec<i32> = inputs.sequences.iter().map(|s| s.slots[rank].len() as i32).collect();
@@ -85,8 +85,8 @@ impl ShardBuffers {
             batch: shape.batch as i32,
             query_tokens: tokens as i32,
             q: tensor(&q),
-            k: tensor(&k).with_strides(map.strides(dim_qk, desc.k_dtype)),
-            v: tensor(&v).with_strides(map.strides(dim_v, desc.v_dtype)),
+            k: tensor(&k).with_strides(map.strides(desc.k_format(), dim_qk)),
+            v: tensor(&v).with_strides(map.strides(desc.v_format(), dim_v)),
             out: tensor(&out),
             lse: tensor(&lse),
             query_start: at(queries),
@@ -199,25 +199,22 @@ impl SlotMap {
     }
 
     /// Byte strides: page, slot, kv head, dim.
-    fn strides(&self, dim: usize, dtype: Dtype) -> [i64; 4] {
-        let size = dtype.size();
-        let row = size * dim;
-        [row * self.kv_heads * self.page, row * self.kv_heads, row, size].map(|stride| stride as i64)
+    fn strides(&self, format: KvFormat, dim: usize) -> [i64; 4] {
+        let row = format.row_bytes(dim);
+        [row * self.kv_heads * self.page, row * self.kv_heads, row, format.block_bytes()].map(|stride| stride as i64)
     }
 
-    /// The cache of keys or values: live rows in their slots, poison elsewhere.
+    /// The cache of keys or values, of rows of `size` bytes: live rows in their slots, poison elsewhere.
     fn fill(
         &self,
         inputs: &Inputs,
         rank: usize,
         desc: &AttentionDesc,
-        dim: usize,
-        dtype: Dtype,
-        data: impl Fn(&Sequence) -> &Vec<f32>,
+        size: usize,
+        data: impl Fn(&Sequence) -> &Vec<u8>,
     ) -> Result<Vec<u8>> {
-        let size = dtype.size();
-        let row = self.kv_heads * dim;
-        let all = self.pages.max(1) * self.page * row * size;
+        let token = self.kv_heads * size;
+        let all = self.pages.max(1) * self.page * token;
         let mut bytes = room(all)?;
         bytes.resize(all, POISON);
         for (b, sequence) in inputs.sequences.iter().enumerate() {
@@ -226,11 +223,8 @@ impl SlotMap {
                     KvLayout::Strided => b,
                     _ => self.table[self.begins[b] + slot / self.page] as usize,
                 };
-                let to = (page * self.page + slot % self.page) * row;
-                let from = &data(sequence)[position * row..(position + 1) * row];
-                for (i, &x) in from.iter().enumerate() {
-                    put(&mut bytes, (to + i) * size, x, dtype);
-                }
+                let to = (page * self.page + slot % self.page) * token;
+                bytes[to..to + token].copy_from_slice(&data(sequence)[position * token..(position + 1) * token]);
             }
         }
         Ok(bytes)
