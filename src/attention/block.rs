@@ -209,7 +209,7 @@ mod tests {
             (Dtype::Q5_0, 0.3),
             (Dtype::Q5_1, 0.3),
             (Dtype::Iq4Nl, 1.0),
-            (Dtype::F8E4M3, 0.3),
+            (Dtype::F8E4M3, 0.5),
             (Dtype::Int8, 1.0),
         ] {
             let format = KvFormat::of(dtype);
