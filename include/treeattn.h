@@ -472,17 +472,51 @@ typedef int32_t treeattn_dtype_t;
 /** bfloat16, 2 bytes. */
 #define TREEATTN_DTYPE_BF16 3
 
-/** OCP fp8 with 4 exponent bits and no infinities, 1 byte. Keys and values. */
+/** OCP fp8 with 4 exponent bits of bias 7 and no infinities (e4m3fn), 1 byte: 0x7f and 0xff are NaN. Keys and values. */
 #define TREEATTN_DTYPE_F8_E4M3 4
 
-/** OCP fp8 with 5 exponent bits, 1 byte. Keys and values. */
+/** OCP fp8 with 5 exponent bits of bias 15, the upper half of an f16, 1 byte: with infinities and NaN. Keys and values. */
 #define TREEATTN_DTYPE_F8_E5M2 5
 
-/** ggml blocks of 32 values: an f16 scale and 32 int8, 34 bytes. Keys and values. */
+/**
+ * ggml blocks of 32 values, 34 bytes: an f16 scale d and 32 int8 q, value d * q. Keys and values.
+ *
+ * Of all ggml types: blocks run along the head dimension, which is a multiple of 32, one behind the other (last stride: the
+ * bytes of a block); addresses and strides are multiples of 2, and blocks need no more alignment than that. Bytes and values
+ * are ggml's own: integers are little-endian, products are exact in f32, and a sum with a minimum is rounded to f32 once. Of
+ * 4 bits, byte i holds value i in its low half and value i + 16 in its high half.
+ */
 #define TREEATTN_DTYPE_Q8_0 6
 
-/** ggml blocks of 32 values: an f16 scale and 32 times 4 bits, 18 bytes. Keys and values. */
+/** ggml blocks of 32 values, 18 bytes: an f16 scale d and 32 times 4 bits q, value d * (q - 8). Keys and values. */
 #define TREEATTN_DTYPE_Q4_0 7
+
+/**
+ * int8, 1 byte. Keys and values; the values are those of `k_scale` and `v_scale` times these whole numbers, and a step without
+ * these scales is refused. Since 0.2.
+ */
+#define TREEATTN_DTYPE_INT8 8
+
+/** ggml blocks of 32 values, 20 bytes: f16 d, f16 m and 32 times 4 bits q, value d * q + m. Keys and values. Since 0.2. */
+#define TREEATTN_DTYPE_Q4_1 9
+
+/**
+ * ggml blocks of 32 values, 22 bytes: f16 d, 32 times the fifth bit, 32 times 4 bits, value d * (q - 16). Keys and values.
+ * Since 0.2.
+ */
+#define TREEATTN_DTYPE_Q5_0 10
+
+/**
+ * ggml blocks of 32 values, 24 bytes: f16 d, f16 m, 32 times the fifth bit, 32 times 4 bits, value d * q + m. Keys and values.
+ * Since 0.2.
+ */
+#define TREEATTN_DTYPE_Q5_1 11
+
+/**
+ * ggml blocks of 32 values, 18 bytes: f16 d and 32 times 4 bits q, value d * t[q] with ggml's table t of 16 whole numbers.
+ * Keys and values. Since 0.2.
+ */
+#define TREEATTN_DTYPE_IQ4_NL 12
 
 /** How keys and values are laid out in memory. */
 typedef int32_t treeattn_kv_layout_t;

@@ -88,8 +88,6 @@ fn later_capabilities_are_refused_by_name() {
     let (runtime, comms) = group(1, &CommConfig::default());
     let base = shape();
     let cases = [
-        ("k_dtype", AttentionDesc { k_dtype: Dtype::Q8_0, ..base }),
-        ("v_dtype", AttentionDesc { v_dtype: Dtype::F8E4M3, ..base }),
         ("softcap", AttentionDesc { softcap: 30.0, ..base }),
         ("alibi", AttentionDesc { alibi: true, ..base }),
         ("mask", AttentionDesc { mask: treeattn::attention::MaskKind::Additive, ..base }),
