@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
         }
         end_block(v);
     }
-    receive(&s.step, e);
+    receive<kAnyWords>(&s.step, e);
 }
 
 TREEATTN_ABI(exchange)

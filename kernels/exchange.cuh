@@ -52,7 +52,7 @@ static __device__ __noinline__ void receive_two_shot(const MergeStep* m, Epoch& 
     if (!e.broken) wait_headers(v, e, 0);
     const int first = first_head_of(v.rank, v.heads, v.world);
     const Rows own(*m, first, first_head_of(v.rank + 1, v.heads, v.world) - first);
-    for (int64_t n = begin; n < own.count && !e.broken; n += step) push_merged(m, e, own.at(n));
+    for (int64_t n = begin; n < own.count && !e.broken; n += step) merge_large_row(m, e, own.at(n), true);
     const Rows mine(*m, v.first_head, v.own_heads);
     for (int64_t n = begin; n < mine.count; n += step) {
         const int64_t row = mine.at(n);
@@ -60,8 +60,8 @@ static __device__ __noinline__ void receive_two_shot(const MergeStep* m, Epoch& 
     }
 }
 
-// What comes after a block's pushes: waits for all ranks, merges this rank's rows and writes them, NaN where the
-// communicator is broken. By whole blocks.
+// What comes after a block's pushes: waits for all ranks, merges this rank's rows, whose o has at most kMostWords words, and
+// writes them, NaN where the communicator is broken. By whole blocks.
 //
 // A block takes as many rows at a time as it has warps, and the n-th block from the end has the n-th such share. The last
 // blocks of the grid, `waiting` of them, wait for whatever it takes; so there is always room for what they wait for, as long
@@ -70,6 +70,7 @@ static __device__ __noinline__ void receive_two_shot(const MergeStep* m, Epoch& 
 // Else it leaves the share over, and says so before it counts as decided; blocks that may wait share what was left over once
 // all have decided. Rows beyond one share a block are drawn from a counter by who is there, in the end by those that may
 // wait.
+template <int kMostWords>
 __device__ __forceinline__ void receive(MergeStep* m, Epoch& e) {
     const ExchangeView& v = m->view;
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, blocks = static_cast<int>(gridDim.x);
@@ -105,7 +106,7 @@ __device__ __forceinline__ void receive(MergeStep* m, Epoch& e) {
         const int64_t n = share * warps + warp;
         if (n >= m->count) return;
         const int64_t row = row_of(*m, n);
-        if (e.broken || !write_merged(m, e, row)) poison_row(m, row);
+        if (e.broken || !write_merged<kMostWords>(m, e, row)) poison_row(m, row);
     };
     const bool may_be_left = may_wait && own > waiting;
     const auto look = [&] { return load_word(v.window + kDecided + parity); };

@@ -77,27 +77,26 @@ __device__ __forceinline__ bool merge_row(const MergeStep& m, Epoch& e, int64_t 
 #pragma unroll 1
         for (int ranks = 0; ranks < v.world; ranks += kRanksTogether) {
             ulonglong2 x[kRanksTogether][kPairs];
+            const uint64_t* const from = slot_of(v, e, ranks) + at + kRowHead + first + lane * 2;
             for (int spins = 1;; spins++) {
-                bool seen = true;
                 int late = v.world;
 #pragma unroll
                 for (int r = 0; r < kRanksTogether; r++) {
 #pragma unroll
                     for (int pair = 0; pair < kPairs; pair++) {
-                        const int n = first + pair * 64 + lane * 2;
-                        if (ranks + r >= v.world || n >= words) continue;
-                        x[r][pair] = load_words(slot_of(v, e, ranks + r) + at + kRowHead + n);
+                        if (ranks + r >= v.world || first + pair * 64 + lane * 2 >= words) continue;
+                        x[r][pair] = load_words(from + r * v.slot_words + pair * 64);
                     }
                 }
 #pragma unroll
-                for (int r = 0; r < kRanksTogether; r++) {
+                for (int r = kRanksTogether - 1; r >= 0; r--) {
 #pragma unroll
                     for (int pair = 0; pair < kPairs; pair++) {
-                        const int n = first + pair * 64 + lane * 2;
-                        if (ranks + r >= v.world || n >= words || are_of(x[r][pair], e.number)) continue;
-                        seen = false, late = min(late, ranks + r);
+                        if (ranks + r >= v.world || first + pair * 64 + lane * 2 >= words) continue;
+                        if (!are_of(x[r][pair], e.number)) late = ranks + r;
                     }
                 }
+                const bool seen = late == v.world;
                 if (__all_sync(kWholeWarp, seen)) break;
                 if (spins % kSpins == 0 && give_up(v, e, lowest(seen, late))) return false;
             }
@@ -127,42 +126,42 @@ __device__ __forceinline__ bool merge_row(const MergeStep& m, Epoch& e, int64_t 
     return true;
 }
 
-// One warp merges a row of any size and writes it.
-static __device__ __noinline__ bool merge_large_row(const MergeStep* step, Epoch& e, int64_t row) {
-    const MergeStep& m = *in_shared(step);
-    if (!e.has_headers) {
-        if (!wait_headers(m.view, e, 0)) return false;
-        dependency_launch();
-    }
-    const Wire wire(m.view.wire_dtype);
-    const OutputRow to(m, row);
-    return merge_row(
-        m, e, row, [&](int n, float2 a, float2 b) { write_words(m.target, wire, to, n, a, b); },
-        [&](float lse, uint32_t fault) {
-            if (threadIdx.x % 32 != 0) return;
-            if (to.lse != nullptr) *to.lse = lse;
-            report_bad_data(m.view, fault);
-        });
-}
-
-// One warp merges a row that is its rank's and pushes it to every rank.
-static __device__ __noinline__ bool push_merged(const MergeStep* step, Epoch& e, int64_t row) {
+// One warp merges a row of any size that is its rank's, and writes it, or pushes it to every rank. One function for both:
+// ptxas compiles it anew for every kernel. False: the communicator is broken.
+static __device__ __noinline__ bool merge_large_row(const MergeStep* step, Epoch& e, int64_t row, bool pushes) {
     const MergeStep& m = *in_shared(step);
     const ExchangeView& v = m.view;
+    if (!e.has_headers) {
+        if (!wait_headers(v, e, 0)) return false;
+        dependency_launch();
+    }
     const Wire wire(v.wire_dtype);
+    const OutputRow to(m, row);
     const int64_t at = merged_begin(v, e) + kHeaderWords + row * row_words(m.target.dim, v.wire_dtype);
-    const auto push = [&](int64_t to, uint32_t x, uint32_t y) {
+    const auto push = [&](int64_t word, uint32_t x, uint32_t y) {
 #pragma unroll 1
         for (int n = 1; n <= v.world; n++) {
             uint64_t* window = reinterpret_cast<uint64_t*>(v.bases[(v.rank + n) % v.world]);
-            store_words(window + to, packet(x, e.number), packet(y, e.number));
+            store_words(window + word, packet(x, e.number), packet(y, e.number));
         }
     };
-    return merge_row(
-        m, e, row, [&](int n, float2 a, float2 b) { push(at + kRowHead + n, wire.pack(a), wire.pack(b)); },
-        [&](float lse, uint32_t fault) {
-            if (threadIdx.x % 32 == 0) push(at, __float_as_uint(lse), fault);
-        });
+    const auto take = [&](int n, float2 a, float2 b) {
+        if (pushes) {
+            push(at + kRowHead + n, wire.pack(a), wire.pack(b));
+        } else {
+            write_words(m.target, wire, to, n, a, b);
+        }
+    };
+    const auto end = [&](float lse, uint32_t fault) {
+        if (threadIdx.x % 32 != 0) return;
+        if (pushes) {
+            push(at, __float_as_uint(lse), fault);
+        } else {
+            if (to.lse != nullptr) *to.lse = lse;
+            report_bad_data(v, fault);
+        }
+    };
+    return merge_row(m, e, row, take, end);
 }
 
 // One warp waits for a row that its owner has merged, and writes it.

@@ -175,24 +175,27 @@ static __device__ __noinline__ uint32_t merge_row_at_once(const MergeStep* step,
     }
 }
 
-// One warp merges a row and writes it. False: the communicator is broken.
+// One warp merges a row, whose o has at most kMostWords words, and writes it. False: the communicator is broken.
+template <int kMostWords>
 static __device__ __noinline__ bool write_merged(const MergeStep* step, Epoch& e, int64_t row) {
+    constexpr int kFewPairs = kMostWords <= 64 ? 1 : 2;
     const MergeStep& m = *in_shared(step);
     const ExchangeView& v = m.view;
     const int words = static_cast<int>(row_words(m.target.dim, v.wire_dtype)) - kRowHead, world = v.world;
+    const bool are_few = kMostWords <= 128 || words <= 128;
     const OutputRow to(m, row);
     for (int eager = kEager;; eager = 1) {
         uint32_t made;
-        if (words <= 128 && world <= 2) {
-            made = merge_row_at_once<2, 2>(step, e.number, e.has_headers, row, to, eager);
-        } else if (words <= 128 && world <= 4) {
-            made = merge_row_at_once<4, 2>(step, e.number, e.has_headers, row, to, eager);
-        } else if (words <= 128 && world <= 8) {
-            made = merge_row_at_once<8, 2>(step, e.number, e.has_headers, row, to, eager);
-        } else if (words <= 256 && world <= 4) {
+        if (are_few && world <= 2) {
+            made = merge_row_at_once<2, kFewPairs>(step, e.number, e.has_headers, row, to, eager);
+        } else if (are_few && world <= 4) {
+            made = merge_row_at_once<4, kFewPairs>(step, e.number, e.has_headers, row, to, eager);
+        } else if (are_few && world <= 8) {
+            made = merge_row_at_once<8, kFewPairs>(step, e.number, e.has_headers, row, to, eager);
+        } else if (!are_few && words <= 256 && world <= 4) {
             made = merge_row_at_once<4, 4>(step, e.number, e.has_headers, row, to, eager);
         } else {
-            return merge_large_row(step, e, row);
+            return merge_large_row(step, e, row, false);
         }
         e.has_headers = (made & kAllHeaders) != 0;
         if ((made & kOutcome) == kMerged) return true;

@@ -12,6 +12,7 @@ namespace treeattn {
 
 constexpr int kWordsAPass = 128;   // of a row's o that a warp holds at a time: 4 words a lane
 constexpr int kPairs = kWordsAPass / 64;
+constexpr int kAnyWords = 1 << 20; // of a row's o: any number
 
 // What merging needs to know of a step; in shared memory, so that it is at hand.
 struct MergeStep {

@@ -99,7 +99,9 @@ static __device__ __noinline__ void push_columns(const PushState& state, int64_t
     }
 }
 
-// After a block's last item, by all of its threads; the push state has come.
+// After a block's last item, by all of its threads; the push state has come. A row's o has at most kMostWords words: ptxas
+// compiles what a kernel calls anew for every kernel, so each calls no more than its rows can need.
+template <int kMostWords>
 static __device__ __noinline__ void end_exchange(PushState* state, bool has_announced) {
     PushState* push = in_shared(state);
     Epoch e = epoch_of(*push);
@@ -107,7 +109,7 @@ static __device__ __noinline__ void end_exchange(PushState* state, bool has_anno
     // Where no block may wait another launch ends the exchange.
     if (push->step.waiting == 0) return;
     if (threadIdx.x == 0) end_block(push->step.view);
-    receive(&push->step, e);
+    receive<kMostWords>(&push->step, e);
 }
 
 // The same, of a kernel of this shape; nothing where there is no exchange. `has_announced`: `announce` has been called.
@@ -117,7 +119,7 @@ __device__ __forceinline__ void end_step(const DecodeParams& p, bool has_announc
     if (!(p.flags & kFlagPush)) return;
     if (!has_announced) await_push_state();
     __syncthreads();
-    end_exchange(reinterpret_cast<PushState*>(shared + S::kPushStateAt), has_announced);
+    end_exchange<S::kDimV>(reinterpret_cast<PushState*>(shared + S::kPushStateAt), has_announced);
 }
 
 }  // namespace treeattn
