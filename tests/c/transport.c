@@ -37,6 +37,7 @@ typedef struct {
   int code;             /* returned at once, if not 0 */
   int after;            /* calls that still go well before `code` counts */
   int alone;            /* waits for nobody but the abort word */
+  int lie;              /* says that all is well: 1, and brings nothing; 2, and brings ranks 0 and 1 in each other's places */
   int calls;
   int swaps;            /* calls of sendrecv among them */
   pthread_t thread;     /* the thread of the last call */
@@ -136,6 +137,9 @@ static int32_t allgather(void *ctx, const void *send, void *recv, size_t bytes, 
   if (code != 0) {
     return code;
   }
+  if (line->lie == 1) {
+    return 0;
+  }
   if (bytes == 0 || bytes > HUB_BYTES) {
     return 99;
   }
@@ -152,7 +156,8 @@ static int32_t allgather(void *ctx, const void *send, void *recv, size_t bytes, 
     wait_for(hub);
   }
   for (int i = 0; done && i < hub->world; i++) {
-    memcpy((unsigned char *)recv + (size_t)i * bytes, hub->bytes[turn % 2][i], bytes);
+    const int place = line->lie == 2 && i < 2 ? 1 - i : i;
+    memcpy((unsigned char *)recv + (size_t)place * bytes, hub->bytes[turn % 2][i], bytes);
   }
   pthread_mutex_unlock(&hub->mutex);
   return done ? 0 : 1;
@@ -457,6 +462,26 @@ static void failing(void) {
   fresh_works();
 }
 
+/* An allgather that says it did what it did not: what lies there from the step before is no answer, nor a rank another. */
+static void lying(void) {
+  for (int lie = 1; lie <= 2; lie++) {
+    rank_t ranks[WORLD];
+    setup(ranks, 2, 0);
+    on_threads(decode, ranks, 2);
+    all_give(ranks, 2, TREEATTN_OK);
+    ranks[0].line.lie = ranks[1].line.lie = lie;
+    on_threads(decode, ranks, 2);
+    all_give(ranks, 2, TREEATTN_ERROR_TRANSPORT);
+    for (int r = 0; r < 2; r++) {
+      CHECK(strstr(ranks[r].message, "the transport's allgather returned 0, but place ") != NULL);
+      failed_step_is_nan(&ranks[r]);
+      check_broken(&ranks[r], TREEATTN_ERROR_TRANSPORT);
+    }
+    teardown(ranks, 2);
+  }
+  fresh_works();
+}
+
 /* A rank that does not come, seen by callbacks that watch the clock and by ones that watch the abort word alone. */
 static void hanging(void) {
   rank_t ranks[WORLD];
@@ -712,6 +737,7 @@ int main(void) {
   steps();
   streams();
   failing();
+  lying();
   hanging();
   ended(treeattn_comm_abort, TREEATTN_ERROR_ABORTED);
   ended(treeattn_comm_destroy, TREEATTN_ERROR_PARENT_DESTROYED);

@@ -133,7 +133,9 @@ impl TransportRank {
         let (send, first, rest) = (bytes_of(send), bytes_of(first), bytes_of(rest));
         let fits = bytes <= INLINE_BYTES;
         let message = &mut send[..FIRST_BYTES];
-        put_words(message, &[MAGIC, header.fingerprint, bytes as u64, header.fault, number]);
+        let me = self.calls.shard.rank as usize;
+        let words = [MAGIC, header.fingerprint, bytes as u64, header.fault, number, me as u64];
+        put_words(message, &words);
         if fits {
             fill(&mut message[HEADER_BYTES..][..bytes]);
         }
@@ -143,8 +145,15 @@ impl TransportRank {
             let message = format!("{}: rank {rank} sent no message of this library's version", what());
             return Err(Error::new(ErrorKind::Desync, message).with_rank(rank as i32));
         }
+        // A callback that brought nothing leaves the messages of the round before, which fit together.
+        if let Some(rank) = (0..world).find(|&rank| of(rank, 5) != rank as u64) {
+            return Err(misplaced(&what(), rank));
+        }
+        if (0..words.len()).any(|i| of(me, i) != words[i]) {
+            return Err(misplaced(&what(), me));
+        }
         let print = |rank: usize| of(rank, 1) ^ of(rank, 2).rotate_left(32) ^ of(rank, 4).rotate_left(48);
-        if let Some(error) = errors::desync(what, self.calls.shard.rank as usize, world, print) {
+        if let Some(error) = errors::desync(what, me, world, print) {
             return Err(error);
         }
         if fits {
@@ -174,8 +183,8 @@ impl TransportRank {
         let mut buffers = lock(&self.buffers);
         let Buffers { send: own, first, .. } = &mut *buffers;
         let (own, first) = (&mut bytes_of(own)[..FIRST_BYTES], &mut bytes_of(first)[..FIRST_BYTES]);
-        let mine = [MAGIC, hop.header.fingerprint, send.len() as u64, hop.header.fault, u64::from(number), steps];
-        put_words(own, &mine);
+        let (me, number_word) = (self.calls.shard.rank as u64, u64::from(number));
+        put_words(own, &[MAGIC, hop.header.fingerprint, send.len() as u64, hop.header.fault, number_word, steps, me]);
         if send.len() <= INLINE_BYTES {
             own[HEADER_BYTES..][..send.len()].copy_from_slice(send);
         }
@@ -184,8 +193,8 @@ impl TransportRank {
             let message = format!("{}: rank {} sent no message of this library's version", what(), hop.from);
             return Err(Error::new(ErrorKind::Desync, message).with_rank(hop.from as i32));
         }
-        let wanted = [hop.header.fingerprint, recv.len() as u64, u64::from(number), steps];
-        if [1, 2, 4, 5].map(|i| word(first, i)) != wanted {
+        let wanted = [hop.header.fingerprint, recv.len() as u64, number_word, steps, hop.from as u64];
+        if [1, 2, 4, 5, 6].map(|i| word(first, i)) != wanted {
             return Err(errors::differs(&what(), self.calls.shard.rank as usize, hop.from));
         }
         let fault = word(first, 3);
@@ -344,6 +353,15 @@ impl Rounds for TransportRank {
     fn serves_streams(&self) -> bool {
         self.calls.transport.stream_threads
     }
+}
+
+/// The transport's allgather brought something else from `rank` than it sent.
+fn misplaced(what: &str, rank: usize) -> Error {
+    let message = format!(
+        "{what}: the transport's allgather returned 0, but place {rank} does not hold what rank {rank} sends, wanted the \
+         message of every rank in rank order"
+    );
+    Error::new(ErrorKind::Transport, message).with_rank(rank as i32)
 }
 
 fn lock(buffers: &Mutex<Buffers>) -> MutexGuard<'_, Buffers> {
