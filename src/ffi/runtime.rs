@@ -261,7 +261,11 @@ pub extern "C" fn treeattn_stream_synchronize(stream: *mut treeattn_stream_t) ->
 /// capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub extern "C" fn treeattn_stream_destroy(stream: *mut treeattn_stream_t) -> treeattn_status_t {
-    guard("treeattn_stream_destroy", || handle::remove_if("stream", stream, Stream::check_destroy).map(drop))
+    guard("treeattn_stream_destroy", || {
+        // Another thread may be inside a call on it, and so be the one that drops it.
+        handle::remove_if("stream", stream, Stream::check_destroy)
+            .map(|stream| stream.iter().for_each(|it| it.finish()))
+    })
 }
 
 /// Allocates zeroed memory of a device, aligned to 64 bytes. A convenience: every call takes raw pointers.

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use parking_lot::Mutex;
+
 use super::context::{LogLevel, Runtime};
 use crate::attention::Shard;
 use crate::comm::{
@@ -52,6 +54,8 @@ pub(super) struct CommCore {
     closed: AtomicBool,
     /// Whether a call of this rank that exchanges is under way.
     busy: AtomicBool,
+    /// The CPU stream on which steps of this rank that exchange are issued, 0 for the caller's thread, and how many are.
+    issued: Mutex<(usize, usize)>,
 }
 
 /// A call of a rank that exchanges, for as long as this lives.
@@ -60,6 +64,15 @@ pub(super) struct Exchanging<'a>(&'a CommCore);
 impl Drop for Exchanging<'_> {
     fn drop(&mut self) {
         self.0.busy.store(false, Ordering::Release);
+    }
+}
+
+/// A step that is issued on a CPU rank, for as long as this lives: until it has run, or is refused or dropped.
+pub(super) struct Issued(Arc<CommCore>);
+
+impl Drop for Issued {
+    fn drop(&mut self) {
+        self.0.issued.lock().1 -= 1;
     }
 }
 
@@ -299,6 +312,7 @@ impl CommCore {
             plans: AtomicU64::new(0),
             closed: AtomicBool::new(false),
             busy: AtomicBool::new(false),
+            issued: Mutex::default(),
         }
     }
 
@@ -330,7 +344,18 @@ impl CommCore {
         }
     }
 
-    /// The same for the creation of a plan, which exchanges where there are peers.
+    /// Counts a step that exchanges as issued on the CPU stream `stream`, 0 for the caller's thread, for as long as the result
+    /// lives. `Busy` while such steps are under way or enqueued elsewhere: nothing says which comes first.
+    pub fn issue_on(self: &Arc<Self>, stream: usize) -> Result<Issued> {
+        let mut issued = self.issued.lock();
+        if issued.1 > 0 && issued.0 != stream {
+            return Err(self.busy_with("stream: found a step on another stream"));
+        }
+        *issued = (stream, issued.1 + 1);
+        Ok(Issued(Arc::clone(self)))
+    }
+
+    /// [`CommCore::begin_exchange`] for the creation of a plan, which exchanges where there are peers.
     pub fn begin_creation(&self) -> Result<Option<Exchanging<'_>>> {
         (self.shard().world > 1).then(|| self.begin_exchange()).transpose()
     }

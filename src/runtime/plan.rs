@@ -259,6 +259,8 @@ impl Plan {
                 })
             }
             RunsOn::Caller => {
+                let counts = exchanges && broken().is_ok();
+                let _issued = counts.then(|| core.comm.issue_on(0)).transpose()?;
                 let _exchanging = core.begin(exchanges)?;
                 let _running = core.run_alone()?;
                 let _counted = InFlight::new(&self.core);
@@ -269,7 +271,7 @@ impl Plan {
                         // Told here, whoever asks afterwards.
                         error.claim();
                     })
-                    .map_err(explain_timeout)
+                    .map_err(|error| if core.comm.group == 0 { error } else { explain_timeout(error) })
             }
             RunsOn::Queue(_) if !core.comm.rank.serves_streams() => {
                 let wanted = "NULL: this transport's flags lack TREEATTN_TRANSPORT_STREAM_THREADS, so that its callbacks run on \
@@ -285,8 +287,11 @@ impl Plan {
                     }
                     return Err(error);
                 }
+                let place = std::ptr::from_ref(queue).addr();
+                let issued = exchanges.then(|| core.comm.issue_on(place)).transpose()?;
                 let counted = InFlight::new(&self.core);
                 let task = move || {
+                    let _issued = issued;
                     let plan = &*counted.0;
                     let _exchanging = plan.begin(exchanges)?;
                     let _running = plan.run_alone()?;
@@ -419,7 +424,7 @@ impl PlanCore {
     }
 }
 
-/// Says what a caller without streams most often did wrong.
+/// Says what a caller without streams most often did wrong, whose ranks live in one process.
 fn explain_timeout(error: Error) -> Error {
     if error.kind() != ErrorKind::Timeout {
         return error;

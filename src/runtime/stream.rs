@@ -141,6 +141,15 @@ impl Stream {
         }
     }
 
+    /// Waits until everything enqueued so far on a stream of the CPU is done, each step within its deadline, and leaves its
+    /// errors to [`Stream::synchronize`]. A CUDA stream is not waited for.
+    pub fn finish(&self) {
+        if let Kind::Cpu(queue) = &self.kind {
+            // A task of the stream itself has nothing to wait for.
+            let _ = queue.finish(Duration::MAX);
+        }
+    }
+
     /// `Capturing` while a capture forbids destroying the stream.
     pub fn check_destroy(&self) -> Result<()> {
         match &self.kind {

@@ -173,6 +173,76 @@ static void one_stream_for_two_ranks(void) {
   group_close(&made);
 }
 
+static void *wait_there(void *at) {
+  step_t *step = at;
+  step->status = treeattn_stream_synchronize(step->group->streams[step->rank]);
+  return NULL;
+}
+
+/* Nothing says which of two streams comes first: a rank's second one is refused while its first holds a step, and so is a
+ * step of the caller's thread. Nobody else is harmed. */
+static void one_rank_on_two_streams(void) {
+  group_t made;
+  group_open(&made, 2, &desc, HANG, HANG);
+  treeattn_stream_t *own = made.streams[0], *other = NULL;
+  static shard_t second;
+  CHECK_OK(treeattn_stream_create(made.runtime, TREEATTN_CPU(0), &other));
+  shard_make(&second, &problem, 2, 0);
+  CHECK_OK(group_enqueue(&made, 0));
+  CHECK_STATUS(treeattn_plan_decode(made.plans[0], &second.args, other), TREEATTN_ERROR_BUSY,
+               "stream: found a step on another stream on rank 0");
+  CHECK_STATUS(treeattn_plan_decode(made.plans[0], &second.args, NULL), TREEATTN_ERROR_BUSY, "on rank 0");
+  CHECK(shard_untouched(&second));
+  CHECK_OK(group_enqueue(&made, 1));
+  for (int rank = 0; rank < 2; rank++) {
+    CHECK_OK(treeattn_stream_synchronize(made.streams[rank]));
+    CHECK(shard_matches(&made.shards[rank], &problem));
+  }
+  /* Nor is a step enqueued while one waits on the caller's thread. */
+  step_t step;
+  group_reset(&made);
+  step_begin(&step, &made, 0, 0);
+  treeattn_plan_stats_t stats = TREEATTN_PLAN_STATS_INIT;
+  for (int ms = 0; stats.steps < 2 && ms < HANG; ms++) {
+    sleep_ms(1);
+    CHECK_OK(treeattn_plan_stats(made.plans[0], &stats));
+  }
+  CHECK_STATUS(treeattn_plan_decode(made.plans[0], &second.args, other), TREEATTN_ERROR_BUSY, "on rank 0");
+  CHECK_OK(group_enqueue(&made, 1));
+  CHECK_OK(treeattn_stream_synchronize(made.streams[1]));
+  CHECK(step_end(&step) == TREEATTN_OK && shard_matches(&made.shards[0], &problem));
+  /* Once the first is done. */
+  group_reset(&made);
+  made.streams[0] = other;
+  CHECK_OK(group_enqueue(&made, 0));
+  CHECK_OK(group_enqueue(&made, 1));
+  for (int rank = 0; rank < 2; rank++) {
+    CHECK_OK(treeattn_stream_synchronize(made.streams[rank]));
+    CHECK(shard_matches(&made.shards[rank], &problem));
+  }
+  made.streams[0] = own;
+  CHECK_OK(treeattn_stream_destroy(other));
+  group_close(&made);
+}
+
+/* Destroying a stream waits for its steps also where another thread is inside a call on it. */
+static void destroyed_under_another(void) {
+  group_t made;
+  step_t step;
+  group_open(&made, 2, &desc, DEADLINE, HANG);
+  CHECK_OK(group_enqueue(&made, 0));
+  memset(&step, 0, sizeof(step));
+  step.group = &made;
+  step.streamed = 1;
+  CHECK(pthread_create(&step.thread, NULL, wait_there, &step) == 0);
+  sleep_ms(200);
+  CHECK_OK(treeattn_stream_destroy(made.streams[0]));
+  CHECK(shard_is_nan(&made.shards[0]));
+  made.streams[0] = NULL;
+  CHECK(step_end(&step) == TREEATTN_ERROR_TIMEOUT);
+  group_close(&made);
+}
+
 int main(void) {
   problem_make(&problem, GROUP_SEED);
   desc = problem_desc();
@@ -181,5 +251,7 @@ int main(void) {
   by_deadline();
   at_once();
   one_stream_for_two_ranks();
+  one_rank_on_two_streams();
+  destroyed_under_another();
   return check_report("waits");
 }
