@@ -65,7 +65,8 @@
  * decode, merge) of one communicator in the same order. With a NULL stream a step of a CPU plan runs on the calling
  * thread and waits there for the other ranks, so each local rank needs a thread of its own. With a stream it is only
  * enqueued, so one thread can drive them all: step k on every rank before step k + 1 on any. A plan is in flight on one
- * stream at a time. One CPU stream does not serve two ranks of a communicator: their steps would wait for each other.
+ * stream at a time. One CPU stream does not serve two ranks of a communicator, whose steps would wait for each other; nor do
+ * two CPU streams serve one rank at a time.
  * The library's own threads block all signals, and end with the object that they serve. A thread that calls the library
  * needs 256 KiB of stack: a step of a CPU rank takes 32 KiB of it, GPU drivers, NCCL and callbacks what they take.
  *
@@ -173,9 +174,10 @@ inline T sized() {
  * a 64-bit sum), query tokens, `global_length`, `query_position`, and that the keys of all ranks together are the positions
  * 0 to `global_length` - 1, each once (with explicit placement by their number and the sums of their first three powers).
  * Ranks that do not fit together get TREEATTN_ERROR_MISMATCH, which names argument and sequence, and the rank where one is to
- * blame (with explicit placement none is for its keys); the outputs of that sequence are NaN on every rank, the others are
- * good, and the communicator stays usable. Keys at or beyond `global_length` do not count. Such plans need `global_length`,
- * and `kv_start` or `kv_position` where their placement has one, also where they are not causal. Merges of partials and
+ * blame (with explicit placement none is for positions that are held twice or by no rank); the outputs of that sequence are
+ * NaN on every rank, the others are good, and the communicator stays usable. Keys at or beyond `global_length` do not fit
+ * either, but with TREEATTN_ATTENTION_SURPLUS_KEYS, where they do not count. Such plans need `global_length`, and `kv_start`
+ * or `kv_position` where their placement has one, also where they are not causal. Merges of partials and
  * `treeattn_plan_partial` check nothing. CPU ranks only. Since 0.2.
  */
 #define TREEATTN_ATTENTION_CHECKED 2
@@ -365,9 +367,12 @@ typedef void (*treeattn_log_callback_t)(treeattn_log_level_t level, const char *
 typedef struct treeattn_comm_config_t {
     /** sizeof(treeattn_comm_config_t). */
     size_t struct_size;
-    /** How long creating the communicator and its plans may wait for the other ranks, in nanoseconds. 0: 30 s. */
+    /**
+     * How long creating the communicator and its plans may wait for the other ranks, in nanoseconds, at most a year.
+     * 0: 30 s.
+     */
     int64_t setup_timeout_ns;
-    /** How long a step may wait for the other ranks, in nanoseconds. 0: 10 s. */
+    /** How long a step may wait for the other ranks, in nanoseconds, at most a year. 0: 10 s. */
     int64_t step_timeout_ns;
     /** Worker threads of a CPU rank, the calling thread among them. 0: the cores over the local ranks, at least 1. */
     int32_t threads_per_rank;
@@ -438,7 +443,7 @@ typedef struct treeattn_transport_t {
 typedef struct treeattn_comm_status_t {
     /** sizeof(treeattn_comm_status_t). */
     size_t struct_size;
-    /** TREEATTN_OK, why the communicator is broken, or TREEATTN_ERROR_INVALID_DATA of a step. */
+    /** TREEATTN_OK, why the communicator is broken, or TREEATTN_ERROR_INVALID_DATA or TREEATTN_ERROR_MISMATCH of a step. */
     treeattn_status_t code;
     /** The rank that the error is about, -1 if none. */
     int32_t rank;
@@ -1515,13 +1520,14 @@ treeattn_status_t treeattn_plan_create_all(int32_t n,
  * @param stream where to enqueue; of the plan's device. NULL on a CPU plan: the step runs on the calling thread, and each
  *               local rank then needs a thread of its own. NULL on a CUDA plan is INVALID_ARGUMENT; the legacy default
  *               stream is `treeattn_stream_wrap_cuda` of NULL. A CPU stream serves one rank of a communicator at a time:
- *               INVALID_ARGUMENT while it holds a step of another one.
+ *               INVALID_ARGUMENT while it holds a step of another one. A rank has steps on one CPU stream at a time: BUSY,
+ *               also with a NULL stream, while another one holds a step of it.
  * @return TREEATTN_OK; refused, with nothing enqueued or written, while the peers wait for this rank: INVALID_ARGUMENT or
  *         UNSUPPORTED, by field; BAD_HANDLE; PARENT_DESTROYED; BUSY: another call of this rank that exchanges is under
- *         way. What broke the communicator
- *         (TIMEOUT, DESYNC, PEER_LOST, ABORTED, ...), with NaN in all of the output; PARENT_DESTROYED, too, where the
- *         communicator is destroyed within the step. With a NULL stream also INVALID_DATA: the output is written, with
- *         NaN in the sequence that the message names. With a stream the errors of the step itself come from
+ *         way, or enqueued elsewhere. What broke the communicator (TIMEOUT, DESYNC, PEER_LOST, ABORTED, ...), with NaN in
+ *         all of the output; PARENT_DESTROYED, too, where the communicator is destroyed within the step. With a NULL stream
+ *         also INVALID_DATA and, of a CHECKED plan, MISMATCH: the output is written, with NaN in the sequence that the
+ *         message names, and in others that are bad. With a stream the errors of the step itself come from
  *         `treeattn_stream_synchronize` or `treeattn_comm_status`.
  *
  * Thread safety: calls on one communicator are the caller's to serialise. With a stream it enqueues (and waits only
@@ -1533,7 +1539,8 @@ treeattn_status_t treeattn_plan_decode(struct treeattn_plan_t *plan,
                                        struct treeattn_stream_t *stream);
 
 /**
- * This rank's partial alone: the output and lse over its own shard, all heads. No exchange.
+ * This rank's partial alone: the output and lse over its own shard, all heads. No exchange, so that it serves on a broken
+ * communicator, too.
  *
  * @param plan   the plan, with any output mode.
  * @param args   as for `treeattn_plan_decode`; `out` and `lse` hold all query heads.

@@ -23,7 +23,7 @@ macro_rules! codes {
             pub fn from_code(field: &str, code: i32) -> Result<$name> {
                 match code {
                     $($code => Ok($name::$variant),)*
-                    _ => Err(Error::invalid(field, code, concat!("a ", stringify!($name), " code:" $(, " ", $text)*))),
+                    _ => Err(Error::invalid(field, code, concat!("one of the codes" $(, " ", $text)*))),
                 }
             }
 

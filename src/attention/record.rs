@@ -3,7 +3,7 @@
 //! Queries are compared by a 64-bit sum over their bits. That every position is held once is exact under contiguous and
 //! interleaved placement. Under explicit placement it is judged by how many positions below `global_length` the ranks hold
 //! together and by the sums of their first, second and third powers: one wrong position always shows, several would have to
-//! keep all four numbers.
+//! keep all four numbers. Keys outside the positions 0 to `global_length` - 1 do not fit, unless the plan allows surplus keys.
 
 use super::majority::odd_ranks;
 use super::placement::{Placement, Shard, local_length};
@@ -16,7 +16,8 @@ pub struct SequenceRecord {
     pub query: u64,
     /// The same over its `query_position`, 0 where the step has none.
     pub query_position: u64,
-    /// Contiguous placement: the position of its first key here.
+    /// Contiguous placement: the position of its first key here. Explicit placement: its keys here whose positions are not
+    /// below `global_length`, or below 0.
     pub start: i64,
     /// Explicit placement: sums of the first, second and third powers of the positions here below `global_length`,
     /// modulo 2^64.
@@ -94,8 +95,8 @@ fn all_powers(length: i32) -> [u64; 3] {
 
 /// Judges the records of one sequence, rank by rank: the rank to blame (-1 where none can be told) and what it is blamed
 /// for. Where ranks differ in what must be the same, the first outside the largest party is to blame, and where there is no
-/// largest party, the first that differs from rank 0.
-pub fn judge(placement: Placement, records: &[SequenceRecord]) -> Option<(i32, DataFaultCause)> {
+/// largest party, the first that differs from rank 0. `surplus_keys`: keys at or beyond `global_length` are allowed.
+pub fn judge(placement: Placement, surplus_keys: bool, records: &[SequenceRecord]) -> Option<(i32, DataFaultCause)> {
     if records.iter().any(|record| record.keys < 0) {
         return None;
     }
@@ -114,6 +115,12 @@ pub fn judge(placement: Placement, records: &[SequenceRecord]) -> Option<(i32, D
     if first.tokens == 0 {
         // Nothing is attended.
         return None;
+    }
+    if let Some(rank) = records.iter().enumerate().position(|(rank, record)| {
+        let shard = Shard { rank: rank as i32, world: records.len() as i32 };
+        holds_outside(placement, shard, surplus_keys, record)
+    }) {
+        return Some((rank as i32, DataFaultCause::KeysOutside));
     }
     match placement {
         Placement::Contiguous => contiguous(i64::from(first.global_length), records),
@@ -140,6 +147,21 @@ pub fn judge(placement: Placement, records: &[SequenceRecord]) -> Option<(i32, D
 /// The first rank whose value is not that of the others.
 fn odd<T: PartialEq>(records: &[SequenceRecord], value: impl Fn(&SequenceRecord) -> T) -> Option<usize> {
     odd_ranks(records.len(), 0, |rank| value(&records[rank])).first().copied()
+}
+
+/// Whether a rank holds keys at positions that the sequence does not have.
+fn holds_outside(placement: Placement, shard: Shard, surplus_keys: bool, record: &SequenceRecord) -> bool {
+    match placement {
+        _ if surplus_keys => false,
+        Placement::Contiguous => {
+            let end = record.start + i64::from(record.keys);
+            record.keys > 0 && (record.start < 0 || end > i64::from(record.global_length))
+        }
+        Placement::Interleaved { .. } => {
+            record.keys > local_length(placement, shard, record.global_length).unwrap_or(0)
+        }
+        Placement::Explicit => record.start > 0,
+    }
 }
 
 /// Whether the ranks' ranges hold the positions 0 to `length` - 1, each once. What lies beyond is not seen.
@@ -200,13 +222,17 @@ mod tests {
     fn contiguous_ranges_hold_every_position_once() {
         let judge = |length: i32, ranges: &[(i64, i32)]| {
             let records: Vec<_> = ranges.iter().map(|&(start, keys)| record(start, keys, length)).collect();
-            judge(Placement::Contiguous, &records)
+            judge(Placement::Contiguous, false, &records)
         };
         assert_eq!(judge(10, &[(0, 4), (4, 6)]), None);
         assert_eq!(judge(10, &[(4, 6), (0, 4)]), None);
         assert_eq!(judge(10, &[(0, 10), (0, 0), (9, 0)]), None);
-        assert_eq!(judge(10, &[(0, 4), (4, 9)]), None, "keys beyond are not seen");
-        assert_eq!(judge(0, &[(0, 0), (0, 3)]), None);
+        assert_eq!(judge(10, &[(0, 4), (4, 7)]), Some((1, KeysOutside)));
+        assert_eq!(judge(10, &[(-1, 5), (4, 6)]), Some((0, KeysOutside)));
+        assert_eq!(judge(10, &[(0, 10), (10, 1)]), Some((1, KeysOutside)));
+        assert_eq!(judge(0, &[(0, 0), (0, 3)]), Some((1, KeysOutside)));
+        assert_eq!(judge(-1, &[(0, 0), (0, 3)]), Some((1, KeysOutside)));
+        assert_eq!(judge(10, &[(0, 10), (20, 0)]), None, "no key, no position");
         assert_eq!(judge(10, &[(0, 5), (4, 6)]), Some((1, KeysTwice)));
         assert_eq!(judge(10, &[(0, 5), (0, 5)]), Some((1, KeysTwice)));
         assert_eq!(judge(10, &[(0, 10), (3, 2), (5, 5)]), Some((1, KeysTwice)));
@@ -218,9 +244,12 @@ mod tests {
 
     #[test]
     fn interleaved_ranks_hold_what_the_length_asks_for() {
-        let judge = |keys: [i32; 2]| judge(Placement::Interleaved { run: 1 }, &keys.map(|keys| record(0, keys, 10)));
+        let judge =
+            |keys: [i32; 2]| judge(Placement::Interleaved { run: 1 }, false, &keys.map(|keys| record(0, keys, 10)));
         assert_eq!(judge([5, 5]), None);
-        assert_eq!(judge([8, 2]), Some((1, KeysMissing)));
+        assert_eq!(judge([8, 2]), Some((0, KeysOutside)));
+        assert_eq!(judge([5, 2]), Some((1, KeysMissing)));
+        assert_eq!(judge([5, 6]), Some((1, KeysOutside)));
         assert_eq!(judge([4, 5]), Some((0, KeysMissing)));
     }
 
@@ -231,19 +260,34 @@ mod tests {
             positions.iter().for_each(|&position| add_powers(&mut record.powers, position));
             record
         };
-        let judge = |a: &[u64], b: &[u64]| judge(Placement::Explicit, &[held(a), held(b)]);
+        let judge = |a: &[u64], b: &[u64]| judge(Placement::Explicit, false, &[held(a), held(b)]);
         assert_eq!(judge(&[9, 0, 3, 7], &[1, 2, 4, 5, 6, 8]), None);
         assert_eq!(judge(&[9, 0, 3, 7], &[1, 2, 4, 5, 6]), Some((-1, KeysMissing)));
         assert_eq!(judge(&[9, 0, 3, 7], &[1, 2, 4, 5, 6, 7]), Some((-1, KeysTwice)));
         assert_eq!(judge(&[9, 0, 3, 7], &[1, 2, 4, 5, 6, 8, 8]), Some((-1, KeysTwice)));
         // Three slots whose positions keep the sum and the sum of squares: 0, 4, 5 for 1, 2, 6.
         assert_eq!(judge(&[0, 4, 5, 3, 7], &[0, 4, 5, 8, 9]), Some((-1, KeysTwice)));
+        let mut outside = held(&[9, 0, 3, 7]);
+        outside.start = 1;
+        let records = [held(&[1, 2, 4, 5, 6, 8]), outside];
+        assert_eq!(super::judge(Placement::Explicit, false, &records), Some((1, KeysOutside)));
+        assert_eq!(super::judge(Placement::Explicit, true, &records), None);
         for length in [0, 1, 2, 1000] {
             let mut powers = [0; 3];
             (0..length as u64).for_each(|position| add_powers(&mut powers, position));
             assert_eq!(powers, all_powers(length));
         }
         assert_eq!(all_powers(i32::MAX)[0], (i32::MAX as u64) * ((1 << 30) - 1));
+    }
+
+    #[test]
+    fn surplus_keys_are_not_seen_where_the_plan_allows_them() {
+        let records = [record(0, 4, 10), record(4, 9, 10)];
+        assert_eq!(judge(Placement::Contiguous, true, &records), None);
+        assert_eq!(judge(Placement::Contiguous, true, &[record(0, 4, 10), record(5, 9, 10)]), Some((0, KeysMissing)));
+        let run = Placement::Interleaved { run: 1 };
+        assert_eq!(judge(run, true, &[record(0, 8, 10), record(0, 5, 10)]), None);
+        assert_eq!(judge(run, true, &[record(0, 8, 10), record(0, 2, 10)]), Some((1, KeysMissing)));
     }
 
     #[test]
@@ -261,15 +305,15 @@ mod tests {
             for rank in 0..3 {
                 let mut records = [good; 3];
                 change(&mut records[rank]);
-                assert_eq!(judge(Placement::Contiguous, &records), Some((rank as i32, cause)));
+                assert_eq!(judge(Placement::Contiguous, false, &records), Some((rank as i32, cause)));
                 records[(rank + 1) % 3].keys = -1;
-                assert_eq!(judge(Placement::Contiguous, &records), None, "bad data is told apart");
+                assert_eq!(judge(Placement::Contiguous, false, &records), None, "bad data is told apart");
             }
             let mut records = [good; 2];
             change(&mut records[0]);
-            assert_eq!(judge(Placement::Contiguous, &records), Some((1, cause)));
+            assert_eq!(judge(Placement::Contiguous, false, &records), Some((1, cause)));
         }
-        assert_eq!(judge(Placement::Contiguous, &[SequenceRecord { tokens: 0, ..record(0, 0, 5) }; 2]), None);
+        assert_eq!(judge(Placement::Contiguous, false, &[SequenceRecord { tokens: 0, ..record(0, 0, 5) }; 2]), None);
     }
 
     #[test]

@@ -200,8 +200,11 @@ impl Step {
             if keys <= strided_cache::room(tensor, dtype, stride, inner, b) {
                 continue;
             }
+            if tensor.bytes == 0 {
+                return Err(Error::invalid(format_args!("{name}.bytes"), 0, format_args!("room for {}", what())));
+            }
             let end = strided_cache::end_of(dtype, stride, inner, b, keys - 1);
-            if tensor.bytes > 0 && i128::from(tensor.bytes) >= end {
+            if i128::from(tensor.bytes) >= end {
                 let room = stride[0] / stride[1].max(1);
                 let wanted = format!("at least {}: a packed {name} has room for {room} tokens a sequence", what());
                 return Err(Error::invalid("kv_capacity", a.kv_capacity, wanted));

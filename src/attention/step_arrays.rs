@@ -60,7 +60,7 @@ impl Step {
             if !(0..=i64::from(desc.max_kv_length)).contains(&held) {
                 continue;
             }
-            let name = if args.kv_length.is_null() { "last_page_len" } else { "kv_length" };
+            let name = if args.kv_length.is_null() { "tokens up to last_page_len" } else { "kv_length" };
             let length = || format!("{name}[{b}] = {held}");
             self.check_room(desc, b, held, length)?;
             if desc.kv_layout != KvLayout::Strided && held > 0 && args.num_pages == 0 {
@@ -74,7 +74,7 @@ impl Step {
             let global = read(args.global_length, b);
             let start = if args.kv_start.is_null() { 0 } else { read(args.kv_start, b) };
             let fewest = if desc.needs_positions() && args.query_position.is_null() { queries } else { 0 };
-            if global < fewest {
+            if global < fewest && desc.needs_positions() {
                 continue;
             }
             match desc.placement {

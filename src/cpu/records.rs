@@ -49,6 +49,7 @@ fn record(reader: &Reader<'_>, b: usize, sequence: &Sequence) -> SequenceRecord 
                 record.keys += 1;
                 add_powers(&mut record.powers, u64::from(position.unsigned_abs()));
             }
+            record.start = sequence.held as i64 - i64::from(record.keys);
         }
         _ => {}
     }

@@ -100,8 +100,11 @@ impl<'a> Reader<'a> {
         } else {
             None
         };
-        // A faulty sequence still owns the rows that it names and nobody before it does.
-        let (begin, end) = (begin.clamp(*taken, all), end.clamp(*taken, all));
+        // A faulty sequence still owns the rows that it names and nobody before it does; the last one all that are left, since
+        // nothing says where the padding begins.
+        let is_last = b as i64 + 1 == i64::from(args.batch);
+        let (begin, end) =
+            (begin.clamp(*taken, all), if bad.is_some() && is_last { all } else { end.clamp(*taken, all) });
         out.first_token = begin as usize;
         out.tokens = (end - begin).max(0) as usize;
         *taken = end.max(*taken);

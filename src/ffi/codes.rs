@@ -217,9 +217,10 @@ pub const TREEATTN_ATTENTION_KV_STABLE: u32 = 1;
 /// a 64-bit sum), query tokens, `global_length`, `query_position`, and that the keys of all ranks together are the positions
 /// 0 to `global_length` - 1, each once (with explicit placement by their number and the sums of their first three powers).
 /// Ranks that do not fit together get TREEATTN_ERROR_MISMATCH, which names argument and sequence, and the rank where one is to
-/// blame (with explicit placement none is for its keys); the outputs of that sequence are NaN on every rank, the others are
-/// good, and the communicator stays usable. Keys at or beyond `global_length` do not count. Such plans need `global_length`,
-/// and `kv_start` or `kv_position` where their placement has one, also where they are not causal. Merges of partials and
+/// blame (with explicit placement none is for positions that are held twice or by no rank); the outputs of that sequence are
+/// NaN on every rank, the others are good, and the communicator stays usable. Keys at or beyond `global_length` do not fit
+/// either, but with TREEATTN_ATTENTION_SURPLUS_KEYS, where they do not count. Such plans need `global_length`, and `kv_start`
+/// or `kv_position` where their placement has one, also where they are not causal. Merges of partials and
 /// `treeattn_plan_partial` check nothing. CPU ranks only. Since 0.2.
 pub const TREEATTN_ATTENTION_CHECKED: u32 = 2;
 /// Flag of `treeattn_attention_desc_t`, with `causal` = 1: sequences may hold keys past `global_length`, such as those of

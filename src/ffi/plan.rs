@@ -123,13 +123,14 @@ pub unsafe extern "C" fn treeattn_plan_create_all(
 /// @param stream where to enqueue; of the plan's device. NULL on a CPU plan: the step runs on the calling thread, and each
 ///               local rank then needs a thread of its own. NULL on a CUDA plan is INVALID_ARGUMENT; the legacy default
 ///               stream is `treeattn_stream_wrap_cuda` of NULL. A CPU stream serves one rank of a communicator at a time:
-///               INVALID_ARGUMENT while it holds a step of another one.
+///               INVALID_ARGUMENT while it holds a step of another one. A rank has steps on one CPU stream at a time: BUSY,
+///               also with a NULL stream, while another one holds a step of it.
 /// @return TREEATTN_OK; refused, with nothing enqueued or written, while the peers wait for this rank: INVALID_ARGUMENT or
 ///         UNSUPPORTED, by field; BAD_HANDLE; PARENT_DESTROYED; BUSY: another call of this rank that exchanges is under
-///         way. What broke the communicator
-///         (TIMEOUT, DESYNC, PEER_LOST, ABORTED, ...), with NaN in all of the output; PARENT_DESTROYED, too, where the
-///         communicator is destroyed within the step. With a NULL stream also INVALID_DATA: the output is written, with
-///         NaN in the sequence that the message names. With a stream the errors of the step itself come from
+///         way, or enqueued elsewhere. What broke the communicator (TIMEOUT, DESYNC, PEER_LOST, ABORTED, ...), with NaN in
+///         all of the output; PARENT_DESTROYED, too, where the communicator is destroyed within the step. With a NULL stream
+///         also INVALID_DATA and, of a CHECKED plan, MISMATCH: the output is written, with NaN in the sequence that the
+///         message names, and in others that are bad. With a stream the errors of the step itself come from
 ///         `treeattn_stream_synchronize` or `treeattn_comm_status`.
 ///
 /// Thread safety: calls on one communicator are the caller's to serialise. With a stream it enqueues (and waits only
@@ -155,7 +156,8 @@ pub unsafe extern "C" fn treeattn_plan_decode(
     })
 }
 
-/// This rank's partial alone: the output and lse over its own shard, all heads. No exchange.
+/// This rank's partial alone: the output and lse over its own shard, all heads. No exchange, so that it serves on a broken
+/// communicator, too.
 ///
 /// @param plan   the plan, with any output mode.
 /// @param args   as for `treeattn_plan_decode`; `out` and `lse` hold all query heads.

@@ -71,9 +71,10 @@ pub struct treeattn_device_info_t {
 pub struct treeattn_comm_config_t {
     /// sizeof(treeattn_comm_config_t).
     pub struct_size: usize,
-    /// How long creating the communicator and its plans may wait for the other ranks, in nanoseconds. 0: 30 s.
+    /// How long creating the communicator and its plans may wait for the other ranks, in nanoseconds, at most a year.
+    /// 0: 30 s.
     pub setup_timeout_ns: i64,
-    /// How long a step may wait for the other ranks, in nanoseconds. 0: 10 s.
+    /// How long a step may wait for the other ranks, in nanoseconds, at most a year. 0: 10 s.
     pub step_timeout_ns: i64,
     /// Worker threads of a CPU rank, the calling thread among them. 0: the cores over the local ranks, at least 1.
     pub threads_per_rank: i32,
@@ -92,7 +93,7 @@ pub struct treeattn_comm_config_t {
 pub struct treeattn_comm_status_t {
     /// sizeof(treeattn_comm_status_t).
     pub struct_size: usize,
-    /// TREEATTN_OK, why the communicator is broken, or TREEATTN_ERROR_INVALID_DATA of a step.
+    /// TREEATTN_OK, why the communicator is broken, or TREEATTN_ERROR_INVALID_DATA or TREEATTN_ERROR_MISMATCH of a step.
     pub code: treeattn_status_t,
     /// The rank that the error is about, -1 if none.
     pub rank: i32,

@@ -68,14 +68,23 @@ pub enum DataFaultCause {
     BlockTable = 18,
     /// Of [`Page`](Self::Page), `page_indices`.
     PageIndices = 19,
+    /// Ranks of a checked plan: a key below position 0, or at `global_length` or beyond, where the plan allows none.
+    KeysOutside = 20,
 }
 
 impl DataFaultCause {
     /// The cause with this code.
     pub fn from_code(code: u8) -> Option<DataFaultCause> {
         use DataFaultCause::*;
-        let checked =
-            [QueryStartDiffers, GlobalLengthDiffers, QueryPositionDiffers, QueryDiffers, KeysTwice, KeysMissing];
+        let checked = [
+            QueryStartDiffers,
+            GlobalLengthDiffers,
+            QueryPositionDiffers,
+            QueryDiffers,
+            KeysTwice,
+            KeysMissing,
+            KeysOutside,
+        ];
         let singles =
             [PageIndptr, LastPageLen, GlobalLength, KvStart, KvPosition, QueryPosition, BlockTable, PageIndices];
         let all = [QueryStart, KvLength, Page, PageRow, Position].into_iter().chain(checked).chain(singles);
@@ -89,7 +98,9 @@ impl DataFaultCause {
             DataFaultCause::GlobalLengthDiffers => "global_length",
             DataFaultCause::QueryPositionDiffers => "query_position",
             DataFaultCause::QueryDiffers => "q",
-            DataFaultCause::KeysTwice | DataFaultCause::KeysMissing => "kv_length, kv_start or kv_position",
+            DataFaultCause::KeysTwice | DataFaultCause::KeysMissing | DataFaultCause::KeysOutside => {
+                "kv_length, kv_start or kv_position"
+            }
             DataFaultCause::KvLength => "kv_length",
             DataFaultCause::Page => "block_table or page_indices",
             DataFaultCause::PageRow => "page_indptr or last_page_len",
@@ -114,6 +125,7 @@ impl DataFaultCause {
             DataFaultCause::QueryDiffers => Some("other bits than on the other ranks"),
             DataFaultCause::KeysTwice => Some("a position that is held twice"),
             DataFaultCause::KeysMissing => Some("a position below global_length that no rank holds"),
+            DataFaultCause::KeysOutside => Some("a key at or beyond global_length, or below 0,"),
             _ => None,
         }
     }
@@ -173,14 +185,14 @@ mod tests {
             let fault = DataFault::new(sequence, DataFaultCause::Position);
             assert_eq!(DataFault::from_word(fault.word(rank)), Some((rank, fault)));
         }
-        assert_eq!((DataFault::from_word(0), DataFault::from_word(20)), (None, None));
+        assert_eq!((DataFault::from_word(0), DataFault::from_word(21)), (None, None));
         let later = DataFault::new(70_001, DataFaultCause::Position);
         assert!(fault.word(0) > later.word(63));
     }
 
     #[test]
     fn causes_have_their_codes_and_messages_the_value() {
-        for code in 1..20 {
+        for code in 1..21 {
             let cause = DataFaultCause::from_code(code).unwrap();
             assert_eq!(cause as u8, code);
         }

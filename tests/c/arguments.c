@@ -2,6 +2,8 @@
  * Arguments that are each in range but cannot mean what the caller wants: they are refused on this rank, before the step
  * begins and with its outputs untouched.
  */
+#include <math.h>
+
 #include "check.h"
 
 enum { TOKENS = 2, CAPACITY = 4, LIMIT = 16, DIM = 2 };
@@ -252,6 +254,48 @@ static void lengths(void) {
   }
 }
 
+/* What is not there, and what is below 0, under the name of what was given. */
+static void nothing_there(treeattn_plan_t *plan) {
+  static const int32_t length[TOKENS] = {5, 2}, global[TOKENS] = {5, -1};
+  treeattn_decode_args_t args = step(length, 0);
+  args.kv_capacity = LIMIT;
+  refused(plan, args, "k.bytes: found 0, wanted room for kv_length[0] = 5");
+  args = step(length, sizeof(pool[0]));
+  args.kv_capacity = LIMIT;
+  args.global_length = global;
+  refused(plan, args, "kv_start[1] + kv_length[1]: found 0 + 2, wanted at most global_length[1] = -1");
+
+  static const int32_t indptr[TOKENS + 1] = {0, 2, 3}, indices[3] = {0, 1, 0}, last[TOKENS] = {1, 2};
+  treeattn_attention_desc_t desc = shape();
+  desc.kv_layout = TREEATTN_KV_LAYOUT_CSR_PAGES;
+  desc.page_size = CAPACITY;
+  treeattn_plan_t *paged = plan_of(comms[0], desc);
+  args = step(NULL, sizeof(pool[0]));
+  args.page_indptr = indptr;
+  args.page_indices = indices;
+  args.num_page_indices = 3;
+  args.last_page_len = last;
+  refused(paged, args, "num_pages: found 0, wanted at least 1 for tokens up to last_page_len[0] = 5");
+  args.num_pages = 2;
+  CHECK_OK(treeattn_plan_decode(paged, &args, NULL));
+  CHECK_OK(treeattn_plan_destroy(paged));
+}
+
+/* Where the last sequence ends is not known: its rows are no padding. */
+static void bad_end_of_queries(treeattn_plan_t *plan) {
+  static const int32_t length[TOKENS] = {5, 2}, ends[3] = {-5, 0, TOKENS + 1};
+  fill(LIMIT);
+  for (int i = 0; i < 3; i++) {
+    const int32_t query_start[TOKENS + 1] = {0, 1, ends[i]};
+    treeattn_decode_args_t args = step(length, sizeof(pool[0]));
+    args.kv_capacity = LIMIT;
+    args.query_start = query_start;
+    CHECK(treeattn_plan_decode(plan, &args, NULL) == TREEATTN_ERROR_INVALID_DATA);
+    CHECK(strstr(treeattn_last_error_message(), "query_start[2]: found ") != NULL);
+    CHECK(out[0][0] == 1.0f && isnan(out[1][0]) && isnan(out[1][1]) && isnan(lse[1]));
+  }
+}
+
 /* Keys that were rolled back, and stayed in the lengths. */
 static void surplus(void) {
   static const int32_t length[TOKENS] = {5, 2}, global[TOKENS] = {3, 2}, start[TOKENS] = {0, 0};
@@ -296,11 +340,13 @@ int main(void) {
   early_ends(plan);
   strides(plan);
   unused(plan);
-  CHECK_OK(treeattn_plan_destroy(plan));
 
   CHECK_OK(treeattn_comm_create_local(runtime, 1, devices, &config, comms));
   pages();
   surplus();
+  nothing_there(plan);
+  bad_end_of_queries(plan);
+  CHECK_OK(treeattn_plan_destroy(plan));
   CHECK_OK(treeattn_comm_destroy(comms[0]));
   CHECK_OK(treeattn_comm_create_local(runtime, 2, devices, &config, comms));
   lengths();

@@ -99,7 +99,7 @@ struct Wrong {
     is_rank_known: bool,
 }
 
-const WRONG: [Wrong; 10] = [
+const WRONG: [Wrong; 13] = [
     Wrong {
         what: "a bit of q",
         placement: CONTIGUOUS,
@@ -168,6 +168,27 @@ const WRONG: [Wrong; 10] = [
         placement: INTERLEAVED,
         change: |input| input.query_position = Some(vec![LENGTH - 1, LENGTH - 2, LENGTH - 1]),
         argument: "query_position: found other positions",
+        is_rank_known: true,
+    },
+    Wrong {
+        what: "a kv_length that was not rolled back",
+        placement: INTERLEAVED,
+        change: |input| input.shard.length[1] += 1,
+        argument: "kv_length, kv_start or kv_position: found a key at or beyond global_length",
+        is_rank_known: true,
+    },
+    Wrong {
+        what: "a start past the end",
+        placement: CONTIGUOUS,
+        change: |input| input.kv_start[1] = LENGTH - 1,
+        argument: "kv_length, kv_start or kv_position: found a key at or beyond global_length",
+        is_rank_known: true,
+    },
+    Wrong {
+        what: "a position past the end",
+        placement: Placement::Explicit,
+        change: |input| input.kv_position[STRIDE + 2] = LENGTH,
+        argument: "kv_length, kv_start or kv_position: found a key at or beyond global_length",
         is_rank_known: true,
     },
 ];

@@ -75,9 +75,9 @@ impl Check {
             };
             exchange.rounds().round(exchange.header, own.len() * SequenceRecord::BYTES, &mut fill, &mut take)?;
         }
-        let mut found = None;
+        let (desc, mut found) = (&exchange.context.desc, None);
         for (b, (records, own)) in all.chunks(world).zip(&*own).enumerate() {
-            if let Some((rank, cause)) = judge(exchange.context.desc.placement, records) {
+            if let Some((rank, cause)) = judge(desc.placement, desc.surplus_keys, records) {
                 wrong.push((own.first_token as usize, own.tokens as usize));
                 found = found.or(Some((rank, DataFault::new(b as i32, cause))));
             }
