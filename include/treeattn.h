@@ -189,6 +189,13 @@ inline T sized() {
  */
 #define TREEATTN_ATTENTION_SURPLUS_KEYS 4
 
+/**
+ * Flag of `treeattn_attention_desc_t`, with CSR pages: each kv head has lists of pages of its own, as where heads select the
+ * keys that they attend (with `page_size` = 1: lists of keys). See `page_index_head_stride` of `treeattn_decode_args_t`. Not with
+ * TREEATTN_ATTENTION_CHECKED. CPU ranks only. Since 0.2.
+ */
+#define TREEATTN_ATTENTION_PAGES_BY_HEAD 8
+
 /** Flag of `treeattn_merge_args_t`: an incoming lse of +inf means an empty partial, as -inf does. */
 #define TREEATTN_MERGE_PLUS_INF_IS_EMPTY 1
 
@@ -633,6 +640,15 @@ typedef int32_t treeattn_reproducibility_t;
  * `kv_heads` = 0 describes a merge-only plan: the engine makes the partials, and only `q_heads`, `head_dim_v`,
  * `max_query_tokens`, `out_dtype`, `wire_dtype`, `output` and `algorithm` count. A field whose capability this build
  * lacks is TREEATTN_ERROR_UNSUPPORTED, by name.
+ *
+ * The score of a query at global position i and a key at j, of query head h, is
+ *
+ *     s = cap(scale * q.k) - slope[h] * |i - j| + factor[h] * mask[i][j],    cap(x) = softcap * tanh(x / softcap)
+ *
+ * and the output is the mean of the values under the softmax of the scores of the keys that the query sees, with exp(sink[h])
+ * in its denominator. Terms that are off drop out, the others may be combined; this is also the order of ggml (whose ALiBi is
+ * factor[h] * mask) and of FlashAttention. A key that `causal`, `window`, or a mask of -inf or boolean 0 hides has no influence
+ * on the row, whatever it holds.
  */
 typedef struct treeattn_attention_desc_t {
     /** sizeof(treeattn_attention_desc_t). */
@@ -681,9 +697,9 @@ typedef struct treeattn_attention_desc_t {
      * Keys outside the windows of all query tokens of a sequence are not read. At least 0.
      */
     int32_t window;
-    /** Scores become softcap * tanh(score / softcap). 0: off. */
+    /** Scores become softcap * tanh(score / softcap), after `scale`. 0: off. Finite, at least 0. */
     float softcap;
-    /** 1: per-head slopes times the global distance are subtracted from the scores (`alibi_slopes`). */
+    /** 1: the slope of the query head (`alibi_slopes`) times the distance of the global positions is subtracted. */
     int32_t alibi;
     /**
      * 1: a sink for each query head joins the softmax of every row, once and not per rank (`sinks` of
@@ -692,9 +708,9 @@ typedef struct treeattn_attention_desc_t {
      * TREEATTN_OUTPUT_LOCAL and from `treeattn_plan_partial`, so that merging all partials counts them once.
      */
     int32_t sinks;
-    /** An additional mask. */
+    /** A mask of the step (`mask` of `treeattn_decode_args_t`), beside `causal` and `window`: a key is seen where all agree. */
     treeattn_mask_kind_t mask;
-    /** Element type of an additive mask; 0 with none and with a boolean one. */
+    /** Element type of an additive mask: f16 or f32; 0 with none and with a boolean one. */
     treeattn_dtype_t mask_dtype;
     /** What each rank passes as q. */
     treeattn_query_input_t query_input;
@@ -816,14 +832,21 @@ typedef struct treeattn_decode_args_t {
     struct treeattn_tensor_t k_scale;
     /** f32 scales of fp8 values, as `k_scale`. */
     struct treeattn_tensor_t v_scale;
-    /** `f32 [query head]`. */
+    /** `f32 [query head]`: the slopes of `alibi`, at any stride. Required with `alibi` = 1, the same on every rank; NULL without. */
     struct treeattn_tensor_t alibi_slopes;
     /**
      * `f32 [query head]`: logits that join the softmax, not scaled. Required where the plan has sinks. The same on every rank.
      * -inf is none. NaN and +inf make their rows NaN. NULL without sinks.
      */
     struct treeattn_tensor_t sinks;
-    /** Mask [sequence, head, query, local slot] of `mask_dtype`. Strides are taken as they are: 0 broadcasts. */
+    /**
+     * Mask [sequence, query head, query token of the sequence, local slot] of `mask_dtype`, or bytes of a boolean one.
+     * Strides are taken as they are, 0 broadcasts; all four 0 is refused. Slots are those of this rank: the element for the
+     * key in its slot s of sequence b, whatever pages it lies in. Additive: added to the score; -inf hides, whatever the
+     * factor; NaN makes the rows NaN that would see the key. Boolean: 0 hides, all else is visible. `bytes` covers what the
+     * lengths and query tokens of the step reach; elements past a length are not read, so that rows may be padded. Tiles of 64
+     * keys that are hidden from all rows are not read. data NULL: no sequence with queries has keys here.
+     */
     struct treeattn_tensor_t mask;
     /**
      * Tokens that a packed strided k or v (all strides 0) has room for in each sequence: it is [batch, kv_capacity, kv head,
@@ -833,6 +856,24 @@ typedef struct treeattn_decode_args_t {
     int32_t kv_capacity;
     /** Zero; keeps the size a multiple of 8. */
     int32_t reserved;
+    /**
+     * `f32 [query head]`, additive masks: what their values are multiplied by, as the slopes of ggml's ALiBi. data NULL: 1. The
+     * same on every rank. Since 0.2.
+     */
+    struct treeattn_tensor_t mask_factor;
+    /**
+     * With TREEATTN_ATTENTION_PAGES_BY_HEAD, elements between the lists of kv heads in `page_indices`: kv head h reads the page of
+     * slot s of sequence b from entry page_indptr[b] + h * page_index_head_stride + s / page_size. All heads of a sequence have
+     * the same number of tokens; a mask takes out what a head lacks. 0: they share their lists. `num_page_indices` counts the
+     * entries of all heads. Entries past a list are not read. Since 0.2.
+     */
+    int64_t page_index_head_stride;
+    /**
+     * With TREEATTN_ATTENTION_PAGES_BY_HEAD and explicit placement, elements between the rows of kv heads in `kv_position`: that of
+     * kv head h of sequence b begins at element b * kv_position_stride + h * kv_position_head_stride. 0: they share them. Since
+     * 0.2.
+     */
+    int64_t kv_position_head_stride;
 } treeattn_decode_args_t;
 
 /**

@@ -123,6 +123,7 @@ programs! {
     plan,
     runtime,
     selfcheck,
+    terms,
     threads,
     transport,
     version,

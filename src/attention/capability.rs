@@ -25,6 +25,8 @@ pub struct Capabilities {
     pub sinks: bool,
     /// Checks of what the ranks pass to a step.
     pub checked: bool,
+    /// Lists of pages that kv heads have of their own.
+    pub pages_by_head: bool,
     /// Kinds of masks.
     pub masks: &'static [MaskKind],
     /// What ranks may pass as q.
@@ -44,6 +46,13 @@ pub fn supported(desc: &AttentionDesc, backend: &Capabilities) -> Result<()> {
     };
     let off = |field: &str, is_off: bool, found: String, is_served: bool| {
         if is_off || is_served { Ok(()) } else { Err(Error::unsupported(field, found, format!("0{}", backend.place))) }
+    };
+    let off_flag = |flag: &str, is_set: bool, is_served: bool| {
+        if !is_set || is_served {
+            Ok(())
+        } else {
+            Err(Error::unsupported("flags", flag, format!("0{}", backend.place)))
+        }
     };
     let algorithms = backend.algorithms;
     if desc.is_merge_only() && desc.algorithm == Algorithm::Ring {
@@ -70,8 +79,10 @@ pub fn supported(desc: &AttentionDesc, backend: &Capabilities) -> Result<()> {
     off("softcap", desc.softcap == 0.0, desc.softcap.to_string(), backend.softcap)?;
     off("alibi", !desc.alibi, "1".into(), backend.alibi)?;
     off("sinks", !desc.sinks, "1".into(), backend.sinks)?;
-    if desc.checked && !backend.checked {
-        return Err(Error::unsupported("flags", "CHECKED", format!("0{}", backend.place)));
+    for (flag, is_set, is_served) in
+        [("CHECKED", desc.checked, backend.checked), ("PAGES_BY_HEAD", desc.pages_by_head, backend.pages_by_head)]
+    {
+        off_flag(flag, is_set, is_served)?;
     }
     let served = backend.masks.contains(&desc.mask);
     one_of("mask", desc.mask.name(), served, &mut backend.masks.iter().map(|m| m.name()))?;
@@ -107,6 +118,7 @@ mod tests {
         alibi: false,
         sinks: false,
         checked: false,
+        pages_by_head: false,
         masks: &[MaskKind::None],
         query_inputs: &[QueryInput::Replicated],
         reproducibility: &[Reproducibility::Repeatable],
@@ -122,7 +134,7 @@ mod tests {
     fn each_field_is_refused_by_name_and_served_where_the_data_says_so() {
         let base = AttentionDesc::new(2, 1, 64, 10);
         supported(&base, &SERVED).unwrap();
-        let cases: [(&str, &str, Set, Serve); 12] = [
+        let cases: [(&str, &str, Set, Serve); 13] = [
             (
                 "k_dtype: found q8_0",
                 "f32, f16 and bf16 on a test",
@@ -160,6 +172,7 @@ mod tests {
             ("alibi: found 1", "0 on a test", |d| d.alibi = true, |c| c.alibi = true),
             ("sinks: found 1", "0 on a test", |d| d.sinks = true, |c| c.sinks = true),
             ("flags: found CHECKED", "0 on a test", |d| d.checked = true, |c| c.checked = true),
+            ("flags: found PAGES_BY_HEAD", "0 on a test", |d| d.pages_by_head = true, |c| c.pages_by_head = true),
             (
                 "mask: found BOOLEAN",
                 "NONE on a test",

@@ -48,7 +48,7 @@ pub struct DecodeArgs {
     pub page_indptr: *const i32,
     /// `int32 [num_page_indices]`: the pages, sequence after sequence.
     pub page_indices: *const i32,
-    /// Entries of `page_indices`.
+    /// Entries of `page_indices`, those of all kv heads.
     pub num_page_indices: i64,
     /// `int32 [batch]`: tokens in each sequence's last page, 1 to page_size. Null: `kv_length` counts.
     pub last_page_len: *const i32,
@@ -57,6 +57,18 @@ pub struct DecodeArgs {
     pub kv_capacity: i32,
     /// `f32 [q head]`, for shapes with sinks: logits that join the softmax once; those of rank 0 count. The same on every rank.
     pub sinks: Tensor,
+    /// `f32 [q head]`, for shapes with ALiBi: slopes that the global distance is multiplied by.
+    pub alibi_slopes: Tensor,
+    /// [sequence, q head, query token of the sequence, local slot], for shapes with a mask: all strides are taken as they are,
+    /// 0 broadcasts. `data` may be null where no sequence has keys here.
+    pub mask: Tensor,
+    /// `f32 [q head]`, for additive masks: what their values are multiplied by. `data` null: 1.
+    pub mask_factor: Tensor,
+    /// Elements between the lists of kv heads in `page_indices`, where heads have lists of their own: that of head h begins
+    /// h times as far behind `page_indptr[b]`.
+    pub page_index_head_stride: i64,
+    /// Elements between the rows of kv heads in `kv_position`, where heads have lists of their own; 0: they share them.
+    pub kv_position_head_stride: i64,
 }
 
 // SAFETY: addresses and numbers. Nothing here reads through them; the unsafe code that does says who keeps the memory
@@ -91,6 +103,11 @@ impl Default for DecodeArgs {
             last_page_len: std::ptr::null(),
             kv_capacity: 0,
             sinks: Tensor::NULL,
+            alibi_slopes: Tensor::NULL,
+            mask: Tensor::NULL,
+            mask_factor: Tensor::NULL,
+            page_index_head_stride: 0,
+            kv_position_head_stride: 0,
         }
     }
 }

@@ -99,7 +99,7 @@ codes! {
     MaskKind {
         /// No mask.
         #[default] None = 0 => "NONE",
-        /// Added to the scaled scores.
+        /// Added to the scores; -inf hides.
         Additive = 1 => "ADDITIVE",
         /// Non-zero is visible.
         Boolean = 2 => "BOOLEAN",
@@ -144,11 +144,11 @@ pub struct AttentionDesc {
     pub scale: f32,
     /// Whether a key is hidden from queries at earlier global positions.
     pub causal: bool,
-    /// Keys visible before the query, by global position; 0: all.
+    /// Keys that a query sees up to its own global position, its own among them; 0: all.
     pub window: i32,
     /// Scores become softcap * tanh(score / softcap); 0: off.
     pub softcap: f32,
-    /// Whether per-head slopes times the global distance are subtracted.
+    /// Whether per-head slopes times the global distance are subtracted from scores.
     pub alibi: bool,
     /// Whether per-head sinks join the denominator, once.
     pub sinks: bool,
@@ -174,6 +174,8 @@ pub struct AttentionDesc {
     pub checked: bool,
     /// Sequences may hold keys past `global_length`, which `causal` hides: rolled back, and not taken out of the lengths.
     pub surplus_keys: bool,
+    /// Each kv head has lists of pages of its own, as where it selects keys: see `page_index_head_stride` of the step.
+    pub pages_by_head: bool,
 }
 
 impl AttentionDesc {
@@ -210,6 +212,7 @@ impl AttentionDesc {
             kv_stable: false,
             checked: false,
             surplus_keys: false,
+            pages_by_head: false,
         }
     }
 
@@ -279,11 +282,28 @@ impl AttentionDesc {
                 "no TREEATTN_ATTENTION_SURPLUS_KEYS where causal = 0: nothing would hide the keys past global_length";
             return Err(Error::invalid("flags", "SURPLUS_KEYS", wanted));
         }
+        if self.pages_by_head && (self.kv_layout != KvLayout::CsrPages || self.checked) {
+            let wanted = "no TREEATTN_ATTENTION_PAGES_BY_HEAD but with kv_layout CSR_PAGES, and not with CHECKED: heads that \
+                          select keys need not hold every position";
+            return Err(Error::invalid("flags", "PAGES_BY_HEAD", wanted));
+        }
         if self.window < 0 {
             return Err(Error::invalid("window", self.window, "at least 0"));
         }
         if !(self.softcap >= 0.0 && self.softcap.is_finite()) {
             return Err(Error::invalid("softcap", self.softcap, "a finite number of at least 0"));
+        }
+        match (self.mask, self.mask_dtype) {
+            (MaskKind::Additive, Some(Dtype::F16 | Dtype::F32)) | (MaskKind::None | MaskKind::Boolean, None) => {}
+            (MaskKind::Additive, None) => {
+                return Err(Error::invalid("mask_dtype", 0, "f16 or f32 with an additive mask"));
+            }
+            (MaskKind::Additive, Some(dtype)) => {
+                return Err(Error::unsupported("mask_dtype", dtype.name(), "f16 and f32"));
+            }
+            (kind, Some(dtype)) => {
+                return Err(Error::invalid("mask_dtype", dtype.name(), format!("0 with mask {}", kind.name())));
+            }
         }
         Ok(())
     }
@@ -322,6 +342,7 @@ impl AttentionDesc {
             kv_stable,
             checked,
             surplus_keys,
+            pages_by_head,
         } = *self;
         let run = if let Placement::Interleaved { run } = placement { run } else { 0 };
         vec![
@@ -356,6 +377,7 @@ impl AttentionDesc {
             ("kv_stable", i32::from(kv_stable).to_string()),
             ("checked", i32::from(checked).to_string()),
             ("surplus_keys", i32::from(surplus_keys).to_string()),
+            ("pages_by_head", i32::from(pages_by_head).to_string()),
         ]
     }
 }

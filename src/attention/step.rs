@@ -7,6 +7,7 @@ use super::decode_args::DecodeArgs;
 use super::descriptor::{AttentionDesc, KvLayout};
 use super::dtype::Dtype;
 use super::head_values::HeadValues;
+use super::mask::Mask;
 use super::placement::{Placement, Shard};
 use super::strided_cache::{self, StridedCache};
 use super::tensor::Tensor;
@@ -38,6 +39,12 @@ pub struct Step {
     pub zeta_stride: [i64; 4],
     /// The sinks, where the shape has them.
     pub sinks: HeadValues,
+    /// The slopes of ALiBi, where the shape has them.
+    pub slopes: HeadValues,
+    /// The mask, where the shape has one.
+    pub mask: Option<Mask>,
+    /// What the values of an additive mask are multiplied by; none: 1.
+    pub mask_factor: HeadValues,
 }
 
 impl Step {
@@ -86,6 +93,9 @@ impl Step {
             if used { HeadValues::resolve(name, tensor, q_heads) } else { Ok(HeadValues::NONE) }
         };
         let sinks = per_head("sinks", &args.sinks, desc.sinks)?;
+        let slopes = per_head("alibi_slopes", &args.alibi_slopes, desc.alibi)?;
+        let mask = Mask::resolve(desc, args)?;
+        let mask_factor = per_head("mask_factor", &args.mask_factor, !args.mask_factor.data.is_null())?;
 
         let limit = i64::from(desc.max_kv_length);
         let (k_stride, v_stride, kv_capacity) = match desc.kv_layout {
@@ -159,6 +169,9 @@ impl Step {
             zeta: Tensor::NULL,
             zeta_stride: [0; 4],
             sinks,
+            slopes,
+            mask,
+            mask_factor,
         };
         if desc.kv_layout == KvLayout::Strided && batch > 0 {
             step.kv_capacity = step.room(desc, batch - 1);
@@ -215,6 +228,19 @@ impl Step {
         Ok(())
     }
 
+    /// What the mask lacks, if the step has one, for `keys` keys and `queries` query tokens of sequence `b`. `what` names the
+    /// length.
+    pub(super) fn check_mask(&self, b: i64, queries: i64, keys: i64, what: impl Fn() -> String) -> Result<()> {
+        let Some(mask) = self.mask.filter(|mask| queries > 0 && keys > mask.room(b, queries)) else { return Ok(()) };
+        let wanted = format!(
+            "at least {} for {} and {queries} query tokens with byte strides {:?}",
+            mask.end_of(b, queries, keys),
+            what(),
+            self.args.mask.stride
+        );
+        Err(Error::invalid("mask.bytes", self.args.mask.bytes, wanted))
+    }
+
     /// Settles where the sequences of a packed k and v begin whose `kv_capacity` is not given, and whose bytes told it only if
     /// they end where the last sequence does. `longest` and `last`: the length of the longest sequence and of the last; none
     /// where they cannot be read.
@@ -266,11 +292,35 @@ impl Step {
         if self.args.kv_position_stride == 0 { i64::from(desc.max_kv_length) } else { self.args.kv_position_stride }
     }
 
+    /// Where the row of positions of sequence `b` and kv head `head` begins in `kv_position`.
+    pub fn kv_position_row(&self, desc: &AttentionDesc, b: i64, head: i64) -> i64 {
+        b * self.kv_position_stride(desc) + head * self.args.kv_position_head_stride
+    }
+
+    /// Whether kv heads have lists of pages, or positions, of their own.
+    pub fn lists_by_head(&self) -> bool {
+        self.args.page_index_head_stride != 0 || self.args.kv_position_head_stride != 0
+    }
+
+    /// Entries of `page_indices` that the lists of the first kv head may reach.
+    pub fn page_index_room(&self, desc: &AttentionDesc) -> i64 {
+        let others = self.args.page_index_head_stride.saturating_mul(i64::from(desc.kv_heads) - 1);
+        self.args.num_page_indices.saturating_sub(others)
+    }
+
     /// Refuses outputs that overlap inputs or each other.
     fn check_aliasing(&self, desc: &AttentionDesc) -> Result<()> {
         let a = &self.args;
         for (out_name, out) in [("out", &a.out), ("lse", &a.lse)] {
-            for (in_name, input) in [("q", &a.q), ("k", &a.k), ("v", &a.v), ("sinks", &a.sinks)] {
+            for (in_name, input) in [
+                ("q", &a.q),
+                ("k", &a.k),
+                ("v", &a.v),
+                ("sinks", &a.sinks),
+                ("alibi_slopes", &a.alibi_slopes),
+                ("mask", &a.mask),
+                ("mask_factor", &a.mask_factor),
+            ] {
                 disjoint(out_name, out, in_name, input)?;
             }
             for (in_name, data, elements) in self.arrays(desc) {
@@ -291,7 +341,9 @@ impl Step {
         let csr = desc.kv_layout == KvLayout::CsrPages;
         let positions = desc.needs_positions() || desc.checked;
         // Of the last row only its beginning is known to exist.
-        let rows = self.kv_position_stride(desc).saturating_mul((batch - 1).max(0)).saturating_add(1);
+        let heads = a.kv_position_head_stride.saturating_mul(i64::from(desc.kv_heads) - 1);
+        let rows =
+            self.kv_position_stride(desc).saturating_mul((batch - 1).max(0)).saturating_add(heads).saturating_add(1);
         [
             ("query_start", a.query_start, batch + 1),
             ("kv_length", a.kv_length, batch),

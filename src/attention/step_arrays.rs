@@ -43,7 +43,7 @@ impl Step {
             };
             let pages = if desc.kv_layout == KvLayout::CsrPages {
                 let (begin, end) = (read(args.page_indptr, b), read(args.page_indptr, b + 1));
-                if begin < 0 || end < begin || end > args.num_page_indices {
+                if begin < 0 || end < begin || end > self.page_index_room(desc) {
                     continue;
                 }
                 Some(end - begin)
@@ -63,6 +63,7 @@ impl Step {
             let name = if args.kv_length.is_null() { "tokens up to last_page_len" } else { "kv_length" };
             let length = || format!("{name}[{b}] = {held}");
             self.check_room(desc, b, held, length)?;
+            self.check_mask(b, queries, held, length)?;
             if desc.kv_layout != KvLayout::Strided && held > 0 && args.num_pages == 0 {
                 return Err(Error::invalid("num_pages", 0, format_args!("at least 1 for {}", length())));
             }

@@ -1,7 +1,7 @@
 //! Arguments that the layout or the placement of a shape has no use for: whoever passes one means something else.
 
 use super::decode_args::DecodeArgs;
-use super::descriptor::{AttentionDesc, KvLayout};
+use super::descriptor::{AttentionDesc, KvLayout, MaskKind};
 use super::placement::Placement;
 use super::tensor::Tensor;
 use crate::error::{Error, Result};
@@ -77,6 +77,11 @@ pub(super) fn check(desc: &AttentionDesc, args: &DecodeArgs) -> Result<()> {
         last_page_len,
         kv_capacity,
         sinks,
+        alibi_slopes,
+        mask,
+        mask_factor,
+        page_index_head_stride,
+        kv_position_head_stride,
     } = args;
     let layout = Shape("kv_layout", desc.kv_layout.name());
     let (table, csr) = (desc.kv_layout == KvLayout::BlockTable, desc.kv_layout == KvLayout::CsrPages);
@@ -93,6 +98,21 @@ pub(super) fn check(desc: &AttentionDesc, args: &DecodeArgs) -> Result<()> {
     unused("kv_position", kv_position, explicit, placement)?;
     unused("kv_position_stride", kv_position_stride, explicit, placement)?;
     unused("sinks", sinks, desc.sinks, Shape("sinks", "0"))?;
+    unused("alibi_slopes", alibi_slopes, desc.alibi, Shape("alibi", "0"))?;
+    let kind = Shape("mask", desc.mask.name());
+    unused("mask", mask, desc.mask != MaskKind::None, kind)?;
+    unused("mask_factor", mask_factor, desc.mask == MaskKind::Additive, kind)?;
+    let lists = Shape("flags", "without PAGES_BY_HEAD");
+    unused("page_index_head_stride", page_index_head_stride, desc.pages_by_head, lists)?;
+    unused("kv_position_head_stride", kv_position_head_stride, desc.pages_by_head, lists)?;
+    unused("kv_position_head_stride", kv_position_head_stride, explicit, placement)?;
+    for (name, stride) in
+        [("page_index_head_stride", page_index_head_stride), ("kv_position_head_stride", kv_position_head_stride)]
+    {
+        if *stride < 0 {
+            return Err(Error::invalid(name, stride, "at least 0"));
+        }
+    }
     if *kv_capacity < 0 {
         return Err(Error::invalid("kv_capacity", kv_capacity, "at least 0"));
     }
@@ -121,7 +141,7 @@ mod tests {
     fn every_field_that_a_shape_ignores_is_refused_by_name() {
         type Set = fn(&mut DecodeArgs, *const i32);
         let at: *const i32 = &7;
-        let set: [(&str, Set); 12] = [
+        let set: [(&str, Set); 17] = [
             ("block_table", |args, at| args.block_table = at),
             ("max_pages", |args, _| args.max_pages = 1),
             ("num_pages", |args, _| args.num_pages = 1),
@@ -133,7 +153,12 @@ mod tests {
             ("kv_position", |args, at| args.kv_position = at),
             ("kv_position_stride", |args, _| args.kv_position_stride = 1),
             ("kv_capacity", |args, _| args.kv_capacity = 1),
+            ("page_index_head_stride", |args, _| args.page_index_head_stride = 1),
+            ("kv_position_head_stride", |args, _| args.kv_position_head_stride = 1),
             ("sinks", |args, at| args.sinks.data = at.cast_mut().cast()),
+            ("alibi_slopes", |args, at| args.alibi_slopes.data = at.cast_mut().cast()),
+            ("mask", |args, at| args.mask.data = at.cast_mut().cast()),
+            ("mask_factor", |args, at| args.mask_factor.data = at.cast_mut().cast()),
         ];
         let pages = ["block_table", "max_pages", "num_pages"];
         let csr = ["num_pages", "page_indptr", "page_indices", "num_page_indices", "last_page_len"];
@@ -159,8 +184,14 @@ mod tests {
             }
         }
         let (plain, mut args) = (AttentionDesc::new(1, 1, 8, 8), DecodeArgs::default());
-        args.sinks.data = at.cast_mut().cast();
-        check(&AttentionDesc { sinks: true, ..plain }, &args).unwrap();
+        (args.sinks.data, args.alibi_slopes.data) = (at.cast_mut().cast(), at.cast_mut().cast());
+        args.mask.data = args.sinks.data;
+        let all = AttentionDesc { sinks: true, alibi: true, mask: MaskKind::Boolean, ..plain };
+        check(&all, &args).unwrap();
+        args.mask_factor.data = args.sinks.data;
+        let error = check(&all, &args).unwrap_err();
+        assert!(error.message().ends_with("wanted NULL with mask BOOLEAN"), "{error}");
+        check(&AttentionDesc { mask: MaskKind::Additive, ..all }, &args).unwrap();
         let desc = AttentionDesc::new(1, 1, 8, 8);
         let mut args = DecodeArgs { kv_capacity: 4, ..DecodeArgs::default() };
         (args.k.stride, args.v.stride) = ([64, 32, 32, 4], [64, 32, 32, 4]);

@@ -50,6 +50,28 @@ impl KeyPositions<'_> {
         }
     }
 
+    /// The positions of the slots from `slot` on, which are valid.
+    #[inline]
+    pub fn fill(&self, slot: usize, out: &mut [i32]) {
+        match *self {
+            KeyPositions::Contiguous { start } => {
+                let first = start + slot as i64;
+                out.iter_mut().enumerate().for_each(|(i, out)| *out = (first + i as i64) as i32);
+            }
+            KeyPositions::Interleaved { run, shard } => {
+                let (mut position, mut left) = (self.of(slot), run - slot as i64 % run);
+                for out in out {
+                    *out = position as i32;
+                    (position, left) = (position + 1, left - 1);
+                    if left == 0 {
+                        (position, left) = (position + i64::from(shard.world - 1) * run, run);
+                    }
+                }
+            }
+            KeyPositions::Explicit { positions } => out.copy_from_slice(&positions[slot..][..out.len()]),
+        }
+    }
+
     /// Whether the positions of slots 0 to `held` all lie between 0 and 2^31 - 1.
     pub fn are_valid(&self, held: usize) -> bool {
         let valid = |position: i64| (0..=i64::from(i32::MAX)).contains(&position);
@@ -223,6 +245,9 @@ mod tests {
                         assert_eq!(found, first.zip(end), "{keys:?} {position} to {last}");
                     }
                     for (slot, count) in [(0, 64), (64, 64), (128, 22), (3, 1), (70, 0)] {
+                        let mut positions = vec![0; count];
+                        keys.fill(slot, &mut positions);
+                        assert!(positions.iter().enumerate().all(|(i, &p)| i64::from(p) == keys.of(slot + i)));
                         let wanted = (0..count).fold(0, |mask, i| mask | u64::from(sees(slot + i)) << i);
                         assert_eq!(rule.mask(&keys, position, slot, count), wanted, "{keys:?} {position} {slot}");
                     }

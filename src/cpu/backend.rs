@@ -39,11 +39,12 @@ pub const CAPABILITIES: Capabilities = Capabilities {
     head_dim_multiple: 1,
     head_dim_limit: MAX_HEAD_DIM,
     window: true,
-    softcap: false,
-    alibi: false,
+    softcap: true,
+    alibi: true,
     sinks: true,
     checked: true,
-    masks: &[MaskKind::None],
+    pages_by_head: true,
+    masks: &MaskKind::ALL,
     query_inputs: &[QueryInput::Replicated],
     reproducibility: &[Reproducibility::Repeatable],
     algorithms: &Algorithm::ALL,
@@ -236,10 +237,14 @@ impl CpuBackend {
     }
 
     /// kv heads that a worker takes through a tile together, as many as the scratch holds at `row_block` rows each. Where
-    /// the heads of a token lie side by side, this walks memory in order; short work is cut finer instead.
+    /// the heads of a token lie side by side, this walks memory in order; short work is cut finer instead, and heads that see
+    /// keys of their own are taken one by one.
     fn head_block(&self, step: &Step, total: u64, row_block: usize) -> usize {
         let heads = self.desc.kv_heads as usize;
         let paged = self.desc.kv_layout != KvLayout::Strided;
+        if step.mask.is_some_and(|mask| mask.is_by_head()) || step.lists_by_head() {
+            return 1;
+        }
         let side_by_side = step.k_stride[2] < step.k_stride[1] || paged;
         let tiles = total / heads as u64;
         if !side_by_side || tiles < TILES_TO_BLOCK * self.threads as u64 {

@@ -8,9 +8,9 @@
 //! | `records` | what ranks of a checked plan tell each other of their sequences |
 //! | `backend` | a step: checks, runs the workers, merges the items that they share |
 //! | `slice` | a worker's slice, split by split |
-//! | `task` | a split, tile by tile; `seen`: which keys of a tile are visible |
-//! | `worker` | what a worker works with; loads queries, writes rows |
-//! | `rows` | where keys and values of a tile lie |
+//! | `task` | a split, tile by tile |
+//! | `worker` | what a worker works with; loads queries, writes rows; `seen`: which keys of a tile its rows see |
+//! | `rows` | where keys and values of a tile lie; `mask`: what masks hide and add |
 //! | `partition` | cuts the flat line of (sequence, rows, kv heads, tiles) into equal slices |
 //! | `sequences` | reads and checks what the step says |
 //! | `shape` | sizes and formats of the plan, and the layout of scratch; `sums`: unfinished partials |
@@ -24,6 +24,7 @@
 mod backend;
 mod isa;
 mod kernel;
+mod mask;
 mod pack;
 mod partition;
 mod records;

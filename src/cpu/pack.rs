@@ -39,21 +39,22 @@ struct Target {
 unsafe impl Sync for Target {}
 
 impl Target {
-    /// Copies the token whose kv head 0 is at `from` to place `token`.
+    /// Copies kv heads `heads` of the token whose kv head 0 is at `from` to place `token`.
     ///
     /// # Safety
     /// `from` is a token of the source with all its heads; the target has that place, which nobody else writes.
-    unsafe fn put(&self, token: usize, from: *const u8) {
+    unsafe fn put(&self, token: usize, heads: Range<usize>, from: *const u8) {
         let (format, dim) = (self.row.format, self.row.dim);
         let bytes = format.row_bytes(dim);
         let [head_stride, stride] = self.stride;
         // SAFETY: heads and blocks of the token and of its place, which the caller vouches for.
         unsafe {
             let to = self.data.add(token * self.heads * bytes);
-            if format.is_packed(stride) && (head_stride == bytes as i64 || self.heads == 1) {
+            let all = heads == (0..self.heads);
+            if all && format.is_packed(stride) && (head_stride == bytes as i64 || self.heads == 1) {
                 return std::ptr::copy_nonoverlapping(from, to, self.heads * bytes);
             }
-            for head in 0..self.heads {
+            for head in heads {
                 let from = from.offset(head as isize * head_stride as isize);
                 format.pack_row(from, stride, dim, to.add(head * bytes));
             }
@@ -103,15 +104,18 @@ impl CpuBackend {
         let reader = unsafe { Reader::new(&self.desc, self.shard, step) };
         let part = |slots: Range<usize>| {
             let mut rows = Rows::EMPTY;
-            for slot in slots.clone().step_by(TILE) {
+            let by_head = step.args.page_index_head_stride != 0;
+            let lists = if by_head { heads } else { 1 };
+            for (slot, list) in slots.clone().step_by(TILE).flat_map(|slot| (0..lists).map(move |list| (slot, list))) {
                 let count = TILE.min(slots.end - slot);
-                rows.fill(&reader, b, sequence, slot, count);
+                let heads = if by_head { list..list + 1 } else { 0..heads };
+                rows.fill(&reader, (b, list), sequence, slot, count);
                 for t in 0..count {
                     // SAFETY: the slots are held, and the caller of the step vouched for its memory; the targets were
                     // checked to have a place for every key, and the ranges of the workers are apart.
                     unsafe {
-                        k.put(slot + t, rows.k[t]);
-                        v.put(slot + t, rows.v[t]);
+                        k.put(slot + t, heads.clone(), rows.k[t]);
+                        v.put(slot + t, heads.clone(), rows.v[t]);
                     }
                 }
             }
@@ -120,9 +124,30 @@ impl CpuBackend {
         workers.run(&|w| part(w * keys / threads..(w + 1) * keys / threads))
     }
 
-    /// Copies the global positions of the keys of sequence `b` (explicit placement).
-    pub fn pack_positions(&self, step: &Step, b: usize, to: &mut [i32]) {
-        let first = b as i64 * step.kv_position_stride(&self.desc);
+    /// Copies the mask of sequence `b` of the step that was surveyed last, [query head, query token, key] without gaps; `to` is
+    /// as long as that takes. Nothing where the step has no mask.
+    pub fn pack_mask(&self, step: &Step, b: usize, tokens: usize, keys: usize, to: &mut [u8]) {
+        let Some(mask) = step.mask else { return };
+        let (size, stride) = (mask.element().size(), mask.slot_stride() as usize);
+        for (row, to) in to.chunks_exact_mut(keys * size).enumerate() {
+            let from = mask.address(b, row / tokens, row % tokens, 0);
+            // SAFETY: query heads, query tokens and keys of the sequence, which the survey found the mask to have room for; the
+            // caller of the step vouched for its memory, which shares no byte with `to`.
+            unsafe {
+                if stride == size {
+                    std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len());
+                    continue;
+                }
+                for (key, to) in to.chunks_exact_mut(size).enumerate() {
+                    std::ptr::copy_nonoverlapping(from.add(key * stride), to.as_mut_ptr(), size);
+                }
+            }
+        }
+    }
+
+    /// Copies the global positions of the keys of sequence `b` for kv head `head` (explicit placement).
+    pub fn pack_positions(&self, step: &Step, b: usize, head: usize, to: &mut [i32]) {
+        let first = step.kv_position_row(&self.desc, b as i64, head as i64);
         for (slot, to) in to.iter_mut().enumerate() {
             // SAFETY: with explicit placement and causality `Step::new` refused a null pointer, and the caller of the step
             // vouched for a position for each key that the sequence holds, of which `to` has no more.

@@ -41,7 +41,7 @@ fn record(reader: &Reader<'_>, b: usize, sequence: &Sequence) -> SequenceRecord 
         keys: sequence.held as i32,
         ..faulty(sequence)
     };
-    match (desc.placement, reader.key_positions(b, &Sequence { start: reader.start(b), ..*sequence })) {
+    match (desc.placement, reader.key_positions(b, &Sequence { start: reader.start(b), ..*sequence }, 0)) {
         (_, KeyPositions::Contiguous { start }) => record.start = start,
         (Placement::Explicit, KeyPositions::Explicit { positions }) => {
             record.keys = 0;

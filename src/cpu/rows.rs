@@ -17,8 +17,16 @@ impl Rows {
     /// No rows.
     pub const EMPTY: Rows = Rows { k: [std::ptr::null(); TILE], v: [std::ptr::null(); TILE] };
 
-    /// Points at slots `slot` to `slot + keys` of sequence `b`, `keys` from 1 to TILE, all of them held.
-    pub fn fill(&mut self, reader: &Reader<'_>, b: usize, sequence: &Sequence, slot: usize, keys: usize) {
+    /// Points at slots `slot` to `slot + keys` of sequence `b`, `keys` from 1 to TILE, all of them held, as the pages of kv head
+    /// `head` have them; the rows are those of kv head 0 there.
+    pub fn fill(
+        &mut self,
+        reader: &Reader<'_>,
+        (b, head): (usize, usize),
+        sequence: &Sequence,
+        slot: usize,
+        keys: usize,
+    ) {
         let (desc, step) = (reader.desc(), reader.step());
         let args = &step.args;
         let (k_data, v_data) = (args.k.data.cast::<u8>().cast_const(), args.v.data.cast::<u8>().cast_const());
@@ -29,12 +37,13 @@ impl Rows {
         } else {
             let table = if desc.kv_layout == KvLayout::BlockTable { args.block_table } else { args.page_indices };
             let page_size = desc.page_size as usize;
+            let list = sequence.first_page + head as i64 * args.page_index_head_stride;
             let (mut entry, mut inside, mut t) = (slot / page_size, slot % page_size, 0);
             while t < keys {
                 let run = (page_size - inside).min(keys - t);
                 // SAFETY: the entry belongs to a slot that the sequence holds, and those were read and checked by the reader,
                 // whose maker vouched for the table.
-                let page = unsafe { *table.offset((sequence.first_page + entry as i64) as isize) };
+                let page = unsafe { *table.offset((list + entry as i64) as isize) };
                 // Checked before; the clamp keeps the address inside should the table have changed since.
                 let page = i64::from(page.clamp(0, args.num_pages - 1));
                 let at = |s: &[i64; 4]| (page * s[0] + inside as i64 * s[1]) as isize;

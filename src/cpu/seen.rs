@@ -1,41 +1,71 @@
-//! Which keys of a tile the query tokens of a split see.
+//! Which keys of a tile the rows of a split see.
 
 use super::kernel::args::TILE;
+use super::mask::{MaskBits, look};
 use super::partition::Split;
 use super::sequences::{Reader, Sequence};
 
-/// Which keys of a tile the query tokens of a split see.
+/// Which keys of a tile the rows of a split see.
 pub struct Seen {
-    /// One mask a query token of the split: bit t is key t of the tile.
+    /// One a row of the split: bit t is key t of the tile.
     masks: [u64; TILE],
-    /// The first query token of the split, and query heads of a kv head.
-    first_token: usize,
-    group: usize,
-    /// Keys from the tile's first on that all tokens see, where they see these and no others.
+    /// Keys from the tile's first on that all rows see, where they see these and no others.
     pub prefix: Option<usize>,
-    /// Whether any token sees any key.
+    /// Whether any row sees any key.
     pub any: bool,
+    /// Whether a mask adds something to a score that is seen.
+    pub adds: bool,
 }
 
 impl Seen {
-    /// Of the `keys` keys from slot `slot` on.
-    pub fn of(reader: &Reader<'_>, split: &Split, sequence: &Sequence, group: usize, slot: usize, keys: usize) -> Seen {
-        let (first, last) = (split.first_row / group, (split.first_row + split.rows - 1) / group);
-        let mut seen = Seen { masks: [0; TILE], first_token: first, group, prefix: None, any: false };
-        let masks = &mut seen.masks[..last - first + 1];
-        let mut union = 0;
-        for (i, mask) in masks.iter_mut().enumerate() {
-            *mask = reader.visible(split.sequence, sequence, first + i, slot, keys);
-            union |= *mask;
+    /// Nothing.
+    pub const NONE: Seen = Seen { masks: [0; TILE], prefix: None, any: false, adds: false };
+
+    /// Looks at the `keys` keys from slot `slot` on. Masks and lists that heads have of their own need a split of one kv head.
+    pub fn look(
+        &mut self,
+        reader: &Reader<'_>,
+        split: &Split,
+        sequence: &Sequence,
+        group: usize,
+        slot: usize,
+        keys: usize,
+    ) {
+        self.adds = false;
+        let mask = reader.step().mask;
+        let by_head = mask.is_some_and(|mask| mask.is_by_head());
+        let (mut union, mut r) = (0, 0);
+        while r < split.rows {
+            let (token, g) = ((split.first_row + r) / group, (split.first_row + r) % group);
+            let rows = (group - g).min(split.rows - r);
+            let mut visible = reader.visible((split.sequence, split.first_head), sequence, token, slot, keys);
+            if let Some(mask) = mask.filter(|_| !by_head && visible != 0) {
+                // SAFETY: keys that the sequence holds, for which the reader checked that the mask has room; whoever made
+                // the reader vouched for the step's memory.
+                let MaskBits { visible: bits, adds } = unsafe { look(&mask, split.sequence, 0, token, slot, keys) };
+                visible &= bits;
+                self.adds |= adds;
+            }
+            self.masks[r..r + rows].fill(visible);
+            if let Some(mask) = mask.filter(|_| by_head && visible != 0) {
+                for i in 0..rows {
+                    let head = split.first_head * group + g + i;
+                    // SAFETY: as above.
+                    let bits = unsafe { look(&mask, split.sequence, head, token, slot, keys) };
+                    self.masks[r + i] &= bits.visible;
+                    self.adds |= bits.adds;
+                }
+            }
+            union = self.masks[r..r + rows].iter().fold(union, |union, mask| union | mask);
+            r += rows;
         }
-        let is_prefix = union & union.wrapping_add(1) == 0 && masks.iter().all(|&mask| mask == union);
-        seen.prefix = is_prefix.then_some(union.count_ones() as usize);
-        seen.any = union != 0;
-        seen
+        let is_prefix = union & union.wrapping_add(1) == 0 && self.masks[..split.rows].iter().all(|&m| m == union);
+        self.prefix = is_prefix.then_some(union.count_ones() as usize);
+        self.any = union != 0;
     }
 
-    /// The mask of row `row` of the sequence (query token * group + query head of the group).
-    pub fn mask(&self, row: usize) -> u64 {
-        self.masks[row / self.group - self.first_token]
+    /// The mask of row `r` of the split.
+    pub fn mask(&self, r: usize) -> u64 {
+        self.masks[r]
     }
 }

@@ -116,11 +116,18 @@ impl<'a> Reader<'a> {
         if keys == 0 || out.tokens == 0 {
             return Ok(());
         }
+        if let Some(mask) = self.step.mask {
+            let room = mask.room(b as i64, out.tokens as i64);
+            if keys > room {
+                return Err(DataFaultCause::KvLength.at(b as i64, keys, 0, room));
+            }
+        }
         self.pages(keys, out)?;
         out.held = keys as usize;
         let rule = VisibilityRule::of(self.desc);
         if !self.desc.needs_positions() {
-            out.visible = rule.visible(&KeyPositions::Contiguous { start: 0 }, out.held, 0);
+            let all = rule.visible(&KeyPositions::Contiguous { start: 0 }, out.held, 0);
+            out.visible = self.unmasked(b, out.tokens, all);
             return Ok(());
         }
         self.positions(b, out)?;
@@ -128,7 +135,10 @@ impl<'a> Reader<'a> {
         for position in (0..out.tokens).map(|i| self.position(out, i)) {
             (first, last) = (first.min(position), last.max(position));
         }
-        out.visible = rule.visible_between(&self.key_positions(b, out), out.held, first, last);
+        let seen = (0..self.rows_of_positions())
+            .map(|head| rule.visible_between(&self.key_positions(b, out, head as usize), out.held, first, last))
+            .fold(Visibility::NONE, Visibility::union);
+        out.visible = self.unmasked(b, out.tokens, seen);
         Ok(())
     }
 
@@ -142,11 +152,12 @@ impl<'a> Reader<'a> {
             KvLayout::BlockTable => out.first_page = b * i64::from(args.max_pages),
             KvLayout::CsrPages => {
                 let (begin, end) = (i64::from(read(args.page_indptr, b)), i64::from(read(args.page_indptr, b + 1)));
-                if begin < 0 || begin > args.num_page_indices {
-                    return Err(DataFaultCause::PageIndptr.at(b, begin, 0, args.num_page_indices));
+                let entries = self.step.page_index_room(self.desc);
+                if begin < 0 || begin > entries {
+                    return Err(DataFaultCause::PageIndptr.at(b, begin, 0, entries));
                 }
-                if end < begin || end > args.num_page_indices {
-                    return Err(DataFaultCause::PageIndptr.at(b + 1, end, begin, args.num_page_indices));
+                if end < begin || end > entries {
+                    return Err(DataFaultCause::PageIndptr.at(b + 1, end, begin, entries));
                 }
                 out.first_page = begin;
                 if !args.last_page_len.is_null() && end > begin {
@@ -184,7 +195,11 @@ impl<'a> Reader<'a> {
             KvLayout::CsrPages => (DataFaultCause::PageIndices, args.page_indices),
         };
         let used = (keys + i64::from(self.desc.page_size) - 1) / i64::from(self.desc.page_size);
-        let bad = (sequence.first_page..sequence.first_page + used)
+        let bad = (0..self.lists())
+            .flat_map(|head| {
+                let first = sequence.first_page + head * args.page_index_head_stride;
+                first..first + used
+            })
             .find(|&entry| !(0..args.num_pages).contains(&read(table, entry)));
         let told = |entry| cause.at(entry, i64::from(read(table, entry)), 0, i64::from(args.num_pages) - 1);
         bad.map_or(Ok(()), |entry| Err(told(entry)))
@@ -206,25 +221,38 @@ impl<'a> Reader<'a> {
             return Err(DataFaultCause::QueryPosition.at(index, self.position(out, i), 0, MOST));
         }
         out.start = self.start(b);
-        let keys = self.key_positions(b, out);
-        if keys.are_valid(out.held) {
-            return Ok(());
+        for head in 0..self.rows_of_positions() {
+            let keys = self.key_positions(b, out, head as usize);
+            if keys.are_valid(out.held) {
+                continue;
+            }
+            return Err(match keys {
+                KeyPositions::Contiguous { start } => {
+                    DataFaultCause::KvStart.at(b as i64, start, 0, MOST - out.held as i64 + 1)
+                }
+                // Runs whose positions end beyond the largest.
+                KeyPositions::Interleaved { .. } => {
+                    let held = out.held as i64;
+                    DataFaultCause::KvLength.at(b as i64, held, 0, held - 1)
+                }
+                KeyPositions::Explicit { positions } => {
+                    let slot = positions.iter().position(|&position| position < 0).unwrap_or(0);
+                    let row = self.step.kv_position_row(self.desc, b as i64, head);
+                    DataFaultCause::KvPosition.at(row + slot as i64, i64::from(positions[slot]), 0, MOST)
+                }
+            });
         }
-        Err(match keys {
-            KeyPositions::Contiguous { start } => {
-                DataFaultCause::KvStart.at(b as i64, start, 0, MOST - out.held as i64 + 1)
-            }
-            // Runs whose positions end beyond the largest.
-            KeyPositions::Interleaved { .. } => {
-                let held = out.held as i64;
-                DataFaultCause::KvLength.at(b as i64, held, 0, held - 1)
-            }
-            KeyPositions::Explicit { positions } => {
-                let slot = positions.iter().position(|&position| position < 0).unwrap_or(0);
-                let row = b as i64 * self.step.kv_position_stride(self.desc);
-                DataFaultCause::KvPosition.at(row + slot as i64, i64::from(positions[slot]), 0, MOST)
-            }
-        })
+        Ok(())
+    }
+
+    /// Lists of pages that a sequence has: one, or one a kv head.
+    fn lists(&self) -> i64 {
+        if self.step.args.page_index_head_stride == 0 { 1 } else { i64::from(self.desc.kv_heads) }
+    }
+
+    /// Rows of positions that a sequence has: one, or one a kv head.
+    pub fn rows_of_positions(&self) -> i64 {
+        if self.step.args.kv_position_head_stride == 0 { 1 } else { i64::from(self.desc.kv_heads) }
     }
 
     /// Contiguous placement: the global position of the first key of sequence `b`, 0 where none is given.
@@ -244,13 +272,13 @@ impl<'a> Reader<'a> {
         (!positions.is_null()).then(|| (0..sequence.tokens as i64).map(move |i| read(positions, first + i)))
     }
 
-    /// Where the keys of sequence `b` are, whose start is read. Only for shapes that look at positions.
-    pub fn key_positions(&self, b: usize, sequence: &Sequence) -> KeyPositions<'a> {
+    /// Where the keys of sequence `b` are, whose start is read, for kv head `head`. Only for shapes that look at positions.
+    pub fn key_positions(&self, b: usize, sequence: &Sequence, head: usize) -> KeyPositions<'a> {
         match self.desc.placement {
             Placement::Contiguous => KeyPositions::Contiguous { start: sequence.start },
             Placement::Interleaved { run } => KeyPositions::Interleaved { run: i64::from(run), shard: self.shard },
             Placement::Explicit => {
-                let row = b as i64 * self.step.kv_position_stride(self.desc);
+                let row = self.step.kv_position_row(self.desc, b as i64, head as i64);
                 let row = self.step.args.kv_position.wrapping_offset(row as isize);
                 // SAFETY: positions are read only where visibility or a check needs them, and there `Step::new` refused a null or
                 // unaligned pointer. Whoever made the reader vouched for a position for each token that is held.
@@ -260,7 +288,7 @@ impl<'a> Reader<'a> {
     }
 
     /// The global position of query token `i` of a sequence.
-    fn position(&self, sequence: &Sequence, i: usize) -> i64 {
+    pub fn position(&self, sequence: &Sequence, i: usize) -> i64 {
         let args = &self.step.args;
         if args.query_position.is_null() {
             sequence.first_position + i as i64
@@ -269,12 +297,12 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Which of `keys` <= 64 slots from `slot` on query token `i` of sequence `b` sees: bit t is slot + t.
-    pub fn visible(&self, b: usize, sequence: &Sequence, i: usize, slot: usize, keys: usize) -> u64 {
+    /// Which of `keys` <= 64 slots from `slot` on query token `i` of sequence `b` sees for kv head `head`: bit t is slot + t.
+    pub fn visible(&self, (b, head): (usize, usize), sequence: &Sequence, i: usize, slot: usize, keys: usize) -> u64 {
         let rule = VisibilityRule::of(self.desc);
         if !rule.reads_positions() {
             return rule.mask(&KeyPositions::Contiguous { start: 0 }, 0, slot, keys);
         }
-        rule.mask(&self.key_positions(b, sequence), self.position(sequence, i), slot, keys)
+        rule.mask(&self.key_positions(b, sequence, head), self.position(sequence, i), slot, keys)
     }
 }

@@ -53,13 +53,15 @@ pub struct Shape {
     pub zeta: RowShape,
     /// What happens to scores; biased where steps come with a zeta.
     pub mods: ScoreMod,
+    /// What the scores of a cap are multiplied by, as a sum of two floats: see `ModifyArgs`.
+    pub cap_factor: [f32; 2],
     /// What the scores that weights are made of are multiplied by to be powers of two, above 0, as a sum of two floats.
     pub factor: [f32; 2],
     /// What q is multiplied by before the product: a power of two that keeps scores in range, negative where the scale is,
     /// so that `factor` is above 0.
     pub q_factor: f32,
-    /// What is left to multiply products with where scores are computed before they are weighed: 1 / |q_factor|.
-    pub product_factor: f64,
+    /// What is added to scores is multiplied by this first, since scores stand for multiples of products.
+    pub bias_factor: f64,
 }
 
 impl Shape {
@@ -72,10 +74,12 @@ impl Shape {
         let together = (SUM_BYTES / (row_bytes * row_block)).clamp(1, heads);
         let head_block = heads.div_ceil(heads.div_ceil(together));
         let mods = ScoreMod::of(desc, with_zeta);
-        // Scores that are more than a multiple of the product are computed before they are weighed.
-        let factor = mods.factor().unwrap_or(1.0);
+        let scale = f64::from(mods.scale());
         let q_factor = 2f64.powi(mods.q_power());
-        let left = if mods.factor().is_some() { factor / q_factor } else { factor };
+        // What a product stands for, and what a score does once it is capped.
+        let product = scale.abs() / q_factor;
+        let cap = f64::from(mods.softcap());
+        let (unit, cap_factor) = if cap > 0.0 { (1.0, 2.0 * product / cap) } else { (product, 0.0) };
         Shape {
             q_heads: desc.q_heads as usize,
             group,
@@ -85,9 +89,10 @@ impl Shape {
             kv: [RowShape::new(desc.head_dim_qk, desc.k_dtype), RowShape::new(desc.head_dim_v, desc.v_dtype)],
             zeta: RowShape::new(desc.head_dim_v, Dtype::F32),
             mods,
-            factor: two_floats(left.abs() * std::f64::consts::LOG2_E),
-            q_factor: q_factor.copysign(factor) as f32,
-            product_factor: 1.0 / q_factor,
+            factor: two_floats(unit * std::f64::consts::LOG2_E),
+            cap_factor: two_floats(cap_factor * std::f64::consts::LOG2_E),
+            q_factor: q_factor.copysign(scale) as f32,
+            bias_factor: 1.0 / unit,
         }
     }
 
@@ -109,6 +114,7 @@ impl Shape {
 
 /// `x` as a sum of two floats.
 fn two_floats(x: f64) -> [f32; 2] {
+    let x = x.min(f64::from(f32::MAX));
     let high = x as f32;
     [high, (x - f64::from(high)) as f32]
 }
@@ -125,6 +131,12 @@ pub struct Layout {
     /// Where steps come with a zeta: its rows, as `q`; and zeta.v of a tile, as `scores`.
     pub zeta: usize,
     pub biases: usize,
+    /// Where there are slopes: those of each row, and distances of a tile: [row block, TILE].
+    pub slopes: usize,
+    pub distances: usize,
+    /// Where a mask adds to scores: the factor of each row, and its values in a tile: [row block, TILE].
+    pub factors: usize,
+    pub masks: usize,
     /// Keys and values of a tile, widened: [TILE, padded].
     pub wide: [usize; 2],
     /// Open sums.
@@ -165,6 +177,13 @@ impl Layout {
         let biased = if shape.mods.is_biased() { rows } else { 0 };
         let zeta = take(biased.checked_mul(shape.padded_v()))?;
         let biases = take(biased.checked_mul(TILE))?;
+        let when = |has: bool, n: usize| if has { n } else { 0 };
+        let sloped = when(shape.mods.has_slopes(), shape.row_block);
+        let slopes = take(Some(when(shape.mods.has_slopes(), rows)))?;
+        let distances = take(sloped.checked_mul(TILE))?;
+        let masked = when(shape.mods.has_mask(), shape.row_block);
+        let factors = take(Some(when(shape.mods.has_mask(), rows)))?;
+        let masks = take(masked.checked_mul(TILE))?;
         let wide = [take(TILE.checked_mul(shape.padded_qk()))?, take(TILE.checked_mul(shape.padded_v()))?];
         let open = take(shape.sums().open_floats())?;
         let (origin, tile_max) = (take(Some(rows))?, take(Some(rows))?);
@@ -172,7 +191,23 @@ impl Layout {
         let closed = [sums()?, sums()?, sums()?];
         // Workers must not share a cache line, nor meet at the same cache sets.
         let floats = next.checked_add(1024 + 16)?;
-        Some(Layout { q, scores, packed, zeta, biases, wide, open, origin, tile_max, closed, floats })
+        Some(Layout {
+            q,
+            scores,
+            packed,
+            zeta,
+            biases,
+            slopes,
+            distances,
+            factors,
+            masks,
+            wide,
+            open,
+            origin,
+            tile_max,
+            closed,
+            floats,
+        })
     }
 
     /// Closed sums in the scratch of a worker.

@@ -3,6 +3,7 @@
 use super::kernel::args::TILE;
 use super::partition::Split;
 use super::rows::Rows;
+use super::seen::Seen;
 use super::task::Task;
 use super::worker::Worker;
 
@@ -25,7 +26,13 @@ pub unsafe fn run(worker: &Worker<'_>, w: usize) {
 unsafe fn run_split(worker: &Worker<'_>, split: &Split) {
     let sequence = &worker.partition.sequences[split.sequence];
     let fill = |rows: &mut Rows, tile: usize| {
-        rows.fill(&worker.reader, split.sequence, sequence, tile * TILE, worker.keys_of(sequence, tile));
+        rows.fill(
+            &worker.reader,
+            (split.sequence, split.first_head),
+            sequence,
+            tile * TILE,
+            worker.keys_of(sequence, tile),
+        );
     };
     // SAFETY: the scratch and the step are the caller's; each tile gets its own rows; a whole item's rows are written by
     // nobody else.
@@ -33,16 +40,21 @@ unsafe fn run_split(worker: &Worker<'_>, split: &Split) {
         for h in 0..split.heads {
             worker.load_q(split, sequence, h);
         }
-        let task = Task::new(worker, split);
-        let mut rows = [Rows::EMPTY; 2];
-        fill(&mut rows[0], split.begin);
-        for tile in split.begin..split.end {
-            let now = (tile ^ split.begin) & 1;
-            let more = tile + 1 < split.end;
-            if more {
-                fill(&mut rows[1 - now], tile + 1);
+        let mut task = Task::new(worker, split);
+        let (mut rows, mut seen) = ([Rows::EMPTY; 2], [Seen::NONE; 2]);
+        let mut here = worker.next_seen(split, split.begin, &mut seen[0]);
+        if let Some(tile) = here {
+            fill(&mut rows[0], tile);
+        }
+        let mut now = 0;
+        while let Some(tile) = here {
+            // Tiles that no row sees are not touched, nor asked for.
+            let next = worker.next_seen(split, tile + 1, &mut seen[1 - now]);
+            if let Some(next) = next {
+                fill(&mut rows[1 - now], next);
             }
-            task.tile(tile, &rows[now], more.then_some(&rows[1 - now]));
+            task.tile(tile, &seen[now], &rows[now], next.is_some().then_some(&rows[1 - now]));
+            (here, now) = (next, 1 - now);
         }
         task.finish();
         if split.is_whole() {

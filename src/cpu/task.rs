@@ -1,8 +1,8 @@
 //! A split at work: scores, weights and values of its tiles.
 
-use super::kernel::args::{ScoreArgs, TILE, ValueArgs, WeightArgs, WidenArgs, keys_together};
+use super::kernel::args::{ModifyArgs, ScoreArgs, TILE, ValueArgs, WeightArgs, WidenArgs, keys_together};
 use super::kernel::prefetch::{Prefetch, PrefetchRows};
-use super::kernel::table::{DIRECT, WIDE};
+use super::kernel::table::{DIRECT, WIDE, codec_of};
 use super::partition::{Split, leaf};
 use super::rows::Rows;
 use super::seen::Seen;
@@ -11,6 +11,7 @@ use super::shape::SumsOf;
 use super::sums::{ClosedSums, OpenSums};
 use super::worker::Worker;
 use crate::attention::visibility::low_bits;
+use crate::attention::{Dtype, KvFormat, MaskElement};
 
 /// How far the maximum of a row may rise above what its scores are measured from before they are computed anew, in powers
 /// of two. Scores measured from near the largest are small where weights are not, and so are their rounding errors.
@@ -31,8 +32,9 @@ pub struct Task<'a> {
     worker: &'a Worker<'a>,
     split: &'a Split,
     sequence: &'a Sequence,
-    /// Keys of a leaf.
+    /// Keys of a leaf, and tiles since one was closed.
     leaf: usize,
+    tiles: usize,
     /// Keys and values, each: whether a tile is widened to f32 before it is used.
     widen: [bool; 2],
     /// Bytes of a row to ask for ahead of time.
@@ -41,6 +43,9 @@ pub struct Task<'a> {
     distance: usize,
     /// Strides between kv heads.
     head_stride: [i64; 2],
+    /// Where the distances and the masks of each row are in the scratch.
+    distances: [*const f32; TILE],
+    masks: [*const f32; TILE],
     /// Rows of the widened tiles.
     wide: [[*const u8; TILE]; 2],
 }
@@ -83,12 +88,17 @@ impl<'a> Task<'a> {
             split,
             sequence,
             leaf: leaf((split.end * TILE).min(sequence.visible.hi) - split.begin * TILE, split.rows),
+            tiles: 0,
             widen: [false; 2],
             row_bytes: [0; 2],
             distance: 2 * keys_together(split.rows),
             head_stride: [step.k_stride[2], step.v_stride[2]],
+            distances: [std::ptr::null(); TILE],
+            masks: [std::ptr::null(); TILE],
             wide: [[std::ptr::null(); TILE]; 2],
         };
+        // SAFETY: the scratch is this worker's; the step is its caller's.
+        unsafe { task.load_terms() };
         for i in [K, V] {
             let row = &shape.kv[i];
             let packed = row.format.is_packed(strides[i][3]);
@@ -102,31 +112,110 @@ impl<'a> Task<'a> {
         task
     }
 
-    /// One tile for every kv head of the split; `next` is the tile to come.
+    /// Slopes and factors of the split's rows, and where their distances and masks will be.
     ///
     /// # Safety
-    /// The rows are those of the tile; the step's memory is what its fields say.
-    pub unsafe fn tile(&self, tile: usize, rows: &Rows, next: Option<&Rows>) {
-        let held = self.worker.keys_of(self.sequence, tile);
-        let group = self.worker.shape.group;
-        let seen = Seen::of(&self.worker.reader, self.split, self.sequence, group, tile * TILE, held);
-        if !seen.any {
-            return;
+    /// As [`new`](Self::new), and the step's memory is what its fields say.
+    unsafe fn load_terms(&mut self) {
+        let (worker, split) = (self.worker, self.split);
+        let (shape, layout, step) = (worker.shape, worker.layout, worker.reader.step());
+        let group = shape.group;
+        let by_head = step.mask.is_some_and(|mask| mask.is_by_head());
+        let at = |place: usize, row: usize| worker.scratch.wrapping_add(place + row * TILE).cast_const();
+        for r in 0..split.rows {
+            let (token, g) = ((split.first_row + r) / group, (split.first_row + r) % group);
+            let token_row = token - split.first_row / group;
+            self.distances[r] = at(layout.distances, token_row);
+            self.masks[r] = at(layout.masks, if by_head { r } else { token_row });
+            for h in 0..split.heads {
+                let (head, row) = ((split.first_head + h) * group + g, h * split.rows + r);
+                // SAFETY: the layout has a place for each row of a block of heads where the shape has such a term; the heads
+                // are those of the step, for which slopes and factors were resolved.
+                unsafe {
+                    if shape.mods.has_slopes() {
+                        let slope = f64::from(step.slopes.get(head, 0.0));
+                        *worker.scratch.add(layout.slopes + row) = (-slope * shape.bias_factor) as f32;
+                    }
+                    if shape.mods.has_mask() {
+                        let factor = f64::from(step.mask_factor.get(head, 1.0));
+                        *worker.scratch.add(layout.factors + row) = (factor * shape.bias_factor) as f32;
+                    }
+                }
+            }
         }
-        let keys = seen.prefix.unwrap_or(held);
+    }
+
+    /// One tile, of which some row sees a key, for every kv head of the split; `next` is the tile to come.
+    ///
+    /// # Safety
+    /// The rows and `seen` are those of the tile; the step's memory is what its fields say.
+    pub unsafe fn tile(&mut self, tile: usize, seen: &Seen, rows: &Rows, next: Option<&Rows>) {
+        let keys = seen.prefix.unwrap_or_else(|| self.worker.keys_of(self.sequence, tile));
+        if self.worker.shape.mods.has_slopes() {
+            self.load_distances(tile * TILE, keys);
+        }
+        if seen.adds {
+            // SAFETY: the caller's.
+            unsafe { self.load_masks(tile * TILE, keys) };
+        }
+        self.tiles += 1;
+        let closes = self.tiles * TILE >= self.leaf;
+        if closes {
+            self.tiles = 0;
+        }
         // A wide tile is made for one kv head at a time.
         let together = if self.widen[K] || self.widen[V] { 1 } else { self.split.heads };
         for h in (0..self.split.heads).step_by(together) {
             let heads = Heads { first: h, count: together };
             // SAFETY: the heads are the split's, and the sums have its rows.
             unsafe {
-                self.weigh(heads, keys, &seen, rows);
-                self.sum(heads, keys, &seen, rows, next);
-                if ((tile + 1 - self.split.begin) * TILE).is_multiple_of(self.leaf) {
+                self.weigh(heads, keys, seen, rows);
+                self.sum(heads, keys, seen, rows, next);
+                if closes {
                     let rows = self.split.rows;
                     self.sums.close(self.worker.kernels, &self.open, h * rows, together * rows);
                 }
             }
+        }
+    }
+
+    /// The distances of the `keys` keys from slot `slot` on from each query token of the split.
+    fn load_distances(&self, slot: usize, keys: usize) {
+        let (worker, split, group) = (self.worker, self.split, self.worker.shape.group);
+        let mut positions = [0; TILE];
+        worker.reader.key_positions(split.sequence, self.sequence, split.first_head).fill(slot, &mut positions[..keys]);
+        let (first, last) = (split.first_row / group, (split.first_row + split.rows - 1) / group);
+        for token in first..=last {
+            // Positions are int32 from 0 on, and so are distances.
+            let own = worker.reader.position(self.sequence, token) as i32;
+            let to = worker.scratch.wrapping_add(worker.layout.distances + (token - first) * TILE);
+            // SAFETY: the layout has room for a tile's distances from each row of a row block.
+            let to = unsafe { std::slice::from_raw_parts_mut(to, TILE) };
+            to.iter_mut().zip(&positions).for_each(|(to, &key)| *to = own.wrapping_sub(key).wrapping_abs() as f32);
+        }
+    }
+
+    /// What the mask adds to the `keys` keys from slot `slot` on, for each query token or, where heads have masks of their
+    /// own, each row of the split.
+    ///
+    /// # Safety
+    /// As [`tile`](Self::tile); the step has an additive mask.
+    unsafe fn load_masks(&self, slot: usize, keys: usize) {
+        let (worker, split, group) = (self.worker, self.split, self.worker.shape.group);
+        let Some(mask) = worker.reader.step().mask else { return };
+        let dtype = if mask.element() == MaskElement::F16 { Dtype::F16 } else { Dtype::F32 };
+        let widen = worker.kernels.widen[codec_of(KvFormat::of(dtype))];
+        let mut r = 0;
+        while r < split.rows {
+            let (token, g) = ((split.first_row + r) / group, (split.first_row + r) % group);
+            let head = split.first_head * group + g;
+            let row = mask.address(split.sequence, head, token, slot);
+            let (rows, out) = (&raw const row, self.masks[r].cast_mut());
+            let args = WidenArgs { rows, offset: 0, count: 1, dim: keys, stride: mask.slot_stride(), out };
+            // SAFETY: keys that the sequence holds, which the mask was checked to have room for; the layout has room for a
+            // tile's values of each row.
+            unsafe { widen(&args) };
+            r += if mask.is_by_head() { 1 } else { group - g };
         }
     }
 
@@ -206,14 +295,16 @@ impl<'a> Task<'a> {
                 scores,
                 prefetch: self.prefetch(K, heads, keys, rows, None),
             };
-            let is_product = worker.shape.mods.factor().is_some();
+            let mods = worker.shape.mods;
+            let modifies = mods.softcap() > 0.0 || mods.is_biased() || mods.has_slopes() || seen.adds;
             let mut weight = WeightArgs {
                 scores,
                 rows: heads.count * split.rows,
                 keys,
                 factor: worker.shape.factor,
                 origin,
-                origin_range: if is_product { ORIGIN_RANGE } else { f32::INFINITY },
+                // A cap needs products as they are; and what is added may move maxima in every tile, for a second pass.
+                origin_range: if modifies { f32::INFINITY } else { ORIGIN_RANGE },
                 tile_max: worker.scratch.add(worker.layout.tile_max),
                 max: self.open.max.add(first),
                 open: self.open.row(first),
@@ -221,8 +312,8 @@ impl<'a> Task<'a> {
             };
             loop {
                 (worker.kernels.direct[codec].scores)(&score);
-                if !is_product {
-                    self.modify(heads, keys, rows, scores);
+                if modifies {
+                    self.modify(heads, keys, seen, rows, scores);
                 }
                 for h in 0..heads.count {
                     self.hide(seen, keys, scores.add(h * split.rows * TILE));
@@ -236,37 +327,49 @@ impl<'a> Task<'a> {
         }
     }
 
-    /// Turns products into scores, with zeta.v as the bias.
+    /// Turns products into scores.
     ///
     /// # Safety
-    /// As [`weigh`](Self::weigh), and the plan is one of steps with a zeta.
-    unsafe fn modify(&self, heads: Heads, keys: usize, rows: &Rows, scores: *mut f32) {
+    /// As [`weigh`](Self::weigh).
+    unsafe fn modify(&self, heads: Heads, keys: usize, seen: &Seen, rows: &Rows, scores: *mut f32) {
         let (worker, split) = (self.worker, self.split);
-        // SAFETY: as in `weigh`; the layout has places for zeta and the biases where the shape is biased.
+        let (shape, layout) = (worker.shape, worker.layout);
+        // SAFETY: as in `weigh`; the layout has places for what the shape has of terms, which `load_terms` and `tile` filled.
         unsafe {
-            let biases = worker.scratch.add(worker.layout.biases);
-            let (v, offset, codec) = self.source(V, heads.first, keys, rows);
-            (worker.kernels.direct[codec].scores)(&ScoreArgs {
-                q: worker.zeta(split, heads.first),
-                heads: heads.count,
-                rows: split.rows,
-                dim: worker.shape.padded_v(),
-                k: v,
-                offset,
-                head: self.head_stride[V] as usize,
-                keys,
-                origin: worker.scratch.add(worker.layout.origin + heads.first * split.rows),
-                scores: biases,
-                prefetch: Prefetch::NONE,
-            });
-            for r in 0..heads.count * split.rows {
-                let scores = std::slice::from_raw_parts_mut(scores.add(r * TILE), keys.next_multiple_of(16));
-                let biases = std::slice::from_raw_parts(biases.add(r * TILE), scores.len());
-                for (score, &bias) in scores.iter_mut().zip(biases) {
-                    // Rounded once.
-                    let product = f64::from(*score) * worker.shape.product_factor;
-                    *score = worker.shape.mods.score(product, f64::from(bias)) as f32;
+            let biases = worker.scratch.add(layout.biases);
+            if shape.mods.is_biased() {
+                let (v, offset, codec) = self.source(V, heads.first, keys, rows);
+                (worker.kernels.direct[codec].scores)(&ScoreArgs {
+                    q: worker.zeta(split, heads.first),
+                    heads: heads.count,
+                    rows: split.rows,
+                    dim: shape.padded_v(),
+                    k: v,
+                    offset,
+                    head: self.head_stride[V] as usize,
+                    keys,
+                    origin: worker.scratch.add(layout.origin + heads.first * split.rows),
+                    scores: biases,
+                    prefetch: Prefetch::NONE,
+                });
+            }
+            for h in 0..heads.count {
+                let row = h * split.rows;
+                let mut args = ModifyArgs::of(scores.add(row * TILE), split.rows, keys);
+                (args.cap, args.cap_factor) = (shape.mods.softcap(), shape.cap_factor);
+                if shape.mods.has_slopes() {
+                    args.slopes = worker.scratch.add(layout.slopes + heads.first * split.rows + row);
+                    args.distances = self.distances.as_ptr();
                 }
+                if seen.adds {
+                    args.factors = worker.scratch.add(layout.factors + heads.first * split.rows + row);
+                    args.masks = self.masks.as_ptr();
+                }
+                if shape.mods.is_biased() {
+                    args.biases = biases.add(row * TILE);
+                    args.bias_factor = shape.bias_factor as f32;
+                }
+                (worker.kernels.modify)(&args);
             }
         }
     }
@@ -281,7 +384,7 @@ impl<'a> Task<'a> {
             return;
         }
         for r in 0..self.split.rows {
-            let mask = seen.mask(self.split.first_row + r) & low_bits(keys);
+            let mask = seen.mask(r) & low_bits(keys);
             // SAFETY: a row of scores, of which `padded` is at most TILE.
             let row = unsafe { std::slice::from_raw_parts_mut(scores.add(r * TILE), padded) };
             for (t, score) in row.iter_mut().enumerate() {
@@ -324,7 +427,7 @@ impl<'a> Task<'a> {
                     offset: offset + h * all.head,
                     ..all
                 };
-                self.sum_by_token(&one, codec, first + h * split.rows, seen);
+                self.sum_by_mask(&one, codec, first + h * split.rows, seen);
             }
         }
     }
@@ -354,18 +457,17 @@ impl<'a> Task<'a> {
         }
     }
 
-    /// The values of a tile whose query tokens see different keys: each token takes the keys that it sees and reads no
-    /// other, so that what is hidden from it cannot reach it, not even as 0 * NaN.
+    /// The values of a tile whose rows see different keys: rows that see the same take these keys and read no other, so that
+    /// what is hidden from them cannot reach them, not even as 0 * NaN.
     ///
     /// # Safety
     /// As [`sum_leaves`](Self::sum_leaves); the arguments are those of one kv head, whose rows begin at `first`.
-    unsafe fn sum_by_token(&self, all: &ValueArgs, codec: usize, first: usize, seen: &Seen) {
-        let (split, group) = (self.split, self.worker.shape.group);
+    unsafe fn sum_by_mask(&self, all: &ValueArgs, codec: usize, first: usize, seen: &Seen) {
+        let split = self.split;
         let mut r = 0;
         while r < split.rows {
-            let token = (split.first_row + r) / group;
-            let rows = ((token + 1) * group - split.first_row - r).min(split.rows - r);
-            let mask = seen.mask(split.first_row + r);
+            let mask = seen.mask(r);
+            let rows = (r..split.rows).take_while(|&row| seen.mask(row) == mask).count();
             let mut v = [std::ptr::null(); TILE];
             // SAFETY: `packed` has room for a row block; only pointers and weights of the tile's keys are read.
             unsafe {

@@ -5,7 +5,8 @@ use half::{bf16, f16};
 use super::{CpuBackend, Isa};
 use crate::attention::placement::interleaved_position;
 use crate::attention::{
-    AttentionDesc, DecodeArgs, Dtype, KvFormat, KvLayout, Placement, Shard, Step, Tensor, supported,
+    AttentionDesc, DecodeArgs, Dtype, KvFormat, KvLayout, Mask, MaskElement, MaskKind, Placement, QueryInput, Shard,
+    Step, Tensor, supported,
 };
 use crate::device::Workers;
 use crate::partial::{DataFault, DataFaultCause, Lse, PartialRows};
@@ -581,7 +582,7 @@ fn what_is_not_served_is_named() {
     let desc = AttentionDesc::new(4, 2, 64, 10);
     assert!(supported(&desc, &super::CAPABILITIES).is_ok());
     type Change = fn(&mut AttentionDesc);
-    let changes: [(Change, &str); 1] = [(|d| d.softcap = 3.0, "softcap")];
+    let changes: [(Change, &str); 1] = [(|d| d.query_input = QueryInput::Scattered, "query_input")];
     for (change, name) in changes {
         let mut desc = desc;
         change(&mut desc);
@@ -621,4 +622,25 @@ fn work_follows_the_window() {
     assert_eq!(tiles(Placement::Contiguous, 4097, first), 1);
     // Round robin: half of the window's keys are here.
     assert_eq!(tiles(Placement::Interleaved { run: 1 }, 1000, first), 8);
+}
+
+/// Tiles that a mask hides from all at either end are no work of anybody's.
+#[test]
+fn work_follows_the_mask() {
+    let mut desc = AttentionDesc::new(2, 1, 16, 1000);
+    desc.mask = MaskKind::Boolean;
+    let taste = Taste { q: 1.0, v_offset: 0.0 };
+    let case = Case::fill(&mut Random(5), desc, Shard::ALONE, vec![1000], vec![0, 1], taste);
+    let workers = Workers::new(2, "test", false).unwrap();
+    let backend = CpuBackend::new(&case.desc, Shard::ALONE, 2, Isa::Scalar).unwrap();
+    for (visible, wanted) in [(200..700, 3..11), (0..1000, 0..16), (64..65, 1..2), (5..5, 0..0)] {
+        let bytes: Vec<u8> = (0..1000).map(|slot| u8::from(visible.contains(&slot))).collect();
+        let mut step = case.step();
+        step.mask = Some(Mask::at(bytes.as_ptr(), 1000, [0, 0, 0, 1], MaskElement::Byte, &case.desc));
+        let (mut o, mut lse) = (vec![0.0; 32], vec![Lse::EMPTY; 2]);
+        backend.attend(&step, &workers, PartialRows { o: &mut o, lse: &mut lse, dim: 16 }).unwrap();
+        let scratch = backend.scratch.lock();
+        assert_eq!(scratch.sequences[0].visible.tiles(super::kernel::args::TILE), wanted);
+        assert_eq!(lse[0].is_empty(), visible.is_empty());
+    }
 }

@@ -3,6 +3,7 @@
 use super::kernel::args::{TILE, WidenArgs};
 use super::kernel::table::Kernels;
 use super::partition::{Partition, Split};
+use super::seen::Seen;
 use super::sequences::{Reader, Sequence};
 use super::shape::{Layout, RowShape, Shape};
 use super::sums::ClosedSums;
@@ -45,6 +46,16 @@ impl Worker<'_> {
     /// Slots of a tile that are held, up to the last that some query token can see.
     pub fn keys_of(&self, sequence: &Sequence, tile: usize) -> usize {
         TILE.min(sequence.visible.hi - tile * TILE)
+    }
+
+    /// The first tile of the split from `tile` on of which some row sees a key; what its rows see goes to `seen`.
+    pub fn next_seen(&self, split: &Split, tile: usize, seen: &mut Seen) -> Option<usize> {
+        let sequence = &self.partition.sequences[split.sequence];
+        (tile..split.end).find(|&tile| {
+            let (slot, keys) = (tile * TILE, self.keys_of(sequence, tile));
+            seen.look(&self.reader, split, sequence, self.shape.group, slot, keys);
+            seen.any
+        })
     }
 
     /// The widened queries of kv head `h` of the split, f32 [rows, padded dim].

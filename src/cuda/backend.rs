@@ -33,6 +33,7 @@ pub(crate) const CAPABILITIES: Capabilities = Capabilities {
     alibi: false,
     sinks: false,
     checked: false,
+    pages_by_head: false,
     masks: &[MaskKind::None],
     query_inputs: &[QueryInput::Replicated],
     reproducibility: &[Reproducibility::Repeatable],

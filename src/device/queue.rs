@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, ErrorList, Result};
 use crate::fault;
 
 /// Bytes that a task's closure may capture: the arguments of a decode step, their strides, and what runs it.
-const TASK_BYTES: usize = 1000;
+const TASK_BYTES: usize = 2000;
 /// Alignment of what a closure captures.
 const TASK_ALIGN: usize = 8;
 

@@ -119,7 +119,10 @@ pub fn attention_desc(d: &treeattn_attention_desc_t) -> Result<AttentionDesc> {
         0 if !needed => Ok(Dtype::F32),
         code => Dtype::from_code(name, code),
     };
-    let known = TREEATTN_ATTENTION_KV_STABLE | TREEATTN_ATTENTION_CHECKED | TREEATTN_ATTENTION_SURPLUS_KEYS;
+    let known = TREEATTN_ATTENTION_KV_STABLE
+        | TREEATTN_ATTENTION_CHECKED
+        | TREEATTN_ATTENTION_SURPLUS_KEYS
+        | TREEATTN_ATTENTION_PAGES_BY_HEAD;
     if d.flags & !known != 0 {
         return Err(Error::invalid(
             "flags",
@@ -159,6 +162,7 @@ pub fn attention_desc(d: &treeattn_attention_desc_t) -> Result<AttentionDesc> {
         kv_stable: d.flags & TREEATTN_ATTENTION_KV_STABLE != 0,
         checked: d.flags & TREEATTN_ATTENTION_CHECKED != 0,
         surplus_keys: d.flags & TREEATTN_ATTENTION_SURPLUS_KEYS != 0,
+        pages_by_head: d.flags & TREEATTN_ATTENTION_PAGES_BY_HEAD != 0,
     })
 }
 
@@ -181,12 +185,7 @@ pub fn tensor(t: &treeattn_tensor_t) -> Tensor {
 
 /// Decode arguments; fields of later capabilities must be empty.
 pub fn decode_args(a: &treeattn_decode_args_t) -> Result<DecodeArgs> {
-    let later = [
-        ("k_scale", a.k_scale.data.cast_const()),
-        ("v_scale", a.v_scale.data.cast_const()),
-        ("alibi_slopes", a.alibi_slopes.data.cast_const()),
-        ("mask", a.mask.data.cast_const()),
-    ];
+    let later = [("k_scale", a.k_scale.data.cast_const()), ("v_scale", a.v_scale.data.cast_const())];
     for (name, pointer) in later {
         if !pointer.is_null() {
             return Err(Error::unsupported(name, format_args!("{pointer:p}"), "NULL"));
@@ -219,6 +218,11 @@ pub fn decode_args(a: &treeattn_decode_args_t) -> Result<DecodeArgs> {
         last_page_len: a.last_page_len,
         kv_capacity: a.kv_capacity,
         sinks: tensor(&a.sinks),
+        alibi_slopes: tensor(&a.alibi_slopes),
+        mask: tensor(&a.mask),
+        mask_factor: tensor(&a.mask_factor),
+        page_index_head_stride: a.page_index_head_stride,
+        kv_position_head_stride: a.kv_position_head_stride,
     })
 }
 

@@ -34,10 +34,11 @@ layout! {
         k_dtype 4, v_dtype 4, out_dtype 4, kv_layout 4, page_size 4, placement 8, max_batch 4, max_query_tokens 4,
         max_kv_length 4, scale 4, causal 4, window 4, softcap 4, alibi 4, sinks 4, mask 4, mask_dtype 4, query_input 4,
         output 4, algorithm 4, reproducibility 4, wire_dtype 4, flags 4, reserved 4;
-    treeattn_decode_args_t, 608: struct_size 8, batch 4, query_tokens 4, q T, k T, v T, out T, lse T, query_start 8,
+    treeattn_decode_args_t, 672: struct_size 8, batch 4, query_tokens 4, q T, k T, v T, out T, lse T, query_start 8,
         kv_length 8, global_length 8, kv_start 8, kv_position 8, kv_position_stride 8, query_position 8, block_table 8,
         max_pages 4, num_pages 4, page_indptr 8, page_indices 8, num_page_indices 8, last_page_len 8, k_scale T,
-        v_scale T, alibi_slopes T, sinks T, mask T, kv_capacity 4, reserved 4;
+        v_scale T, alibi_slopes T, sinks T, mask T, kv_capacity 4, reserved 4, mask_factor T,
+        page_index_head_stride 8, kv_position_head_stride 8;
     treeattn_merge_args_t, 232: struct_size 8, query_tokens 4, heads 4, head_dim 4, o_dtype 4, out_dtype 4, lse_base 4,
         flags 4, reserved 4, o T, lse T, out T, out_lse T;
     treeattn_plan_memory_t, 24: struct_size 8, workspace 8, window 8;

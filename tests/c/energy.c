@@ -166,8 +166,8 @@ static void arguments(void) {
   CHECK_INVALID(treeattn_energy(runtime, cpu, &desc, args, &at, NULL), "q_dtype: found 99");
   desc = problem_desc();
   desc.mask = TREEATTN_MASK_ADDITIVE;
-  desc.mask_dtype = TREEATTN_DTYPE_F32;
-  CHECK_UNSUPPORTED(treeattn_energy(runtime, cpu, &desc, args, &at, NULL), "mask: found");
+  desc.mask_dtype = TREEATTN_DTYPE_BF16;
+  CHECK_UNSUPPORTED(treeattn_energy(runtime, cpu, &desc, args, &at, NULL), "mask_dtype: found");
   desc = problem_desc();
   shard.args.batch = BATCH + 1;
   CHECK_INVALID(treeattn_energy(runtime, cpu, &desc, args, &at, NULL), "batch: found 3");

@@ -116,10 +116,12 @@ static void codes(void) {
 
 static void later_capabilities(void) {
   const treeattn_attention_desc_t base = problem_desc();
-  UNSUPPORTED(softcap, 30.0f, "softcap: found 30");
-  UNSUPPORTED(alibi, 1, "alibi: found");
-  UNSUPPORTED(mask, TREEATTN_MASK_ADDITIVE, "mask: found ADDITIVE");
-  UNSUPPORTED(mask, TREEATTN_MASK_BOOLEAN, "mask: found BOOLEAN");
+  INVALID(mask, TREEATTN_MASK_ADDITIVE, "mask_dtype: found 0, wanted f16 or f32 with an additive mask");
+  INVALID(mask_dtype, TREEATTN_DTYPE_F16, "mask_dtype: found f16, wanted 0 with mask NONE");
+  treeattn_attention_desc_t bf16 = base;
+  bf16.mask = TREEATTN_MASK_ADDITIVE;
+  bf16.mask_dtype = TREEATTN_DTYPE_BF16;
+  refused_with(&bf16, TREEATTN_ERROR_UNSUPPORTED, "mask_dtype: found bf16");
   UNSUPPORTED(query_input, TREEATTN_QUERY_INPUT_SCATTERED, "query_input: found SCATTERED");
   UNSUPPORTED(reproducibility, TREEATTN_REPRODUCIBILITY_BATCH_INVARIANT, "reproducibility: found BATCH_INVARIANT");
   UNSUPPORTED(reproducibility, TREEATTN_REPRODUCIBILITY_CANONICAL, "reproducibility: found CANONICAL");

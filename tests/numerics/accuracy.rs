@@ -3,7 +3,7 @@
 //! A cache of a few pages that repeat holds any number of keys, and float64 answers for it at once, by how often each comes.
 
 use treeattn::attention::reference::{Arithmetic, Comparison, Precision, Reference, ulp};
-use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, Dtype, KvLayout, Tensor};
+use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, Dtype, KvLayout, ScoreMod, Tensor};
 use treeattn::cpu::Isa;
 
 use crate::support::full;
@@ -137,6 +137,7 @@ impl Repeated {
             least_weight: 2f64.powi(-126),
             dim_qk,
             biased: false,
+            mods: ScoreMod::PLAIN,
             partials: self.ranks.len() as u32,
             arithmetic: Arithmetic::ANY,
             fault: None,

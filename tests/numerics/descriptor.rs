@@ -11,7 +11,7 @@ use crate::support::run::Group;
 type Change = fn(&mut AttentionDesc);
 
 /// A change of every field, by the name under which ranks compare it.
-const CHANGES: [(&str, Change); 31] = [
+const CHANGES: [(&str, Change); 32] = [
     ("q_heads", |d| d.q_heads = 8),
     ("kv_heads", |d| d.kv_heads = 4),
     ("head_dim_qk", |d| d.head_dim_qk = 24),
@@ -43,6 +43,7 @@ const CHANGES: [(&str, Change); 31] = [
     ("kv_stable", |d| d.kv_stable = true),
     ("checked", |d| d.checked = true),
     ("surplus_keys", |d| d.surplus_keys = true),
+    ("pages_by_head", |d| d.pages_by_head = true),
 ];
 
 fn base() -> AttentionDesc {
@@ -82,7 +83,7 @@ fn every_field_is_compared_between_ranks() {
         let (mine, theirs) = (mine.expect(name), theirs.expect(name));
         assert_eq!(mine.kind(), ErrorKind::Mismatch, "{name}: {mine}");
         // What no rank serves is the other rank's own error; the first hears of it.
-        let name = if name == "surplus_keys" { "flags" } else { name };
+        let name = if matches!(name, "surplus_keys" | "pages_by_head") { "flags" } else { name };
         let refused = matches!(theirs.kind(), ErrorKind::Unsupported | ErrorKind::InvalidArgument);
         assert!(refused || theirs.kind() == ErrorKind::Mismatch, "{name}: {theirs}");
         let start =

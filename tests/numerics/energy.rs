@@ -102,7 +102,8 @@ fn random_cases_and_their_merges_are_within_the_bounds() {
         case.desc.output = OutputMode::Replicated;
         if matches!(case.desc.placement, Placement::Interleaved { .. }) && case.world > 1 {
             // Whose shard it is, is not said.
-            (case.desc.causal, case.desc.window) = (false, 0);
+            (case.desc.causal, case.desc.window, case.desc.alibi) = (false, 0, false);
+            case.terms.slopes.clear();
         }
         let (runtime, stream) = runtimes.entry(case.isa.clone()).or_insert_with_key(|isa| {
             let runtime = Runtime::new(RuntimeConfig { cpu_isa: Some(isa.clone()) }).unwrap();

@@ -88,9 +88,10 @@ fn later_capabilities_are_refused_by_name() {
     let (runtime, comms) = group(1, &CommConfig::default());
     let base = shape();
     let cases = [
-        ("softcap", AttentionDesc { softcap: 30.0, ..base }),
-        ("alibi", AttentionDesc { alibi: true, ..base }),
-        ("mask", AttentionDesc { mask: treeattn::attention::MaskKind::Additive, ..base }),
+        (
+            "mask_dtype",
+            AttentionDesc { mask: treeattn::attention::MaskKind::Additive, mask_dtype: Some(Dtype::Bf16), ..base },
+        ),
         ("query_input", AttentionDesc { query_input: QueryInput::Scattered, ..base }),
         ("reproducibility", AttentionDesc { reproducibility: Reproducibility::BatchInvariant, ..base }),
         ("algorithm", AttentionDesc { algorithm: Algorithm::Ring, kv_heads: 0, ..base }),

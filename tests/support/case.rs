@@ -112,7 +112,7 @@ impl Case {
             wild: false,
         };
         case.fill(&mut rng);
-        case.terms = Terms::draw(&mut rng, &case.desc);
+        case.terms = Terms::draw(&mut rng, &case.desc, &case.sequences);
         case
     }
 
@@ -208,9 +208,17 @@ impl Case {
         seen
     }
 
+    /// What the mask gives the key at `position` for a query token and head; 0 without a mask.
+    pub fn mask(&self, token: usize, head: usize, position: usize) -> f32 {
+        let (Some(b), Some(mask)) = (self.owner(token), &self.terms.mask) else { return 0.0 };
+        let sequence = &self.sequences[b];
+        mask.at(b, head, token - sequence.first_token, position, sequence)
+    }
+
     /// One row from the textbook formula over the global arrays: o and lse in float64.
     pub fn answer(&self, token: usize, head: usize, rank: Option<usize>) -> (Vec<f64>, f64) {
-        let (desc, seen) = (&self.desc, self.visible(token, rank));
+        let (desc, mut seen) = (&self.desc, self.visible(token, rank));
+        seen.retain(|&position| self.mask(token, head, position) != f32::NEG_INFINITY);
         let (dim_qk, dim_v) = (desc.head_dim_qk as usize, desc.head_dim_v as usize);
         let (heads, kv_heads) = (desc.q_heads as usize, desc.kv_heads as usize);
         let kv_head = head * kv_heads / heads;
@@ -225,7 +233,9 @@ impl Case {
         let score = |&position: &usize| -> f64 {
             let k = &sequence.k[(position * kv_heads + kv_head) * dim_qk..][..dim_qk];
             let dot: f64 = q.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
-            f64::from(desc.effective_scale()) * dot
+            let distance = self.position(b, token) - position as i64;
+            let scaled = f64::from(desc.effective_scale()) * dot;
+            self.terms.score(desc, scaled, head, distance, self.mask(token, head, position))
         };
         let scores: Vec<f64> = seen.iter().map(score).collect();
         let max = scores.iter().copied().fold(sink, f64::max);
@@ -246,7 +256,7 @@ impl Case {
         let held: Vec<Vec<usize>> = self.sequences.iter().map(|s| s.held.iter().map(Vec::len).collect()).collect();
         format!(
             "case {}: {} over nodes {:?}, {} ranks x {} threads, {}, streams {}, values {:?}, heads {}/{}, dims {}/{}, q {} k {} v {} out {} \
-             wire {}, {} page {}, {:?}, {}, causal {}, window {}, sinks {}, scale {}, tokens {}, (keys, query tokens) {lengths:?}, held \
+             wire {}, {} page {}, {:?}, {}, causal {}, window {}, pages by head {}, sinks {}, softcap {}, alibi {}, mask {:?} {:?} {:?} factors {}, scale {}, tokens {}, (keys, query tokens) {lengths:?}, held \
              {held:?}, query_start {}, query_position {}, broadcast q {:?} k {:?} v {:?}, v in k {}, wild {}",
             self.seed,
             d.algorithm.name(),
@@ -271,7 +281,14 @@ impl Case {
             d.output.name(),
             d.causal,
             d.window,
+            d.pages_by_head,
             d.sinks,
+            d.softcap,
+            d.alibi,
+            d.mask,
+            d.mask_dtype,
+            self.terms.mask.as_ref().map(|mask| mask.broadcast),
+            !self.terms.factors.is_empty(),
             d.scale,
             self.tokens,
             self.query_start,

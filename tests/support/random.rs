@@ -1,6 +1,6 @@
 //! Random cases over everything that is accepted.
 
-use treeattn::attention::{AttentionDesc, Dtype, KvFormat, KvLayout, OutputMode, Placement};
+use treeattn::attention::{AttentionDesc, Dtype, KvFormat, KvLayout, MaskKind, OutputMode, Placement};
 use treeattn::cpu::Isa;
 
 use super::case::{Case, Sequence, spread};
@@ -99,7 +99,7 @@ pub fn case(seed: u64, layout: KvLayout) -> Case {
         wild: true,
     };
     case.fill(r);
-    case.terms = Terms::draw(r, &case.desc);
+    case.terms = Terms::draw(r, &case.desc, &case.sequences);
     case
 }
 
@@ -135,6 +135,7 @@ fn shape(r: &mut Rng, layout: KvLayout) -> (AttentionDesc, Values) {
     if layout != KvLayout::Strided {
         desc.page_size = r.pick(&[1, 2, 3, 5, 7, 16, 16, 17, 32, 64, 100, 128, 256]);
     }
+    desc.pages_by_head = layout == KvLayout::CsrPages && r.chance(25);
     desc.placement = match r.range(0, 2) {
         0 => Placement::Contiguous,
         1 => Placement::Interleaved { run: r.pick(&[1, 1, 2, 3, 7, 16, 64, 256]) },
@@ -145,6 +146,14 @@ fn shape(r: &mut Rng, layout: KvLayout) -> (AttentionDesc, Values) {
         desc.window = r.pick(&[1, 2, 5, 17, 63, 64, 65, 100, 300, 1000, i32::MAX]);
     }
     desc.sinks = r.chance(20);
+    if r.chance(20) {
+        desc.softcap = r.pick(&[50.0, 30.0, 1.0, 0.01, 1e6]);
+    }
+    desc.alibi = r.chance(20);
+    if r.chance(25) {
+        desc.mask = r.pick(&[MaskKind::Additive, MaskKind::Additive, MaskKind::Boolean]);
+        desc.mask_dtype = (desc.mask == MaskKind::Additive).then(|| r.pick(&[Dtype::F16, Dtype::F32]));
+    }
     desc.output = match r.range(0, 9) {
         0..=5 => OutputMode::Replicated,
         6..=8 => OutputMode::Scattered,

@@ -1,11 +1,12 @@
 //! One rank's memory for a case: inputs where its layout puts them, everything else poisoned.
 
 use half::{bf16, f16};
-use treeattn::attention::{DecodeArgs, Dtype, KvFormat, KvLayout, OutputMode, Placement, Tensor, head_range};
+use treeattn::attention::{DecodeArgs, Dtype, KvFormat, KvLayout, MaskKind, OutputMode, Placement, Tensor, head_range};
 
 use super::case::Case;
 use super::memory::Memory;
 use super::rng::Rng;
+use super::terms::MaskValues;
 
 /// A tensor in memory: byte strides, outermost dimension first, and the bytes it spans.
 #[derive(Clone, Debug, Default)]
@@ -81,6 +82,9 @@ pub struct Rank {
     pub page_indices: Memory,
     pub last_page_len: Memory,
     pub sinks: Memory,
+    pub slopes: Memory,
+    pub mask: Memory,
+    pub factors: Memory,
     pub args: DecodeArgs,
     pub out_view: View,
     pub lse_view: View,
@@ -106,7 +110,8 @@ pub enum Ints {
 impl Rank {
     /// The memory of one rank of a case.
     pub fn new(case: &Case, rank: usize) -> Rank {
-        Builder { case, rank, r: Rng::new(Rng::derive(case.seed, 1000 + rank as u64)), wild: case.wild }.build()
+        let r = Rng::new(Rng::derive(case.seed, 1000 + rank as u64));
+        Builder { case, rank, r, wild: case.wild, order: Vec::new() }.build()
     }
 
     /// An int32 input.
@@ -184,12 +189,16 @@ struct Builder<'a> {
     rank: usize,
     r: Rng,
     wild: bool,
+    /// The positions that each kv head holds of each sequence, slot by slot.
+    order: Vec<Vec<Vec<usize>>>,
 }
 
 /// Where the tokens of each sequence lie: outer index (sequence or page) and inner index of each slot.
 struct Pages {
-    /// Pages of each sequence, in order.
+    /// Pages of each sequence, in order; of its kv heads, one after the other, where they have lists of their own.
     of: Vec<Vec<usize>>,
+    /// Lists of a sequence.
+    lists: usize,
     count: usize,
 }
 
@@ -201,6 +210,10 @@ impl Builder<'_> {
         let held: Vec<&[usize]> = case.sequences.iter().map(|s| &s.held[self.rank][..]).collect();
         let mut args = DecodeArgs { batch: batch as i32, query_tokens: case.tokens as i32, ..DecodeArgs::default() };
 
+        self.order = held.iter().map(|slots| vec![slots.to_vec(); desc.kv_heads as usize]).collect();
+        if desc.pages_by_head && desc.placement == Placement::Explicit {
+            self.order.iter_mut().flatten().for_each(|slots| self.r.shuffle(slots));
+        }
         let q = self.queries(&mut args);
         let pages = self.pages(&held);
         let (k, v) = self.cache(&held, &pages, &mut args);
@@ -238,6 +251,9 @@ impl Builder<'_> {
             page_indices: Memory::of_ints(&[]),
             last_page_len: Memory::of_ints(&[]),
             sinks: Memory::new(0, true),
+            slopes: Memory::new(0, true),
+            mask: Memory::new(0, true),
+            factors: Memory::new(0, true),
             args,
             out_view,
             lse_view,
@@ -248,7 +264,59 @@ impl Builder<'_> {
         if desc.sinks {
             (rank.sinks, rank.args.sinks) = self.per_head(&case.terms.sinks);
         }
+        if desc.alibi {
+            (rank.slopes, rank.args.alibi_slopes) = self.per_head(&case.terms.slopes);
+        }
+        if !case.terms.factors.is_empty() {
+            (rank.factors, rank.args.mask_factor) = self.per_head(&case.terms.factors);
+        }
+        if let Some(mask) = &case.terms.mask {
+            (rank.mask, rank.args.mask) = self.mask(mask, &held);
+        }
         rank
+    }
+
+    /// The mask by local slots: rows padded as they come, ending where the last slot does. What no slot has is poison: NaN, or a
+    /// byte that says visible.
+    fn mask(&mut self, mask: &MaskValues, held: &[&[usize]]) -> (Memory, Tensor) {
+        let (case, desc) = (self.case, &self.case.desc);
+        let size = match (desc.mask, desc.mask_dtype) {
+            (MaskKind::Boolean, _) => 1,
+            (_, dtype) => dtype.expect("of an additive mask").size(),
+        };
+        let slots = held.iter().map(|slots| slots.len()).max().unwrap_or(0);
+        let tokens = case.sequences.iter().map(|s| s.tokens).max().unwrap_or(0);
+        if slots == 0 || tokens == 0 {
+            return (Memory::new(0, true), Tensor::NULL);
+        }
+        let shape = [held.len(), desc.q_heads as usize, tokens, slots];
+        let (mut order, mut pad) = (vec![3, 2, 1, 0], 0);
+        if self.wild {
+            pad = self.r.pick(&[0, 30]);
+            if self.r.chance(25) {
+                self.r.shuffle(&mut order);
+            }
+        }
+        let [b, h, q] = mask.broadcast;
+        let view = lay(&mut self.r, &shape, &order, size, pad, &[b, h, q, false]);
+        let mut memory = self.memory(view.bytes);
+        for (b, slots) in held.iter().enumerate() {
+            let sequence = &case.sequences[b];
+            for slot in 0..slots.len() {
+                for (head, query) in (0..shape[1]).flat_map(|head| (0..sequence.tokens).map(move |query| (head, query)))
+                {
+                    let position = self.order[b][head / desc.group() as usize][slot];
+                    let (at, x) = (view.at([b, head, query, slot]), mask.at(b, head, query, position, sequence));
+                    match desc.mask {
+                        MaskKind::Boolean => memory.bytes_mut()[at] = u8::from(x == 0.0),
+                        _ => put(&mut memory, at, desc.mask_dtype.expect("of an additive mask"), x),
+                    }
+                }
+            }
+        }
+        memory.freeze();
+        let tensor = Tensor { data: memory.ptr(), bytes: memory.len() as u64, stride: view.stride };
+        (memory, tensor)
     }
 
     /// One number a query head, side by side or apart.
@@ -300,17 +368,19 @@ impl Builder<'_> {
     fn pages(&mut self, held: &[&[usize]]) -> Pages {
         let desc = &self.case.desc;
         if desc.kv_layout == KvLayout::Strided {
-            return Pages { of: Vec::new(), count: 0 };
+            return Pages { of: Vec::new(), lists: 1, count: 0 };
         }
         let page_size = desc.page_size as usize;
-        let needed: usize = held.iter().map(|slots| slots.len().div_ceil(page_size)).sum();
+        let lists = if desc.pages_by_head { desc.kv_heads as usize } else { 1 };
+        let needed = lists * held.iter().map(|slots| slots.len().div_ceil(page_size)).sum::<usize>();
         let count = needed + if self.wild { self.r.range(0, 3) } else { 0 };
         let mut all: Vec<usize> = (0..count).collect();
         if self.wild {
             self.r.shuffle(&mut all);
         }
-        let of = held.iter().map(|slots| all.drain(..slots.len().div_ceil(page_size)).collect()).collect();
-        Pages { of, count }
+        let sizes = held.iter().flat_map(|slots| vec![slots.len().div_ceil(page_size); lists]);
+        let of = sizes.map(|size| all.drain(..size).collect()).collect();
+        Pages { of, lists, count }
     }
 
     /// Lays out k and v and writes the live tokens.
@@ -388,9 +458,11 @@ impl Builder<'_> {
         let mut own_v = (!case.v_in_k && !joined).then(|| self.memory(v_view.bytes));
         for (b, slots) in held.iter().enumerate() {
             let sequence = &case.sequences[b];
-            for (slot, &position) in slots.iter().enumerate() {
-                let (o, i) = if strided { (b, slot) } else { (pages.of[b][slot / inner], slot % inner) };
+            for slot in 0..slots.len() {
                 for h in 0..kv_heads {
+                    let position = self.order[b][h][slot];
+                    let list = b * pages.lists + h % pages.lists;
+                    let (o, i) = if strided { (b, slot) } else { (pages.of[list][slot / inner], slot % inner) };
                     let row = position * kv_heads + h;
                     for (n, block) in blocks(&sequence.k, &sequence.k_rows, row, dim_qk, desc.k_dtype).enumerate() {
                         k.bytes_mut()[k_view.at([o, i, h, n])..][..k_size].copy_from_slice(&block);
@@ -462,14 +534,17 @@ impl Builder<'_> {
             let own = self.wild && self.r.chance(50) && longest > 0;
             let stride = if own { longest + self.r.range(0, 3) } else { limit };
             let dead = self.r.pick(&[-1, i32::MAX, i32::MIN]);
-            let mut table = vec![dead; stride * held.len()];
-            for (row, slots) in table.chunks_exact_mut(stride).zip(held) {
-                row.iter_mut().zip(*slots).for_each(|(to, &position)| *to = position as i32);
+            let rows = if desc.pages_by_head { desc.kv_heads as usize } else { 1 };
+            let mut table = vec![dead; stride * rows * held.len()];
+            let order = self.order.iter().flat_map(|heads| &heads[..rows]);
+            for (row, slots) in table.chunks_exact_mut(stride).zip(order) {
+                row.iter_mut().zip(slots).for_each(|(to, &position)| *to = position as i32);
             }
             rank.kv_position = Memory::of_ints(&table);
             if desc.needs_positions() || needless(&mut self.r) {
                 rank.args.kv_position = rank.kv_position.ints();
-                rank.args.kv_position_stride = if own { stride as i64 } else { 0 };
+                rank.args.kv_position_stride = if own || rows > 1 { (rows * stride) as i64 } else { 0 };
+                rank.args.kv_position_head_stride = if desc.pages_by_head { stride as i64 } else { 0 };
             }
         }
     }
@@ -498,13 +573,27 @@ impl Builder<'_> {
                 let lead = if self.wild { self.r.range(0, 2) } else { 0 };
                 let mut indices = vec![dead; lead];
                 let (mut indptr, mut last) = (vec![lead as i32], Vec::new());
-                for (slots, pages) in held.iter().zip(&pages.of) {
+                let mut spare = Vec::new();
+                for (slots, pages) in held.iter().zip(pages.of.iter().step_by(pages.lists)) {
                     indices.extend(pages.iter().map(|&page| page as i32));
-                    if !by_last_page && self.wild && self.r.chance(30) {
+                    spare.push(!by_last_page && self.wild && self.r.chance(30));
+                    if spare.last() == Some(&true) {
                         indices.push(dead);
                     }
                     indptr.push(indices.len() as i32);
                     last.push(if slots.is_empty() { dead } else { ((slots.len() - 1) % page_size + 1) as i32 });
+                }
+                // The lists of the other kv heads, each set as far behind the one before.
+                let stride = indices.len() - lead + if self.wild { self.r.range(0, 2) } else { 0 };
+                for head in 1..pages.lists {
+                    indices.resize(lead + head * stride, dead);
+                    for (b, &spare) in spare.iter().enumerate() {
+                        indices.extend(pages.of[b * pages.lists + head].iter().map(|&page| page as i32));
+                        indices.extend(spare.then_some(dead));
+                    }
+                }
+                if pages.lists > 1 {
+                    rank.args.page_index_head_stride = stride as i64;
                 }
                 if self.wild && self.r.chance(30) {
                     indices.push(dead);

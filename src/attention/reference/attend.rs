@@ -6,7 +6,7 @@ use crate::attention::capability::{Capabilities, supported};
 use crate::attention::descriptor::{Algorithm, AttentionDesc, MaskKind, QueryInput, Reproducibility};
 use crate::attention::dtype::Dtype;
 use crate::attention::placement::Shard;
-use crate::attention::score::ScoreMod;
+use crate::attention::score::{ScoreMod, ScoreTerms};
 use crate::attention::step::Step;
 use crate::error::{Error, Result};
 use crate::partial::{DataFault, sinks};
@@ -18,11 +18,12 @@ const CAPABILITIES: Capabilities = Capabilities {
     head_dim_multiple: 1,
     head_dim_limit: i32::MAX,
     window: true,
-    softcap: false,
-    alibi: false,
+    softcap: true,
+    alibi: true,
     sinks: true,
     checked: true,
-    masks: &[MaskKind::None],
+    pages_by_head: true,
+    masks: &MaskKind::ALL,
     query_inputs: &[QueryInput::Replicated],
     reproducibility: &[Reproducibility::Repeatable, Reproducibility::BatchInvariant, Reproducibility::Canonical],
     algorithms: &Algorithm::ALL,
@@ -44,6 +45,7 @@ pub unsafe fn attend(desc: &AttentionDesc, shard: Shard, step: &Step) -> Result<
     let rows = step.args.query_tokens as usize * desc.q_heads as usize;
     let mut reference = Reference::identity(rows, desc.head_dim_v as usize)?;
     (reference.dim_qk, reference.biased) = (desc.head_dim_qk as usize, !step.zeta.data.is_null());
+    reference.mods = ScoreMod::of(desc, reference.biased);
     // The sinks are a partial of their own.
     reference.partials += u32::from(desc.sinks && sinks::belong_to(shard.rank));
     let mut taken = 0;
@@ -72,13 +74,16 @@ fn attend_sequence(inputs: &Inputs<'_>, sequence: &Sequence, reference: &mut Ref
     let mut zeta = zeroed(if tilted { group * dim_v } else { 0 })?;
     let mut scores = zeroed(group * sequence.keys)?;
     let (mut visible, mut sums) = (Vec::new(), Vec::new());
+    // Keys that the mask hides from a head.
+    let mut masked = Vec::new();
+    reserve(&mut masked, group * sequence.keys)?;
     reserve(&mut visible, sequence.keys)?;
     reserve(&mut sums, group)?;
     sums.resize(group, (0.0, 0.0));
     for token in 0..sequence.tokens {
-        visible.clear();
-        visible.extend(inputs.visible(sequence, token));
         for kv_head in 0..desc.kv_heads as usize {
+            visible.clear();
+            visible.extend(inputs.visible(sequence, token, kv_head));
             let first_row = (sequence.first_token + token) * desc.q_heads as usize + kv_head * group;
             for (g, q) in q.chunks_exact_mut(dim_qk).enumerate() {
                 let at = (sequence.first_token + token) as i64 * step.q_stride[0]
@@ -90,6 +95,8 @@ fn attend_sequence(inputs: &Inputs<'_>, sequence: &Sequence, reference: &mut Ref
                     + (kv_head * group + g) as i64 * step.zeta_stride[1];
                 load_row(&step.zeta, Dtype::F32, at, step.zeta_stride[2], zeta);
             }
+            masked.clear();
+            masked.resize(group * visible.len(), false);
             for (n, &slot) in visible.iter().enumerate() {
                 load_row(&step.args.k, desc.k_dtype, inputs.key(sequence, slot, kv_head), step.k_stride[3], &mut k);
                 if tilted {
@@ -97,12 +104,20 @@ fn attend_sequence(inputs: &Inputs<'_>, sequence: &Sequence, reference: &mut Ref
                     load_row(&step.args.v, desc.v_dtype, at, step.v_stride[3], &mut v);
                 }
                 for (g, q) in q.chunks_exact(dim_qk).enumerate() {
+                    let head = kv_head * group + g;
+                    let (bias, slope) =
+                        (inputs.bias(sequence, token, head, slot), inputs.slope(sequence, token, head, slot));
+                    if bias == f64::NEG_INFINITY {
+                        masked[g * visible.len() + n] = true;
+                        scores[g * visible.len() + n] = bias;
+                        continue;
+                    }
                     let (qk, qk_magnitude) = dot(q, &k);
                     let zeta = if tilted { &zeta[g * dim_v..][..dim_v] } else { &[] };
                     let (tilt, tilt_magnitude) = dot(zeta, &v);
-                    scores[g * visible.len() + n] = mods.score(qk, tilt);
+                    scores[g * visible.len() + n] = mods.score(qk, ScoreTerms { slope, bias: bias + tilt });
                     let score = &mut reference.score[first_row + g];
-                    *score = score.max(mods.magnitude(qk_magnitude, tilt_magnitude));
+                    *score = score.max(mods.magnitude(qk, qk_magnitude, slope.abs() + bias.abs() + tilt_magnitude));
                 }
             }
             for (g, (max, sum)) in sums.iter_mut().enumerate() {
@@ -111,6 +126,9 @@ fn attend_sequence(inputs: &Inputs<'_>, sequence: &Sequence, reference: &mut Ref
             for (n, &slot) in visible.iter().enumerate() {
                 load_row(&step.args.v, desc.v_dtype, inputs.value(sequence, slot, kv_head), step.v_stride[3], &mut v);
                 for (g, (max, sum)) in sums.iter_mut().enumerate() {
+                    if masked[g * visible.len() + n] {
+                        continue;
+                    }
                     // A score of -inf under a maximum of -inf weighs nothing either.
                     let score = scores[g * visible.len() + n];
                     let weight = if score == f64::NEG_INFINITY { 0.0 } else { (score - *max).exp() };
@@ -119,7 +137,8 @@ fn attend_sequence(inputs: &Inputs<'_>, sequence: &Sequence, reference: &mut Ref
                 }
             }
             for (g, &(max, sum)) in sums.iter().enumerate() {
-                reference.keys[first_row + g] = visible.len() as u64;
+                let seen = masked[g * visible.len()..][..visible.len()].iter().filter(|&&masked| !masked).count();
+                reference.keys[first_row + g] = seen as u64;
                 reference.finish(first_row + g, max, sum);
                 if has_sinks {
                     // SAFETY: a query head, for which `Step::new` resolved the sinks; the caller of `attend` vouches for them.

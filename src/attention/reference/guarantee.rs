@@ -14,6 +14,14 @@
 //! 11 at most, and as S at most. Hence |error of s_j| <= u N S' with S' = S + min(S, 16) (`reach`).
 //! Scaling and the subtraction of m are done on two floats and cost 2 u S at most, 0 where scores are below 2^22.
 //!
+//! **Terms.** S is then what [`ScoreMod::magnitude`](crate::attention::ScoreMod::magnitude) makes of its parts. Under a cap
+//! sums begin with 0, so that their partial sums are at most sum |q_i k_i|; its error passes the cap times the slope of tanh,
+//! 1 at most; the quotient s / cap is rounded once, tanh is within 6 u (`kernel::modify`, checked over its range), its product
+//! with the cap and the sum with what is added are rounded once. The distance, the slope over the unit of scores (or the
+//! mask's factor over it), their product and its sum with the others are rounded once each, at most 4 u of what they stand
+//! for. So terms cost 10 u S more in N S'. What is added to scores that begin with -m meets partial sums of up to S + |m|, and
+//! |m| is S at most: S' is 2 S with them.
+//!
 //! **Weights.** exp2 is within 2 u, its argument's rest within u / 2. So a weight has a relative error of
 //! e = u (N S' + 2 S + 3). In the output it counts twice, in numerator and denominator; in the lse once.
 //!
@@ -37,22 +45,20 @@
 //! **Limits.** An average stays in the range of the values, which is all that is left of these bounds for scores past 2^22.
 //! What underflows is lost: weights below 2^-125 of the largest, and 2^-149 of a sum. Scores, and the partial sums of
 //! their products, have to be within float32 (of scales beyond 2^-32 to 2^32 the products times that power of two): a row
-//! with one above it is NaN, and one below it weighs nothing, so that a row with no other counts as one without keys. Values
+//! with one above it is NaN, and one below it weighs nothing, so that a row with no other counts as one without keys; under a
+//! cap both make their row NaN. Values
 //! are summed before they are divided: above 3.4e38 / 128, or 3.4e38 / R between ranks, sums may be infinite.
 
 use super::floats::{Precision, ulp};
 use super::partials::Reference;
 use crate::attention::dtype::Dtype;
 
-/// What a partial sum of a score may reach.
-fn reach(score: f64) -> f64 {
-    score + score.min(16.0)
-}
-
 /// 2^-24.
 const U: f64 = 1.0 / 16_777_216.0;
 /// From here on float32 scores do not tell which key is the largest.
 const LARGEST_SCORE: f64 = 4_194_304.0;
+/// Roundings of a score with terms beyond those of its products.
+const TERM_ROUNDINGS: f64 = 10.0;
 /// Roundings of weights (twice), quotients and merges, beyond one a partial.
 const ROUNDINGS: f64 = 12.0;
 /// Roundings on a path through a sum of values.
@@ -62,7 +68,13 @@ impl Reference {
     /// N: the roundings of a score, its bias included.
     fn score_roundings(&self) -> f64 {
         let bias = if self.biased { self.arithmetic.score_roundings(self.dim) + 2.0 } else { 0.0 };
-        self.arithmetic.score_roundings(self.dim_qk) + bias
+        let terms = if self.mods.adds() || self.mods.softcap() > 0.0 { TERM_ROUNDINGS } else { 0.0 };
+        self.arithmetic.score_roundings(self.dim_qk) + bias + terms
+    }
+
+    /// S': what a partial sum of a score may reach.
+    fn reach(&self, score: f64) -> f64 {
+        if self.mods.adds() { 2.0 * score } else { score + score.min(16.0) }
     }
 
     /// The error that element `d` of row `row` never exceeds. See the module's text.
@@ -74,7 +86,7 @@ impl Reference {
         }
         let (score, partials) = (self.score[row], self.partials as f64);
         let sums = VALUE_ROUNDINGS + self.arithmetic.weight_roundings() + ROUNDINGS + partials;
-        let scores = U * (2.0 * self.score_roundings() * reach(score) + 4.0 * score);
+        let scores = U * (2.0 * self.score_roundings() * self.reach(score) + 4.0 * score);
         let c = if score < LARGEST_SCORE { U * sums + scores.exp_m1() } else { f64::INFINITY };
         let terms = self.keys[row] as f64 + 64.0;
         // A maximum is rounded up to a whole power of two, so the least weight is that part of twice the largest.
@@ -98,7 +110,7 @@ impl Reference {
         let (score, lse) = (self.score[row], self.lse[row].abs());
         let sums = self.arithmetic.weight_roundings() + ROUNDINGS + self.partials as f64;
         let terms = self.keys[row] as f64 + 64.0;
-        U * (sums + self.score_roundings() * reach(score) + 2.0 * score)
+        U * (sums + self.score_roundings() * self.reach(score) + 2.0 * score)
             + 0.5 * ulp(lse, Dtype::F32)
             + terms * 2.0 * self.least_weight
     }

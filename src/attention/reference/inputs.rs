@@ -72,7 +72,7 @@ impl Inputs<'_> {
             KvLayout::BlockTable => sequence.first_page = b * i64::from(args.max_pages),
             KvLayout::CsrPages => {
                 let (begin, end) = (read(args.page_indptr, b), read(args.page_indptr, b + 1));
-                if !(0 <= begin && begin <= end && end <= args.num_page_indices) {
+                if !(0 <= begin && begin <= end && end <= self.step.page_index_room(self.desc)) {
                     return Err(DataFaultCause::PageRow);
                 }
                 sequence.first_page = begin;
@@ -97,10 +97,14 @@ impl Inputs<'_> {
         if length == 0 || sequence.tokens == 0 {
             return Ok(());
         }
+        if self.step.mask.is_some_and(|mask| length > mask.room(b, sequence.tokens as i64)) {
+            return Err(DataFaultCause::KvLength);
+        }
         sequence.keys = length as usize;
         if self.desc.kv_layout != KvLayout::Strided {
-            let pages = 0..(length + page_size - 1) / page_size;
-            if pages.into_iter().any(|n| !(0..i64::from(args.num_pages)).contains(&self.page(sequence, n))) {
+            let pages = (length + page_size - 1) / page_size;
+            let is_page = |page: i64| (0..i64::from(args.num_pages)).contains(&page);
+            if !self.kv_heads().all(|head| (0..pages).all(|n| is_page(self.page(sequence, n, head)))) {
                 return Err(DataFaultCause::Page);
             }
         }
@@ -108,22 +112,47 @@ impl Inputs<'_> {
             return Ok(());
         }
         let positions = 0..=i64::from(i32::MAX);
-        let keys = self.key_positions(sequence);
         let queries_fit = (0..sequence.tokens).all(|i| self.query_position(sequence, i) >= 0);
-        if queries_fit && (0..sequence.keys).all(|slot| positions.contains(&keys.of(slot))) {
-            Ok(())
-        } else {
-            Err(DataFaultCause::Position)
-        }
+        let keys_fit = |head: usize| {
+            let keys = self.key_positions(sequence, head);
+            (0..sequence.keys).all(|slot| positions.contains(&keys.of(slot)))
+        };
+        if queries_fit && self.kv_heads().all(keys_fit) { Ok(()) } else { Err(DataFaultCause::Position) }
     }
 
-    /// The slots that query token `token` of the sequence sees.
-    pub fn visible(&self, sequence: &Sequence, token: usize) -> impl Iterator<Item = usize> {
+    /// The kv heads, each of which may have pages and positions of its own; the first where all share them.
+    fn kv_heads(&self) -> std::ops::Range<usize> {
+        0..if self.step.lists_by_head() { self.desc.kv_heads as usize } else { 1 }
+    }
+
+    /// The slots that query token `token` of the sequence sees for kv head `head`, but for the mask.
+    pub fn visible(&self, sequence: &Sequence, token: usize, head: usize) -> impl Iterator<Item = usize> {
         let rule = VisibilityRule::of(self.desc);
         let read = rule.reads_positions();
         let position = if read { self.query_position(sequence, token) } else { 0 };
-        let keys = if read { self.key_positions(sequence) } else { KeyPositions::Contiguous { start: 0 } };
+        let keys = if read { self.key_positions(sequence, head) } else { KeyPositions::Contiguous { start: 0 } };
         (0..sequence.keys).filter(move |&slot| rule.sees(&keys, position, slot))
+    }
+
+    /// What the mask adds to the score of a visible slot; -inf hides it.
+    pub fn bias(&self, sequence: &Sequence, token: usize, head: usize, slot: usize) -> f64 {
+        let Some(mask) = self.step.mask else { return 0.0 };
+        // SAFETY: a slot of the sequence's checked length, which the mask has room for; a head for which the factors were
+        // resolved. The caller of `attend` vouches for the memory.
+        let (value, factor) =
+            unsafe { (mask.get(sequence.index, head, token, slot), f64::from(self.step.mask_factor.get(head, 1.0))) };
+        if value == f64::NEG_INFINITY { value } else { factor * value }
+    }
+
+    /// Slope times distance of a visible slot.
+    pub fn slope(&self, sequence: &Sequence, token: usize, head: usize, slot: usize) -> f64 {
+        if !self.desc.alibi {
+            return 0.0;
+        }
+        let kv_head = head / self.desc.group() as usize;
+        let distance = self.query_position(sequence, token) - self.key_positions(sequence, kv_head).of(slot);
+        // SAFETY: a head for which the slopes were resolved; the caller of `attend` vouches for the memory.
+        f64::from(unsafe { self.step.slopes.get(head, 0.0) }) * distance.abs() as f64
     }
 
     fn query_position(&self, sequence: &Sequence, token: usize) -> i64 {
@@ -135,15 +164,16 @@ impl Inputs<'_> {
         }
     }
 
-    /// Where the keys of the sequence are, which has some.
-    fn key_positions(&self, sequence: &Sequence) -> KeyPositions<'_> {
+    /// Where the keys of the sequence, which has some, are for kv head `head`.
+    fn key_positions(&self, sequence: &Sequence, head: usize) -> KeyPositions<'_> {
         let (args, b) = (&self.step.args, sequence.index as i64);
         match self.desc.placement {
             Placement::Contiguous if args.kv_start.is_null() => KeyPositions::Contiguous { start: 0 },
             Placement::Contiguous => KeyPositions::Contiguous { start: read(args.kv_start, b) },
             Placement::Interleaved { run } => KeyPositions::Interleaved { run: i64::from(run), shard: self.shard },
             Placement::Explicit => {
-                let row = args.kv_position.wrapping_offset((b * self.step.kv_position_stride(self.desc)) as isize);
+                let row = self.step.kv_position_row(self.desc, b, head as i64);
+                let row = args.kv_position.wrapping_offset(row as isize);
                 // SAFETY: `Step::new` refused a null or unaligned pointer; the caller of `attend` vouches for a position
                 // for each of the sequence's keys, which nobody writes meanwhile.
                 let positions = unsafe { std::slice::from_raw_parts(row, sequence.keys) };
@@ -152,10 +182,10 @@ impl Inputs<'_> {
         }
     }
 
-    fn page(&self, sequence: &Sequence, n: i64) -> i64 {
+    fn page(&self, sequence: &Sequence, n: i64, head: usize) -> i64 {
         let args = &self.step.args;
         let table = if self.desc.kv_layout == KvLayout::BlockTable { args.block_table } else { args.page_indices };
-        read(table, sequence.first_page + n)
+        read(table, sequence.first_page + head as i64 * args.page_index_head_stride + n)
     }
 
     /// Byte offset of the key in `slot`.
@@ -174,7 +204,7 @@ impl Inputs<'_> {
             (sequence.index as i64, slot)
         } else {
             let page_size = i64::from(self.desc.page_size);
-            (self.page(sequence, slot / page_size), slot % page_size)
+            (self.page(sequence, slot / page_size, kv_head), slot % page_size)
         };
         outer * stride[0] + inner * stride[1] + kv_head as i64 * stride[2]
     }

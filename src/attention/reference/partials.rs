@@ -1,6 +1,7 @@
 //! Partials in float64, with what error bounds are made of, and their merge.
 
 use super::arithmetic::Arithmetic;
+use crate::attention::score::ScoreMod;
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::DataFault;
 
@@ -20,7 +21,7 @@ pub struct Reference {
     pub weighted: Vec<f64>,
     /// `f64 [rows, dim]`: max_j |v_j|.
     pub largest: Vec<f64>,
-    /// `f64 [rows]`: max_j scale sum_i |q_i k_ij| (+ sum_i |zeta_i v_ij|).
+    /// `f64 [rows]`: max_j scale sum_i |q_i k_ij|, with what is added to scores: [`ScoreMod::magnitude`].
     pub score: Vec<f64>,
     /// The keys that each row sees.
     pub keys: Vec<u64>,
@@ -29,8 +30,10 @@ pub struct Reference {
     pub least_weight: f64,
     /// Elements of q and k.
     pub dim_qk: usize,
-    /// Whether something is added to each score (zeta.v).
+    /// Whether zeta.v is added to each score.
     pub biased: bool,
+    /// What happens to scores.
+    pub mods: ScoreMod,
     /// The partials that were merged; 1: one shard.
     pub partials: u32,
     /// The arithmetic that the guarantee is for: the one with the largest errors, unless it is set.
@@ -48,6 +51,7 @@ pub fn merge(shards: &[Reference]) -> Result<Reference> {
     };
     let mut merged = Reference::identity(first.lse.len(), first.dim)?;
     (merged.dim_qk, merged.biased, merged.arithmetic) = (first.dim_qk, first.biased, first.arithmetic);
+    merged.mods = first.mods;
     merged.partials = shards.iter().map(|shard| shard.partials).sum();
     for shard in shards {
         if (shard.lse.len(), shard.dim) != (first.lse.len(), first.dim) {
@@ -99,6 +103,7 @@ impl Reference {
             least_weight: 2f64.powi(-126),
             dim_qk: 0,
             biased: false,
+            mods: ScoreMod::PLAIN,
             partials: 1,
             arithmetic: Arithmetic::ANY,
             fault: None,

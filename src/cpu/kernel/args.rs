@@ -50,6 +50,53 @@ pub struct ScoreArgs {
     pub prefetch: Prefetch,
 }
 
+/// Arguments of [`modify`](super::modify::modify).
+#[derive(Clone, Copy, Debug)]
+pub struct ModifyArgs {
+    /// Scores, f32 [rows, TILE]: in and out, up to the next multiple of 16 above `keys`.
+    pub scores: *mut f32,
+    /// Query rows.
+    pub rows: usize,
+    /// Keys.
+    pub keys: usize,
+    /// The cap; 0: none.
+    pub cap: f32,
+    /// What scores are multiplied by to be twice the argument of tanh, as a power of two: a sum of two floats.
+    pub cap_factor: [f32; 2],
+    /// What distances are multiplied by, f32 [rows]; null: none.
+    pub slopes: *const f32,
+    /// Distances: [rows] pointers to f32 [TILE].
+    pub distances: *const *const f32,
+    /// What masks are multiplied by, f32 [rows].
+    pub factors: *const f32,
+    /// Masks: [rows] pointers to f32 [TILE]; null: none.
+    pub masks: *const *const f32,
+    /// What else is added, times `bias_factor`: f32 [rows, TILE]; null: nothing.
+    pub biases: *const f32,
+    /// See `biases`.
+    pub bias_factor: f32,
+}
+
+impl ModifyArgs {
+    /// No cap, and nothing to add.
+    pub fn of(scores: *mut f32, rows: usize, keys: usize) -> ModifyArgs {
+        let (none, no_rows) = (std::ptr::null(), std::ptr::null());
+        ModifyArgs {
+            scores,
+            rows,
+            keys,
+            cap: 0.0,
+            cap_factor: [0.0; 2],
+            slopes: none,
+            distances: no_rows,
+            factors: none,
+            masks: no_rows,
+            biases: none,
+            bias_factor: 0.0,
+        }
+    }
+}
+
 /// Arguments of [`weights`](super::weights::weights).
 #[derive(Clone, Copy, Debug)]
 pub struct WeightArgs {

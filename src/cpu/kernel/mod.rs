@@ -1,7 +1,7 @@
 //! The kernels: what is done to a tile of keys, written once over [`Simd`](super::simd::vector::Simd).
 //!
 //! A tile is up to [`TILE`](args::TILE) keys of one or several kv heads against the rows (query token x query head of the
-//! group) of one row block. Its scores are computed (`scores`), turned into weights 2^(score * scale * log2 e - m) with m a
+//! group) of one row block. Its scores are computed (`scores`), modified where the shape has terms (`modify`), turned into weights 2^(score * scale * log2 e - m) with m a
 //! running maximum (`weights`), and the weighted values summed (`values`) in f32; `merge` closes such sums into f64. m is rounded
 //! up to an integer, so that every rescale is by a power of two and exact. `widen` makes packed f32 of rows in any format.
 //!
@@ -11,6 +11,7 @@
 
 pub mod args;
 pub mod merge;
+mod modify;
 pub mod prefetch;
 mod scores;
 pub mod table;

@@ -1,7 +1,7 @@
 //! The entry points of the kernels: one set an instruction set, compiled for it and reached by pointer.
 
-use super::args::{CloseArgs, ScoreArgs, ValueArgs, WeightArgs, WidenArgs};
-use super::{merge, scores, values, weights, widen};
+use super::args::{CloseArgs, ModifyArgs, ScoreArgs, ValueArgs, WeightArgs, WidenArgs};
+use super::{merge, modify, scores, values, weights, widen};
 use crate::attention::KvFormat;
 use crate::attention::dtype::Dtype;
 use crate::cpu::isa::Isa;
@@ -19,6 +19,8 @@ pub struct Kernels {
     pub widen: [unsafe fn(&WidenArgs); CODECS],
     /// [`weights::weights`].
     pub weights: unsafe fn(&WeightArgs) -> bool,
+    /// [`modify::modify`].
+    pub modify: unsafe fn(&ModifyArgs),
     /// [`merge::close`].
     pub close: unsafe fn(&CloseArgs),
 }
@@ -89,6 +91,7 @@ macro_rules! kernels {
                 }};
             }
             entry!(weights_of, WeightArgs, weights::weights::<$simd>, bool);
+            entry!(modify_of, ModifyArgs, modify::modify::<$simd>);
             entry!(close_of, CloseArgs, merge::close::<$simd>);
 
             pub const KERNELS: Kernels = Kernels {
@@ -117,6 +120,7 @@ macro_rules! kernels {
                     widen!(Iq4Nl),
                 ],
                 weights: weights_of,
+                modify: modify_of,
                 close: close_of,
             };
         }

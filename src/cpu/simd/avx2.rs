@@ -124,6 +124,28 @@ unsafe impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn div(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
+        unsafe { _mm256_div_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn clamp(x: __m256, limit: f32) -> __m256 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
+        unsafe {
+            // A NaN passes: both give their second operand then.
+            let x = _mm256_max_ps(_mm256_set1_ps(-limit), x);
+            _mm256_min_ps(_mm256_set1_ps(limit), x)
+        }
+    }
+    #[inline(always)]
+    unsafe fn power_of_two(x: __m256) -> __m256 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
+        unsafe {
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(127));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
+        }
+    }
+    #[inline(always)]
     unsafe fn round(x: __m256) -> __m256 {
         // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe {

@@ -119,6 +119,25 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_reduce_max_ps(v) }
     }
     #[inline(always)]
+    unsafe fn div(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn clamp(x: __m512, limit: f32) -> __m512 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
+        unsafe {
+            // A NaN passes: both give their second operand then.
+            let x = _mm512_max_ps(_mm512_set1_ps(-limit), x);
+            _mm512_min_ps(_mm512_set1_ps(limit), x)
+        }
+    }
+    #[inline(always)]
+    unsafe fn power_of_two(x: __m512) -> __m512 {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
+        unsafe { _mm512_scalef_ps(_mm512_set1_ps(1.0), x) }
+    }
+    #[inline(always)]
     unsafe fn round(x: __m512) -> __m512 {
         // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) }

@@ -146,6 +146,24 @@ unsafe impl Simd for Neon {
         unsafe { vmaxvq_f32(v) }
     }
     #[inline(always)]
+    unsafe fn div(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
+        unsafe { vdivq_f32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn clamp(x: float32x4_t, limit: f32) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
+        unsafe { vminq_f32(vdupq_n_f32(limit), vmaxq_f32(vdupq_n_f32(-limit), x)) }
+    }
+    #[inline(always)]
+    unsafe fn power_of_two(x: float32x4_t) -> float32x4_t {
+        // SAFETY: the contract of `Simd`: the instruction set is there.
+        unsafe {
+            let exponent = vaddq_s32(vcvtq_s32_f32(x), vdupq_n_s32(127));
+            vreinterpretq_f32_s32(vshlq_n_s32::<23>(exponent))
+        }
+    }
+    #[inline(always)]
     unsafe fn round(x: float32x4_t) -> float32x4_t {
         // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe { vrndnq_f32(vmaxq_f32(vdupq_n_f32(-126.0), x)) }

@@ -103,6 +103,21 @@ unsafe impl Simd for Scalar {
         v.into_iter().fold(v[0], |a, b| if a > b { a } else { b })
     }
     #[inline(always)]
+    unsafe fn div(a: [f32; N], b: [f32; N]) -> [f32; N] {
+        zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    unsafe fn clamp(x: [f32; N], limit: f32) -> [f32; N] {
+        map(x, |x| {
+            let x = if x < -limit { -limit } else { x };
+            if x > limit { limit } else { x }
+        })
+    }
+    #[inline(always)]
+    unsafe fn power_of_two(x: [f32; N]) -> [f32; N] {
+        map(x, |x| f32::from_bits(((x as i32).wrapping_add(127) as u32) << 23))
+    }
+    #[inline(always)]
     unsafe fn round(x: [f32; N]) -> [f32; N] {
         // Adding 1.5 * 2^23 rounds to a whole number.
         const ROUND: f32 = 12_582_912.0;

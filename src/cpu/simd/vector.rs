@@ -45,6 +45,12 @@ pub unsafe trait Simd: Copy {
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     /// The largest lane; any lane where one is NaN.
     unsafe fn max_lane(v: Self::V) -> f32;
+    /// a / b.
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    /// `x` within -`limit` to `limit`; NaN stays NaN.
+    unsafe fn clamp(x: Self::V, limit: f32) -> Self::V;
+    /// 2^x of whole numbers from -126 to 127; anything of others.
+    unsafe fn power_of_two(x: Self::V) -> Self::V;
     /// The nearest whole number; anything below -126 may become -126. NaN stays NaN.
     unsafe fn round(x: Self::V) -> Self::V;
     /// 2^x for x <= 1, within 1 ulp, given as `whole` = round(x) and the rest between -1/2 and 1/2; 0 for x below -126; 0
@@ -71,6 +77,22 @@ pub unsafe trait Simd: Copy {
 pub const EXP2: [f32; 6] =
     [0.693_147_24, 0.240_226_52, 0.055_503_104, 0.009_617_693, 0.001_340_664_3, 0.000_155_946_76];
 
+/// (2^f - 1) / f.
+///
+/// # Safety
+/// The instruction set of `S` is there.
+#[inline(always)]
+unsafe fn exp2_polynomial<S: Simd>(f: S::V) -> S::V {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut y = S::splat(EXP2[5]);
+        for &c in EXP2[..5].iter().rev() {
+            y = S::fma(y, f, S::splat(c));
+        }
+        y
+    }
+}
+
 /// The polynomial of 2^f.
 ///
 /// # Safety
@@ -78,11 +100,15 @@ pub const EXP2: [f32; 6] =
 #[inline(always)]
 pub unsafe fn exp2_fraction<S: Simd>(f: S::V) -> S::V {
     // SAFETY: the caller's.
-    unsafe {
-        let mut y = S::splat(EXP2[5]);
-        for &c in EXP2[..5].iter().rev() {
-            y = S::fma(y, f, S::splat(c));
-        }
-        S::fma(y, f, S::splat(1.0))
-    }
+    unsafe { S::fma(exp2_polynomial::<S>(f), f, S::splat(1.0)) }
+}
+
+/// The polynomial of 2^f - 1: small where f is.
+///
+/// # Safety
+/// The instruction set of `S` is there.
+#[inline(always)]
+pub unsafe fn exp2_fraction_less_one<S: Simd>(f: S::V) -> S::V {
+    // SAFETY: the caller's.
+    unsafe { S::mul(exp2_polynomial::<S>(f), f) }
 }

@@ -1,17 +1,21 @@
 //! How a rank's keys and values lie while they travel.
 
-use crate::attention::{AttentionDesc, Placement};
+use crate::attention::{AttentionDesc, MaskElement, Placement};
 
-/// How a token lies in a block: the positions of all keys where they travel, then keys and values of all sequences without
-/// gaps, those with the wider numbers first.
+/// How a token lies in a block: the positions of all keys where they travel, [kv head, key] of sequence
+/// after sequence, then keys and values of all sequences without
+/// gaps, those with the wider numbers first, then masks where the shape has them, [query head, query token, key] of sequence
+/// after sequence.
 #[derive(Clone, Copy)]
 pub(super) struct Block {
-    /// Whether positions travel: 4 bytes a token.
-    pub positions: bool,
+    /// Rows of positions that travel, 4 bytes a token each: none, one, or one a kv head.
+    pub positions: usize,
     /// Bytes of a token's keys and of its values.
     pub token: [usize; 2],
     /// Whether values come first.
     pub values_first: bool,
+    /// Bytes of the mask of all query heads for a key and a query token.
+    pub mask: usize,
 }
 
 impl Block {
@@ -20,20 +24,30 @@ impl Block {
         let heads = desc.kv_heads as usize;
         let (k, v) = (desc.k_format(), desc.v_format());
         Block {
-            positions: desc.needs_positions() && desc.placement == Placement::Explicit,
+            positions: match desc.needs_positions() && desc.placement == Placement::Explicit {
+                false => 0,
+                true if desc.pages_by_head => heads,
+                true => 1,
+            },
             token: [heads * k.row_bytes(desc.head_dim_qk as usize), heads * v.row_bytes(desc.head_dim_v as usize)],
             values_first: v.alignment() > k.alignment(),
+            mask: MaskElement::of(desc).map_or(0, |element| element.size() * desc.q_heads as usize),
         }
     }
 
-    /// Bytes of a block of that many tokens; none where that overflows.
-    pub fn bytes(&self, tokens: usize) -> Option<usize> {
-        tokens.checked_mul(self.token[0].checked_add(self.token[1])? + if self.positions { 4 } else { 0 })
+    /// Bytes of a block of that many tokens and pairs of a query token and a key; none where that overflows.
+    pub fn bytes(&self, tokens: usize, pairs: usize) -> Option<usize> {
+        self.mask_begin(tokens)?.checked_add(pairs.checked_mul(self.mask)?)
+    }
+
+    /// Where the masks begin.
+    pub fn mask_begin(&self, tokens: usize) -> Option<usize> {
+        tokens.checked_mul(self.token[0].checked_add(self.token[1])? + 4 * self.positions)
     }
 
     /// Where keys and values begin.
     pub fn begin(&self, tokens: usize) -> [usize; 2] {
-        let head = if self.positions { 4 * tokens } else { 0 };
+        let head = 4 * self.positions * tokens;
         if self.values_first { [head + tokens * self.token[1], head] } else { [head, head + tokens * self.token[0]] }
     }
 }

@@ -51,9 +51,12 @@ impl Ring {
         if batch > most {
             return Err(Error::unsupported("max_batch", batch, format!("at most {most} with RING")));
         }
-        let one = AttentionDesc { kv_layout: KvLayout::Strided, page_size: 0, max_batch: 1, ..*desc };
+        let one =
+            AttentionDesc { kv_layout: KvLayout::Strided, page_size: 0, max_batch: 1, pages_by_head: false, ..*desc };
         let block = Block::new(desc);
-        let bytes = batch.checked_mul(desc.max_kv_length as usize).and_then(|tokens| block.bytes(tokens));
+        let most = desc.max_kv_length as usize;
+        let pairs = if block.mask > 0 { most.checked_mul(desc.max_query_tokens as usize) } else { Some(0) };
+        let bytes = batch.checked_mul(most).zip(pairs).and_then(|(tokens, pairs)| block.bytes(tokens, pairs));
         let bytes = bytes.ok_or_else(|| {
             let message = "max_batch x max_kv_length: a block of keys and values does not fit 64 bits";
             Error::new(ErrorKind::NoMemory, message)

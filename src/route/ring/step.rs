@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::block::Block;
 use super::order::Order;
-use crate::attention::{DecodeArgs, Dtype, Shard, Step, Tensor};
+use crate::attention::{DecodeArgs, Dtype, Mask, MaskElement, Shard, Step, Tensor};
 use crate::comm::{Hop, Round};
 use crate::cpu::{CpuBackend, Held};
 use crate::device::HostBuffer;
@@ -114,9 +114,15 @@ impl RingStep<'_> {
         self.announced_by(origin).iter().map(|announced| announced.keys.max(0) as usize).sum()
     }
 
+    /// Pairs of a query token and a key in a rank's block, of the sequences before number `end`.
+    fn pairs(&self, origin: usize, end: usize) -> usize {
+        let sequences = self.announced_by(origin).iter().zip(self.own).take(end);
+        sequences.map(|(announced, held)| announced.keys.max(0) as usize * held.tokens).sum()
+    }
+
     /// Bytes of a rank's block.
     fn bytes(&self, origin: usize) -> usize {
-        self.block.bytes(self.tokens(origin)).unwrap_or(usize::MAX)
+        self.block.bytes(self.tokens(origin), self.pairs(origin, self.own.len())).unwrap_or(usize::MAX)
     }
 
     /// Peers hold what the plan has room for.
@@ -137,7 +143,8 @@ impl RingStep<'_> {
         let (me, layout, workers) = (self.exchange.me(), self.block, &self.exchange.rank.workers);
         let tokens = self.tokens(me);
         let size = self.bytes(me);
-        let (positions, rest) = block[..size].split_at_mut(if layout.positions { 4 * tokens } else { 0 });
+        let (block, mut masks) = block[..size].split_at_mut(layout.mask_begin(tokens).unwrap_or(size));
+        let (positions, rest) = block.split_at_mut(4 * layout.positions * tokens);
         let (mut k, mut v) = if layout.values_first {
             let (v, k) = rest.split_at_mut(tokens * layout.token[1]);
             (k, v)
@@ -150,11 +157,15 @@ impl RingStep<'_> {
             let (own_k, rest_k) = k.split_at_mut(keys * layout.token[0]);
             let (own_v, rest_v) = v.split_at_mut(keys * layout.token[1]);
             (k, v) = (rest_k, rest_v);
+            let (own_mask, rest) = masks.split_at_mut(keys * self.own[b].tokens * layout.mask);
+            masks = rest;
             if keys > 0 {
+                shard.pack_mask(self.step, b, self.own[b].tokens, keys, own_mask);
                 shard.pack(self.step, workers, b, own_k, own_v)?;
-                if layout.positions {
-                    let to = wire::ints_mut(&mut positions[4 * first..][..4 * keys]);
-                    shard.pack_positions(self.step, b, to);
+                for row in 0..layout.positions {
+                    let begin = 4 * (layout.positions * first + row * keys);
+                    let to = wire::ints_mut(&mut positions[begin..][..4 * keys]);
+                    shard.pack_positions(self.step, b, row, to);
                 }
             }
             first += keys;
@@ -183,7 +194,8 @@ impl RingStep<'_> {
             // The block of rank 0 brings the sinks, with keys or without.
             let counts = announced.keys > 0 || announced.keys == 0 && desc.sinks && sinks::belong_to(origin as i32);
             if counts && !own.is_empty() {
-                let block_step = self.block_step(block, tokens, first, b, announced)?;
+                let mut block_step = self.block_step(block, tokens, first, b, announced)?;
+                block_step.mask = self.block_mask(block, origin, b);
                 let rows = PartialRows { o: &mut o[own.start * dim..own.end * dim], lse: &mut lse[own], dim };
                 let shard = Shard { rank: origin as i32, ..exchange.context.shard };
                 let fault = self.backend.attend_shard(shard, &block_step, &exchange.rank.workers, rows)?;
@@ -220,7 +232,11 @@ impl RingStep<'_> {
             kv_length: &announced.keys,
             global_length: offset(step.args.global_length, b),
             kv_start: &announced.start,
-            kv_position: if self.block.positions { block[4 * first..].as_ptr().cast() } else { std::ptr::null() },
+            kv_position: match self.block.positions {
+                0 => std::ptr::null(),
+                rows => block[4 * rows * first..].as_ptr().cast(),
+            },
+            kv_position_head_stride: if self.block.positions > 1 { keys as i64 } else { 0 },
             query_position: offset(step.args.query_position, held.first_token),
             ..DecodeArgs::default()
         };
@@ -232,6 +248,18 @@ impl RingStep<'_> {
             kv_capacity: i64::from(announced.keys),
             ..*step
         })
+    }
+
+    /// The mask of sequence `b` in the block of `origin`, if the shape has one.
+    fn block_mask(&self, block: &[u8], origin: usize, b: usize) -> Option<Mask> {
+        let desc = &self.exchange.context.desc;
+        let element = MaskElement::of(desc)?;
+        let (keys, tokens) = (self.announced_by(origin)[b].keys.max(0) as usize, self.own[b].tokens);
+        let begin = self.block.mask_begin(self.tokens(origin))? + self.pairs(origin, b) * self.block.mask;
+        let mask = &block[begin..][..keys * tokens * self.block.mask];
+        let size = element.size();
+        let stride = [0, (tokens * keys * size) as i64, (keys * size) as i64, size as i64];
+        Some(Mask::at(mask.as_ptr(), mask.len() as u64, stride, element, desc))
     }
 
     /// Merges what can be merged once block number `turn` has come.

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 
 use super::types::SelfcheckConfig;
 use crate::attention::placement::{global_position, local_length};
-use crate::attention::{AttentionDesc, Dtype, KvFormat, Placement, Shard};
+use crate::attention::{AttentionDesc, Dtype, KvFormat, MaskKind, Placement, Shard};
 use crate::comm::MAX_RANKS;
 use crate::device::{Device, device_info};
 use crate::error::{Error, ErrorKind, Result};
@@ -101,6 +101,10 @@ pub(super) struct Inputs {
 pub(super) struct Terms {
     /// [q head].
     pub sinks: Vec<f32>,
+    /// [q head].
+    pub slopes: Vec<f32>,
+    /// What all heads and query tokens of a sequence are given for a key, by global position; -inf hides it.
+    pub masks: Vec<Vec<f32>>,
 }
 
 impl Inputs {
@@ -126,7 +130,27 @@ impl Inputs {
             sequences.push(Sequence { keys, k, v, k_rows, v_rows, slots });
         }
         let heads = |has: bool| if has { q_heads } else { 0 };
-        let terms = Terms { sinks: random.normals(heads(desc.sinks), Dtype::F32)? };
+        let sinks = random.normals(heads(desc.sinks), Dtype::F32)?;
+        // As models have them: falling from head to head.
+        let slope = |head: usize| 2f32.powf(-8.0 * (head + 1) as f32 / q_heads as f32);
+        let mut slopes = room(heads(desc.alibi))?;
+        slopes.extend((0..heads(desc.alibi)).map(slope));
+        let mut masks = room(shape.batch)?;
+        for sequence in &sequences {
+            let mut mask = random.normals(if desc.mask == MaskKind::None { 0 } else { sequence.keys }, Dtype::F16)?;
+            for x in &mut mask {
+                let hides = random.below(4) == 0;
+                *x = if hides {
+                    f32::NEG_INFINITY
+                } else if desc.mask == MaskKind::Boolean {
+                    0.0
+                } else {
+                    *x
+                };
+            }
+            masks.push(mask);
+        }
+        let terms = Terms { sinks, slopes, masks };
         Ok(Inputs { shape, q, sequences, terms })
     }
 }

@@ -8,7 +8,9 @@ use half::{bf16, f16};
 use super::inputs::{Inputs, Sequence, Terms};
 use super::types::{Results, SelfcheckReport};
 use crate::attention::reference::{self, Comparison, Precision, Reference};
-use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, OutputMode, Placement, Shard, Step, Tensor};
+use crate::attention::{
+    AttentionDesc, DecodeArgs, Dtype, KvLayout, MaskKind, OutputMode, Placement, ScoreMod, Shard, Step, Tensor,
+};
 use crate::device::DeviceKind;
 use crate::error::Result;
 use crate::partial::sinks;
@@ -17,6 +19,9 @@ use crate::partial::sinks;
 /// cores cut off the bits of a product that lie below those of the largest beside it.
 const GPU_EXCESS: f64 = 2.0;
 const GPU_SELDOM: f64 = 1e-4;
+/// The same of shapes that cap scores or add to them: their products are not summed from near the largest score.
+const MODIFIED_EXCESS: f64 = 1.6;
+const MODIFIED_SELDOM: f64 = 1e-5;
 /// The least weight, as a part of the largest, that GPUs tell from 0 where values are f16.
 const LEAST_F16_WEIGHT: f64 = 1.0 / (1u64 << 39) as f64;
 
@@ -37,7 +42,8 @@ impl Expected {
             let slots = rank.map(|rank| &sequence.slots[rank][..]);
             let sinks = desc.sinks && rank.is_none_or(|rank| sinks::belong_to(rank as i32));
             let desc = AttentionDesc { sinks, ..*desc };
-            let mut reference = attend(&desc, sequence, (q, tokens), slots, &inputs.terms)?;
+            let mask = &inputs.terms.masks[sequences.len()];
+            let mut reference = attend(&desc, sequence, (q, tokens), slots, (&inputs.terms, mask))?;
             if kind == DeviceKind::Cuda && desc.v_dtype == Dtype::F16 {
                 reference.least_weight = LEAST_F16_WEIGHT;
             }
@@ -58,7 +64,7 @@ fn attend(
     sequence: &Sequence,
     (q, tokens): (&[f32], usize),
     slots: Option<&[usize]>,
-    terms: &Terms,
+    (terms, mask): (&Terms, &[f32]),
 ) -> Result<Reference> {
     let gather = |data: &'_ [f32], dim: i32| -> Vec<f32> {
         let row = (desc.kv_heads * dim) as usize;
@@ -89,7 +95,13 @@ fn attend(
         max_query_tokens: tokens as i32,
         max_kv_length: keys.max(1) as i32,
         output: OutputMode::Local,
+        mask: if desc.mask == MaskKind::None { MaskKind::None } else { MaskKind::Additive },
+        mask_dtype: (desc.mask != MaskKind::None).then_some(Dtype::F32),
         ..*desc
+    };
+    let mask: Vec<f32> = match slots {
+        Some(slots) if !mask.is_empty() => slots.iter().map(|&position| mask[position]).collect(),
+        _ => mask.to_vec(),
     };
     let mut out = vec![0.0f32; tokens * desc.q_heads as usize * desc.head_dim_v as usize];
     let (lengths, globals) = ([keys as i32], [sequence.keys as i32]);
@@ -104,6 +116,11 @@ fn attend(
         global_length: globals.as_ptr(),
         kv_position: positions.as_ptr(),
         sinks: if desc.sinks { Tensor::from_slice(&terms.sinks) } else { Tensor::NULL },
+        alibi_slopes: if desc.alibi { Tensor::from_slice(&terms.slopes) } else { Tensor::NULL },
+        mask: match &mask[..] {
+            [] => Tensor::NULL,
+            mask => Tensor::from_slice(mask).with_strides([0, 0, 0, 4]),
+        },
         ..DecodeArgs::default()
     };
     let step = Step::new(&plain, Shard::ALONE, &args, plain.q_heads)?;
@@ -182,11 +199,16 @@ impl<'a> Tally<'a> {
         let same_bits = self.difference.is_none();
         let relative_l2 =
             if self.squared_error == 0.0 { 0.0 } else { (self.squared_error / self.squared_reference).sqrt() };
-        let tolerated = self.kind == DeviceKind::Cuda && {
-            let allowed = GPU_SELDOM * self.comparison.elements as f64;
-            let worst = self.comparison.worst.max(self.comparison.worst_lse);
-            worst <= GPU_EXCESS && self.comparison.broken as f64 <= allowed + 4.0 * allowed.sqrt()
+        let modified = self.desc.softcap > 0.0 || ScoreMod::of(self.desc, false).adds();
+        let tolerance = match self.kind {
+            DeviceKind::Cuda => Some((GPU_EXCESS, GPU_SELDOM)),
+            DeviceKind::Cpu => modified.then_some((MODIFIED_EXCESS, MODIFIED_SELDOM)),
         };
+        let tolerated = tolerance.is_some_and(|(excess, seldom)| {
+            let allowed = seldom * self.comparison.elements as f64;
+            let worst = self.comparison.worst.max(self.comparison.worst_lse);
+            worst <= excess && self.comparison.broken as f64 <= allowed + 4.0 * allowed.sqrt()
+        });
         let failure = self.failure.filter(|_| !tolerated);
         let failed = failure.or(rounding).or(self.difference);
         SelfcheckReport {
@@ -210,6 +232,10 @@ impl<'a> Tally<'a> {
             Precision { out: Dtype::F16, wire: Dtype::F32 } => 0.02,
             _ => return None,
         };
+        // Averages of a key or two lie just between two numbers too often.
+        if self.desc.mask != MaskKind::None || (1..10).contains(&self.desc.window) {
+            return None;
+        }
         let elements = self.comparison.elements as f64;
         let wrong = elements - self.comparison.correctly_rounded as f64;
         // Few elements may miss the share by chance.

@@ -156,7 +156,7 @@ fn first_difference(a: &Results, b: &Results) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::{Dtype, KvLayout, Placement};
+    use crate::attention::{Dtype, KvLayout, MaskKind, Placement};
     use crate::error::ErrorKind;
     use crate::runtime::RuntimeConfig;
 
@@ -176,6 +176,13 @@ mod tests {
             (desc.k_dtype, desc.out_dtype) = (dtypes[at(1)], dtypes[(at(3) + at(1)) % 3]);
             desc.causal = seed % 2 == 0;
             (desc.window, desc.sinks) = ([0, 50, 9][(seed / 2) % 3], seed % 5 > 2);
+            (desc.softcap, desc.alibi) = ([0.0, 30.0, 0.5][(seed / 5) % 3], seed % 7 > 3);
+            (desc.mask, desc.mask_dtype) = [
+                (MaskKind::None, None),
+                (MaskKind::Boolean, None),
+                (MaskKind::Additive, Some(Dtype::F16)),
+                (MaskKind::Additive, Some(Dtype::F32)),
+            ][(seed / 4) % 4];
             let config = SelfcheckConfig {
                 ranks: 1 + (seed % 4) as i32,
                 batch: 3,

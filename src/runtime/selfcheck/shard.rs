@@ -1,7 +1,7 @@
 //! One rank's buffers of a self-check: the shard in the descriptor's layout, with NaN wherever no live data is.
 
 use super::inputs::{Inputs, Random, Sequence, put, room};
-use crate::attention::{AttentionDesc, DecodeArgs, KvFormat, KvLayout, Placement, Tensor};
+use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvFormat, KvLayout, MaskElement, Placement, Tensor};
 use crate::device::Device;
 use crate::error::Result;
 use crate::runtime::buffer::Buffer;
@@ -95,10 +95,32 @@ impl ShardBuffers {
             ..DecodeArgs::default()
         };
         let mut more = Vec::new();
-        if desc.sinks {
-            let bytes: Vec<u8> = inputs.terms.sinks.iter().flat_map(|x| x.to_ne_bytes()).collect();
+        let terms = &inputs.terms;
+        for (has, values, argument) in
+            [(desc.sinks, &terms.sinks, &mut args.sinks), (desc.alibi, &terms.slopes, &mut args.alibi_slopes)]
+        {
+            if has {
+                let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_ne_bytes()).collect();
+                let buffer = load(&bytes)?;
+                *argument = tensor(&buffer);
+                more.push(buffer);
+            }
+        }
+        if let Some(element) = MaskElement::of(desc) {
+            let row = map.capacity * element.size();
+            let mut bytes = vec![POISON; shape.batch * row];
+            for (b, sequence) in inputs.sequences.iter().enumerate() {
+                for (slot, &position) in sequence.slots[rank].iter().enumerate() {
+                    let (at, x) = (b * row + slot * element.size(), terms.masks[b][position]);
+                    match element {
+                        MaskElement::F16 => put(&mut bytes, at, x, Dtype::F16),
+                        MaskElement::F32 => put(&mut bytes, at, x, Dtype::F32),
+                        MaskElement::Byte => bytes[at] = u8::from(x == 0.0),
+                    }
+                }
+            }
             let buffer = load(&bytes)?;
-            args.sinks = tensor(&buffer);
+            args.mask = tensor(&buffer).with_strides([row as i64, 0, 0, element.size() as i64]);
             more.push(buffer);
         }
         match desc.placement {

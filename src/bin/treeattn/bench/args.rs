@@ -8,6 +8,7 @@ use treeattn::runtime::{Device, DeviceKind};
 
 use super::algorithms;
 use super::case::Heads;
+use super::terms::Terms;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -45,6 +46,9 @@ pub struct Args {
     /// Times every step with its ranks comparing what they were passed, too.
     #[arg(long)]
     pub checked: bool,
+    /// What happens to scores, on CPUs: plain, softcap, alibi, sinks, mask (an additive f16 one), or all.
+    #[arg(long, value_delimiter = ',', value_parser = Terms::parse)]
+    pub terms: Vec<Terms>,
     /// Threads of each rank. Default: the cores over the ranks.
     #[arg(long, value_parser = size)]
     pub threads: Option<usize>,

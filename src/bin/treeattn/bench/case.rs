@@ -4,6 +4,8 @@ use serde::{Serialize, Serializer};
 use treeattn::attention::Dtype;
 use treeattn::cpu::Isa;
 
+use super::terms::Terms;
+
 /// One decode shape, how it is spread, and what runs it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Case {
@@ -28,6 +30,8 @@ pub struct Case {
     pub cached: bool,
     /// Whether ranks compare what they were passed.
     pub checked: bool,
+    /// What happens to scores.
+    pub terms: Terms,
 }
 
 fn dtype_name<S: Serializer>(dtype: &Dtype, to: S) -> Result<S::Ok, S::Error> {
@@ -81,7 +85,7 @@ impl Case {
         let tokens = (self.query_tokens > 1).then(|| format!("{} query tokens", self.query_tokens));
         let cached = self.cached.then(|| "cached".to_string());
         let checked = self.checked.then(|| "checked".to_string());
-        [pages, tokens, cached, checked].into_iter().flatten().collect()
+        [pages, tokens, cached, checked, self.terms.words()].into_iter().flatten().collect()
     }
 }
 
@@ -101,6 +105,7 @@ fn base(cores: usize) -> Case {
         page_size: 0,
         cached: false,
         checked: false,
+        terms: Terms::PLAIN,
     }
 }
 
@@ -154,6 +159,7 @@ pub struct Axes {
     pub query_tokens: Vec<usize>,
     /// Whether every case is timed checked, too.
     pub checked: bool,
+    pub terms: Vec<Terms>,
     pub threads: Option<usize>,
 }
 
@@ -168,6 +174,7 @@ impl Axes {
             && self.pages.is_empty()
             && self.query_tokens.is_empty()
             && !self.checked
+            && self.terms.is_empty()
             && self.threads.is_none()
     }
 
@@ -197,6 +204,7 @@ impl Axes {
         cases = vary(cases, self.query_tokens.len(), &|case, n| case.query_tokens = self.query_tokens[n]);
         cases = vary(cases, self.ranks.len(), &|case, n| *case = over(self.ranks[n], cores, *case));
         cases = vary(cases, 2 * usize::from(self.checked), &|case, n| case.checked = n == 1);
+        cases = vary(cases, self.terms.len(), &|case, n| case.terms = self.terms[n]);
         for case in &mut cases {
             case.threads_per_rank = self.threads.unwrap_or(case.threads_per_rank);
         }

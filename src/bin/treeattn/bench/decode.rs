@@ -10,6 +10,7 @@ use super::case::Case;
 use super::pool::{Pool, Random};
 use super::ranks;
 use super::samples::Samples;
+use super::terms::TermInputs;
 use crate::outcome::Outcome;
 
 /// Most turns of a block.
@@ -41,6 +42,7 @@ struct Rank {
     starts: Vec<i32>,
     global_lengths: Vec<i32>,
     table: Vec<i32>,
+    terms: TermInputs,
     /// Keys of each sequence that the shard has room for.
     room: usize,
     /// Where the shard begins in a slot, bytes.
@@ -111,6 +113,7 @@ fn describe(case: &Case, algorithm: Algorithm) -> Outcome<AttentionDesc> {
     desc.max_query_tokens = i32::try_from(case.batch * case.query_tokens)?;
     desc.causal = case.query_tokens > 1;
     desc.checked = case.checked;
+    case.terms.describe(&mut desc);
     if case.page_size > 0 {
         (desc.kv_layout, desc.page_size) = (KvLayout::BlockTable, i32::try_from(case.page_size)?);
     }
@@ -148,7 +151,8 @@ impl Rank {
             table.swap(last, other.min(last));
         }
         let [lengths, starts, global_lengths] = [keys, start, all].map(|value| vec![value; case.batch]);
-        Ok(Rank { plan, q, out, lengths, starts, global_lengths, table, room, begin })
+        let terms = TermInputs::new(case.terms, case.q_heads, keys as usize);
+        Ok(Rank { plan, q, out, lengths, starts, global_lengths, table, terms, room, begin })
     }
 
     /// The step over the cache `slot` bytes into the pool.
@@ -166,7 +170,7 @@ impl Rank {
         };
         let cache = |at: usize| tensor(pool.data().wrapping_add(slot + at), bytes).with_strides(stride);
         let paged = case.page_size > 0;
-        DecodeArgs {
+        let mut args = DecodeArgs {
             batch: case.batch as i32,
             query_tokens: (case.batch * case.query_tokens) as i32,
             q: tensor(self.q.as_ptr(), self.q.len()),
@@ -180,7 +184,9 @@ impl Rank {
             max_pages: if paged { (self.table.len() / case.batch) as i32 } else { 0 },
             num_pages: if paged { self.table.len() as i32 } else { 0 },
             ..DecodeArgs::default()
-        }
+        };
+        self.terms.pass(&mut args);
+        args
     }
 }
 

@@ -1,7 +1,7 @@
 //! `treeattn bench`: decode steps and exchanges on CPU ranks, beside what the machine can do at most.
 //!
 //! `args` says what was asked, `case` what is timed, `pool` holds the memory, `ceiling` and `limit` measure the machine in the same run,
-//! `decode`, `exchange` and `algorithms` time the library (`ranks` releases all ranks at once, by `barrier`), `samples` sums up and
+//! `decode` (with `terms`), `exchange` and `algorithms` time the library (`ranks` releases all ranks at once, by `barrier`), `samples` sums up and
 //! `report` tells. Rows, ceiling and limits take turns in short blocks, so that a noise that comes and goes meets all of
 //! them alike.
 
@@ -19,6 +19,7 @@ mod progress;
 mod ranks;
 mod report;
 mod samples;
+mod terms;
 
 use indicatif::ProgressBar;
 use treeattn::attention::Algorithm;
@@ -57,6 +58,9 @@ pub fn run(args: &Args) -> Outcome<()> {
         args.ranks.iter().filter_map(|rank| if let Ranks::On(device) = rank { Some(*device) } else { None }).collect();
     let counts: Vec<usize> =
         args.ranks.iter().filter_map(|rank| if let Ranks::Count(n) = rank { Some(*n) } else { None }).collect();
+    if (!devices.is_empty() || args.device.kind == DeviceKind::Cuda) && !args.terms.is_empty() {
+        return Err("--terms: found some for a GPU, wanted none: they are the CPU's".into());
+    }
     if !devices.is_empty() {
         return match counts.first() {
             Some(count) => Err(format!("--ranks: found {count} among GPUs, wanted the GPU of each rank").into()),
@@ -78,6 +82,7 @@ pub fn run(args: &Args) -> Outcome<()> {
         pages: args.page_size.clone(),
         query_tokens: args.query_tokens.clone(),
         checked: args.checked,
+        terms: args.terms.clone(),
         threads: args.threads,
     };
     let asked: Vec<Algorithm> = args.algorithms.iter().flat_map(|some| &some.0).copied().collect();
