@@ -48,9 +48,9 @@ impl Communicator {
         let cuda = open(runtime, device)?;
         let library = NcclLibrary::load(config.nccl_path.as_deref())?;
         let limit = NcclTimeout::new("setup_timeout_ns", config.setup_timeout);
-        let staging = NcclBootstrap::staging(&cuda, world, config)?;
         let rank = NcclRank::begin(library, &cuda, id, Shard { rank, world }, config.step_timeout)?;
         rank.settle("creating the NCCL communicator", limit)?;
+        let staging = NcclBootstrap::staging(&cuda, world, config)?;
         connect(runtime, rank, staging, config, limit)
     }
 

@@ -40,8 +40,8 @@ pub(crate) struct NcclBootstrap {
 }
 
 impl NcclBootstrap {
-    /// What the exchanges of `world` ranks work on. Made before the communicator: a rank that allocates while a peer's first
-    /// exchange runs on another GPU may wait for it.
+    /// What the exchanges of `world` ranks work on. For a communicator that has no name yet made before it is: a rank that
+    /// allocates while a peer's first exchange runs on another GPU may wait for it.
     pub fn staging(device: &Arc<CudaDevice>, world: i32, config: &CommConfig) -> Result<Staging> {
         Staging::new(device, bytes(world), config.step_timeout)
     }
