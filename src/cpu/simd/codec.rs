@@ -97,8 +97,8 @@ macro_rules! of_bytes {
             }
             #[inline(always)]
             unsafe fn load_one(row: *const u8, stride: i64, d: usize) -> f32 {
-                // SAFETY: the caller's.
                 let one: fn(u8) -> f32 = $one;
+                // SAFETY: the caller's.
                 one(unsafe { row.offset(d as isize * stride as isize).read() })
             }
         }
