@@ -110,6 +110,7 @@ programs! {
     comm,
     decode,
     energy,
+    formats,
     faults,
     floats,
     fork,

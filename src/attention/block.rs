@@ -203,7 +203,7 @@ mod tests {
     fn narrowed_rows_are_near() {
         let values: Vec<f32> = (0..64).map(|i| ((i * 37 % 64) as f32 - 29.0) * 0.125).collect();
         for (dtype, step) in [
-            (Dtype::Q8_0, 0.03),
+            (Dtype::Q8_0, 0.04),
             (Dtype::Q4_0, 0.6),
             (Dtype::Q4_1, 0.6),
             (Dtype::Q5_0, 0.3),

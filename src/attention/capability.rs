@@ -1,5 +1,6 @@
 //! What a backend serves, as data, and the one check of a descriptor against it.
 
+use super::decode_args::DecodeArgs;
 use super::descriptor::{Algorithm, AttentionDesc, MaskKind, QueryInput, Reproducibility};
 use super::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -23,6 +24,8 @@ pub struct Capabilities {
     pub alibi: bool,
     /// Sinks.
     pub sinks: bool,
+    /// Scales of keys and values.
+    pub scales: bool,
     /// Checks of what the ranks pass to a step.
     pub checked: bool,
     /// Lists of pages that kv heads have of their own.
@@ -93,6 +96,16 @@ pub fn supported(desc: &AttentionDesc, backend: &Capabilities) -> Result<()> {
     one_of("reproducibility", desc.reproducibility.name(), served, &mut modes.iter().map(|r| r.name()))
 }
 
+/// Whether what `backend` serves covers what a step brings along: `Unsupported` names the argument that it does not.
+pub fn step_supported(args: &DecodeArgs, backend: &Capabilities) -> Result<()> {
+    for (name, scales) in [("k_scale", &args.k_scale), ("v_scale", &args.v_scale)] {
+        if !scales.data.is_null() && !backend.scales {
+            return Err(Error::unsupported(name, format_args!("{:p}", scales.data), format!("NULL{}", backend.place)));
+        }
+    }
+    Ok(())
+}
+
 /// "a", "a and b", "a, b and c".
 fn list(names: &mut dyn Iterator<Item = &'static str>) -> String {
     let names: Vec<&str> = names.collect();
@@ -106,6 +119,7 @@ fn list(names: &mut dyn Iterator<Item = &'static str>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attention::tensor::Tensor;
     use crate::error::ErrorKind;
 
     const SERVED: Capabilities = Capabilities {
@@ -117,6 +131,7 @@ mod tests {
         softcap: false,
         alibi: false,
         sinks: false,
+        scales: false,
         checked: false,
         pages_by_head: false,
         masks: &[MaskKind::None],
@@ -205,6 +220,12 @@ mod tests {
             serve(&mut backend);
             supported(&desc, &backend).unwrap();
         }
+        let scale = 1f32;
+        let args = DecodeArgs { v_scale: Tensor::from_slice(&[scale]), ..DecodeArgs::default() };
+        let error = step_supported(&args, &SERVED).unwrap_err();
+        assert!(error.message().starts_with("v_scale: found 0x"), "{error}");
+        assert!(error.message().ends_with("NULL on a test"), "{error}");
+        step_supported(&args, &Capabilities { scales: true, ..SERVED }).unwrap();
         let mut desc = base;
         desc.algorithm = Algorithm::Tree;
         let error = supported(&desc, &SERVED).unwrap_err();

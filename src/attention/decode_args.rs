@@ -19,6 +19,11 @@ pub struct DecodeArgs {
     pub k: Tensor,
     /// Values.
     pub v: Tensor,
+    /// f32 [sequence or page, token or slot, kv head] by strides of which any may be 0: what the elements of a key are
+    /// multiplied by. `data` null: 1, where the type of k has values of its own.
+    pub k_scale: Tensor,
+    /// The same of values.
+    pub v_scale: Tensor,
     /// Output.
     pub out: Tensor,
     /// Natural log-sum-exp of the scaled scores, f32; `data` null: not wanted.
@@ -85,6 +90,8 @@ impl Default for DecodeArgs {
             q: Tensor::NULL,
             k: Tensor::NULL,
             v: Tensor::NULL,
+            k_scale: Tensor::NULL,
+            v_scale: Tensor::NULL,
             out: Tensor::NULL,
             lse: Tensor::NULL,
             query_start: std::ptr::null(),

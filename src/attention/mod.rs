@@ -17,6 +17,7 @@ pub mod merge;
 pub mod placement;
 pub mod record;
 pub mod reference;
+pub mod scales;
 pub mod score;
 pub mod step;
 mod step_arrays;
@@ -26,7 +27,7 @@ mod unused_args;
 pub mod visibility;
 
 pub use block::IQ4_NL;
-pub use capability::{Capabilities, supported};
+pub use capability::{Capabilities, step_supported, supported};
 pub use decode_args::DecodeArgs;
 pub use descriptor::{
     Algorithm, AttentionDesc, KvLayout, MAX_HEAD_DIM, MaskKind, OutputMode, QueryInput, Reproducibility,
@@ -36,6 +37,7 @@ pub use format::KvFormat;
 pub use mask::{Mask, MaskElement};
 pub use placement::{Placement, Shard, head_range};
 pub use record::SequenceRecord;
+pub use scales::finite_or_nan;
 pub use score::{ScoreMod, ScoreTerms};
 pub use step::Step;
 pub use step_arrays::Keys;

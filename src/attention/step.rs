@@ -9,6 +9,7 @@ use super::dtype::Dtype;
 use super::head_values::HeadValues;
 use super::mask::Mask;
 use super::placement::{Placement, Shard};
+use super::scales;
 use super::strided_cache::{self, StridedCache};
 use super::tensor::Tensor;
 use super::unused_args;
@@ -26,6 +27,10 @@ pub struct Step {
     pub k_stride: [i64; 4],
     /// Byte strides of v, as k.
     pub v_stride: [i64; 4],
+    /// Byte strides of the scales of k: sequence or page, token or slot, kv head.
+    pub k_scale_stride: [i64; 4],
+    /// Byte strides of the scales of v, as those of k.
+    pub v_scale_stride: [i64; 4],
     /// Byte strides of out: token, head, dim.
     pub out_stride: [i64; 4],
     /// Byte strides of lse: token, head.
@@ -127,6 +132,8 @@ impl Step {
             }
         };
 
+        let [k_scale_stride, v_scale_stride] = scale_strides(desc, args)?;
+
         let csr = desc.kv_layout == KvLayout::CsrPages;
         if csr && batch > 0 && args.kv_length.is_null() == args.last_page_len.is_null() {
             let found = if args.kv_length.is_null() { "neither" } else { "both" };
@@ -163,6 +170,8 @@ impl Step {
             q_stride,
             k_stride,
             v_stride,
+            k_scale_stride,
+            v_scale_stride,
             out_stride,
             lse_stride,
             kv_capacity,
@@ -189,7 +198,22 @@ impl Step {
         let k =
             strided_cache::room(&self.args.k, desc.k_dtype, &self.k_stride, [heads, i64::from(desc.head_dim_qk)], b);
         let v = strided_cache::room(&self.args.v, desc.v_dtype, &self.v_stride, [heads, i64::from(desc.head_dim_v)], b);
-        i64::from(desc.max_kv_length).min(k).min(v)
+        let scales = self.scales().map(|(_, tensor, stride)| match tensor.data.is_null() {
+            true => i64::MAX,
+            false => strided_cache::room(tensor, Dtype::F32, &stride, [heads, 1], b),
+        });
+        i64::from(desc.max_kv_length).min(k).min(v).min(scales[0]).min(scales[1])
+    }
+
+    /// Whether keys (0) and values (1) have scales.
+    pub fn scaled(&self) -> [bool; 2] {
+        [!self.args.k_scale.data.is_null(), !self.args.v_scale.data.is_null()]
+    }
+
+    /// The scales of k and v with their names and strides.
+    fn scales(&self) -> [(&'static str, &Tensor, [i64; 4]); 2] {
+        let a = &self.args;
+        [("k_scale", &a.k_scale, self.k_scale_stride), ("v_scale", &a.v_scale, self.v_scale_stride)]
     }
 
     /// What [`Step::room`] lacks for `keys` keys, at most the plan's longest, of sequence `b`: named for what was given.
@@ -205,10 +229,16 @@ impl Step {
             let wanted = || format!("at least 1 for {}", what());
             return if none { Err(Error::invalid("max_pages", 0, wanted())) } else { Ok(()) };
         }
+        let [(k_name, k_scale, k_scale_stride), (v_name, v_scale, v_scale_stride)] = self.scales();
         for (name, tensor, dtype, stride, dim) in [
             ("k", &a.k, desc.k_dtype, &self.k_stride, desc.head_dim_qk),
             ("v", &a.v, desc.v_dtype, &self.v_stride, desc.head_dim_v),
+            (k_name, k_scale, Dtype::F32, &k_scale_stride, 1),
+            (v_name, v_scale, Dtype::F32, &v_scale_stride, 1),
         ] {
+            if tensor.data.is_null() && name.ends_with("_scale") {
+                continue;
+            }
             let inner = [i64::from(desc.kv_heads), i64::from(dim)];
             if keys <= strided_cache::room(tensor, dtype, stride, inner, b) {
                 continue;
@@ -316,6 +346,8 @@ impl Step {
                 ("q", &a.q),
                 ("k", &a.k),
                 ("v", &a.v),
+                ("k_scale", &a.k_scale),
+                ("v_scale", &a.v_scale),
                 ("sinks", &a.sinks),
                 ("alibi_slopes", &a.alibi_slopes),
                 ("mask", &a.mask),
@@ -389,6 +421,24 @@ pub(crate) fn no_overlap(name: &str, size: usize, stride: &[i64; 4], shape: &[i6
         span += i128::from(stride[dim]) * i128::from(shape[dim] - 1);
     }
     Ok(())
+}
+
+/// The strides of the scales of k and v.
+fn scale_strides(desc: &AttentionDesc, args: &DecodeArgs) -> Result<[[i64; 4]; 2]> {
+    let (outer, inner) = match desc.kv_layout {
+        // The last sequence may be empty, and then needs none.
+        KvLayout::Strided => (i64::from(args.batch).min(1), 1),
+        KvLayout::BlockTable | KvLayout::CsrPages => (i64::from(args.num_pages), i64::from(desc.page_size)),
+    };
+    let shape = [outer, inner, i64::from(desc.kv_heads)];
+    let of = |name: &str, scales: &Tensor, cache: &Tensor, field: &str, dtype: Dtype| {
+        let needed = dtype == Dtype::Int8 && cache.bytes > 0 && args.batch > 0;
+        scales::strides(name, scales, shape, needed.then(|| format!("{field} is {}", dtype.name())))
+    };
+    Ok([
+        of("k_scale", &args.k_scale, &args.k, "k_dtype", desc.k_dtype)?,
+        of("v_scale", &args.v_scale, &args.v, "v_dtype", desc.v_dtype)?,
+    ])
 }
 
 fn bounded(name: &str, value: i32, low: i32, high: i32, limit: &str) -> Result<()> {

@@ -59,6 +59,8 @@ pub(super) fn check(desc: &AttentionDesc, args: &DecodeArgs) -> Result<()> {
         q: _,
         k,
         v,
+        k_scale: _,
+        v_scale: _,
         out: _,
         lse: _,
         query_start: _,

@@ -39,6 +39,8 @@ mod task;
 mod worker;
 
 #[cfg(test)]
+mod format_tests;
+#[cfg(test)]
 mod tests;
 
 pub use backend::{CAPABILITIES, CpuBackend};

@@ -145,6 +145,37 @@ impl CpuBackend {
         }
     }
 
+    /// Packs the scales of the keys (0) or values (1) of sequence `b` of the step that was surveyed last, f32 [key, kv head].
+    /// The step has them; `to` is as long as its keys take.
+    pub fn pack_scales(&self, step: &Step, b: usize, which: usize, to: &mut [f32]) -> Result<()> {
+        let scratch = self.scratch.lock();
+        let Some(sequence) = scratch.sequences.get(b) else {
+            return Err(Error::invalid("b", b, format!("below {}", scratch.sequences.len())));
+        };
+        let (keys, heads) = (sequence.visible.hi, self.desc.kv_heads as usize);
+        if to.len() != keys * heads || !step.scaled()[which] {
+            return Err(Error::invalid("packed scales", to.len(), format!("{} of a step that has them", keys * heads)));
+        }
+        // SAFETY: as in `survey`.
+        let reader = unsafe { Reader::new(&self.desc, self.shard, step) };
+        let stride = [step.k_scale_stride, step.v_scale_stride][which][2];
+        let mut rows = Rows::EMPTY;
+        let by_head = step.args.page_index_head_stride != 0;
+        let lists = if by_head { heads } else { 1 };
+        for (tile, list) in (0..keys.div_ceil(TILE)).flat_map(|tile| (0..lists).map(move |list| (tile, list))) {
+            let to = &mut to[tile * TILE * heads..keys.min((tile + 1) * TILE) * heads];
+            rows.fill(&reader, (b, list), sequence, tile * TILE, to.len() / heads);
+            let mine = if by_head { list..list + 1 } else { 0..heads };
+            for (to, scale) in to.chunks_exact_mut(heads).zip(rows.scales[which]) {
+                for (head, to) in to.iter_mut().enumerate().take(mine.end).skip(mine.start) {
+                    // SAFETY: the slots are held, and `Step::new` and the reader checked that the scales reach as far.
+                    *to = unsafe { scale.offset((head as i64 * stride) as isize).cast::<f32>().read() };
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Copies the global positions of the keys of sequence `b` for kv head `head` (explicit placement).
     pub fn pack_positions(&self, step: &Step, b: usize, head: usize, to: &mut [i32]) {
         let first = step.kv_position_row(&self.desc, b as i64, head as i64);

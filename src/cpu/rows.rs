@@ -1,8 +1,10 @@
 //! Where the keys and values of a tile lie: one pointer a key, from strides or through page tables.
 
+use std::ops::Range;
+
 use super::kernel::args::TILE;
 use super::sequences::{Reader, Sequence};
-use crate::attention::KvLayout;
+use crate::attention::{KvLayout, Step};
 
 /// Pointers to kv head 0 of each key and value of a tile; past the last key, up to a multiple of 16, they repeat it.
 #[derive(Clone, Copy, Debug)]
@@ -11,11 +13,14 @@ pub struct Rows {
     pub k: [*const u8; TILE],
     /// Values.
     pub v: [*const u8; TILE],
+    /// Scales of keys and of values, where the step has them.
+    pub scales: [[*const u8; TILE]; 2],
 }
 
 impl Rows {
     /// No rows.
-    pub const EMPTY: Rows = Rows { k: [std::ptr::null(); TILE], v: [std::ptr::null(); TILE] };
+    pub const EMPTY: Rows =
+        Rows { k: [std::ptr::null(); TILE], v: [std::ptr::null(); TILE], scales: [[std::ptr::null(); TILE]; 2] };
 
     /// Points at slots `slot` to `slot + keys` of sequence `b`, `keys` from 1 to TILE, all of them held, as the pages of kv head
     /// `head` have them; the rows are those of kv head 0 there.
@@ -34,6 +39,7 @@ impl Rows {
         if desc.kv_layout == KvLayout::Strided {
             let at = |s: &[i64; 4]| (b as i64 * s[0] + slot as i64 * s[1]) as isize;
             self.run(0, keys, k_data.wrapping_offset(at(ks)), v_data.wrapping_offset(at(vs)), ks[1], vs[1]);
+            self.run_of_scales(step, 0..keys, b as i64, slot);
         } else {
             let table = if desc.kv_layout == KvLayout::BlockTable { args.block_table } else { args.page_indices };
             let page_size = desc.page_size as usize;
@@ -48,11 +54,28 @@ impl Rows {
                 let page = i64::from(page.clamp(0, args.num_pages - 1));
                 let at = |s: &[i64; 4]| (page * s[0] + inside as i64 * s[1]) as isize;
                 self.run(t, run, k_data.wrapping_offset(at(ks)), v_data.wrapping_offset(at(vs)), ks[1], vs[1]);
+                self.run_of_scales(step, t..t + run, page, inside);
                 (t, entry, inside) = (t + run, entry + 1, 0);
             }
         }
         for t in keys..keys.next_multiple_of(16) {
             (self.k[t], self.v[t]) = (self.k[keys - 1], self.v[keys - 1]);
+        }
+    }
+
+    /// Points places `places` at the scales of tokens from `inside` on of sequence or page `outer`.
+    fn run_of_scales(&mut self, step: &Step, places: Range<usize>, outer: i64, inside: usize) {
+        let args = &step.args;
+        let of = [(&args.k_scale, &step.k_scale_stride), (&args.v_scale, &step.v_scale_stride)];
+        for (scales, (tensor, stride)) in self.scales.iter_mut().zip(of) {
+            if tensor.data.is_null() {
+                continue;
+            }
+            let data = tensor.data.cast::<u8>().cast_const();
+            for (i, scale) in scales[places.clone()].iter_mut().enumerate() {
+                let at = outer * stride[0] + (inside + i) as i64 * stride[1];
+                *scale = data.wrapping_offset(at as isize);
+            }
         }
     }
 

@@ -1,6 +1,6 @@
 //! A split at work: scores, weights and values of its tiles.
 
-use super::kernel::args::{ModifyArgs, ScoreArgs, TILE, ValueArgs, WeightArgs, WidenArgs, keys_together};
+use super::kernel::args::{ModifyArgs, ScaleArgs, ScoreArgs, TILE, ValueArgs, WeightArgs, WidenArgs, keys_together};
 use super::kernel::prefetch::{Prefetch, PrefetchRows};
 use super::kernel::table::{DIRECT, WIDE, codec_of};
 use super::partition::{Split, leaf};
@@ -297,14 +297,16 @@ impl<'a> Task<'a> {
             };
             let mods = worker.shape.mods;
             let modifies = mods.softcap() > 0.0 || mods.is_biased() || mods.has_slopes() || seen.adds;
+            let [k_scaled, _] = worker.reader.step().scaled();
             let mut weight = WeightArgs {
                 scores,
                 rows: heads.count * split.rows,
                 keys,
                 factor: worker.shape.factor,
                 origin,
+                // Scaled products cannot begin with what scores are measured from.
                 // A cap needs products as they are; and what is added may move maxima in every tile, for a second pass.
-                origin_range: if modifies { f32::INFINITY } else { ORIGIN_RANGE },
+                origin_range: if modifies || k_scaled { f32::INFINITY } else { ORIGIN_RANGE },
                 tile_max: worker.scratch.add(worker.layout.tile_max),
                 max: self.open.max.add(first),
                 open: self.open.row(first),
@@ -312,6 +314,7 @@ impl<'a> Task<'a> {
             };
             loop {
                 (worker.kernels.direct[codec].scores)(&score);
+                self.scale(K, heads, keys, rows, scores);
                 if modifies {
                     self.modify(heads, keys, seen, rows, scores);
                 }
@@ -352,6 +355,7 @@ impl<'a> Task<'a> {
                     scores: biases,
                     prefetch: Prefetch::NONE,
                 });
+                self.scale(V, heads, keys, rows, biases);
             }
             for h in 0..heads.count {
                 let row = h * split.rows;
@@ -371,6 +375,30 @@ impl<'a> Task<'a> {
                 }
                 (worker.kernels.modify)(&args);
             }
+        }
+    }
+
+    /// Multiplies scores of keys, or weights of values, by their scales, if the step has them.
+    ///
+    /// # Safety
+    /// As [`weigh`](Self::weigh); `values` holds TILE floats for each row of the heads.
+    unsafe fn scale(&self, which: usize, heads: Heads, keys: usize, rows: &Rows, values: *mut f32) {
+        let (worker, step) = (self.worker, self.worker.reader.step());
+        if !step.scaled()[which] {
+            return;
+        }
+        let stride = [step.k_scale_stride, step.v_scale_stride][which][2];
+        for h in 0..heads.count {
+            let args = ScaleArgs {
+                values: values.wrapping_add(h * self.split.rows * TILE),
+                rows: self.split.rows,
+                keys,
+                scales: rows.scales[which].as_ptr(),
+                offset: ((self.split.first_head + heads.first + h) as i64 * stride) as usize,
+            };
+            // SAFETY: the rows are a tile's, of which `keys` are held, within the extent that `Step::new` and the reader
+            // checked for the scales.
+            unsafe { (worker.kernels.scale)(&args) };
         }
     }
 
@@ -417,6 +445,8 @@ impl<'a> Task<'a> {
                 open: self.open.row(first),
                 prefetch: self.prefetch(V, heads, keys, rows, next),
             };
+            // The sums of weights are made; what hidden keys have here is not read.
+            self.scale(V, heads, keys, rows, worker.scratch.add(worker.layout.scores));
             if seen.prefix.is_some() {
                 return self.sum_leaves(&all, codec, first);
             }

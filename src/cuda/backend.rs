@@ -32,6 +32,7 @@ pub(crate) const CAPABILITIES: Capabilities = Capabilities {
     softcap: false,
     alibi: false,
     sinks: false,
+    scales: false,
     checked: false,
     pages_by_head: false,
     masks: &[MaskKind::None],

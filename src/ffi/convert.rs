@@ -183,14 +183,8 @@ pub fn tensor(t: &treeattn_tensor_t) -> Tensor {
     Tensor { data: t.data, bytes: t.bytes, stride: t.stride }
 }
 
-/// Decode arguments; fields of later capabilities must be empty.
+/// Decode arguments.
 pub fn decode_args(a: &treeattn_decode_args_t) -> Result<DecodeArgs> {
-    let later = [("k_scale", a.k_scale.data.cast_const()), ("v_scale", a.v_scale.data.cast_const())];
-    for (name, pointer) in later {
-        if !pointer.is_null() {
-            return Err(Error::unsupported(name, format_args!("{pointer:p}"), "NULL"));
-        }
-    }
     if a.reserved != 0 {
         return Err(Error::invalid("reserved", a.reserved, "0"));
     }
@@ -200,6 +194,8 @@ pub fn decode_args(a: &treeattn_decode_args_t) -> Result<DecodeArgs> {
         q: tensor(&a.q),
         k: tensor(&a.k),
         v: tensor(&a.v),
+        k_scale: tensor(&a.k_scale),
+        v_scale: tensor(&a.v_scale),
         out: tensor(&a.out),
         lse: tensor(&a.lse),
         query_start: a.query_start,

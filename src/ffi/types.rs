@@ -293,9 +293,13 @@ pub struct treeattn_decode_args_t {
     pub num_page_indices: i64,
     /// `int32 [batch]`, CSR pages: tokens in each sequence's last page, 1 to page_size, instead of `kv_length`.
     pub last_page_len: *const i32,
-    /// f32 scales of fp8 keys, [sequence or page, token or slot, kv head]. Here all strides zero is one scale for all.
+    /// Scales of keys, f32 [sequence or page, token or slot, kv head], of any `k_dtype`: key = scale * what k holds. Strides are
+    /// taken as they are, any may be 0: {0, 0, 0} is one scale for all, {0, 0, 4} one a kv head. `bytes` may end where the
+    /// last sequence does, as those of k; nothing past a length is read. A scale that is no finite number makes NaN of what
+    /// sees it. Products of queries with what k holds have to be within f32. Each rank has its own. data NULL: 1, but with
+    /// TREEATTN_DTYPE_INT8, whose keys need scales, TREEATTN_ERROR_INVALID_ARGUMENT. CPU ranks; on GPUs UNSUPPORTED.
     pub k_scale: treeattn_tensor_t,
-    /// f32 scales of fp8 values, as `k_scale`.
+    /// Scales of values, as `k_scale`: value = scale * what v holds.
     pub v_scale: treeattn_tensor_t,
     /// `f32 [query head]`: the slopes of `alibi`, at any stride. Required with `alibi` = 1, the same on every rank; NULL without.
     pub alibi_slopes: treeattn_tensor_t,

@@ -16,7 +16,7 @@ use super::rounds::one_shot::OneShot;
 use super::rounds::two_shot::TwoShot;
 use super::tree::TreeExchange;
 use super::windows::route::WindowsRoute;
-use crate::attention::{Algorithm, AttentionDesc, OutputMode};
+use crate::attention::{Algorithm, AttentionDesc, Capabilities, DecodeArgs, OutputMode};
 use crate::device::DeviceKind;
 use crate::error::{Error, Result};
 use crate::{attention, cpu, cuda};
@@ -24,11 +24,19 @@ use crate::{attention, cpu, cuda};
 /// Whether plans of `desc`, a checked descriptor, exist on devices of `kind`: `Unsupported` names the field that they do not
 /// serve.
 pub(crate) fn supported(kind: DeviceKind, desc: &AttentionDesc) -> Result<()> {
-    let backend = match kind {
+    attention::supported(desc, capabilities(kind))
+}
+
+/// Whether steps on devices of `kind` may bring what `args` does: `Unsupported` names the argument that they may not.
+pub(crate) fn step_supported(kind: DeviceKind, args: &DecodeArgs) -> Result<()> {
+    attention::step_supported(args, capabilities(kind))
+}
+
+fn capabilities(kind: DeviceKind) -> &'static Capabilities {
+    match kind {
         DeviceKind::Cpu => &cpu::CAPABILITIES,
         DeviceKind::Cuda => &cuda::CAPABILITIES,
-    };
-    attention::supported(desc, backend)
+    }
 }
 
 /// The route of a plan on `rank`, with everything allocated that its steps need; not connected yet. Its descriptor is

@@ -113,6 +113,7 @@ impl Plan {
     pub unsafe fn decode(&self, args: &DecodeArgs, stream: Option<&Stream>) -> Result<()> {
         let core = self.attending()?;
         let context = &core.context;
+        choose::step_supported(core.comm.device.kind, args)?;
         let mut step = Step::new(&context.desc, context.shard, args, context.heads.len() as i32)?;
         // SAFETY: the caller's promise.
         unsafe { core.check_arrays(&mut step, Keys::All) }?;
@@ -133,6 +134,7 @@ impl Plan {
     pub unsafe fn partial(&self, args: &DecodeArgs, stream: Option<&Stream>) -> Result<()> {
         let core = self.attending()?;
         let desc = &core.context.desc;
+        choose::step_supported(core.comm.device.kind, args)?;
         let mut step = Step::new(desc, core.context.shard, args, desc.q_heads)?;
         // SAFETY: the caller's promise.
         unsafe { core.check_arrays(&mut step, Keys::Some) }?;

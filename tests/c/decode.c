@@ -212,23 +212,6 @@ static void arrays(void) {
   refused(a, "kv_position_stride: found -1");
 }
 
-static void later_fields(void) {
-  float one = 1.0f;
-  static const struct {
-    const char *name;
-    size_t offset;
-  } all[] = {
-      {"k_scale: found", offsetof(treeattn_decode_args_t, k_scale)},
-      {"v_scale: found", offsetof(treeattn_decode_args_t, v_scale)},
-  };
-  for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++) {
-    treeattn_decode_args_t a = shard.args;
-    treeattn_tensor_t t = tensor(&one, sizeof(one));
-    memcpy((unsigned char *)&a + all[i].offset, &t, sizeof(t));
-    refused_by(plan, &a, TREEATTN_ERROR_UNSUPPORTED, all[i].name);
-  }
-}
-
 static void structs(void) {
   struct {
     treeattn_decode_args_t known;
@@ -384,7 +367,6 @@ int main(void) {
   tensors();
   aliases();
   arrays();
-  later_fields();
   structs();
   lengths();
   query_starts();

@@ -100,6 +100,8 @@ fn draw(seed: u64, layout: KvLayout, sharded: bool) -> Case {
         q_broadcast: [r.chance(5), r.chance(5), r.chance(3), false],
         k_broadcast: [false; 4],
         v_broadcast: [false; 4],
+        k_scale: None,
+        v_scale: None,
         v_in_k,
         wild: true,
     };

@@ -138,6 +138,7 @@ impl Repeated {
             dim_qk,
             biased: false,
             mods: ScoreMod::PLAIN,
+            scaled: [false; 2],
             partials: self.ranks.len() as u32,
             arithmetic: Arithmetic::ANY,
             fault: None,

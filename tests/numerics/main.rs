@@ -14,6 +14,7 @@ mod energy;
 mod engine_partials;
 mod exact;
 mod failures_of_peers;
+mod ggml;
 mod long;
 mod minilm;
 mod nan;

@@ -22,6 +22,9 @@ pub struct Sequence {
     /// The same, of types that are not plain floats: packed rows [keys, kv head] as they lie in memory.
     pub k_rows: Vec<u8>,
     pub v_rows: Vec<u8>,
+    /// f32 [keys, kv head]: what keys and values are multiplied by, where the case has scales; `k` and `v` are without.
+    pub k_scales: Vec<f32>,
+    pub v_scales: Vec<f32>,
     /// The positions that each rank holds, slot by slot.
     pub held: Vec<Vec<usize>>,
 }
@@ -58,6 +61,9 @@ pub struct Case {
     /// [sequence, token, head, dim]
     pub k_broadcast: Broadcast,
     pub v_broadcast: Broadcast,
+    /// Scales of keys and of values: whether each token, and each kv head, has its own.
+    pub k_scale: Option<[bool; 2]>,
+    pub v_scale: Option<[bool; 2]>,
     /// V is the beginning of each key's row of K.
     pub v_in_k: bool,
     /// Strides, padding, order of pages and spare room are drawn at random; else all is packed.
@@ -108,6 +114,8 @@ impl Case {
             q_broadcast: [false; 4],
             k_broadcast: [false; 4],
             v_broadcast: [false; 4],
+            k_scale: None,
+            v_scale: None,
             v_in_k: false,
             wild: false,
         };
@@ -140,6 +148,14 @@ impl Case {
             sequence.v =
                 (0..keys * kv_heads * dim_v).map(|i| store(maker.v(i / (kv_heads * dim_v)), desc.v_dtype)).collect();
             collapse(&mut sequence.v, &[keys, kv_heads, dim_v], &self.v_broadcast[1..]);
+            sequence.k_scales = draw_scales(maker.rng, keys, kv_heads, self.k_scale, desc.k_dtype);
+            sequence.v_scales = draw_scales(maker.rng, keys, kv_heads, self.v_scale, desc.v_dtype);
+            if desc.k_dtype == Dtype::Int8 {
+                unscale(&mut sequence.k);
+            }
+            if desc.v_dtype == Dtype::Int8 && !self.v_in_k {
+                unscale(&mut sequence.v);
+            }
             sequence.k_rows = narrow_rows(&mut sequence.k, dim_qk, desc.k_dtype);
             if self.v_in_k {
                 for (v, k) in sequence.v.chunks_exact_mut(dim_v).zip(sequence.k.chunks_exact(dim_qk)) {
@@ -156,6 +172,19 @@ impl Case {
                 }
                 for (v, k) in sequence.v.chunks_exact_mut(dim_v).zip(sequence.k.chunks_exact(dim_qk)) {
                     v.copy_from_slice(&k[..dim_v]);
+                }
+            }
+        }
+        // One scale for all tokens is one for all sequences.
+        let [k_scale, v_scale] = [self.k_scale, self.v_scale].map(|of| of.is_some_and(|[token, _]| !token));
+        if let Some(scaled) = self.sequences.iter().find(|s| s.keys > 0).cloned() {
+            for s in &mut self.sequences {
+                let all = |one: &[f32]| one[..kv_heads].iter().copied().cycle().take(s.keys * kv_heads).collect();
+                if k_scale {
+                    s.k_scales = all(&scaled.k_scales);
+                }
+                if v_scale {
+                    s.v_scales = all(&scaled.v_scales);
                 }
             }
         }
@@ -230,9 +259,12 @@ impl Case {
         }
         let sequence = &self.sequences[b];
         let q = &self.q[(token * heads + head) * dim_qk..][..dim_qk];
+        let scale =
+            |scales: &[f32], position: usize| scales.get(position * kv_heads + kv_head).map_or(1.0, |&s| f64::from(s));
         let score = |&position: &usize| -> f64 {
             let k = &sequence.k[(position * kv_heads + kv_head) * dim_qk..][..dim_qk];
             let dot: f64 = q.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
+            let dot = dot * scale(&sequence.k_scales, position);
             let distance = self.position(b, token) - position as i64;
             let scaled = f64::from(desc.effective_scale()) * dot;
             self.terms.score(desc, scaled, head, distance, self.mask(token, head, position))
@@ -243,7 +275,7 @@ impl Case {
         for (&position, s) in seen.iter().zip(&scores) {
             let v = &sequence.v[(position * kv_heads + kv_head) * dim_v..][..dim_v];
             // The weight is normalised before it is used, unlike in the library's reference.
-            let weight = (s - lse).exp();
+            let weight = (s - lse).exp() * scale(&sequence.v_scales, position);
             o.iter_mut().zip(v).for_each(|(o, &v)| *o += weight * f64::from(v));
         }
         (o, lse)
@@ -257,7 +289,7 @@ impl Case {
         format!(
             "case {}: {} over nodes {:?}, {} ranks x {} threads, {}, streams {}, values {:?}, heads {}/{}, dims {}/{}, q {} k {} v {} out {} \
              wire {}, {} page {}, {:?}, {}, causal {}, window {}, pages by head {}, sinks {}, softcap {}, alibi {}, mask {:?} {:?} {:?} factors {}, scale {}, tokens {}, (keys, query tokens) {lengths:?}, held \
-             {held:?}, query_start {}, query_position {}, broadcast q {:?} k {:?} v {:?}, v in k {}, wild {}",
+             {held:?}, query_start {}, query_position {}, broadcast q {:?} k {:?} v {:?}, scales {:?} {:?}, v in k {}, wild {}",
             self.seed,
             d.algorithm.name(),
             self.nodes,
@@ -296,10 +328,30 @@ impl Case {
             self.q_broadcast,
             self.k_broadcast,
             self.v_broadcast,
+            self.k_scale,
+            self.v_scale,
             self.v_in_k,
             self.wild,
         )
     }
+}
+
+/// Scales [key, kv head], of tokens and heads their own as `own` says; none where that is none.
+fn draw_scales(rng: &mut Rng, keys: usize, heads: usize, own: Option<[bool; 2]>, dtype: Dtype) -> Vec<f32> {
+    let Some([token, head]) = own else { return Vec::new() };
+    let mut scales = vec![0f32; keys * heads];
+    for i in 0..scales.len() {
+        let first = (if token { i / heads } else { 0 }) * heads + if head { i % heads } else { 0 };
+        // int8 needs its scale to hold fractions.
+        let one = if dtype == Dtype::Int8 { 0.02 + 0.03 * rng.unit() } else { 0.5 + 1.5 * rng.unit() };
+        scales[i] = if first < i { scales[first] } else { one as f32 };
+    }
+    scales
+}
+
+/// Divides values by a usual scale of int8: all by one, since those that are broadcast have scales of their own.
+fn unscale(values: &mut [f32]) {
+    values.iter_mut().for_each(|x| *x /= 0.035);
 }
 
 /// Rows of `dim` values in a type that is no plain float: gives their bytes, and leaves in `values` what these stand for.

@@ -12,8 +12,17 @@ use super::values::Values;
 const WORK: usize = 1 << 21;
 const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
 /// Types of keys and values beside the plain floats.
-const NARROW: [Dtype; 8] =
-    [Dtype::F8E4M3, Dtype::F8E5M2, Dtype::Q8_0, Dtype::Q4_0, Dtype::Q4_1, Dtype::Q5_0, Dtype::Q5_1, Dtype::Iq4Nl];
+const NARROW: [Dtype; 9] = [
+    Dtype::Int8,
+    Dtype::F8E4M3,
+    Dtype::F8E5M2,
+    Dtype::Q8_0,
+    Dtype::Q4_0,
+    Dtype::Q4_1,
+    Dtype::Q5_0,
+    Dtype::Q5_1,
+    Dtype::Iq4Nl,
+];
 
 /// The case of a seed, in one layout.
 pub fn case(seed: u64, layout: KvLayout) -> Case {
@@ -95,6 +104,8 @@ pub fn case(seed: u64, layout: KvLayout) -> Case {
         q_broadcast: [r.chance(5), r.chance(5), r.chance(5), false],
         k_broadcast,
         v_broadcast,
+        k_scale: scale(r, desc.k_dtype, values),
+        v_scale: scale(r, desc.v_dtype, values),
         v_in_k,
         wild: true,
     };
@@ -164,6 +175,12 @@ fn shape(r: &mut Rng, layout: KvLayout) -> (AttentionDesc, Values) {
         desc.scale = r.pick(&[1.0, 0.125, -0.1, 0.01, 3.0]);
     }
     (desc, values)
+}
+
+/// Whether keys or values have scales, and of what their own: int8 has always, values that fill float32 never.
+fn scale(r: &mut Rng, dtype: Dtype, values: Values) -> Option<[bool; 2]> {
+    let scaled = dtype == Dtype::Int8 || values != Values::Huge && r.chance(20);
+    scaled.then(|| [r.chance(60), r.chance(60)])
 }
 
 /// Which dimensions of k or v are broadcast: seldom any.

@@ -69,6 +69,8 @@ pub struct Rank {
     pub k: Memory,
     /// None: V lies in `k`'s memory.
     pub v: Option<Memory>,
+    pub k_scale: Memory,
+    pub v_scale: Memory,
     pub out: Memory,
     pub lse: Memory,
     pub query_start: Memory,
@@ -217,6 +219,7 @@ impl Builder<'_> {
         let q = self.queries(&mut args);
         let pages = self.pages(&held);
         let (k, v) = self.cache(&held, &pages, &mut args);
+        let (k_scale, v_scale) = self.scales(&held, &pages, &mut args);
         let heads = match desc.output {
             OutputMode::Scattered => {
                 let range = head_range(desc.q_heads, case.shard(self.rank)).expect("a rank of the world");
@@ -238,6 +241,8 @@ impl Builder<'_> {
             q,
             k,
             v,
+            k_scale,
+            v_scale,
             out,
             lse,
             query_start: Memory::of_ints(&self.query_start()),
@@ -494,6 +499,49 @@ impl Builder<'_> {
         };
         args.num_pages = pages.count as i32;
         (k, own_v)
+    }
+
+    /// Lays out the scales of k and v and writes those of live tokens. An empty shard needs none.
+    fn scales(&mut self, held: &[&[usize]], pages: &Pages, args: &mut DecodeArgs) -> (Memory, Memory) {
+        let (case, desc) = (self.case, &self.case.desc);
+        let strided = desc.kv_layout == KvLayout::Strided;
+        let longest = held.iter().map(|slots| slots.len()).max().unwrap_or(0);
+        let (outer, inner) = if strided { (held.len(), longest) } else { (pages.count, desc.page_size as usize) };
+        let heads = desc.kv_heads as usize;
+        let mut made = [case.k_scale, case.v_scale].into_iter().enumerate().map(|(which, own)| {
+            let (Some([token, head]), true) = (own, args.k.bytes > 0) else { return Memory::new(0, true) };
+            let mut order = vec![2, 1, 0];
+            if self.wild && self.r.chance(30) {
+                self.r.shuffle(&mut order);
+            }
+            let pad = if self.wild { 25 } else { 0 };
+            let mut view = lay(&mut self.r, &[outer, inner, heads], &order, 4, pad, &[!token, !token, !head]);
+            if !token && !head {
+                // No packed strides, but one scale for all.
+                (view.stride, view.bytes) = ([0; 4], 4);
+            }
+            let mut memory = self.memory(view.bytes);
+            for (b, slots) in held.iter().enumerate() {
+                let scales = if which == 0 { &case.sequences[b].k_scales } else { &case.sequences[b].v_scales };
+                for slot in 0..slots.len() {
+                    for h in 0..heads {
+                        let position = self.order[b][h][slot];
+                        let list = b * pages.lists + h % pages.lists;
+                        let (o, i) = if strided { (b, slot) } else { (pages.of[list][slot / inner], slot % inner) };
+                        put(&mut memory, view.at([o, i, h, 0]), Dtype::F32, scales[position * heads + h]);
+                    }
+                }
+            }
+            memory.freeze();
+            let tensor = Tensor { data: memory.ptr(), bytes: memory.len() as u64, stride: view.stride };
+            if which == 0 {
+                args.k_scale = tensor
+            } else {
+                args.v_scale = tensor
+            }
+            memory
+        });
+        (made.next().expect("two"), made.next().expect("two"))
     }
 
     fn query_start(&self) -> Vec<i32> {

@@ -86,8 +86,8 @@ pub fn shard_reference(case: &Case, ranks: &[Rank], rank: usize) -> Reference {
 /// How far over its bound an output may be, once in a while: see [`Tally::finish`].
 const MOST: f64 = 1.6;
 /// Outputs over their bound in a batch, at most, as a part of all.
-const SELDOM: f64 = 5e-7;
-/// The same of shapes that cap scores or add to them, whose products are not summed from near the largest score.
+const SELDOM: f64 = 2e-6;
+/// The same of shapes that cap scores or add to them, or have scales of keys, whose products are not summed from near the largest score.
 const SELDOM_MODIFIED: f64 = 1e-5;
 
 /// What a batch of cases added up to.
@@ -111,16 +111,21 @@ pub struct Tally {
 impl Tally {
     fn add(&mut self, case: &Case, found: &Comparison) {
         let narrow = case.desc.wire_dtype != Dtype::F32;
-        let modified = case.desc.softcap > 0.0 || ScoreMod::of(&case.desc, false).adds();
+        let modified = case.k_scale.is_some() || case.desc.softcap > 0.0 || ScoreMod::of(&case.desc, false).adds();
         let to = match (modified, narrow) {
             (true, _) => &mut self.modified,
             (false, true) => &mut self.narrow_wire,
             (false, false) => &mut self.by_dtype[case.desc.out_dtype as usize - 1],
         };
         to.add(found);
-        // Means of coarse values, and of one value alone, often lie halfway between two 16-bit numbers, where any error decides.
-        let few = case.desc.mask != MaskKind::None || (1..10).contains(&case.desc.window) || case.v_broadcast[1];
-        if !narrow && !modified && !few && case.values == Values::Normal && case.desc.v_dtype.is_float() {
+        // Means of coarse values, under the equal weights of coarse keys, and of one value alone, often lie halfway between two
+        // 16-bit numbers, where any error decides.
+        let coarse = !case.desc.k_dtype.is_float() || !case.desc.v_dtype.is_float();
+        let few = case.desc.mask != MaskKind::None
+            || (1..10).contains(&case.desc.window)
+            || case.k_broadcast[1]
+            || case.v_broadcast[1];
+        if !narrow && !modified && !few && case.values == Values::Normal && !coarse {
             self.normal[case.desc.out_dtype as usize - 1].add(found);
             let wrong = found.elements - found.correctly_rounded;
             if case.desc.out_dtype != Dtype::F32 && wrong > self.misrounded.0 {

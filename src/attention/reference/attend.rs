@@ -21,6 +21,7 @@ const CAPABILITIES: Capabilities = Capabilities {
     softcap: true,
     alibi: true,
     sinks: true,
+    scales: true,
     checked: true,
     pages_by_head: true,
     masks: &MaskKind::ALL,
@@ -44,6 +45,7 @@ pub unsafe fn attend(desc: &AttentionDesc, shard: Shard, step: &Step) -> Result<
     let inputs = Inputs { desc, shard, step };
     let rows = step.args.query_tokens as usize * desc.q_heads as usize;
     let mut reference = Reference::identity(rows, desc.head_dim_v as usize)?;
+    reference.scaled = step.scaled();
     (reference.dim_qk, reference.biased) = (desc.head_dim_qk as usize, !step.zeta.data.is_null());
     reference.mods = ScoreMod::of(desc, reference.biased);
     // The sinks are a partial of their own.
@@ -99,9 +101,11 @@ fn attend_sequence(inputs: &Inputs<'_>, sequence: &Sequence, reference: &mut Ref
             masked.resize(group * visible.len(), false);
             for (n, &slot) in visible.iter().enumerate() {
                 load_row(&step.args.k, desc.k_dtype, inputs.key(sequence, slot, kv_head), step.k_stride[3], &mut k);
+                k.iter_mut().for_each(|x| *x *= inputs.scale(0, sequence, slot, kv_head));
                 if tilted {
                     let at = inputs.value(sequence, slot, kv_head);
                     load_row(&step.args.v, desc.v_dtype, at, step.v_stride[3], &mut v);
+                    v.iter_mut().for_each(|x| *x *= inputs.scale(1, sequence, slot, kv_head));
                 }
                 for (g, q) in q.chunks_exact(dim_qk).enumerate() {
                     let head = kv_head * group + g;
@@ -125,6 +129,7 @@ fn attend_sequence(inputs: &Inputs<'_>, sequence: &Sequence, reference: &mut Ref
             }
             for (n, &slot) in visible.iter().enumerate() {
                 load_row(&step.args.v, desc.v_dtype, inputs.value(sequence, slot, kv_head), step.v_stride[3], &mut v);
+                v.iter_mut().for_each(|x| *x *= inputs.scale(1, sequence, slot, kv_head));
                 for (g, (max, sum)) in sums.iter_mut().enumerate() {
                     if masked[g * visible.len() + n] {
                         continue;

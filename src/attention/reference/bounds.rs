@@ -58,7 +58,8 @@ impl Comparison {
 }
 
 impl Reference {
-    /// How far element `d` of row `row` usually lies from the reference at most: 2^-24 (4 + 2 score) A, what the wire rounds off,
+    /// How far element `d` of row `row` usually lies from the reference at most: 2^-24 (4 + 2 score) A (3 score where
+    /// keys have scales, which round scores once more), what the wire rounds off,
     /// 1 ulp of a 16-bit output, and what underflow may take (a weight below `least_weight` counts as none); never so far that
     /// an average would leave the range of the values, which is all that holds for scores past 2^23.
     pub fn bound(&self, row: usize, d: usize, precision: Precision) -> f64 {
@@ -69,7 +70,7 @@ impl Reference {
         }
         let terms = self.keys[row] as f64 + 64.0;
         let underflow = terms * (self.least_weight * largest + 2f64.powi(-149));
-        let c = 2f64.powi(-24) * (4.0 + 2.0 * self.score[row]);
+        let c = 2f64.powi(-24) * (4.0 + if self.scaled[0] { 3.0 } else { 2.0 } * self.score[row]);
         let range = o + 1.0001 * largest;
         // From c = 1 on float32 scores no longer tell which key is the largest: all that is left is the range, and
         // anything in it may be what is rounded.

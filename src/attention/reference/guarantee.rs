@@ -22,11 +22,14 @@
 //! for. So terms cost 10 u S more in N S'. What is added to scores that begin with -m meets partial sums of up to S + |m|, and
 //! |m| is S at most: S' is 2 S with them.
 //!
+//! Scales of keys multiply scores: u S more, one N more, and such scores begin with 0 and not with -m.
+//!
 //! **Weights.** exp2 is within 2 u, its argument's rest within u / 2. So a weight has a relative error of
 //! e = u (N S' + 2 S + 3). In the output it counts twice, in numerator and denominator; in the lse once.
 //!
 //! **Sums.** No float takes in more than a leaf of keys (128) before it is closed into float64, where 2^31 keys cost
-//! less than u / 16. Values: 8 keys in a register, and 16 such sums: 24 u A. Weights: 128 / L of them in a lane.
+//! less than u / 16. Values: 8 keys in a register, and 16 such sums: 24 u A; where values have scales these multiply weights,
+//! u A more. Weights: 128 / L of them in a lane.
 //! Maxima are whole powers of two, so rescaling never rounds.
 //!
 //! **Partials.** o is rounded to f32: u A. Between ranks the lse travels as two floats, whose error, u^2 |lse|, is left out;
@@ -69,7 +72,7 @@ impl Reference {
     fn score_roundings(&self) -> f64 {
         let bias = if self.biased { self.arithmetic.score_roundings(self.dim) + 2.0 } else { 0.0 };
         let terms = if self.mods.adds() || self.mods.softcap() > 0.0 { TERM_ROUNDINGS } else { 0.0 };
-        self.arithmetic.score_roundings(self.dim_qk) + bias + terms
+        self.arithmetic.score_roundings(self.dim_qk) + bias + terms + f64::from(u8::from(self.scaled[0]))
     }
 
     /// S': what a partial sum of a score may reach.
@@ -85,7 +88,11 @@ impl Reference {
             return 0.0;
         }
         let (score, partials) = (self.score[row], self.partials as f64);
-        let sums = VALUE_ROUNDINGS + self.arithmetic.weight_roundings() + ROUNDINGS + partials;
+        let sums = VALUE_ROUNDINGS
+            + f64::from(u8::from(self.scaled[1]))
+            + self.arithmetic.weight_roundings()
+            + ROUNDINGS
+            + partials;
         let scores = U * (2.0 * self.score_roundings() * self.reach(score) + 4.0 * score);
         let c = if score < LARGEST_SCORE { U * sums + scores.exp_m1() } else { f64::INFINITY };
         let terms = self.keys[row] as f64 + 64.0;

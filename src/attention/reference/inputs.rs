@@ -4,6 +4,7 @@ use crate::attention::descriptor::{AttentionDesc, KvLayout};
 use crate::attention::dtype::Dtype;
 use crate::attention::format::KvFormat;
 use crate::attention::placement::{Placement, Shard};
+use crate::attention::scales::finite_or_nan;
 use crate::attention::step::Step;
 use crate::attention::tensor::Tensor;
 use crate::attention::visibility::{KeyPositions, VisibilityRule};
@@ -196,6 +197,18 @@ impl Inputs<'_> {
     /// Byte offset of the value in `slot`.
     pub fn value(&self, sequence: &Sequence, slot: usize, kv_head: usize) -> i64 {
         self.offset(&self.step.v_stride, sequence, slot, kv_head)
+    }
+
+    /// What the elements of the key (0) or value (1) in `slot` are multiplied by.
+    pub fn scale(&self, which: usize, sequence: &Sequence, slot: usize, kv_head: usize) -> f64 {
+        let (args, step) = (&self.step.args, self.step);
+        let (scales, stride) = [(&args.k_scale, &step.k_scale_stride), (&args.v_scale, &step.v_scale_stride)][which];
+        if scales.data.is_null() {
+            return 1.0;
+        }
+        let mut scale = [0.0];
+        load_row(scales, Dtype::F32, self.offset(stride, sequence, slot, kv_head), 0, &mut scale);
+        f64::from(finite_or_nan(scale[0] as f32))
     }
 
     fn offset(&self, stride: &[i64; 4], sequence: &Sequence, slot: usize, kv_head: usize) -> i64 {

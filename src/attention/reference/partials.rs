@@ -34,6 +34,8 @@ pub struct Reference {
     pub biased: bool,
     /// What happens to scores.
     pub mods: ScoreMod,
+    /// Whether keys and values have scales.
+    pub scaled: [bool; 2],
     /// The partials that were merged; 1: one shard.
     pub partials: u32,
     /// The arithmetic that the guarantee is for: the one with the largest errors, unless it is set.
@@ -59,6 +61,9 @@ pub fn merge(shards: &[Reference]) -> Result<Reference> {
             return Err(Error::invalid("shards", found, format!("[{}, {}]", first.lse.len(), first.dim)));
         }
         merged.fault = merged.fault.or(shard.fault);
+        for (all, one) in merged.scaled.iter_mut().zip(shard.scaled) {
+            *all |= one;
+        }
     }
     for row in 0..first.lse.len() {
         merge_row(shards, row, &mut merged);
@@ -104,6 +109,7 @@ impl Reference {
             dim_qk: 0,
             biased: false,
             mods: ScoreMod::PLAIN,
+            scaled: [false; 2],
             partials: 1,
             arithmetic: Arithmetic::ANY,
             fault: None,

@@ -147,6 +147,21 @@ pub struct ValueArgs {
     pub prefetch: Prefetch,
 }
 
+/// Arguments of [`scale`](super::scale::scale).
+#[derive(Clone, Copy, Debug)]
+pub struct ScaleArgs {
+    /// Scores or weights of one kv head, f32 [rows, TILE]; written up to the next multiple of 16 above `keys`.
+    pub values: *mut f32,
+    /// Query rows.
+    pub rows: usize,
+    /// Keys.
+    pub keys: usize,
+    /// One pointer a key, to an f32.
+    pub scales: *const *const u8,
+    /// Bytes added to each.
+    pub offset: usize,
+}
+
 /// Arguments of [`widen`](super::widen::widen).
 #[derive(Clone, Copy, Debug)]
 pub struct WidenArgs {

@@ -13,6 +13,7 @@ pub mod args;
 pub mod merge;
 mod modify;
 pub mod prefetch;
+mod scale;
 mod scores;
 pub mod table;
 mod values;

@@ -1,7 +1,7 @@
 //! The entry points of the kernels: one set an instruction set, compiled for it and reached by pointer.
 
-use super::args::{CloseArgs, ModifyArgs, ScoreArgs, ValueArgs, WeightArgs, WidenArgs};
-use super::{merge, modify, scores, values, weights, widen};
+use super::args::{CloseArgs, ModifyArgs, ScaleArgs, ScoreArgs, ValueArgs, WeightArgs, WidenArgs};
+use super::{merge, modify, scale, scores, values, weights, widen};
 use crate::attention::KvFormat;
 use crate::attention::dtype::Dtype;
 use crate::cpu::isa::Isa;
@@ -21,6 +21,8 @@ pub struct Kernels {
     pub weights: unsafe fn(&WeightArgs) -> bool,
     /// [`modify::modify`].
     pub modify: unsafe fn(&ModifyArgs),
+    /// [`scale::scale`].
+    pub scale: unsafe fn(&ScaleArgs),
     /// [`merge::close`].
     pub close: unsafe fn(&CloseArgs),
 }
@@ -92,6 +94,7 @@ macro_rules! kernels {
             }
             entry!(weights_of, WeightArgs, weights::weights::<$simd>, bool);
             entry!(modify_of, ModifyArgs, modify::modify::<$simd>);
+            entry!(scale_of, ScaleArgs, scale::scale::<$simd>);
             entry!(close_of, CloseArgs, merge::close::<$simd>);
 
             pub const KERNELS: Kernels = Kernels {
@@ -121,6 +124,7 @@ macro_rules! kernels {
                 ],
                 weights: weights_of,
                 modify: modify_of,
+                scale: scale_of,
                 close: close_of,
             };
         }

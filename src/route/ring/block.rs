@@ -5,13 +5,15 @@ use crate::attention::{AttentionDesc, MaskElement, Placement};
 /// How a token lies in a block: the positions of all keys where they travel, [kv head, key] of sequence
 /// after sequence, then keys and values of all sequences without
 /// gaps, those with the wider numbers first, then masks where the shape has them, [query head, query token, key] of sequence
-/// after sequence.
+/// after sequence. Scales travel behind the positions where the rank's step has them.
 #[derive(Clone, Copy)]
 pub(super) struct Block {
     /// Rows of positions that travel, 4 bytes a token each: none, one, or one a kv head.
     pub positions: usize,
     /// Bytes of a token's keys and of its values.
     pub token: [usize; 2],
+    /// Bytes of a token's scales of keys or of values, where these travel.
+    pub scales: usize,
     /// Whether values come first.
     pub values_first: bool,
     /// Bytes of the mask of all query heads for a key and a query token.
@@ -30,24 +32,33 @@ impl Block {
                 true => 1,
             },
             token: [heads * k.row_bytes(desc.head_dim_qk as usize), heads * v.row_bytes(desc.head_dim_v as usize)],
+            scales: 4 * heads,
             values_first: v.alignment() > k.alignment(),
             mask: MaskElement::of(desc).map_or(0, |element| element.size() * desc.q_heads as usize),
         }
     }
 
-    /// Bytes of a block of that many tokens and pairs of a query token and a key; none where that overflows.
-    pub fn bytes(&self, tokens: usize, pairs: usize) -> Option<usize> {
-        self.mask_begin(tokens)?.checked_add(pairs.checked_mul(self.mask)?)
+    /// Bytes of a block of that many tokens and pairs of a query token and a key; none where that overflows. `scaled`: whether
+    /// scales of keys and of values travel.
+    pub fn bytes(&self, tokens: usize, pairs: usize, scaled: [bool; 2]) -> Option<usize> {
+        self.mask_begin(tokens, scaled)?.checked_add(pairs.checked_mul(self.mask)?)
     }
 
     /// Where the masks begin.
-    pub fn mask_begin(&self, tokens: usize) -> Option<usize> {
-        tokens.checked_mul(self.token[0].checked_add(self.token[1])? + 4 * self.positions)
+    pub fn mask_begin(&self, tokens: usize, scaled: [bool; 2]) -> Option<usize> {
+        let scales = self.scales * scaled.iter().filter(|&&scaled| scaled).count();
+        tokens.checked_mul(self.token[0].checked_add(self.token[1])? + 4 * self.positions + scales)
+    }
+
+    /// Where the scales of keys and of values begin.
+    pub fn scales_begin(&self, tokens: usize, scaled: [bool; 2]) -> [usize; 2] {
+        let head = 4 * self.positions * tokens;
+        [head, head + if scaled[0] { tokens * self.scales } else { 0 }]
     }
 
     /// Where keys and values begin.
-    pub fn begin(&self, tokens: usize) -> [usize; 2] {
-        let head = 4 * self.positions * tokens;
+    pub fn begin(&self, tokens: usize, scaled: [bool; 2]) -> [usize; 2] {
+        let head = self.scales_begin(tokens, scaled)[1] + if scaled[1] { tokens * self.scales } else { 0 };
         if self.values_first { [head + tokens * self.token[1], head] } else { [head, head + tokens * self.token[0]] }
     }
 }

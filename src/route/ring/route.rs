@@ -56,7 +56,8 @@ impl Ring {
         let block = Block::new(desc);
         let most = desc.max_kv_length as usize;
         let pairs = if block.mask > 0 { most.checked_mul(desc.max_query_tokens as usize) } else { Some(0) };
-        let bytes = batch.checked_mul(most).zip(pairs).and_then(|(tokens, pairs)| block.bytes(tokens, pairs));
+        let bytes =
+            batch.checked_mul(most).zip(pairs).and_then(|(tokens, pairs)| block.bytes(tokens, pairs, [true; 2]));
         let bytes = bytes.ok_or_else(|| {
             let message = "max_batch x max_kv_length: a block of keys and values does not fit 64 bits";
             Error::new(ErrorKind::NoMemory, message)
@@ -87,7 +88,7 @@ impl Ring {
         let fault = backend.survey(step, own)?;
         exchange.open(Call::Ring(step.args.batch), fault)?;
         let differing = self.check.as_ref().map_or(Ok(None), |check| check.run(exchange, backend, step))?;
-        let found = RingStep::announce(exchange, own, announced)?;
+        let found = RingStep::announce(exchange, step, own, announced)?;
         let ring =
             RingStep { exchange, order: &self.order, block: self.block, backend: &self.backend, step, own, announced };
         ring.run(backend, blocks, scratch)?;

@@ -15,7 +15,7 @@ use crate::route::host::scratch::{Scratch, floats, split_rows};
 use crate::route::host::wire::{self, Wire};
 
 /// Bytes that a rank announces of a sequence.
-pub(super) const ANNOUNCED_BYTES: usize = 8;
+pub(super) const ANNOUNCED_BYTES: usize = 12;
 
 /// What a rank announces of a sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,6 +24,8 @@ pub(super) struct Announced {
     pub keys: i32,
     /// The position of the first.
     pub start: i32,
+    /// Whether its keys and its values have scales, which is the same of all sequences of a step.
+    pub scaled: [bool; 2],
 }
 
 /// A step whose lengths all ranks know.
@@ -42,14 +44,21 @@ pub(super) struct RingStep<'a> {
 
 impl RingStep<'_> {
     /// The round in which all ranks announce what they hold. Gives the first rank's bad data.
-    pub fn announce(exchange: &Exchange<'_>, own: &[Held], announced: &mut [Announced]) -> Result<RankFault> {
+    pub fn announce(
+        exchange: &Exchange<'_>,
+        step: &Step,
+        own: &[Held],
+        announced: &mut [Announced],
+    ) -> Result<RankFault> {
         let mut found = None;
         let mut fill = |slot: &mut [u8]| {
             for (to, held) in slot.chunks_exact_mut(ANNOUNCED_BYTES).zip(own) {
                 // Without queries nothing need travel.
                 let keys = held.keys.map_or(-1, |keys| if held.tokens > 0 { keys as i32 } else { 0 });
                 to[..4].copy_from_slice(&keys.to_ne_bytes());
-                to[4..].copy_from_slice(&(held.start as i32).to_ne_bytes());
+                to[4..8].copy_from_slice(&(held.start as i32).to_ne_bytes());
+                let scaled = step.scaled().map(i32::from);
+                to[8..].copy_from_slice(&(scaled[0] | scaled[1] << 1).to_ne_bytes());
             }
         };
         let mut take = |round: &dyn Round| {
@@ -58,7 +67,8 @@ impl RingStep<'_> {
                 let theirs = &mut announced[rank * own.len()..][..own.len()];
                 for (to, from) in theirs.iter_mut().zip(round.payload(rank).chunks_exact(ANNOUNCED_BYTES)) {
                     let word = |i: usize| i32::from_ne_bytes([from[i], from[i + 1], from[i + 2], from[i + 3]]);
-                    *to = Announced { keys: word(0), start: word(4) };
+                    let scaled = [word(8) & 1 != 0, word(8) & 2 != 0];
+                    *to = Announced { keys: word(0), start: word(4), scaled };
                 }
             }
         };
@@ -122,7 +132,13 @@ impl RingStep<'_> {
 
     /// Bytes of a rank's block.
     fn bytes(&self, origin: usize) -> usize {
-        self.block.bytes(self.tokens(origin), self.pairs(origin, self.own.len())).unwrap_or(usize::MAX)
+        let pairs = self.pairs(origin, self.own.len());
+        self.block.bytes(self.tokens(origin), pairs, self.scaled(origin)).unwrap_or(usize::MAX)
+    }
+
+    /// Whether the keys and the values of a rank's block have scales.
+    fn scaled(&self, origin: usize) -> [bool; 2] {
+        self.announced_by(origin).first().map_or([false; 2], |announced| announced.scaled)
     }
 
     /// Peers hold what the plan has room for.
@@ -143,8 +159,12 @@ impl RingStep<'_> {
         let (me, layout, workers) = (self.exchange.me(), self.block, &self.exchange.rank.workers);
         let tokens = self.tokens(me);
         let size = self.bytes(me);
-        let (block, mut masks) = block[..size].split_at_mut(layout.mask_begin(tokens).unwrap_or(size));
+        let scaled = self.scaled(me);
+        let (block, mut masks) = block[..size].split_at_mut(layout.mask_begin(tokens, scaled).unwrap_or(size));
         let (positions, rest) = block.split_at_mut(4 * layout.positions * tokens);
+        let (k_scales, rest) = rest.split_at_mut(if scaled[0] { tokens * layout.scales } else { 0 });
+        let (v_scales, rest) = rest.split_at_mut(if scaled[1] { tokens * layout.scales } else { 0 });
+        let scales = [k_scales, v_scales];
         let (mut k, mut v) = if layout.values_first {
             let (v, k) = rest.split_at_mut(tokens * layout.token[1]);
             (k, v)
@@ -162,6 +182,10 @@ impl RingStep<'_> {
             if keys > 0 {
                 shard.pack_mask(self.step, b, self.own[b].tokens, keys, own_mask);
                 shard.pack(self.step, workers, b, own_k, own_v)?;
+                for which in [0, 1].into_iter().filter(|&which| scaled[which]) {
+                    let to = &mut scales[which][first * layout.scales..][..keys * layout.scales];
+                    shard.pack_scales(self.step, b, which, wire::floats_mut(to))?;
+                }
                 for row in 0..layout.positions {
                     let begin = 4 * (layout.positions * first + row * keys);
                     let to = wire::ints_mut(&mut positions[begin..][..4 * keys]);
@@ -213,12 +237,20 @@ impl RingStep<'_> {
     /// The step over the keys of sequence `b` in a block of `tokens` tokens, of which they are those from `first` on.
     fn block_step(&self, block: &[u8], tokens: usize, first: usize, b: usize, announced: &Announced) -> Result<Step> {
         let (step, held, desc) = (self.step, &self.own[b], &self.exchange.context.desc);
-        let [k_begin, v_begin] = self.block.begin(tokens);
+        let scaled = announced.scaled;
+        let [k_begin, v_begin] = self.block.begin(tokens, scaled);
+        let heads = i64::from(desc.kv_heads);
+        let scale_stride = [0, 4 * heads, 4, 0];
         let keys = announced.keys as usize;
         let part = |begin: usize, token: usize| Tensor {
             data: block[begin + first * token..].as_ptr().cast_mut().cast(),
             bytes: (keys * token) as u64,
             stride: [0; 4],
+        };
+        let scale_begin = self.block.scales_begin(tokens, scaled);
+        let scales = |which: usize| match scaled[which] {
+            true => part(scale_begin[which], self.block.scales).with_strides(scale_stride),
+            false => Tensor::NULL,
         };
         let offset =
             |pointer: *const i32, by: usize| if pointer.is_null() { pointer } else { pointer.wrapping_add(by) };
@@ -229,6 +261,8 @@ impl RingStep<'_> {
             q: Tensor { data: step.args.q.data.wrapping_byte_offset(query), ..step.args.q },
             k: part(k_begin, self.block.token[0]),
             v: part(v_begin, self.block.token[1]),
+            k_scale: scales(0),
+            v_scale: scales(1),
             kv_length: &announced.keys,
             global_length: offset(step.args.global_length, b),
             kv_start: &announced.start,
@@ -245,6 +279,8 @@ impl RingStep<'_> {
             args,
             k_stride: desc.k_format().packed_strides("k", &shape(desc.head_dim_qk))?,
             v_stride: desc.v_format().packed_strides("v", &shape(desc.head_dim_v))?,
+            k_scale_stride: scale_stride,
+            v_scale_stride: scale_stride,
             kv_capacity: i64::from(announced.keys),
             ..*step
         })
@@ -255,7 +291,8 @@ impl RingStep<'_> {
         let desc = &self.exchange.context.desc;
         let element = MaskElement::of(desc)?;
         let (keys, tokens) = (self.announced_by(origin)[b].keys.max(0) as usize, self.own[b].tokens);
-        let begin = self.block.mask_begin(self.tokens(origin))? + self.pairs(origin, b) * self.block.mask;
+        let begin =
+            self.block.mask_begin(self.tokens(origin), self.scaled(origin))? + self.pairs(origin, b) * self.block.mask;
         let mask = &block[begin..][..keys * tokens * self.block.mask];
         let size = element.size();
         let stride = [0, (tokens * keys * size) as i64, (keys * size) as i64, size as i64];

@@ -155,6 +155,11 @@ impl Inputs {
     }
 }
 
+/// What the elements of a type are multiplied by: a power of two, so that f32 holds the products.
+pub(super) fn scale_of(dtype: Dtype) -> Option<f32> {
+    (dtype == Dtype::Int8).then_some(1.0 / 32.0)
+}
+
 /// Rows of `dim` values as `dtype` holds them: gives the bytes, and leaves in `values` what they stand for.
 fn narrow(values: &mut [f32], dim: usize, dtype: Dtype) -> Result<Vec<u8>> {
     let format = KvFormat::of(dtype);
@@ -164,10 +169,12 @@ fn narrow(values: &mut [f32], dim: usize, dtype: Dtype) -> Result<Vec<u8>> {
     rows.resize(bytes, 0);
     let mut wide = vec![0.0; dim];
     for (row, values) in rows.chunks_exact_mut(size).zip(values.chunks_exact_mut(dim)) {
+        let scale = scale_of(dtype).unwrap_or(1.0);
+        values.iter_mut().for_each(|value| *value /= scale);
         format.narrow_row(values, row);
         // SAFETY: a packed row of `dim` elements.
         unsafe { format.widen_row(row.as_ptr(), format.block_bytes() as i64, &mut wide) };
-        values.iter_mut().zip(&wide).for_each(|(value, &wide)| *value = wide as f32);
+        values.iter_mut().zip(&wide).for_each(|(value, &wide)| *value = wide as f32 * scale);
     }
     Ok(rows)
 }

@@ -1,6 +1,6 @@
 //! One rank's buffers of a self-check: the shard in the descriptor's layout, with NaN wherever no live data is.
 
-use super::inputs::{Inputs, Random, Sequence, put, room};
+use super::inputs::{Inputs, Random, Sequence, put, room, scale_of};
 use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvFormat, KvLayout, MaskElement, Placement, Tensor};
 use crate::device::Device;
 use crate::error::Result;
@@ -62,6 +62,9 @@ impl ShardBuffers {
         let k = load(&map.fill(inputs, rank, desc, desc.k_format().row_bytes(dim_qk), |s| &s.k_rows)?)?;
         let v = load(&map.fill(inputs, rank, desc, desc.v_format().row_bytes(dim_v), |s| &s.v_rows)?)?;
 
+        let scale = |dtype| scale_of(dtype).map(|scale| load(&scale.to_ne_bytes())).transpose();
+        let (k_scale, v_scale) = (scale(desc.k_dtype)?, scale(desc.v_dtype)?);
+
         let mut words = Integers::default();
         let lengths: Vec<i32> = inputs.sequences.iter().map(|s| s.slots[rank].len() as i32).collect();
         let globals: Vec<i32> = inputs.sequences.iter().map(|s| s.keys as i32).collect();
@@ -87,6 +90,8 @@ impl ShardBuffers {
             q: tensor(&q),
             k: tensor(&k).with_strides(map.strides(desc.k_format(), dim_qk)),
             v: tensor(&v).with_strides(map.strides(desc.v_format(), dim_v)),
+            k_scale: k_scale.as_ref().map_or(Tensor::NULL, tensor),
+            v_scale: v_scale.as_ref().map_or(Tensor::NULL, tensor),
             out: tensor(&out),
             lse: tensor(&lse),
             query_start: at(queries),
@@ -145,7 +150,7 @@ impl ShardBuffers {
                 args.num_pages = map.pages as i32;
             }
         }
-        more.extend([q, k, v, integers]);
+        more.extend([q, k, v, integers].into_iter().chain(k_scale).chain(v_scale));
         Ok(ShardBuffers { args, out, lse, _inputs: more })
     }
 

@@ -164,7 +164,7 @@ pub fn text(found: &[Comparison]) -> String {
         table.row(vec![
             c.algorithm.name().to_string(),
             c.case.shape(),
-            c.case.dtype.name().to_string(),
+            c.case.types(),
             c.case.ranks.to_string(),
             format!("{:.1}", (c.case.kv_bytes() / c.case.ranks) as f64 / 1e6),
             ms(c.seconds.median),
@@ -208,7 +208,7 @@ pub fn plot(found: &[Comparison], bandwidth: f64, machine: &Machine, command: &[
     let limit = format!("bytes / {:.1} GB/s of read bandwidth", bandwidth / 1e9);
     let mut panels: Vec<Panel> = Vec::new();
     for c in found {
-        let title = format!("{}, {}", c.case.kind(), c.case.dtype.name());
+        let title = format!("{}, {}", c.case.kind(), c.case.types());
         let place = panels.iter().position(|panel| panel.title == title).unwrap_or_else(|| {
             panels.push(Panel { title, lines: Vec::new() });
             panels.len() - 1

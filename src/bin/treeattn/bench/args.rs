@@ -24,6 +24,10 @@ pub struct Args {
     /// Element types: f16, bf16, f32.
     #[arg(long, value_delimiter = ',', value_parser = dtype)]
     pub dtype: Vec<Dtype>,
+    /// Element types of k and v, such as f8_e4m3, q8_0, q4_0; q and out are of --dtype. Each is also timed from a cache that stays
+    /// in the processor's, where its arithmetic alone counts.
+    #[arg(long, value_delimiter = ',', value_parser = any_dtype)]
+    pub kv_dtype: Vec<Dtype>,
     /// Keys of each sequence, all ranks together.
     #[arg(long, value_delimiter = ',', value_parser = size)]
     pub lengths: Vec<usize>,
@@ -91,6 +95,13 @@ pub const DTYPES: [Dtype; 3] = [Dtype::F16, Dtype::Bf16, Dtype::F32];
 fn dtype(name: &str) -> Result<Dtype, String> {
     let found = DTYPES.into_iter().find(|dtype| dtype.name() == name);
     found.ok_or_else(|| "wanted f16, bf16 or f32".to_string())
+}
+
+fn any_dtype(name: &str) -> Result<Dtype, String> {
+    Dtype::ALL.into_iter().find(|dtype| dtype.name() == name).ok_or_else(|| {
+        let names: Vec<&str> = Dtype::ALL.iter().map(|dtype| dtype.name()).collect();
+        format!("wanted {}", names.join(", "))
+    })
 }
 
 /// Some of the exchange algorithms.

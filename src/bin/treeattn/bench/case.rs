@@ -1,7 +1,7 @@
 //! What is timed: the rows of the standard run, those of a run by axes, and the targets.
 
 use serde::{Serialize, Serializer};
-use treeattn::attention::Dtype;
+use treeattn::attention::{Dtype, KvFormat};
 use treeattn::cpu::Isa;
 
 use super::terms::Terms;
@@ -12,9 +12,12 @@ pub struct Case {
     pub q_heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
-    /// Element type of q, k, v and out.
+    /// Element type of q and out.
     #[serde(serialize_with = "dtype_name")]
     pub dtype: Dtype,
+    /// Element type of k and v; none: that of q.
+    #[serde(serialize_with = "optional_name")]
+    pub kv_dtype: Option<Dtype>,
     pub batch: usize,
     /// Keys of each sequence, all ranks together.
     pub keys: usize,
@@ -38,6 +41,13 @@ fn dtype_name<S: Serializer>(dtype: &Dtype, to: S) -> Result<S::Ok, S::Error> {
     to.serialize_str(dtype.name())
 }
 
+fn optional_name<S: Serializer>(dtype: &Option<Dtype>, to: S) -> Result<S::Ok, S::Error> {
+    match dtype {
+        Some(dtype) => to.serialize_some(dtype.name()),
+        None => to.serialize_none(),
+    }
+}
+
 fn isa_name<S: Serializer>(isa: &Isa, to: S) -> Result<S::Ok, S::Error> {
     to.serialize_str(isa.name())
 }
@@ -50,7 +60,20 @@ impl Case {
 
     /// Bytes of one token's keys.
     pub fn token_bytes(&self) -> usize {
-        self.kv_heads * self.head_dim * self.dtype.size()
+        self.kv_heads * self.kv_format().row_bytes(self.head_dim)
+    }
+
+    /// How k and v lie in memory.
+    pub fn kv_format(&self) -> KvFormat {
+        KvFormat::of(self.kv_dtype.unwrap_or(self.dtype))
+    }
+
+    /// The element types in words.
+    pub fn types(&self) -> String {
+        match self.kv_dtype {
+            Some(kv) => format!("{}/{}", self.dtype.name(), kv.name()),
+            None => self.dtype.name().into(),
+        }
     }
 
     /// Multiplications and additions of a step, q.k and w.v over the keys that each query token sees.
@@ -89,6 +112,9 @@ impl Case {
     }
 }
 
+/// Keys of a cache that stays in a core's own.
+const CACHED_KEYS: usize = 2048;
+
 /// The shape that most rows are about: one Llama-3.1-8B layer, one sequence of 32,768 keys, all cores in one rank.
 fn base(cores: usize) -> Case {
     Case {
@@ -96,6 +122,7 @@ fn base(cores: usize) -> Case {
         kv_heads: 8,
         head_dim: 128,
         dtype: Dtype::F16,
+        kv_dtype: None,
         batch: 1,
         keys: 32_768,
         query_tokens: 1,
@@ -117,11 +144,16 @@ fn over(ranks: usize, cores: usize, case: Case) -> Case {
 pub fn standard(cores: usize, quick: bool) -> Vec<Case> {
     let shorter = if quick { 8 } else { 1 };
     let base = Case { keys: base(cores).keys / shorter, ..base(cores) };
-    let cached = Case { keys: 2048, cached: true, ..base };
+    let cached = Case { keys: CACHED_KEYS, cached: true, ..base };
     let mut cases = Vec::new();
     for dtype in [Dtype::F16, Dtype::Bf16, Dtype::F32] {
         cases.push(Case { dtype, ..base });
         cases.push(Case { dtype, ..cached });
+    }
+    // What widening costs shows where the cache need not come from memory: the rows beside are bound by the slower of the two.
+    for kv_dtype in [Dtype::F8E4M3, Dtype::Q8_0, Dtype::Q4_0].map(Some) {
+        cases.push(Case { kv_dtype, ..base });
+        cases.push(Case { kv_dtype, ..cached });
     }
     cases.extend([
         Case { kv_heads: 16, q_heads: 16, ..base },
@@ -151,6 +183,7 @@ pub fn standard(cores: usize, quick: bool) -> Vec<Case> {
 pub struct Axes {
     pub heads: Vec<Heads>,
     pub dtypes: Vec<Dtype>,
+    pub kv_dtypes: Vec<Dtype>,
     pub lengths: Vec<usize>,
     pub batches: Vec<usize>,
     pub ranks: Vec<usize>,
@@ -167,6 +200,7 @@ impl Axes {
     pub fn is_empty(&self) -> bool {
         self.heads.is_empty()
             && self.dtypes.is_empty()
+            && self.kv_dtypes.is_empty()
             && self.lengths.is_empty()
             && self.batches.is_empty()
             && self.ranks.is_empty()
@@ -197,9 +231,20 @@ impl Axes {
             Heads { q_heads: case.q_heads, kv_heads: case.kv_heads, head_dim: case.head_dim } = self.heads[n];
         });
         cases = vary(cases, self.dtypes.len(), &|case, n| case.dtype = self.dtypes[n]);
+        cases = vary(cases, 2 * self.kv_dtypes.len(), &|case, n| {
+            let cached = n % 2 == 1;
+            (case.kv_dtype, case.cached) = (Some(self.kv_dtypes[n / 2]), cached);
+            if cached {
+                case.keys = CACHED_KEYS;
+            }
+        });
         cases = vary(cases, self.isas.len(), &|case, n| case.isa = self.isas[n]);
         cases = vary(cases, self.batches.len(), &|case, n| case.batch = self.batches[n]);
-        cases = vary(cases, self.lengths.len(), &|case, n| case.keys = self.lengths[n]);
+        cases = vary(cases, self.lengths.len(), &|case, n| {
+            if !case.cached {
+                case.keys = self.lengths[n];
+            }
+        });
         cases = vary(cases, self.pages.len(), &|case, n| case.page_size = self.pages[n]);
         cases = vary(cases, self.query_tokens.len(), &|case, n| case.query_tokens = self.query_tokens[n]);
         cases = vary(cases, self.ranks.len(), &|case, n| *case = over(self.ranks[n], cores, *case));
@@ -252,7 +297,7 @@ pub enum Target {
 /// The targets of the standard run on a machine like the one they were set for (AVX-512, 2 cores).
 pub fn targets(cores: usize) -> Vec<Target> {
     let base = base(cores);
-    let cached = Case { keys: 2048, cached: true, ..base };
+    let cached = Case { keys: CACHED_KEYS, cached: true, ..base };
     let mut targets = vec![
         Target::Ceiling { case: base, most: 1.15 },
         Target::Ceiling { case: Case { dtype: Dtype::Bf16, ..base }, most: 1.15 },

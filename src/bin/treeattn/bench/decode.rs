@@ -100,6 +100,9 @@ impl<'a> Decode<'a> {
     }
 }
 
+/// The scale of int8 caches.
+static INT8_SCALE: [f32; 1] = [1.0 / 64.0];
+
 fn describe(case: &Case, algorithm: Algorithm) -> Outcome<AttentionDesc> {
     let mut desc = AttentionDesc::new(
         i32::try_from(case.q_heads)?,
@@ -108,7 +111,8 @@ fn describe(case: &Case, algorithm: Algorithm) -> Outcome<AttentionDesc> {
         i32::try_from(case.keys.div_ceil(case.ranks))?,
     );
     desc.algorithm = algorithm;
-    (desc.q_dtype, desc.k_dtype, desc.v_dtype, desc.out_dtype) = (case.dtype, case.dtype, case.dtype, case.dtype);
+    let kv = case.kv_format().dtype();
+    (desc.q_dtype, desc.k_dtype, desc.v_dtype, desc.out_dtype) = (case.dtype, kv, kv, case.dtype);
     desc.max_batch = i32::try_from(case.batch)?;
     desc.max_query_tokens = i32::try_from(case.batch * case.query_tokens)?;
     desc.causal = case.query_tokens > 1;
@@ -159,10 +163,11 @@ impl Rank {
     fn args(&self, case: &Case, pool: &Pool, slot: usize) -> DecodeArgs {
         let token = case.token_bytes();
         let bytes = case.batch * self.room * token;
-        let row = case.head_dim * case.dtype.size();
+        let format = case.kv_format();
+        let row = format.row_bytes(case.head_dim);
         // Strided: sequence, token, head, element. Paged: page, slot, head, element.
         let outer = if case.page_size > 0 { case.page_size } else { self.room } * token;
-        let stride = [outer, token, row, case.dtype.size()].map(|stride| stride as i64);
+        let stride = [outer, token, row, format.block_bytes()].map(|stride| stride as i64);
         let tensor = |data: *const u8, bytes: usize| Tensor {
             data: data.cast_mut().cast(),
             bytes: bytes as u64,
@@ -170,12 +175,18 @@ impl Rank {
         };
         let cache = |at: usize| tensor(pool.data().wrapping_add(slot + at), bytes).with_strides(stride);
         let paged = case.page_size > 0;
+        let scales = match format.dtype() {
+            Dtype::Int8 => Tensor::from_slice(&INT8_SCALE),
+            _ => Tensor::NULL,
+        };
         let mut args = DecodeArgs {
             batch: case.batch as i32,
             query_tokens: (case.batch * case.query_tokens) as i32,
             q: tensor(self.q.as_ptr(), self.q.len()),
             k: cache(self.begin),
             v: cache(self.begin + bytes),
+            k_scale: scales,
+            v_scale: scales,
             out: tensor(self.out.as_mut_ptr(), self.out.len()),
             kv_length: self.lengths.as_ptr(),
             global_length: self.global_lengths.as_ptr(),

@@ -22,13 +22,13 @@ mod samples;
 mod terms;
 
 use indicatif::ProgressBar;
-use treeattn::attention::Algorithm;
+use treeattn::attention::{Algorithm, Dtype};
 use treeattn::device::available_cores;
 use treeattn::runtime::{Device, DeviceKind, Runtime, RuntimeConfig};
 
 use self::algorithms::Comparison;
+use self::args::Ranks;
 pub use self::args::{Args, device};
-use self::args::{DTYPES, Ranks};
 use self::case::{Axes, Case, Target};
 pub use self::ceiling::Ceiling;
 pub use self::cuda::measure_peers;
@@ -75,6 +75,7 @@ pub fn run(args: &Args) -> Outcome<()> {
     let axes = Axes {
         heads: args.heads.clone(),
         dtypes: args.dtype.clone(),
+        kv_dtypes: args.kv_dtype.clone(),
         lengths: args.lengths.clone(),
         batches: args.batch.clone(),
         ranks: counts.clone(),
@@ -134,8 +135,8 @@ pub fn run(args: &Args) -> Outcome<()> {
         progress.inc(1);
     }
     let mut comparisons = Vec::new();
-    for dtype in DTYPES {
-        let mine: Vec<Case> = contests.iter().filter(|case| case.dtype == dtype).copied().collect();
+    for dtype in Dtype::ALL {
+        let mine: Vec<Case> = contests.iter().filter(|case| case.kv_format().dtype() == dtype).copied().collect();
         if !mine.is_empty() {
             pool.fill(dtype)?;
             let told = |what: String| {
@@ -219,8 +220,8 @@ fn decode_rows(
     progress: &ProgressBar,
 ) -> Outcome<Vec<Timed>> {
     let mut rows = Vec::new();
-    for dtype in DTYPES {
-        let mine: Vec<usize> = (0..cases.len()).filter(|&place| cases[place].dtype == dtype).collect();
+    for dtype in Dtype::ALL {
+        let mine: Vec<usize> = (0..cases.len()).filter(|&place| cases[place].kv_format().dtype() == dtype).collect();
         if mine.is_empty() {
             continue;
         }

@@ -47,7 +47,7 @@ impl Pool {
         (self.bytes() / stride, stride)
     }
 
-    /// Writes random numbers of `dtype` between -1 and 1 everywhere.
+    /// Writes random numbers of `dtype` between -1 and 1 everywhere; of types that are no plain floats, small ones.
     pub fn fill(&self, dtype: Dtype) -> Outcome<()> {
         let base = self.memory.as_mut_ptr() as usize;
         let threads = self.workers.threads();
@@ -60,9 +60,11 @@ impl Pool {
             match dtype {
                 Dtype::F16 => words.fill_with(|| random.four(|x| f16::from_f32(x).to_bits())),
                 Dtype::Bf16 => words.fill_with(|| random.four(|x| bf16::from_f32(x).to_bits())),
-                _ => {
+                Dtype::F32 => {
                     words.fill_with(|| u64::from(random.float().to_bits()) | u64::from(random.float().to_bits()) << 32)
                 }
+                // Whatever two bytes become a scale, it is a number of ordinary size.
+                _ => words.fill_with(|| random.word() & 0x8f8f_8f8f_8f8f_8f8f | 0x2020_2020_2020_2020),
             }
         })?;
         Ok(())
@@ -73,12 +75,15 @@ impl Pool {
 pub struct Random(pub u64);
 
 impl Random {
-    pub fn float(&mut self) -> f32 {
+    fn word(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
-        let word = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d);
-        (word >> 40) as f32 / (1u32 << 23) as f32 - 1.0
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    pub fn float(&mut self) -> f32 {
+        (self.word() >> 40) as f32 / (1u32 << 23) as f32 - 1.0
     }
 
     fn four(&mut self, convert: impl Fn(f32) -> u16) -> u64 {

@@ -125,12 +125,12 @@ impl Report {
         let judge = |target: &Target| match target {
             Target::Ceiling { case, most } => {
                 let found = row(case)?.over_ceiling?;
-                let name = format!("{} {} over bytes / bandwidth", case.shape(), case.dtype.name());
+                let name = format!("{} {} over bytes / bandwidth", case.shape(), case.types());
                 Some(told(name, format!("<= {most:.2} x"), format!("{found:.2} x"), found <= *most))
             }
             Target::Fma { case, least } => {
                 let found = row(case)?.share_of_fma?;
-                let name = format!("{} {}, share of the FMA limit", case.shape(), case.dtype.name());
+                let name = format!("{} {}, share of the FMA limit", case.shape(), case.types());
                 let (wanted, shown) = (format!(">= {:.0} %", 100.0 * least), format!("{:.1} %", 100.0 * found));
                 Some(told(name, wanted, shown, found >= *least))
             }
@@ -222,7 +222,7 @@ impl Report {
             let mark = if row.contaminated { " !" } else { "" };
             table.row(vec![
                 row.case.shape(),
-                row.case.dtype.name().to_string(),
+                row.case.types(),
                 row.case.isa.name().to_string(),
                 format!("{} x {}", row.case.ranks, row.case.threads_per_rank),
                 format!("{:.1}", row.kv_bytes as f64 / 1e6),

@@ -123,6 +123,7 @@ fn refuse(args: &Args) -> Outcome<()> {
         ("--isa", args.isa.is_empty()),
         ("--threads", args.threads.is_none()),
         ("--algorithms", args.algorithms.is_empty()),
+        ("--kv-dtype", args.kv_dtype.is_empty()),
     ];
     if let Some((word, _)) = given.iter().find(|(_, absent)| !absent) {
         return Err(format!("{word}: it is for the CPU, found --device {}", args.device).into());

@@ -169,6 +169,7 @@ fn refuse(args: &Args) -> Outcome<()> {
         ("--isa", args.isa.is_empty()),
         ("--threads", args.threads.is_none()),
         ("--query-tokens", args.query_tokens.is_empty()),
+        ("--kv-dtype", args.kv_dtype.is_empty()),
     ];
     match given.iter().find(|(_, absent)| !absent) {
         Some((word, _)) => Err(format!("{word}: it is not for ranks on GPUs").into()),

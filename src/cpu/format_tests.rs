@@ -1,0 +1,135 @@
+//! Every format on every instruction set of this machine, bit by bit against the definition in `attention::block`.
+
+use super::kernel::args::WidenArgs;
+use super::kernel::table::{Kernels, codec_of};
+use super::{CpuBackend, Isa};
+use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvFormat, Shard, Step, Tensor};
+use crate::device::Workers;
+use crate::partial::{Lse, PartialRows};
+
+/// Bytes that hit every code: of bytes in turn, of blocks with scales of all kinds, among them 0, infinities and NaN.
+/// `finite`: of those only that are finite.
+fn rows(format: KvFormat, dim: usize, count: usize, finite: bool) -> Vec<u8> {
+    let scales = [0x3c00u16, 0xb555, 0x0001, 0x83ff, 0, 0x8000, 0x7c00, 0xfc00, 0x7e01, 0x7bff];
+    let scales = if finite { &scales[..6] } else { &scales[..] };
+    let mut bytes: Vec<u8> = (0..count * format.row_bytes(dim)).map(|i| (i * 181 + i / 256) as u8).collect();
+    if finite && format.block_elements() == 1 && format.dtype() != Dtype::Int8 {
+        // Exponents of less than all ones.
+        bytes.iter_mut().skip(format.block_bytes() - 1).step_by(format.block_bytes()).for_each(|byte| *byte &= 0xbf);
+    }
+    if format.block_elements() > 1 {
+        for (i, block) in bytes.chunks_exact_mut(format.block_bytes()).enumerate() {
+            block[..2].copy_from_slice(&scales[i % scales.len()].to_le_bytes());
+            if matches!(format.dtype(), Dtype::Q4_1 | Dtype::Q5_1) {
+                block[2..4].copy_from_slice(&scales[i / 3 % scales.len()].to_le_bytes());
+            }
+        }
+    }
+    bytes
+}
+
+fn wide(format: KvFormat, row: &[u8], stride: usize, dim: usize) -> Vec<f32> {
+    let mut wide = vec![0.0; dim];
+    // SAFETY: the row has every block.
+    unsafe { format.widen_row(row.as_ptr(), stride as i64, &mut wide) };
+    wide.into_iter().map(|x| x as f32).collect()
+}
+
+fn same(a: f32, b: f32) -> bool {
+    a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan()
+}
+
+#[test]
+fn rows_widen_to_the_bit() {
+    for isa in Isa::available() {
+        let kernels = Kernels::of(isa).unwrap();
+        for dtype in Dtype::ALL {
+            let format = KvFormat::of(dtype);
+            for dim in [32, 96, 128, 576, 1, 7, 31].into_iter().filter(|dim| dim % format.block_elements() == 0) {
+                let size = format.block_bytes();
+                let packed = rows(format, dim, 40, false);
+                for gap in [0, 2, 34] {
+                    // Rows behind an odd number of blocks, with gaps between blocks.
+                    let stride = size + gap;
+                    let mut memory = vec![0xff; size + packed.len() / size * stride];
+                    for (i, block) in packed.chunks_exact(size).enumerate() {
+                        memory[size + i * stride..][..size].copy_from_slice(block);
+                    }
+                    let blocks = format.blocks(dim);
+                    let pointers: Vec<_> = (0..40).map(|i| memory[size + i * blocks * stride..].as_ptr()).collect();
+                    let padded = dim.next_multiple_of(16);
+                    let mut out = vec![7.0; 40 * padded];
+                    let args = WidenArgs {
+                        rows: pointers.as_ptr(),
+                        offset: 0,
+                        count: 40,
+                        dim,
+                        stride: stride as i64,
+                        out: out.as_mut_ptr(),
+                    };
+                    // SAFETY: the rows lie in `memory`, `out` has room for them padded, and the machine has the instruction set.
+                    unsafe { (kernels.widen[codec_of(format)])(&args) };
+                    for (i, out) in out.chunks_exact(padded).enumerate() {
+                        let wanted = wide(format, &packed[i * blocks * size..], size, dim);
+                        for (d, (&found, &wanted)) in out.iter().zip(&wanted).enumerate() {
+                            assert!(same(found, wanted), "{} {dtype:?} row {i}, {d}: {found} {wanted}", isa.name());
+                        }
+                        assert!(out[dim..].iter().all(|&x| x == 0.0));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One key: the log-sum-exps of queries of one element each are its elements, and the outputs of a query of zeros its value.
+#[test]
+fn one_key_comes_through() {
+    for isa in Isa::available() {
+        for dtype in Dtype::ALL {
+            for (dim, scale, finite) in [(128usize, 1f32, true), (32, 0.5, true), (96, -2.0, true), (64, 1.0, false)] {
+                let format = KvFormat::of(dtype);
+                let mut desc = AttentionDesc::new(1, 1, dim as i32, 1);
+                (desc.k_dtype, desc.v_dtype, desc.scale, desc.max_query_tokens) = (dtype, dtype, 1.0, dim as i32 + 1);
+                let (k, v) = (rows(format, dim, 1, true), rows(format, dim, 1, finite));
+                let wanted = |row| wide(format, row, format.block_bytes(), dim).into_iter().map(move |x| x * scale);
+                let mut q = vec![0f32; (dim + 1) * dim];
+                (0..dim).for_each(|d| q[d * dim + d] = 1.0);
+                let mut out = vec![0f32; (dim + 1) * dim];
+                let (lengths, scales) = ([1], [scale]);
+                let args = DecodeArgs {
+                    batch: 1,
+                    query_tokens: dim as i32 + 1,
+                    q: Tensor::from_slice(&q),
+                    k: Tensor::from_slice(&k),
+                    v: Tensor::from_slice(&v),
+                    k_scale: Tensor::from_slice(&scales),
+                    v_scale: Tensor::from_slice(&scales),
+                    out: Tensor::from_slice_mut(&mut out),
+                    kv_length: lengths.as_ptr(),
+                    ..DecodeArgs::default()
+                };
+                let step = Step::new(&desc, Shard::ALONE, &args, 1).unwrap();
+                let workers = Workers::new(1, "test", false).unwrap();
+                let backend = CpuBackend::new(&desc, Shard::ALONE, 1, isa).unwrap();
+                let (mut o, mut lse) = (vec![7.0; (dim + 1) * dim], vec![Lse::of(7.0); dim + 1]);
+                backend.attend(&step, &workers, PartialRows { o: &mut o, lse: &mut lse, dim }).unwrap();
+                for (d, (lse, wanted)) in
+                    lse.iter().zip(wanted(&k)).enumerate().filter(|_| dtype != Dtype::F32 && dtype != Dtype::Bf16)
+                {
+                    let error = (lse.high - wanted).abs();
+                    assert!(
+                        error <= 1e-6 * wanted.abs().max(1.0),
+                        "{} {dtype:?} k {d}: {} {wanted}",
+                        isa.name(),
+                        lse.high
+                    );
+                }
+                for (d, (&found, wanted)) in o[dim * dim..].iter().zip(wanted(&v)).enumerate() {
+                    let same = found == wanted || !found.is_finite() && !wanted.is_finite();
+                    assert!(same, "{} {dtype:?} v {d}: {found} {wanted}", isa.name());
+                }
+            }
+        }
+    }
+}
