@@ -1,7 +1,8 @@
 // Merge of partials that lie in memory: one warp a row, partials in index order.
 //
 // The same rules as everywhere: the maximum of all log-sum-exps first, then a sum in index order; a partial with -inf
-// is empty and its o is never read; a lone partial comes out bit by bit; NaN and +inf make the row NaN.
+// is empty and its o is never read; a lone partial comes out bit by bit; NaN and +inf make the row NaN. Log-sum-exps of base 2
+// are subtracted before they become natural, for rounding would cost what their difference is about.
 #include "numbers.cuh"
 #include "params.cuh"
 #include "ptx.cuh"
@@ -10,8 +11,9 @@ namespace treeattn {
 
 constexpr int kMergeColumns = 8;  // of a lane in one pass over the partials
 
+// In units of memory.
 __device__ __forceinline__ float merge_lse(const MergeParams& p, const char* row, int partial) {
-    return p.source.natural(*reinterpret_cast<const float*>(row + partial * p.step[1]));
+    return p.source.without_plus(*reinterpret_cast<const float*>(row + partial * p.step[1]));
 }
 
 __device__ __forceinline__ void merge_row(const MergeParams& p, int64_t row) {
@@ -38,14 +40,15 @@ __device__ __forceinline__ void merge_row(const MergeParams& p, int64_t row) {
         live += __shfl_xor_sync(0xffffffffu, live, d);
     }
 
+    const double natural = source.to_natural == 1.f ? 1.0 : 0.69314718055994530942;
     double sum = 0.0;
     for (int first = 0; first < target.dim; first += 32 * kMergeColumns) {
-        float acc[kMergeColumns] = {};
+        float2 acc[kMergeColumns] = {};  // sums of two floats: there may be any number of partials
         sum = 0.0;
         for (int chunk = 0; chunk < p.partials && !bad; chunk += 32) {
             float lse = -infinity();
             if (chunk + lane < p.partials) lse = merge_lse(p, lses, chunk + lane);
-            const double weight = lse == -infinity() ? 0.0 : exp(static_cast<double>(lse) - top);
+            const double weight = lse == -infinity() ? 0.0 : exp((static_cast<double>(lse) - top) * natural);
             for (int i = 0; i < 32 && chunk + i < p.partials; i++) {
                 if (__shfl_sync(0xffffffffu, lse, i) == -infinity()) continue;
                 const double exact = __shfl_sync(0xffffffffu, weight, i);
@@ -57,7 +60,13 @@ __device__ __forceinline__ void merge_row(const MergeParams& p, int64_t row) {
                     const int d = first + c * 32 + lane;
                     if (d >= target.dim) continue;
                     const float x = load_element(from + d * source.o_stride[2], source.dtype);
-                    acc[c] = live == 1 ? x : fmaf(w, x, acc[c]);
+                    if (live == 1) {
+                        acc[c].x = x;
+                        continue;
+                    }
+                    const float product = w * x;
+                    add_to(acc[c], product);
+                    acc[c].y += fmaf(w, x, -product);
                 }
             }
         }
@@ -66,13 +75,14 @@ __device__ __forceinline__ void merge_row(const MergeParams& p, int64_t row) {
         for (int c = 0; c < kMergeColumns; c++) {
             const int d = first + c * 32 + lane;
             if (d >= target.dim) continue;
-            float x = live <= 1 ? acc[c] : static_cast<float>(acc[c] * scale);
+            float x = acc[c].x;
+            if (live > 1 && isfinite(x)) x = static_cast<float>((static_cast<double>(x) + acc[c].y) * scale);
             if (bad) x = not_a_number();
             store_element(out + d * target.o_stride[2], target.dtype, x);
         }
     }
     if (lane == 0 && target.lse != nullptr) {
-        float lse = live <= 1 ? top : static_cast<float>(top + log(sum));
+        float lse = static_cast<float>(live <= 1 ? top * natural : top * natural + log(sum));
         if (bad) lse = not_a_number();
         *target.lse_of(token, head) = lse;
     }

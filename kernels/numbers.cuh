@@ -17,6 +17,13 @@ constexpr float kCoarse = 4194304.f;
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
 
+// Adds to a sum of two floats, of which the second is what the first lacks.
+__device__ __forceinline__ void add_to(float2& sum, float x) {
+    const float whole = sum.x + x, part = whole - sum.x;
+    sum.y += (sum.x - (whole - part)) + (x - part);
+    sum.x = whole;
+}
+
 template <bool Bf16>
 __device__ __forceinline__ float2 unpack_pair(uint32_t bits) {
     if constexpr (Bf16) {

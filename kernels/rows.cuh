@@ -42,11 +42,12 @@ struct RowSource {
     __device__ __forceinline__ const char* lse_of(int64_t token, int64_t head) const {
         return reinterpret_cast<const char*>(lse) + token * lse_stride[0] + head * lse_stride[1];
     }
-    // The natural lse of what lies in memory.
-    __device__ __forceinline__ float natural(float stored) const {
+    // What lies in memory, with -inf where +inf says that the partial is empty, and the natural lse of it.
+    __device__ __forceinline__ float without_plus(float stored) const {
         const float infinity = __int_as_float(0x7f800000);
-        return plus_inf_is_empty && stored == infinity ? -infinity : stored * to_natural;
+        return plus_inf_is_empty && stored == infinity ? -infinity : stored;
     }
+    __device__ __forceinline__ float natural(float stored) const { return without_plus(stored) * to_natural; }
 };
 
 }  // namespace treeattn

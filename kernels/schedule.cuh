@@ -90,7 +90,7 @@ __device__ __forceinline__ Sequence read_sequence(const DecodeParams& p, int b, 
     }
     if (s.fault == kFaultNone) read_keys(p, b, s);
     s.row_tiles = (s.tokens * p.group + Rows - 1) / Rows;
-    s.key_tiles = max((s.keys + kTile - 1) / kTile, 1);
+    s.key_tiles = max(static_cast<int>((static_cast<unsigned>(s.keys) + kTile - 1) / kTile), 1);
     return s;
 }
 

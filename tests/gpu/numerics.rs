@@ -463,15 +463,22 @@ pub fn merge_partials() {
     use treeattn::runtime::{Buffer, MergeArgs};
     let gpu = Gpu::new();
     let mut r = Rng::new(4);
-    for (count, tokens, heads, dim) in [(1, 1, 1, 8), (2, 3, 5, 64), (9, 2, 32, 128), (64, 1, 7, 512), (300, 1, 2, 24)]
-    {
+    // With large log-sum-exps the difference of two is lost where they are rounded before it is taken.
+    for (count, tokens, heads, dim, large) in [
+        (1, 1, 1, 8, 0.0),
+        (2, 3, 5, 64, 0.0),
+        (9, 2, 32, 128, 0.0),
+        (9, 2, 32, 128, 30_000.0),
+        (64, 1, 7, 512, 0.0),
+        (300, 1, 2, 24, 0.0),
+    ] {
         let rows = count * tokens * heads;
         let o: Vec<f32> = (0..rows * dim).map(|_| bf16::from_f64(r.normal()).to_f32()).collect();
         let lse: Vec<f32> = (0..rows)
             .map(|_| match r.range(0, 9) {
                 0 => f32::NEG_INFINITY,
                 1 => f32::INFINITY,
-                _ => (30.0 * r.normal()) as f32,
+                _ => (large + if large > 0.0 { r.normal() } else { 30.0 * r.normal() }) as f32,
             })
             .collect();
         let narrow: Vec<u16> = o.iter().map(|&x| bf16::from_f32(x).to_bits()).collect();
