@@ -525,7 +525,7 @@ typedef int32_t treeattn_dtype_t;
 #define TREEATTN_DTYPE_Q5_1 11
 
 /**
- * ggml blocks of 32 values, 18 bytes: f16 d and 32 times 4 bits q, value d * t[q] with ggml's table t of 16 whole numbers.
+ * ggml blocks of 32 values, 18 bytes: f16 d and 32 times 4 bits q, value `d * t[q]` with ggml's table t of 16 whole numbers.
  * Keys and values. Since 0.2.
  */
 #define TREEATTN_DTYPE_IQ4_NL 12
@@ -645,9 +645,9 @@ typedef int32_t treeattn_reproducibility_t;
  *
  *     s = cap(scale * q.k) - slope[h] * |i - j| + factor[h] * mask[i][j],    cap(x) = softcap * tanh(x / softcap)
  *
- * and the output is the mean of the values under the softmax of the scores of the keys that the query sees, with exp(sink[h])
+ * and the output is the mean of the values under the softmax of the scores of the keys that the query sees, with `exp(sink[h])`
  * in its denominator. Terms that are off drop out, the others may be combined; this is also the order of ggml (whose ALiBi is
- * factor[h] * mask) and of FlashAttention. A key that `causal`, `window`, or a mask of -inf or boolean 0 hides has no influence
+ * `factor[h] * mask`) and of FlashAttention. A key that `causal`, `window`, or a mask of -inf or boolean 0 hides has no influence
  * on the row, whatever it holds.
  */
 typedef struct treeattn_attention_desc_t {
@@ -869,7 +869,7 @@ typedef struct treeattn_decode_args_t {
     struct treeattn_tensor_t mask_factor;
     /**
      * With TREEATTN_ATTENTION_PAGES_BY_HEAD, elements between the lists of kv heads in `page_indices`: kv head h reads the page of
-     * slot s of sequence b from entry page_indptr[b] + h * page_index_head_stride + s / page_size. All heads of a sequence have
+     * slot s of sequence b from entry `page_indptr[b] + h * page_index_head_stride + s / page_size`. All heads of a sequence have
      * the same number of tokens; a mask takes out what a head lacks. 0: they share their lists. `num_page_indices` counts the
      * entries of all heads. Entries past a list are not read. Since 0.2.
      */
@@ -990,7 +990,7 @@ typedef struct treeattn_selfcheck_config_t {
     /** Seed of the random inputs. */
     uint64_t seed;
     /**
-     * Where each rank lives, [ranks], `ranks` not 0: CPUs only or GPUs only, one of them several times where several ranks
+     * Where each rank lives, `[ranks]`, `ranks` not 0: CPUs only or GPUs only, one of them several times where several ranks
      * live on it. NULL: all on the `device` of the call. Read during the call only. Since 0.2.
      */
     const treeattn_device_t *devices;

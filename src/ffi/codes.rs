@@ -116,7 +116,7 @@ pub const TREEATTN_DTYPE_Q5_0: treeattn_dtype_t = treeattn_dtype_t(10);
 /// ggml blocks of 32 values, 24 bytes: f16 d, f16 m, 32 times the fifth bit, 32 times 4 bits, value d * q + m. Keys and values.
 /// Since 0.2.
 pub const TREEATTN_DTYPE_Q5_1: treeattn_dtype_t = treeattn_dtype_t(11);
-/// ggml blocks of 32 values, 18 bytes: f16 d and 32 times 4 bits q, value d * t[q] with ggml's table t of 16 whole numbers.
+/// ggml blocks of 32 values, 18 bytes: f16 d and 32 times 4 bits q, value `d * t[q]` with ggml's table t of 16 whole numbers.
 /// Keys and values. Since 0.2.
 pub const TREEATTN_DTYPE_IQ4_NL: treeattn_dtype_t = treeattn_dtype_t(12);
 

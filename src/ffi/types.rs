@@ -149,9 +149,9 @@ pub struct treeattn_placement_t {
 ///
 ///     s = cap(scale * q.k) - slope[h] * |i - j| + factor[h] * mask[i][j],    cap(x) = softcap * tanh(x / softcap)
 ///
-/// and the output is the mean of the values under the softmax of the scores of the keys that the query sees, with exp(sink[h])
+/// and the output is the mean of the values under the softmax of the scores of the keys that the query sees, with `exp(sink[h])`
 /// in its denominator. Terms that are off drop out, the others may be combined; this is also the order of ggml (whose ALiBi is
-/// factor[h] * mask) and of FlashAttention. A key that `causal`, `window`, or a mask of -inf or boolean 0 hides has no influence
+/// `factor[h] * mask`) and of FlashAttention. A key that `causal`, `window`, or a mask of -inf or boolean 0 hides has no influence
 /// on the row, whatever it holds.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -323,7 +323,7 @@ pub struct treeattn_decode_args_t {
     /// same on every rank. Since 0.2.
     pub mask_factor: treeattn_tensor_t,
     /// With TREEATTN_ATTENTION_PAGES_BY_HEAD, elements between the lists of kv heads in `page_indices`: kv head h reads the page of
-    /// slot s of sequence b from entry page_indptr[b] + h * page_index_head_stride + s / page_size. All heads of a sequence have
+    /// slot s of sequence b from entry `page_indptr[b] + h * page_index_head_stride + s / page_size`. All heads of a sequence have
     /// the same number of tokens; a mask takes out what a head lacks. 0: they share their lists. `num_page_indices` counts the
     /// entries of all heads. Entries past a list are not read. Since 0.2.
     pub page_index_head_stride: i64,
@@ -493,7 +493,7 @@ pub struct treeattn_selfcheck_config_t {
     pub kv_length: i32,
     /// Seed of the random inputs.
     pub seed: u64,
-    /// Where each rank lives, [ranks], `ranks` not 0: CPUs only or GPUs only, one of them several times where several ranks
+    /// Where each rank lives, `[ranks]`, `ranks` not 0: CPUs only or GPUs only, one of them several times where several ranks
     /// live on it. NULL: all on the `device` of the call. Read during the call only. Since 0.2.
     pub devices: *const treeattn_device_t,
 }

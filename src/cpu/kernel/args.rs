@@ -63,13 +63,13 @@ pub struct ModifyArgs {
     pub cap: f32,
     /// What scores are multiplied by to be twice the argument of tanh, as a power of two: a sum of two floats.
     pub cap_factor: [f32; 2],
-    /// What distances are multiplied by, f32 [rows]; null: none.
+    /// What distances are multiplied by, `f32 [rows]`; null: none.
     pub slopes: *const f32,
-    /// Distances: [rows] pointers to f32 [TILE].
+    /// Distances: `[rows]` pointers to `f32 [TILE]`.
     pub distances: *const *const f32,
-    /// What masks are multiplied by, f32 [rows].
+    /// What masks are multiplied by, `f32 [rows]`.
     pub factors: *const f32,
-    /// Masks: [rows] pointers to f32 [TILE]; null: none.
+    /// Masks: `[rows]` pointers to `f32 [TILE]`; null: none.
     pub masks: *const *const f32,
     /// What else is added, times `bias_factor`: f32 [rows, TILE]; null: nothing.
     pub biases: *const f32,

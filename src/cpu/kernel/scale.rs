@@ -14,8 +14,8 @@ pub unsafe fn scale<S: Simd>(a: &ScaleArgs) {
     // SAFETY: keys and rows stay below those of the arguments, and places below the next multiple of 16, at most TILE.
     unsafe {
         let mut scales = [0f32; TILE];
-        for t in 0..a.keys {
-            scales[t] = finite_or_nan((*a.scales.add(t)).add(a.offset).cast::<f32>().read());
+        for (t, scale) in scales.iter_mut().enumerate().take(a.keys) {
+            *scale = finite_or_nan((*a.scales.add(t)).add(a.offset).cast::<f32>().read());
         }
         for r in 0..a.rows {
             let row = a.values.add(r * TILE);
