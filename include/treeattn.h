@@ -964,7 +964,7 @@ typedef struct treeattn_plan_stats_t {
     char reason[256];
     /**
      * Of `peak_memory`, the bytes that the exchange works on: this rank's partial and those that it receives or, with
-     * TREEATTN_ALGORITHM_RING, blocks of keys and values and the partials of some. Windows are not among them.
+     * TREEATTN_ALGORITHM_RING, blocks of keys and values, with room for their scales and masks, and the partials of some. Windows are not among them.
      */
     uint64_t exchange_memory;
 } treeattn_plan_stats_t;

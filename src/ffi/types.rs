@@ -412,7 +412,7 @@ pub struct treeattn_plan_stats_t {
     /// Why the algorithm was chosen; cut where it is longer.
     pub reason: [c_char; 256],
     /// Of `peak_memory`, the bytes that the exchange works on: this rank's partial and those that it receives or, with
-    /// TREEATTN_ALGORITHM_RING, blocks of keys and values and the partials of some. Windows are not among them.
+    /// TREEATTN_ALGORITHM_RING, blocks of keys and values, with room for their scales and masks, and the partials of some. Windows are not among them.
     pub exchange_memory: u64,
 }
 

@@ -52,7 +52,7 @@ pub struct PlanStats {
     /// The most bytes held at once: workspace and window.
     pub peak_memory: u64,
     /// Of these, the bytes that the exchange works on: this rank's partial and those that it receives or, with `RING`,
-    /// blocks of keys and values and the partials of some. Windows are not among them.
+    /// blocks of keys and values, with room for their scales and masks, and the partials of some. Windows are not among them.
     pub exchange_memory: u64,
     /// The exchange algorithm in use.
     pub algorithm: Algorithm,
