@@ -78,8 +78,9 @@ fn memory_of(algorithm: Algorithm, threads: usize) {
         let desc = AttentionDesc { max_batch: 64, max_query_tokens: 64, wire_dtype, algorithm, ..shape };
         let (plans, bytes) = held(|| Plan::create_all(&comms.iter().collect::<Vec<_>>(), &desc).unwrap());
         let says: usize = plans.iter().map(|plan| plan.memory().unwrap().workspace as usize).sum();
-        // Blocks of a ring, mapped by themselves: 64 x 100 tokens, two a rank, each of 8 heads of 64 keys and values.
-        let mapped = if algorithm == Algorithm::Ring { 3 * 2 * 64 * 100 * 8 * (64 + 64) * 4 } else { 0 };
+        // Blocks of a ring, mapped by themselves: 64 x 100 tokens, two a rank, each of 8 heads of 64 keys and values, and with
+        // room for a scale of each.
+        let mapped = if algorithm == Algorithm::Ring { 3 * 2 * 64 * 100 * 8 * (64 + 64 + 2) * 4 } else { 0 };
         let told = format!("{algorithm:?}, {threads} threads, wire {wire_dtype:?}: {bytes} bytes, says {says}");
         assert!((says..says + 3 * 8192).contains(&(bytes + mapped)), "{told}");
     }
