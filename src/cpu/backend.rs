@@ -23,20 +23,7 @@ const TILES_TO_BLOCK: u64 = 8;
 /// What the CPU backend serves.
 pub const CAPABILITIES: Capabilities = Capabilities {
     place: "",
-    kv_dtypes: &[
-        Dtype::F32,
-        Dtype::F16,
-        Dtype::Bf16,
-        Dtype::F8E4M3,
-        Dtype::F8E5M2,
-        Dtype::Q8_0,
-        Dtype::Q4_0,
-        Dtype::Int8,
-        Dtype::Q4_1,
-        Dtype::Q5_0,
-        Dtype::Q5_1,
-        Dtype::Iq4Nl,
-    ],
+    kv_dtypes: &Dtype::ALL,
     head_dim_multiple: 1,
     head_dim_limit: MAX_HEAD_DIM,
     window: true,

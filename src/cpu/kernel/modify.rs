@@ -95,13 +95,9 @@ mod tests {
             }
             println!("{}: at most {:.2} * 2^-24", isa.name(), worst * 2f64.powi(24));
             assert!(worst <= 6.0 * 2f64.powi(-24), "{}: {worst:e}", isa.name());
-            let mut special = [f32::NAN, 3e38, -3e38, 0.0, -0.0, 1e30, -1e30, 1e-45];
-            special = {
-                let mut padded = [0.0; 16];
-                padded[..8].copy_from_slice(&special);
-                capped(isa, &mut padded);
-                std::array::from_fn(|i| padded[i])
-            };
+            let mut special = [0.0; 16];
+            special[..7].copy_from_slice(&[f32::NAN, 3e38, -3e38, 0.0, -0.0, 1e30, -1e30]);
+            capped(isa, &mut special);
             assert!(special[0].is_nan());
             assert_eq!(special[1..7], [1.0, -1.0, 0.0, 0.0, 1.0, -1.0], "{}", isa.name());
         }
