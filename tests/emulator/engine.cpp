@@ -88,6 +88,8 @@ constexpr size_t kStackBytes = 64 << 10;
 // Stacks at equal offsets would all lie in the same cache sets.
 constexpr size_t kStackStride = kStackBytes + 5 * 64;
 constexpr size_t kStacksOfSlab = 64;
+// Polls of each warp, with nothing else to run, before the processor is left to others.
+constexpr size_t kPollsBeforeYield = 256;
 constexpr uint64_t kCanary = 0x5ca1ab1e0ddba11ull;
 constexpr size_t kStaticBytes = 16 << 10;
 constexpr size_t kPage = 4096;
@@ -623,8 +625,10 @@ void scheduler() {
             }
             if (!e.runnable.empty()) {
                 idle = 0;
-            } else if (++idle > 4 * e.pollers.size()) {
-                // Only those that wait for memory are left: other processes may have to run.
+            } else if (++idle > kPollsBeforeYield * e.pollers.size()) {
+                // Only those that wait for memory are left: other processes may have to run. On a busy machine each yield
+                // costs milliseconds.
+                idle = 0;
                 sched_yield();
                 if (e.patience > 0 && now() - e.last_progress > e.patience) {
                     report("nothing but polls for EMULATOR_PATIENCE seconds");
