@@ -1,0 +1,183 @@
+#include "runtime.h"
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+
+#include "log.h"
+
+namespace treeattn_ggml {
+namespace {
+
+void library_line(treeattn_log_level_t level, const char* message, void*) {
+  if (level == TREEATTN_LOG_ERROR || level == TREEATTN_LOG_WARNING) {
+    log(level == TREEATTN_LOG_ERROR ? LogLevel::kError : LogLevel::kWarning, "%s", message);
+  }
+}
+
+treeattn_runtime_t* make_runtime() {
+  treeattn_runtime_t* made = nullptr;
+  if (treeattn_runtime_create(nullptr, &made) != TREEATTN_OK) {
+    log(LogLevel::kError, "no runtime: %s", treeattn_last_error_message());
+    return nullptr;
+  }
+  treeattn_runtime_set_log_callback(made, library_line, nullptr);
+  return made;
+}
+
+}  // namespace
+
+treeattn_runtime_t* runtime() {
+  // Never destroyed: the plugin stays loaded to the end of the process.
+  static treeattn_runtime_t* const made = make_runtime();
+  return made;
+}
+
+std::unique_ptr<Engine> Engine::create(const Workers& workers) {
+  if (runtime() == nullptr) {
+    return nullptr;
+  }
+  std::unique_ptr<Engine> engine(new Engine(workers));
+  treeattn_comm_config_t config = TREEATTN_COMM_CONFIG_INIT;
+  config.threads_per_rank = std::max(1, workers.threads / workers.ranks);
+  const size_t n = static_cast<size_t>(workers.ranks);
+  const std::vector<treeattn_device_t> devices(n, TREEATTN_CPU(0));
+  engine->comms_.resize(n);
+  engine->args.resize(n);
+  if (treeattn_comm_create_local(runtime(), workers.ranks, devices.data(), &config, engine->comms_.data()) != TREEATTN_OK) {
+    log(LogLevel::kError, "no communicator of %d ranks: %s", workers.ranks, treeattn_last_error_message());
+    engine->comms_.clear();
+    return nullptr;
+  }
+  for (size_t r = 1; r < n; r++) {
+    treeattn_stream_t* stream = nullptr;
+    if (treeattn_stream_create(runtime(), TREEATTN_CPU(0), &stream) != TREEATTN_OK) {
+      log(LogLevel::kError, "no stream for rank %zu: %s", r, treeattn_last_error_message());
+      return nullptr;
+    }
+    engine->streams_.push_back(stream);
+  }
+  return engine;
+}
+
+Engine::~Engine() {
+  for (const auto& made : made_) {
+    for (treeattn_plan_t* plan : made->plans) {
+      treeattn_plan_destroy(plan);
+    }
+  }
+  for (treeattn_comm_t* comm : comms_) {
+    treeattn_comm_destroy(comm);
+  }
+  for (treeattn_stream_t* stream : streams_) {
+    treeattn_stream_destroy(stream);
+  }
+}
+
+const Plans* Engine::plans(const PlanKey& key) {
+  for (const auto& made : made_) {
+    if (std::memcmp(&made->key, &key, sizeof key) == 0) {
+      return &made->plans;
+    }
+  }
+  auto made = std::make_unique<Made>();
+  made->key = key;
+  made->plans.resize(comms_.size());
+  made_.reserve(made_.size() + 1);
+  const treeattn_attention_desc_t desc = describe(key, workers_.ranks);
+  if (treeattn_plan_create_all(workers_.ranks, comms_.data(), &desc, made->plans.data()) != TREEATTN_OK) {
+    log(LogLevel::kError, "no plan: %s", treeattn_last_error_message());
+    return nullptr;
+  }
+  made_.push_back(std::move(made));
+  return &made_.back()->plans;
+}
+
+bool Engine::prepare(PlanKey key, bool may_be_masked) {
+  for (int variant = 0; variant < (may_be_masked ? 4 : 1); variant++) {
+    key.lists = variant & 1;
+    key.masked = variant >> 1;
+    if (plans(key) == nullptr) {
+      return false;
+    }
+  }
+  return true;
+}
+
+void Engine::fail(const char* what) {
+  treeattn_comm_status_t status = TREEATTN_COMM_STATUS_INIT;
+  if (treeattn_comm_status(comms_[0], &status) != TREEATTN_OK || status.broken != 0) {
+    broken_ = true;
+  }
+  log(LogLevel::kError, "a step failed: %s", what);
+}
+
+bool Engine::run(const Plans& plans) {
+  size_t enqueued = 0;
+  bool good = true;
+  for (size_t r = 1; r < plans.size() && good; r++) {
+    good = treeattn_plan_decode(plans[r], &args[r], streams_[r - 1]) == TREEATTN_OK;
+    enqueued += good ? 1 : 0;
+  }
+  good = good && treeattn_plan_decode(plans[0], &args[0], nullptr) == TREEATTN_OK;
+  if (!good) {
+    fail(treeattn_last_error_message());
+    if (enqueued > 0) {
+      // Ranks that wait for the one that was refused.
+      treeattn_comm_abort(comms_[0]);
+      broken_ = true;
+    }
+  }
+  for (size_t r = 1; r <= enqueued; r++) {
+    if (treeattn_stream_synchronize(streams_[r - 1]) != TREEATTN_OK && good) {
+      fail(treeattn_last_error_message());
+      good = false;
+    }
+  }
+  return good;
+}
+
+namespace {
+
+struct Pool {
+  std::mutex mutex;
+  std::vector<std::unique_ptr<Engine>> free;
+};
+
+Pool& pool() {
+  // Never destroyed: threads of the host may compute while the process ends.
+  static Pool* const made = new Pool;
+  return *made;
+}
+
+}  // namespace
+
+std::unique_ptr<Engine> EnginePool::take(const Workers& workers) {
+  {
+    const std::lock_guard<std::mutex> lock(pool().mutex);
+    auto& free = pool().free;
+    for (size_t i = free.size(); i-- > 0;) {
+      if (free[i]->workers() == workers) {
+        std::unique_ptr<Engine> taken = std::move(free[i]);
+        free.erase(free.begin() + static_cast<std::ptrdiff_t>(i));
+        return taken;
+      }
+    }
+  }
+  return Engine::create(workers);
+}
+
+void EnginePool::give(std::unique_ptr<Engine> engine) {
+  if (engine == nullptr || engine->broken()) {
+    return;  // destroyed here
+  }
+  const std::lock_guard<std::mutex> lock(pool().mutex);
+  pool().free.push_back(std::move(engine));
+}
+
+EnginePool& engine_pool() {
+  static EnginePool made;
+  return made;
+}
+
+}  // namespace treeattn_ggml
