@@ -1,0 +1,301 @@
+"""Runs the tests of the plugin in ggml and libllama; the Makefile builds what they need.
+
+    run.py --plugin PATH --out FOLDER --patches FOLDER
+
+A short selection; everything with TREEATTN_TEST=full. Ends with 1 where something failed.
+"""
+
+import argparse
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+FULL = os.environ.get("TREEATTN_TEST") == "full"
+STEPS, VOCABULARY, LAYERS = 64, 256, 2
+MODELS = ("llama", "alibi", "sinks", "softcap", "mla")
+CACHES = ("f16", "bf16", "q8_0", "q4_0")
+# Sequences, and whether they share one cache as llama-server has it.
+SLOTS = ((1, 1), (4, 1), (4, 0))
+# Largest distance of a logit from that with float64 attention, in parts of the largest logit. A key or value that a rounding of
+# 1e-7 moves to the next value of its cache stays there: 1/8 of a block's largest for q4_0.
+NEAR = {"f16": 2e-3, "bf16": 2e-3, "q8_0": 2e-3, "q4_0": 2e-2}
+# The same of ggml's own attention, which rounds queries to the cache's precision: that the reference is what ggml means.
+NEAR_GGML = {"f16": 5e-3, "bf16": 1e-2, "q8_0": 3e-2, "q4_0": 8e-2}
+
+failures = []
+
+
+def fail(text):
+    failures.append(text)
+    print(f"  FAILED: {text}", flush=True)
+
+
+class Client:
+    """Runs the programs that the Makefile made, against one build of ggml."""
+
+    def __init__(self, out, plugin):
+        self.out, self.plugin = Path(out), str(Path(plugin).resolve())
+
+    def run(self, program, *arguments, build="openmp", plugin=None, text="", timeout=600, **environment):
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("TREEATTN", "GGML"))}
+        # Threads that spin slow everything down where others use the machine, too; how long a step takes is not asked here.
+        env.update(OMP_WAIT_POLICY="passive", LD_LIBRARY_PATH=str(self.out / build), **environment)
+        if plugin:
+            env["GGML_BACKEND_PATH"] = str(plugin)
+        return subprocess.run([str(self.out / program), *map(str, arguments)], env=env, input=text, text=True, timeout=timeout,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+
+    def mode(self, name, ranks):
+        env = {"TREEATTN_GGML_RANKS": str(ranks)}
+        if name == "inline":
+            env["TREEATTN_GGML"] = "inline"
+        return env
+
+
+class Decoding:
+    """A case of decode.cpp, whatever computes its attention."""
+
+    def __init__(self, model, cache, slots, flash="on", cache_v=None):
+        self.model, self.cache, self.slots, self.flash = model, cache, slots, flash
+        self.cache_v = cache_v or cache
+
+    @property
+    def name(self):
+        kind = {(1, 1): "1", (4, 1): "4 unified", (4, 0): "4 split"}[self.slots]
+        return f"{self.model} {self.cache}/{self.cache_v} slots {kind}" + (" -fa auto" if self.flash == "auto" else "")
+
+    def file(self, out, who):
+        return out / "logits" / f"{self.name} {who}".replace(" ", "_").replace("/", "_")
+
+    def line(self, out, who, reference=None):
+        return " ".join(map(str, (out / "models" / f"{self.model}.gguf", self.cache, self.cache_v, *self.slots, self.flash, 2,
+                                  self.file(out, who), self.file(out, reference) if reference else "-")))
+
+    def logits(self, out, who):
+        return np.fromfile(self.file(out, who), np.float32).reshape(STEPS, self.slots[0], VOCABULARY)
+
+    def steps(self):
+        """Attentions that the plugin computes: a token a step, and the last chunk of each prompt."""
+        return LAYERS * (STEPS + self.slots[0])
+
+
+def decode(client, cases, who, reference=None, **options):
+    """Runs the cases in one process; gives the plugin's counters of each, or None where no plugin was loaded."""
+    text = "".join(case.line(client.out, who, reference) + "\n" for case in cases)
+    result = client.run("decode", text=text, timeout=1800, **options)
+    lines = result.stdout.splitlines()
+    if result.returncode or len(lines) != len(cases):
+        fail(f"decoding with {who} ended with {result.returncode} after {len(lines)} of {len(cases)} cases: {result.stderr.strip()}")
+        return None
+    return [{k: int(v) for k, v in re.findall(r"(honest|inline|left|failed)=(\d+)", line)} or None for line in lines]
+
+
+def distance(case, out, who):
+    """Largest distance of the logits from the reference's, and the tokens that differ though the reference was sure of them."""
+    exact, found = case.logits(out, "exact"), case.logits(out, who)
+    scale = np.abs(exact).max()
+    far = np.abs(found - exact).max() / scale if np.isfinite(found).all() else np.inf
+    two = np.sort(exact, axis=-1)[..., -2:]
+    sure = two[..., 1] - two[..., 0] > 2 * far * scale
+    other = exact.argmax(-1) != found.argmax(-1)
+    return far, int((sure & other).sum()), int(other.sum())
+
+
+def test_decoding(client):
+    (client.out / "logits").mkdir(exist_ok=True)
+    every = [Decoding(*c) for c in itertools.product(MODELS, CACHES, SLOTS)]
+    mixed = Decoding("llama", "q8_0", (1, 1), cache_v="q4_0")
+    auto = Decoding("llama", "f16", (4, 1), flash="auto")
+    # Each model with each cache, slots by turns; with several ranks, some of them.
+    short = [c for i, c in enumerate(every) if i % 3 == i // 3 % 3]
+    cases = (every if FULL else short) + [mixed]
+    builds = ("openmp", "pool") if FULL else ("openmp",)
+    decode(client, cases + [auto], "exact", plugin=client.out / "exact.so")
+    decode(client, cases, "ggml", "exact")
+    worst = {cache: 0.0 for cache in CACHES}
+    for case in cases:
+        if case is mixed:
+            continue
+        far, _, _ = distance(case, client.out, "ggml")
+        worst[case.cache] = max(worst[case.cache], far)
+        if not far <= NEAR_GGML[case.cache]:
+            fail(f"{case.name}: logits of ggml's own attention are {far:.1e} from those with float64 attention")
+    print("  ggml's own attention from float64: " + ", ".join(f"{c} {w:.1e}" for c, w in worst.items()))
+
+    for build, mode, ranks in itertools.product(builds, ("honest", "inline"), (1, 2, 3, 4)):
+        some = cases if FULL or ranks == 1 else cases[ranks::7]
+        if mode == "inline" and ranks == 1:
+            some = some + [auto]  # honest mode is turned off by -fa auto, as README.md says
+        began = time.monotonic()
+        who = f"{build} {mode} {ranks}"
+        counted = decode(client, some, who, "exact", build=build, plugin=client.plugin, **client.mode(mode, ranks))
+        if counted is None:
+            continue
+        worst, ties = 0.0, 0
+        for case, counts in zip(some, counted):
+            other = "inline" if mode == "honest" else "honest"
+            if counts is None or counts[mode] != case.steps() or counts[other] or counts["failed"]:
+                fail(f"{case.name}, {who}: counts {counts}, wanted {case.steps()} {mode} and no other")
+                continue
+            far, flips, near_ties = distance(case, client.out, who)
+            ties += near_ties
+            worst = max(worst, far)
+            near = max(NEAR[case.cache], NEAR[case.cache_v])
+            if not far <= near or flips:
+                fail(f"{case.name}, {who}: logits are {far:.1e} from the reference's (wanted {near:.0e}), {flips} other tokens")
+        print(f"  {who:16} {len(some):3} cases of {STEPS} tokens, logits within {worst:.1e}, {ties} ties fell otherwise "
+              f"({time.monotonic() - began:.1f} s)", flush=True)
+
+
+def test_killed(client):
+    """A process that is stopped in the middle of decoding ends at once and leaves nothing behind."""
+    env = dict(os.environ, OMP_WAIT_POLICY="passive", LD_LIBRARY_PATH=str(client.out / "openmp"), GGML_BACKEND_PATH=client.plugin,
+               TREEATTN_GGML_RANKS="2")
+    shared = set(os.listdir("/dev/shm"))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        case = Decoding("llama", "f16", (1, 1))
+        child = subprocess.Popen([client.out / "decode"], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                 stderr=subprocess.DEVNULL, text=True)
+        child.stdin.write((case.line(client.out, "killed", None) + "\n") * 100)
+        child.stdin.flush()
+        if not child.stdout.readline():
+            fail("decoding that was to be stopped ended by itself")
+        child.send_signal(number)
+        try:
+            child.wait(30)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            fail(f"{number.name}: the process still runs after 30 s")
+            continue
+        if child.returncode != -number:
+            fail(f"{number.name}: the process ended with {child.returncode}")
+    left = set(os.listdir("/dev/shm")) - shared
+    if any("treeattn" in name for name in left):
+        fail(f"left in /dev/shm: {sorted(left)}")
+    print("  stopped by SIGINT, SIGTERM and SIGKILL")
+
+
+def test_grid(client):
+    cases = 4000 if FULL else 240
+    runs = [("openmp", "honest", 1), ("pool", "inline", 1), ("pool", "honest", 3)]
+    if FULL:
+        runs = list(itertools.product(("openmp", "pool"), ("honest", "inline"), (1, 2, 3, 4)))
+    for build, mode, ranks in runs:
+        began = time.monotonic()
+        # The first run sees all cases, the others a part of them.
+        count = cases if (build, mode, ranks) == runs[0] else cases // 2
+        result = client.run("grid", count, 2, mode, build=build, plugin=client.plugin, timeout=3000, **client.mode(mode, ranks))
+        lines = result.stdout.splitlines()
+        if result.returncode:
+            print(result.stdout)
+            fail(f"grid, {build} {mode}, {ranks} ranks: ended with {result.returncode}: {result.stderr.strip()[-2000:]}")
+        elif (build, mode, ranks) == runs[0]:
+            print("\n".join(lines[:-1]))
+        print(f"  {build} {mode} {ranks}:{lines[-1] if lines else ''} ({time.monotonic() - began:.1f} s)", flush=True)
+
+
+def test_hosts(client):
+    """Versions of ggml that the plugin knows, does not know, and that lack something."""
+    folder = client.out / "hosts"
+
+    def host(what, expected, said=None, program="host", mode=(), **environment):
+        result = client.run(folder / program, client.plugin, *mode, timeout=60, **environment)
+        lines = [line for line in result.stderr.splitlines() if line]
+        if result.returncode or not result.stdout.startswith(expected):
+            fail(f"{what}: said {result.stdout.strip()!r}, ended with {result.returncode}: {result.stderr.strip()}")
+        elif expected == "refused" and (len(lines) != 1 or not lines[0].startswith("treeattn: ") or said not in lines[0]):
+            fail(f"{what}: wanted one line that names {said!r}, found {lines}")
+
+    known = [("0.9.1", 69, 84, 80, 2), ("0.9.4", 69, 84, 80, 2), ("0.9.11", 73, 90, 80, 2), ("0.10.0", 73, 90, 96, 2),
+             ("0.15.3", 74, 94, 96, 2), ("0.26.0", 74, 95, 96, 3)]
+    for version, flash, custom, offset, api in known:
+        env = dict(HOST_VERSION=version, HOST_FLASH=str(flash), HOST_CUSTOM=str(custom), HOST_OFFSET=str(offset), HOST_API=str(api))
+        host(f"ggml {version}", "taken", **env)
+        host(f"ggml {version} in place", "taken", mode=("inline",), TREEATTN_GGML="inline", **env)
+        host(f"ggml {version}, three ranks", "taken", TREEATTN_GGML_RANKS="3", **env)
+    unknown = ["0.9.0", "0.8.4", "0.27.0", "1.0.0", "0", "", "nightly"]
+    for version in unknown:
+        host(f"ggml {version!r}", "refused", version, HOST_VERSION=version)
+    host("a newer ggml that is taken for the newest known", "taken", HOST_VERSION="0.99.0", TREEATTN_GGML_ANY_VERSION="1")
+    host("an older api_version", "refused", "1", HOST_API="1")
+    host("a newer api_version", "refused", "9", HOST_API="9")
+    host("no CPU backend", "refused", "CPU", HOST_CPU="0")
+    host("another type 1", "refused", "bf32", HOST_F16="bf32")
+    host("no FLASH_ATTN_EXT", "refused", "FLASH_ATTN_EXT", HOST_FLASH="2000")
+    host("no CUSTOM", "refused", "CUSTOM", HOST_CUSTOM="200")
+
+    symbols = subprocess.run(["nm", "-D", "--defined-only", folder / "host"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    functions = sorted(set(re.findall(r" T (ggml_\w+)", symbols)))
+    # ggml_version first: without it nothing is known of the host.
+    functions.remove("ggml_version")
+    chosen = ["ggml_version", *(functions if FULL else functions[::9])]
+    for function in chosen:
+        program = f"without_{function}"
+        subprocess.run(["cc", "-w", "-fvisibility=hidden", f"-D{function}=absent_{function}", "-rdynamic", HERE / "stand_in.c",
+                        folder / "host.o", "-o", folder / program, "-ldl", "-lstdc++", "-lm"], check=True)
+        host(f"no {function}", "refused", function, program=program)
+    # What a host that is no ggml at all sees: nothing but NULL.
+    print(f"  {3 * len(known)} of known versions, {len(unknown) + 6} refused, {len(chosen)} with a function missing")
+
+
+def test_patches(client, folder):
+    """The patches for forks apply to the sources that are at hand."""
+    found = sorted(Path(folder).glob("*.patch"))
+    if not found:
+        fail(f"no patches in {folder}")
+    for patch in found:
+        text = patch.read_text()
+        targets = re.findall(r"^\+\+\+ b/(\S+)", text, re.M)
+        if "ik_llama" in patch.name:
+            # No source of it can be had here: the patch is well-formed, at least.
+            result = subprocess.run(["git", "apply", "--numstat", patch], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                    check=False)
+            what = "is well-formed"
+        else:
+            result = subprocess.run(["patch", "--dry-run", "--force", "-p1", "-d", client.out / "llama.cpp", "-i", patch],
+                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+            what = "applies"
+        if result.returncode or not targets:
+            fail(f"{patch.name}: {result.stdout.strip()}")
+        else:
+            print(f"  {patch.name} {what}: {', '.join(targets)}")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--plugin", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--patches", required=True)
+    parser.add_argument("--only", default="", help="names of tests, with commas")
+    options = parser.parse_args()
+    client = Client(options.out, options.plugin)
+    if not Path(client.plugin).exists():
+        sys.exit(f"no plugin at {client.plugin}")
+    (client.out / "logits").mkdir(exist_ok=True)
+    tests = {
+        "hosts": lambda: test_hosts(client),
+        "grid": lambda: test_grid(client),
+        "decoding": lambda: test_decoding(client),
+        "killed": lambda: test_killed(client),
+        "patches": lambda: test_patches(client, options.patches),
+    }
+    for name, test in tests.items():
+        if not options.only or name in options.only.split(","):
+            began = time.monotonic()
+            print(f"{name}:", flush=True)
+            test()
+            print(f"  ({time.monotonic() - began:.1f} s)", flush=True)
+    print(f"{len(failures)} failed" if failures else "all passed")
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
