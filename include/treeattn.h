@@ -192,7 +192,7 @@ inline T sized() {
 /**
  * Flag of `treeattn_attention_desc_t`, with CSR pages: each kv head has lists of pages of its own, as where heads select the
  * keys that they attend (with `page_size` = 1: lists of keys). See `page_index_head_stride` of `treeattn_decode_args_t`. Not with
- * TREEATTN_ATTENTION_CHECKED. CPU ranks only. Since 0.2.
+ * TREEATTN_ATTENTION_CHECKED. Since 0.2.
  */
 #define TREEATTN_ATTENTION_PAGES_BY_HEAD 8
 
@@ -694,7 +694,7 @@ typedef struct treeattn_attention_desc_t {
     /**
      * A query at global position p sees no key before p - window + 1: with `causal` = 1 the last `window` keys up to its
      * own, its own token among them, whatever ranks hold them. With `causal` = 0 it sees all later keys, too. 0: no window.
-     * Keys outside the windows of all query tokens of a sequence are not read. At least 0.
+     * Keys outside the windows of all query tokens of a sequence are not read, but for explicit positions on GPUs. At least 0.
      */
     int32_t window;
     /** Scores become softcap * tanh(score / softcap), after `scale`. 0: off. Finite, at least 0. */
@@ -833,7 +833,7 @@ typedef struct treeattn_decode_args_t {
      * taken as they are, any may be 0: {0, 0, 0} is one scale for all, {0, 0, 4} one a kv head. `bytes` may end where the
      * last sequence does, as those of k; nothing past a length is read. A scale that is no finite number makes NaN of what
      * sees it. Products of queries with what k holds have to be within f32. Each rank has its own. data NULL: 1, but with
-     * TREEATTN_DTYPE_INT8, whose keys need scales, TREEATTN_ERROR_INVALID_ARGUMENT. CPU ranks; on GPUs UNSUPPORTED.
+     * TREEATTN_DTYPE_INT8, whose keys need scales, TREEATTN_ERROR_INVALID_ARGUMENT.
      */
     struct treeattn_tensor_t k_scale;
     /** Scales of values, as `k_scale`: value = scale * what v holds. */
@@ -850,8 +850,9 @@ typedef struct treeattn_decode_args_t {
      * Strides are taken as they are, 0 broadcasts; all four 0 is refused. Slots are those of this rank: the element for the
      * key in its slot s of sequence b, whatever pages it lies in. Additive: added to the score; -inf hides, whatever the
      * factor; NaN makes the rows NaN that would see the key. Boolean: 0 hides, all else is visible. `bytes` covers what the
-     * lengths and query tokens of the step reach; elements past a length are not read, so that rows may be padded. Tiles of 64
-     * keys that are hidden from all rows are not read. data NULL: no sequence with queries has keys here.
+     * lengths and query tokens of the step reach; elements past a length are not read, so that rows may be padded. On
+     * CPUs tiles of 64 keys that are hidden from all rows are not read; on GPUs a mask that does not reach so far is
+     * TREEATTN_ERROR_INVALID_DATA of the sequence. data NULL: no sequence with queries has keys here.
      */
     struct treeattn_tensor_t mask;
     /**

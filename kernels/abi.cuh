@@ -98,14 +98,36 @@ enum : uint32_t {
     kTimeout = 8,
     kPeerLost = 9,
 };
+// Further element types, of keys and values.
+enum : int32_t {
+    kF8E4M3 = 4,
+    kF8E5M2 = 5,
+    kQ8_0 = 6,
+    kQ4_0 = 7,
+    kInt8 = 8,
+    kQ4_1 = 9,
+    kQ5_0 = 10,
+    kQ5_1 = 11,
+    kIq4Nl = 12,
+};
+// Terms::mask_element.
+enum : int32_t {
+    kMaskNone = 0,
+    kMaskF16 = 1,
+    kMaskF32 = 2,
+    kMaskByte = 3,
+};
 
-// The hash of all that is said here; each image carries it.
+// The hashes of what all kernels know, and of what those that take TermsParams do; each image carries its own.
 constexpr uint64_t kAbi = 0x543e30ef9893eaa9;
+constexpr uint64_t kTermsAbi = 0xcf7d30275f91d58f;
 
 }  // namespace treeattn
 
 // Once in each kernels/NAME.cu: the image's word that it was compiled from this.
 #define TREEATTN_ABI(NAME) extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kAbi;
+#define TREEATTN_TERMS_ABI(NAME) \
+    extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kTermsAbi;
 
 #define TREEATTN_CHECK_LAYOUT \
     static_assert(sizeof(KernelShape) == 20, "KernelShape"); \
@@ -225,4 +247,29 @@ constexpr uint64_t kAbi = 0x543e30ef9893eaa9;
     static_assert(offsetof(AllreduceParams, first_head) == 148, "AllreduceParams::first_head"); \
     static_assert(offsetof(AllreduceParams, own_heads) == 152, "AllreduceParams::own_heads"); \
     static_assert(offsetof(AllreduceParams, rank) == 156, "AllreduceParams::rank"); \
-    static_assert(offsetof(AllreduceParams, world) == 160, "AllreduceParams::world");
+    static_assert(offsetof(AllreduceParams, world) == 160, "AllreduceParams::world"); \
+    static_assert(sizeof(Terms) == 200, "Terms"); \
+    static_assert(offsetof(Terms, sinks) == 0, "Terms::sinks"); \
+    static_assert(offsetof(Terms, slopes) == 8, "Terms::slopes"); \
+    static_assert(offsetof(Terms, mask) == 16, "Terms::mask"); \
+    static_assert(offsetof(Terms, mask_factor) == 24, "Terms::mask_factor"); \
+    static_assert(offsetof(Terms, k_scale) == 32, "Terms::k_scale"); \
+    static_assert(offsetof(Terms, v_scale) == 40, "Terms::v_scale"); \
+    static_assert(offsetof(Terms, sink_stride) == 48, "Terms::sink_stride"); \
+    static_assert(offsetof(Terms, slope_stride) == 56, "Terms::slope_stride"); \
+    static_assert(offsetof(Terms, factor_stride) == 64, "Terms::factor_stride"); \
+    static_assert(offsetof(Terms, mask_stride) == 72, "Terms::mask_stride"); \
+    static_assert(offsetof(Terms, mask_bytes) == 104, "Terms::mask_bytes"); \
+    static_assert(offsetof(Terms, k_scale_stride) == 112, "Terms::k_scale_stride"); \
+    static_assert(offsetof(Terms, v_scale_stride) == 136, "Terms::v_scale_stride"); \
+    static_assert(offsetof(Terms, page_index_head_stride) == 160, "Terms::page_index_head_stride"); \
+    static_assert(offsetof(Terms, kv_position_head_stride) == 168, "Terms::kv_position_head_stride"); \
+    static_assert(offsetof(Terms, mask_element) == 176, "Terms::mask_element"); \
+    static_assert(offsetof(Terms, window) == 180, "Terms::window"); \
+    static_assert(offsetof(Terms, softcap) == 184, "Terms::softcap"); \
+    static_assert(offsetof(Terms, cap_inverse) == 188, "Terms::cap_inverse"); \
+    static_assert(offsetof(Terms, k_dtype) == 192, "Terms::k_dtype"); \
+    static_assert(offsetof(Terms, v_dtype) == 196, "Terms::v_dtype"); \
+    static_assert(sizeof(TermsParams) == 688, "TermsParams"); \
+    static_assert(offsetof(TermsParams, step) == 0, "TermsParams::step"); \
+    static_assert(offsetof(TermsParams, terms) == 488, "TermsParams::terms");

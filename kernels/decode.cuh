@@ -39,6 +39,23 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& it
     const int token_of = item.tokens == 1 ? 0 : packed_row / p.group;
     const int64_t token = item.first_token + token_of;
     const int64_t head = static_cast<int64_t>(item.head) * p.group + packed_row - token_of * p.group;
+    float sink = 0.f;
+    bool is_sink = false;  // alone
+    if constexpr (S::kTerms) {
+        // The partial of rank 0 holds the sinks.
+        if (p.rank == 0) {
+            const auto& block = *reinterpret_cast<const TermsBlock<S::kRows>*>(shared + S::kTermsAt);
+            sink = block.rows[packed_row % S::kRows].sink;
+            is_sink = s.l == 0.f && sink != -infinity();
+            const float weight = add_sink(sink, s.m, s.l);
+            o.x *= weight, o.y *= weight;
+            // What no key has a part in is zero, also where there was no number.
+            if (is_sink) o = make_float2(0.f, 0.f);
+        }
+    }
+    const auto lse_of = [&](const RowState& state) {
+        return is_sink && sink == sink && sink < infinity() ? sink : (state.m + log2f(state.l)) * kLn2;
+    };
     if (s.l == 0.f) {
         o = make_float2(0.f, 0.f);
     } else {
@@ -47,7 +64,7 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& it
     }
     if (p.flags & kFlagPush) {
         if (column >= p.head_dim_v()) return;
-        const float lse = s.l == 0.f ? -infinity() : (s.m + log2f(s.l)) * kLn2;
+        const float lse = s.l == 0.f ? -infinity() : lse_of(s);
         const PushState& push = *reinterpret_cast<const PushState*>(shared + S::kPushStateAt);
         push_columns(push, token, static_cast<int>(head), column, lse, o);
         return;
@@ -56,7 +73,7 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& it
     char* to = target.row(token, head) + column * target.o_stride[2];
     if (column < p.head_dim_v()) store_two(to, target.o_stride[2], target.dtype, o);
     if (target.lse != nullptr && column == 0) {
-        *target.lse_of(token, head) = s.l == 0.f ? -infinity() : (s.m + log2f(s.l)) * kLn2;
+        *target.lse_of(token, head) = s.l == 0.f ? -infinity() : lse_of(s);
     }
 }
 
@@ -237,7 +254,9 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t slots = shared_address(shared) + warp * S::kStages * S::kSlotBytes;
     touch_parameters(p, reinterpret_cast<int*>(shared + S::kFlagAt) + 1);
-    for (int i = 0; i < S::kStages; i++) clear_padding<S>(p, slots + i * S::kSlotBytes, lane);
+    if constexpr (!S::kRaw) {
+        for (int i = 0; i < S::kStages; i++) clear_padding<S>(p, slots + i * S::kSlotBytes, lane);
+    }
     __syncwarp();
     Walk<S> walk(p, shared);
     const EvenSplit even = walk.prepare();
@@ -272,6 +291,7 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
 
     // The ring is full before the first tile is attended; from then on a slot is filled again as soon as it is free.
     int next_tile = even.index * S::kWarps + warp;  // of an evenly split item, the next to be attended
+    if constexpr (S::kTerms) next_tile = walk.tile;
     while (true) {
         if (is_even) {
             walk.fill_even(stage);
@@ -319,7 +339,7 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
             merge_item<S>(p, item, shared, family, (warp * S::kStages + stage) * S::kSlotBytes, rows);
             if (tile.flags & kSlotFinal) break;
             __syncthreads();
-            clear_padding<S>(p, slot, lane);
+            if constexpr (!S::kRaw) clear_padding<S>(p, slot, lane);
         }
         __syncwarp();
     }
@@ -335,6 +355,15 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
     extern "C" __global__ void __launch_bounds__(FAMILY::S::kThreads, FAMILY::S::kBlocks)                           \
         NAME(const __grid_constant__ treeattn::DecodeParams params) {                                                 \
         treeattn::end_step<FAMILY::S>(params, BODY<FAMILY>(params));                                                  \
+    }
+// The same of a family that takes TermsParams.
+#define TREEATTN_TERMS_KERNEL(NAME, FAMILY)                                                                           \
+    extern "C" __device__ const treeattn::KernelShape NAME##_shape = {                                                \
+        FAMILY::S::kThreads, FAMILY::S::kSharedBytes, FAMILY::S::kBlocks, treeattn::Partials<FAMILY::S>::kFloats * 4, \
+        treeattn::Partials<FAMILY::S>::kStrips * treeattn::kCountersOfStrip};                                         \
+    extern "C" __global__ void __launch_bounds__(FAMILY::S::kThreads, FAMILY::S::kBlocks)                           \
+        NAME(const __grid_constant__ treeattn::TermsParams params) {                                                  \
+        treeattn::end_step<FAMILY::S>(params.step, treeattn::decode<FAMILY>(params.step));                            \
     }
 
 }  // namespace treeattn

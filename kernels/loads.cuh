@@ -14,6 +14,7 @@ namespace treeattn {
 template <int HeadDimQk, int HeadDimV, int Rows, int Warps, int Blocks, int QueryBytes>
 struct LoadShape {
     static constexpr int kRows = Rows;
+    static constexpr bool kTerms = false, kRaw = false;
     static constexpr int kDimQk = HeadDimQk, kDimV = HeadDimV;
     static constexpr int kBlocks = Blocks, kWarps = Warps;
     static constexpr int kThreads = kWarps * 32;
@@ -30,7 +31,7 @@ struct LoadShape {
     static constexpr int kRowAt = kStateAt + kWarps * Rows * 8;
     static constexpr int kItemAt = kRowAt + (Rows * 4 + 15) / 16 * 16;
     static constexpr int kCursorAt = kItemAt + static_cast<int>(sizeof(Item));
-    static constexpr int kScratchAt = kCursorAt + kWarps * static_cast<int>(sizeof(Cursor));
+    static constexpr int kScratchAt = kCursorAt + kWarps * static_cast<int>(sizeof(Cursor<false>));
     static constexpr int kFlagAt = kScratchAt + static_cast<int>(sizeof(SliceScratch));
     static constexpr int kPushStateAt = (kFlagAt + 16 + 4 * kWarps + 15) / 16 * 16;
     static constexpr int kSharedBytes = kPushStateAt + static_cast<int>(sizeof(PushState));

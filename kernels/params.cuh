@@ -4,6 +4,8 @@
 //
 //   treeattn_decode_fma_d{QK}x{V}_r2_{TYPES}        2 packed query rows a tile
 //   treeattn_decode_mma_d{QK}x{V}_r{ROWS}_{TYPES}   ROWS = 8 or 16 packed query rows a tile
+//   treeattn_decode_terms_d{QK}x{V}_r8_{TYPE}       the same with windows, masks and whatever else changes scores
+//   treeattn_decode_narrow_d{QK}x{V}_r8             the same of k and v of any types, and with scales
 //   treeattn_merge_partials                         merge of n given partials
 //   treeattn_exchange                               exchange of partials with peers
 //
@@ -14,6 +16,10 @@
 // one type and the class is 128x128 or less. A packed row is (query token, head of the group); a sequence with more
 // rows than ROWS runs as more tiles, so every kernel of a class is correct for every shape: choose r2 up to 2 rows, r8 up
 // to 8, r16 above.
+//
+// Kernels of decode_terms and decode_narrow take TermsParams. Their classes are 64x64, 128x128 and 256x256; TYPE is bf16 or
+// f16. To decode_narrow kFlagNoBulk says that rows have to be widened by way of shared memory: some row of k or v is of a type
+// that widen.cuh does not widen in registers, or its blocks do not lie side by side.
 //
 // Beside each kernel NAME the image holds a constant NAME_shape of type KernelShape, for that architecture.
 #pragma once
@@ -118,6 +124,35 @@ struct DecodeParams {
     ExchangeView exchange;  // kFlagPush
 
     __device__ __forceinline__ int head_dim_v() const { return target.dim; }
+};
+
+// What a step has beside that, for kernels of decode_terms.cu and decode_narrow.cu. Strides are bytes, and may be 0.
+struct Terms {
+    const void* sinks;        // f32 [q head]; null: none. Merged by rank 0 alone
+    const void* slopes;       // f32 [q head]; null: none
+    const void* mask;         // [sequence, q head, query token of the sequence, local slot]
+    const void* mask_factor;  // f32 [q head]; null: 1
+    const void* k_scale;      // f32 [sequence or page, token or slot, kv head]; null: 1
+    const void* v_scale;
+    int64_t sink_stride;
+    int64_t slope_stride;
+    int64_t factor_stride;
+    int64_t mask_stride[4];
+    uint64_t mask_bytes;
+    int64_t k_scale_stride[3];
+    int64_t v_scale_stride[3];
+    int64_t page_index_head_stride;   // elements between the page lists of kv heads; num_page_indices is of the first
+    int64_t kv_position_head_stride;  // elements
+    int32_t mask_element;             // kMaskNone, ...
+    int32_t window;                   // keys that a query sees up to its own position; 0: all
+    float softcap;                    // 0: none
+    float cap_inverse;                // 1 / (softcap * log2 e)
+    int32_t k_dtype;
+    int32_t v_dtype;
+};
+struct TermsParams {
+    DecodeParams step;
+    Terms terms;
 };
 
 // Merge of n given partials, in index order. One warp a row (token, head): grid ceil(tokens * heads / 8), 256 threads, no

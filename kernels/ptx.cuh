@@ -89,6 +89,21 @@ __device__ __forceinline__ void clear_shared(uint32_t address) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
 }
 
+// Four of the bytes of x (0 to 3) and y (4 to 7), as the hexadecimal digits of `which` say, the lowest byte's last.
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t x, uint32_t y, uint32_t which) {
+    return __byte_perm(x, y, which);
+}
+// The lower word of high:low >> bits, 0 to 31 of them.
+__device__ __forceinline__ uint32_t shift_right(uint32_t low, uint32_t high, uint32_t bits) {
+    return __funnelshift_r(low, high, bits);
+}
+// x * y + z of two bf16 each, rounded once.
+__device__ __forceinline__ uint32_t fma_bf16(uint32_t x, uint32_t y, uint32_t z) {
+    uint32_t r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(y), "r"(z));
+    return r;
+}
+
 // Transposes an 8 x 8 matrix of 16-bit elements that lies over the warp as multiply's operands do.
 __device__ __forceinline__ uint32_t transpose(uint32_t x) {
     uint32_t y;

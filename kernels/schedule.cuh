@@ -12,6 +12,7 @@
 #include "numbers.cuh"
 #include "params.cuh"
 #include "ptx.cuh"
+#include "terms.cuh"
 
 namespace treeattn {
 
@@ -35,6 +36,21 @@ struct Sequence {
         return static_cast<int64_t>(key_tiles) * row_tiles * kv_heads;
     }
 };
+// One of which only the key tiles from first_tile on, key_tiles of them, hold what its query tokens can see.
+struct SeenSequence : Sequence {
+    int first_tile;
+};
+template <bool Terms>
+struct SequenceKind {
+    using Type = Sequence;
+};
+template <>
+struct SequenceKind<true> {
+    using Type = SeenSequence;
+};
+// What a kernel with or without Terms reads.
+template <bool Terms>
+using SequenceOf = typename SequenceKind<Terms>::Type;
 
 __device__ __forceinline__ void read_keys(const DecodeParams& p, int b, Sequence& s) {
     int64_t room = p.kv_capacity;
@@ -72,9 +88,9 @@ __device__ __forceinline__ void read_keys(const DecodeParams& p, int b, Sequence
 }
 
 // Reads sequence b; `taken` is where the query tokens of the sequences before it end, so that no token has two owners.
-template <int Rows>
-__device__ __forceinline__ Sequence read_sequence(const DecodeParams& p, int b, int& taken) {
-    Sequence s;
+template <int Rows, bool Terms>
+__device__ __forceinline__ SequenceOf<Terms> read_sequence(const DecodeParams& p, int b, int& taken) {
+    SequenceOf<Terms> s;
     s.keys = 0;
     s.fault = kFaultNone;
     if (p.query_start == nullptr) {
@@ -90,7 +106,17 @@ __device__ __forceinline__ Sequence read_sequence(const DecodeParams& p, int b, 
     }
     if (s.fault == kFaultNone) read_keys(p, b, s);
     s.row_tiles = (s.tokens * p.group + Rows - 1) / Rows;
-    s.key_tiles = max(static_cast<int>((static_cast<unsigned>(s.keys) + kTile - 1) / kTile), 1);
+    if constexpr (Terms) {
+        if (terms_of(p).mask_element != kMaskNone && s.keys > 0 && s.tokens > 0 && !mask_reaches(p, b, s.tokens, s.keys)) {
+            s.fault = kFaultKvLength;
+            s.keys = 0;
+        }
+        const SlotRange seen = visible_slots(p, b, s.first_token, s.tokens, s.keys);
+        s.first_tile = seen.begin / kTile;
+        s.key_tiles = max(static_cast<int>((static_cast<unsigned>(seen.end) + kTile - 1) / kTile) - s.first_tile, 1);
+    } else {
+        s.key_tiles = max(static_cast<int>((static_cast<unsigned>(s.keys) + kTile - 1) / kTile), 1);
+    }
     return s;
 }
 
@@ -208,7 +234,7 @@ __device__ __forceinline__ bool starts_in_order(const DecodeParams& p, int b) {
 }
 
 // The honest but slow way, for a query_start that is out of order: one sequence after the other.
-template <int Rows>
+template <int Rows, bool Terms>
 __device__ __noinline__ BlockSlice find_slice_serially(const DecodeParams& p) {
     BlockSlice slice;
     slice.b = 0, slice.taken = 0, slice.sequence_begin = 0;
@@ -216,7 +242,7 @@ __device__ __noinline__ BlockSlice find_slice_serially(const DecodeParams& p) {
     int taken = 0;
 #pragma unroll 1
     for (int b = 0; b < p.batch; b++) {
-        const Sequence s = read_sequence<Rows>(p, b, taken);
+        const SequenceOf<Terms> s = read_sequence<Rows, Terms>(p, b, taken);
         if (s.fault != kFaultNone && blockIdx.x == 0 && threadIdx.x == 0) report_fault(p, b, s.fault);
         total += s.units(p.kv_heads);
         items += static_cast<int64_t>(s.row_tiles) * p.kv_heads;
@@ -230,7 +256,7 @@ __device__ __noinline__ BlockSlice find_slice_serially(const DecodeParams& p) {
 #pragma unroll 1
     for (int b = 0; b < p.batch && slice.begin < slice.end; b++) {
         const int before = taken;
-        const int64_t next = begin + read_sequence<Rows>(p, b, taken).units(p.kv_heads);
+        const int64_t next = begin + read_sequence<Rows, Terms>(p, b, taken).units(p.kv_heads);
         if (slice.begin < next) {
             slice.b = b, slice.taken = before, slice.sequence_begin = begin;
             break;
@@ -241,21 +267,21 @@ __device__ __noinline__ BlockSlice find_slice_serially(const DecodeParams& p) {
 }
 
 // Finds the block's slice. Batches of up to 32 need no barrier: every warp finds it for itself.
-template <int Rows>
+template <int Rows, bool Terms>
 __device__ __noinline__ BlockSlice find_slice(const DecodeParams& p, SliceScratch* scratch) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     BlockSlice slice;
     slice.begin = slice.end = 0;
     slice.b = 0, slice.taken = 0, slice.sequence_begin = 0;
     if (p.batch <= 32) {
-        Sequence s;
+        SequenceOf<Terms> s;
         int64_t units = 0;
         int items = 0, longest = 0;
         bool sorted = true;
         if (lane < p.batch) {
             sorted = starts_in_order(p, lane);
             int taken = p.query_start == nullptr ? 0 : p.query_start[lane];
-            s = read_sequence<Rows>(p, lane, taken);
+            s = read_sequence<Rows, Terms>(p, lane, taken);
             units = s.units(p.kv_heads);
             items = s.row_tiles * p.kv_heads;
             longest = s.row_tiles > 0 ? s.key_tiles : 0;
@@ -281,7 +307,7 @@ __device__ __noinline__ BlockSlice find_slice(const DecodeParams& p, SliceScratc
             slice.taken = p.query_start == nullptr || after == 0 ? 0 : p.query_start[b];
             return slice;
         }
-        return find_slice_serially<Rows>(p);
+        return find_slice_serially<Rows, Terms>(p);
     }
 
     // Two passes over the batch, blockDim.x sequences at a time: the total, then the slice.
@@ -293,7 +319,7 @@ __device__ __noinline__ BlockSlice find_slice(const DecodeParams& p, SliceScratc
     for (int b = threadIdx.x; b < p.batch; b += blockDim.x) {
         sorted = sorted && starts_in_order(p, b);
         int taken = p.query_start == nullptr ? 0 : p.query_start[b];
-        const Sequence s = read_sequence<Rows>(p, b, taken);
+        const SequenceOf<Terms> s = read_sequence<Rows, Terms>(p, b, taken);
         total += s.units(p.kv_heads);
         items += static_cast<int64_t>(s.row_tiles) * p.kv_heads;
         if (s.row_tiles > 0) longest = max(longest, s.key_tiles);
@@ -309,7 +335,7 @@ __device__ __noinline__ BlockSlice find_slice(const DecodeParams& p, SliceScratc
     if (!sorted) scratch->sorted = 0;
     __syncthreads();
     if (scratch->sorted == 0) {
-        return find_slice_serially<Rows>(p);
+        return find_slice_serially<Rows, Terms>(p);
     }
     total = scratch->units;
     slice.units = slice_units(total, scratch->items, scratch->longest);
@@ -323,7 +349,7 @@ __device__ __noinline__ BlockSlice find_slice(const DecodeParams& p, SliceScratc
         int64_t units = 0;
         if (b < p.batch) {
             int taken = p.query_start == nullptr ? 0 : p.query_start[b];
-            const Sequence s = read_sequence<Rows>(p, b, taken);
+            const SequenceOf<Terms> s = read_sequence<Rows, Terms>(p, b, taken);
             units = s.units(p.kv_heads);
             if (s.fault != kFaultNone && blockIdx.x == 0) report_fault(p, b, s.fault);
         }

@@ -43,9 +43,10 @@ enum : int { kSlotEnd = 1, kSlotLast = 2, kSlotFirst = 4, kSlotPoison = 8, kSlot
 
 // Where a warp's walk along a flat slice is, as far as only the steps from item to item need it: in shared memory, for
 // want of registers. All lanes read it, one writes it, with the warp synchronised in between.
+template <bool Terms>
 struct Cursor {
     BlockSlice slice;
-    Sequence seq;
+    SequenceOf<Terms> seq;
     int64_t item_begin;
     int head, row_tile;
     Item item;  // the one at hand, as the slot of its first tile will say
@@ -76,24 +77,65 @@ struct Rows16 {
     }
 };
 
-template <int HeadDimQk, int HeadDimV, int Rows, int QueryBytes>
+// A pipeline slot of a tile of 16-bit elements.
+template <int HeadDimQk, int HeadDimV>
+struct Slot16 {
+    static constexpr bool kRaw = false;
+    using RowsK = Rows16<HeadDimQk>;
+    using RowsV = Rows16<HeadDimV>;
+    static constexpr int kVAt = kTile * RowsK::kPitch;
+    static constexpr int kTileBytes = kVAt + kTile * RowsV::kPitch;
+    static constexpr int kStageBytes = 0;  // beside the slot, of each stage
+};
+
+// Bytes of a packed row of `dim` elements of a type that kernels widen in registers.
+__host__ __device__ constexpr int raw_bytes(int32_t dtype, int dim) {
+    return dtype == kQ8_0 ? dim / 32 * 34 : dtype == kQ4_0 ? dim / 32 * 18 : dim;
+}
+
+// A pipeline slot of rows as they are in memory, each in the 16-byte units that hold it; or of one tile that was widened to
+// 16-bit elements.
+template <int HeadDim>
+struct RowsRaw {
+    static constexpr int kPitch = (raw_bytes(kQ8_0, HeadDim) + 15 + 31) / 32 * 32;
+};
+// Where the rows of a slot lie: those of k, then those of v; with their scales.
+struct RawRows {
+    uint64_t at[2 * kTile];
+    float scale[2 * kTile];
+};
+template <int HeadDimQk, int HeadDimV>
+struct SlotRaw {
+    static constexpr bool kRaw = true;
+    using RowsK = RowsRaw<HeadDimQk>;
+    using RowsV = RowsRaw<HeadDimV>;
+    static constexpr int kVAt = kTile * RowsK::kPitch;
+    static constexpr int kTileBytes = kVAt + kTile * RowsV::kPitch;
+    static constexpr int kStageBytes = static_cast<int>(sizeof(RawRows));
+};
+
+// Terms: the kernel takes TermsParams, and QueryBytes hold what rows need of them (TermsBlock) last.
+template <int HeadDimQk, int HeadDimV, int Rows, int QueryBytes, bool Terms = false,
+          class Slot = Slot16<HeadDimQk, HeadDimV>>
 struct Shape {
     static constexpr int kRows = Rows;
+    static constexpr bool kTerms = Terms;
+    static constexpr bool kRaw = Slot::kRaw;
     static constexpr int kDimQk = HeadDimQk, kDimV = HeadDimV;
     static constexpr int kBlocks = 1;
     // O in fp32 goes over a consumed slot at an item's end. The pitch keeps a warp's stores in different banks.
     static constexpr int kPitchO = HeadDimV + 4;
-    using RowsK = Rows16<HeadDimQk>;
-    using RowsV = Rows16<HeadDimV>;
-    static constexpr int kVAt = kTile * RowsK::kPitch;
-    static constexpr int kTileBytes = kVAt + kTile * RowsV::kPitch, kCloseBytes = Rows * kPitchO * 4;
+    using RowsK = typename Slot::RowsK;
+    using RowsV = typename Slot::RowsV;
+    static constexpr int kVAt = Slot::kVAt;
+    static constexpr int kTileBytes = Slot::kTileBytes, kCloseBytes = Rows * kPitchO * 4;
     static constexpr int kSlotBytes = kTileBytes > kCloseBytes ? kTileBytes : kCloseBytes;
     static_assert(kVAt % 128 == 0 && kSlotBytes % 128 == 0, "units change places within 128 bytes");
     static constexpr int kSmall = 1024 + static_cast<int>(sizeof(PushState)) + static_cast<int>(sizeof(SliceScratch)) +
-                                  Rows * 8 + 8 * (Rows * 8 + 4 + static_cast<int>(sizeof(Cursor)));
+                                  Rows * 8 + 8 * (Rows * 8 + 4 + static_cast<int>(sizeof(Cursor<Terms>)));
     static constexpr int kEntryBytes = kTile * 4;
     static constexpr int per_warp(int stages) {
-        return stages * (kSlotBytes + static_cast<int>(sizeof(SlotInfo)) + kEntryBytes);
+        return stages * (kSlotBytes + static_cast<int>(sizeof(SlotInfo)) + kEntryBytes + Slot::kStageBytes);
     }
     static constexpr bool fits(int warps, int stages) {
         return warps * per_warp(stages) + QueryBytes + kSmall <= kSharedLimit / kBlocks - (kBlocks - 1) * 512;
@@ -104,13 +146,15 @@ struct Shape {
     static constexpr int kThreads = kWarps * 32;
 
     static constexpr int kQueryAt = kWarps * kStages * kSlotBytes;
+    static constexpr int kTermsAt = kQueryAt + QueryBytes - static_cast<int>(sizeof(TermsBlock<Rows>));
     static constexpr int kInfoAt = kQueryAt + QueryBytes;
     static constexpr int kEntriesAt = kInfoAt + kWarps * kStages * static_cast<int>(sizeof(SlotInfo));
-    static constexpr int kStateAt = kEntriesAt + kWarps * kStages * kEntryBytes;
+    static constexpr int kStageAt = kEntriesAt + kWarps * kStages * kEntryBytes;
+    static constexpr int kStateAt = kStageAt + kWarps * kStages * Slot::kStageBytes;
     static constexpr int kRowAt = kStateAt + kWarps * Rows * 8;
     static constexpr int kItemAt = kRowAt + Rows * 8;
     static constexpr int kCursorAt = kItemAt + static_cast<int>(sizeof(Item));
-    static constexpr int kScratchAt = kCursorAt + kWarps * static_cast<int>(sizeof(Cursor));
+    static constexpr int kScratchAt = kCursorAt + kWarps * static_cast<int>(sizeof(Cursor<Terms>));
     static constexpr int kFlagAt = kScratchAt + static_cast<int>(sizeof(SliceScratch));
     static constexpr int kPushStateAt = (kFlagAt + 16 + 4 * kWarps + 15) / 16 * 16;
     static constexpr int kSharedBytes = kPushStateAt + static_cast<int>(sizeof(PushState));

@@ -12,9 +12,17 @@
 
 namespace treeattn {
 
+// The kv head at hand, where scales are looked up by it.
+template <bool Raw>
+struct HeadOf {};
+template <>
+struct HeadOf<true> {
+    int head;
+};
+
 // The walk of one warp along its block's slice; it fills pipeline slots.
 template <class S>
-struct Walk {
+struct Walk : HeadOf<S::kRaw> {
     const DecodeParams& p;
     char* shared;
     int b;                // sequence
@@ -31,6 +39,8 @@ struct Walk {
     int page_shift;       // log2 of the page size, -1 where it is no power of two
     uint64_t l2_policy;        // how long L2 is to keep keys and values
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    using Cursor = treeattn::Cursor<S::kTerms>;
+    using Sequence = SequenceOf<S::kTerms>;
 
     // Lanes a row: the next power of two, so that a lane keeps its column.
     static __host__ __device__ constexpr int lanes_of(int dim) { return dim <= 64 ? 8 : dim <= 128 ? 16 : 32; }
@@ -91,12 +101,17 @@ struct Walk {
     // Begins a evenly split item, and says which it is.
     __device__ __forceinline__ Item start_even(const EvenSplit& even) {
         int taken = 0;
-        const Sequence seq = read_sequence<S::kRows>(p, 0, taken);
+        const Sequence seq = read_sequence<S::kRows, S::kTerms>(p, 0, taken);
         tile_end = seq.key_tiles;
         done = even.index * S::kWarps >= seq.key_tiles;
         const Split split = even.split(seq.key_tiles, S::kWarps);
         if (!done) {
             take_sequence(seq);
+            if constexpr (S::kTerms) {
+                tile += seq.first_tile, tile_end += seq.first_tile;
+                take_list(seq, even.head);
+                find_rows(even.head);
+            }
             read_entries(0);
         }
         return Item{even.head, even.row_tile, 0, seq.tokens, split.count, split.index, split.first_block, 0};
@@ -109,11 +124,11 @@ struct Walk {
     // Begins a flat slice.
     __device__ __forceinline__ Item start() {
         Cursor at;
-        at.slice = find_slice<S::kRows>(p, reinterpret_cast<SliceScratch*>(shared + S::kScratchAt));
+        at.slice = find_slice<S::kRows, S::kTerms>(p, reinterpret_cast<SliceScratch*>(shared + S::kScratchAt));
         done = at.slice.begin >= at.slice.end;
         if (done) return Item{};
         b = at.slice.b;
-        at.seq = read_sequence<S::kRows>(p, b, at.slice.taken);
+        at.seq = read_sequence<S::kRows, S::kTerms>(p, b, at.slice.taken);
         const int64_t into = at.slice.begin - at.slice.sequence_begin;
         const int64_t item = into / at.seq.key_tiles;
         at.head = static_cast<int>(item / at.seq.row_tiles);
@@ -124,9 +139,18 @@ struct Walk {
         return at.item;
     }
 
+    // The page list of a kv head.
+    __device__ __forceinline__ void take_list(const Sequence& seq, int head) {
+        page_row = seq.page_row + head * terms_of(p).page_index_head_stride;
+    }
+
     // Positions are judged where they are used; a bad one poisons the sequence's rows.
     __device__ __forceinline__ bool positions_bad(const Sequence& seq) const {
-        if (!(p.flags & kFlagCausal) || seq.keys == 0) return false;
+        if constexpr (S::kTerms) {
+            if (!needs_positions(p) || seq.keys == 0) return false;
+        } else {
+            if (!(p.flags & kFlagCausal) || seq.keys == 0) return false;
+        }
         return positions_bad(p, b, seq.first_token, seq.tokens, seq.keys);
     }
     static __device__ __noinline__ bool positions_bad(const DecodeParams& p, int b, int first_token, int tokens,
@@ -158,6 +182,10 @@ struct Walk {
         const int64_t to = min(at.slice.end - at.item_begin, static_cast<int64_t>(at.seq.key_tiles));
         tile = static_cast<int>(from) + warp;
         tile_end = static_cast<int>(to);
+        if constexpr (S::kTerms) {
+            tile += at.seq.first_tile, tile_end += at.seq.first_tile;
+            take_list(at.seq, at.head);
+        }
         flags |= kSlotFirst;
         if (at.item_begin + at.seq.key_tiles >= at.slice.end) flags |= kSlotFinal;
         const Split split = split_of(at.item_begin, at.seq.key_tiles, at.slice.units);
@@ -204,6 +232,7 @@ struct Walk {
     }
 
     __device__ __forceinline__ void find_rows(int head) {
+        if constexpr (S::kRaw) this->head = head;
         k_row = static_cast<const char*>(p.k) + head * p.k_stride[2];
         v_row = static_cast<const char*>(p.v) + head * p.v_stride[2];
         if (p.kv_layout == kStrided) {
@@ -227,7 +256,7 @@ struct Walk {
                 at.head = 0;
                 do {
                     b++;
-                    at.seq = read_sequence<S::kRows>(p, b, at.slice.taken);
+                    at.seq = read_sequence<S::kRows, S::kTerms>(p, b, at.slice.taken);
                 } while (at.seq.row_tiles == 0);
                 take_sequence(at.seq);
             }
@@ -253,6 +282,14 @@ struct Walk {
     }
 
     // Copies the warp's next tile into a slot; says whether a page of it does not exist.
+    __device__ __forceinline__ bool copy_next(int stage, int base, int live) {
+        if constexpr (S::kRaw) {
+            return copy_raw(stage, base, live);
+        } else {
+            return copy_tile(stage, base, live);
+        }
+    }
+
     __device__ __forceinline__ bool copy_tile(int stage, int base, int live) {
         const uint32_t slot_address = shared_address(shared) + (warp * S::kStages + stage) * S::kSlotBytes;
         bool bad = false;
@@ -307,7 +344,7 @@ struct Walk {
     __device__ __forceinline__ void fill_even(int stage) {
         if (tile < tile_end) {
             const int base = tile * kTile;
-            const bool bad = copy_tile(stage, base, min(max(keys - base, 0), kTile));
+            const bool bad = copy_next(stage, base, min(max(keys - base, 0), kTile));
             if (p.kv_layout != kStrided) {
                 int4* info = reinterpret_cast<int4*>(shared + S::kInfoAt) + (warp * S::kStages + stage) * 3;
                 if (lane == 0) info->x = bad ? kSlotPoison : 0;
@@ -330,7 +367,7 @@ struct Walk {
         const int base = tile * kTile;
         const bool last = tile + S::kWarps >= tile_end;
         const int live = tile < tile_end ? min(max(keys - base, 0), kTile) : 0;
-        const bool bad = copy_tile(stage, base, live);
+        const bool bad = copy_next(stage, base, live);
         if (p.kv_layout != kStrided && !last) ask_entry(stage);
         copy_async_commit();
 
@@ -347,6 +384,64 @@ struct Walk {
         flags &= ~kSlotFirst;
         tile += S::kWarps;
         if (last) next_item(stage + 1 == S::kStages ? 0 : stage + 1);
+    }
+
+    // The same of rows that stay as they are in memory: the 16-byte units that hold them, so that a row begins up to 15 bytes
+    // into its place. Says where each row lies: its copy, or where there are none (kFlagNoBulk) itself; and brings its scale.
+    __device__ __forceinline__ bool copy_raw(int stage, int base, int live) {
+        const Terms& t = terms_of(p);
+        const uint32_t slot_address = shared_address(shared) + (warp * S::kStages + stage) * S::kSlotBytes;
+        RawRows& table = reinterpret_cast<RawRows*>(shared + S::kStageAt)[warp * S::kStages + stage];
+        const bool of_v = lane >= kTile;
+        const int row = lane % kTile, slot = base + row;
+        const char* from = of_v ? v_row : k_row;
+        int64_t outer = b, inner = slot;
+        bool bad = false;
+        if (p.kv_layout == kStrided) {
+            from += row * (of_v ? p.v_stride[1] : p.k_stride[1]);
+            k_row += static_cast<int64_t>(step) * kTile * p.k_stride[1];
+            v_row += static_cast<int64_t>(step) * kTile * p.v_stride[1];
+        } else if (row < live) {
+            const int entry = entries(stage)[regular() ? 0 : row], page = page_of(slot);
+            bad = entry < 0 || entry >= p.num_pages;
+            outer = entry, inner = slot - page * p.page_size;
+            from += outer * (of_v ? p.v_stride[0] : p.k_stride[0]) + inner * (of_v ? p.v_stride[1] : p.k_stride[1]);
+        }
+        bad = __any_sync(kAllLanes, bad);
+        if (bad) live = 0;
+        const bool raw = !(p.flags & kFlagNoBulk);
+        const uint32_t place = slot_address + (of_v ? S::kVAt + row * S::RowsV::kPitch : row * S::RowsK::kPitch);
+        table.at[lane] = raw ? place + (reinterpret_cast<uint64_t>(from) & 15) : reinterpret_cast<uint64_t>(from);
+        const char* scale = static_cast<const char*>(of_v ? t.v_scale : t.k_scale);
+        if (row < live && scale != nullptr) {
+            const int64_t* stride = of_v ? t.v_scale_stride : t.k_scale_stride;
+            copy_async4(shared_address(&table.scale[lane]),
+                        scale + outer * stride[0] + inner * stride[1] + this->head * stride[2]);
+        }
+        if (raw && live > 0) {
+            copy_units<S::kDimQk, S::RowsK::kPitch>(slot_address, from, 0, live, raw_bytes(t.k_dtype, p.head_dim_qk));
+            copy_units<S::kDimV, S::RowsV::kPitch>(slot_address + S::kVAt, from, kTile, live,
+                                                   raw_bytes(t.v_dtype, p.head_dim_v()));
+        }
+        return bad;
+    }
+
+    // Rows of `bytes` bytes: lane first_lane + r holds the address of row r.
+    template <int Dim, int Pitch>
+    __device__ __forceinline__ void copy_units(uint32_t to, const char* from, int first_lane, int live, int bytes) {
+        constexpr int kLanes = lanes_of(Dim), kRows = 32 / kLanes;
+        static_assert(Pitch / 16 <= kLanes, "a unit a lane");
+        const uint64_t mine = reinterpret_cast<uint64_t>(from);
+        const int row = lane / kLanes, unit = lane % kLanes;
+        to += row * Pitch + unit * 16;
+#pragma unroll
+        for (int i = 0; i < kTile; i += kRows) {
+            const uint64_t row_from = __shfl_sync(kAllLanes, mine, first_lane + i + row);
+            const int begin = static_cast<int>(row_from & 15);
+            if (row + i < live && unit * 16 < begin + bytes) {
+                copy_async16(to + i * Pitch, reinterpret_cast<const char*>(row_from - begin) + unit * 16, 16, l2_policy);
+            }
+        }
     }
 
     __device__ __forceinline__ int page_of(int slot) const {

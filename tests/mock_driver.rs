@@ -148,10 +148,14 @@ fn build_mock() -> bool {
     let source = sources.join("tests/mock_driver/cuda.c");
     // What images say of themselves.
     let header = std::fs::read_to_string(sources.join("kernels/abi.cuh")).unwrap();
-    let abi = header.split_once("kAbi = ").and_then(|(_, rest)| rest.split_once(';')).unwrap().0.to_string();
+    let hash = |name: &str| header.split_once(name).and_then(|(_, rest)| rest.split_once(';')).unwrap().0.to_string();
+    let (abi, terms_abi) = (hash("kAbi = "), hash("kTermsAbi = "));
     for name in ["libcuda.so", "libcuda.so.1"] {
         let mut compiler = Command::new("cc");
-        compiler.args(["-shared", "-fPIC", "-O1", &format!("-DABI={abi}"), "-o"]).arg(folder.join(name)).arg(&source);
+        compiler
+            .args(["-shared", "-fPIC", "-O1", &format!("-DABI={abi}"), &format!("-DTERMS_ABI={terms_abi}"), "-o"])
+            .arg(folder.join(name))
+            .arg(&source);
         if !compiler.status().is_ok_and(|status| status.success()) {
             return false;
         }

@@ -31,6 +31,11 @@ impl HeadValues {
         self.data.is_null()
     }
 
+    /// Where that of head 0 lies, and the bytes to the next one's.
+    pub(crate) fn place(self) -> (*const f32, i64) {
+        (self.data, self.stride)
+    }
+
     /// That of head `head`; `default` where there are none.
     ///
     /// # Safety

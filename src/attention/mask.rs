@@ -100,6 +100,11 @@ impl Mask {
         self.element
     }
 
+    /// Where it begins, its bytes, and its byte strides.
+    pub(crate) fn place(&self) -> (*const u8, u64, [i64; 4]) {
+        (self.data, self.bytes, self.stride)
+    }
+
     /// Bytes from slot to slot.
     pub fn slot_stride(&self) -> i64 {
         self.stride[3]

@@ -4,11 +4,15 @@
 //! constants of their own to drift, and holds an assertion for each field, so that a struct of `kernels/params.cuh` that
 //! differs does not compile. The hash of the list is checked twice: when this file is compiled, against the header; when
 //! kernels are loaded, against the image, which may have been compiled from other sources (`TREEATTN_PREBUILT_KERNELS`).
+//!
+//! [`TERMS_CONSTANTS`] and [`TERMS_LAYOUTS`] are what kernels that take [`TermsParams`] know beside that; other kernels need
+//! not be compiled anew where they change.
 
 use std::mem::{offset_of, size_of};
 
 use super::params::{
-    self, AllreduceParams, DecodeParams, ExchangeParams, KernelShape, MergeParams, PlacementKind, Workspace,
+    self, AllreduceParams, DecodeParams, ExchangeParams, KernelShape, MergeParams, PlacementKind, Terms, TermsParams,
+    Workspace,
 };
 use crate::attention::{Dtype, KvLayout};
 use crate::device::cuda::{Image, Kernel};
@@ -214,6 +218,53 @@ const LAYOUTS: &[Layout] = &[
     }),
 ];
 
+const TERMS_CONSTANTS: &[Constants] = &[
+    constants!("Further element types, of keys and values.", "int32_t", {
+        kF8E4M3 = Dtype::F8E4M3,
+        kF8E5M2 = Dtype::F8E5M2,
+        kQ8_0 = Dtype::Q8_0,
+        kQ4_0 = Dtype::Q4_0,
+        kInt8 = Dtype::Int8,
+        kQ4_1 = Dtype::Q4_1,
+        kQ5_0 = Dtype::Q5_0,
+        kQ5_1 = Dtype::Q5_1,
+        kIq4Nl = Dtype::Iq4Nl,
+    }),
+    constants!("Terms::mask_element.", "int32_t", {
+        kMaskNone = params::MASK_NONE,
+        kMaskF16 = params::MASK_F16,
+        kMaskF32 = params::MASK_F32,
+        kMaskByte = params::MASK_BYTE,
+    }),
+];
+
+const TERMS_LAYOUTS: &[Layout] = &[
+    layout!(Terms {
+        sinks,
+        slopes,
+        mask,
+        mask_factor,
+        k_scale,
+        v_scale,
+        sink_stride,
+        slope_stride,
+        factor_stride,
+        mask_stride,
+        mask_bytes,
+        k_scale_stride,
+        v_scale_stride,
+        page_index_head_stride,
+        kv_position_head_stride,
+        mask_element,
+        window,
+        softcap,
+        cap_inverse,
+        k_dtype,
+        v_dtype,
+    }),
+    layout!(TermsParams { step, terms }),
+];
+
 /// FNV-1a.
 const fn hash_bytes(mut hash: u64, bytes: &[u8]) -> u64 {
     let mut i = 0;
@@ -233,29 +284,35 @@ const fn hash_values(mut hash: u64, values: &[(&str, u64)]) -> u64 {
     hash
 }
 
-/// The hash of the list.
-const ABI: u64 = {
-    let (mut hash, mut i) = (0xcbf2_9ce4_8422_2325, 0);
-    while i < CONSTANTS.len() {
-        hash = hash_bytes(hash_bytes(hash, CONSTANTS[i].about.as_bytes()), CONSTANTS[i].kind.as_bytes());
-        hash = hash_values(hash, CONSTANTS[i].values);
+/// The hash of two lists, and of what `hash` is of.
+const fn hash_lists(mut hash: u64, constants: &[Constants], layouts: &[Layout]) -> u64 {
+    let mut i = 0;
+    while i < constants.len() {
+        hash = hash_bytes(hash_bytes(hash, constants[i].about.as_bytes()), constants[i].kind.as_bytes());
+        hash = hash_values(hash, constants[i].values);
         i += 1;
     }
     i = 0;
-    while i < LAYOUTS.len() {
-        hash = hash_bytes(hash, LAYOUTS[i].name.as_bytes());
-        hash = hash_values(hash_bytes(hash, &LAYOUTS[i].size.to_le_bytes()), LAYOUTS[i].fields);
+    while i < layouts.len() {
+        hash = hash_bytes(hash, layouts[i].name.as_bytes());
+        hash = hash_values(hash_bytes(hash, &layouts[i].size.to_le_bytes()), layouts[i].fields);
         i += 1;
     }
     hash
-};
+}
 
-/// What `kernels/abi.cuh` says of [`ABI`]: the hexadecimal number after "kAbi = 0x"; 0 if there is none.
-const fn said(header: &[u8]) -> u64 {
-    const BEFORE: &[u8] = b"kAbi = 0x";
+/// The hash of what all kernels know.
+const ABI: u64 = hash_lists(0xcbf2_9ce4_8422_2325, CONSTANTS, LAYOUTS);
+/// That of what kernels with terms know.
+const TERMS_ABI: u64 = hash_lists(ABI, TERMS_CONSTANTS, TERMS_LAYOUTS);
+/// The sources of kernels with terms.
+const TERMS_SOURCES: [&str; 2] = ["decode_terms", "decode_narrow"];
+
+/// What `kernels/abi.cuh` says of a hash: the hexadecimal number after `before`; 0 if there is none.
+const fn said(header: &[u8], before: &[u8]) -> u64 {
     let (mut at, mut matched) = (0, 0);
-    while at < header.len() && matched < BEFORE.len() {
-        matched = if header[at] == BEFORE[matched] { matched + 1 } else { (header[at] == BEFORE[0]) as usize };
+    while at < header.len() && matched < before.len() {
+        matched = if header[at] == before[matched] { matched + 1 } else { (header[at] == before[0]) as usize };
         at += 1;
     }
     let mut value = 0;
@@ -270,7 +327,8 @@ const fn said(header: &[u8]) -> u64 {
 // Tests are compiled in any case: one of them writes the header.
 #[cfg(not(test))]
 const _: () = assert!(
-    said(include_bytes!("../../kernels/abi.cuh")) == ABI,
+    said(include_bytes!("../../kernels/abi.cuh"), b"kAbi = 0x") == ABI
+        && said(include_bytes!("../../kernels/abi.cuh"), b"kTermsAbi = 0x") == TERMS_ABI,
     "kernels/abi.cuh does not say what src/cuda/abi.rs does: TREEATTN_BLESS=1 cargo test --lib abi writes it anew"
 );
 
@@ -286,12 +344,13 @@ pub(super) fn check(image: &Image, source: &str) -> Result<()> {
     let mut bytes = [0; size_of::<u64>()];
     image.constant(&format!("treeattn_{source}_abi"), &mut bytes)?;
     let found = u64::from_ne_bytes(bytes);
-    if found == ABI {
+    let wanted = if TERMS_SOURCES.contains(&source) { TERMS_ABI } else { ABI };
+    if found == wanted {
         return Ok(());
     }
     let message = format!(
         "kernels: found {source} compiled from other sources than this library (interface {found:016x}), wanted \
-         {ABI:016x}: compile the image anew"
+         {wanted:016x}: compile the image anew"
     );
     Err(Error::new(ErrorKind::Unavailable, message))
 }
@@ -309,7 +368,7 @@ mod tests {
              // rows.cuh are those of the library, field by field.\n\
              #pragma once\n\n#include <stddef.h>\n#include <stdint.h>\n\nnamespace treeattn {\n\n",
         );
-        for constants in CONSTANTS {
+        for constants in CONSTANTS.iter().chain(TERMS_CONSTANTS) {
             writeln!(text, "// {}\nenum : {} {{", constants.about, constants.kind).unwrap();
             for (name, value) in constants.values {
                 writeln!(text, "    {name} = {value},").unwrap();
@@ -318,14 +377,17 @@ mod tests {
         }
         write!(
             text,
-            "\n// The hash of all that is said here; each image carries it.\nconstexpr uint64_t kAbi = 0x{ABI:016x};\n\n\
+            "\n// The hashes of what all kernels know, and of what those that take TermsParams do; each image carries its own.\n\
+             constexpr uint64_t kAbi = 0x{ABI:016x};\nconstexpr uint64_t kTermsAbi = 0x{TERMS_ABI:016x};\n\n\
              }}  // namespace treeattn\n\n\
              // Once in each kernels/NAME.cu: the image's word that it was compiled from this.\n\
-             #define TREEATTN_ABI(NAME) extern \"C\" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kAbi;\n\n\
+             #define TREEATTN_ABI(NAME) extern \"C\" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kAbi;\n\
+             #define TREEATTN_TERMS_ABI(NAME) \\\n    \
+             extern \"C\" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kTermsAbi;\n\n\
              #define TREEATTN_CHECK_LAYOUT"
         )
         .unwrap();
-        for layout in LAYOUTS {
+        for layout in LAYOUTS.iter().chain(TERMS_LAYOUTS) {
             let name = layout.name;
             write!(text, " \\\n    static_assert(sizeof({name}) == {}, \"{name}\");", layout.size).unwrap();
             for (field, offset) in layout.fields {
@@ -345,11 +407,13 @@ mod tests {
         }
         let found = std::fs::read_to_string(&path).unwrap_or_default();
         assert!(found == wanted, "{path} is not what src/cuda/abi.rs says: run this test with TREEATTN_BLESS=1");
-        assert_eq!(said(found.as_bytes()), ABI);
+        assert_eq!(said(found.as_bytes(), b"kAbi = 0x"), ABI);
+        assert_eq!(said(found.as_bytes(), b"kTermsAbi = 0x"), TERMS_ABI);
     }
 
     #[test]
     fn the_number_of_a_header_is_found() {
+        let said = |header: &[u8]| said(header, b"kAbi = 0x");
         assert_eq!(said(b"x kkAbi = 0x00ff;"), 0xff);
         assert_eq!((said(b"kAbi = 12;"), said(b"")), (0, 0));
     }

@@ -3,39 +3,36 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::abi;
+use super::kernels::{Decode, Kernels};
 use super::merge::Merge;
-use super::params::{self, DecodeParams, KernelShape, PlacementKind, Workspace};
+use super::params::{self, DecodeParams, PlacementKind, TermsParams, Workspace};
+use super::terms;
 use crate::attention::merge::MergeStep;
 use crate::attention::{
     Algorithm, AttentionDesc, Capabilities, Dtype, KvLayout, MaskKind, Placement, QueryInput, Reproducibility, Shard,
     Step, supported,
 };
-use crate::device::cuda::{Allocations, CudaDevice, CudaStream, Entered, Image, Kernel, PointerCheck};
+use crate::device::cuda::{Allocations, CudaDevice, CudaStream, Entered, Image, PointerCheck};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::{ExchangeView, RowTarget};
 
-/// The head dimensions that kernels are compiled for, (qk, v): a shape runs in the first class that holds it.
-const CLASSES: [(i32, i32); 5] = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)];
-/// Partials that a block leaves room for: of its first and its last item, and of the merges' first level.
-const PARTIALS_A_BLOCK: usize = 4;
 /// How parts of the workspace are aligned, bytes.
 const ALIGN: usize = 256;
 
 /// What the CUDA backend serves.
 pub(crate) const CAPABILITIES: Capabilities = Capabilities {
     place: " on a GPU",
-    kv_dtypes: &[Dtype::F16, Dtype::Bf16],
+    kv_dtypes: &Dtype::ALL,
     head_dim_multiple: 8,
     head_dim_limit: 256,
-    window: false,
-    softcap: false,
-    alibi: false,
-    sinks: false,
-    scales: false,
+    window: true,
+    softcap: true,
+    alibi: true,
+    sinks: true,
+    scales: true,
     checked: false,
-    pages_by_head: false,
-    masks: &[MaskKind::None],
+    pages_by_head: true,
+    masks: &MaskKind::ALL,
     query_inputs: &[QueryInput::Replicated],
     reproducibility: &[Reproducibility::Repeatable],
     algorithms: &[Algorithm::Auto, Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Allreduce3],
@@ -51,94 +48,6 @@ pub(crate) enum Destination<'a> {
     /// To the ranks of an exchange. `most_waiting`: how many blocks at most may wait for ranks that have not come, to merge
     /// what comes to the step's output; 0: another launch merges.
     Ranks { view: &'a ExchangeView, most_waiting: i64 },
-}
-
-/// A decode kernel with its grid.
-struct Decode {
-    kernel: Kernel,
-    shape: KernelShape,
-    grid: u32,
-}
-
-impl Decode {
-    /// The kernel `treeattn_NAME` of `kernels/SOURCE.cu`.
-    fn new(image: &Image, source: &str, name: &str, sharing: usize) -> Result<Decode> {
-        abi::check(image, source)?;
-        let mut bytes = [0; size_of::<KernelShape>()];
-        image.constant(&format!("{name}_shape"), &mut bytes)?;
-        let shape = KernelShape::from_bytes(bytes);
-        let kernel = image.kernel(name, shape.threads as u32, shape.dynamic_smem as u32)?;
-        let grid = (image.device().units * shape.blocks_per_sm / sharing.clamp(1, 1 << 16) as i32).max(1);
-        if grid < 1 || shape.partial_bytes < 1 || shape.counters < 1 {
-            return Err(Error::new(ErrorKind::Internal, format!("{name}: found {shape:?} in the image")));
-        }
-        Ok(Decode { kernel, shape, grid: grid as u32 })
-    }
-
-    /// Bytes of its split partials.
-    fn partials(&self) -> usize {
-        PARTIALS_A_BLOCK * self.grid as usize * self.shape.partial_bytes as usize
-    }
-
-    /// Bytes of its counters.
-    fn counters(&self) -> usize {
-        size_of::<u32>() * self.grid as usize * self.shape.counters as usize
-    }
-}
-
-/// The kernels of a plan, by the packed query rows of a sequence: heads of a group x query tokens.
-struct Kernels {
-    /// Up to 2 rows.
-    fma: Option<Decode>,
-    /// Up to 8 rows, and any number where there is no wider kernel.
-    narrow: Option<Decode>,
-    /// More.
-    wide: Option<Decode>,
-}
-
-impl Kernels {
-    /// Loads those that the plan's steps can need.
-    fn new(image: &Image, desc: &AttentionDesc, sharing: usize) -> Result<Kernels> {
-        let fits = |&&(qk, v): &&(i32, i32)| desc.head_dim_qk <= qk && desc.head_dim_v <= v;
-        let Some(&(qk, v)) = CLASSES.iter().find(fits) else {
-            let found = format!("{} and {}", desc.head_dim_qk, desc.head_dim_v);
-            return Err(Error::unsupported("head_dim_qk, head_dim_v", found, "at most 256 on a GPU"));
-        };
-        let group = i64::from(desc.group());
-        let load = |wanted: bool, source: &str, name: String| match wanted {
-            true => Decode::new(image, source, &name, sharing).map(Some),
-            false => Ok(None),
-        };
-        let alike = desc.k_dtype == desc.v_dtype;
-        let dtypes = match alike {
-            true => desc.k_dtype.name().to_string(),
-            false => format!("{}_{}", desc.k_dtype.name(), desc.v_dtype.name()),
-        };
-        let mma = |rows: i32| format!("treeattn_decode_mma_d{qk}x{v}_r{rows}_{dtypes}");
-        let fma = format!("treeattn_decode_fma_d{qk}x{v}_r2_{dtypes}");
-        let has_fma = group <= 2 && image.has(&fma)?;
-        let most = group * i64::from(desc.max_query_tokens);
-        // Where k and v differ, and for 256 dimensions, more rows run as more tiles of 8.
-        let has_wide = alike && qk <= 128;
-        Ok(Kernels {
-            fma: load(has_fma, "decode_fma", fma)?,
-            narrow: load((most > 2 || !has_fma) && (group <= 8 || !has_wide), "decode_mma", mma(8))?,
-            wide: load(most > 8 && has_wide, "decode_mma", mma(16))?,
-        })
-    }
-
-    fn all(&self) -> impl Iterator<Item = &Decode> {
-        [&self.fma, &self.narrow, &self.wide].into_iter().flatten()
-    }
-
-    /// The kernel for sequences of about `rows` rows; each is right for any number.
-    fn choose(&self, rows: i64) -> Option<&Decode> {
-        match rows {
-            ..=2 => self.fma.as_ref().or(self.narrow.as_ref()).or(self.wide.as_ref()),
-            3..=8 => self.narrow.as_ref().or(self.wide.as_ref()).or(self.fma.as_ref()),
-            _ => self.wide.as_ref().or(self.narrow.as_ref()).or(self.fma.as_ref()),
-        }
-    }
 }
 
 /// What a plan with keys attends with.
@@ -218,7 +127,8 @@ impl CudaBackend {
         }
         // How many tokens each sequence has is known to the device only; the mean is known here.
         let each = (step.args.query_tokens as u32).div_ceil(step.args.batch.max(1) as u32);
-        let Some(decode) = attention.kernels.choose(i64::from(self.desc.group()) * i64::from(each)) else {
+        let (rows, scaled) = (i64::from(self.desc.group()) * i64::from(each), step.scaled().contains(&true));
+        let Some(decode) = attention.kernels.choose(rows, scaled) else {
             return Err(Error::new(ErrorKind::Internal, "plan: found no kernel"));
         };
         let mut parameters = self.parameters(&attention.fixed, step);
@@ -237,8 +147,17 @@ impl CudaBackend {
                 parameters.exchange = *view;
             }
         }
-        // SAFETY: what the kernel takes; the workspace lives as long as `self`, and the caller of the step vouches for
-        // the rest.
+        if decode.takes_terms {
+            if decode.takes_all_types {
+                parameters.flags &= !params::NO_BULK;
+                parameters.flags |= if terms::copies_rows(&self.desc, step) { 0 } else { params::NO_BULK };
+            }
+            let parameters = TermsParams { step: parameters, terms: terms::of(&self.desc, step) };
+            // SAFETY: what kernels of shapes with terms take; the workspace lives as long as `self`, and the caller of the
+            // step vouches for the rest.
+            return unsafe { decode.kernel.launch(&entered, stream, decode.grid, &parameters) };
+        }
+        // SAFETY: what the kernels of all other shapes take; the rest as above.
         unsafe { decode.kernel.launch(&entered, stream, decode.grid, &parameters) }
     }
 
@@ -252,6 +171,12 @@ impl CudaBackend {
             ("v.data", args.v),
             ("out.data", args.out),
             ("lse.data", args.lse),
+            ("sinks.data", args.sinks),
+            ("alibi_slopes.data", args.alibi_slopes),
+            ("mask.data", args.mask),
+            ("mask_factor.data", args.mask_factor),
+            ("k_scale.data", args.k_scale),
+            ("v_scale.data", args.v_scale),
         ];
         for (name, tensor) in tensors.into_iter().filter(|(_, tensor)| tensor.bytes > 0) {
             self.pointers.check(&self.device, name, tensor.data)?;
@@ -298,7 +223,7 @@ impl CudaBackend {
             last_page_len: ints(args.last_page_len),
             kv_position_stride: step.kv_position_stride(&self.desc),
             block_table_stride: i64::from(args.max_pages),
-            num_page_indices: args.num_page_indices,
+            num_page_indices: step.page_index_room(&self.desc),
             kv_capacity: step.kv_capacity,
             batch: args.batch,
             query_tokens: args.query_tokens,

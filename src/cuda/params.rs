@@ -14,6 +14,15 @@ pub const NO_BULK: u32 = 4;
 /// Rows are pushed to the ranks of `exchange` and not written.
 pub const PUSH: u32 = 8;
 
+/// `Terms::mask_element`: there is no mask.
+pub const MASK_NONE: i32 = 0;
+/// f16, added.
+pub const MASK_F16: i32 = 1;
+/// f32, added.
+pub const MASK_F32: i32 = 2;
+/// Bytes; 0 hides.
+pub const MASK_BYTE: i32 = 3;
+
 /// Which token of a sequence lies in which local slot; `attention::Placement` as the kernels have it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
@@ -112,6 +121,42 @@ pub struct DecodeParams {
     pub waiting: i32,
     pub workspace: Workspace,
     pub exchange: ExchangeView,
+}
+
+/// What a step has beside [`DecodeParams`]: addresses are 0 where there is nothing.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Terms {
+    pub sinks: u64,
+    pub slopes: u64,
+    pub mask: u64,
+    pub mask_factor: u64,
+    pub k_scale: u64,
+    pub v_scale: u64,
+    pub sink_stride: i64,
+    pub slope_stride: i64,
+    pub factor_stride: i64,
+    pub mask_stride: [i64; 4],
+    pub mask_bytes: u64,
+    pub k_scale_stride: [i64; 3],
+    pub v_scale_stride: [i64; 3],
+    pub page_index_head_stride: i64,
+    pub kv_position_head_stride: i64,
+    pub mask_element: i32,
+    pub window: i32,
+    pub softcap: f32,
+    /// 1 / (softcap * log2 e).
+    pub cap_inverse: f32,
+    pub k_dtype: Dtype,
+    pub v_dtype: Dtype,
+}
+
+/// One decode step of a kernel that knows terms.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct TermsParams {
+    pub step: DecodeParams,
+    pub terms: Terms,
 }
 
 /// A merge of given partials.

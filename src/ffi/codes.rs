@@ -230,7 +230,7 @@ pub const TREEATTN_ATTENTION_SURPLUS_KEYS: u32 = 4;
 
 /// Flag of `treeattn_attention_desc_t`, with CSR pages: each kv head has lists of pages of its own, as where heads select the
 /// keys that they attend (with `page_size` = 1: lists of keys). See `page_index_head_stride` of `treeattn_decode_args_t`. Not with
-/// TREEATTN_ATTENTION_CHECKED. CPU ranks only. Since 0.2.
+/// TREEATTN_ATTENTION_CHECKED. Since 0.2.
 pub const TREEATTN_ATTENTION_PAGES_BY_HEAD: u32 = 8;
 
 /// Flag of `treeattn_merge_args_t`: an incoming lse of +inf means an empty partial, as -inf does.

@@ -194,7 +194,7 @@ pub struct treeattn_attention_desc_t {
     pub causal: i32,
     /// A query at global position p sees no key before p - window + 1: with `causal` = 1 the last `window` keys up to its
     /// own, its own token among them, whatever ranks hold them. With `causal` = 0 it sees all later keys, too. 0: no window.
-    /// Keys outside the windows of all query tokens of a sequence are not read. At least 0.
+    /// Keys outside the windows of all query tokens of a sequence are not read, but for explicit positions on GPUs. At least 0.
     pub window: i32,
     /// Scores become softcap * tanh(score / softcap), after `scale`. 0: off. Finite, at least 0.
     pub softcap: f32,
@@ -297,7 +297,7 @@ pub struct treeattn_decode_args_t {
     /// taken as they are, any may be 0: {0, 0, 0} is one scale for all, {0, 0, 4} one a kv head. `bytes` may end where the
     /// last sequence does, as those of k; nothing past a length is read. A scale that is no finite number makes NaN of what
     /// sees it. Products of queries with what k holds have to be within f32. Each rank has its own. data NULL: 1, but with
-    /// TREEATTN_DTYPE_INT8, whose keys need scales, TREEATTN_ERROR_INVALID_ARGUMENT. CPU ranks; on GPUs UNSUPPORTED.
+    /// TREEATTN_DTYPE_INT8, whose keys need scales, TREEATTN_ERROR_INVALID_ARGUMENT.
     pub k_scale: treeattn_tensor_t,
     /// Scales of values, as `k_scale`: value = scale * what v holds.
     pub v_scale: treeattn_tensor_t,
@@ -310,8 +310,9 @@ pub struct treeattn_decode_args_t {
     /// Strides are taken as they are, 0 broadcasts; all four 0 is refused. Slots are those of this rank: the element for the
     /// key in its slot s of sequence b, whatever pages it lies in. Additive: added to the score; -inf hides, whatever the
     /// factor; NaN makes the rows NaN that would see the key. Boolean: 0 hides, all else is visible. `bytes` covers what the
-    /// lengths and query tokens of the step reach; elements past a length are not read, so that rows may be padded. Tiles of 64
-    /// keys that are hidden from all rows are not read. data NULL: no sequence with queries has keys here.
+    /// lengths and query tokens of the step reach; elements past a length are not read, so that rows may be padded. On
+    /// CPUs tiles of 64 keys that are hidden from all rows are not read; on GPUs a mask that does not reach so far is
+    /// TREEATTN_ERROR_INVALID_DATA of the sequence. data NULL: no sequence with queries has keys here.
     pub mask: treeattn_tensor_t,
     /// Tokens that a packed strided k or v (all strides 0) has room for in each sequence: it is [batch, kv_capacity, kv head,
     /// dim]. May be 0 for one sequence, and where `bytes` is just the size of [batch or `max_batch`, `max_kv_length`, kv head,

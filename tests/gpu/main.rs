@@ -16,6 +16,7 @@ mod space;
 mod streams;
 #[path = "../support/mod.rs"]
 mod support;
+mod terms;
 mod trial;
 mod waits;
 
@@ -140,6 +141,13 @@ fn main() -> ExitCode {
         test("bad_data_of_a_plan_that_is_gone", numerics::bad_data_of_a_plan_that_is_gone),
         test("stale_entries", numerics::stale_entries),
         test("merge_partials", numerics::merge_partials),
+        test("terms_windows", terms::windows),
+        test("terms_windows_read_no_more", terms::windows_read_no_more),
+        test("terms_sinks", terms::sinks),
+        test("terms_caps_and_slopes", terms::caps_and_slopes),
+        test("terms_masks", terms::masks),
+        test("terms_types", terms::types),
+        test("terms_lists", terms::lists),
         test("late_predecessors", || streams::late_predecessors(40)),
         test("current_context", streams::current_context),
         test("refusals", streams::refusals),

@@ -87,9 +87,19 @@ impl Mirror {
             last_page_len: ints(a.last_page_len),
             ..*a
         };
-        for (to, from) in
-            [(&mut args.q, a.q), (&mut args.k, a.k), (&mut args.v, a.v), (&mut args.out, a.out), (&mut args.lse, a.lse)]
-        {
+        for (to, from) in [
+            (&mut args.q, a.q),
+            (&mut args.k, a.k),
+            (&mut args.v, a.v),
+            (&mut args.k_scale, a.k_scale),
+            (&mut args.v_scale, a.v_scale),
+            (&mut args.out, a.out),
+            (&mut args.lse, a.lse),
+            (&mut args.sinks, a.sinks),
+            (&mut args.alibi_slopes, a.alibi_slopes),
+            (&mut args.mask, a.mask),
+            (&mut args.mask_factor, a.mask_factor),
+        ] {
             to.data = mirror.at(from.data);
         }
         mirror.args = args;
@@ -176,6 +186,12 @@ fn memories(rank: &Rank) -> impl Iterator<Item = &Memory> {
         &rank.page_indptr,
         &rank.page_indices,
         &rank.last_page_len,
+        &rank.k_scale,
+        &rank.v_scale,
+        &rank.sinks,
+        &rank.slopes,
+        &rank.mask,
+        &rank.factors,
     ])
 }
 

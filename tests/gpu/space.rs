@@ -1,6 +1,6 @@
 //! Random cases over what the CUDA backend accepts.
 
-use treeattn::attention::{Algorithm, AttentionDesc, Dtype, KvLayout, OutputMode, Placement};
+use treeattn::attention::{Algorithm, AttentionDesc, Dtype, KvFormat, KvLayout, MaskKind, OutputMode, Placement};
 
 use crate::support::case::{Case, Sequence, spread};
 use crate::support::rng::Rng;
@@ -13,6 +13,24 @@ const WORK: usize = 1 << 21;
 const EXCHANGED: usize = 1 << 20;
 const FLOATS: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
 const HALVES: [Dtype; 2] = [Dtype::F16, Dtype::Bf16];
+/// Other types of keys and values: those that are widened in registers come more often.
+const OTHERS: [Dtype; 15] = [
+    Dtype::F8E4M3,
+    Dtype::F8E4M3,
+    Dtype::F8E5M2,
+    Dtype::Int8,
+    Dtype::Int8,
+    Dtype::Q8_0,
+    Dtype::Q8_0,
+    Dtype::Q4_0,
+    Dtype::Q4_0,
+    Dtype::Q4_1,
+    Dtype::Q5_0,
+    Dtype::Q5_1,
+    Dtype::Iq4Nl,
+    Dtype::F32,
+    Dtype::F16,
+];
 
 /// The case of a seed, in one layout: of one rank, or of several that attend alone.
 pub fn case(seed: u64, layout: KvLayout) -> Case {
@@ -64,9 +82,9 @@ fn draw(seed: u64, layout: KvLayout, sharded: bool) -> Case {
         }
         .min(most_tokens);
         let most = (budget / (row_work * batch * own.max(1))).clamp(1, 20_000);
-        let keys = length(r, most).max(if desc.causal { own } else { 0 });
+        let keys = length(r, most).max(if desc.needs_positions() { own } else { 0 });
         let held = spread(r, desc.placement, world, keys, true);
-        if query_start && desc.causal {
+        if query_start && desc.needs_positions() {
             own = own.min(keys);
         }
         sequences.push(Sequence { keys, first_token: tokens, tokens: own, held, ..Sequence::default() });
@@ -78,7 +96,7 @@ fn draw(seed: u64, layout: KvLayout, sharded: bool) -> Case {
     desc.max_batch = slack(r, batch);
     desc.max_query_tokens = slack(r, tokens);
     desc.max_kv_length = slack(r, longest);
-    let query_position = (desc.causal && r.chance(30)).then(|| positions(r, &sequences, tokens));
+    let query_position = (desc.needs_positions() && r.chance(30)).then(|| positions(r, &sequences, tokens));
     let v_in_k =
         desc.k_dtype == desc.v_dtype && desc.head_dim_v <= desc.head_dim_qk && values != Values::Huge && r.chance(10);
     let mut case = Case {
@@ -100,12 +118,13 @@ fn draw(seed: u64, layout: KvLayout, sharded: bool) -> Case {
         q_broadcast: [r.chance(5), r.chance(5), r.chance(3), false],
         k_broadcast: [false; 4],
         v_broadcast: [false; 4],
-        k_scale: None,
-        v_scale: None,
+        k_scale: scale(r, desc.k_dtype, values),
+        v_scale: scale(r, desc.v_dtype, values),
         v_in_k,
         wild: true,
     };
     case.fill(r);
+    case.terms = Terms::draw(r, &case.desc, &case.sequences);
     case
 }
 
@@ -129,6 +148,16 @@ fn shape(r: &mut Rng, layout: KvLayout) -> (AttentionDesc, Values) {
     desc.q_dtype = r.pick(&FLOATS);
     desc.k_dtype = r.pick(&HALVES);
     desc.v_dtype = if r.chance(85) { desc.k_dtype } else { r.pick(&HALVES) };
+    if r.chance(35) {
+        desc.k_dtype = r.pick(&OTHERS);
+        desc.v_dtype = if r.chance(60) { desc.k_dtype } else { r.pick(&OTHERS) };
+        // Rows are whole blocks, of up to 256 elements.
+        let whole =
+            |dim: i32, dtype: Dtype| (dim as u32).next_multiple_of(KvFormat::of(dtype).block_elements() as u32) as i32;
+        let same = dim_qk == dim_v;
+        desc.head_dim_qk = whole(desc.head_dim_qk, desc.k_dtype);
+        desc.head_dim_v = whole(if same { desc.head_dim_qk } else { desc.head_dim_v }, desc.v_dtype);
+    }
     desc.out_dtype = r.pick(&FLOATS);
     desc.kv_layout = layout;
     if layout != KvLayout::Strided {
@@ -140,11 +169,38 @@ fn shape(r: &mut Rng, layout: KvLayout) -> (AttentionDesc, Values) {
         _ => Placement::Explicit,
     };
     desc.causal = r.chance(50);
+    if r.chance(50) {
+        terms(r, &mut desc);
+    }
     let values = if r.chance(50) { Values::Normal } else { r.pick(&Values::ALL) };
     if values != Values::Huge && r.chance(20) {
         desc.scale = r.pick(&[1.0, 0.125, -0.1, 0.01, 3.0]);
     }
     (desc, values)
+}
+
+/// What happens to scores, and what joins the softmax: any of it together.
+fn terms(r: &mut Rng, desc: &mut AttentionDesc) {
+    desc.pages_by_head = desc.kv_layout == KvLayout::CsrPages && r.chance(25);
+    if r.chance(40) {
+        desc.window = r.pick(&[1, 2, 5, 17, 63, 64, 65, 100, 300, 1000, i32::MAX]);
+    }
+    desc.sinks = r.chance(40);
+    if r.chance(30) {
+        desc.softcap = r.pick(&[50.0, 30.0, 1.0, 0.01, 1e6]);
+    }
+    desc.alibi = r.chance(30);
+    if r.chance(40) {
+        desc.mask = r.pick(&[MaskKind::Additive, MaskKind::Additive, MaskKind::Boolean]);
+        desc.mask_dtype = (desc.mask == MaskKind::Additive).then(|| r.pick(&[Dtype::F16, Dtype::F32]));
+    }
+}
+
+/// Whether keys or values have scales, and of what their own: int8 has always, values that fill float32 never.
+fn scale(r: &mut Rng, dtype: Dtype, values: Values) -> Option<[bool; 2]> {
+    let often = if matches!(dtype, Dtype::F16 | Dtype::Bf16) { 5 } else { 25 };
+    let scaled = dtype == Dtype::Int8 || values != Values::Huge && r.chance(often);
+    scaled.then(|| [r.chance(60), r.chance(60)])
 }
 
 /// A length of at most `most`: often one at the edges of tiles, sometimes none.

@@ -48,6 +48,26 @@ inline void store_shared16(uint32_t address, uint16_t x) {
 }
 inline void clear_shared(uint32_t address) { memset(emulator::shared_pointer(address), 0, 16); }
 
+inline uint32_t pick_bytes(uint32_t x, uint32_t y, uint32_t which) {
+    const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+    uint32_t r = 0;
+    for (int i = 0; i < 4; i++) r |= static_cast<uint32_t>(bytes >> (which >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return r;
+}
+inline uint32_t shift_right(uint32_t low, uint32_t high, uint32_t bits) {
+    return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));
+}
+// What the kernels ask for is exact, so that it does not matter where it is rounded.
+inline uint32_t fma_bf16(uint32_t x, uint32_t y, uint32_t z) {
+    uint32_t r = 0;
+    for (int i = 0; i < 32; i += 16) {
+        const auto value = [i](uint32_t bits) { return __uint_as_float(bits >> i << 16); };
+        const float sum = fmaf(value(x), value(y), value(z));
+        r |= (sum != sum ? 0x7fffu : __float_as_uint(sum) >> 16) << i;
+    }
+    return r;
+}
+
 inline uint32_t transpose(uint32_t x) { return emulator::transpose(x); }
 inline uint32_t load_cached(const void* p) { return *static_cast<const uint32_t*>(p); }
 inline uint4 load_past16(const void* p, uint64_t) { return *static_cast<const uint4*>(p); }

@@ -225,17 +225,14 @@ static void descriptors(void) {
     CHECK_INVALID(treeattn_plan_create(comm, &d, &made), "out_dtype: found");
   }
   d = gpu_desc();
-  d.k_dtype = TREEATTN_DTYPE_F32;
-  CHECK_UNSUPPORTED(treeattn_plan_create(comm, &d, &made), "k_dtype");
-  d = gpu_desc();
   d.head_dim_qk = 60;
   CHECK_UNSUPPORTED(treeattn_plan_create(comm, &d, &made), "head_dim_qk");
   d = gpu_desc();
   d.head_dim_v = 264;
   CHECK_UNSUPPORTED(treeattn_plan_create(comm, &d, &made), "head_dim_v");
   d = gpu_desc();
-  d.window = 5;
-  CHECK_UNSUPPORTED(treeattn_plan_create(comm, &d, &made), "window");
+  d.flags = TREEATTN_ATTENTION_CHECKED;
+  CHECK_UNSUPPORTED(treeattn_plan_create(comm, &d, &made), "flags");
   d = gpu_desc();
   d.kv_heads = 3;
   CHECK_INVALID(treeattn_plan_create(comm, &d, &made), "kv_heads: found 3");

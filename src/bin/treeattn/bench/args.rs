@@ -24,8 +24,8 @@ pub struct Args {
     /// Element types: f16, bf16, f32.
     #[arg(long, value_delimiter = ',', value_parser = dtype)]
     pub dtype: Vec<Dtype>,
-    /// Element types of k and v, such as f8_e4m3, q8_0, q4_0; q and out are of --dtype. Each is also timed from a cache that stays
-    /// in the processor's, where its arithmetic alone counts.
+    /// Element types of k and v, such as f8_e4m3, q8_0, q4_0; q and out are of --dtype. On CPUs each is also timed from a cache that
+    /// stays in the processor's, where its arithmetic alone counts.
     #[arg(long, value_delimiter = ',', value_parser = any_dtype)]
     pub kv_dtype: Vec<Dtype>,
     /// Keys of each sequence, all ranks together.
@@ -50,7 +50,7 @@ pub struct Args {
     /// Times every step with its ranks comparing what they were passed, too.
     #[arg(long)]
     pub checked: bool,
-    /// What happens to scores, on CPUs: plain, softcap, alibi, sinks, mask (an additive f16 one), or all.
+    /// What happens to scores: plain, softcap, alibi, sinks, mask (an additive f16 one), window (of 4,096), or all but the window.
     #[arg(long, value_delimiter = ',', value_parser = Terms::parse)]
     pub terms: Vec<Terms>,
     /// Threads of each rank. Default: the cores over the ranks.

@@ -58,8 +58,8 @@ pub fn run(args: &Args) -> Outcome<()> {
         args.ranks.iter().filter_map(|rank| if let Ranks::On(device) = rank { Some(*device) } else { None }).collect();
     let counts: Vec<usize> =
         args.ranks.iter().filter_map(|rank| if let Ranks::Count(n) = rank { Some(*n) } else { None }).collect();
-    if (!devices.is_empty() || args.device.kind == DeviceKind::Cuda) && !args.terms.is_empty() {
-        return Err("--terms: found some for a GPU, wanted none: they are the CPU's".into());
+    if !devices.is_empty() && !args.terms.is_empty() {
+        return Err("--terms: found some for several GPUs, wanted none: they are for CPUs and --device cuda:N".into());
     }
     if !devices.is_empty() {
         return match counts.first() {

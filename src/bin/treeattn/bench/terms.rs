@@ -9,7 +9,9 @@ use treeattn::attention::{AttentionDesc, DecodeArgs, Dtype, MaskKind, Tensor};
 pub struct Terms(&'static str);
 
 /// The sets of terms that can be asked for.
-pub const NAMES: [&str; 6] = ["plain", "softcap", "alibi", "sinks", "mask", "all"];
+pub const NAMES: [&str; 7] = ["plain", "softcap", "alibi", "sinks", "mask", "window", "all"];
+/// Keys of the window.
+const WINDOW: i32 = 4096;
 
 impl Terms {
     /// None.
@@ -25,8 +27,14 @@ impl Terms {
         match self.0 {
             "plain" => None,
             "all" => Some("softcap, alibi, sinks, mask".into()),
+            "window" => Some(format!("window of {WINDOW}")),
             name => Some(name.into()),
         }
+    }
+
+    /// Keys that a query sees, if not all.
+    pub fn window(self) -> Option<usize> {
+        (self.0 == "window").then_some(WINDOW as usize)
     }
 
     fn has(self, name: &str) -> bool {
@@ -35,6 +43,7 @@ impl Terms {
 
     /// Asks for them.
     pub fn describe(self, desc: &mut AttentionDesc) {
+        desc.window = if self.window().is_some() { WINDOW } else { 0 };
         desc.softcap = if self.has("softcap") { 30.0 } else { 0.0 };
         (desc.alibi, desc.sinks) = (self.has("alibi"), self.has("sinks"));
         if self.has("mask") {
@@ -65,6 +74,22 @@ impl TermInputs {
         let bias = |key: usize| f16::from_f32(0.25 + (key % 7) as f32 / 16.0).to_bits();
         let mask = if terms.has("mask") { (0..keys).map(bias).collect() } else { Vec::new() };
         TermInputs { terms, slopes, sinks: vec![0.5; heads], mask }
+    }
+
+    /// Slopes, sinks and mask, as bytes.
+    pub fn bytes(&self) -> [Vec<u8>; 3] {
+        let floats = |values: &[f32]| values.iter().flat_map(|x| x.to_ne_bytes()).collect();
+        [floats(&self.slopes), floats(&self.sinks), self.mask.iter().flat_map(|x| x.to_ne_bytes()).collect()]
+    }
+
+    /// Passes those that lie at `at`, in the order of [`TermInputs::bytes`].
+    pub fn pass_from(&self, at: [*mut std::ffi::c_void; 3], args: &mut DecodeArgs) {
+        self.pass(args);
+        for (tensor, at) in [&mut args.alibi_slopes, &mut args.sinks, &mut args.mask].into_iter().zip(at) {
+            if !tensor.data.is_null() {
+                tensor.data = at;
+            }
+        }
     }
 
     /// Passes them.

@@ -1,9 +1,10 @@
 //! What is timed on a GPU: the rows of the standard run, those of a run by axes, and the targets.
 
 use serde::{Serialize, Serializer};
-use treeattn::attention::Dtype;
+use treeattn::attention::{Dtype, KvFormat};
 
 use crate::bench::case::Heads;
+use crate::bench::terms::Terms;
 
 /// One decode shape.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -11,9 +12,14 @@ pub struct Case {
     pub q_heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
-    /// Element type of q, k, v and out.
+    /// Element type of q and out, and of k and v unless they have their own.
     #[serde(serialize_with = "dtype_name")]
     pub dtype: Dtype,
+    /// That of k and v.
+    #[serde(serialize_with = "dtype_name")]
+    pub kv_dtype: Dtype,
+    /// What happens to scores.
+    pub terms: Terms,
     pub batch: usize,
     /// Keys of each sequence.
     pub keys: usize,
@@ -30,12 +36,13 @@ fn dtype_name<S: Serializer>(dtype: &Dtype, to: S) -> Result<S::Ok, S::Error> {
 impl Case {
     /// Bytes of k and v that a step reads.
     pub fn kv_bytes(&self) -> usize {
-        self.batch.saturating_mul(self.keys).saturating_mul(2 * self.token_bytes())
+        let seen = self.terms.window().map_or(self.keys, |window| self.keys.min(window));
+        self.batch.saturating_mul(seen).saturating_mul(2 * self.token_bytes())
     }
 
     /// Bytes of one token's keys.
     pub fn token_bytes(&self) -> usize {
-        self.kv_heads * self.head_dim * self.dtype.size()
+        self.kv_heads * KvFormat::of(self.kv_dtype).row_bytes(self.head_dim)
     }
 
     /// Pages of one sequence; 0 for a strided cache.
@@ -46,7 +53,7 @@ impl Case {
     /// Bytes that one copy of the cache takes, half of it keys.
     pub fn room(&self) -> usize {
         match self.page_size {
-            0 => self.kv_bytes(),
+            0 => self.batch.saturating_mul(self.keys).saturating_mul(2 * self.token_bytes()),
             size => self.batch.saturating_mul(self.pages() * size).saturating_mul(2 * self.token_bytes()),
         }
     }
@@ -56,6 +63,12 @@ impl Case {
         let mut text = format!("{}/{}x{}", self.q_heads, self.kv_heads, self.head_dim);
         if self.dtype != Dtype::Bf16 {
             text.push_str(&format!(" {}", self.dtype.name()));
+        }
+        if self.kv_dtype != self.dtype {
+            text.push_str(&format!(", k and v {}", self.kv_dtype.name()));
+        }
+        if let Some(words) = self.terms.words() {
+            text.push_str(&format!(", {words}"));
         }
         if self.page_size > 0 {
             text.push_str(&format!(", pages of {}", self.page_size));
@@ -78,6 +91,8 @@ const BASE: Case = Case {
     kv_heads: 8,
     head_dim: 128,
     dtype: Dtype::Bf16,
+    kv_dtype: Dtype::Bf16,
+    terms: Terms::PLAIN,
     batch: 1,
     keys: 32_768,
     query_tokens: 1,
@@ -111,7 +126,7 @@ pub fn standard(quick: bool) -> Vec<Case> {
     cases.extend([2048, 20_480, 40_960, 327_680].map(|keys| heads(16, 16, keys)));
     let batches = [(4, 4096), (16, 2048), (64, 1024), (128, 4096), (32, 16_384), (8, 65_536)];
     cases.extend(batches.map(|(batch, keys)| Case { batch, keys, ..BASE }));
-    cases.push(Case { dtype: Dtype::F16, ..BASE });
+    cases.push(Case { dtype: Dtype::F16, kv_dtype: Dtype::F16, ..BASE });
     if quick {
         cases.retain(|case| case.kv_bytes() <= 70 << 20);
     }
@@ -150,6 +165,8 @@ pub struct Axes {
     pub lengths: Vec<usize>,
     pub pages: Vec<usize>,
     pub query_tokens: Vec<usize>,
+    pub kv_dtypes: Vec<Dtype>,
+    pub terms: Vec<Terms>,
 }
 
 impl Axes {
@@ -171,7 +188,10 @@ impl Axes {
         };
         let axes = vary(self.heads.len(), &|case, n| {
             Heads { q_heads: case.q_heads, kv_heads: case.kv_heads, head_dim: case.head_dim } = self.heads[n];
-        }) + vary(self.dtypes.len(), &|case, n| case.dtype = self.dtypes[n])
+        }) + vary(self.dtypes.len(), &|case, n| {
+            (case.dtype, case.kv_dtype) = (self.dtypes[n], self.dtypes[n])
+        }) + vary(self.kv_dtypes.len(), &|case, n| case.kv_dtype = self.kv_dtypes[n])
+            + vary(self.terms.len(), &|case, n| case.terms = self.terms[n])
             + vary(self.query_tokens.len(), &|case, n| case.query_tokens = self.query_tokens[n])
             + vary(self.pages.len(), &|case, n| case.page_size = self.pages[n])
             + vary(self.batches.len(), &|case, n| case.batch = self.batches[n])

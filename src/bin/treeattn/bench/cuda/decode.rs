@@ -5,13 +5,14 @@
 
 use std::time::Instant;
 
-use treeattn::attention::{AttentionDesc, DecodeArgs, KvLayout, Tensor};
+use treeattn::attention::{AttentionDesc, DecodeArgs, Dtype, KvFormat, KvLayout, Tensor};
 use treeattn::runtime::{self, Buffer, CommConfig, Communicator, Device, Plan, Runtime};
 
 use super::case::Case;
 use super::driver::Stream;
 use crate::bench::pool::Random;
 use crate::bench::samples::{Samples, Summary};
+use crate::bench::terms::TermInputs;
 use crate::outcome::Outcome;
 
 /// Bytes that the steps of a graph read before one reads the same again.
@@ -114,7 +115,8 @@ pub fn describe(case: &Case) -> Outcome<AttentionDesc> {
         i32::try_from(case.head_dim)?,
         i32::try_from(case.keys)?,
     );
-    (desc.q_dtype, desc.k_dtype, desc.v_dtype, desc.out_dtype) = (case.dtype, case.dtype, case.dtype, case.dtype);
+    (desc.q_dtype, desc.k_dtype, desc.v_dtype, desc.out_dtype) = (case.dtype, case.kv_dtype, case.kv_dtype, case.dtype);
+    case.terms.describe(&mut desc);
     desc.max_batch = i32::try_from(case.batch)?;
     desc.max_query_tokens = i32::try_from(case.batch * case.query_tokens)?;
     desc.causal = case.query_tokens > 1;
@@ -130,6 +132,8 @@ pub struct Memory {
     lse: Buffer,
     /// Held for the steps.
     _inputs: [Buffer; 3],
+    _terms: Vec<Buffer>,
+    _scale: Buffer,
     _out: Buffer,
 }
 
@@ -142,7 +146,11 @@ impl Memory {
         let q_bytes = tokens * case.q_heads * row_bytes;
         let q = alloc(q_bytes)?;
         let mut numbers = vec![0; q_bytes];
-        pool.download(0, &mut numbers)?;
+        if case.kv_dtype == case.dtype {
+            pool.download(0, &mut numbers)?;
+        } else {
+            numbers = super::pool::numbers(case.dtype, q_bytes / case.dtype.size());
+        }
         q.upload(0, &numbers)?;
         let out = alloc(q_bytes)?;
         let lse = alloc(4 * tokens * case.q_heads)?;
@@ -152,6 +160,20 @@ impl Memory {
             buffer.upload(0, &values.iter().flat_map(|value| value.to_ne_bytes()).collect::<Vec<u8>>())?;
             Ok(buffer)
         };
+        let terms = TermInputs::new(case.terms, case.q_heads, case.keys);
+        let on_device: Vec<Buffer> = terms
+            .bytes()
+            .iter()
+            .map(|bytes| {
+                let buffer = alloc(bytes.len())?;
+                if !bytes.is_empty() {
+                    buffer.upload(0, bytes)?;
+                }
+                Ok(buffer)
+            })
+            .collect::<Outcome<_>>()?;
+        let scale = alloc(4)?;
+        scale.upload(0, &0.02f32.to_ne_bytes())?;
         let lengths = ints(&vec![i32::try_from(case.keys)?; case.batch])?;
 
         let room = case.room();
@@ -175,10 +197,12 @@ impl Memory {
                 _ => (pool.data() as u64, pool.data() as u64 + (copies * room / 2) as u64, copies * room / 2),
             };
             let outer = if case.page_size > 0 { case.page_size } else { case.keys } * case.token_bytes();
-            let stride = [outer, case.token_bytes(), row_bytes, case.dtype.size()].map(|stride| stride as i64);
+            let format = KvFormat::of(case.kv_dtype);
+            let stride = [outer, case.token_bytes(), format.row_bytes(case.head_dim), format.block_bytes()]
+                .map(|stride| stride as i64);
             let paged = case.page_size > 0;
             let table = tables.data().wrapping_byte_add(4 * copy * pages).cast_const().cast();
-            DecodeArgs {
+            let mut args = DecodeArgs {
                 batch: case.batch as i32,
                 query_tokens: tokens as i32,
                 q: whole(&q),
@@ -192,9 +216,16 @@ impl Memory {
                 max_pages: if paged { case.pages() as i32 } else { 0 },
                 num_pages: if paged { (copies * pages) as i32 } else { 0 },
                 ..DecodeArgs::default()
+            };
+            if case.kv_dtype == Dtype::Int8 {
+                // One for all.
+                (args.k_scale, args.v_scale) = (whole(&scale), whole(&scale));
             }
+            terms.pass_from(std::array::from_fn(|i| on_device[i].data()), &mut args);
+            args
         });
-        Ok(Memory { args: args.collect(), lse, _inputs: [q, lengths, tables], _out: out })
+        let args = args.collect();
+        Ok(Memory { args, lse, _inputs: [q, lengths, tables], _terms: on_device, _scale: scale, _out: out })
     }
 
     /// An error where a row was not written, or is no number.

@@ -20,7 +20,7 @@ use self::case::{Axes, Case};
 use self::ceiling::Ceiling;
 use self::decode::{FULL, QUICK, least_pool};
 use self::driver::{Gpu, Stream};
-use self::pool::{POOL, QUICK_POOL, fill};
+use self::pool::{POOL, QUICK_POOL, fill, fill_rows};
 use self::report::{CeilingReport, Report, Row};
 use super::args::Args;
 use super::progress;
@@ -41,6 +41,8 @@ pub fn run(args: &Args, device: Device) -> Outcome<()> {
         lengths: args.lengths.clone(),
         pages: args.page_size.clone(),
         query_tokens: args.query_tokens.clone(),
+        kv_dtypes: args.kv_dtype.clone(),
+        terms: args.terms.clone(),
     };
     let standard = axes.cases().is_empty();
     let cases = if standard { case::standard(args.quick) } else { axes.cases() };
@@ -64,10 +66,18 @@ pub fn run(args: &Args, device: Device) -> Outcome<()> {
 
     let pace = if args.quick { QUICK } else { FULL };
     let mut timed = Vec::new();
-    for dtype in [Dtype::Bf16, Dtype::F16] {
-        let mine: Vec<usize> = (0..cases.len()).filter(|&place| cases[place].dtype == dtype).collect();
-        if !mine.is_empty() && dtype != Dtype::Bf16 {
-            fill(&gpu, &stream, &pool, dtype)?;
+    let mut stored = vec![Dtype::Bf16];
+    for case in &cases {
+        if !stored.contains(&case.kv_dtype) {
+            stored.push(case.kv_dtype);
+        }
+    }
+    for dtype in stored {
+        let mine: Vec<usize> = (0..cases.len()).filter(|&place| cases[place].kv_dtype == dtype).collect();
+        match dtype {
+            Dtype::Bf16 => {}
+            Dtype::F16 => fill(&gpu, &stream, &pool, dtype)?,
+            _ => fill_rows(&pool, dtype)?,
         }
         for (n, place) in mine.into_iter().enumerate() {
             let case: Case = cases[place];
@@ -123,7 +133,6 @@ fn refuse(args: &Args) -> Outcome<()> {
         ("--isa", args.isa.is_empty()),
         ("--threads", args.threads.is_none()),
         ("--algorithms", args.algorithms.is_empty()),
-        ("--kv-dtype", args.kv_dtype.is_empty()),
     ];
     if let Some((word, _)) = given.iter().find(|(_, absent)| !absent) {
         return Err(format!("{word}: it is for the CPU, found --device {}", args.device).into());

@@ -37,6 +37,8 @@ pub fn run(args: &Args, devices: &[Device]) -> Outcome<()> {
         lengths: args.lengths.clone(),
         pages: args.page_size.clone(),
         query_tokens: Vec::new(),
+        kv_dtypes: Vec::new(),
+        terms: Vec::new(),
     };
     let standard = axes.cases().is_empty() && args.algorithms.is_empty();
     let cases = if axes.cases().is_empty() { case::sharded(args.quick) } else { axes.cases() };

@@ -1,0 +1,318 @@
+// What a step has beside queries, keys and values: windows, what happens to scores, masks, sinks, scales, formats of k and v,
+// lists of kv heads. Only kernels whose shape has kTerms know of it; they take TermsParams, of which DecodeParams are the
+// beginning, and find the rest by terms_of.
+#pragma once
+
+#include "numbers.cuh"
+#include "params.cuh"
+#include "ptx.cuh"
+
+namespace treeattn {
+
+// Of a kernel that takes TermsParams.
+__device__ __forceinline__ const Terms& terms_of(const DecodeParams& p) {
+    return reinterpret_cast<const TermsParams&>(p).terms;
+}
+
+// Whether global positions hide keys.
+__device__ __forceinline__ bool hides_by_position(const DecodeParams& p) {
+    return (p.flags & kFlagCausal) || terms_of(p).window > 0;
+}
+// Whether they matter: to what is hidden, or to scores.
+__device__ __forceinline__ bool needs_positions(const DecodeParams& p) {
+    return hides_by_position(p) || terms_of(p).slopes != nullptr;
+}
+
+// The number of a query head, at any stride.
+__device__ __forceinline__ float head_value(const void* values, int64_t stride, int64_t head) {
+    return *reinterpret_cast<const float*>(static_cast<const char*>(values) + head * stride);
+}
+
+// The global position of a query token.
+__device__ __forceinline__ int64_t position_of(const DecodeParams& p, int b, int first_token, int tokens, int token) {
+    return p.query_position != nullptr ? p.query_position[first_token + token]
+                                       : static_cast<int64_t>(p.global_length[b]) - tokens + token;
+}
+
+// How many of a sequence's local slots hold positions up to `position`, for placements whose positions rise with the slot.
+__device__ __forceinline__ int64_t slots_up_to(const DecodeParams& p, int b, int64_t position) {
+    const int64_t length = position + 1, zero = 0;
+    if (p.placement == kContiguous) return length - (p.kv_start == nullptr ? 0 : p.kv_start[b]);
+    if (length <= 0) return 0;
+    const int64_t run = p.interleave, round = run * p.world;
+    return length / round * run + min(max(length % round - p.rank * run, zero), run);
+}
+
+// The first slot that some query token of a sequence can see, and the one after the last; x <= y. Explicit positions are in
+// any order: all slots then.
+struct SlotRange {
+    int begin, end;
+};
+static __device__ __noinline__ SlotRange visible_slots(const DecodeParams& p, int b, int first_token, int tokens,
+                                                       int keys) {
+    if (!hides_by_position(p) || p.placement == kExplicit || tokens <= 0 || keys == 0) return SlotRange{0, keys};
+    int64_t first = position_of(p, b, first_token, tokens, 0), last = first + tokens - 1;
+    if (p.query_position != nullptr) {
+        last = first;
+#pragma unroll 1
+        for (int i = 1; i < tokens; i++) {
+            const int64_t position = p.query_position[first_token + i];
+            first = min(first, position), last = max(last, position);
+        }
+    }
+    const int64_t zero = 0, all = keys;
+    const int window = terms_of(p).window;
+    int64_t begin = zero, end = all;
+    if (window > 0) begin = min(max(slots_up_to(p, b, first - window), zero), all);
+    if (p.flags & kFlagCausal) end = min(max(slots_up_to(p, b, last), zero), all);
+    return SlotRange{static_cast<int>(begin), static_cast<int>(max(begin, end))};
+}
+
+// Whether the mask has an element for each of `keys` slots and `tokens` query tokens of a sequence.
+static __device__ __noinline__ bool mask_reaches(const DecodeParams& p, int b, int tokens, int keys) {
+    const Terms& t = terms_of(p);
+    // Strides are at least 0; a product beyond 63 bits is beyond any buffer.
+    const int64_t last[4] = {b, p.q_heads - 1, tokens - 1, keys - 1};
+    uint64_t room = t.mask_bytes;
+    const uint64_t size = t.mask_element == kMaskF32 ? 4 : t.mask_element == kMaskF16 ? 2 : 1;
+    if (t.mask == nullptr || room < size) return false;
+    room -= size;
+#pragma unroll 1
+    for (int i = 0; i < 4; i++) {
+        const uint64_t stride = t.mask_stride[i], n = last[i];
+        if (n != 0 && stride > room / n) return false;
+        room -= stride * n;
+    }
+    return true;
+}
+
+// What a packed row of an item needs, in shared memory; of rows that there are not, nothing is ever hidden.
+struct alignas(16) RowTerms {
+    const char* mask;  // the element of slot 0; null: none
+    int low;           // the first slot that is seen, or (explicit placement) the first position
+    int high;          // the last one
+    int position;      // of the query token
+    float slope;       // in log2 units
+    float factor;      // of the mask, in log2 units
+    float sink;        // -inf: none
+};
+struct alignas(16) ItemTerms {
+    const int32_t* positions;  // explicit placement: where that of slot 0 is said
+    int64_t start;             // contiguous placement: that of slot 0
+};
+
+template <int Rows>
+struct TermsBlock {
+    ItemTerms item;
+    RowTerms rows[Rows];
+};
+
+// Writes what an item's rows need, one warp a row, one lane of it. `Rows` of the tile, `live` of them there.
+template <class S, class I>
+__device__ __forceinline__ void stage_terms_of(const DecodeParams& p, const I& item, char* shared, int live) {
+    auto& block = *reinterpret_cast<TermsBlock<S::kRows>*>(shared + S::kTermsAt);
+    if (threadIdx.x % 32 != 0) return;
+    const Terms& t = terms_of(p);
+    if (threadIdx.x == 0) {
+        ItemTerms it;
+        it.positions = p.kv_position == nullptr
+                           ? nullptr
+                           : p.kv_position + item.b * p.kv_position_stride + item.head * t.kv_position_head_stride;
+        it.start = p.kv_start == nullptr ? 0 : p.kv_start[item.b];
+        block.item = it;
+    }
+#pragma unroll 1
+    for (int row = threadIdx.x / 32; row < S::kRows; row += S::kWarps) {
+        RowTerms r = {nullptr, INT32_MIN, INT32_MAX, 0, 0.f, 0.f, -infinity()};
+        if (row < live) {
+            const int packed = item.row_tile * S::kRows + row;
+            const int token = item.tokens == 1 ? 0 : packed / p.group;
+            const int64_t head = static_cast<int64_t>(item.head) * p.group + packed - token * p.group;
+            if (needs_positions(p)) {
+                const int64_t position = position_of(p, item.b, item.first_token, item.tokens, token);
+                const int64_t zero = 0, most = INT32_MAX, before = position - t.window;
+                r.position = static_cast<int>(position);
+                if (p.placement == kExplicit) {
+                    if (p.flags & kFlagCausal) r.high = static_cast<int>(position);
+                    if (t.window > 0) r.low = static_cast<int>(before + 1);
+                } else {
+                    if (p.flags & kFlagCausal) {
+                        r.high = static_cast<int>(min(max(slots_up_to(p, item.b, position), zero), most)) - 1;
+                    }
+                    if (t.window > 0) r.low = static_cast<int>(min(max(slots_up_to(p, item.b, before), zero), most));
+                }
+            }
+            if (t.slopes != nullptr) r.slope = head_value(t.slopes, t.slope_stride, head) * kLog2E;
+            if (t.sinks != nullptr) r.sink = head_value(t.sinks, t.sink_stride, head);
+            if (t.mask_element != kMaskNone && t.mask != nullptr) {
+                r.mask = static_cast<const char*>(t.mask) + item.b * t.mask_stride[0] + head * t.mask_stride[1] +
+                         token * t.mask_stride[2];
+                r.factor = t.mask_factor == nullptr ? kLog2E : head_value(t.mask_factor, t.factor_stride, head) * kLog2E;
+            }
+        }
+        block.rows[row] = r;
+    }
+}
+
+// What a tile's scores get beside their products, asked for before the products are made. [row tile][half * 2 + row of the
+// lane], as the scores.
+template <int RowTiles>
+struct TileTerms {
+    int position[2];        // of the lane's keys: the global one where it matters, else the slot
+    int place[2];           // what bounds are compared with
+    float bias[RowTiles][4];
+    uint32_t seen;          // one bit a score: t * 4 + half * 2 + row
+    bool bad_position;
+};
+
+template <class S, int RowTiles, class T>
+__device__ __forceinline__ TileTerms<RowTiles> ask_terms(const DecodeParams& p, const T& tile, const char* shared) {
+    const auto& block = *reinterpret_cast<const TermsBlock<S::kRows>*>(shared + S::kTermsAt);
+    const Terms& t = terms_of(p);
+    const int lane = threadIdx.x % 32;
+    TileTerms<RowTiles> out;
+    out.seen = 0;
+    out.bad_position = false;
+    const bool by_position = p.placement == kExplicit && needs_positions(p);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int key = half * 8 + lane / 4, slot = tile.base + key;
+        const bool live = key < tile.keys;
+        int position = slot;
+        if (by_position) {
+            if (live) position = block.item.positions[slot];
+            if (live && position < 0) out.bad_position = true;
+            out.place[half] = position;
+        } else {
+            out.place[half] = slot;
+            if (t.slopes != nullptr) {
+                if (p.placement == kContiguous) {
+                    position = static_cast<int>(block.item.start + slot);
+                } else {
+                    const int run = p.interleave, nth = slot / run;
+                    position = static_cast<int>((static_cast<int64_t>(nth) * p.world + p.rank) * run + (slot - nth * run));
+                }
+            }
+        }
+        out.position[half] = position;
+#pragma unroll
+        for (int n = 0; n < RowTiles; n++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const RowTerms& row = block.rows[n * 8 + lane % 4 * 2 + i];
+                bool sees = live && out.place[half] <= row.high && out.place[half] >= row.low;
+                float bias = 0.f;
+                if (t.mask_element != kMaskNone && sees && row.mask != nullptr) {
+                    const char* at = row.mask + slot * t.mask_stride[3];
+                    if (t.mask_element == kMaskByte) {
+                        sees = *reinterpret_cast<const uint8_t*>(at) != 0;
+                    } else {
+                        const float x = t.mask_element == kMaskF32
+                                            ? *reinterpret_cast<const float*>(at)
+                                            : unpack_pair<false>(*reinterpret_cast<const uint16_t*>(at)).x;
+                        sees = x != -infinity();
+                        bias = sees ? row.factor * x : 0.f;
+                    }
+                }
+                out.bias[n][half * 2 + i] = bias;
+                out.seen |= static_cast<uint32_t>(sees) << (n * 4 + half * 2 + i);
+            }
+        }
+    }
+    return out;
+}
+
+// Turns the products s of a tile with its keys into weights x against the running maxima m, which grow by `grow`, and adds them
+// to the sums l of this lane's keys. scale: of products, to log2 units.
+template <class S, int RowTiles>
+__device__ __forceinline__ void weigh_tile(const DecodeParams& p, const TileTerms<RowTiles>& terms, const char* shared,
+                                           const float (&scale)[RowTiles][2], float (&s)[RowTiles][4],
+                                           float (&x)[RowTiles][4], float (&m)[RowTiles][2], float (&l)[RowTiles][2],
+                                           float (&grow)[RowTiles][2]) {
+    const auto& block = *reinterpret_cast<const TermsBlock<S::kRows>*>(shared + S::kTermsAt);
+    const Terms& t = terms_of(p);
+    const int lane = threadIdx.x % 32;
+    const bool capped = t.softcap > 0.f;
+#pragma unroll
+    for (int n = 0; n < RowTiles; n++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const RowTerms& row = block.rows[n * 8 + lane % 4 * 2 + i];
+            float factor = scale[n][i];
+            if (capped) {
+                const float inverse = factor * t.cap_inverse;
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    s[n][half * 2 + i] = t.softcap * tanhf(s[n][half * 2 + i] * inverse);
+                }
+                factor = kLog2E;
+            }
+            const float slope = row.slope;
+            float distance[2];
+            bool sees[2];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int away = row.position - terms.position[half];
+                distance[half] = static_cast<float>(away < 0 ? -away : away);
+                sees[half] = terms.seen >> (n * 4 + half * 2 + i) & 1;
+                // A hidden score becomes -inf, whatever it was.
+                const float score = fmaf(s[n][half * 2 + i], factor,
+                                         fmaf(-slope, distance[half], terms.bias[n][half * 2 + i]));
+                x[n][half * 2 + i] = sees[half] ? score : -infinity();
+            }
+            float top = fmaxf(x[n][i], x[n][2 + i]);
+            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 4));
+            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 8));
+            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 16));
+            const float before = m[n][i], now = fmaxf(before, top);
+            const float reference = now == -infinity() ? 0.f : now;
+            const bool coarse = fabsf(reference) >= kCoarse;
+            m[n][i] = now;
+            grow[n][i] = exp2_approx(before - reference);
+            float sum = 0.f;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int at = half * 2 + i;
+                // Summed unrounded, except where the rounding of a score is so coarse that the largest would be far from its
+                // own reference.
+                float power = fmaf(s[n][at], factor, fmaf(-slope, distance[half], terms.bias[n][at] - reference));
+                if (coarse) power = x[n][at] - reference;
+                x[n][at] = sees[half] ? exp2_approx(power) : 0.f;
+                sum += x[n][at];
+            }
+            l[n][i] = fmaf(l[n][i], grow[n][i], sum);
+        }
+    }
+}
+
+// Merges the partial (0, sink) into that of a row, m in log2 units: gives what its sums are to be multiplied by. The
+// difference of the two is taken as a sum of two floats: a sink may be far larger than the scores, by which errors are
+// measured.
+__device__ __forceinline__ float add_sink(float sink, float& m, float& l) {
+    constexpr float kMost = 3.402823466e38f, kLog2ELow = 1.925963033500011e-8f;  // of log2 e what kLog2E lacks
+    if (sink == -infinity()) return 1.f;
+    const bool is_usual = fabsf(sink) < 1e38f;
+    const float high = fminf(fmaxf(sink * kLog2E, -kMost), kMost);
+    const float low = is_usual ? fmaf(sink, kLog2E, -high) + sink * kLog2ELow : 0.f;
+    float weight = 0.f;
+    if (l == 0.f) {
+        m = high, l = 1.f;
+    } else {
+        const float apart = m - high, part = apart - m;
+        const float rest = ((m - (apart - part)) - (high + part)) - low;
+        if (apart <= 0.f) {
+            weight = exp2_approx(apart);
+            weight = fmaf(weight, rest * kLn2, weight);
+            l = fmaf(l, weight, 1.f);
+            m = high;
+        } else {
+            const float other = exp2_approx(-apart);
+            weight = 1.f;
+            l += fmaf(other, -rest * kLn2, other);
+        }
+    }
+    if (!(fabsf(sink) < infinity())) l = not_a_number();
+    return weight;
+}
+
+}  // namespace treeattn

@@ -1,0 +1,132 @@
+//! The decode kernels of a plan: which of the image it needs, and which of them takes a step.
+
+use super::params::KernelShape;
+use super::{abi, terms};
+use crate::attention::{AttentionDesc, Dtype};
+use crate::device::cuda::{Image, Kernel};
+use crate::error::{Error, ErrorKind, Result};
+
+/// The head dimensions that kernels are compiled for, (qk, v): a shape runs in the first class that holds it.
+const CLASSES: [(i32, i32); 5] = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)];
+/// Those of kernels that know terms.
+const TERMS_CLASSES: [(i32, i32); 3] = [(64, 64), (128, 128), (256, 256)];
+/// Partials that a block leaves room for: of its first and its last item, and of the merges' first level.
+const PARTIALS_A_BLOCK: usize = 4;
+
+/// The first class that holds the head dimensions.
+fn class(desc: &AttentionDesc, classes: &[(i32, i32)]) -> Result<(i32, i32)> {
+    let fits = |&&(qk, v): &&(i32, i32)| desc.head_dim_qk <= qk && desc.head_dim_v <= v;
+    classes.iter().find(fits).copied().ok_or_else(|| {
+        let found = format!("{} and {}", desc.head_dim_qk, desc.head_dim_v);
+        Error::unsupported("head_dim_qk, head_dim_v", found, "at most 256 on a GPU")
+    })
+}
+
+/// A decode kernel with its grid.
+pub(super) struct Decode {
+    pub kernel: Kernel,
+    pub shape: KernelShape,
+    pub grid: u32,
+    /// Whether it takes `TermsParams`.
+    pub takes_terms: bool,
+    /// Whether it is one of `decode_narrow.cu`, which takes k and v of all types, and scales.
+    pub takes_all_types: bool,
+}
+
+impl Decode {
+    /// The kernel `treeattn_NAME` of `kernels/SOURCE.cu`.
+    fn new(image: &Image, source: &str, name: &str, sharing: usize) -> Result<Decode> {
+        abi::check(image, source)?;
+        let mut bytes = [0; size_of::<KernelShape>()];
+        image.constant(&format!("{name}_shape"), &mut bytes)?;
+        let shape = KernelShape::from_bytes(bytes);
+        let kernel = image.kernel(name, shape.threads as u32, shape.dynamic_smem as u32)?;
+        let grid = (image.device().units * shape.blocks_per_sm / sharing.clamp(1, 1 << 16) as i32).max(1);
+        if grid < 1 || shape.partial_bytes < 1 || shape.counters < 1 {
+            return Err(Error::new(ErrorKind::Internal, format!("{name}: found {shape:?} in the image")));
+        }
+        let takes_all_types = source == "decode_narrow";
+        let takes_terms = takes_all_types || source == "decode_terms";
+        Ok(Decode { kernel, shape, grid: grid as u32, takes_terms, takes_all_types })
+    }
+
+    /// Bytes of its split partials.
+    pub fn partials(&self) -> usize {
+        PARTIALS_A_BLOCK * self.grid as usize * self.shape.partial_bytes as usize
+    }
+
+    /// Bytes of its counters.
+    pub fn counters(&self) -> usize {
+        size_of::<u32>() * self.grid as usize * self.shape.counters as usize
+    }
+}
+
+/// The kernels of a plan, by the packed query rows of a sequence: heads of a group x query tokens.
+pub(super) struct Kernels {
+    /// Up to 2 rows.
+    fma: Option<Decode>,
+    /// Up to 8 rows, and any number where there is no wider kernel.
+    narrow: Option<Decode>,
+    /// More.
+    wide: Option<Decode>,
+    /// For steps with scales, and where there is no other.
+    all_types: Option<Decode>,
+}
+
+impl Kernels {
+    /// Loads those that the plan's steps can need.
+    pub fn new(image: &Image, desc: &AttentionDesc, sharing: usize) -> Result<Kernels> {
+        let (qk, v) = class(desc, &CLASSES)?;
+        let (terms_qk, terms_v) = class(desc, &TERMS_CLASSES)?;
+        let group = i64::from(desc.group());
+        let load = |wanted: bool, source: &str, name: String| match wanted {
+            true => Decode::new(image, source, &name, sharing).map(Some),
+            false => Ok(None),
+        };
+        let alike = desc.k_dtype == desc.v_dtype;
+        let dtypes = match alike {
+            true => desc.k_dtype.name().to_string(),
+            false => format!("{}_{}", desc.k_dtype.name(), desc.v_dtype.name()),
+        };
+        let all_types = load(true, "decode_narrow", format!("treeattn_decode_narrow_d{terms_qk}x{terms_v}_r8"))?;
+        let has_terms = terms::are_in(desc);
+        let is_half = |dtype: Dtype| matches!(dtype, Dtype::F16 | Dtype::Bf16);
+        if !is_half(desc.k_dtype) || !is_half(desc.v_dtype) || has_terms && !alike {
+            return Ok(Kernels { fma: None, narrow: None, wide: None, all_types });
+        }
+        if has_terms {
+            let name = format!("treeattn_decode_terms_d{terms_qk}x{terms_v}_r8_{dtypes}");
+            let narrow = load(true, "decode_terms", name)?;
+            return Ok(Kernels { fma: None, narrow, wide: None, all_types });
+        }
+        let mma = |rows: i32| format!("treeattn_decode_mma_d{qk}x{v}_r{rows}_{dtypes}");
+        let fma = format!("treeattn_decode_fma_d{qk}x{v}_r2_{dtypes}");
+        let has_fma = group <= 2 && image.has(&fma)?;
+        let most = group * i64::from(desc.max_query_tokens);
+        // Where k and v differ, and for 256 dimensions, more rows run as more tiles of 8.
+        let has_wide = alike && qk <= 128;
+        Ok(Kernels {
+            fma: load(has_fma, "decode_fma", fma)?,
+            narrow: load((most > 2 || !has_fma) && (group <= 8 || !has_wide), "decode_mma", mma(8))?,
+            wide: load(most > 8 && has_wide, "decode_mma", mma(16))?,
+            all_types,
+        })
+    }
+
+    pub fn all(&self) -> impl Iterator<Item = &Decode> {
+        [&self.fma, &self.narrow, &self.wide, &self.all_types].into_iter().flatten()
+    }
+
+    /// The kernel for sequences of about `rows` rows, of a step that has scales or none; each is right for any number.
+    pub fn choose(&self, rows: i64, scaled: bool) -> Option<&Decode> {
+        if scaled {
+            return self.all_types.as_ref();
+        }
+        let chosen = match rows {
+            ..=2 => self.fma.as_ref().or(self.narrow.as_ref()).or(self.wide.as_ref()),
+            3..=8 => self.narrow.as_ref().or(self.wide.as_ref()).or(self.fma.as_ref()),
+            _ => self.wide.as_ref().or(self.narrow.as_ref()).or(self.fma.as_ref()),
+        };
+        chosen.or(self.all_types.as_ref())
+    }
+}

@@ -1,0 +1,65 @@
+//! What a step has beside queries, keys and values, as kernels take it.
+
+use super::params::{self, Terms};
+use crate::attention::head_values::HeadValues;
+use crate::attention::{AttentionDesc, Dtype, KvFormat, MaskElement, MaskKind, Step};
+
+/// Whether a shape needs kernels that know terms.
+pub(super) fn are_in(desc: &AttentionDesc) -> bool {
+    let AttentionDesc { window, softcap, alibi, sinks, mask, pages_by_head, .. } = *desc;
+    window > 0 || softcap > 0.0 || alibi || sinks || mask != MaskKind::None || pages_by_head
+}
+
+/// Whether a step's rows of k and v come into shared memory as they are, to be widened in registers (`kernels/widen.cuh`):
+/// those of some types, where their blocks lie side by side.
+pub(super) fn copies_rows(desc: &AttentionDesc, step: &Step) -> bool {
+    let is_copied = |dtype: Dtype, dim: i32, stride: [i64; 4]| {
+        let format = KvFormat::of(dtype);
+        let known = matches!(dtype, Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::Int8 | Dtype::Q8_0 | Dtype::Q4_0);
+        // The stride of a dimension of one is never used.
+        known && (format.is_packed(stride[3]) || format.blocks(dim as usize) == 1)
+    };
+    is_copied(desc.k_dtype, desc.head_dim_qk, step.k_stride) && is_copied(desc.v_dtype, desc.head_dim_v, step.v_stride)
+}
+
+/// The terms of a step.
+pub(super) fn of(desc: &AttentionDesc, step: &Step) -> Terms {
+    let heads = |values: HeadValues| {
+        let (data, stride) = values.place();
+        (data as u64, stride)
+    };
+    let ((sinks, sink_stride), (slopes, slope_stride), (mask_factor, factor_stride)) =
+        (heads(step.sinks), heads(step.slopes), heads(step.mask_factor));
+    let (mask, mask_bytes, mask_stride) = step.mask.map_or((std::ptr::null(), 0, [0; 4]), |mask| mask.place());
+    let mask_element = match MaskElement::of(desc) {
+        None => params::MASK_NONE,
+        Some(MaskElement::F16) => params::MASK_F16,
+        Some(MaskElement::F32) => params::MASK_F32,
+        Some(MaskElement::Byte) => params::MASK_BYTE,
+    };
+    let scale = |[outer, inner, head, _]: [i64; 4]| [outer, inner, head];
+    let inverse = 1.0 / (f64::from(desc.softcap) * std::f64::consts::LOG2_E);
+    Terms {
+        sinks,
+        slopes,
+        mask: mask as u64,
+        mask_factor,
+        k_scale: step.args.k_scale.data as u64,
+        v_scale: step.args.v_scale.data as u64,
+        sink_stride,
+        slope_stride,
+        factor_stride,
+        mask_stride,
+        mask_bytes,
+        k_scale_stride: scale(step.k_scale_stride),
+        v_scale_stride: scale(step.v_scale_stride),
+        page_index_head_stride: step.args.page_index_head_stride,
+        kv_position_head_stride: step.args.kv_position_head_stride,
+        mask_element,
+        window: desc.window,
+        softcap: desc.softcap,
+        cap_inverse: inverse.min(f64::from(f32::MAX)) as f32,
+        k_dtype: desc.k_dtype,
+        v_dtype: desc.v_dtype,
+    }
+}
