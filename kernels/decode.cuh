@@ -308,6 +308,10 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
         if (is_even) {
             tile.base = next_tile * kTile;
             tile.keys = min(max(walk.keys - tile.base, 0), kTile);
+            if constexpr (S::kTerms) {
+                // There may be keys that nobody sees after the last tile.
+                if (next_tile >= walk.tile_end) tile.keys = 0;
+            }
             tile.flags = walk.flags | (filled == S::kStages ? kSlotFirst : 0);
             next_tile += walk.step;
             if (next_tile >= walk.tile_end) tile.flags |= kSlotLast | kSlotFinal;

@@ -76,6 +76,7 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
         for (int block = 0; block < count; block++) {
             const bool inside = block * 32 + c * 8 < p.head_dim_qk;
             uint32_t wide[2][4];
+            uint2 words[2];
             float scale[2] = {1.f, 1.f};
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -86,27 +87,39 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
                 } else {
                     const uint32_t begin = key[half] + block * blocks.step;
                     if (Kind != Bytes::kFloat8 && blocks.scaled) scale[half] = load_scale(begin);
-                    uint2 words;
                     if constexpr (Kind == Bytes::kNibbles) {
-                        words = load_bytes8(begin + 2 + c % 2 * 8);
-                        words.x = words.x >> c / 2 * 4 & 0x0f0f0f0fu, words.y = words.y >> c / 2 * 4 & 0x0f0f0f0fu;
+                        const uint2 both = load_bytes8(begin + 2 + c % 2 * 8);
+                        words[half] = make_uint2(both.x >> c / 2 * 4 & 0x0f0f0f0fu, both.y >> c / 2 * 4 & 0x0f0f0f0fu);
                     } else {
-                        words = load_bytes8(begin + blocks.at + c * 8);
+                        words[half] = load_bytes8(begin + blocks.at + c * 8);
                     }
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        wide[half][i] = widen_neighbours<Kind>(i < 2 ? words.x : words.y, i % 2, f8);
+                        wide[half][i] =
+                            widen_neighbours<Kind, false>(i < 2 ? words[half].x : words[half].y, i % 2, f8);
                     }
                 }
+            }
+            if constexpr (Kind == Bytes::kFloat8) {
+                const uint32_t odd = f8.not_finite(words[0].x) | f8.not_finite(words[0].y) | f8.not_finite(words[1].x) |
+                                     f8.not_finite(words[1].y);
+                if (__any_sync(kAllLanes, odd != 0)) {
 #pragma unroll
-                for (int i = 0; i < 4; i++) wide[half][i] = inside ? wide[half][i] : 0;
+                    for (int i = 0; i < 8; i++) {
+                        const uint2& of = words[i / 4];
+                        wide[i / 4][i % 4] = widen_neighbours<Kind, true>(i % 4 < 2 ? of.x : of.y, i % 2, f8);
+                    }
+                }
+            }
+            // Past the head dim, which ends in the last block.
+            if (block * 32 + 32 > p.head_dim_qk) {
+#pragma unroll
+                for (int i = 0; i < 8; i++) wide[i / 4][i % 4] = inside ? wide[i / 4][i % 4] : 0;
             }
             const uint32_t k0[4] = {wide[0][0], wide[1][0], wide[0][1], wide[1][1]};
             const uint32_t k1[4] = {wide[0][2], wide[1][2], wide[0][3], wide[1][3]};
             float sum[4] = {0.f, 0.f, 0.f, 0.f};
-            // Small terms first.
-#pragma unroll 1
-            for (int part = parts - 1; part >= 0; part--) {
+            const auto add_part = [&](int part) {
                 uint32_t q[4];
                 load_matrices(q, q_address + part * Base::kPartBytes + block * 64);
                 float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
@@ -114,7 +127,11 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
                 multiply<true>(odd, k1, q[2], q[3]);
 #pragma unroll
                 for (int i = 0; i < 4; i++) sum[i] += even[i] + odd[i];
-            }
+            };
+            // Small terms first.
+#pragma unroll 1
+            for (int part = parts - 1; part > 0; part--) add_part(part);
+            add_part(0);
 #pragma unroll
             for (int i = 0; i < 4; i++) s[i] = fmaf(sum[i], scale[i / 2], s[i]);
         }
@@ -178,20 +195,32 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
                 const bool counts = inside && !(values.skipped >> (2 * c + n % 2 + n / 2 * 8) & 1);
                 words[n].x = counts ? words[n].x : 0, words[n].y = counts ? words[n].y : 0;
             }
+            uint32_t wide[2][4];
 #pragma unroll
-            for (int step = 0; step < 2; step++) {
-                uint32_t v[4];
+            for (int i = 0; i < 8; i++) {
+                const uint2 &first = words[i % 4 / 2 * 2], &second = words[i % 4 / 2 * 2 + 1];
+                const int dim = i / 4 * 2 + i % 2;
+                if constexpr (Kind == Bytes::kBf16) {
+                    wide[i / 4][i % 4] = pick_bytes(dim < 2 ? first.x : first.y, dim < 2 ? second.x : second.y,
+                                                    dim % 2 ? 0x7632u : 0x5410u);
+                } else {
+                    wide[i / 4][i % 4] = widen_across<Kind, false>(first.x, second.x, dim, f8);
+                }
+            }
+            if constexpr (Kind == Bytes::kFloat8) {
+                const uint32_t odd = f8.not_finite(words[0].x) | f8.not_finite(words[1].x) | f8.not_finite(words[2].x) |
+                                     f8.not_finite(words[3].x);
+                if (__any_sync(kAllLanes, odd != 0)) {
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const uint2 &first = words[i / 2 * 2], &second = words[i / 2 * 2 + 1];
-                    const int dim = step * 2 + i % 2;
-                    if constexpr (Kind == Bytes::kBf16) {
-                        v[i] = pick_bytes(dim < 2 ? first.x : first.y, dim < 2 ? second.x : second.y,
-                                          dim % 2 ? 0x7632u : 0x5410u);
-                    } else {
-                        v[i] = widen_across<Kind>(first.x, second.x, dim, f8);
+                    for (int i = 0; i < 8; i++) {
+                        wide[i / 4][i % 4] = widen_across<Kind, true>(
+                            words[i % 4 / 2 * 2].x, words[i % 4 / 2 * 2 + 1].x, i / 4 * 2 + i % 2, f8);
                     }
                 }
+            }
+#pragma unroll
+            for (int step = 0; step < 2; step++) {
+                const uint32_t(&v)[4] = wide[step];
                 float d[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
                 for (int part = 0; part < 3; part++) multiply<true>(d, v, b[part][0], b[part][1]);
@@ -264,7 +293,7 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
                         const float2 pair = unpack_pair<true>(dim < 2 ? words.x : words.y);
                         x = dim % 2 ? pair.y : pair.x;
                     } else {
-                        x = unpack_pair<true>(widen_across<Kind>(words.x, words.x, dim, f8)).x;
+                        x = unpack_pair<true>(widen_across<Kind, true>(words.x, words.x, dim, f8)).x;
                     }
 #pragma unroll
                     for (int i = 0; i < 2; i++) {

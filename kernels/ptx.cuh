@@ -79,6 +79,15 @@ __device__ __forceinline__ uint16_t load_shared16(uint32_t address) {
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address) : "memory");
     return x;
 }
+// Reads nothing where it is not wanted, and gives 0.
+__device__ __forceinline__ uint32_t load_shared_if(uint32_t address, bool wanted) {
+    uint32_t x;
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; @p ld.shared.u32 %0, [%1]; }"
+                 : "=r"(x)
+                 : "r"(address), "r"(static_cast<uint32_t>(wanted))
+                 : "memory");
+    return x;
+}
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t x) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }

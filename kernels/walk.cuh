@@ -419,11 +419,46 @@ struct Walk : HeadOf<S::kRaw> {
                         scale + outer * stride[0] + inner * stride[1] + this->head * stride[2]);
         }
         if (raw && live > 0) {
-            copy_units<S::kDimQk, S::RowsK::kPitch>(slot_address, from, 0, live, raw_bytes(t.k_dtype, p.head_dim_qk));
-            copy_units<S::kDimV, S::RowsV::kPitch>(slot_address + S::kVAt, from, kTile, live,
-                                                   raw_bytes(t.v_dtype, p.head_dim_v()));
+            const int k_bytes = raw_bytes(t.k_dtype, p.head_dim_qk), v_bytes = raw_bytes(t.v_dtype, p.head_dim_v());
+            if (regular() && live == kTile && ((p.k_stride[1] | p.v_stride[1]) & 15) == 0) {
+                // Rows lie at one stride, and all of them as far into a unit as the first.
+                const uint64_t first = reinterpret_cast<uint64_t>(from);
+                copy_even_rows<S::kDimQk, S::RowsK::kPitch>(slot_address, __shfl_sync(kAllLanes, first, 0), p.k_stride[1],
+                                                            k_bytes);
+                copy_even_rows<S::kDimV, S::RowsV::kPitch>(
+                    slot_address + S::kVAt, __shfl_sync(kAllLanes, first, kTile), p.v_stride[1], v_bytes);
+            } else {
+                copy_units<S::kDimQk, S::RowsK::kPitch>(slot_address, from, 0, live, k_bytes);
+                copy_units<S::kDimV, S::RowsV::kPitch>(slot_address + S::kVAt, from, kTile, live, v_bytes);
+            }
         }
         return bad;
+    }
+
+    // A whole tile's rows of `bytes` bytes, `stride` apart, a multiple of 16.
+    template <int Dim, int Pitch>
+    __device__ __forceinline__ void copy_even_rows(uint32_t to, uint64_t first, int64_t stride, int bytes) {
+        constexpr int kLanes = lanes_of(Dim);
+        const int begin = static_cast<int>(first & 15), units = (begin + bytes + 15) / 16;
+        const char* from = reinterpret_cast<const char*>(first - begin);
+        if (units <= kLanes / 2) {
+            copy_rows_of<kLanes / 2, Pitch>(to, from, stride, units);
+        } else {
+            copy_rows_of<kLanes, Pitch>(to, from, stride, units);
+        }
+    }
+    template <int Lanes, int Pitch>
+    __device__ __forceinline__ void copy_rows_of(uint32_t to, const char* from, int64_t stride, int units) {
+        constexpr int kRows = 32 / Lanes;
+        const int row = lane / Lanes, unit = lane % Lanes;
+        if (unit >= units) return;
+        to += row * Pitch + unit * 16;
+        from += row * stride + unit * 16;
+#pragma unroll
+        for (int i = 0; i < kTile; i += kRows) {
+            copy_async16(to + i * Pitch, from, 16, l2_policy);
+            from += kRows * stride;
+        }
     }
 
     // Rows of `bytes` bytes: lane first_lane + r holds the address of row r.

@@ -77,14 +77,15 @@ __device__ __forceinline__ float int8_value(uint32_t flipped, int byte) {
     return __uint_as_float(pick_bytes(flipped, 0x4b000000u, 0x7540u + byte)) - 8388736.f;
 }
 
-// 4 bytes at any address of shared memory.
+// 4 bytes at any address of shared memory. What aligned ones do not need is not read.
 __device__ __forceinline__ uint32_t load_bytes4(uint32_t address) {
     const uint32_t from = address & ~3u, bits = (address & 3) * 8;
-    return shift_right(load_shared(from), load_shared(from + 4), bits);
+    return shift_right(load_shared(from), load_shared_if(from + 4, bits != 0), bits);
 }
 __device__ __forceinline__ uint2 load_bytes8(uint32_t address) {
     const uint32_t from = address & ~3u, bits = (address & 3) * 8;
-    const uint32_t low = load_shared(from), middle = load_shared(from + 4), high = load_shared(from + 8);
+    const uint32_t low = load_shared(from), middle = load_shared(from + 4);
+    const uint32_t high = load_shared_if(from + 8, bits != 0);
     return make_uint2(shift_right(low, middle, bits), shift_right(middle, high, bits));
 }
 
@@ -98,11 +99,12 @@ __device__ __forceinline__ float load_scale(uint32_t address) {
     return unpack_pair<false>(load_shared16(address)).x;
 }
 
-// Bytes 2 i, 2 i + 1 of a word as a pair of bf16.
-template <Bytes Kind>
+// Bytes 2 i, 2 i + 1 of a word as a pair of bf16. Any: fp8 numbers may be infinite, or none.
+template <Bytes Kind, bool Any>
 __device__ __forceinline__ uint32_t widen_neighbours(uint32_t word, int i, const Float8& f8) {
     if constexpr (Kind == Bytes::kFloat8) {
-        return f8.any_pair(pick_bytes(word, 0, i == 0 ? 0x1404u : 0x3424u));
+        const uint32_t both = pick_bytes(word, 0, i == 0 ? 0x1404u : 0x3424u);
+        return Any ? f8.any_pair(both) : f8.pair(both);
     } else if constexpr (Kind == Bytes::kInt8) {
         const uint32_t flipped = word ^ 0x80808080u;
         return pack_pair<true>(int8_value(flipped, 2 * i), int8_value(flipped, 2 * i + 1));
@@ -113,11 +115,11 @@ __device__ __forceinline__ uint32_t widen_neighbours(uint32_t word, int i, const
 }
 
 // Byte i of two words as a pair of bf16.
-template <Bytes Kind>
+template <Bytes Kind, bool Any>
 __device__ __forceinline__ uint32_t widen_across(uint32_t first, uint32_t second, int i, const Float8& f8) {
     const uint32_t both = pick_bytes(first, second, 0x4400u + 0x1111u * i);
     if constexpr (Kind == Bytes::kFloat8) {
-        return f8.any_pair(both);
+        return Any ? f8.any_pair(both) : f8.pair(both);
     } else if constexpr (Kind == Bytes::kInt8) {
         return pack_pair<true>(int8_value(first ^ 0x80808080u, i), int8_value(second ^ 0x80808080u, i));
     } else {

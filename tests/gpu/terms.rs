@@ -220,6 +220,11 @@ pub fn types() {
         Case::plain(types, 1, &[(90, 2)], Values::Normal, 7)
     };
     for (dtype, bad) in [(Dtype::F8E4M3, 0x7f), (Dtype::F8E4M3, 0xff), (Dtype::F8E5M2, 0x7d), (Dtype::F8E5M2, 0x7c)] {
+        // A sequence alone, most of whose keys lie after what its query sees.
+        let window = AttentionDesc { window: 5, ..of(dtype).desc };
+        let mut early = Case::plain(window, 1, &[(1900, 1)], Values::Normal, 7);
+        (early.query_start, early.query_position) = (false, Some(vec![20]));
+        checked(early);
         // The last key, hidden from the first query; its first head.
         let mut clean = of(dtype);
         clean.desc.mask = MaskKind::Boolean;

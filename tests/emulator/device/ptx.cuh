@@ -37,6 +37,7 @@ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) { emula
 inline uint32_t load_shared(uint32_t address) {
     return *reinterpret_cast<const uint32_t*>(emulator::shared_pointer(address));
 }
+inline uint32_t load_shared_if(uint32_t address, bool wanted) { return wanted ? load_shared(address) : 0; }
 inline uint16_t load_shared16(uint32_t address) {
     return *reinterpret_cast<const uint16_t*>(emulator::shared_pointer(address));
 }
