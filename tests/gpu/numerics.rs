@@ -538,6 +538,21 @@ pub fn merge_partials() {
 
 /// Small shapes of every kind, for the checkers of memory, races and initialisation.
 pub fn small() {
+    for (dtype, layout, page_size) in [
+        (Dtype::Bf16, KvLayout::BlockTable, 16),
+        (Dtype::F8E4M3, KvLayout::Strided, 0),
+        (Dtype::Q8_0, KvLayout::BlockTable, 3),
+        (Dtype::Q4_0, KvLayout::CsrPages, 16),
+        (Dtype::F32, KvLayout::Strided, 0),
+    ] {
+        let base = AttentionDesc { k_dtype: dtype, v_dtype: dtype, ..shape(8, 2, 64, Dtype::Bf16) };
+        let terms = AttentionDesc { window: 90, sinks: true, alibi: true, softcap: 20.0, ..base };
+        let desc = AttentionDesc { kv_layout: layout, page_size, causal: true, output: OutputMode::Local, ..terms };
+        let mut ready = Ready::new(Case::plain(desc, 1, &[(70, 2), (300, 2), (0, 0)], Values::Normal, 6));
+        ready.bits();
+        let found = judge(&ready.case, std::slice::from_ref(&ready.rank)).unwrap();
+        assert_eq!(found.failure, None);
+    }
     for (heads, kv_heads, dim, tokens) in [(1, 1, 64, 1), (2, 1, 128, 1), (8, 2, 64, 3), (20, 1, 256, 2), (6, 6, 96, 1)]
     {
         for (layout, page_size) in [(KvLayout::Strided, 0), (KvLayout::BlockTable, 3), (KvLayout::CsrPages, 16)] {
