@@ -147,7 +147,7 @@ pub struct treeattn_placement_t {
 ///
 /// The score of a query at global position i and a key at j, of query head h, is
 ///
-///     s = cap(scale * q.k) - slope[h] * |i - j| + factor[h] * mask[i][j],    cap(x) = softcap * tanh(x / softcap)
+/// `s = cap(scale * q.k) - slope[h] * |i - j| + factor[h] * mask[i][j]`, where `cap(x) = softcap * tanh(x / softcap)`,
 ///
 /// and the output is the mean of the values under the softmax of the scores of the keys that the query sees, with `exp(sink[h])`
 /// in its denominator. Terms that are off drop out, the others may be combined; this is also the order of ggml (whose ALiBi is

@@ -1,7 +1,7 @@
 //! Interleavings of a few ranks running [`super::epoch`], by loom, up to a bound of preemptions.
 //!
 //! Payloads are loom cells, which panic on a read that races with a write or that no ordering makes visible. Run with
-//! `RUSTFLAGS="--cfg loom" cargo test --release --lib epoch_model`.
+//! `RUSTFLAGS="--cfg loom --cfg unit_tests" cargo test --release --lib epoch_model`.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;

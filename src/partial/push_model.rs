@@ -7,7 +7,7 @@
 //! drawn from a counter.
 //!
 //! Loom never moves a store before an earlier load. Neither does a GPU here: whether a rank goes on to store hangs on what
-//! it loaded. Run with `RUSTFLAGS="--cfg loom" cargo test --release --lib push_model`.
+//! it loaded. Run with `RUSTFLAGS="--cfg loom --cfg unit_tests" cargo test --release --lib push_model`.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
