@@ -156,9 +156,8 @@ fn build_mock() -> bool {
             .args(["-shared", "-fPIC", "-O1", &format!("-DABI={abi}"), &format!("-DTERMS_ABI={terms_abi}"), "-o"])
             .arg(folder.join(name))
             .arg(&source);
-        if !compiler.status().is_ok_and(|status| status.success()) {
-            return false;
-        }
+        let Ok(status) = compiler.status() else { return false };
+        assert!(status.success(), "{name} does not compile");
     }
     let program = std::env::current_exe().unwrap();
     let error =

@@ -97,14 +97,18 @@ fn build_mocks() -> bool {
             .arg("-o")
             .arg(folder.join(output))
             .arg(source);
-        compiler.status().is_ok_and(|status| status.success())
+        compiler.status().is_ok_and(|status| {
+            assert!(status.success(), "{output} does not compile");
+            true
+        })
     };
     let header = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/abi.cuh");
     let header = std::fs::read_to_string(header).unwrap();
-    let abi = header.split_once("kAbi = ").and_then(|(_, rest)| rest.split_once(';')).unwrap().0;
-    let abi = format!("-DABI={abi}");
-    let built = compile("libcuda.so", "mock_driver/cuda.c", &[&abi])
-        && compile("libcuda.so.1", "mock_driver/cuda.c", &[&abi])
+    let hash = |name: &str| header.split_once(name).and_then(|(_, rest)| rest.split_once(';')).unwrap().0;
+    let abi = [format!("-DABI={}", hash("kAbi = ")), format!("-DTERMS_ABI={}", hash("kTermsAbi = "))];
+    let abi = [abi[0].as_str(), &abi[1]];
+    let built = compile("libcuda.so", "mock_driver/cuda.c", &abi)
+        && compile("libcuda.so.1", "mock_driver/cuda.c", &abi)
         && compile("libnccl.so.2", "mock_nccl/nccl.c", &["-Wl,-soname,libnccl.so.2"])
         && compile("old.so", "mock_nccl/nccl.c", &["-DVERSION=21705"])
         && compile("partial.so", "mock_nccl/nccl.c", &["-DWITHOUT_SPLIT"]);
