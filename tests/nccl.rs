@@ -1,6 +1,9 @@
 //! Communicators over NCCL, without GPUs: the loader, the ranks' meeting, deadlines and errors, against a stand-in
 //! (`mock_nccl/nccl.c`) over the driver without a GPU (`mock_driver/cuda.c`).
 
+#[path = "mock_driver/build.rs"]
+mod stand_in;
+
 use std::ffi::{CString, c_void};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -102,13 +105,7 @@ fn build_mocks() -> bool {
             true
         })
     };
-    let header = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/abi.cuh");
-    let header = std::fs::read_to_string(header).unwrap();
-    let hash = |name: &str| header.split_once(name).and_then(|(_, rest)| rest.split_once(';')).unwrap().0;
-    let abi = [format!("-DABI={}", hash("kAbi = ")), format!("-DTERMS_ABI={}", hash("kTermsAbi = "))];
-    let abi = [abi[0].as_str(), &abi[1]];
-    let built = compile("libcuda.so", "mock_driver/cuda.c", &abi)
-        && compile("libcuda.so.1", "mock_driver/cuda.c", &abi)
+    let built = stand_in::compile(&folder)
         && compile("libnccl.so.2", "mock_nccl/nccl.c", &["-Wl,-soname,libnccl.so.2"])
         && compile("old.so", "mock_nccl/nccl.c", &["-DVERSION=21705"])
         && compile("partial.so", "mock_nccl/nccl.c", &["-DWITHOUT_SPLIT"]);

@@ -1,8 +1,9 @@
 //! Random cases over what the CUDA backend accepts.
 
-use treeattn::attention::{Algorithm, AttentionDesc, Dtype, KvFormat, KvLayout, MaskKind, OutputMode, Placement};
+use treeattn::attention::{Algorithm, AttentionDesc, Dtype, KvFormat, KvLayout, OutputMode, Placement};
 
 use crate::support::case::{Case, Sequence, spread};
+use crate::support::random::{self, Chances};
 use crate::support::rng::Rng;
 use crate::support::terms::Terms;
 use crate::support::values::Values;
@@ -170,7 +171,8 @@ fn shape(r: &mut Rng, layout: KvLayout) -> (AttentionDesc, Values) {
     };
     desc.causal = r.chance(50);
     if r.chance(50) {
-        terms(r, &mut desc);
+        desc.pages_by_head = desc.kv_layout == KvLayout::CsrPages && r.chance(25);
+        random::terms(r, &mut desc, &Chances { window: 40, sinks: 40, softcap: 30, alibi: 30, mask: 40 });
     }
     let values = if r.chance(50) { Values::Normal } else { r.pick(&Values::ALL) };
     if values != Values::Huge && r.chance(20) {
@@ -179,28 +181,10 @@ fn shape(r: &mut Rng, layout: KvLayout) -> (AttentionDesc, Values) {
     (desc, values)
 }
 
-/// What happens to scores, and what joins the softmax: any of it together.
-fn terms(r: &mut Rng, desc: &mut AttentionDesc) {
-    desc.pages_by_head = desc.kv_layout == KvLayout::CsrPages && r.chance(25);
-    if r.chance(40) {
-        desc.window = r.pick(&[1, 2, 5, 17, 63, 64, 65, 100, 300, 1000, i32::MAX]);
-    }
-    desc.sinks = r.chance(40);
-    if r.chance(30) {
-        desc.softcap = r.pick(&[50.0, 30.0, 1.0, 0.01, 1e6]);
-    }
-    desc.alibi = r.chance(30);
-    if r.chance(40) {
-        desc.mask = r.pick(&[MaskKind::Additive, MaskKind::Additive, MaskKind::Boolean]);
-        desc.mask_dtype = (desc.mask == MaskKind::Additive).then(|| r.pick(&[Dtype::F16, Dtype::F32]));
-    }
-}
-
-/// Whether keys or values have scales, and of what their own: int8 has always, values that fill float32 never.
+/// Whether keys or values have scales: of 16-bit types seldom, for such steps take another kernel.
 fn scale(r: &mut Rng, dtype: Dtype, values: Values) -> Option<[bool; 2]> {
     let often = if matches!(dtype, Dtype::F16 | Dtype::Bf16) { 5 } else { 25 };
-    let scaled = dtype == Dtype::Int8 || values != Values::Huge && r.chance(often);
-    scaled.then(|| [r.chance(60), r.chance(60)])
+    random::scale(r, dtype, values, often)
 }
 
 /// A length of at most `most`: often one at the edges of tiles, sometimes none.

@@ -104,8 +104,8 @@ pub fn case(seed: u64, layout: KvLayout) -> Case {
         q_broadcast: [r.chance(5), r.chance(5), r.chance(5), false],
         k_broadcast,
         v_broadcast,
-        k_scale: scale(r, desc.k_dtype, values),
-        v_scale: scale(r, desc.v_dtype, values),
+        k_scale: scale(r, desc.k_dtype, values, 20),
+        v_scale: scale(r, desc.v_dtype, values, 20),
         v_in_k,
         wild: true,
     };
@@ -153,18 +153,7 @@ fn shape(r: &mut Rng, layout: KvLayout) -> (AttentionDesc, Values) {
         _ => Placement::Explicit,
     };
     desc.causal = r.chance(50);
-    if r.chance(25) {
-        desc.window = r.pick(&[1, 2, 5, 17, 63, 64, 65, 100, 300, 1000, i32::MAX]);
-    }
-    desc.sinks = r.chance(20);
-    if r.chance(20) {
-        desc.softcap = r.pick(&[50.0, 30.0, 1.0, 0.01, 1e6]);
-    }
-    desc.alibi = r.chance(20);
-    if r.chance(25) {
-        desc.mask = r.pick(&[MaskKind::Additive, MaskKind::Additive, MaskKind::Boolean]);
-        desc.mask_dtype = (desc.mask == MaskKind::Additive).then(|| r.pick(&[Dtype::F16, Dtype::F32]));
-    }
+    terms(r, &mut desc, &Chances { window: 25, sinks: 20, softcap: 20, alibi: 20, mask: 25 });
     desc.output = match r.range(0, 9) {
         0..=5 => OutputMode::Replicated,
         6..=8 => OutputMode::Scattered,
@@ -177,9 +166,35 @@ fn shape(r: &mut Rng, layout: KvLayout) -> (AttentionDesc, Values) {
     (desc, values)
 }
 
-/// Whether keys or values have scales, and of what their own: int8 has always, values that fill float32 never.
-fn scale(r: &mut Rng, dtype: Dtype, values: Values) -> Option<[bool; 2]> {
-    let scaled = dtype == Dtype::Int8 || values != Values::Huge && r.chance(20);
+/// How often each term is there, in percent.
+pub struct Chances {
+    pub window: u64,
+    pub sinks: u64,
+    pub softcap: u64,
+    pub alibi: u64,
+    pub mask: u64,
+}
+
+/// What happens to scores, and what joins the softmax: any of it together.
+pub fn terms(r: &mut Rng, desc: &mut AttentionDesc, chances: &Chances) {
+    if r.chance(chances.window) {
+        desc.window = r.pick(&[1, 2, 5, 17, 63, 64, 65, 100, 300, 1000, i32::MAX]);
+    }
+    desc.sinks = r.chance(chances.sinks);
+    if r.chance(chances.softcap) {
+        desc.softcap = r.pick(&[50.0, 30.0, 1.0, 0.01, 1e6]);
+    }
+    desc.alibi = r.chance(chances.alibi);
+    if r.chance(chances.mask) {
+        desc.mask = r.pick(&[MaskKind::Additive, MaskKind::Additive, MaskKind::Boolean]);
+        desc.mask_dtype = (desc.mask == MaskKind::Additive).then(|| r.pick(&[Dtype::F16, Dtype::F32]));
+    }
+}
+
+/// Whether keys or values have scales, `often` in percent, and of what their own: int8 has always, values that fill float32
+/// never.
+pub fn scale(r: &mut Rng, dtype: Dtype, values: Values, often: u64) -> Option<[bool; 2]> {
+    let scaled = dtype == Dtype::Int8 || values != Values::Huge && r.chance(often);
     scaled.then(|| [r.chance(60), r.chance(60)])
 }
 

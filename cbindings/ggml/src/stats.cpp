@@ -9,14 +9,14 @@
 namespace treeattn_ggml {
 namespace {
 
-std::atomic<int64_t> steps[3];
+std::atomic<int64_t> steps[2];
 std::atomic<int64_t> failed;
 std::atomic<int64_t> keys_held;
 std::atomic<int64_t> keys_visible;
 std::atomic<int64_t> judged[static_cast<int>(Judgement::kCount)];
 
 void print_counts() {
-  const long long device = steps[0].load(), in_place = steps[1].load(), hook = steps[2].load();
+  const long long device = steps[0].load(), in_place = steps[1].load();
   char left[256] = "";
   int used = 0;
   for (int j = 1; j < static_cast<int>(Judgement::kCount) && used >= 0 && used < 200; j++) {
@@ -27,9 +27,9 @@ void print_counts() {
   }
   const double held = static_cast<double>(keys_held.load()), visible = static_cast<double>(keys_visible.load());
   log(LogLevel::kInfo,
-      "%lld attention steps computed (%lld on the device, %lld in place, %lld by hook), %lld failed, %.0f %% of the cache's keys "
+      "%lld attention steps computed (%lld on the device, %lld in place), %lld failed, %.0f %% of the cache's keys "
       "visible; %lld nodes taken when graphs were split%s",
-      device + in_place + hook, device, in_place, hook, static_cast<long long>(failed.load()),
+      device + in_place, device, in_place, static_cast<long long>(failed.load()),
       held > 0 ? 100.0 * visible / held : 100.0, static_cast<long long>(judged[0].load()), used > 0 ? left : "");
 }
 
@@ -45,7 +45,7 @@ void get_counts(uint64_t out[4]) {
     left += static_cast<uint64_t>(judged[j].load());
   }
   out[0] = static_cast<uint64_t>(steps[0].load());
-  out[1] = static_cast<uint64_t>(steps[1].load() + steps[2].load());
+  out[1] = static_cast<uint64_t>(steps[1].load());
   out[2] = left;
   out[3] = static_cast<uint64_t>(failed.load());
 }

@@ -7,14 +7,14 @@
 
 namespace treeattn_ggml {
 
-enum class Path { kDevice, kInPlace, kHook };
+enum class Path { kDevice, kInPlace };
 
 void count_step(Path path, bool good);
 // Of a step: query tokens times keys of the cache, and times keys that were attended.
 void count_keys(int64_t held, int64_t visible);
 // A node that was looked at when a graph was split, and what became of it.
 void count_judgement(Judgement judgement);
-// "ggml_backend_treeattn_counts" of the registration: steps on the device, steps in place or by hook, nodes left to ggml,
+// "ggml_backend_treeattn_counts" of the registration: steps on the device, steps in place, nodes left to ggml,
 // steps that failed.
 void get_counts(uint64_t out[4]);
 // Prints the line of counts when the process ends; called once, when the plugin is loaded.

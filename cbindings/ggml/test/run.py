@@ -1,6 +1,6 @@
 """Runs the tests of the plugin in ggml and libllama; the Makefile builds what they need.
 
-    run.py --plugin PATH --out FOLDER --patches FOLDER
+    run.py --plugin PATH --out FOLDER
 
 A short selection; everything with TREEATTN_TEST=full. Ends with 1 where something failed.
 """
@@ -246,34 +246,10 @@ def test_hosts(client):
     print(f"  {3 * len(known)} of known versions, {len(unknown) + 6} refused, {len(chosen)} with a function missing")
 
 
-def test_patches(client, folder):
-    """The patches for forks apply to the sources that are at hand."""
-    found = sorted(Path(folder).glob("*.patch"))
-    if not found:
-        fail(f"no patches in {folder}")
-    for patch in found:
-        text = patch.read_text()
-        targets = re.findall(r"^\+\+\+ b/(\S+)", text, re.M)
-        if "ik_llama" in patch.name:
-            # No source of it can be had here: the patch is well-formed, at least.
-            result = subprocess.run(["git", "apply", "--numstat", patch], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                    check=False)
-            what = "is well-formed"
-        else:
-            result = subprocess.run(["patch", "--dry-run", "--force", "-p1", "-d", client.out / "llama.cpp", "-i", patch],
-                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-            what = "applies"
-        if result.returncode or not targets:
-            fail(f"{patch.name}: {result.stdout.strip()}")
-        else:
-            print(f"  {patch.name} {what}: {', '.join(targets)}")
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--plugin", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--patches", required=True)
     parser.add_argument("--only", default="", help="names of tests, with commas")
     options = parser.parse_args()
     client = Client(options.out, options.plugin)
@@ -285,7 +261,6 @@ def main():
         "grid": lambda: test_grid(client),
         "decoding": lambda: test_decoding(client),
         "killed": lambda: test_killed(client),
-        "patches": lambda: test_patches(client, options.patches),
     }
     for name, test in tests.items():
         if not options.only or name in options.only.split(","):
