@@ -178,7 +178,9 @@ inline T sized() {
  * NaN on every rank, the others are good, and the communicator stays usable. Keys at or beyond `global_length` do not fit
  * either, but with TREEATTN_ATTENTION_SURPLUS_KEYS, where they do not count. Such plans need `global_length`, and `kv_start`
  * or `kv_position` where their placement has one, also where they are not causal. Merges of partials and
- * `treeattn_plan_partial` check nothing. CPU ranks only. Since 0.2.
+ * `treeattn_plan_partial` check nothing, and neither do plans that exchange nothing. On CPUs the step returns the error, or the
+ * stream does; on GPUs it is told as TREEATTN_ERROR_INVALID_DATA is, by `treeattn_comm_status`, once, and a captured step checks
+ * in every replay. Not with ALLREDUCE3 on GPUs (TREEATTN_ERROR_UNSUPPORTED). Since 0.2.
  */
 #define TREEATTN_ATTENTION_CHECKED 2
 
@@ -764,7 +766,8 @@ typedef struct treeattn_tensor_t {
  * queries and a `global_length` also kv_start + length above it and, with interleaved placement, a length other than what
  * the rank holds of it (for `treeattn_plan_partial` and `treeattn_energy`: more than that); of plans that are CHECKED the
  * ranks find the latter together, as MISMATCH. What lies in a GPU's memory the
- * call cannot read: there the former are INVALID_DATA of the step, and the latter are not looked at.
+ * call cannot read: there the former are INVALID_DATA of the step, and the latter are looked at only by steps of plans that are
+ * CHECKED.
  */
 typedef struct treeattn_decode_args_t {
     /** sizeof(treeattn_decode_args_t). */

@@ -117,10 +117,25 @@ enum : int32_t {
     kMaskF32 = 2,
     kMaskByte = 3,
 };
+// What ranks of a checked plan disagree in (partial::DataFaultCause).
+enum : uint32_t {
+    kFaultQueryStartDiffers = 6,
+    kFaultGlobalLengthDiffers = 7,
+    kFaultQueryPositionDiffers = 8,
+    kFaultQueryDiffers = 9,
+    kFaultKeysTwice = 10,
+    kFaultKeysMissing = 11,
+    kFaultKeysOutside = 20,
+};
+// Words of data of what a rank tells of a sequence (attention::SequenceRecord).
+enum : int {
+    kRecordWords = 16,
+};
 
-// The hashes of what all kernels know, and of what those that take TermsParams do; each image carries its own.
+// The hashes of what all kernels know, and of what those that take TermsParams or CheckParams do; each image carries its own.
 constexpr uint64_t kAbi = 0x543e30ef9893eaa9;
 constexpr uint64_t kTermsAbi = 0xcf7d30275f91d58f;
+constexpr uint64_t kCheckAbi = 0xa91392c0cf57e00b;
 
 }  // namespace treeattn
 
@@ -128,6 +143,8 @@ constexpr uint64_t kTermsAbi = 0xcf7d30275f91d58f;
 #define TREEATTN_ABI(NAME) extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kAbi;
 #define TREEATTN_TERMS_ABI(NAME) \
     extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kTermsAbi;
+#define TREEATTN_CHECK_ABI(NAME) \
+    extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kCheckAbi;
 
 #define TREEATTN_CHECK_LAYOUT \
     static_assert(sizeof(KernelShape) == 20, "KernelShape"); \
@@ -272,4 +289,11 @@ constexpr uint64_t kTermsAbi = 0xcf7d30275f91d58f;
     static_assert(offsetof(Terms, v_dtype) == 196, "Terms::v_dtype"); \
     static_assert(sizeof(TermsParams) == 688, "TermsParams"); \
     static_assert(offsetof(TermsParams, step) == 0, "TermsParams::step"); \
-    static_assert(offsetof(TermsParams, terms) == 488, "TermsParams::terms");
+    static_assert(offsetof(TermsParams, terms) == 488, "TermsParams::terms"); \
+    static_assert(sizeof(CheckParams) == 512, "CheckParams"); \
+    static_assert(offsetof(CheckParams, step) == 0, "CheckParams::step"); \
+    static_assert(offsetof(CheckParams, wrong) == 488, "CheckParams::wrong"); \
+    static_assert(offsetof(CheckParams, first) == 496, "CheckParams::first"); \
+    static_assert(offsetof(CheckParams, count) == 500, "CheckParams::count"); \
+    static_assert(offsetof(CheckParams, needs_positions) == 504, "CheckParams::needs_positions"); \
+    static_assert(offsetof(CheckParams, surplus_keys) == 508, "CheckParams::surplus_keys");

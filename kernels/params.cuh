@@ -8,6 +8,7 @@
 //   treeattn_decode_narrow_d{QK}x{V}_r8             the same of k and v of any types, and with scales
 //   treeattn_merge_partials                         merge of n given partials
 //   treeattn_exchange                               exchange of partials with peers
+//   treeattn_check, treeattn_check_outputs          what comes before and after the steps of plans with the flag CHECKED
 //
 // {QK}x{V} is the smallest class that holds both head dims, out of
 //   64x64, 96x96, 128x128, 192x128, 256x256
@@ -178,6 +179,17 @@ struct ExchangeParams {
     int32_t is_last;    // 1: no other exchange belongs to the step
     int32_t waiting;    // how many blocks, the last of the grid, may wait for ranks that have not come; at least 1
     ExchangeView view;
+};
+
+// The check of a step: an exchange of records before it, NaN after it (check.cu). 256 threads a block, no dynamic shared
+// memory, any grid of at least 1 block, the same sequences on all ranks. All blocks of treeattn_check wait for ranks.
+struct CheckParams {
+    DecodeParams step;  // with its exchange; k, v, partials and status are not used
+    int2* wrong;        // [batch] first token and tokens of sequences in which ranks do not fit together; of others no tokens
+    int32_t first;      // sequence of the launch, and how many: no more records than a slot holds
+    int32_t count;
+    int32_t needs_positions;  // 1: bad positions are bad data
+    int32_t surplus_keys;     // 1: keys at or beyond global_length are allowed
 };
 
 // What lies between the allreduces of the baseline (allreduce.cu).

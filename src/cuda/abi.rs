@@ -5,16 +5,16 @@
 //! differs does not compile. The hash of the list is checked twice: when this file is compiled, against the header; when
 //! kernels are loaded, against the image, which may have been compiled from other sources (`TREEATTN_PREBUILT_KERNELS`).
 //!
-//! [`TERMS_CONSTANTS`] and [`TERMS_LAYOUTS`] are what kernels that take [`TermsParams`] know beside that; other kernels need
-//! not be compiled anew where they change.
+//! [`TERMS_CONSTANTS`] and [`TERMS_LAYOUTS`] are what kernels that take [`TermsParams`] know beside that, [`CHECK_CONSTANTS`] and
+//! [`CHECK_LAYOUTS`] what those that take [`CheckParams`] do; other kernels need not be compiled anew where they change.
 
 use std::mem::{offset_of, size_of};
 
 use super::params::{
-    self, AllreduceParams, DecodeParams, ExchangeParams, KernelShape, MergeParams, PlacementKind, Terms, TermsParams,
-    Workspace,
+    self, AllreduceParams, CheckParams, DecodeParams, ExchangeParams, KernelShape, MergeParams, PlacementKind, Terms,
+    TermsParams, Workspace,
 };
-use crate::attention::{Dtype, KvLayout};
+use crate::attention::{Dtype, KvLayout, SequenceRecord};
 use crate::device::cuda::{Image, Kernel};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::epoch::{AFTER_WRAP, FLAG_SHIFT, LAUNCH_SHIFT, SLOTS};
@@ -265,6 +265,23 @@ const TERMS_LAYOUTS: &[Layout] = &[
     layout!(TermsParams { step, terms }),
 ];
 
+const CHECK_CONSTANTS: &[Constants] = &[
+    constants!("What ranks of a checked plan disagree in (partial::DataFaultCause).", "uint32_t", {
+        kFaultQueryStartDiffers = DataFaultCause::QueryStartDiffers,
+        kFaultGlobalLengthDiffers = DataFaultCause::GlobalLengthDiffers,
+        kFaultQueryPositionDiffers = DataFaultCause::QueryPositionDiffers,
+        kFaultQueryDiffers = DataFaultCause::QueryDiffers,
+        kFaultKeysTwice = DataFaultCause::KeysTwice,
+        kFaultKeysMissing = DataFaultCause::KeysMissing,
+        kFaultKeysOutside = DataFaultCause::KeysOutside,
+    }),
+    constants!("Words of data of what a rank tells of a sequence (attention::SequenceRecord).", "int", {
+        kRecordWords = SequenceRecord::BYTES / 4,
+    }),
+];
+
+const CHECK_LAYOUTS: &[Layout] = &[layout!(CheckParams { step, wrong, first, count, needs_positions, surplus_keys })];
+
 /// FNV-1a.
 const fn hash_bytes(mut hash: u64, bytes: &[u8]) -> u64 {
     let mut i = 0;
@@ -305,6 +322,8 @@ const fn hash_lists(mut hash: u64, constants: &[Constants], layouts: &[Layout]) 
 const ABI: u64 = hash_lists(0xcbf2_9ce4_8422_2325, CONSTANTS, LAYOUTS);
 /// That of what kernels with terms know.
 const TERMS_ABI: u64 = hash_lists(ABI, TERMS_CONSTANTS, TERMS_LAYOUTS);
+/// That of what kernels that check steps know.
+const CHECK_ABI: u64 = hash_lists(ABI, CHECK_CONSTANTS, CHECK_LAYOUTS);
 /// The sources of kernels with terms.
 const TERMS_SOURCES: [&str; 2] = ["decode_terms", "decode_narrow"];
 
@@ -328,7 +347,8 @@ const fn said(header: &[u8], before: &[u8]) -> u64 {
 #[cfg(not(test))]
 const _: () = assert!(
     said(include_bytes!("../../kernels/abi.cuh"), b"kAbi = 0x") == ABI
-        && said(include_bytes!("../../kernels/abi.cuh"), b"kTermsAbi = 0x") == TERMS_ABI,
+        && said(include_bytes!("../../kernels/abi.cuh"), b"kTermsAbi = 0x") == TERMS_ABI
+        && said(include_bytes!("../../kernels/abi.cuh"), b"kCheckAbi = 0x") == CHECK_ABI,
     "kernels/abi.cuh does not say what src/cuda/abi.rs does: TREEATTN_BLESS=1 cargo test --lib abi writes it anew"
 );
 
@@ -344,7 +364,11 @@ pub(super) fn check(image: &Image, source: &str) -> Result<()> {
     let mut bytes = [0; size_of::<u64>()];
     image.constant(&format!("treeattn_{source}_abi"), &mut bytes)?;
     let found = u64::from_ne_bytes(bytes);
-    let wanted = if TERMS_SOURCES.contains(&source) { TERMS_ABI } else { ABI };
+    let wanted = match source {
+        "check" => CHECK_ABI,
+        _ if TERMS_SOURCES.contains(&source) => TERMS_ABI,
+        _ => ABI,
+    };
     if found == wanted {
         return Ok(());
     }
@@ -368,7 +392,7 @@ mod tests {
              // rows.cuh are those of the library, field by field.\n\
              #pragma once\n\n#include <stddef.h>\n#include <stdint.h>\n\nnamespace treeattn {\n\n",
         );
-        for constants in CONSTANTS.iter().chain(TERMS_CONSTANTS) {
+        for constants in CONSTANTS.iter().chain(TERMS_CONSTANTS).chain(CHECK_CONSTANTS) {
             writeln!(text, "// {}\nenum : {} {{", constants.about, constants.kind).unwrap();
             for (name, value) in constants.values {
                 writeln!(text, "    {name} = {value},").unwrap();
@@ -377,17 +401,21 @@ mod tests {
         }
         write!(
             text,
-            "\n// The hashes of what all kernels know, and of what those that take TermsParams do; each image carries its own.\n\
-             constexpr uint64_t kAbi = 0x{ABI:016x};\nconstexpr uint64_t kTermsAbi = 0x{TERMS_ABI:016x};\n\n\
+            "\n// The hashes of what all kernels know, and of what those that take TermsParams or CheckParams do; each image carries \
+             its own.\n\
+             constexpr uint64_t kAbi = 0x{ABI:016x};\nconstexpr uint64_t kTermsAbi = 0x{TERMS_ABI:016x};\n\
+             constexpr uint64_t kCheckAbi = 0x{CHECK_ABI:016x};\n\n\
              }}  // namespace treeattn\n\n\
              // Once in each kernels/NAME.cu: the image's word that it was compiled from this.\n\
              #define TREEATTN_ABI(NAME) extern \"C\" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kAbi;\n\
              #define TREEATTN_TERMS_ABI(NAME) \\\n    \
-             extern \"C\" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kTermsAbi;\n\n\
+             extern \"C\" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kTermsAbi;\n\
+             #define TREEATTN_CHECK_ABI(NAME) \\\n    \
+             extern \"C\" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kCheckAbi;\n\n\
              #define TREEATTN_CHECK_LAYOUT"
         )
         .unwrap();
-        for layout in LAYOUTS.iter().chain(TERMS_LAYOUTS) {
+        for layout in LAYOUTS.iter().chain(TERMS_LAYOUTS).chain(CHECK_LAYOUTS) {
             let name = layout.name;
             write!(text, " \\\n    static_assert(sizeof({name}) == {}, \"{name}\");", layout.size).unwrap();
             for (field, offset) in layout.fields {

@@ -30,7 +30,7 @@ pub(crate) const CAPABILITIES: Capabilities = Capabilities {
     alibi: true,
     sinks: true,
     scales: true,
-    checked: false,
+    checked: true,
     pages_by_head: true,
     masks: &MaskKind::ALL,
     query_inputs: &[QueryInput::Replicated],
@@ -159,6 +159,16 @@ impl CudaBackend {
         }
         // SAFETY: what the kernels of all other shapes take; the rest as above.
         unsafe { decode.kernel.launch(&entered, stream, decode.grid, &parameters) }
+    }
+
+    /// What kernels are told of a step, whose memory is refused where it is not the device's.
+    pub(super) fn decode_params(&self, step: &Step) -> Result<DecodeParams> {
+        let Some(attention) = &self.attention else {
+            return Err(Error::new(ErrorKind::Internal, "plan: a step of a merge-only plan"));
+        };
+        let entered = self.device.enter()?;
+        self.check_pointers(step, &entered)?;
+        Ok(self.parameters(&attention.fixed, step))
     }
 
     /// Refuses memory that is not the device's.

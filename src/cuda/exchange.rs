@@ -21,6 +21,13 @@ const BLOCKS_A_UNIT: i32 = 2;
 /// still run there.
 pub(crate) const COMMUNICATORS: i32 = 4;
 
+/// Most blocks of an exchange of one of `sharing` ranks on a GPU of `units` multiprocessors, and how many of them may wait for
+/// ranks that have not come.
+pub(super) fn blocks(units: i32, sharing: usize) -> (u64, u64) {
+    let most = units * BLOCKS_A_UNIT / sharing.clamp(1, 1 << 16) as i32;
+    (most.max(1) as u64, (most / COMMUNICATORS).clamp(1, MOST_WAITING) as u64)
+}
+
 /// One exchange.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ExchangeStep {
@@ -63,9 +70,8 @@ impl ExchangeKernel {
     /// Makes the kernel resident, for one of `sharing` ranks on the GPU. Blocks; `Capturing` during a capture.
     pub fn new(device: &Arc<CudaDevice>, sharing: usize) -> Result<ExchangeKernel> {
         let kernel = abi::kernel(&Image::new(device)?, "exchange", "treeattn_exchange", THREADS, 0)?;
-        let most = device.units * BLOCKS_A_UNIT / sharing.clamp(1, 1 << 16) as i32;
-        let most_waiting = (most / COMMUNICATORS).clamp(1, MOST_WAITING) as u64;
-        Ok(ExchangeKernel { kernel, pointers: PointerCheck::new(), most: most.max(1) as u64, most_waiting })
+        let (most, most_waiting) = blocks(device.units, sharing);
+        Ok(ExchangeKernel { kernel, pointers: PointerCheck::new(), most, most_waiting })
     }
 
     /// Refuses memory that is not the device's, by the names of the arguments.

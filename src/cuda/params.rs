@@ -187,6 +187,20 @@ pub struct ExchangeParams {
     pub view: ExchangeView,
 }
 
+/// The check of a step by the ranks of a plan with the flag CHECKED.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct CheckParams {
+    pub step: DecodeParams,
+    /// First token and tokens, two i32, of each sequence in which ranks do not fit together.
+    pub wrong: u64,
+    /// The first sequence of the launch, and how many.
+    pub first: i32,
+    pub count: i32,
+    pub needs_positions: i32,
+    pub surplus_keys: i32,
+}
+
 /// What lies between the allreduces of the baseline.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]

@@ -221,7 +221,9 @@ pub const TREEATTN_ATTENTION_KV_STABLE: u32 = 1;
 /// NaN on every rank, the others are good, and the communicator stays usable. Keys at or beyond `global_length` do not fit
 /// either, but with TREEATTN_ATTENTION_SURPLUS_KEYS, where they do not count. Such plans need `global_length`, and `kv_start`
 /// or `kv_position` where their placement has one, also where they are not causal. Merges of partials and
-/// `treeattn_plan_partial` check nothing. CPU ranks only. Since 0.2.
+/// `treeattn_plan_partial` check nothing, and neither do plans that exchange nothing. On CPUs the step returns the error, or the
+/// stream does; on GPUs it is told as TREEATTN_ERROR_INVALID_DATA is, by `treeattn_comm_status`, once, and a captured step checks
+/// in every replay. Not with ALLREDUCE3 on GPUs (TREEATTN_ERROR_UNSUPPORTED). Since 0.2.
 pub const TREEATTN_ATTENTION_CHECKED: u32 = 2;
 /// Flag of `treeattn_attention_desc_t`, with `causal` = 1: sequences may hold keys past `global_length`, such as those of
 /// drafts that were rolled back; causality hides them. Without it such a step is refused on CPUs, where it may be that a

@@ -238,7 +238,8 @@ pub struct treeattn_attention_desc_t {
 /// queries and a `global_length` also kv_start + length above it and, with interleaved placement, a length other than what
 /// the rank holds of it (for `treeattn_plan_partial` and `treeattn_energy`: more than that); of plans that are CHECKED the
 /// ranks find the latter together, as MISMATCH. What lies in a GPU's memory the
-/// call cannot read: there the former are INVALID_DATA of the step, and the latter are not looked at.
+/// call cannot read: there the former are INVALID_DATA of the step, and the latter are looked at only by steps of plans that are
+/// CHECKED.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct treeattn_decode_args_t {

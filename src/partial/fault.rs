@@ -157,7 +157,7 @@ impl DataFault {
         }
     }
 
-    /// The word of a fault that rank `rank` met: the complement of the sequence, 24 bits of the rank, 8 bits of the cause.
+    /// The word of a fault that rank `rank`, -1 for none, met: the complement of the sequence, 24 bits of the rank, 8 bits of the cause.
     /// The largest word of a rank is that of its first faulty sequence; 0 is no fault. `pack_status` in
     /// `kernels/params.cuh` makes the same.
     pub fn word(self, rank: i32) -> u64 {
@@ -165,11 +165,11 @@ impl DataFault {
         sequence << HIGH_SHIFT | u64::from(rank as u32 & RANK_MASK) << RANK_SHIFT | u64::from(self.cause as u8)
     }
 
-    /// Rank and fault of a word, none of 0.
+    /// Rank and fault of a word, none of 0. The rank is -1 where all of its bits are set.
     pub fn from_word(word: u64) -> Option<(i32, DataFault)> {
         let cause = DataFaultCause::from_code(word as u8)?;
         let sequence = (u32::MAX - (word >> HIGH_SHIFT) as u32).cast_signed();
-        Some(((word as u32 >> RANK_SHIFT).cast_signed(), DataFault::new(sequence, cause)))
+        Some(((word as u32).cast_signed() >> RANK_SHIFT, DataFault::new(sequence, cause)))
     }
 }
 
@@ -181,7 +181,7 @@ mod tests {
     fn a_word_carries_rank_sequence_and_cause_and_orders_by_sequence() {
         let fault = DataFault::new(70_000, DataFaultCause::KvLength);
         assert_eq!(fault.word(63), u64::from(u32::MAX - 70_000) << 32 | 63 << 8 | 2);
-        for (sequence, rank) in [(0, 0), (i32::MAX, 4095), (5, (1 << 24) - 1)] {
+        for (sequence, rank) in [(0, 0), (i32::MAX, 4095), (5, (1 << 23) - 1), (6, -1)] {
             let fault = DataFault::new(sequence, DataFaultCause::Position);
             assert_eq!(DataFault::from_word(fault.word(rank)), Some((rank, fault)));
         }

@@ -24,7 +24,13 @@ use crate::{attention, cpu, cuda};
 /// Whether plans of `desc`, a checked descriptor, exist on devices of `kind`: `Unsupported` names the field that they do not
 /// serve.
 pub(crate) fn supported(kind: DeviceKind, desc: &AttentionDesc) -> Result<()> {
-    attention::supported(desc, capabilities(kind))
+    attention::supported(desc, capabilities(kind))?;
+    if kind == DeviceKind::Cuda && desc.checked && desc.algorithm == Algorithm::Allreduce3 {
+        let wanted =
+            "0 with algorithm ALLREDUCE3 on a GPU: NCCL's allreduces have no windows in which ranks compare steps";
+        return Err(Error::unsupported("flags", "CHECKED", wanted));
+    }
+    Ok(())
 }
 
 /// Whether steps on devices of `kind` may bring what `args` does: `Unsupported` names the argument that they may not.
@@ -90,4 +96,26 @@ fn on_cpus(context: &StepContext, rank: &Arc<CpuRank>) -> Result<Box<dyn Route>>
         Algorithm::Allreduce3 => Box::new(PartialRoute::new(context, rank, || Allreduce3::new(context), asked)?),
         Algorithm::Ring => Box::new(Ring::new(context, rank)?),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_checked_on_gpus_but_not_between_allreduces() {
+        for (algorithm, checked, is_supported) in [
+            (Algorithm::Auto, true, true),
+            (Algorithm::TwoShot, true, true),
+            (Algorithm::Allreduce3, false, true),
+            (Algorithm::Allreduce3, true, false),
+        ] {
+            let desc = AttentionDesc { algorithm, checked, ..AttentionDesc::new(8, 2, 64, 100) };
+            let found = supported(DeviceKind::Cuda, &desc);
+            assert_eq!(found.is_ok(), is_supported, "{algorithm:?}, {checked}: {found:?}");
+            let message = found.err().map(|error| error.message().to_string());
+            assert!(message.is_none_or(|message| message.starts_with("flags: found CHECKED")));
+            assert!(supported(DeviceKind::Cpu, &desc).is_ok());
+        }
+    }
 }

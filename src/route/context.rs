@@ -118,6 +118,8 @@ pub(crate) enum Call {
     Merge,
     /// A decode step by `RING`, of so many sequences.
     Ring(i32),
+    /// The check of a decode step of so many sequences, on GPUs.
+    Check(i32),
 }
 
 impl Call {
@@ -127,6 +129,7 @@ impl Call {
             Call::Decode(batch) => [1, batch as u64],
             Call::Merge => [2, 0],
             Call::Ring(batch) => [3, batch as u64],
+            Call::Check(batch) => [4, batch as u64],
         }
     }
 }

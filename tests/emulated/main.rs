@@ -20,6 +20,7 @@ mod peers;
 #[path = "../gpu/processes.rs"]
 mod processes;
 #[path = "../gpu/ranks/mod.rs"]
+#[allow(dead_code)] // as above
 mod ranks;
 #[path = "../gpu/space.rs"]
 mod space;
@@ -58,7 +59,7 @@ const STRICT: Variables = &[("EMULATOR_STRICT", "1")];
 const DELAYS: Variables = &[("EMULATOR_DELAYS", "200000"), ("EMULATOR_SEED", "3")];
 
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 27] = [
+const APART: [(&str, fn(), Variables); 29] = [
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
     ("replays", streams::replays, &[]),
@@ -75,6 +76,8 @@ const APART: [(&str, fn(), Variables); 27] = [
     ("delays_leave", ranks::faults::leave, DELAYS),
     ("no_peers", peers::no_peers, &[("EMULATOR_PEERS", "0")]),
     ("memory_of_processes", peers::processes, &[]),
+    ("ranks_checked_replays", ranks::checks::replays, &[]),
+    ("delays_checked", || ranks::checks::like_cpus(8), DELAYS),
     ("allreduce3_replays", allreduce::replays, &[]),
     ("processes_captures", processes::captures, &[]),
     ("processes_refused", processes::refused, &[]),
@@ -205,6 +208,10 @@ fn main() -> ExitCode {
         test("ranks_statistics", ranks::accounts::statistics),
         test("ranks_statistics_of_merges", ranks::accounts::statistics_of_merges),
         test("ranks_memory", ranks::accounts::memory),
+        test("ranks_checked", ranks::checks::disagreements),
+        test("ranks_checked_like_cpus", || ranks::checks::like_cpus(25 * scale())),
+        test("ranks_checked_bad_data", ranks::checks::bad_data),
+        test("ranks_checked_absent", ranks::checks::a_rank_that_does_not_come),
         test("allreduce3_numbers", allreduce::numbers),
         test("allreduce3_merges", allreduce::merges),
         test("allreduce3_bad_data", allreduce::bad_data),

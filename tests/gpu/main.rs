@@ -42,7 +42,7 @@ const APART: [(&str, fn()); 5] = [
 
 /// Tests of ranks that wait for each other on one GPU: each in a process of its own and one after the other, since so many
 /// kernels and streams as all of them have would stand in each other's way.
-const RANKS: [(&str, fn()); 33] = [
+const RANKS: [(&str, fn()); 39] = [
     ("ranks_random_strided_0", || ranks::random(KvLayout::Strided, 0, count())),
     ("ranks_random_strided_1", || ranks::random(KvLayout::Strided, count(), count())),
     ("ranks_random_block_table_0", || ranks::random(KvLayout::BlockTable, 0, count())),
@@ -76,6 +76,12 @@ const RANKS: [(&str, fn()); 33] = [
     ("ranks_statistics", ranks::accounts::statistics),
     ("ranks_statistics_of_merges", ranks::accounts::statistics_of_merges),
     ("ranks_memory", ranks::accounts::memory),
+    ("ranks_checked", ranks::checks::disagreements),
+    ("ranks_checked_like_cpus", || ranks::checks::like_cpus(if support::full() { 1000 } else { 50 })),
+    ("ranks_checked_bad_data", ranks::checks::bad_data),
+    ("ranks_checked_replays", ranks::checks::replays),
+    ("ranks_checked_absent", ranks::checks::a_rank_that_does_not_come),
+    ("ranks_checked_slotfuls", ranks::checks::slotfuls),
 ];
 
 /// The same for ranks that NCCL connects, on two GPUs or more. NCCL itself asks that kernels of several communicators are

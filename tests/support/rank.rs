@@ -568,11 +568,12 @@ impl Builder<'_> {
         if case.query_position.is_some() {
             rank.args.query_position = rank.query_position.ints();
         }
-        if desc.needs_positions() && case.query_position.is_none() || needless(&mut self.r) {
+        if desc.checked || desc.needs_positions() && case.query_position.is_none() || needless(&mut self.r) {
             rank.args.global_length = rank.global_length.ints();
         }
         let alone = case.world == 1 && held.iter().all(|slots| slots.first().is_none_or(|&p| p == 0));
-        if desc.placement == Placement::Contiguous && (desc.needs_positions() && !alone || needless(&mut self.r)) {
+        let has_starts = desc.checked || desc.needs_positions() && !alone;
+        if desc.placement == Placement::Contiguous && (has_starts || needless(&mut self.r)) {
             rank.args.kv_start = rank.kv_start.ints();
         }
         if desc.placement == Placement::Explicit {
@@ -589,7 +590,7 @@ impl Builder<'_> {
                 row.iter_mut().zip(slots).for_each(|(to, &position)| *to = position as i32);
             }
             rank.kv_position = Memory::of_ints(&table);
-            if desc.needs_positions() || needless(&mut self.r) {
+            if desc.checked || desc.needs_positions() || needless(&mut self.r) {
                 rank.args.kv_position = rank.kv_position.ints();
                 rank.args.kv_position_stride = if own || rows > 1 { (rows * stride) as i64 } else { 0 };
                 rank.args.kv_position_head_stride = if desc.pages_by_head { stride as i64 } else { 0 };

@@ -2,8 +2,9 @@
 //!
 //! A step takes one of three [`forms`], by its size. They follow one protocol, so that the ranks of a communicator need not
 //! agree on one. `route` is the plan's part; `setup` brings the ranks of a new communicator together, and `probe` shows that
-//! their words reach each other.
+//! their words reach each other. `check` is what comes before and after the steps of plans with the flag CHECKED.
 
+mod check;
 mod forms;
 mod probe;
 pub(super) mod route;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::check::Check;
 use super::forms::{Form, Forms};
 use crate::attention::merge::MergeStep;
 use crate::attention::{Algorithm, AttentionDesc, OutputMode, Step, head_range};
@@ -42,6 +43,8 @@ pub(in crate::route) struct WindowsRoute {
     row_bytes: u64,
     reason: String,
     bytes: usize,
+    /// Of plans with the flag CHECKED.
+    check: Option<Check>,
     _allocations: Allocations,
     shard: GpuShard,
     /// Its windows outlive the kernels that are enqueued.
@@ -80,6 +83,8 @@ impl WindowsRoute {
             let memory = allocations.memory(bytes)?;
             target = Some(RowTarget::packed(memory, memory + o as u64, desc.q_heads, desc.head_dim_v));
         }
+        let check = Check::new(context, rank, peers, &mut allocations)?;
+        bytes += check.as_ref().map_or(0, Check::bytes);
         let reason = match desc.is_merge_only() {
             true => reason.to_string(),
             false => format!("{reason}; the largest step's are {}", form.words()),
@@ -94,6 +99,7 @@ impl WindowsRoute {
             row_bytes: row_bytes as u64,
             reason,
             bytes,
+            check,
             _allocations: allocations,
             shard,
             _peers: Arc::clone(peers),
@@ -128,8 +134,24 @@ impl WindowsRoute {
         Ok(())
     }
 
-    /// Enqueues a decode step.
+    /// Enqueues a decode step, with what comes before and after it where the plan is checked.
     fn enqueue(&self, context: &StepContext, step: &Step, stream: &CudaStream) -> Result<()> {
+        // A step without sequences has nothing to compare.
+        let Some(check) = self.check.as_ref().filter(|_| step.args.batch > 0) else {
+            return self.attend(context, step, stream);
+        };
+        let checked = check.step(&self.shard.backend, step)?;
+        let (tokens, call) = (step.args.query_tokens, Call::Check(step.args.batch));
+        let enqueued = check
+            .compare(context, &checked, step.args.batch, &|first| self.view_of(context, tokens, call, first), stream)
+            .and_then(|()| self.attend(context, step, stream))
+            .and_then(|()| check.write_nan(&self.view, &checked, stream));
+        // Peers have what was enqueued for a step.
+        enqueued.map_err(|error| self.shard.rank.fail(error))
+    }
+
+    /// Enqueues attention and the exchange of partials.
+    fn attend(&self, context: &StepContext, step: &Step, stream: &CudaStream) -> Result<()> {
         let (tokens, call) = (step.args.query_tokens, Call::Decode(step.args.batch));
         let rows = i64::from(tokens) * i64::from(self.view.heads);
         let merged = ExchangeStep { target: step.target(&context.desc), rows, ..ExchangeStep::NOTHING };

@@ -232,6 +232,7 @@ static void descriptors(void) {
   CHECK_UNSUPPORTED(treeattn_plan_create(comm, &d, &made), "head_dim_v");
   d = gpu_desc();
   d.flags = TREEATTN_ATTENTION_CHECKED;
+  d.algorithm = TREEATTN_ALGORITHM_ALLREDUCE3;
   CHECK_UNSUPPORTED(treeattn_plan_create(comm, &d, &made), "flags");
   d = gpu_desc();
   d.kv_heads = 3;

@@ -1,5 +1,6 @@
 //! `treeattn bench --ranks cuda:0,cuda:1`: decode steps whose cache is sharded over GPUs, and exchanges alone, the
-//! library's own beside the paper's three allreduces in one run, and beside what the machine can do at most.
+//! library's own beside the paper's three allreduces in one run, and beside what the machine can do at most; with `--checked`
+//! the first of them once more with ranks that compare what they were passed.
 //!
 //! Every rank has a thread, a stream and a pool of random numbers. A step's time is that of the slowest rank. `meeting`
 //! keeps the threads together, `time` measures, `report` tells.
@@ -8,7 +9,7 @@ mod meeting;
 mod report;
 mod time;
 
-use treeattn::attention::{Algorithm, Dtype, OutputMode};
+use treeattn::attention::{Algorithm, DecodeArgs, Dtype, OutputMode};
 use treeattn::runtime::{Buffer, CommConfig, Communicator, Device, Plan, Runtime, RuntimeConfig};
 
 use self::report::{ExchangeRow, Found, Report, Row};
@@ -88,24 +89,36 @@ pub fn run(args: &Args, devices: &[Device]) -> Outcome<()> {
             .iter()
             .map(|rank| Memory::new(&mine, &runtime, rank.device, &rank.pool))
             .collect::<Outcome<Vec<_>>>()?;
-        let time = |output: OutputMode, algorithm: Algorithm| -> Outcome<Found> {
+        let placed = ranks
+            .iter()
+            .zip(&memories)
+            .enumerate()
+            .map(|(rank, (on, memory))| Placed::new(&runtime, on.device, &mine, (rank, devices.len()), &memory.args))
+            .collect::<Outcome<Vec<_>>>()?;
+        let time = |output: OutputMode, algorithm: Algorithm, checked: bool| -> Outcome<Found> {
             let mut desc = describe(&mine)?;
-            (desc.output, desc.algorithm) = (output, algorithm);
+            (desc.output, desc.algorithm, desc.checked) = (output, algorithm, checked);
             let plans = match Plan::create_all(&comms, &desc) {
                 Ok(plans) => plans,
                 Err(error) => return Ok(Found::refused(algorithm, &error)),
             };
             let works: Vec<Work> =
-                plans.iter().zip(&memories).map(|(plan, memory)| Work::Decode { plan, args: &memory.args }).collect();
-            let found = Found::of(algorithm, &plans[0].stats()?, time::run(&ranks, &works, &pace)?);
+                plans.iter().zip(&placed).map(|(plan, placed)| Work::Decode { plan, args: &placed.args }).collect();
+            let asked = if checked { "CHECKED" } else { algorithm.name() };
+            let found = Found::of(asked, &plans[0].stats()?, time::run(&ranks, &works, &pace)?);
             for memory in &memories {
                 memory.check()?;
             }
             Ok(found)
         };
-        let local = time(OutputMode::Local, Algorithm::Auto)?;
-        let found =
-            algorithms.iter().map(|&algorithm| time(OutputMode::Replicated, algorithm)).collect::<Outcome<Vec<_>>>()?;
+        let local = time(OutputMode::Local, Algorithm::Auto, false)?;
+        let mut found = algorithms
+            .iter()
+            .map(|&algorithm| time(OutputMode::Replicated, algorithm, false))
+            .collect::<Outcome<Vec<_>>>()?;
+        if args.checked {
+            found.push(time(OutputMode::Replicated, algorithms[0], true)?);
+        }
         let hop = peers.as_ref().map_or(0.0, |peers| peers.flag);
         rows.push(Row::new(case, devices.len(), local, found, (read_bandwidth, hop))?);
         progress.inc(1);
@@ -128,7 +141,7 @@ pub fn run(args: &Args, devices: &[Device]) -> Outcome<()> {
             };
             let works: Vec<Work> =
                 plans.iter().zip(&partials).map(|(plan, partial)| Work::Merge { plan, args: &partial.args }).collect();
-            found.push(Found::of(algorithm, &plans[0].stats()?, time::run(&ranks, &works, &pace)?));
+            found.push(Found::of(algorithm.name(), &plans[0].stats()?, time::run(&ranks, &works, &pace)?));
         }
         exchanges.push(ExchangeRow { bytes: time::partial_bytes(tokens), found });
         progress.inc(1);
@@ -163,6 +176,33 @@ pub fn run(args: &Args, devices: &[Device]) -> Outcome<()> {
         std::fs::write(path, report.plot().svg()).map_err(|error| format!("--plot {}: {error}", path.display()))?;
     }
     print(&report.text())
+}
+
+/// A rank's arguments with the places of its keys among those of all ranks, which checked plans compare.
+struct Placed {
+    args: Vec<DecodeArgs>,
+    /// Held for the steps.
+    _places: [Buffer; 2],
+}
+
+impl Placed {
+    fn new(
+        runtime: &Runtime,
+        device: Device,
+        case: &Case,
+        (rank, world): (usize, usize),
+        args: &[DecodeArgs],
+    ) -> Outcome<Placed> {
+        let same = |value: usize| -> Outcome<Buffer> {
+            let buffer = Buffer::alloc(runtime, device, 4 * case.batch)?;
+            buffer.upload(0, &i32::try_from(value)?.to_ne_bytes().repeat(case.batch))?;
+            Ok(buffer)
+        };
+        let places = [same(case.keys * world)?, same(case.keys * rank)?];
+        let [global_length, kv_start] = places.each_ref().map(|buffer| buffer.data() as *const i32);
+        let args = args.iter().map(|args| DecodeArgs { global_length, kv_start, ..*args }).collect();
+        Ok(Placed { args, _places: places })
+    }
 }
 
 /// An error for words that say nothing here.

@@ -91,13 +91,8 @@ impl From<Timed> for Times {
 }
 
 impl Found {
-    pub fn of(asked: Algorithm, stats: &PlanStats, timed: Timed) -> Found {
-        Found {
-            asked: asked.name(),
-            algorithm: stats.algorithm.name(),
-            reason: stats.reason.clone(),
-            times: Some(timed.into()),
-        }
+    pub fn of(asked: &'static str, stats: &PlanStats, timed: Timed) -> Found {
+        Found { asked, algorithm: stats.algorithm.name(), reason: stats.reason.clone(), times: Some(timed.into()) }
     }
 
     pub fn refused(asked: Algorithm, error: &Error) -> Found {

@@ -1,0 +1,96 @@
+//! What comes before and after a step of a plan with the flag CHECKED on GPUs: one kernel by which ranks tell each other what
+//! they were passed and judge it, one that writes NaN where it does not fit together.
+
+use std::sync::Arc;
+
+use super::backend::CudaBackend;
+use super::params::CheckParams;
+use super::{abi, exchange};
+use crate::attention::{AttentionDesc, Step};
+use crate::device::cuda::{CudaDevice, CudaStream, Image, Kernel};
+use crate::error::Result;
+use crate::partial::ExchangeView;
+
+/// Threads of a block.
+const THREADS: u32 = 256;
+/// Most blocks that write NaN: where all is well each has two numbers to read a sequence.
+const MOST_WRITING: i32 = 32;
+/// Bytes that are kept of a sequence between the two kernels.
+const VERDICT: usize = 8;
+
+/// The kernels on a device.
+pub(crate) struct CheckKernels {
+    compare: Kernel,
+    outputs: Kernel,
+    /// Most blocks of the first, which may all wait for ranks that have not come.
+    most_waiting: u64,
+    /// What the first tells the second.
+    verdicts: u64,
+    needs_positions: bool,
+    surplus_keys: bool,
+}
+
+/// A step that is to be checked: its memory is the device's.
+pub(crate) struct CheckStep(CheckParams);
+
+impl CheckKernels {
+    /// Bytes of device memory that plans of `desc` need for verdicts.
+    pub fn bytes(desc: &AttentionDesc) -> usize {
+        desc.max_batch as usize * VERDICT
+    }
+
+    /// Makes the kernels resident for plans of `desc`, for one of `sharing` ranks on the GPU. `verdicts` is the address of
+    /// [`CheckKernels::bytes`] of its memory, which outlives the steps. Blocks; `Capturing` during a capture.
+    pub fn new(device: &Arc<CudaDevice>, desc: &AttentionDesc, sharing: usize, verdicts: u64) -> Result<CheckKernels> {
+        let image = Image::new(device)?;
+        let (_, most_waiting) = exchange::blocks(device.units, sharing);
+        Ok(CheckKernels {
+            compare: abi::kernel(&image, "check", "treeattn_check", THREADS, 0)?,
+            outputs: abi::kernel(&image, "check", "treeattn_check_outputs", THREADS, 0)?,
+            most_waiting,
+            verdicts,
+            needs_positions: desc.needs_positions(),
+            surplus_keys: desc.surplus_keys,
+        })
+    }
+
+    /// What the kernels are told of a step of `backend`. Refuses memory that is not the device's.
+    pub fn step(&self, backend: &CudaBackend, step: &Step) -> Result<CheckStep> {
+        Ok(CheckStep(CheckParams {
+            step: backend.decode_params(step)?,
+            wrong: self.verdicts,
+            first: 0,
+            count: 0,
+            needs_positions: i32::from(self.needs_positions),
+            surplus_keys: i32::from(self.surplus_keys),
+        }))
+    }
+
+    /// Enqueues the exchange over sequences `first` to `first + count` - 1, no more than a slot has room for, before the step.
+    /// Allocates nothing, waits for nothing, may be captured.
+    pub fn compare(
+        &self,
+        view: &ExchangeView,
+        step: &CheckStep,
+        (first, count): (i32, i32),
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let mut parameters = CheckParams { first, count, ..step.0 };
+        parameters.step.exchange = *view;
+        let blocks = u64::from(count.unsigned_abs()).clamp(1, self.most_waiting);
+        let entered = self.compare.device().enter()?;
+        // SAFETY: `CheckParams` is what the kernel takes (`abi`). The window outlives its communicator's work, the verdicts outlive
+        // the plan's steps by `new`, and the memory of the step stays valid until it is done.
+        unsafe { self.compare.launch(&entered, stream, blocks as u32, &parameters) }
+    }
+
+    /// Enqueues what comes after the step of `view`; as [`CheckKernels::compare`].
+    pub fn write_nan(&self, view: &ExchangeView, step: &CheckStep, stream: &CudaStream) -> Result<()> {
+        let mut parameters = step.0;
+        parameters.step.exchange = *view;
+        let blocks = parameters.step.batch.clamp(1, MOST_WRITING);
+        let entered = self.outputs.device().enter()?;
+        // SAFETY: as in `compare`; the step's outputs are memory of the device that the step may write.
+        unsafe { self.outputs.launch(&entered, stream, blocks as u32, &parameters) }
+    }
+}
