@@ -470,7 +470,10 @@ typedef struct treeattn_comm_status_t {
     int32_t sequence;
     /** 1: no exchange will succeed any more; destroy the communicator and make a new one. */
     int32_t broken;
-    /** The message that goes with `code`; empty if there is none, cut where it is longer. */
+    /**
+     * The message that goes with `code`; empty if there is none, cut where it is longer. With INVALID_DATA every rank is told
+     * the argument, the sequence and the rank that met it; the value found and the values wanted only that rank, on CPUs.
+     */
     char message[512];
 } treeattn_comm_status_t;
 

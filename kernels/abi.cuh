@@ -42,6 +42,7 @@ enum : uint32_t {
     kFaultPage = 3,
     kFaultPageRow = 4,
     kFaultPosition = 5,
+    kFaultMask = 21,
 };
 // ExchangeView::mode: who gets which rows (partial::view::ExchangeMode).
 enum : int32_t {
@@ -133,9 +134,9 @@ enum : int {
 };
 
 // The hashes of what all kernels know, and of what those that take TermsParams or CheckParams do; each image carries its own.
-constexpr uint64_t kAbi = 0x543e30ef9893eaa9;
-constexpr uint64_t kTermsAbi = 0xcf7d30275f91d58f;
-constexpr uint64_t kCheckAbi = 0xa91392c0cf57e00b;
+constexpr uint64_t kAbi = 0x6f975cf9b605fc3a;
+constexpr uint64_t kTermsAbi = 0x64dde14f4ec9eecb;
+constexpr uint64_t kCheckAbi = 0xe68154fb96a565c0;
 
 }  // namespace treeattn
 
@@ -190,7 +191,7 @@ constexpr uint64_t kCheckAbi = 0xa91392c0cf57e00b;
     static_assert(offsetof(ExchangeView, heads) == 88, "ExchangeView::heads"); \
     static_assert(offsetof(ExchangeView, first_head) == 92, "ExchangeView::first_head"); \
     static_assert(offsetof(ExchangeView, own_heads) == 96, "ExchangeView::own_heads"); \
-    static_assert(sizeof(DecodeParams) == 488, "DecodeParams"); \
+    static_assert(sizeof(DecodeParams) == 504, "DecodeParams"); \
     static_assert(offsetof(DecodeParams, q) == 0, "DecodeParams::q"); \
     static_assert(offsetof(DecodeParams, k) == 8, "DecodeParams::k"); \
     static_assert(offsetof(DecodeParams, v) == 16, "DecodeParams::v"); \
@@ -212,25 +213,27 @@ constexpr uint64_t kCheckAbi = 0xa91392c0cf57e00b;
     static_assert(offsetof(DecodeParams, block_table_stride) == 264, "DecodeParams::block_table_stride"); \
     static_assert(offsetof(DecodeParams, num_page_indices) == 272, "DecodeParams::num_page_indices"); \
     static_assert(offsetof(DecodeParams, kv_capacity) == 280, "DecodeParams::kv_capacity"); \
-    static_assert(offsetof(DecodeParams, batch) == 288, "DecodeParams::batch"); \
-    static_assert(offsetof(DecodeParams, query_tokens) == 292, "DecodeParams::query_tokens"); \
-    static_assert(offsetof(DecodeParams, q_heads) == 296, "DecodeParams::q_heads"); \
-    static_assert(offsetof(DecodeParams, kv_heads) == 300, "DecodeParams::kv_heads"); \
-    static_assert(offsetof(DecodeParams, group) == 304, "DecodeParams::group"); \
-    static_assert(offsetof(DecodeParams, head_dim_qk) == 308, "DecodeParams::head_dim_qk"); \
-    static_assert(offsetof(DecodeParams, q_dtype) == 312, "DecodeParams::q_dtype"); \
-    static_assert(offsetof(DecodeParams, kv_layout) == 316, "DecodeParams::kv_layout"); \
-    static_assert(offsetof(DecodeParams, page_size) == 320, "DecodeParams::page_size"); \
-    static_assert(offsetof(DecodeParams, num_pages) == 324, "DecodeParams::num_pages"); \
-    static_assert(offsetof(DecodeParams, placement) == 328, "DecodeParams::placement"); \
-    static_assert(offsetof(DecodeParams, interleave) == 332, "DecodeParams::interleave"); \
-    static_assert(offsetof(DecodeParams, rank) == 336, "DecodeParams::rank"); \
-    static_assert(offsetof(DecodeParams, world) == 340, "DecodeParams::world"); \
-    static_assert(offsetof(DecodeParams, scale) == 344, "DecodeParams::scale"); \
-    static_assert(offsetof(DecodeParams, flags) == 348, "DecodeParams::flags"); \
-    static_assert(offsetof(DecodeParams, waiting) == 352, "DecodeParams::waiting"); \
-    static_assert(offsetof(DecodeParams, workspace) == 360, "DecodeParams::workspace"); \
-    static_assert(offsetof(DecodeParams, exchange) == 384, "DecodeParams::exchange"); \
+    static_assert(offsetof(DecodeParams, k_end) == 288, "DecodeParams::k_end"); \
+    static_assert(offsetof(DecodeParams, v_end) == 296, "DecodeParams::v_end"); \
+    static_assert(offsetof(DecodeParams, batch) == 304, "DecodeParams::batch"); \
+    static_assert(offsetof(DecodeParams, query_tokens) == 308, "DecodeParams::query_tokens"); \
+    static_assert(offsetof(DecodeParams, q_heads) == 312, "DecodeParams::q_heads"); \
+    static_assert(offsetof(DecodeParams, kv_heads) == 316, "DecodeParams::kv_heads"); \
+    static_assert(offsetof(DecodeParams, group) == 320, "DecodeParams::group"); \
+    static_assert(offsetof(DecodeParams, head_dim_qk) == 324, "DecodeParams::head_dim_qk"); \
+    static_assert(offsetof(DecodeParams, q_dtype) == 328, "DecodeParams::q_dtype"); \
+    static_assert(offsetof(DecodeParams, kv_layout) == 332, "DecodeParams::kv_layout"); \
+    static_assert(offsetof(DecodeParams, page_size) == 336, "DecodeParams::page_size"); \
+    static_assert(offsetof(DecodeParams, num_pages) == 340, "DecodeParams::num_pages"); \
+    static_assert(offsetof(DecodeParams, placement) == 344, "DecodeParams::placement"); \
+    static_assert(offsetof(DecodeParams, interleave) == 348, "DecodeParams::interleave"); \
+    static_assert(offsetof(DecodeParams, rank) == 352, "DecodeParams::rank"); \
+    static_assert(offsetof(DecodeParams, world) == 356, "DecodeParams::world"); \
+    static_assert(offsetof(DecodeParams, scale) == 360, "DecodeParams::scale"); \
+    static_assert(offsetof(DecodeParams, flags) == 364, "DecodeParams::flags"); \
+    static_assert(offsetof(DecodeParams, waiting) == 368, "DecodeParams::waiting"); \
+    static_assert(offsetof(DecodeParams, workspace) == 376, "DecodeParams::workspace"); \
+    static_assert(offsetof(DecodeParams, exchange) == 400, "DecodeParams::exchange"); \
     static_assert(sizeof(MergeParams) == 168, "MergeParams"); \
     static_assert(offsetof(MergeParams, source) == 0, "MergeParams::source"); \
     static_assert(offsetof(MergeParams, target) == 72, "MergeParams::target"); \
@@ -265,7 +268,7 @@ constexpr uint64_t kCheckAbi = 0xa91392c0cf57e00b;
     static_assert(offsetof(AllreduceParams, own_heads) == 152, "AllreduceParams::own_heads"); \
     static_assert(offsetof(AllreduceParams, rank) == 156, "AllreduceParams::rank"); \
     static_assert(offsetof(AllreduceParams, world) == 160, "AllreduceParams::world"); \
-    static_assert(sizeof(Terms) == 200, "Terms"); \
+    static_assert(sizeof(Terms) == 216, "Terms"); \
     static_assert(offsetof(Terms, sinks) == 0, "Terms::sinks"); \
     static_assert(offsetof(Terms, slopes) == 8, "Terms::slopes"); \
     static_assert(offsetof(Terms, mask) == 16, "Terms::mask"); \
@@ -279,21 +282,23 @@ constexpr uint64_t kCheckAbi = 0xa91392c0cf57e00b;
     static_assert(offsetof(Terms, mask_bytes) == 104, "Terms::mask_bytes"); \
     static_assert(offsetof(Terms, k_scale_stride) == 112, "Terms::k_scale_stride"); \
     static_assert(offsetof(Terms, v_scale_stride) == 136, "Terms::v_scale_stride"); \
-    static_assert(offsetof(Terms, page_index_head_stride) == 160, "Terms::page_index_head_stride"); \
-    static_assert(offsetof(Terms, kv_position_head_stride) == 168, "Terms::kv_position_head_stride"); \
-    static_assert(offsetof(Terms, mask_element) == 176, "Terms::mask_element"); \
-    static_assert(offsetof(Terms, window) == 180, "Terms::window"); \
-    static_assert(offsetof(Terms, softcap) == 184, "Terms::softcap"); \
-    static_assert(offsetof(Terms, cap_inverse) == 188, "Terms::cap_inverse"); \
-    static_assert(offsetof(Terms, k_dtype) == 192, "Terms::k_dtype"); \
-    static_assert(offsetof(Terms, v_dtype) == 196, "Terms::v_dtype"); \
-    static_assert(sizeof(TermsParams) == 688, "TermsParams"); \
+    static_assert(offsetof(Terms, k_scale_end) == 160, "Terms::k_scale_end"); \
+    static_assert(offsetof(Terms, v_scale_end) == 168, "Terms::v_scale_end"); \
+    static_assert(offsetof(Terms, page_index_head_stride) == 176, "Terms::page_index_head_stride"); \
+    static_assert(offsetof(Terms, kv_position_head_stride) == 184, "Terms::kv_position_head_stride"); \
+    static_assert(offsetof(Terms, mask_element) == 192, "Terms::mask_element"); \
+    static_assert(offsetof(Terms, window) == 196, "Terms::window"); \
+    static_assert(offsetof(Terms, softcap) == 200, "Terms::softcap"); \
+    static_assert(offsetof(Terms, cap_inverse) == 204, "Terms::cap_inverse"); \
+    static_assert(offsetof(Terms, k_dtype) == 208, "Terms::k_dtype"); \
+    static_assert(offsetof(Terms, v_dtype) == 212, "Terms::v_dtype"); \
+    static_assert(sizeof(TermsParams) == 720, "TermsParams"); \
     static_assert(offsetof(TermsParams, step) == 0, "TermsParams::step"); \
-    static_assert(offsetof(TermsParams, terms) == 488, "TermsParams::terms"); \
-    static_assert(sizeof(CheckParams) == 512, "CheckParams"); \
+    static_assert(offsetof(TermsParams, terms) == 504, "TermsParams::terms"); \
+    static_assert(sizeof(CheckParams) == 528, "CheckParams"); \
     static_assert(offsetof(CheckParams, step) == 0, "CheckParams::step"); \
-    static_assert(offsetof(CheckParams, wrong) == 488, "CheckParams::wrong"); \
-    static_assert(offsetof(CheckParams, first) == 496, "CheckParams::first"); \
-    static_assert(offsetof(CheckParams, count) == 500, "CheckParams::count"); \
-    static_assert(offsetof(CheckParams, needs_positions) == 504, "CheckParams::needs_positions"); \
-    static_assert(offsetof(CheckParams, surplus_keys) == 508, "CheckParams::surplus_keys");
+    static_assert(offsetof(CheckParams, wrong) == 504, "CheckParams::wrong"); \
+    static_assert(offsetof(CheckParams, first) == 512, "CheckParams::first"); \
+    static_assert(offsetof(CheckParams, count) == 516, "CheckParams::count"); \
+    static_assert(offsetof(CheckParams, needs_positions) == 520, "CheckParams::needs_positions"); \
+    static_assert(offsetof(CheckParams, surplus_keys) == 524, "CheckParams::surplus_keys");

@@ -53,11 +53,11 @@ __device__ __forceinline__ int64_t row_words(int head_dim, int32_t wire_dtype) {
 // Bad data on the wire: 0, or sequence + 1 (saturating), rank, cause.
 __device__ __forceinline__ uint32_t pack_fault(uint64_t status, uint32_t rank) {
     if (status == 0) return 0;
-    const uint32_t sequence = min(0xffffffffu - static_cast<uint32_t>(status >> kHighShift), (1u << 23) - 2);
-    return (sequence + 1) << 9 | rank << 3 | (static_cast<uint32_t>(status) & 7);
+    const uint32_t sequence = min(0xffffffffu - static_cast<uint32_t>(status >> kHighShift), (1u << 21) - 2);
+    return (sequence + 1) << 11 | rank << 5 | (static_cast<uint32_t>(status) & 31);
 }
 __device__ __forceinline__ uint64_t unpack_fault(uint32_t fault) {
-    return pack_status((fault >> 9) - 1, fault & 7, fault >> 3 & 63);
+    return pack_status((fault >> 11) - 1, fault & 31, fault >> 5 & 63);
 }
 
 // The rank whose heads hold `head`: rank r owns heads floor(r * heads / world) up to those of r + 1.

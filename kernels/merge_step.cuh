@@ -39,7 +39,7 @@ __device__ __forceinline__ void delay(DelayPoint point, uint32_t epoch) {
 #endif
 }
 
-// Two elements as words of o on the wire, and back. For f32 a word is one element, else two.
+// Two elements as words of o on the wire, and back. For f32 a word is one element, else two; what is finite stays so.
 struct Wire {
     bool is_f32, is_bf16;
 
@@ -48,7 +48,8 @@ struct Wire {
     __device__ __forceinline__ int elements_a_word() const { return is_f32 ? 1 : 2; }
     __device__ __forceinline__ uint32_t pack(float2 x) const {
         if (is_f32) return __float_as_uint(x.x);
-        return is_bf16 ? pack_pair<true>(x.x, x.y) : pack_pair<false>(x.x, x.y);
+        return is_bf16 ? pack_pair<true>(within_range<true>(x.x), within_range<true>(x.y))
+                       : pack_pair<false>(within_range<false>(x.x), within_range<false>(x.y));
     }
     __device__ __forceinline__ float2 unpack(uint32_t bits) const {
         if (is_f32) return make_float2(__uint_as_float(bits), 0.f);

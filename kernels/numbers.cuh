@@ -45,6 +45,13 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
     }
 }
 
+// What is finite, as a 16-bit type has it: what is beyond its range becomes its largest.
+template <bool Bf16>
+__device__ __forceinline__ float within_range(float x) {
+    const float most = Bf16 ? __int_as_float(0x7f7f0000) : 65504.f, size = fabsf(x);
+    return size > most && size < infinity() ? copysignf(most, x) : x;
+}
+
 // Whether one of the two 16-bit numbers is an infinity or a NaN.
 __device__ __forceinline__ bool pair_not_finite(uint32_t bits, bool bf16) {
     const uint32_t exponent = bf16 ? 0x7f80u : 0x7c00u;

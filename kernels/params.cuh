@@ -101,7 +101,9 @@ struct DecodeParams {
     int64_t kv_position_stride;     // elements
     int64_t block_table_stride;     // elements between rows of block_table
     int64_t num_page_indices;
-    int64_t kv_capacity;            // most tokens of a sequence that the plan, k and v have room for
+    int64_t kv_capacity;            // most tokens of a sequence that the plan, k and v have room for; strided: of the first
+    int64_t k_end;                  // strided: where a token of k may begin at most, bytes from the first of the first sequence
+    int64_t v_end;                  // the same of v
 
     int32_t batch;
     int32_t query_tokens;  // of all sequences: an upper bound of query_start[batch]
@@ -142,6 +144,8 @@ struct Terms {
     uint64_t mask_bytes;
     int64_t k_scale_stride[3];
     int64_t v_scale_stride[3];
+    int64_t k_scale_end;              // as DecodeParams::k_end
+    int64_t v_scale_end;
     int64_t page_index_head_stride;   // elements between the page lists of kv heads; num_page_indices is of the first
     int64_t kv_position_head_stride;  // elements
     int32_t mask_element;             // kMaskNone, ...

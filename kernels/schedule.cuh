@@ -52,6 +52,13 @@ struct SequenceKind<true> {
 template <bool Terms>
 using SequenceOf = typename SequenceKind<Terms>::Type;
 
+// Whether the last of `keys` tokens of sequence b begins by `end`. The host has seen to it that the first one does, and the
+// last one of sequence 0, so that neither product leaves 63 bits.
+__device__ __forceinline__ bool strided_fits(const int64_t* stride, int b, int keys, int64_t end) {
+    return static_cast<uint64_t>(b * stride[0]) + static_cast<uint64_t>((keys - 1) * stride[1]) <=
+           static_cast<uint64_t>(end);
+}
+
 __device__ __forceinline__ void read_keys(const DecodeParams& p, int b, Sequence& s) {
     int64_t room = p.kv_capacity;
     s.page_row = 0;
@@ -80,7 +87,11 @@ __device__ __forceinline__ void read_keys(const DecodeParams& p, int b, Sequence
     }
     if (p.kv_length == nullptr) return;
     const int keys = p.kv_length[b];
-    if (keys < 0 || keys > room) {
+    bool fits = keys <= room;
+    if (p.kv_layout == kStrided && p.batch > 1 && keys > 0 && fits) {
+        fits = strided_fits(p.k_stride, b, keys, p.k_end) && strided_fits(p.v_stride, b, keys, p.v_end);
+    }
+    if (keys < 0 || !fits) {
         s.fault = kFaultKvLength;
     } else {
         s.keys = keys;
@@ -107,9 +118,14 @@ __device__ __forceinline__ SequenceOf<Terms> read_sequence(const DecodeParams& p
     if (s.fault == kFaultNone) read_keys(p, b, s);
     s.row_tiles = (s.tokens * p.group + Rows - 1) / Rows;
     if constexpr (Terms) {
-        if (terms_of(p).mask_element != kMaskNone && s.keys > 0 && s.tokens > 0 && !mask_reaches(p, b, s.tokens, s.keys)) {
-            s.fault = kFaultKvLength;
-            s.keys = 0;
+        const auto& t = terms_of(p);
+        if (p.kv_layout == kStrided && p.batch > 1 && s.keys > 0) {
+            const bool k_fits = t.k_scale == nullptr || strided_fits(t.k_scale_stride, b, s.keys, t.k_scale_end);
+            const bool v_fits = t.v_scale == nullptr || strided_fits(t.v_scale_stride, b, s.keys, t.v_scale_end);
+            if (!k_fits || !v_fits) s.fault = kFaultKvLength, s.keys = 0;
+        }
+        if (t.mask_element != kMaskNone && s.keys > 0 && s.tokens > 0 && !mask_reaches(p, b, s.tokens, s.keys)) {
+            s.fault = kFaultMask, s.keys = 0;
         }
         const SlotRange seen = visible_slots(p, b, s.first_token, s.tokens, s.keys);
         s.first_tile = seen.begin / kTile;

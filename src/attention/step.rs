@@ -205,6 +205,21 @@ impl Step {
         i64::from(desc.max_kv_length).min(k).min(v).min(scales[0]).min(scales[1])
     }
 
+    /// The largest `b * stride[0] + i * stride[1]` of a token i of sequence b that a strided k has room for, and the same of v and
+    /// of their scales; below 0 where there is none.
+    pub(crate) fn token_ends(&self, desc: &AttentionDesc) -> [i64; 4] {
+        let [(_, k_scale, k_scale_stride), (_, v_scale, v_scale_stride)] = self.scales();
+        [
+            (&self.args.k, desc.k_dtype, self.k_stride, desc.head_dim_qk),
+            (&self.args.v, desc.v_dtype, self.v_stride, desc.head_dim_v),
+            (k_scale, Dtype::F32, k_scale_stride, 1),
+            (v_scale, Dtype::F32, v_scale_stride, 1),
+        ]
+        .map(|(tensor, dtype, stride, dim)| {
+            strided_cache::token_end(tensor, dtype, &stride, [i64::from(desc.kv_heads), i64::from(dim)])
+        })
+    }
+
     /// Whether keys (0) and values (1) have scales.
     pub fn scaled(&self) -> [bool; 2] {
         [!self.args.k_scale.data.is_null(), !self.args.v_scale.data.is_null()]

@@ -95,6 +95,15 @@ pub(super) fn end_of(dtype: Dtype, stride: &[i64; 4], inner: [i64; 2], b: i64, t
     format.block_bytes() as i128 + (0..4).map(|d| i128::from(stride[d]) * i128::from(steps[d])).sum::<i128>()
 }
 
+/// The largest distance, from the first of `tensor`, at which a token may begin; below 0 where there is room for none.
+pub(super) fn token_end(tensor: &Tensor, dtype: Dtype, stride: &[i64; 4], inner: [i64; 2]) -> i64 {
+    if tensor.bytes == 0 {
+        return -1;
+    }
+    let left = i128::from(tensor.bytes) - end_of(dtype, stride, inner, 0, 0);
+    i64::try_from(left.max(-1)).unwrap_or(i64::MAX)
+}
+
 /// Tokens of sequence `b` that `tensor` has room for, whose strides are resolved.
 pub(super) fn room(tensor: &Tensor, dtype: Dtype, stride: &[i64; 4], inner: [i64; 2], b: i64) -> i64 {
     if tensor.bytes == 0 {
@@ -150,6 +159,8 @@ mod tests {
         let tensor = Tensor::from_slice(&data).with_strides([128, 8, 8, 4]);
         let of = |tensor: &Tensor, b| room(tensor, F32, &[128, 8, 8, 4], [1, 2], b);
         assert_eq!((of(&tensor, 0), of(&tensor, 1), of(&tensor, 2)), (18, 2, 0));
+        let end = |tensor: &Tensor| token_end(tensor, F32, &[128, 8, 8, 4], [1, 2]);
+        assert_eq!((end(&tensor), end(&Tensor::NULL), end(&Tensor { bytes: 7, ..tensor })), (136, -1, -1));
         let packed = Tensor { stride: [0; 4], ..tensor };
         assert_eq!((of(&packed, 0), of(&packed, 1), of(&Tensor::NULL, 0)), (16, 2, 0));
     }

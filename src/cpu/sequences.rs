@@ -119,7 +119,7 @@ impl<'a> Reader<'a> {
         if let Some(mask) = self.step.mask {
             let room = mask.room(b as i64, out.tokens as i64);
             if keys > room {
-                return Err(DataFaultCause::KvLength.at(b as i64, keys, 0, room));
+                return Err(DataFaultCause::Mask.at(b as i64, keys, 0, room));
             }
         }
         self.pages(keys, out)?;

@@ -213,6 +213,7 @@ impl CudaBackend {
         let args = &step.args;
         let ints = |pointer: *const i32| pointer as u64;
         let no_bulk = if self.bulk(step) { 0 } else { params::NO_BULK };
+        let [k_end, v_end, ..] = step.token_ends(&self.desc);
         DecodeParams {
             q: args.q.data as u64,
             k: args.k.data as u64,
@@ -234,7 +235,10 @@ impl CudaBackend {
             kv_position_stride: step.kv_position_stride(&self.desc),
             block_table_stride: i64::from(args.max_pages),
             num_page_indices: step.page_index_room(&self.desc),
-            kv_capacity: step.kv_capacity,
+            // Kernels hold each sequence of a strided cache against the ends of k and v, too.
+            kv_capacity: if args.batch > 0 { step.room(&self.desc, 0) } else { 0 },
+            k_end,
+            v_end,
             batch: args.batch,
             query_tokens: args.query_tokens,
             num_pages: args.num_pages,
@@ -298,6 +302,8 @@ fn fixed(desc: &AttentionDesc, shard: Shard, workspace: Workspace) -> DecodePara
         block_table_stride: 0,
         num_page_indices: 0,
         kv_capacity: 0,
+        k_end: 0,
+        v_end: 0,
         batch: 0,
         query_tokens: 0,
         q_heads: desc.q_heads,

@@ -38,6 +38,7 @@ pub(super) fn of(desc: &AttentionDesc, step: &Step) -> Terms {
         Some(MaskElement::Byte) => params::MASK_BYTE,
     };
     let scale = |[outer, inner, head, _]: [i64; 4]| [outer, inner, head];
+    let [_, _, k_scale_end, v_scale_end] = step.token_ends(desc);
     let inverse = 1.0 / (f64::from(desc.softcap) * std::f64::consts::LOG2_E);
     Terms {
         sinks,
@@ -53,6 +54,8 @@ pub(super) fn of(desc: &AttentionDesc, step: &Step) -> Terms {
         mask_bytes,
         k_scale_stride: scale(step.k_scale_stride),
         v_scale_stride: scale(step.v_scale_stride),
+        k_scale_end,
+        v_scale_end,
         page_index_head_stride: step.args.page_index_head_stride,
         kv_position_head_stride: step.args.kv_position_head_stride,
         mask_element,

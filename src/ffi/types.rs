@@ -107,7 +107,8 @@ pub struct treeattn_comm_status_t {
     pub sequence: i32,
     /// 1: no exchange will succeed any more; destroy the communicator and make a new one.
     pub broken: i32,
-    /// The message that goes with `code`; empty if there is none, cut where it is longer.
+    /// The message that goes with `code`; empty if there is none, cut where it is longer. With INVALID_DATA every rank is told
+    /// the argument, the sequence and the rank that met it; the value found and the values wanted only that rank, on CPUs.
     pub message: [c_char; 512],
 }
 

@@ -70,6 +70,8 @@ pub enum DataFaultCause {
     PageIndices = 19,
     /// Ranks of a checked plan: a key below position 0, or at `global_length` or beyond, where the plan allows none.
     KeysOutside = 20,
+    /// The mask has no element for some key and query token; a value is in keys of the sequence.
+    Mask = 21,
 }
 
 impl DataFaultCause {
@@ -87,7 +89,7 @@ impl DataFaultCause {
         ];
         let singles =
             [PageIndptr, LastPageLen, GlobalLength, KvStart, KvPosition, QueryPosition, BlockTable, PageIndices];
-        let all = [QueryStart, KvLength, Page, PageRow, Position].into_iter().chain(checked).chain(singles);
+        let all = [QueryStart, KvLength, Page, PageRow, Position, Mask].into_iter().chain(checked).chain(singles);
         all.into_iter().find(|&cause| cause as u8 == code)
     }
 
@@ -113,6 +115,7 @@ impl DataFaultCause {
             DataFaultCause::QueryPosition => "query_position",
             DataFaultCause::BlockTable => "block_table",
             DataFaultCause::PageIndices => "page_indices",
+            DataFaultCause::Mask => "mask.bytes",
         }
     }
 
@@ -146,6 +149,14 @@ impl DataFault {
     pub fn message(&self, on: &str) -> String {
         let (name, sequence) = (self.cause.argument(), self.sequence);
         match self.value {
+            Some(BadValue { found, most, .. }) if self.cause == DataFaultCause::Mask => format!(
+                "{name}: found room for {most} keys of sequence {sequence}{on}, wanted for its {found}, by the mask's byte \
+                 strides; the outputs of that sequence are NaN"
+            ),
+            None if self.cause == DataFaultCause::Mask => format!(
+                "{name}: found too few for sequence {sequence}{on}, wanted an element for each of its query tokens and keys, \
+                 by the mask's byte strides; the outputs of that sequence are NaN"
+            ),
             Some(BadValue { index, found, least, most }) => format!(
                 "{name}[{index}]: found {found}, wanted {least} to {most}, in sequence {sequence}{on}; the outputs of that \
                  sequence are NaN"
@@ -185,14 +196,14 @@ mod tests {
             let fault = DataFault::new(sequence, DataFaultCause::Position);
             assert_eq!(DataFault::from_word(fault.word(rank)), Some((rank, fault)));
         }
-        assert_eq!((DataFault::from_word(0), DataFault::from_word(21)), (None, None));
+        assert_eq!((DataFault::from_word(0), DataFault::from_word(22)), (None, None));
         let later = DataFault::new(70_001, DataFaultCause::Position);
         assert!(fault.word(0) > later.word(63));
     }
 
     #[test]
     fn causes_have_their_codes_and_messages_the_value() {
-        for code in 1..21 {
+        for code in 1..22 {
             let cause = DataFaultCause::from_code(code).unwrap();
             assert_eq!(cause as u8, code);
         }
@@ -205,6 +216,18 @@ mod tests {
             DataFault::new(3, cause)
                 .message("")
                 .contains("kv_length: found a value out of range in sequence 3, wanted")
+        );
+        let (cause, value) = DataFaultCause::Mask.at(3, 129, 0, 60);
+        let fault = DataFault { sequence: 3, cause, value: Some(value) };
+        assert!(
+            fault
+                .message(" on rank 1")
+                .starts_with("mask.bytes: found room for 60 keys of sequence 3 on rank 1, wanted for its 129")
+        );
+        assert!(
+            DataFault::new(3, cause)
+                .message("")
+                .starts_with("mask.bytes: found too few for sequence 3, wanted an element")
         );
     }
 }

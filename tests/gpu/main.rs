@@ -42,7 +42,7 @@ const APART: [(&str, fn()); 5] = [
 
 /// Tests of ranks that wait for each other on one GPU: each in a process of its own and one after the other, since so many
 /// kernels and streams as all of them have would stand in each other's way.
-const RANKS: [(&str, fn()); 39] = [
+const RANKS: [(&str, fn()); 41] = [
     ("ranks_random_strided_0", || ranks::random(KvLayout::Strided, 0, count())),
     ("ranks_random_strided_1", || ranks::random(KvLayout::Strided, count(), count())),
     ("ranks_random_block_table_0", || ranks::random(KvLayout::BlockTable, 0, count())),
@@ -52,6 +52,8 @@ const RANKS: [(&str, fn()); 39] = [
     ("ranks_same_as_one", ranks::same_as_one),
     ("ranks_merges", ranks::merges::merges),
     ("ranks_bad_data", ranks::faults::bad_data),
+    ("ranks_a_short_mask", ranks::faults::a_short_mask),
+    ("ranks_values_beyond_the_wire", ranks::values_beyond_the_wire),
     ("ranks_many_steps", ranks::order::many_steps),
     ("ranks_two_communicators", ranks::order::two_communicators),
     ("ranks_absent", ranks::faults::a_rank_that_does_not_come),
@@ -143,6 +145,7 @@ fn main() -> ExitCode {
         test("nan_in_the_newest_value", numerics::nan_in_the_newest_value),
         test("two_streams", numerics::two_streams),
         test("unaligned_bases", numerics::unaligned_bases),
+        test("a_last_sequence_that_ends_early", numerics::a_last_sequence_that_ends_early),
         test("bad_data", numerics::bad_data),
         test("bad_data_of_a_plan_that_is_gone", numerics::bad_data_of_a_plan_that_is_gone),
         test("stale_entries", numerics::stale_entries),

@@ -312,6 +312,60 @@ pub fn unaligned_bases() {
     }
 }
 
+/// k, v and scales whose last sequence ends early hold the others whole; a token less, and that sequence has bad data.
+pub fn a_last_sequence_that_ends_early() {
+    for (heads, kv_heads, dtype) in [(2, 2, Dtype::F16), (8, 2, Dtype::F16), (8, 2, Dtype::Int8)] {
+        let desc = AttentionDesc { q_dtype: Dtype::F16, out_dtype: Dtype::F32, ..shape(heads, kv_heads, 64, dtype) };
+        let is_scaled = dtype == Dtype::Int8;
+        let mut case = Case::plain(desc, 1, &[(300, 1), (70, 1)], Values::Normal, 9);
+        if is_scaled {
+            (case.k_scale, case.v_scale) = (Some([true; 2]), Some([true; 2]));
+            case.fill(&mut Rng::new(9));
+        }
+        let mut ready = Ready::new(case);
+        let wanted = ready.bits();
+        let kv_heads = i64::from(kv_heads);
+        // [sequence, token, kv head, dim], of which the second sequence ends after `tokens`.
+        let early = |tensor: Tensor, dim: i64, size: i64, tokens: i64| {
+            let token = kv_heads * dim * size;
+            assert_eq!(tensor.bytes as i64, 2 * 300 * token, "packed");
+            Tensor { stride: [300 * token, token, dim * size, size], bytes: ((300 + tokens) * token) as u64, ..tensor }
+        };
+        let size = dtype.size() as i64;
+        for (of_k, of_v, of_scales) in [(70, 70, 70), (69, 70, 70), (70, 69, 70), (70, 70, 69)] {
+            if of_scales < 70 && !is_scaled {
+                continue;
+            }
+            let mut args = DecodeArgs { kv_capacity: 0, ..ready.mirror.args };
+            (args.k, args.v) = (early(args.k, 64, size, of_k), early(args.v, 64, size, of_v));
+            if is_scaled {
+                args.k_scale = Tensor {
+                    bytes: args.k_scale.bytes - (300 - of_scales as u64) * kv_heads as u64 * 4,
+                    ..args.k_scale
+                };
+            }
+            ready.rank.prefill(0xff);
+            ready.mirror.update_all(&ready.rank);
+            // SAFETY: the buffers outlive the step, which is waited for.
+            unsafe { ready.plan.decode(&args, Some(&ready.gpu.stream)) }.unwrap();
+            ready.gpu.stream.synchronize().unwrap();
+            ready.mirror.fetch(&mut ready.rank);
+            let error = ready.comm.status().unwrap().error;
+            if [of_k, of_v, of_scales] == [70; 3] {
+                assert!(error.is_none() && ready.rank.bits(&ready.case) == wanted, "{error:?}");
+                continue;
+            }
+            let error = error.unwrap();
+            assert_eq!(error.kind(), ErrorKind::InvalidData);
+            assert!(error.message().contains("kv_length") && error.message().contains("sequence 1"), "{error}");
+            for head in 0..heads as usize {
+                assert!(ready.rank.row(&ready.case, 0, head).0.iter().all(|x| x.is_finite()));
+                assert!(ready.rank.row(&ready.case, 1, head).0.iter().all(|x| x.is_nan()));
+            }
+        }
+    }
+}
+
 /// Two plans on two streams at once give what each gives alone.
 pub fn two_streams() {
     let desc = shape(32, 8, 128, Dtype::Bf16);

@@ -1,5 +1,6 @@
 //! Windows, sinks, masks, what happens to scores, and types of keys and values, where the answer is known by hand.
 
+use treeattn::ErrorKind;
 use treeattn::attention::{AttentionDesc, Dtype, KvFormat, KvLayout, MaskKind, OutputMode, Placement};
 
 use crate::mirror::Ready;
@@ -203,7 +204,9 @@ pub fn masks() {
     ready.mirror.args.mask.bytes = 60;
     ready.bits();
     assert!(ready.rank.row(&ready.case, 0, 0).0.iter().all(|x| x.is_nan()));
-    assert!(ready.comm.status().unwrap().error.is_some());
+    let error = ready.comm.status().unwrap().error.unwrap();
+    assert_eq!(error.kind(), ErrorKind::InvalidData);
+    assert!(error.message().starts_with("mask.bytes: found too few for sequence 0"), "{error}");
 }
 
 /// Codes of fp8 that are no numbers, in keys that are seen and in others; blocks with scales of 0, infinity and NaN, and the

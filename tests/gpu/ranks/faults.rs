@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use treeattn::ErrorKind;
-use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, Dtype, OutputMode, Tensor};
+use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, Dtype, MaskKind, OutputMode, Tensor};
 use treeattn::runtime::{Buffer, MergeArgs, Plan};
 
 use super::{HANG, LONG, counts};
@@ -14,6 +14,7 @@ use crate::support::case::Case;
 use crate::support::full;
 use crate::support::rank::{Ints, Rank};
 use crate::support::run::judge;
+use crate::support::terms::MaskValues;
 use crate::support::values::Values;
 
 /// A length out of range on one rank: NaN for that sequence and the same report on every rank, and nothing else.
@@ -44,6 +45,24 @@ pub fn bad_data() {
             assert_eq!(judge(&case, &ranks).unwrap().failure, None);
             assert!(group.errors().into_iter().flatten().next().is_none());
         }
+    }
+}
+
+/// A mask that ends too soon on one rank: every rank is told that it is the mask.
+pub fn a_short_mask() {
+    let group = Group::over(2, 1, LONG);
+    let desc = AttentionDesc { mask: MaskKind::Boolean, out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+    let mut case = Case::plain(desc, 2, &[(100, 1)], Values::Normal, 5);
+    case.terms.mask = Some(MaskValues { broadcast: [false, true, true], values: vec![vec![0.0; 100]] });
+    let (mut ranks, plans) = (ranks(&case), group.plans(&case.desc));
+    let mut mirrors = group.mirrors(&ranks);
+    mirrors[1].args.mask.bytes -= 1;
+    group.step(&plans, &mirrors, &mut ranks);
+    for (rank, comm) in ranks.iter().zip(&group.comms) {
+        assert!(rank.row(&case, 0, 0).0.iter().all(|x| x.is_nan()));
+        let error = comm.status().unwrap().error.unwrap();
+        assert_eq!((error.kind(), error.rank()), (ErrorKind::InvalidData, Some(1)));
+        assert!(error.message().starts_with("mask.bytes: found too few for sequence 0 on rank 1"), "{error}");
     }
 }
 
