@@ -1,6 +1,8 @@
 //! A split at work: scores, weights and values of its tiles.
 
-use super::kernel::args::{ModifyArgs, ScaleArgs, ScoreArgs, TILE, ValueArgs, WeightArgs, WidenArgs, keys_together};
+use super::kernel::args::{
+    MANY_KEYS, MOST_TOGETHER, ModifyArgs, ScaleArgs, ScoreArgs, TILE, ValueArgs, WeightArgs, WidenArgs,
+};
 use super::kernel::prefetch::{Prefetch, PrefetchRows};
 use super::kernel::table::{DIRECT, WIDE, codec_of};
 use super::partition::{Split, leaf};
@@ -20,6 +22,10 @@ const ORIGIN_RANGE: f32 = 8.0;
 /// but takes a tile for one kv head at a time, out of the order in which memory lies: that pays from about 20 rows on, and
 /// below made 3 query tokens dearer than 2 and 1 apart.
 const WIDEN_ABOVE: usize = 16;
+/// How many keys ahead to ask: what all kv heads of so many keys take fits the second cache, to which the lines go, and
+/// memory is far from there. A multiple of the keys that any kernel walks together.
+const AHEAD: usize = 32;
+const _: () = assert!(AHEAD < TILE && AHEAD.is_multiple_of(MOST_TOGETHER) && AHEAD.is_multiple_of(MANY_KEYS));
 /// Keys and values, as indices.
 const K: usize = 0;
 const V: usize = 1;
@@ -39,8 +45,6 @@ pub struct Task<'a> {
     widen: [bool; 2],
     /// Bytes of a row to ask for ahead of time.
     row_bytes: [usize; 2],
-    /// How many keys ahead to ask: two blocks, which hides memory where it is fast and still fits the nearest cache.
-    distance: usize,
     /// Strides between kv heads.
     head_stride: [i64; 2],
     /// Where the distances and the masks of each row are in the scratch.
@@ -91,7 +95,6 @@ impl<'a> Task<'a> {
             tiles: 0,
             widen: [false; 2],
             row_bytes: [0; 2],
-            distance: 2 * keys_together(split.rows),
             head_stride: [step.k_stride[2], step.v_stride[2]],
             distances: [std::ptr::null(); TILE],
             masks: [std::ptr::null(); TILE],
@@ -241,12 +244,11 @@ impl<'a> Task<'a> {
         PrefetchRows { rows, offset: self.offset(which, heads.first), head, bytes }
     }
 
-    /// What to ask for in the keys or values of a tile of `keys` keys: the rows `distance` keys on, those of the values
+    /// What to ask for in the keys or values of a tile of `keys` keys: the rows [`AHEAD`] keys on, those of the values
     /// after the keys, and of the next tile's keys after the values.
     fn prefetch(&self, which: usize, heads: Heads, keys: usize, rows: &Rows, next: Option<&Rows>) -> Prefetch {
-        let split = keys.saturating_sub(self.distance) / self.distance * self.distance;
-        let same =
-            if split > 0 { self.prefetch_rows(which, heads, Some(rows), self.distance) } else { PrefetchRows::NONE };
+        let split = keys.saturating_sub(AHEAD) / AHEAD * AHEAD;
+        let same = if split > 0 { self.prefetch_rows(which, heads, Some(rows), AHEAD) } else { PrefetchRows::NONE };
         let next = self.prefetch_rows(1 - which, heads, if which == K { Some(rows) } else { next }, 0);
         Prefetch { same, next, split }
     }

@@ -17,9 +17,12 @@ pub fn register_keys(rows: usize) -> usize {
     if rows == 1 { FEW_KEYS } else { MANY_KEYS }
 }
 
+/// Most of [`keys_together`].
+pub const MOST_TOGETHER: usize = 16;
+
 /// Keys that are walked together for so many rows: the fewer, the more memory is read in its order.
 pub fn keys_together(rows: usize) -> usize {
-    if rows.is_multiple_of(4) { 4 } else { 16 }
+    if rows.is_multiple_of(4) { 4 } else { MOST_TOGETHER }
 }
 
 /// Arguments of [`scores`](super::scores::scores).

@@ -69,7 +69,7 @@ pub unsafe trait Simd: Copy {
             }
         }
     }
-    /// Asks for the cache line of `p`; never faults.
+    /// Asks for the cache line of `p`, a good while before it is used; never faults.
     unsafe fn prefetch(p: *const u8);
 }
 
