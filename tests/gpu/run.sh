@@ -67,7 +67,8 @@ export here PATH="$PATH:/usr/local/cuda/bin"
 mkdir -p "$out"
 : >"$out/log.txt"
 [ $# -gt 0 ] || set -- full ranks processes nccl c examples verify sanitize bench
-one=(--skip ranks_ --skip processes_ --skip allreduce3_)
+# More tests side by side wait for each other in the driver.
+one=(--test-threads 6 --skip ranks_ --skip processes_ --skip allreduce3_)
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 # limit SECONDS: for one GPU; ranks run all over again on a second one.
 limit() {
@@ -75,7 +76,7 @@ limit() {
 }
 for word in "$@"; do
     case $word in
-    quick) try 120 30 tests-quick "$here/gpu-tests" "${one[@]}" ${FILTER:+"$FILTER"} ;;
+    quick) try 300 30 tests-quick "$here/gpu-tests" "${one[@]}" ${FILTER:+"$FILTER"} ;;
     full) TREEATTN_TEST=full try 240 30 tests-full "$here/gpu-tests" "${one[@]}" ${FILTER:+"$FILTER"} ;;
     ranks) try "$(limit 180)" 60 tests-ranks "$here/gpu-tests" "${FILTER:-ranks_}" ;;
     processes) try "$(limit 80)" 30 tests-processes "$here/gpu-tests" "${FILTER:-processes_}" ;;
