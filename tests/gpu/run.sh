@@ -85,7 +85,7 @@ for word in "$@"; do
     examples) for program in "$here"/examples/*; do [ ! -x "$program" ] || try 30 30 "example-$(basename "$program")" "$program"; done ;;
     verify)
         try 120 20 verify-device "$here/treeattn" verify --device cuda:0
-        [ "$gpus" -lt 2 ] || try 120 20 verify-ranks "$here/treeattn" verify --ranks cuda:0,cuda:1
+        [ "$gpus" -lt 2 ] || try 300 20 verify-ranks "$here/treeattn" verify --ranks cuda:0,cuda:1
         ;;
     sanitize)
         # Asking for a kernel that a build does not have is no error.
