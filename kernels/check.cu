@@ -153,13 +153,6 @@ __device__ __forceinline__ bool is_bad_data(const CheckParams& c, int b, const S
     return is_bad;
 }
 
-__device__ __forceinline__ uint64_t sum_over_warp(uint64_t x) {
-    unsigned long long sum = x;
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, d);
-    return sum;
-}
-
 // Makes the record of sequence b. By the whole block, which has it after the next barrier.
 __device__ __forceinline__ void make_record(const CheckParams& c, int b, CheckState& s) {
     const DecodeParams& p = c.step;
@@ -188,7 +181,7 @@ __device__ __forceinline__ void make_record(const CheckParams& c, int b, CheckSt
                                    sums.powers[1], sums.powers[2],      sums.inside};
 #pragma unroll
     for (int i = 0; i < kSums; i++) {
-        const uint64_t sum = sum_over_warp(parts[i]);
+        const uint64_t sum = warp_sum(parts[i]);
         if (threadIdx.x % 32 == 0 && sum != 0) atomicAdd(&s.sums[i], static_cast<unsigned long long>(sum));
     }
     if (sums.is_bad) atomicOr(&s.is_bad, 1);

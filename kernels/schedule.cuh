@@ -231,7 +231,8 @@ __device__ __forceinline__ int64_t warp_prefix(int64_t x, int lane) {
     }
     return x;
 }
-__device__ __forceinline__ int64_t warp_sum(int64_t x) {
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
     return x;
@@ -308,7 +309,7 @@ __device__ __noinline__ BlockSlice find_slice(const DecodeParams& p, SliceScratc
             if (p.batch > 1) {
                 end = warp_prefix(units, lane);
                 total = __shfl_sync(kAllLanes, end, 31);
-                all = warp_sum(items);
+                all = warp_sum<int64_t>(items);
             } else {
                 total = __shfl_sync(kAllLanes, units, 0);
                 all = __shfl_sync(kAllLanes, items, 0);
