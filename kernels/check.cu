@@ -226,7 +226,7 @@ __device__ __forceinline__ bool wait_records(const ExchangeView& v, Epoch& e, in
         for (int spins = 1;; spins++) {
             words = load_words(from);
             const bool come = are_of(words, e.number);
-            if (__all_sync(kWholeWarp, come)) break;
+            if (__all_sync(kAllLanes, come)) break;
             if (spins % kSpins == 0) {
                 if (give_up(v, e, lowest(come, rank))) return false;
             } else if (spins > kSpins) {

@@ -133,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     const ulonglong2 state = load_words(v.window + kConsumed);
     if (has_row) first.load(p, Wire(v.wire_dtype));
     const uint64_t noted = has_source ? load_word(v.window + kStepFault) : 0;
-    Epoch e(state.x, __shfl_sync(kWholeWarp, state.y, 0));
+    Epoch e(state.x, __shfl_sync(kAllLanes, state.y, 0));
     if (!p.is_pushed && blockIdx.x == gridDim.x - 1 && warp == warps - 1) push_header(v, e, s.slots);
     const uint32_t fault = pack_fault(noted, v.rank);
     if (!p.is_pushed) {

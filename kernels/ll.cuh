@@ -15,7 +15,6 @@
 
 namespace treeattn {
 
-constexpr uint32_t kWholeWarp = 0xffffffffu;
 constexpr uint32_t kSleep = 200;  // ns between looks of warps that wait for long
 constexpr int kSpins = 64;        // looks at a word between two looks at the clock and at what ends a wait
 // Time between a warp's looks at host memory, ns: each goes over PCIe, and many of them hold up all reads of the GPU.
@@ -88,7 +87,7 @@ struct Epoch {
 // fail meanwhile, and lanes that know of it and lanes that do not would wait for each other.
 __device__ __forceinline__ Epoch begin_epoch(const ExchangeView& v) {
     const ulonglong2 words = load_words(v.window + kConsumed);
-    return Epoch(words.x, __shfl_sync(kWholeWarp, words.y, 0));
+    return Epoch(words.x, __shfl_sync(kAllLanes, words.y, 0));
 }
 
 // Notes bad data that this rank's running launch has met, as pack_status, until its epoch is over; and tells the host.
@@ -161,7 +160,7 @@ static __device__ __noinline__ bool give_up(const ExchangeView& v, Epoch& e, int
             if (over) fail(v, e.number, why);
         }
     }
-    e.broken = __shfl_sync(kWholeWarp, over, 0);
+    e.broken = __shfl_sync(kAllLanes, over, 0);
     return e.broken;
 }
 
@@ -169,7 +168,7 @@ static __device__ __noinline__ bool give_up(const ExchangeView& v, Epoch& e, int
 __device__ __forceinline__ int lowest(bool seen, int rank) {
     int missing = seen ? 0x7fffffff : rank;
 #pragma unroll
-    for (int d = 16; d > 0; d /= 2) missing = min(missing, __shfl_xor_sync(kWholeWarp, missing, d));
+    for (int d = 16; d > 0; d /= 2) missing = min(missing, __shfl_xor_sync(kAllLanes, missing, d));
     return missing;
 }
 
@@ -243,7 +242,7 @@ static __device__ __noinline__ void fail_out_of_step(const ExchangeView& v, Epoc
         const int rank = min(first + lane, v.world - 1);
         for (int spins = 1;; spins++) {
             const bool seen = are_of(load_words(slot_of(v, e, rank)), e.number);
-            if (__all_sync(kWholeWarp, seen)) break;
+            if (__all_sync(kAllLanes, seen)) break;
             if (spins % kSpins == 0 && give_up(v, e, lowest(seen, rank))) return;
         }
     }
@@ -266,12 +265,12 @@ static __device__ __noinline__ bool wait_headers(const ExchangeView& v, Epoch& e
             seen &= come;
             same &= !come || fingerprint_of(words) == v.fingerprint;
         }
-        if (!__all_sync(kWholeWarp, same)) {
+        if (!__all_sync(kAllLanes, same)) {
             fail_out_of_step(v, e);
-        } else if (__all_sync(kWholeWarp, seen)) {
+        } else if (__all_sync(kAllLanes, seen)) {
             e.has_headers = true;
         } else if (most != 0) {
-            if (__any_sync(kWholeWarp, nanoseconds() >= until)) break;
+            if (__any_sync(kAllLanes, nanoseconds() >= until)) break;
         } else if (spins % kSpins == 0) {
             give_up(v, e, lowest(seen, late));
         } else if (spins > kSpins) {

@@ -34,16 +34,16 @@ __device__ __forceinline__ bool wait_weights(const ExchangeView& v, Epoch& e, in
                     w.fault = first_fault(w.fault, data_of(words.y));
                 }
             }
-            if (__all_sync(kWholeWarp, seen)) break;
+            if (__all_sync(kAllLanes, seen)) break;
             if (spins % kSpins == 0 && give_up(v, e, lowest(seen, rank))) return false;
         }
     }
-    w.scale.bad = __any_sync(kWholeWarp, !(w.lse[0] < infinity()) || !(w.lse[1] < infinity()));
+    w.scale.bad = __any_sync(kAllLanes, !(w.lse[0] < infinity()) || !(w.lse[1] < infinity()));
     w.scale.top = fmaxf(w.lse[0], w.lse[1]);
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) {
-        w.scale.top = fmaxf(w.scale.top, __shfl_xor_sync(kWholeWarp, w.scale.top, d));
-        w.fault = first_fault(w.fault, __shfl_xor_sync(kWholeWarp, w.fault, d));
+        w.scale.top = fmaxf(w.scale.top, __shfl_xor_sync(kAllLanes, w.scale.top, d));
+        w.fault = first_fault(w.fault, __shfl_xor_sync(kAllLanes, w.fault, d));
     }
     w.scale.sum = {0.f, 0.f};
 #pragma unroll
@@ -51,7 +51,7 @@ __device__ __forceinline__ bool wait_weights(const ExchangeView& v, Epoch& e, in
         w.weight[half] = w.scale.weight(w.lse[half]);
         if (half * 32 >= v.world) continue;
         for (int rank = 0; rank < min(v.world - half * 32, 32); rank++) {
-            w.scale.sum.add(__shfl_sync(kWholeWarp, w.weight[half], rank));
+            w.scale.sum.add(__shfl_sync(kAllLanes, w.weight[half], rank));
         }
     }
     w.scale.invert();
@@ -97,7 +97,7 @@ __device__ __forceinline__ bool merge_row(const MergeStep& m, Epoch& e, int64_t 
                     }
                 }
                 const bool seen = late == v.world;
-                if (__all_sync(kWholeWarp, seen)) break;
+                if (__all_sync(kAllLanes, seen)) break;
                 if (spins % kSpins == 0 && give_up(v, e, lowest(seen, late))) return false;
             }
 #pragma unroll
@@ -105,7 +105,7 @@ __device__ __forceinline__ bool merge_row(const MergeStep& m, Epoch& e, int64_t 
                 const int rank = ranks + r;
                 if (rank >= v.world) continue;
                 // Asked by all lanes alike.
-                const float weight = __shfl_sync(kWholeWarp, rank < 32 ? w.weight[0] : w.weight[1], rank % 32);
+                const float weight = __shfl_sync(kAllLanes, rank < 32 ? w.weight[0] : w.weight[1], rank % 32);
 #pragma unroll
                 for (int pair = 0; pair < kPairs; pair++) {
                     const float2 a = wire.unpack(data_of(x[r][pair].x)), b = wire.unpack(data_of(x[r][pair].y));
@@ -190,7 +190,7 @@ static __device__ __noinline__ bool write_received(const MergeStep* step, Epoch&
                     write_words(m.target, wire, to, n - kRowHead, wire.unpack(data_of(x.x)), wire.unpack(data_of(x.y)));
                 }
             }
-            if (__all_sync(kWholeWarp, seen)) break;
+            if (__all_sync(kAllLanes, seen)) break;
             if (spins % kSpins == 0 && give_up(v, e, owner_of(head, v.heads, v.world))) return false;
         }
     }

@@ -81,7 +81,7 @@ static __device__ __noinline__ uint32_t merge_row_at_once(const MergeStep* step,
                 bool come = are_of(head[r], epoch);
 #pragma unroll
                 for (int pair = 0; pair < kPairs; pair++) come &= are_of(x[r][pair], epoch);
-                if (!__all_sync(kWholeWarp, come)) continue;
+                if (!__all_sync(kAllLanes, come)) continue;
                 missing &= ~(1u << (first + r));
                 lse[first + r] = __uint_as_float(data_of(head[r].x));
                 fault = first_fault(fault, data_of(head[r].y));
@@ -95,8 +95,8 @@ static __device__ __noinline__ uint32_t merge_row_at_once(const MergeStep* step,
         if (!has_headers) {
             const bool is_here = lane >= world || are_of(header, epoch);
             const bool same = lane >= world || !is_here || fingerprint_of(header) == fingerprint;
-            if (!__all_sync(kWholeWarp, same)) return kOutOfStep;
-            silent = ~__ballot_sync(kWholeWarp, is_here);
+            if (!__all_sync(kAllLanes, same)) return kOutOfStep;
+            silent = ~__ballot_sync(kAllLanes, is_here);
             has_headers = silent == 0;
             // Nothing that this step waits for needs room on the GPU any more: the next launch may take it.
             if (has_headers) dependency_launch();
@@ -169,7 +169,7 @@ static __device__ __noinline__ uint32_t merge_row_at_once(const MergeStep* step,
         const int late = __ffs(missing != 0 ? missing : silent) - 1;
         if (looks < eager) continue;
         if (looks >= kSpins || !has_headers) return kLate | (has_headers ? kAllHeaders : 0u) | late << kLateShift;
-        while (looks < kSpins && !__all_sync(kWholeWarp, is_of(load_word(heads + late * slot_words), epoch))) {
+        while (looks < kSpins && !__all_sync(kAllLanes, is_of(load_word(heads + late * slot_words), epoch))) {
             if (looks++ >= eager + kAwake) __nanosleep(kSleep);
         }
     }

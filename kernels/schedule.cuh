@@ -20,7 +20,6 @@ constexpr int kTile = 16;          // keys a unit: one k-step of the tensor core
 constexpr int kFanIn = 16;         // partials merged in one go
 constexpr int kMostPartials = kFanIn * kFanIn;  // of an item: there are two levels
 constexpr int kMinTiles = 4;       // a block takes before the next one gets any
-constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // One sequence as read and checked.
 struct Sequence {
