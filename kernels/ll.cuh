@@ -15,6 +15,7 @@
 
 namespace treeattn {
 
+constexpr uint32_t kAllLanes = 0xffffffffu;  // of a warp
 constexpr uint32_t kSleep = 200;  // ns between looks of warps that wait for long
 constexpr int kSpins = 64;        // looks at a word between two looks at the clock and at what ends a wait
 // Time between a warp's looks at host memory, ns: each goes over PCIe, and many of them hold up all reads of the GPU.
