@@ -67,6 +67,7 @@
  * enqueued, so one thread can drive them all: step k on every rank before step k + 1 on any. A plan is in flight on one
  * stream at a time. One CPU stream does not serve two ranks of a communicator, whose steps would wait for each other; nor do
  * two CPU streams serve one rank at a time.
+ * A rank computes on threads of its own, or on the engine's (treeattn_executor_t): then the library starts none to compute.
  * The library's own threads block all signals, and end with the object that they serve. A thread that calls the library
  * needs 256 KiB of stack: a step of a CPU rank takes 32 KiB of it, GPU drivers, NCCL and callbacks what they take.
  *
@@ -153,6 +154,7 @@ inline T sized() {
 #define TREEATTN_RUNTIME_CONFIG_INIT TREEATTN_INIT_(treeattn_runtime_config_t)
 #define TREEATTN_DEVICE_INFO_INIT TREEATTN_INIT_(treeattn_device_info_t)
 #define TREEATTN_COMM_CONFIG_INIT TREEATTN_INIT_(treeattn_comm_config_t)
+#define TREEATTN_EXECUTOR_INIT TREEATTN_INIT_(treeattn_executor_t)
 #define TREEATTN_COMM_STATUS_INIT TREEATTN_INIT_(treeattn_comm_status_t)
 #define TREEATTN_ATTENTION_DESC_INIT TREEATTN_INIT_(treeattn_attention_desc_t)
 #define TREEATTN_DECODE_ARGS_INIT TREEATTN_INIT_(treeattn_decode_args_t)
@@ -221,6 +223,12 @@ inline T sized() {
  * communicator may be enqueued. Without it a step with a stream is refused.
  */
 #define TREEATTN_TRANSPORT_STREAM_THREADS 1
+
+/**
+ * Flag of `treeattn_executor_t`: the tasks of a call run at the same time, each on a thread of its own, so that they may wait
+ * for each other. Without it the library never makes them wait; this version never does. Since 0.2.
+ */
+#define TREEATTN_EXECUTOR_CONCURRENT 1
 
 /** Memory of a device, a convenience. Made by `treeattn_buffer_alloc`. */
 typedef struct treeattn_buffer_t treeattn_buffer_t;
@@ -315,6 +323,9 @@ typedef int32_t treeattn_status_t;
 /** The object is in use by another call that must end first. */
 #define TREEATTN_ERROR_BUSY 22
 
+/** The engine's executor did not do what it promised. Since 0.2. */
+#define TREEATTN_ERROR_EXECUTOR 23
+
 /** What `treeattn_runtime_create` takes. */
 typedef struct treeattn_runtime_config_t {
     /** sizeof(treeattn_runtime_config_t). */
@@ -372,6 +383,40 @@ typedef int32_t treeattn_log_level_t;
  */
 typedef void (*treeattn_log_callback_t)(treeattn_log_level_t level, const char *message, void *user_data);
 
+/**
+ * The engine's own parallel-for (OpenMP, a pool): what a CPU rank computes its steps with, instead of threads of the library,
+ * which then starts none to compute. Set up with TREEATTN_EXECUTOR_INIT. The bits are those of as many threads of the
+ * library's own.
+ */
+typedef struct treeattn_executor_t {
+    /** sizeof(treeattn_executor_t). */
+    size_t struct_size;
+    /**
+     * Passed to `parallel`. Stays valid until the communicator and all its plans are destroyed, and the steps enqueued on
+     * them are done.
+     */
+    void *ctx;
+    /** Into how many tasks work is cut, 1 to 1,024: as many as `parallel` runs at a time. */
+    int32_t threads;
+    /** TREEATTN_EXECUTOR_ flags. */
+    uint32_t flags;
+    /**
+     * Calls `task(data, i)` once for every i from 0 to n - 1, on whatever threads, the calling one among them or not, and
+     * returns 0 when all have returned. n is `threads`. Required.
+     *
+     * Runs on the thread that called the library, inside that call, or on that of a CPU stream; a step takes one call or a few.
+     * One call runs at a time for a rank; those of several ranks, which share the function where
+     * `treeattn_comm_create_local` made them, may meet and do not wait for each other. It must not call the library, unwind
+     * or jump out. The library waits for it as long as it takes: no deadline ends it.
+     *
+     * Another return value, a task that is left out, runs twice or has a number that was not asked for is
+     * TREEATTN_ERROR_EXECUTOR of the step, after the tasks that have begun have ended; the message says which. A task
+     * takes 64 KiB of stack, keeps the thread's floating-point settings, does not unwind, and may safely be called too often, or
+     * when `parallel` has returned or everything is destroyed: it then does nothing.
+     */
+    int32_t (*parallel)(void *ctx, int32_t n, void (*task)(void *data, int32_t i), void *data);
+} treeattn_executor_t;
+
 /** How a communicator waits and what it may use. The same on every rank. */
 typedef struct treeattn_comm_config_t {
     /** sizeof(treeattn_comm_config_t). */
@@ -383,7 +428,10 @@ typedef struct treeattn_comm_config_t {
     int64_t setup_timeout_ns;
     /** How long a step may wait for the other ranks, in nanoseconds, at most a year. 0: 10 s. */
     int64_t step_timeout_ns;
-    /** Worker threads of a CPU rank, the calling thread among them. 0: the cores over the local ranks, at least 1. */
+    /**
+     * Worker threads of a CPU rank, the calling thread among them. 0: the cores over the local ranks, at least 1, or the
+     * `threads` of the executor.
+     */
     int32_t threads_per_rank;
     /**
      * Ranks of the same group count as one node; the tree algorithm merges within a node first. This one may differ from
@@ -394,6 +442,11 @@ typedef struct treeattn_comm_config_t {
     const char *nccl_path;
     /** `treeattn_comm_create_local` only: the group of each of its n ranks. NULL: `node_group` for all. */
     const int32_t *node_groups;
+    /**
+     * The engine's threads, to compute the steps of CPU ranks on; read during the call. `threads_per_rank` is then 0 or its
+     * `threads`. May differ from rank to rank. NULL: the library's own threads, and on GPUs. Since 0.2.
+     */
+    const struct treeattn_executor_t *executor;
 } treeattn_comm_config_t;
 
 /**
@@ -1457,7 +1510,7 @@ treeattn_status_t treeattn_nccl_unique_id(struct treeattn_runtime_t *runtime,
  * @param world   number of ranks, 1 to 4,096.
  * @param rank    this rank, 0 to world - 1.
  * @param device  this rank's GPU.
- * @param config  NULL for defaults. `nccl_path` names the NCCL to load, `node_groups` is NULL.
+ * @param config  NULL for defaults. `nccl_path` names the NCCL to load; `node_groups` and `executor` are NULL.
  * @param comm    where the handle goes.
  * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT; UNSUPPORTED: not a GPU; UNAVAILABLE: no such
  *         GPU, or no NCCL of version 2.18 or later; CAPTURING; TIMEOUT: a rank did not come before the setup deadline;
@@ -1488,7 +1541,7 @@ treeattn_status_t treeattn_comm_create_nccl(struct treeattn_runtime_t *runtime,
  * @param nccl_comm the engine's `ncclComm_t`, of the NCCL that is loaded in this process (where there are several
  *                  copies, `nccl_path` of the config says which). Nobody else uses it during the call.
  * @param device    the GPU of `nccl_comm`.
- * @param config    NULL for defaults; `node_groups` is NULL.
+ * @param config    NULL for defaults; `node_groups` and `executor` are NULL.
  * @param comm      where the handle goes.
  * @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT: also where `nccl_comm` is of another device;
  *         UNSUPPORTED: not a GPU; UNAVAILABLE: no such GPU, or no NCCL in this process, or one before 2.18; otherwise as

@@ -72,6 +72,8 @@ errors! {
     Internal = 21,
     /// The object is in use by another call that must end first.
     Busy = 22,
+    /// The engine's executor did not do what it promised.
+    Executor = 23,
 }
 
 impl ErrorKind {

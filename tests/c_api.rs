@@ -110,6 +110,7 @@ programs! {
     comm,
     decode,
     energy,
+    executor,
     formats,
     faults,
     floats,

@@ -60,6 +60,7 @@ constants! {
     TREEATTN_ERROR_SYSTEM = 20;
     TREEATTN_ERROR_INTERNAL = 21;
     TREEATTN_ERROR_BUSY = 22;
+    TREEATTN_ERROR_EXECUTOR = 23;
     // treeattn_device_kind_t
     TREEATTN_DEVICE_CPU = 0;
     TREEATTN_DEVICE_CUDA = 1;
@@ -117,6 +118,7 @@ constants! {
     TREEATTN_ATTENTION_PAGES_BY_HEAD = 8;
     TREEATTN_MERGE_PLUS_INF_IS_EMPTY = 1;
     TREEATTN_TRANSPORT_STREAM_THREADS = 1;
+    TREEATTN_EXECUTOR_CONCURRENT = 1;
 }
 
 /// Macros with arguments, and those of the version, which `src/ffi/version.rs` holds against the crate's.

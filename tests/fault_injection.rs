@@ -1,10 +1,16 @@
 //! Forced panics and failed allocations below the runtime. One test, for faults are armed for the process.
 #![cfg(feature = "fault-injection")]
 
+use std::ffi::c_void;
 use std::time::Duration;
 
-use treeattn::device::{HostBuffer, Queue, Workers};
+use treeattn::device::{EngineExecutor, Executor, HostBuffer, ParallelFor, Queue, TaskCallback, Workers};
 use treeattn::{ErrorKind, fault};
+
+unsafe extern "C" fn in_turn(_: *mut c_void, n: i32, task: Option<TaskCallback>, data: *mut c_void) -> i32 {
+    // SAFETY: the task and its data, as the library gave them.
+    task.map_or(1, |task| (0..n).map(|i| unsafe { task(data, i) }).count() as i32 - n)
+}
 
 #[test]
 fn threads_queues_and_buffers_survive_their_faults() {
@@ -17,6 +23,15 @@ fn threads_queues_and_buffers_survive_their_faults() {
         fault::arm(text).unwrap();
         assert_eq!(workers.run(&|_| ()).unwrap_err().kind(), kind, "{text}");
         workers.run(&|_| ()).unwrap();
+    }
+
+    // SAFETY: `in_turn` does what it should, with any context.
+    let engine = unsafe { EngineExecutor::new(std::ptr::null_mut(), 3, in_turn) }.unwrap();
+    let parallel = ParallelFor::new(engine).unwrap();
+    for (text, kind) in [("executor.run=fail", ErrorKind::NoMemory), ("executor.job#2=panic", ErrorKind::Internal)] {
+        fault::arm(text).unwrap();
+        assert_eq!(parallel.run(&|_| ()).unwrap_err().kind(), kind, "{text}");
+        parallel.run(&|_| ()).unwrap();
     }
 
     let queue = Queue::new(4, "test").unwrap();

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::device::{EngineExecutor, available_cores};
 use crate::error::{Error, Result};
 
 /// Longest deadline, a year: beyond it clocks overflow.
@@ -25,6 +26,10 @@ pub struct CommConfig {
     pub node_groups: Vec<i32>,
     /// The NCCL library to load. None: looked for.
     pub nccl_path: Option<String>,
+    /// Computes the steps of CPU ranks on the engine's threads, all ranks of a local communicator by the same function, which may
+    /// run for several of them at a time; `threads_per_rank` is then 0 or the executor's number. None: the library's own threads.
+    /// This one may differ from rank to rank. Not with GPUs.
+    pub executor: Option<EngineExecutor>,
 }
 
 impl Default for CommConfig {
@@ -36,6 +41,7 @@ impl Default for CommConfig {
             node_group: 0,
             node_groups: Vec::new(),
             nccl_path: None,
+            executor: None,
         }
     }
 }
@@ -51,6 +57,12 @@ impl CommConfig {
         if self.threads_per_rank > MAX_THREADS {
             return Err(Error::invalid("threads_per_rank", self.threads_per_rank, format!("0 to {MAX_THREADS}")));
         }
+        if let Some(executor) = &self.executor
+            && ![0, executor.threads()].contains(&self.threads_per_rank)
+        {
+            let wanted = format!("0, or executor.threads = {}", executor.threads());
+            return Err(Error::invalid("threads_per_rank", self.threads_per_rank, wanted));
+        }
         if self.node_group < 0 {
             return Err(Error::invalid("node_group", self.node_group, "at least 0"));
         }
@@ -64,11 +76,53 @@ impl CommConfig {
         }
         Ok(())
     }
+
+    /// Checks what GPUs have no use for; `InvalidArgument` names it.
+    pub fn check_on_gpus(&self) -> Result<()> {
+        match self.executor {
+            None => Ok(()),
+            Some(_) => Err(Error::invalid("executor", "one", "NULL on GPUs, which compute themselves")),
+        }
+    }
+
+    /// Threads of each of `local` CPU ranks on this machine.
+    pub fn threads(&self, local: usize) -> usize {
+        match (&self.executor, self.threads_per_rank) {
+            (Some(executor), _) => executor.threads(),
+            (None, 0) => (available_cores() / local).max(1),
+            (None, threads) => threads,
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::c_void;
+
     use super::*;
+    use crate::device::TaskCallback;
+
+    unsafe extern "C" fn nothing(_: *mut c_void, _: i32, _: Option<TaskCallback>, _: *mut c_void) -> i32 {
+        0
+    }
+
+    #[test]
+    fn an_executor_says_how_many_threads() {
+        // SAFETY: nothing is run.
+        let executor = unsafe { EngineExecutor::new(std::ptr::null_mut(), 5, nothing) }.unwrap();
+        let with =
+            |threads_per_rank| CommConfig { executor: Some(executor), threads_per_rank, ..CommConfig::default() };
+        for threads in [0, 5] {
+            with(threads).check().unwrap();
+            assert_eq!(with(threads).threads(3), 5);
+        }
+        let error = with(4).check().unwrap_err();
+        assert_eq!(error.message(), "threads_per_rank: found 4, wanted 0, or executor.threads = 5");
+        let error = with(0).check_on_gpus().unwrap_err();
+        assert!(error.message().starts_with("executor: found one, wanted NULL"), "{error}");
+        CommConfig::default().check_on_gpus().unwrap();
+        assert_eq!(CommConfig { threads_per_rank: 7, ..CommConfig::default() }.threads(2), 7);
+    }
 
     #[test]
     fn the_default_is_accepted_and_nonsense_is_named() {

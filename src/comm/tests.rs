@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::local::{LocalRank, local_group_at};
 use super::*;
 use crate::attention::Shard;
+use crate::device::Executor;
 use crate::error::{ErrorKind, Result};
 use crate::partial::epoch::Epoch;
 

@@ -13,7 +13,7 @@ use crate::attention::{
     Algorithm, AttentionDesc, Capabilities, Dtype, KvLayout, MAX_HEAD_DIM, MaskKind, QueryInput, Reproducibility,
     Shard, Step, supported,
 };
-use crate::device::{HostBuffer, Workers};
+use crate::device::{Executor, HostBuffer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::{DataFault, Lse, PartialRows, sinks};
 
@@ -39,7 +39,7 @@ pub const CAPABILITIES: Capabilities = Capabilities {
     algorithms: &Algorithm::ALL,
 };
 
-/// Attention over one rank's shard on CPU workers.
+/// Attention over one rank's shard on the threads of an [`Executor`].
 ///
 /// Owns all scratch that a step needs; its size depends on heads, dimensions, threads and batch, not on the KV length.
 #[derive(Debug)]
@@ -111,13 +111,13 @@ impl CpuBackend {
     }
 
     /// Attends the shard: writes the partial of every row of the step, row = query token * q heads + head. Blocks until
-    /// done; allocates nothing. `workers` has as many threads as the backend was made for.
+    /// done; allocates nothing. `executor` has as many threads as the backend was made for.
     ///
     /// A sequence with bad data has NaN rows and is reported (the first one); rows of no sequence are the identity. The
-    /// caller of the step vouches for its memory. Errors: `InvalidArgument` for rows or workers of the wrong size,
-    /// `Internal` for a panic in a worker.
-    pub fn attend(&self, step: &Step, workers: &Workers, rows: PartialRows<'_>) -> Result<Option<DataFault>> {
-        self.attend_shard(self.shard, step, workers, rows)
+    /// caller of the step vouches for its memory. Errors: `InvalidArgument` for rows or threads of the wrong number,
+    /// `Internal` for a panic in a worker, `Executor`.
+    pub fn attend(&self, step: &Step, executor: &dyn Executor, rows: PartialRows<'_>) -> Result<Option<DataFault>> {
+        self.attend_shard(self.shard, step, executor, rows)
     }
 
     /// As [`CpuBackend::attend`], over keys that `shard` holds.
@@ -125,12 +125,12 @@ impl CpuBackend {
         &self,
         shard: Shard,
         step: &Step,
-        workers: &Workers,
+        executor: &dyn Executor,
         rows: PartialRows<'_>,
     ) -> Result<Option<DataFault>> {
         let count = step.args.query_tokens as usize * self.shape.q_heads;
-        if workers.threads() != self.threads {
-            return Err(Error::invalid("workers", workers.threads(), format!("{} threads", self.threads)));
+        if executor.threads() != self.threads {
+            return Err(Error::invalid("executor", executor.threads(), format!("{} threads", self.threads)));
         }
         if step.zeta.data.is_null() == self.shape.mods.is_biased() {
             return Err(Error::new(ErrorKind::Internal, "step: with a zeta in a plan without, or the other way round"));
@@ -164,7 +164,7 @@ impl CpuBackend {
                 row_block,
             };
             let output = Output { o: rows.o.as_mut_ptr(), lse: rows.lse.as_mut_ptr(), dim: rows.dim };
-            self.run(reader, &partition, ScratchBase(floats.as_mut_ptr().cast()), output, workers)?;
+            self.run(reader, &partition, ScratchBase(floats.as_mut_ptr().cast()), output, executor)?;
         }
         if self.desc.sinks && sinks::belong_to(shard.rank) {
             self.merge_sinks(step, sequences, rows.o, rows.lse);
@@ -198,7 +198,7 @@ impl CpuBackend {
         partition: &Partition<'_>,
         base: ScratchBase,
         output: Output,
-        workers: &Workers,
+        executor: &dyn Executor,
     ) -> Result<()> {
         let (shape, kernels, layout) = (&self.shape, &self.kernels, &self.layout);
         let worker = |w: usize| {
@@ -208,7 +208,7 @@ impl CpuBackend {
         };
         // SAFETY: the scratch has a part for each worker, and `w` is below their number; the memory of the step is its
         // caller's, and the output was checked to have every row.
-        workers.run(&|w| unsafe { slice::run(&worker(w), w) })?;
+        executor.run(&|w| unsafe { slice::run(&worker(w), w) })?;
         partition.shared_items(|item, first, last| {
             let main = worker(first);
             // SAFETY: the workers are done. The first left the beginning of the item in its scratch, those after it that

@@ -8,7 +8,7 @@ use super::rows::Rows;
 use super::sequences::Reader;
 use super::shape::RowShape;
 use crate::attention::Step;
-use crate::device::Workers;
+use crate::device::Executor;
 use crate::error::{Error, Result};
 use crate::partial::DataFault;
 
@@ -83,9 +83,9 @@ impl CpuBackend {
         Ok(fault)
     }
 
-    /// Packs the keys and values of sequence `b` of the step that was surveyed last, on all workers. `k` and `v` are as
+    /// Packs the keys and values of sequence `b` of the step that was surveyed last, on all threads. `k` and `v` are as
     /// long as its keys take.
-    pub fn pack(&self, step: &Step, workers: &Workers, b: usize, k: &mut [u8], v: &mut [u8]) -> Result<()> {
+    pub fn pack(&self, step: &Step, executor: &dyn Executor, b: usize, k: &mut [u8], v: &mut [u8]) -> Result<()> {
         let scratch = self.scratch.lock();
         let Some(sequence) = scratch.sequences.get(b) else {
             return Err(Error::invalid("b", b, format!("below {}", scratch.sequences.len())));
@@ -120,8 +120,8 @@ impl CpuBackend {
                 }
             }
         };
-        let threads = workers.threads();
-        workers.run(&|w| part(w * keys / threads..(w + 1) * keys / threads))
+        let threads = executor.threads();
+        executor.run(&|w| part(w * keys / threads..(w + 1) * keys / threads))
     }
 
     /// Copies the mask of sequence `b` of the step that was surveyed last, [query head, query token, key] without gaps; `to` is

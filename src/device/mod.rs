@@ -9,7 +9,9 @@
 //! | `float_state` | a guard of the floating-point control register |
 //! | `thread` | starts every thread of the library |
 //! | `event_count` | how one thread waits for another: spin, yield, park |
-//! | `workers` | the worker threads of a rank |
+//! | `executor` | whose threads compute: the seam between the CPU backend and threads |
+//! | `workers` | the library's own: the worker threads of a rank |
+//! | `parallel_for` | the engine's, by its own parallel-for |
 //! | `queue` | the in-order queue behind a CPU stream |
 //! | `cuda` | GPUs, over the driver library |
 
@@ -17,9 +19,11 @@ mod buffer;
 pub(crate) mod cuda;
 mod environment;
 mod event_count;
+mod executor;
 mod float_state;
 mod host;
 mod identity;
+mod parallel_for;
 mod queue;
 mod thread;
 #[cfg(test)]
@@ -29,9 +33,11 @@ mod workers;
 pub use buffer::HostBuffer;
 pub(crate) use environment::environment;
 pub(crate) use event_count::{EventCount, WaitStrategy};
+pub use executor::{Executor, Job};
 pub use float_state::FloatState;
 pub use host::available_cores;
 pub use identity::{Device, DeviceInfo, DeviceKind};
+pub use parallel_for::{EngineExecutor, ParallelCallback, ParallelFor, TaskCallback};
 pub use queue::Queue;
 pub(crate) use thread::{Deadline, Within, catch, leave, run_bounded, spawn, spawn_scoped};
 pub use workers::Workers;

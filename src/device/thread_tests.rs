@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use super::executor::Executor;
 use super::queue::Queue;
 use super::workers::Workers;
 

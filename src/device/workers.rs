@@ -7,12 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use super::event_count::{EventCount, WaitStrategy};
+use super::executor::{Executor, Job};
 use super::float_state::FloatState;
 use super::thread::{panic_message, spawn};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault;
-
-type Job<'a> = dyn Fn(usize) + Sync + 'a;
 
 /// A fixed set of threads that run one job at a time together. The calling thread takes part as worker 0; the others, the
 /// helpers, park between runs (they spin for at most 20 us first where asked). Dropping joins them. Any thread may use it.
@@ -71,16 +70,16 @@ impl Workers {
         }
         Ok(workers)
     }
+}
 
+impl Executor for Workers {
     /// How many workers a job gets, the caller included.
-    pub fn threads(&self) -> usize {
+    fn threads(&self) -> usize {
         self.helpers.len() + 1
     }
 
-    /// Runs `job(i)` for every i below [`threads`](Self::threads), `job(0)` on the calling thread, and returns when all
-    /// are done. Allocates nothing. Runs are serialised; a job must not run another on the same workers. A panic in
-    /// any of them is an `Internal` error after all are done.
-    pub fn run(&self, job: &Job<'_>) -> Result<()> {
+    /// Runs `job(0)` on the calling thread. Runs are serialised.
+    fn run(&self, job: &Job<'_>) -> Result<()> {
         fault::point("workers.run")?;
         let _running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*self.shared;

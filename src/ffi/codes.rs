@@ -55,6 +55,8 @@ pub const TREEATTN_ERROR_SYSTEM: treeattn_status_t = treeattn_status_t(20);
 pub const TREEATTN_ERROR_INTERNAL: treeattn_status_t = treeattn_status_t(21);
 /// The object is in use by another call that must end first.
 pub const TREEATTN_ERROR_BUSY: treeattn_status_t = treeattn_status_t(22);
+/// The engine's executor did not do what it promised. Since 0.2.
+pub const TREEATTN_ERROR_EXECUTOR: treeattn_status_t = treeattn_status_t(23);
 
 /// A device: kind * 65536 + ordinal. Make it with `TREEATTN_CPU(n)`, `TREEATTN_CUDA(n)` or `TREEATTN_DEVICE(kind, n)`.
 pub type treeattn_device_t = i32;
@@ -251,3 +253,7 @@ pub const TREEATTN_ABI_VERSION: i32 = 2;
 /// Flag of `treeattn_transport_t`: callbacks may also come from the threads of CPU streams, so that steps of this
 /// communicator may be enqueued. Without it a step with a stream is refused.
 pub const TREEATTN_TRANSPORT_STREAM_THREADS: u32 = 1;
+
+/// Flag of `treeattn_executor_t`: the tasks of a call run at the same time, each on a thread of its own, so that they may wait
+/// for each other. Without it the library never makes them wait; this version never does. Since 0.2.
+pub const TREEATTN_EXECUTOR_CONCURRENT: u32 = 1;

@@ -32,7 +32,8 @@ use crate::runtime::{Communicator, Runtime};
 ///
 /// # Safety
 /// `devices` and `comms` are null or have `n` values, to be read and to be written. `config` is null or as long as its
-/// `struct_size` says, its string is null or ends with a zero byte, and its groups are null or `n`.
+/// `struct_size` says, its string is null or ends with a zero byte, its groups are null or `n`, and its executor is null or does
+/// what `treeattn_executor_t` says.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_create_local(
     runtime: *mut treeattn_runtime_t,
@@ -77,7 +78,7 @@ pub unsafe extern "C" fn treeattn_comm_create_local(
 ///
 /// # Safety
 /// `callbacks` and `config` are null or as long as their `struct_size` says; the string of `config` is null or ends with
-/// a zero byte; `comm` is null or writable. The callbacks do what `treeattn_transport_t` says, and what `ctx` points to
+/// a zero byte, and its executor is null or does what `treeattn_executor_t` says; `comm` is null or writable. The callbacks do what `treeattn_transport_t` says, and what `ctx` points to
 /// outlives the communicator, its plans and their steps.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_create_from_transport(

@@ -11,7 +11,7 @@ use crate::attention::{
 };
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::runtime::{CommConfig, MergeArgs, SelfcheckConfig, Transport};
+use crate::runtime::{CommConfig, EngineExecutor, MergeArgs, SelfcheckConfig, Transport};
 
 /// A device code.
 pub fn device(code: treeattn_device_t) -> Result<Device> {
@@ -49,8 +49,8 @@ pub unsafe fn selfcheck_devices(code: treeattn_device_t, c: &treeattn_selfcheck_
 /// is the default.
 ///
 /// # Safety
-/// `config` is null or as long as its `struct_size` says. Its string is null or ends with a zero byte, and its groups are
-/// null or `n` values.
+/// `config` is null or as long as its `struct_size` says. Its string is null or ends with a zero byte, its groups are
+/// null or `n` values, and its executor is null or one that does what `treeattn_executor_t` says.
 pub unsafe fn comm_config(config: *const treeattn_comm_config_t, n: Option<i32>) -> Result<CommConfig> {
     // SAFETY: null or as long as it says, by this function's contract.
     let c = unsafe { memory::read_or_default("config", config) }?;
@@ -79,7 +79,30 @@ pub unsafe fn comm_config(config: *const treeattn_comm_config_t, n: Option<i32>)
         node_groups,
         // SAFETY: the string is null or ended by this function's contract.
         nccl_path: unsafe { memory::string("nccl_path", c.nccl_path) }?,
+        // SAFETY: null or as it says by this function's contract.
+        executor: unsafe { executor(c.executor) }?,
     })
+}
+
+/// An engine's executor. Null is none.
+///
+/// # Safety
+/// `from` is null or as long as its `struct_size` says, and does what `treeattn_executor_t` says.
+unsafe fn executor(from: *const treeattn_executor_t) -> Result<Option<EngineExecutor>> {
+    if from.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: as long as it says, by this function's contract.
+    let e = unsafe { memory::read("executor", from) }?;
+    if e.flags & !TREEATTN_EXECUTOR_CONCURRENT != 0 {
+        let wanted = "TREEATTN_EXECUTOR_ flags of this version";
+        return Err(Error::invalid("executor.flags", format_args!("{:#x}", e.flags), wanted));
+    }
+    let Some(parallel) = e.parallel else {
+        return Err(Error::invalid("executor.parallel", "NULL", "a function"));
+    };
+    // SAFETY: by this function's contract.
+    unsafe { EngineExecutor::new(e.ctx, e.threads, parallel) }.map(Some)
 }
 
 /// An engine's transport.

@@ -27,8 +27,9 @@ layout! {
     treeattn_placement_t, 8: kind 4, interleave 4;
     treeattn_runtime_config_t, 16: struct_size 8, cpu_isa 8;
     treeattn_device_info_t, 408: struct_size 8, device 4, units 4, memory 8, name 128, isa 256;
-    treeattn_comm_config_t, 48: struct_size 8, setup_timeout_ns 8, step_timeout_ns 8, threads_per_rank 4, node_group 4,
-        nccl_path 8, node_groups 8;
+    treeattn_executor_t, 32: struct_size 8, ctx 8, threads 4, flags 4, parallel 8;
+    treeattn_comm_config_t, 56: struct_size 8, setup_timeout_ns 8, step_timeout_ns 8, threads_per_rank 4, node_group 4,
+        nccl_path 8, node_groups 8, executor 8;
     treeattn_comm_status_t, 552: struct_size 8, code 4, rank 4, step 8, plan 8, sequence 4, broken 4, message 512;
     treeattn_attention_desc_t, 128: struct_size 8, q_heads 4, kv_heads 4, head_dim_qk 4, head_dim_v 4, q_dtype 4,
         k_dtype 4, v_dtype 4, out_dtype 4, kv_layout 4, page_size 4, placement 8, max_batch 4, max_query_tokens 4,
@@ -76,6 +77,7 @@ mirrors! {
     TREEATTN_ERROR_SYSTEM == ErrorKind::System;
     TREEATTN_ERROR_INTERNAL == ErrorKind::Internal;
     TREEATTN_ERROR_BUSY == ErrorKind::Busy;
+    TREEATTN_ERROR_EXECUTOR == ErrorKind::Executor;
     TREEATTN_DTYPE_F32 == Dtype::F32;
     TREEATTN_DTYPE_F16 == Dtype::F16;
     TREEATTN_DTYPE_BF16 == Dtype::Bf16;

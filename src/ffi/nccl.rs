@@ -48,7 +48,7 @@ pub unsafe extern "C" fn treeattn_nccl_unique_id(runtime: *mut treeattn_runtime_
 /// @param world   number of ranks, 1 to 4,096.
 /// @param rank    this rank, 0 to world - 1.
 /// @param device  this rank's GPU.
-/// @param config  NULL for defaults. `nccl_path` names the NCCL to load, `node_groups` is NULL.
+/// @param config  NULL for defaults. `nccl_path` names the NCCL to load; `node_groups` and `executor` are NULL.
 /// @param comm    where the handle goes.
 /// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT; UNSUPPORTED: not a GPU; UNAVAILABLE: no such
 ///         GPU, or no NCCL of version 2.18 or later; CAPTURING; TIMEOUT: a rank did not come before the setup deadline;
@@ -61,8 +61,8 @@ pub unsafe extern "C" fn treeattn_nccl_unique_id(runtime: *mut treeattn_runtime_
 /// most the setup deadline and 1 s. Not capture-safe. Since 0.1.
 ///
 /// # Safety
-/// `id` is null or has 128 readable bytes; `config` is null or as long as its `struct_size` says, and its string is null
-/// or ends with a zero byte; `comm` is null or writable.
+/// `id` is null or has 128 readable bytes; `config` is null or as long as its `struct_size` says, its string is null
+/// or ends with a zero byte, and its executor is null or as long as it says; `comm` is null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_create_nccl(
     runtime: *mut treeattn_runtime_t,
@@ -98,7 +98,7 @@ pub unsafe extern "C" fn treeattn_comm_create_nccl(
 /// @param nccl_comm the engine's `ncclComm_t`, of the NCCL that is loaded in this process (where there are several
 ///                  copies, `nccl_path` of the config says which). Nobody else uses it during the call.
 /// @param device    the GPU of `nccl_comm`.
-/// @param config    NULL for defaults; `node_groups` is NULL.
+/// @param config    NULL for defaults; `node_groups` and `executor` are NULL.
 /// @param comm      where the handle goes.
 /// @return TREEATTN_OK; BAD_HANDLE; PARENT_DESTROYED; INVALID_ARGUMENT: also where `nccl_comm` is of another device;
 ///         UNSUPPORTED: not a GPU; UNAVAILABLE: no such GPU, or no NCCL in this process, or one before 2.18; otherwise as
@@ -110,7 +110,8 @@ pub unsafe extern "C" fn treeattn_comm_create_nccl(
 ///
 /// # Safety
 /// `nccl_comm` is null or a live communicator of the NCCL that is loaded, which nobody uses during the call; `config` is
-/// null or as long as its `struct_size` says, and its string is null or ends with a zero byte; `comm` is null or writable.
+/// null or as long as its `struct_size` says, its string is null or ends with a zero byte, and its executor is null or
+/// as long as it says; `comm` is null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_comm_wrap_nccl(
     runtime: *mut treeattn_runtime_t,

@@ -65,6 +65,43 @@ pub struct treeattn_device_info_t {
     pub isa: [c_char; 256],
 }
 
+/// The engine's own parallel-for (OpenMP, a pool): what a CPU rank computes its steps with, instead of threads of the library,
+/// which then starts none to compute. Set up with TREEATTN_EXECUTOR_INIT. The bits are those of as many threads of the
+/// library's own.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct treeattn_executor_t {
+    /// sizeof(treeattn_executor_t).
+    pub struct_size: usize,
+    /// Passed to `parallel`. Stays valid until the communicator and all its plans are destroyed, and the steps enqueued on
+    /// them are done.
+    pub ctx: *mut c_void,
+    /// Into how many tasks work is cut, 1 to 1,024: as many as `parallel` runs at a time.
+    pub threads: i32,
+    /// TREEATTN_EXECUTOR_ flags.
+    pub flags: u32,
+    /// Calls `task(data, i)` once for every i from 0 to n - 1, on whatever threads, the calling one among them or not, and
+    /// returns 0 when all have returned. n is `threads`. Required.
+    ///
+    /// Runs on the thread that called the library, inside that call, or on that of a CPU stream; a step takes one call or a few.
+    /// One call runs at a time for a rank; those of several ranks, which share the function where
+    /// `treeattn_comm_create_local` made them, may meet and do not wait for each other. It must not call the library, unwind
+    /// or jump out. The library waits for it as long as it takes: no deadline ends it.
+    ///
+    /// Another return value, a task that is left out, runs twice or has a number that was not asked for is
+    /// TREEATTN_ERROR_EXECUTOR of the step, after the tasks that have begun have ended; the message says which. A task
+    /// takes 64 KiB of stack, keeps the thread's floating-point settings, does not unwind, and may safely be called too often, or
+    /// when `parallel` has returned or everything is destroyed: it then does nothing.
+    pub parallel: Option<
+        unsafe extern "C" fn(
+            ctx: *mut c_void,
+            n: i32,
+            task: Option<unsafe extern "C" fn(data: *mut c_void, i: i32)>,
+            data: *mut c_void,
+        ) -> i32,
+    >,
+}
+
 /// How a communicator waits and what it may use. The same on every rank.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -76,7 +113,8 @@ pub struct treeattn_comm_config_t {
     pub setup_timeout_ns: i64,
     /// How long a step may wait for the other ranks, in nanoseconds, at most a year. 0: 10 s.
     pub step_timeout_ns: i64,
-    /// Worker threads of a CPU rank, the calling thread among them. 0: the cores over the local ranks, at least 1.
+    /// Worker threads of a CPU rank, the calling thread among them. 0: the cores over the local ranks, at least 1, or the
+    /// `threads` of the executor.
     pub threads_per_rank: i32,
     /// Ranks of the same group count as one node; the tree algorithm merges within a node first. This one may differ from
     /// rank to rank. 0 over an engine's transport: the ranks of a machine are a node.
@@ -85,6 +123,9 @@ pub struct treeattn_comm_config_t {
     pub nccl_path: *const c_char,
     /// `treeattn_comm_create_local` only: the group of each of its n ranks. NULL: `node_group` for all.
     pub node_groups: *const i32,
+    /// The engine's threads, to compute the steps of CPU ranks on; read during the call. `threads_per_rank` is then 0 or its
+    /// `threads`. May differ from rank to rank. NULL: the library's own threads, and on GPUs. Since 0.2.
+    pub executor: *const treeattn_executor_t,
 }
 
 /// The health of a communicator. Filled by `treeattn_comm_status`.
@@ -540,6 +581,7 @@ macro_rules! versioned {
 versioned! {
     treeattn_runtime_config_t 16
     treeattn_device_info_t 408
+    treeattn_executor_t 32
     treeattn_comm_config_t 48
     treeattn_comm_status_t 552
     treeattn_attention_desc_t 128

@@ -68,6 +68,7 @@ fn name(status: treeattn_status_t) -> &'static CStr {
             ErrorKind::System => c"SYSTEM",
             ErrorKind::Internal => c"INTERNAL",
             ErrorKind::Busy => c"BUSY",
+            ErrorKind::Executor => c"EXECUTOR",
         },
     }
 }

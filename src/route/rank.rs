@@ -10,7 +10,7 @@ use crate::attention::Shard;
 use crate::comm::nccl::NcclRank;
 use crate::comm::{Bootstrap, GpuRank, PlanFault, PlanWords, Rounds};
 use crate::cpu::Isa;
-use crate::device::Workers;
+use crate::device::Executor;
 use crate::device::cuda::CudaDevice;
 use crate::error::{Error, Result};
 
@@ -27,8 +27,8 @@ pub(crate) enum Rank {
 pub(crate) struct CpuRank {
     /// Its end of the group.
     pub rounds: Box<dyn Rounds>,
-    /// Its threads.
-    pub workers: Workers,
+    /// The threads that compute its steps.
+    pub executor: Box<dyn Executor + Send>,
     /// The instruction set of its steps.
     pub isa: Isa,
     /// The node of each rank.

@@ -11,7 +11,7 @@ use crate::comm::{
     Bootstrap, CommConfig, LocalRank, Rounds, StatusBoard, Transport, TransportRank, local_group, node_numbers,
 };
 use crate::device::cuda::CudaDevice;
-use crate::device::{Device, DeviceKind, Workers, available_cores};
+use crate::device::{Device, DeviceKind, Executor, ParallelFor, Workers, available_cores};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::epoch::Epoch;
 use crate::route::rank::{CpuRank, CudaGroup, CudaRank, Rank};
@@ -106,6 +106,9 @@ impl Communicator {
             let wanted = format!("devices of one kind, as devices[0] = {}", devices[0]);
             return Err(Error::unsupported(format_args!("devices[{odd}]"), devices[odd], wanted));
         }
+        if devices[0].kind == DeviceKind::Cuda {
+            config.check_on_gpus()?;
+        }
         let groups = match &config.node_groups[..] {
             [] => vec![config.node_group; devices.len()],
             groups if groups.len() == devices.len() => groups.to_vec(),
@@ -120,8 +123,9 @@ impl Communicator {
             DeviceKind::Cpu => cpu_ranks(runtime, group, config, &node_numbers(&groups))?,
             DeviceKind::Cuda => cuda_ranks(group, devices, config, start)?,
         };
-        let threads = if devices[0].kind == DeviceKind::Cpu { threads_of(config, devices.len()) } else { 1 };
-        let message = format!("local communicator of {} ranks, {threads} threads a rank", devices.len());
+        let threads = if devices[0].kind == DeviceKind::Cpu { config.threads(devices.len()) } else { 1 };
+        let whose = if config.executor.is_some() { " of the engine" } else { "" };
+        let message = format!("local communicator of {} ranks, {threads} threads{whose} a rank", devices.len());
         runtime.log(LogLevel::Info, &message);
         let core = |(rank, &device)| CommCore::new(runtime, device, config, rank, number);
         Ok(ranks.into_iter().zip(devices).map(core).map(Communicator::of).collect())
@@ -154,10 +158,10 @@ impl Communicator {
         }
         let rounds = TransportRank::new(transport, Shard { rank, world }, config)?;
         let (nodes, local) = nodes(&rounds, config)?;
-        let threads = threads_of(config, local);
+        let threads = config.threads(local);
         runtime
             .log(LogLevel::Info, &format!("rank {rank} of {world}, {local} on this machine, {threads} threads each"));
-        let rank = cpu_rank(runtime, Box::new(rounds), threads, local, nodes)?;
+        let rank = cpu_rank(runtime, Box::new(rounds), config, local, nodes)?;
         Ok(Communicator::of(CommCore::new(runtime, device, config, rank, 0)))
     }
 
@@ -235,30 +239,28 @@ impl Communicator {
     }
 }
 
-/// Threads of each of `local` CPU ranks on this machine.
-fn threads_of(config: &CommConfig, local: usize) -> usize {
-    match config.threads_per_rank {
-        0 => (available_cores() / local).max(1),
-        threads => threads,
-    }
-}
-
-/// One of `local` CPU ranks on this machine, with `threads` threads each.
+/// One of `local` CPU ranks on this machine.
 fn cpu_rank(
     runtime: &Runtime,
     rounds: Box<dyn Rounds>,
-    threads: usize,
+    config: &CommConfig,
     local: usize,
     nodes: Vec<usize>,
 ) -> Result<Rank> {
-    let spin = threads.saturating_mul(local) <= available_cores();
-    let workers = Workers::new(threads, &format!("treeattn-{}", rounds.shard().rank), spin)?;
-    Ok(Rank::Cpu(Arc::new(CpuRank { rounds, workers, isa: runtime.cpu_isa(), nodes, calls: AtomicU64::new(0) })))
+    let executor: Box<dyn Executor + Send> = match config.executor {
+        Some(engine) => Box::new(ParallelFor::new(engine)?),
+        None => {
+            let threads = config.threads(local);
+            let spin = threads.saturating_mul(local) <= available_cores();
+            Box::new(Workers::new(threads, &format!("treeattn-{}", rounds.shard().rank), spin)?)
+        }
+    };
+    Ok(Rank::Cpu(Arc::new(CpuRank { rounds, executor, isa: runtime.cpu_isa(), nodes, calls: AtomicU64::new(0) })))
 }
 
 fn cpu_ranks(runtime: &Runtime, group: Vec<LocalRank>, config: &CommConfig, nodes: &[usize]) -> Result<Vec<Rank>> {
-    let (local, threads) = (group.len(), threads_of(config, group.len()));
-    group.into_iter().map(|end| cpu_rank(runtime, Box::new(end), threads, local, nodes.to_vec())).collect()
+    let local = group.len();
+    group.into_iter().map(|end| cpu_rank(runtime, Box::new(end), config, local, nodes.to_vec())).collect()
 }
 
 /// The first epoch of their exchanges comes after `start`.

@@ -27,6 +27,7 @@ pub use crate::attention::merge::MergeArgs;
 pub use crate::comm::nccl::UNIQUE_ID_BYTES as NCCL_UNIQUE_ID_BYTES;
 pub use crate::comm::{AllgatherCallback, CommConfig, SendrecvCallback, Transport};
 pub use crate::device::{Device, DeviceInfo, DeviceKind};
+pub use crate::device::{EngineExecutor, ParallelCallback, TaskCallback};
 pub use buffer::Buffer;
 pub use communicator::{CommStatus, Communicator};
 pub use context::{LogCallback, LogLevel, Runtime, RuntimeConfig};

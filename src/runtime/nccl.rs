@@ -93,6 +93,7 @@ pub fn nccl_library(path: Option<&str>) -> Result<String> {
 fn check(runtime: &Runtime, device: Device, config: &CommConfig) -> Result<()> {
     runtime.check_open()?;
     config.check()?;
+    config.check_on_gpus()?;
     if !config.node_groups.is_empty() {
         let found = format!("{} groups", config.node_groups.len());
         return Err(Error::invalid("node_groups", found, "none where each rank has a node_group of its own"));

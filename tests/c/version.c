@@ -38,8 +38,9 @@ static void status_strings(void) {
       {TREEATTN_ERROR_SYSTEM, "SYSTEM"},
       {TREEATTN_ERROR_INTERNAL, "INTERNAL"},
       {TREEATTN_ERROR_BUSY, "BUSY"},
+      {TREEATTN_ERROR_EXECUTOR, "EXECUTOR"},
       {-1, "UNKNOWN"},
-      {TREEATTN_ERROR_BUSY + 1, "UNKNOWN"},
+      {TREEATTN_ERROR_EXECUTOR + 1, "UNKNOWN"},
       {INT32_MAX, "UNKNOWN"},
       {INT32_MIN, "UNKNOWN"},
   };

@@ -12,7 +12,7 @@ use crate::partial::{DataFault, Lse, RowTarget, merge_two};
 use crate::route::context::{Call, StepContext, fingerprint};
 use crate::route::rank::CpuRank;
 
-/// Elements of partials above which all workers of a rank share a merge.
+/// Elements of partials above which all threads of a rank share a merge.
 const PARALLEL_MERGE: usize = 1 << 17;
 
 /// The first rank that met bad data, and what it met.
@@ -149,17 +149,17 @@ impl<'a> Exchange<'a> {
         })
     }
 
-    /// Calls `work` for parts of `0..rows`, on all workers where there is much to do, each with two rows of its own.
+    /// Calls `work` for parts of `0..rows`, on all threads where there is much to do, each with two rows of its own.
     pub fn share(&self, rows: usize, cost: usize, spare: &mut [f32], work: &Work<'_>) -> Result<()> {
-        let (workers, dim) = (&self.rank.workers, self.dim());
-        let parts = workers.threads();
+        let (executor, dim) = (&self.rank.executor, self.dim());
+        let parts = executor.threads();
         if parts == 1 || cost < PARALLEL_MERGE {
             work(0..rows, &mut spare[..2 * dim]);
             return Ok(());
         }
         assert!(spare.len() >= parts * 2 * dim);
         let base = spare.as_mut_ptr() as usize;
-        workers.run(&|part| {
+        executor.run(&|part| {
             // SAFETY: `run` calls each `part` below the number of threads once and returns when all are done; their rows lie
             // inside `spare` by the assertion, apart from each other, and `spare` is borrowed meanwhile.
             let own = unsafe { std::slice::from_raw_parts_mut((base as *mut f32).add(part * 2 * dim), 2 * dim) };

@@ -1,4 +1,4 @@
-//! This rank's shard on CPU workers.
+//! This rank's shard on CPU threads.
 
 use std::sync::Arc;
 
@@ -32,10 +32,10 @@ impl HostShard {
         let desc = context.desc;
         let backend = match desc.is_merge_only() {
             true => None,
-            false => Some(CpuBackend::new(&desc, context.shard, rank.workers.threads(), rank.isa)?),
+            false => Some(CpuBackend::new(&desc, context.shard, rank.executor.threads(), rank.isa)?),
         };
         let dim = desc.head_dim_v as usize;
-        let scratch = Scratch::new(context.most_rows()?, dim, partials, rank.workers.threads())?;
+        let scratch = Scratch::new(context.most_rows()?, dim, partials, rank.executor.threads())?;
         Ok(HostShard { desc, backend, rank: Arc::clone(rank), scratch: Mutex::new(scratch) })
     }
 
@@ -63,7 +63,7 @@ impl HostShard {
         let dim = self.desc.head_dim_v as usize;
         let rows = step.args.query_tokens as usize * self.desc.q_heads as usize;
         let (lse, o) = scratch.rows(rows, dim);
-        self.backend()?.attend(step, &self.rank.workers, PartialRows { o, lse, dim })
+        self.backend()?.attend(step, &*self.rank.executor, PartialRows { o, lse, dim })
     }
 
     /// Loads the one partial of `step` into the scratch.

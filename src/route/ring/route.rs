@@ -70,7 +70,7 @@ impl Ring {
         };
         Ok(Ring {
             shard: HostShard::new(context, rank, order.count)?,
-            backend: CpuBackend::new(&one, shard, rank.workers.threads(), rank.isa)?,
+            backend: CpuBackend::new(&one, shard, rank.executor.threads(), rank.isa)?,
             order,
             block,
             check: Check::new(context)?,
@@ -128,7 +128,7 @@ impl Route for Ring {
     /// Every rank works out the same partials; other slices of the work would give them other bits.
     fn agreement(&self) -> Vec<(&'static str, String)> {
         let rank = self.shard.rank();
-        vec![("threads_per_rank", rank.workers.threads().to_string()), ("cpu_isa", rank.isa.name().to_string())]
+        vec![("threads_per_rank", rank.executor.threads().to_string()), ("cpu_isa", rank.isa.name().to_string())]
     }
 
     unsafe fn decode(&self, context: &StepContext, step: &Step, _stream: Option<&CudaStream>) -> Result<()> {

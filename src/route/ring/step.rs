@@ -156,7 +156,7 @@ impl RingStep<'_> {
 
     /// This rank's keys and values, into a block.
     fn pack(&self, shard: &CpuBackend, block: &mut [u8]) -> Result<()> {
-        let (me, layout, workers) = (self.exchange.me(), self.block, &self.exchange.rank.workers);
+        let (me, layout, executor) = (self.exchange.me(), self.block, &*self.exchange.rank.executor);
         let tokens = self.tokens(me);
         let size = self.bytes(me);
         let scaled = self.scaled(me);
@@ -181,7 +181,7 @@ impl RingStep<'_> {
             masks = rest;
             if keys > 0 {
                 shard.pack_mask(self.step, b, self.own[b].tokens, keys, own_mask);
-                shard.pack(self.step, workers, b, own_k, own_v)?;
+                shard.pack(self.step, executor, b, own_k, own_v)?;
                 for which in [0, 1].into_iter().filter(|&which| scaled[which]) {
                     let to = &mut scales[which][first * layout.scales..][..keys * layout.scales];
                     shard.pack_scales(self.step, b, which, wire::floats_mut(to))?;
@@ -222,7 +222,7 @@ impl RingStep<'_> {
                 block_step.mask = self.block_mask(block, origin, b);
                 let rows = PartialRows { o: &mut o[own.start * dim..own.end * dim], lse: &mut lse[own], dim };
                 let shard = Shard { rank: origin as i32, ..exchange.context.shard };
-                let fault = self.backend.attend_shard(shard, &block_step, &exchange.rank.workers, rows)?;
+                let fault = self.backend.attend_shard(shard, &block_step, &*exchange.rank.executor, rows)?;
                 if fault.is_some() {
                     let message =
                         format!("block of rank {origin}: found bad data in sequence {b}, which its rank had checked");

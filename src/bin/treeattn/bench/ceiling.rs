@@ -4,6 +4,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use treeattn::cpu::Isa;
+use treeattn::device::Executor;
 
 use super::pool::Pool;
 use super::samples::Samples;

@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use treeattn::cpu::Isa;
-use treeattn::device::Workers;
+use treeattn::device::{Executor, Workers};
 
 use super::samples::Samples;
 use crate::outcome::Outcome;

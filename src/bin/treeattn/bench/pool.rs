@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 use treeattn::attention::Dtype;
-use treeattn::device::{HostBuffer, Workers, available_cores};
+use treeattn::device::{Executor, HostBuffer, Workers, available_cores};
 
 use crate::outcome::Outcome;
 
