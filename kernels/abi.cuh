@@ -60,7 +60,9 @@ enum : int {
     kDecided = 136,
     kLeftOver = 144,
     kLeftOverWords = 8,
-    kStepFault = 134,
+    kStepFault = 138,
+    kTold = 140,
+    kPending = 142,
     kArrived = 135,
     kLeft = 192,
     kControlWords = 512,
@@ -75,7 +77,8 @@ enum : int {
     kCommand = 0,
     kFailure = 1,
     kBadData = 2,
-    kLost = 3,
+    kTakenAfter = 1,
+    kLost = 4,
 };
 // Most ranks; slots of a rank, one a parity of the epoch.
 enum : int {
@@ -92,6 +95,10 @@ enum : uint32_t {
 enum : int {
     kRankShift = 8,
     kHighShift = 32,
+};
+// Toggled in words of bad data that the host is told.
+enum : uint32_t {
+    kTurn = 128,
 };
 // Codes of a failure: those of the C ABI.
 enum : uint32_t {
@@ -134,9 +141,9 @@ enum : int {
 };
 
 // The hashes of what all kernels know, and of what those that take TermsParams or CheckParams do; each image carries its own.
-constexpr uint64_t kAbi = 0x6f975cf9b605fc3a;
-constexpr uint64_t kTermsAbi = 0x64dde14f4ec9eecb;
-constexpr uint64_t kCheckAbi = 0xe68154fb96a565c0;
+constexpr uint64_t kAbi = 0x0581f40f1c240b8b;
+constexpr uint64_t kTermsAbi = 0xf6a5b02e247ef3d8;
+constexpr uint64_t kCheckAbi = 0xfb9d2549179ff513;
 
 }  // namespace treeattn
 

@@ -418,8 +418,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
             const Verdict found = has_come ? judge(c, s.all) : Verdict{kFaultNone, kNoRank};
             if (found.cause != kFaultNone) {
                 wrong = make_int2(s.all[v.rank].first_token, s.all[v.rank].tokens);
-                const uint64_t word = pack_status(b, found.cause, found.rank);
-                atomicMax(reinterpret_cast<unsigned long long*>(v.host + kBadData), static_cast<unsigned long long>(word));
+                report_status(v, e.parity(), pack_status(b, found.cause, found.rank));
             }
             c.wrong[b] = wrong;
         }

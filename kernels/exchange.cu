@@ -143,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     // All of the block have read the epoch, and what was noted.
     __syncthreads();
     if (threadIdx.x == 0) {
-        if (fault != 0 && blockIdx.x == 0) report_bad_data(v, fault);
+        if (fault != 0 && blockIdx.x == 0) report_bad_data(v, e.parity(), fault);
         if (fault != 0 && p.is_last) {
             // The last block to come clears what all of them have read.
             const uint32_t others = gridDim.x - 1;

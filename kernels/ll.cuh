@@ -10,6 +10,7 @@
 // words of a window and of host memory lie is said in src/partial/view.rs.
 #pragma once
 
+#include "faults.cuh"
 #include "params.cuh"
 #include "ptx.cuh"
 
@@ -91,11 +92,18 @@ __device__ __forceinline__ Epoch begin_epoch(const ExchangeView& v) {
     return Epoch(words.x, __shfl_sync(kAllLanes, words.y, 0));
 }
 
+// Tells the host of bad data that some rank has met in an exchange, as pack_status; once, whoever brings it how often.
+static __device__ __noinline__ void report_status(const ExchangeView& v, int parity, uint64_t status) {
+    auto* told = reinterpret_cast<unsigned long long*>(v.window + kTold + parity);
+    if (atomicMax(told, static_cast<unsigned long long>(status)) >= status) return;
+    tell_bad_data(v.window + kPending, v.host + kBadData, status);
+}
+
 // Notes bad data that this rank's running launch has met, as pack_status, until its epoch is over; and tells the host.
 __device__ __forceinline__ void note_bad_data(const ExchangeView& v, uint64_t status) {
-    const uint32_t parity = epoch_after(load_word(v.window + kConsumed)) % kSlots;
+    const int parity = epoch_after(load_word(v.window + kConsumed)) % kSlots;
     atomicMax(reinterpret_cast<unsigned long long*>(v.window + kFault + parity), static_cast<unsigned long long>(status));
-    atomicMax(reinterpret_cast<unsigned long long*>(v.host + kBadData), static_cast<unsigned long long>(status));
+    report_status(v, parity, status);
 }
 
 // Where the slot of `from` begins in every window, in words.
@@ -196,7 +204,7 @@ static __device__ __noinline__ void push_header(const ExchangeView& v, const Epo
     const int lane = threadIdx.x % 32;
     // What the next epoch counts and notes.
     const int parity = e.parity() ^ 1;
-    if (lane < 3) store_word(v.window + (lane == 0 ? kFault : lane == 1 ? kTickets : kDecided) + parity, 0);
+    if (lane < 4) store_word(v.window + (lane == 0 ? kFault : lane == 1 ? kTickets : lane == 2 ? kDecided : kTold) + parity, 0);
     if (lane < kLeftOverWords) store_word(v.window + kLeftOver + parity * kLeftOverWords + lane, 0);
     if (e.broken) return;
     const uint64_t low = packet(static_cast<uint32_t>(v.fingerprint), e.number);

@@ -158,7 +158,7 @@ static __device__ __noinline__ bool merge_large_row(const MergeStep* step, Epoch
             push(at, __float_as_uint(lse), fault);
         } else {
             if (to.lse != nullptr) *to.lse = lse;
-            report_bad_data(v, fault);
+            report_bad_data(v, e.parity(), fault);
         }
     };
     return merge_row(m, e, row, take, end);
@@ -185,7 +185,7 @@ static __device__ __noinline__ bool write_received(const MergeStep* step, Epoch&
                 seen = are_of(x, e.number);
                 if (seen && n == 0) {
                     if (to.lse != nullptr) *to.lse = __uint_as_float(data_of(x.x));
-                    report_bad_data(v, data_of(x.y));
+                    report_bad_data(v, e.parity(), data_of(x.y));
                 } else if (seen) {
                     write_words(m.target, wire, to, n - kRowHead, wire.unpack(data_of(x.x)), wire.unpack(data_of(x.y)));
                 }

@@ -162,7 +162,7 @@ static __device__ __noinline__ uint32_t merge_row_at_once(const MergeStep* step,
             }
             if (lane == 0) {
                 if (to.lse != nullptr) *to.lse = s.lse();
-                report_bad_data(v, fault);
+                report_bad_data(v, epoch % kSlots, fault);
             }
             return kMerged | kAllHeaders;
         }

@@ -107,10 +107,8 @@ static __device__ __noinline__ void poison_row(const MergeStep* step, int64_t ro
 }
 
 // Tells the host of bad data of some rank. One thread.
-__device__ __forceinline__ void report_bad_data(const ExchangeView& v, uint32_t fault) {
-    if (fault == 0) return;
-    atomicMax(reinterpret_cast<unsigned long long*>(v.host + kBadData),
-              static_cast<unsigned long long>(unpack_fault(fault)));
+__device__ __forceinline__ void report_bad_data(const ExchangeView& v, int parity, uint32_t fault) {
+    if (fault != 0) report_status(v, parity, unpack_fault(fault));
 }
 
 // Of two words of bad data, that of the first sequence; 0 is none.

@@ -45,7 +45,8 @@ struct KernelShape {
 struct Workspace {
     float* partials;     // 4 * grid partials of KernelShape::partial_bytes, 256-byte aligned; contents never matter
     uint32_t* counters;  // grid * KernelShape::counters; zeroed once when the plan is made, every launch leaves them zero
-    uint64_t* status;    // the largest pack_status of the bad data so far, 0 for none; device or mapped host memory
+    uint64_t* status;    // two words of device memory: the largest pack_status of the bad data so far, 0 for none; where in
+                         // mapped host memory to tell it (faults.cuh), 0 for nowhere: a later kernel takes it then
 };
 
 // A word of bad data (partial::DataFault::word): (0xffffffff - sequence) << 32 | rank << 8 | cause. The largest word wins,

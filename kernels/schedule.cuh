@@ -142,7 +142,7 @@ static __device__ __noinline__ void report_fault(const DecodeParams& p, int b, u
     if (p.flags & kFlagPush) {
         note_bad_data(p.exchange, pack_status(sequence, cause, p.exchange.rank));
     } else {
-        atomicMax(reinterpret_cast<unsigned long long*>(p.workspace.status), pack_status(sequence, cause));
+        note_status(p.workspace.status, pack_status(sequence, cause));
     }
 }
 

@@ -44,7 +44,7 @@ pub(crate) use bootstrap::Bootstrap;
 pub use config::CommConfig;
 pub(crate) use gpu::{GpuRank, Offer, Windows};
 pub(crate) use local::{LocalRank, MAX_RANKS, local_group};
-pub(crate) use plan_words::{ANY_FAULT, OWN_FAULT, PlanLease, PlanWords};
+pub(crate) use plan_words::{ANY_FAULT, COUNTS, OWN_FAULT, PlanLease, PlanWords};
 pub(crate) use rounds::{Hop, Round, RoundHeader, Rounds};
 pub(crate) use transport::TransportRank;
 pub use transport::{AllgatherCallback, SendrecvCallback, Transport};

@@ -13,13 +13,18 @@ use super::board::PlanFault;
 use crate::device::cuda::{Allocations, CudaDevice, MappedWords};
 use crate::error::Result;
 use crate::partial::DataFault;
+use crate::partial::view::host;
 
 /// Words of a lease.
-pub(crate) const WORDS: usize = 4;
-/// The word for bad data that this rank met.
+pub(crate) const WORDS: usize = 8;
+/// The word for bad data that this rank met, which kernels write.
 pub(crate) const OWN_FAULT: usize = 0;
-/// The word for bad data that any rank met, with the rank, where an exchange brings it.
-pub(crate) const ANY_FAULT: usize = 3;
+/// What the host has taken of that.
+const OWN_TAKEN: usize = OWN_FAULT + host::TAKEN_AFTER;
+/// The first of two words in which kernels count.
+pub(crate) const COUNTS: usize = 2;
+/// The word for bad data that any rank met, with the rank, where an exchange brings it: stored by one thread a step.
+pub(crate) const ANY_FAULT: usize = COUNTS + 2;
 /// Leases that are allocated together: a page.
 const LEASES: usize = 4096 / (8 * WORDS);
 
@@ -93,12 +98,15 @@ impl PlanWords {
         let state = self.state.lock();
         let mut found = Vec::new();
         for &(plan, at) in &state.leased {
+            let page = &state.pages[at.page];
             // SAFETY: `allocations` gave the page, and lives as long as `self`; a location is of words inside its page.
-            let take = |word: usize| unsafe { state.pages[at.page].take(at.first + word) };
-            if let Some((_, fault)) = DataFault::from_word(take(OWN_FAULT)) {
+            let own = unsafe { page.take_told(at.first + OWN_FAULT, at.first + OWN_TAKEN) };
+            if let Some((_, fault)) = DataFault::from_told(own) {
                 found.push(PlanFault { rank: self.rank, plan, fault });
             }
-            if let Some((rank, fault)) = DataFault::from_word(take(ANY_FAULT)) {
+            // SAFETY: as above.
+            let any = unsafe { page.take(at.first + ANY_FAULT) };
+            if let Some((rank, fault)) = DataFault::from_word(any) {
                 found.push(PlanFault { rank, plan, fault });
             }
         }

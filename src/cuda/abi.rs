@@ -97,6 +97,8 @@ const CONSTANTS: &[Constants] = &[
         kLeftOver = window::LEFT_OVER,
         kLeftOverWords = window::LEFT_OVER_WORDS,
         kStepFault = window::STEP_FAULT,
+        kTold = window::TOLD,
+        kPending = window::PENDING,
         kArrived = window::ARRIVED,
         kLeft = window::LEFT,
         kControlWords = window::CONTROL_WORDS,
@@ -109,6 +111,7 @@ const CONSTANTS: &[Constants] = &[
         kCommand = host::COMMAND,
         kFailure = host::FAILURE,
         kBadData = host::BAD_DATA,
+        kTakenAfter = host::TAKEN_AFTER,
         kLost = host::LOST,
     }),
     constants!("Most ranks; slots of a rank, one a parity of the epoch.", "int", {
@@ -124,6 +127,7 @@ const CONSTANTS: &[Constants] = &[
         kRankShift = word::RANK_SHIFT,
         kHighShift = word::HIGH_SHIFT,
     }),
+    constants!("Toggled in words of bad data that the host is told.", "uint32_t", { kTurn = word::TURN }),
     constants!("Codes of a failure: those of the C ABI.", "uint32_t", {
         kDesync = ErrorKind::Desync,
         kTimeout = ErrorKind::Timeout,
@@ -460,9 +464,11 @@ mod tests {
             (window::FAULT, parities),
             (window::TICKETS, parities),
             (window::DECIDED, parities),
+            (window::TOLD, parities),
+            (window::STEP_FAULT, 2),
             (window::LEFT_OVER, parities * window::LEFT_OVER_WORDS),
         ];
-        let words = [window::BROKEN, window::CONSUMED, window::FAILED, window::STEP_FAULT, window::ARRIVED];
+        let words = [window::BROKEN, window::CONSUMED, window::FAILED, window::PENDING, window::ARRIVED];
         taken.extend(words.map(|word| (word, 1)));
         taken.sort_unstable();
         assert!(taken.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "{taken:?}");

@@ -88,7 +88,7 @@ impl Allreduce {
             part(rows),
             part(rows),
             rows.checked_add(2 * shape.world as usize).and_then(part),
-            // Bad data, steps begun and ended, arrivals.
+            // Bad data and a word that stays 0, steps begun and ended, arrivals.
             Some(ALIGN),
         ];
         let mut holdings = Allocations::new(device, patience);
@@ -107,7 +107,7 @@ impl Allreduce {
             weights,
             target: RowTarget::NONE,
             status: words,
-            words: words + 8,
+            words: words + 16,
             failed,
             host,
             tokens: 0,
@@ -117,7 +117,7 @@ impl Allreduce {
             own_heads: shape.own_heads,
             rank: shape.rank,
             world: shape.world,
-            arrived: words + 24,
+            arrived: words + 32,
         };
         Ok(Allreduce {
             begin: kernel("begin", 32)?,

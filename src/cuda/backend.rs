@@ -18,6 +18,8 @@ use crate::partial::{ExchangeView, RowTarget};
 
 /// How parts of the workspace are aligned, bytes.
 const ALIGN: usize = 256;
+/// Of [`Workspace::status`].
+const STATUS_BYTES: usize = 16;
 
 /// What the CUDA backend serves.
 pub(crate) const CAPABILITIES: Capabilities = Capabilities {
@@ -43,7 +45,7 @@ pub(crate) const CAPABILITIES: Capabilities = Capabilities {
 pub(crate) enum Destination<'a> {
     /// To the step's output.
     Output,
-    /// To memory. `status`: where bad data is noted.
+    /// To memory. `status`: where bad data is noted, two words as [`Workspace::status`] says.
     Partial { target: &'a RowTarget, status: u64 },
     /// To the ranks of an exchange. `most_waiting`: how many blocks at most may wait for ranks that have not come, to merge
     /// what comes to the step's output; 0: another launch merges.
@@ -72,15 +74,15 @@ pub(crate) struct CudaBackend {
 
 impl CudaBackend {
     /// Makes every kernel of a plan resident and allocates its workspace. `sharing` ranks share the GPU, each with its part
-    /// of the grid. `status`: the device's address of the word in mapped host memory for bad data of steps that have no other
-    /// place for it; it outlives the steps. Blocks; `Capturing` during a capture.
+    /// of the grid. `told`: the device's address of the words in mapped host memory that tell of bad data of steps that have no
+    /// other place for it; they outlive the steps. Blocks; `Capturing` during a capture.
     /// Dropping waits for the steps that are enqueued, at most `patience`.
     pub fn new(
         device: &Arc<CudaDevice>,
         desc: &AttentionDesc,
         shard: Shard,
         sharing: usize,
-        status: u64,
+        told: u64,
         patience: Duration,
     ) -> Result<CudaBackend> {
         supported(desc, &CAPABILITIES)?;
@@ -94,8 +96,10 @@ impl CudaBackend {
             let counters = kernels.all().map(Decode::counters).max().unwrap_or(0);
             bytes = partials + counters;
             let memory = holdings.memory(bytes)?;
-            // A fault is rare, so that its word may lie in host memory for good: it is then read and reset by the
-            // host alone, without the device.
+            let status = holdings.memory(STATUS_BYTES)?;
+            bytes += STATUS_BYTES;
+            // SAFETY: the second word of the memory just made, which no kernel knows yet.
+            unsafe { device.upload(status + size_of::<u64>() as u64, &told.to_ne_bytes())? };
             let workspace = Workspace { partials: memory, counters: memory + partials as u64, status };
             attention = Some(Attention { kernels, fixed: fixed(desc, shard, workspace) });
         }

@@ -73,7 +73,8 @@ pub struct Workspace {
     pub partials: u64,
     /// Counters, zero between launches.
     pub counters: u64,
-    /// The word of bad data ([`crate::partial::DataFault::word`]).
+    /// Two words of device memory: bad data ([`crate::partial::DataFault::word`]), and where in mapped host memory to tell it, 0
+    /// for nowhere.
     pub status: u64,
 }
 

@@ -1,6 +1,6 @@
 //! Bad data that a step met on a rank or between ranks, and the one word that carries it: in headers between ranks, in windows, in host memory.
 
-use super::word::{HIGH_SHIFT, RANK_MASK, RANK_SHIFT};
+use super::word::{HIGH_SHIFT, RANK_MASK, RANK_SHIFT, TURN};
 
 /// A bad length, position or table entry met while a step ran.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,6 +176,11 @@ impl DataFault {
         sequence << HIGH_SHIFT | u64::from(rank as u32 & RANK_MASK) << RANK_SHIFT | u64::from(self.cause as u8)
     }
 
+    /// Rank and fault of a word that a kernel told the host, none of 0: as [`DataFault::from_word`], whatever its turn.
+    pub fn from_told(word: u64) -> Option<(i32, DataFault)> {
+        DataFault::from_word(word & !TURN)
+    }
+
     /// Rank and fault of a word, none of 0. The rank is -1 where all of its bits are set.
     pub fn from_word(word: u64) -> Option<(i32, DataFault)> {
         let cause = DataFaultCause::from_code(word as u8)?;
@@ -197,6 +202,8 @@ mod tests {
             assert_eq!(DataFault::from_word(fault.word(rank)), Some((rank, fault)));
         }
         assert_eq!((DataFault::from_word(0), DataFault::from_word(22)), (None, None));
+        assert_eq!(DataFault::from_told(fault.word(63) | TURN), DataFault::from_told(fault.word(63)));
+        assert_eq!((DataFault::from_told(fault.word(3)), DataFault::from_told(0)), (Some((3, fault)), None));
         let later = DataFault::new(70_001, DataFaultCause::Position);
         assert!(fault.word(0) > later.word(63));
     }

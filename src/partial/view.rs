@@ -93,8 +93,12 @@ pub(crate) mod window {
     /// A bit a block that has left its share over: so many words a parity.
     pub const LEFT_OVER: u64 = 144;
     pub const LEFT_OVER_WORDS: u64 = 8;
-    /// Bad data of a step whose partial lies in memory.
-    pub const STEP_FAULT: u64 = 134;
+    /// Bad data of a step whose partial lies in memory. The word behind it stays 0: no host is told.
+    pub const STEP_FAULT: u64 = 138;
+    /// The first bad data of any rank that a launch has told the host: one word a parity.
+    pub const TOLD: u64 = 140;
+    /// The last bad data that the host was told.
+    pub const PENDING: u64 = 142;
     /// u32: blocks that have ended, of a launch that is to clear [`STEP_FAULT`]; 0 between launches.
     pub const ARRIVED: u64 = 135;
     /// A peer of another process has left: one word a rank.
@@ -115,11 +119,15 @@ pub(crate) mod host {
     pub const COMMAND: usize = 0;
     /// To the host: the failure that broke the communicator.
     pub const FAILURE: usize = 1;
-    /// To the host: bad data that a step met on any rank, as [`DataFault::word`](super::super::DataFault::word).
+    /// To the host: bad data that a step met on any rank, as [`DataFault::word`](super::super::DataFault::word); with
+    /// [`TAKEN_AFTER`], from the host.
     pub const BAD_DATA: usize = 2;
+    /// How many words after one that tells of bad data lies what the host has last taken of it. Each of the two has one writer:
+    /// atomic operations of a GPU on host memory are none for the host.
+    pub const TAKEN_AFTER: usize = 1;
     /// From the host: a bit for each rank that has left, or whose process has ended.
-    pub const LOST: usize = 3;
-    pub const WORDS: usize = 4;
+    pub const LOST: usize = 4;
+    pub const WORDS: usize = 5;
 }
 
 /// Words of a row of `dim` elements of `size` bytes, an even number.

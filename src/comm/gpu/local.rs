@@ -92,10 +92,10 @@ impl HostWords<'_> {
         unsafe { self.0.load(index) }
     }
 
-    /// The value of a word, which becomes 0.
-    pub fn take(&self, index: usize) -> u64 {
+    /// The value of a word that the device writes, if it has not been taken yet, else 0; word `taken` says what has.
+    pub fn take_told(&self, index: usize, taken: usize) -> u64 {
         // SAFETY: as in `load`.
-        unsafe { self.0.take(index) }
+        unsafe { self.0.take_told(index, taken) }
     }
 
     /// Sets a word that is 0.

@@ -73,7 +73,8 @@ impl GpuRank {
 
     /// The bad data that steps have met on some rank since the last time, if any. Waits for nothing.
     pub fn take_fault(&self) -> Option<(i32, DataFault)> {
-        DataFault::from_word(self.windows()?.words(self.rank).take(host::BAD_DATA))
+        let words = self.windows()?.words(self.rank);
+        DataFault::from_told(words.take_told(host::BAD_DATA, host::BAD_DATA + host::TAKEN_AFTER))
     }
 
     /// What this rank's kernels said when they gave up.

@@ -142,6 +142,20 @@ impl MappedWords {
         unsafe { self.word(index) }.fetch_or(bits, Ordering::AcqRel);
     }
 
+    /// The value of word `index`, which the device alone writes, unless it is that of word `taken`, which the host alone writes and
+    /// which becomes that value; else 0.
+    ///
+    /// # Safety
+    /// The allocations that the words are part of have not been dropped.
+    pub unsafe fn take_told(&self, index: usize, taken: usize) -> u64 {
+        // SAFETY: the caller's promise is that of `word`.
+        let (told, taken) = unsafe { (self.word(index), self.word(taken)) };
+        let (before, now) = (taken.load(Ordering::Acquire), told.load(Ordering::Acquire));
+        // Of several threads of the host one takes it.
+        let is_mine = now != before && taken.compare_exchange(before, now, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        if is_mine { now } else { 0 }
+    }
+
     /// The value of word `index`, which becomes 0.
     ///
     /// # Safety

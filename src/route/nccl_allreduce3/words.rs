@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::comm::PlanLease;
 use crate::comm::nccl::NcclTimeout;
+use crate::comm::{ANY_FAULT, COUNTS, PlanLease};
 use crate::device::cuda::{CudaDevice, CudaStream, Staging};
 use crate::error::Result;
 
@@ -15,9 +15,9 @@ const PATIENCE: Duration = Duration::from_millis(200);
 /// Pause between two looks at a stream.
 const PAUSE: Duration = Duration::from_micros(100);
 /// The words of the lease that the kernels count in, from the first on: steps begun, steps ended, bad data.
-const BEGUN: usize = 1;
-const ENDED: usize = 2;
-const _: () = assert!(crate::comm::ANY_FAULT == BEGUN + 2);
+const BEGUN: usize = COUNTS;
+const ENDED: usize = COUNTS + 1;
+const _: () = assert!(ANY_FAULT == BEGUN + 2);
 
 /// Counts in mapped host memory, and a device word that ends all steps.
 pub(super) struct StepWords {
