@@ -23,6 +23,8 @@ pub struct Held {
     pub keys: Option<usize>,
     /// Contiguous placement, where positions matter: global position of local slot 0.
     pub start: i64,
+    /// Without keys here: what is wrong with the positions of its query tokens, should other ranks have keys.
+    pub idle_fault: Option<DataFault>,
 }
 
 /// Where packed rows of keys or values go.
@@ -71,13 +73,15 @@ impl CpuBackend {
             return Err(Error::invalid("batch", step.args.batch, format!("{}, at most the plan's", held.len())));
         };
         // SAFETY: the step is one of this plan's, and its caller vouched for the memory behind it until the step is done.
-        let fault = unsafe { Reader::new(&self.desc, self.shard, step) }.sequences(sequences);
-        for (held, sequence) in held.iter_mut().zip(&*sequences) {
+        let reader = unsafe { Reader::new(&self.desc, self.shard, step) };
+        let fault = reader.sequences(sequences);
+        for (b, (held, sequence)) in held.iter_mut().zip(&*sequences).enumerate() {
             *held = Held {
                 first_token: sequence.first_token,
                 tokens: sequence.tokens,
                 keys: sequence.fault.is_none().then_some(sequence.visible.hi),
                 start: sequence.start,
+                idle_fault: reader.idle_positions(b, sequence),
             };
         }
         Ok(fault)

@@ -3,6 +3,9 @@
 use crate::attention::{AttentionDesc, KeyPositions, KvLayout, Placement, Shard, Step, Visibility, VisibilityRule};
 use crate::partial::{BadValue, DataFault, DataFaultCause};
 
+/// The largest position.
+const MOST: i64 = i32::MAX as i64;
+
 /// What is wrong with a sequence.
 type Bad = (DataFaultCause, BadValue);
 
@@ -205,10 +208,18 @@ impl<'a> Reader<'a> {
         bad.map_or(Ok(()), |entry| Err(told(entry)))
     }
 
-    /// Reads and checks the global positions that visibility needs.
-    fn positions(&self, b: usize, out: &mut Sequence) -> Result<(), Bad> {
-        /// The largest position.
-        const MOST: i64 = i32::MAX as i64;
+    /// What is wrong with the positions of the query tokens of a sequence without keys here, which are read only where keys of
+    /// other ranks meet them.
+    pub fn idle_positions(&self, b: usize, sequence: &Sequence) -> Option<DataFault> {
+        if sequence.fault.is_some() || sequence.held > 0 || sequence.tokens == 0 || !self.desc.needs_positions() {
+            return None;
+        }
+        let (cause, value) = self.query_token_positions(b, &mut { *sequence }).err()?;
+        Some(DataFault { sequence: b as i32, cause, value: Some(value) })
+    }
+
+    /// Reads and checks the positions of the query tokens.
+    fn query_token_positions(&self, b: usize, out: &mut Sequence) -> Result<(), Bad> {
         let args = &self.step.args;
         if args.query_position.is_null() {
             let global = i64::from(read(args.global_length, b as i64));
@@ -220,6 +231,12 @@ impl<'a> Reader<'a> {
             let index = (out.first_token + i) as i64;
             return Err(DataFaultCause::QueryPosition.at(index, self.position(out, i), 0, MOST));
         }
+        Ok(())
+    }
+
+    /// Reads and checks the global positions that visibility needs.
+    fn positions(&self, b: usize, out: &mut Sequence) -> Result<(), Bad> {
+        self.query_token_positions(b, out)?;
         out.start = self.start(b);
         for head in 0..self.rows_of_positions() {
             let keys = self.key_positions(b, out, head as usize);

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, OutputMode, Placement};
+use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, MaskKind, OutputMode, Placement, Tensor};
 use treeattn::runtime::{Communicator, Plan, Stream};
 use treeattn::{Error, ErrorKind};
 
@@ -23,6 +23,10 @@ struct Input {
     kv_position: Vec<i32>,
     query_start: Vec<i32>,
     query_position: Option<Vec<i32>>,
+    /// The bytes of a boolean mask of one row.
+    mask: Option<Vec<u8>>,
+    /// Whether `global_length` is passed.
+    is_length_given: bool,
 }
 
 const STRIDE: usize = 64;
@@ -46,14 +50,17 @@ impl Input {
             kv_position,
             query_start: (0..=BATCH as i32).collect(),
             query_position: None,
+            mask: (desc.mask == MaskKind::Boolean).then(|| vec![1; STRIDE]),
+            is_length_given: true,
         }
     }
 
     fn args(&mut self) -> DecodeArgs {
         let mut args = DecodeArgs {
-            global_length: self.global_length.as_ptr(),
+            global_length: if self.is_length_given { self.global_length.as_ptr() } else { std::ptr::null() },
             query_start: self.query_start.as_ptr(),
             query_position: self.query_position.as_ref().map_or(std::ptr::null(), |positions| positions.as_ptr()),
+            mask: self.mask.as_ref().map_or(Tensor::NULL, |mask| Tensor::from_slice(mask).with_strides([0, 0, 0, 1])),
             ..self.shard.args(BATCH)
         };
         match self.placement {
@@ -95,17 +102,19 @@ struct Wrong {
     placement: Placement,
     change: fn(&mut Input),
     argument: &'static str,
-    /// None: no rank can be blamed.
     is_rank_known: bool,
+    /// Whether the query tokens of the last sequence are others, too.
+    is_last_wrong_too: bool,
 }
 
-const WRONG: [Wrong; 13] = [
+const WRONG: [Wrong; 15] = [
     Wrong {
         what: "a bit of q",
         placement: CONTIGUOUS,
         change: |input| input.shard.q[64 + 17] = f32::from_bits(input.shard.q[64 + 17].to_bits() ^ 1),
         argument: "q: found other bits",
         is_rank_known: true,
+        is_last_wrong_too: false,
     },
     Wrong {
         what: "heads of q the other way round",
@@ -113,6 +122,7 @@ const WRONG: [Wrong; 13] = [
         change: |input| input.shard.q[64..96].rotate_left(16),
         argument: "q: found other bits",
         is_rank_known: true,
+        is_last_wrong_too: false,
     },
     Wrong {
         what: "a longer sequence",
@@ -120,6 +130,7 @@ const WRONG: [Wrong; 13] = [
         change: |input| input.global_length[1] += 3,
         argument: "global_length: found another length",
         is_rank_known: true,
+        is_last_wrong_too: false,
     },
     Wrong {
         what: "a stale kv_length",
@@ -127,6 +138,7 @@ const WRONG: [Wrong; 13] = [
         change: |input| input.shard.length[1] -= 1,
         argument: "kv_length, kv_start or kv_position: found a position below global_length that no rank holds",
         is_rank_known: true,
+        is_last_wrong_too: false,
     },
     Wrong {
         what: "a stale kv_length of a rank in turn",
@@ -134,6 +146,7 @@ const WRONG: [Wrong; 13] = [
         change: |input| input.shard.length[1] -= 1,
         argument: "kv_length, kv_start or kv_position: found a position below global_length that no rank holds",
         is_rank_known: true,
+        is_last_wrong_too: false,
     },
     Wrong {
         what: "a start that is another rank's",
@@ -141,6 +154,7 @@ const WRONG: [Wrong; 13] = [
         change: |input| input.kv_start[1] = 0,
         argument: "kv_length, kv_start or kv_position: found a position that is held twice",
         is_rank_known: true,
+        is_last_wrong_too: false,
     },
     Wrong {
         what: "a position twice",
@@ -148,6 +162,7 @@ const WRONG: [Wrong; 13] = [
         change: |input| input.kv_position[STRIDE + 2] = input.kv_position[STRIDE + 1],
         argument: "kv_length, kv_start or kv_position: found a position that is held twice",
         is_rank_known: false,
+        is_last_wrong_too: false,
     },
     Wrong {
         what: "a key too few",
@@ -155,6 +170,7 @@ const WRONG: [Wrong; 13] = [
         change: |input| input.shard.length[1] -= 1,
         argument: "kv_length, kv_start or kv_position: found a position below global_length that no rank holds",
         is_rank_known: false,
+        is_last_wrong_too: false,
     },
     Wrong {
         what: "another split of the queries",
@@ -162,6 +178,23 @@ const WRONG: [Wrong; 13] = [
         change: |input| input.query_start[1..3].copy_from_slice(&[1, 1]),
         argument: "query_start: found other query tokens",
         is_rank_known: true,
+        is_last_wrong_too: true,
+    },
+    Wrong {
+        what: "fewer queries, with padding rows that are not padding for the others",
+        placement: CONTIGUOUS,
+        change: |input| input.query_start[1..].copy_from_slice(&[1, 1, 1]),
+        argument: "query_start: found other query tokens",
+        is_rank_known: true,
+        is_last_wrong_too: true,
+    },
+    Wrong {
+        what: "queries where the others have padding rows",
+        placement: Placement::Explicit,
+        change: |input| input.query_start[1..].copy_from_slice(&[1, 3, 3]),
+        argument: "query_start: found other query tokens",
+        is_rank_known: true,
+        is_last_wrong_too: true,
     },
     Wrong {
         what: "a query position",
@@ -169,6 +202,7 @@ const WRONG: [Wrong; 13] = [
         change: |input| input.query_position = Some(vec![LENGTH - 1, LENGTH - 2, LENGTH - 1]),
         argument: "query_position: found other positions",
         is_rank_known: true,
+        is_last_wrong_too: false,
     },
     Wrong {
         what: "a kv_length that was not rolled back",
@@ -176,6 +210,7 @@ const WRONG: [Wrong; 13] = [
         change: |input| input.shard.length[1] += 1,
         argument: "kv_length, kv_start or kv_position: found a key at or beyond global_length",
         is_rank_known: true,
+        is_last_wrong_too: false,
     },
     Wrong {
         what: "a start past the end",
@@ -183,6 +218,7 @@ const WRONG: [Wrong; 13] = [
         change: |input| input.kv_start[1] = LENGTH - 1,
         argument: "kv_length, kv_start or kv_position: found a key at or beyond global_length",
         is_rank_known: true,
+        is_last_wrong_too: false,
     },
     Wrong {
         what: "a position past the end",
@@ -190,15 +226,20 @@ const WRONG: [Wrong; 13] = [
         change: |input| input.kv_position[STRIDE + 2] = LENGTH,
         argument: "kv_length, kv_start or kv_position: found a key at or beyond global_length",
         is_rank_known: true,
+        is_last_wrong_too: false,
     },
 ];
 
 #[test]
 fn ranks_that_do_not_fit_together_say_so_and_go_on() {
-    for (n, algorithm) in ALGORITHMS.into_iter().enumerate() {
+    let masked = ALGORITHMS.into_iter().map(|algorithm| (algorithm, MaskKind::None)).chain(
+        // The blocks of a ring hold masks, whose size depends on the query tokens.
+        [(Algorithm::Ring, MaskKind::Boolean)],
+    );
+    for (n, (algorithm, mask)) in masked.enumerate() {
         let (_runtime, comms) = group(WORLD, &quick(Duration::from_secs(20)));
         for (m, wrong) in WRONG.iter().enumerate() {
-            let desc = desc(algorithm, wrong.placement, m % 2 == 0);
+            let desc = AttentionDesc { mask, ..desc(algorithm, wrong.placement, m % 2 == 0) };
             let plans = plan_all(&comms, &desc);
             let good = step(&comms, &plans, |_, _| {});
             assert!(good.iter().all(|(out, error)| error.is_none() && *out == good[0].0), "{}: {good:?}", wrong.what);
@@ -224,13 +265,15 @@ fn ranks_that_do_not_fit_together_say_so_and_go_on() {
                     wrong.what
                 );
                 assert!(error.message().contains("sequence 1 on "), "{error}");
-                if wrong.what == "another split of the queries" {
-                    continue; // Sequences own other rows.
-                }
                 let (before, rest) = out.split_at(64);
                 let (middle, after) = rest.split_at(64);
-                assert!(middle.iter().all(|x| x.is_nan()), "{algorithm:?}, {}", wrong.what);
-                assert_eq!((before, after), (&good[0].0[..64], &good[0].0[128..]), "{algorithm:?}, {}", wrong.what);
+                assert!(middle.iter().all(|x| x.is_nan()), "{algorithm:?}, {}: {middle:?}", wrong.what);
+                assert_eq!(before, &good[0].0[..64], "{algorithm:?}, {}", wrong.what);
+                if wrong.is_last_wrong_too {
+                    assert!(after.iter().all(|x| x.is_nan()), "{algorithm:?}, {}: {after:?}", wrong.what);
+                } else {
+                    assert_eq!(after, &good[0].0[128..], "{algorithm:?}, {}", wrong.what);
+                }
             }
             let again = step(&comms, &plans, |_, _| {});
             assert_eq!(again, good, "{algorithm:?}, {}", wrong.what);
@@ -309,7 +352,7 @@ fn a_batch_larger_than_a_round_is_checked_whole() {
     let plans = plan_all(&comms, &desc);
     let plain = plan_all(&comms, &AttentionDesc { checked: false, ..desc });
     let more = plans[0].memory().unwrap().workspace - plain[0].memory().unwrap().workspace;
-    assert_eq!(more, (batch * (64 * (1 + 2) + 16)) as u64);
+    assert_eq!(more, (batch * (64 * (1 + 2) + 24)) as u64);
     for wrong in [None, Some(batch - 2)] {
         let errors = on_threads(2, |rank| {
             let mut shard = Shard::new(&desc, batch, 2, rank as u32);
@@ -325,6 +368,49 @@ fn a_batch_larger_than_a_round_is_checked_whole() {
             let message = error.map(|error| error.message().to_string());
             assert_eq!(message.is_some(), wrong.is_some(), "{message:?}");
             assert!(message.is_none_or(|message| message.contains(&format!("sequence {} on rank 1", batch - 2))));
+        }
+    }
+}
+
+/// In a ring the keys of one rank meet the positions of the queries that another was passed: what is wrong with those is bad
+/// data of that rank, whether it has keys or not.
+#[test]
+fn bad_positions_on_one_rank_are_bad_data_in_a_ring() {
+    let (_runtime, comms) = group(WORLD, &quick(Duration::from_secs(20)));
+    for placement in [CONTIGUOUS, INTERLEAVED, Placement::Explicit] {
+        let desc = AttentionDesc { checked: false, ..desc(Algorithm::Ring, placement, true) };
+        let plans = plan_all(&comms, &desc);
+        let good = step(&comms, &plans, |_, _| {});
+        for has_keys in [true, false] {
+            for argument in ["query_position", "global_length"] {
+                if has_keys && argument == "global_length" {
+                    continue; // Keys above it are refused before the step.
+                }
+                let found = step(&comms, &plans, |rank, input| {
+                    if argument == "query_position" {
+                        input.query_position = Some(vec![LENGTH - 1; BATCH]);
+                    }
+                    if rank == 1 {
+                        match &mut input.query_position {
+                            Some(positions) => positions[1] = -1,
+                            None => input.global_length[1] = 0,
+                        }
+                        // Without any length that keys are held against, ranks may have none.
+                        input.shard.length[1] = if has_keys { input.shard.length[1] } else { 0 };
+                        input.is_length_given = placement == CONTIGUOUS || argument == "global_length";
+                    }
+                });
+                for (rank, (out, error)) in found.iter().enumerate() {
+                    let error =
+                        error.as_ref().unwrap_or_else(|| panic!("{placement:?}, {argument}: rank {rank} is OK"));
+                    assert_eq!((error.kind(), error.rank()), (ErrorKind::InvalidData, Some(1)), "{error}");
+                    let value = if rank == 1 { "[1]: found " } else { ": found a value out of range in sequence 1" };
+                    assert!(error.message().starts_with(&format!("{argument}{value}")), "{error}");
+                    assert!(out[64..128].iter().all(|x| x.is_nan()), "{placement:?}, {argument}");
+                    assert_eq!((&out[..64], &out[128..]), (&good[0].0[..64], &good[0].0[128..]), "{placement:?}");
+                }
+                assert_eq!(step(&comms, &plans, |_, _| {}), good);
+            }
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The round of a checked plan in which ranks tell each other what they were passed.
 
+use std::ops::Range;
+
 use parking_lot::Mutex;
 
 use super::exchange::{Exchange, RankFault};
@@ -19,8 +21,23 @@ struct State {
     own: Vec<SequenceRecord>,
     /// Those of all ranks, sequence after sequence.
     all: Vec<SequenceRecord>,
-    /// Query tokens of the sequences in which ranks do not fit together, as this rank has them: first and count.
-    wrong: Vec<(usize, usize)>,
+    /// The sequences in which ranks do not fit together.
+    wrong: Vec<Wrong>,
+}
+
+/// A sequence in which ranks do not fit together, and the query tokens that any of them counts to it. Where ranks agree on a
+/// sequence's tokens none of them is among these: on every rank it comes wholly before or after.
+struct Wrong {
+    sequence: usize,
+    tokens: Range<usize>,
+}
+
+impl Wrong {
+    fn new(sequence: usize, records: &[SequenceRecord]) -> Wrong {
+        let begin = records.iter().map(|record| record.first_token).min().unwrap_or(0);
+        let end = records.iter().map(|record| record.first_token + record.tokens).max().unwrap_or(0);
+        Wrong { sequence, tokens: begin as usize..end as usize }
+    }
 }
 
 impl Check {
@@ -46,7 +63,7 @@ impl Check {
     /// Bytes that it holds.
     pub fn bytes(&self) -> usize {
         let State { own, all, wrong } = &*self.0.lock();
-        (own.capacity() + all.capacity()) * size_of::<SequenceRecord>() + wrong.capacity() * size_of::<(usize, usize)>()
+        (own.capacity() + all.capacity()) * size_of::<SequenceRecord>() + wrong.capacity() * size_of::<Wrong>()
     }
 
     /// Tells what this rank was passed, for the step that `backend` attended or surveyed last, and judges what all were. The
@@ -76,24 +93,30 @@ impl Check {
             exchange.rounds().round(exchange.header, own.len() * SequenceRecord::BYTES, &mut fill, &mut take)?;
         }
         let (desc, mut found) = (&exchange.context.desc, None);
-        for (b, (records, own)) in all.chunks(world).zip(&*own).enumerate() {
+        for (b, records) in all.chunks(world).enumerate() {
             if let Some((rank, cause)) = judge(desc.placement, desc.surplus_keys, records) {
-                wrong.push((own.first_token as usize, own.tokens as usize));
+                wrong.push(Wrong::new(b, records));
                 found = found.or(Some((rank, DataFault::new(b as i32, cause))));
             }
         }
         Ok(found)
     }
 
-    /// Writes NaN to the rows of the sequences in which ranks did not fit together. `row` is one row of scratch.
+    /// Calls `found` with every sequence in which ranks did not fit together.
+    pub fn for_each_wrong(&self, found: impl FnMut(usize)) {
+        self.0.lock().wrong.iter().map(|wrong| wrong.sequence).for_each(found);
+    }
+
+    /// Writes NaN to the rows that any rank counts to a sequence in which ranks did not fit together: peers may have merged
+    /// into them what this rank took for padding. `row` is one row of scratch.
     pub fn write_nan(&self, exchange: &Exchange<'_>, row: &mut [f32]) {
         let state = self.0.lock();
         if state.wrong.is_empty() {
             return;
         }
         row.fill(f32::NAN);
-        for &(first, tokens) in &state.wrong {
-            for row_index in first * exchange.heads()..(first + tokens) * exchange.heads() {
+        for Wrong { tokens, .. } in &state.wrong {
+            for row_index in tokens.start * exchange.heads()..tokens.end * exchange.heads() {
                 exchange.write(row_index, row, Lse::NAN);
             }
         }

@@ -9,7 +9,7 @@ use crate::comm::{Hop, Round};
 use crate::cpu::{CpuBackend, Held};
 use crate::device::HostBuffer;
 use crate::error::{Error, ErrorKind, Result};
-use crate::partial::{Lse, PartialRows, sinks};
+use crate::partial::{DataFault, DataFaultCause, Lse, PartialRows, sinks};
 use crate::route::host::exchange::{Exchange, RankFault};
 use crate::route::host::scratch::{Scratch, floats, split_rows};
 use crate::route::host::wire::{self, Wire};
@@ -26,6 +26,8 @@ pub(super) struct Announced {
     pub start: i32,
     /// Whether its keys and its values have scales, which is the same of all sequences of a step.
     pub scaled: [bool; 2],
+    /// What is wrong with its queries' positions on a rank without keys, should there be keys elsewhere.
+    pub idle_fault: Option<DataFaultCause>,
 }
 
 /// A step whose lengths all ranks know.
@@ -43,7 +45,8 @@ pub(super) struct RingStep<'a> {
 }
 
 impl RingStep<'_> {
-    /// The round in which all ranks announce what they hold. Gives the first rank's bad data.
+    /// The round in which all ranks announce what they hold. Gives the first rank's bad data. Of a sequence with bad data on
+    /// some rank no keys are left, so that none meet positions that its rank could not read.
     pub fn announce(
         exchange: &Exchange<'_>,
         step: &Step,
@@ -58,7 +61,8 @@ impl RingStep<'_> {
                 to[..4].copy_from_slice(&keys.to_ne_bytes());
                 to[4..8].copy_from_slice(&(held.start as i32).to_ne_bytes());
                 let scaled = step.scaled().map(i32::from);
-                to[8..].copy_from_slice(&(scaled[0] | scaled[1] << 1).to_ne_bytes());
+                let idle = held.idle_fault.map_or(0, |fault| fault.cause as i32);
+                to[8..].copy_from_slice(&(scaled[0] | scaled[1] << 1 | idle << 8).to_ne_bytes());
             }
         };
         let mut take = |round: &dyn Round| {
@@ -68,13 +72,20 @@ impl RingStep<'_> {
                 for (to, from) in theirs.iter_mut().zip(round.payload(rank).chunks_exact(ANNOUNCED_BYTES)) {
                     let word = |i: usize| i32::from_ne_bytes([from[i], from[i + 1], from[i + 2], from[i + 3]]);
                     let scaled = [word(8) & 1 != 0, word(8) & 2 != 0];
-                    *to = Announced { keys: word(0), start: word(4), scaled };
+                    let idle_fault = DataFaultCause::from_code((word(8) >> 8) as u8);
+                    *to = Announced { keys: word(0), start: word(4), scaled, idle_fault };
                 }
             }
         };
         exchange.rounds().round(exchange.header, own.len() * ANNOUNCED_BYTES, &mut fill, &mut take)?;
         exchange.count(1, 0, 0);
-        Ok(found)
+        let idle = drop_bad_sequences(announced, own.len());
+        let me = exchange.me() as i32;
+        let told = |(rank, fault): (i32, DataFault)| {
+            let held = own[fault.sequence as usize].idle_fault.filter(|_| rank == me);
+            (rank, held.unwrap_or(fault))
+        };
+        Ok(found.or(idle.map(told)))
     }
 
     /// Packs this rank's block (`shard` surveyed it), passes blocks round and writes the merged rows.
@@ -225,7 +236,7 @@ impl RingStep<'_> {
                 let fault = self.backend.attend_shard(shard, &block_step, &*exchange.rank.executor, rows)?;
                 if fault.is_some() {
                     let message =
-                        format!("block of rank {origin}: found bad data in sequence {b}, which its rank had checked");
+                        format!("block of rank {origin}: found bad data in sequence {b}, which both ranks had checked");
                     return Err(Error::new(ErrorKind::Internal, message));
                 }
             }
@@ -314,6 +325,29 @@ impl RingStep<'_> {
         }
         Ok(())
     }
+}
+
+/// Takes the keys of sequences with bad data on some rank out of what all ranks announced of `batch` sequences each. Gives the
+/// first rank to blame whose own keys were not bad.
+fn drop_bad_sequences(announced: &mut [Announced], batch: usize) -> RankFault {
+    let mut found = None;
+    for b in 0..batch {
+        let of_ranks = || (b..announced.len()).step_by(batch);
+        let has_keys = of_ranks().any(|at| announced[at].keys > 0);
+        let idle: RankFault = of_ranks().filter(|_| has_keys).find_map(|at| {
+            let cause = announced[at].idle_fault?;
+            Some(((at / batch) as i32, DataFault::new(b as i32, cause)))
+        });
+        let is_bad = idle.is_some() || of_ranks().any(|at| announced[at].keys < 0);
+        if is_bad {
+            announced.iter_mut().skip(b).step_by(batch).for_each(|of| of.keys = of.keys.min(0));
+        }
+        if let Some((rank, _)) = idle {
+            announced[rank as usize * batch + b].keys = -1;
+        }
+        found = found.or(idle);
+    }
+    found
 }
 
 /// A buffer's bytes.
