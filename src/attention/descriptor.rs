@@ -226,6 +226,14 @@ impl AttentionDesc {
         if self.kv_heads > 0 { self.q_heads / self.kv_heads } else { 0 }
     }
 
+    /// Rows of the largest step: query tokens x query heads.
+    pub fn most_rows(&self) -> Result<usize> {
+        let (tokens, heads) = (self.max_query_tokens, self.q_heads);
+        tokens.checked_mul(heads).and_then(|rows| usize::try_from(rows).ok()).ok_or_else(|| {
+            Error::invalid("max_query_tokens x q_heads", format!("{tokens} x {heads}"), format!("at most {}", i32::MAX))
+        })
+    }
+
     /// The factor on q.k.
     pub fn effective_scale(&self) -> f32 {
         if self.scale == 0.0 { (1.0 / f64::from(self.head_dim_qk).sqrt()) as f32 } else { self.scale }
@@ -249,6 +257,7 @@ impl AttentionDesc {
         at_least_one("q_heads", self.q_heads)?;
         dim("head_dim_v", self.head_dim_v)?;
         at_least_one("max_query_tokens", self.max_query_tokens)?;
+        self.most_rows()?;
         float("out_dtype", self.out_dtype)?;
         float("wire_dtype", self.wire_dtype)?;
         if self.is_merge_only() {

@@ -277,6 +277,10 @@ impl Step {
     /// length.
     pub(super) fn check_mask(&self, b: i64, queries: i64, keys: i64, what: impl Fn() -> String) -> Result<()> {
         let Some(mask) = self.mask.filter(|mask| queries > 0 && keys > mask.room(b, queries)) else { return Ok(()) };
+        if self.args.mask.data.is_null() {
+            let wanted = format!("a pointer, for {} and {queries} query tokens of a plan with a mask", what());
+            return Err(Error::invalid("mask.data", "NULL", wanted));
+        }
         let wanted = format!(
             "at least {} for {} and {queries} query tokens with byte strides {:?}",
             mask.end_of(b, queries, keys),
@@ -372,6 +376,14 @@ impl Step {
             }
             for (in_name, data, elements) in self.arrays(desc) {
                 let bytes = u64::try_from(elements).unwrap_or(0).saturating_mul(4);
+                if !data.is_null() && (data as u64).checked_add(bytes).is_none() {
+                    let (name, found) = match in_name {
+                        "kv_position" => ("kv_position_stride", self.kv_position_stride(desc)),
+                        _ => ("num_page_indices", a.num_page_indices),
+                    };
+                    let wanted = format!("an array {in_name} that ends below 2^64");
+                    return Err(Error::invalid(name, found, wanted));
+                }
                 disjoint(out_name, out, in_name, &Tensor { data: data as *mut c_void, bytes, stride: [0; 4] })?;
             }
         }

@@ -51,7 +51,8 @@ impl CommConfig {
     pub fn check(&self) -> Result<()> {
         for (name, value) in [("setup_timeout_ns", self.setup_timeout), ("step_timeout_ns", self.step_timeout)] {
             if value.is_zero() || value > MAX_TIMEOUT {
-                return Err(Error::invalid(name, format!("{value:?}"), "above 0, at most a year"));
+                let wanted = format!("nanoseconds, above 0 and at most {}, a year", MAX_TIMEOUT.as_nanos());
+                return Err(Error::invalid(name, value.as_nanos(), wanted));
             }
         }
         if self.threads_per_rank > MAX_THREADS {

@@ -66,7 +66,6 @@ pub(crate) fn choose(context: &StepContext, rank: &Rank) -> Result<Box<dyn Route
 
 fn alone_on_a_gpu(context: &StepContext, rank: &Arc<CudaRank>) -> Result<Box<dyn Route>> {
     let shard = GpuShard::new(context, rank)?;
-    context.most_rows()?;
     Ok(Box::new(Alone::new(context, Box::new(shard))))
 }
 

@@ -84,14 +84,6 @@ impl StepContext {
         self.desc.output != OutputMode::Local && self.shard.world > 1
     }
 
-    /// Rows of the largest step: query tokens x heads.
-    pub fn most_rows(&self) -> Result<usize> {
-        let (tokens, heads) = (self.desc.max_query_tokens, self.desc.q_heads);
-        (tokens as usize).checked_mul(heads as usize).filter(|&rows| rows <= i32::MAX as usize).ok_or_else(|| {
-            Error::invalid("max_query_tokens x q_heads", format!("{tokens} x {heads}"), format!("at most {}", i32::MAX))
-        })
-    }
-
     /// Counts a step.
     pub fn count_step(&self) {
         self.counters.steps.fetch_add(1, Ordering::Relaxed);

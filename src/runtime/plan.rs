@@ -93,6 +93,9 @@ impl Plan {
     /// A plan that its peers know of, too.
     pub(super) fn commit(core: PlanCore) -> Plan {
         core.comm.plans.store(core.context.plan, Ordering::Relaxed);
+        let (algorithm, reason) = core.route.algorithm();
+        let (plan, rank) = (core.context.plan, core.context.shard.rank);
+        core.comm.runtime.log(LogLevel::Info, &format!("plan {plan} on rank {rank}: {}, {reason}", algorithm.name()));
         let deadline = core.context.config.step_timeout;
         Plan { core: Arc::new(Within::new(core, deadline)) }
     }
@@ -273,7 +276,9 @@ impl Plan {
                         // Told here, whoever asks afterwards.
                         error.claim();
                     })
-                    .map_err(|error| if core.comm.group == 0 { error } else { explain_timeout(error) })
+                    .map_err(
+                        |error| if core.comm.group == 0 { error } else { explain_timeout(error, STEP_WITHOUT_STREAM) },
+                    )
             }
             RunsOn::Queue(_) if !core.comm.rank.serves_streams() => {
                 let wanted = "NULL: this transport's flags lack TREEATTN_TRANSPORT_STREAM_THREADS, so that its callbacks run on \
@@ -401,11 +406,16 @@ impl PlanCore {
     /// `output` is that of `step`, which was checked for this plan, in host memory that stays valid, and unchanged by others,
     /// until this returns.
     unsafe fn run(&self, output: &StepOutput, exchanges: bool, step: impl FnOnce() -> Result<()>) -> Result<()> {
+        // Later steps of a broken communicator are no news.
+        let is_news = !exchanges || self.comm.check_unbroken().is_ok();
         catch(step).inspect_err(|error| {
             if matches!(error.kind(), ErrorKind::InvalidData | ErrorKind::Mismatch) {
                 // Its sequence is NaN, the others are right.
                 self.comm.runtime.log(LogLevel::Warning, error.message());
                 return;
+            }
+            if is_news {
+                self.comm.runtime.log(LogLevel::Error, error.message());
             }
             if exchanges {
                 self.comm.rank.bootstrap().fail(error);
@@ -426,19 +436,18 @@ impl PlanCore {
     }
 }
 
-/// Says what a caller without streams most often did wrong, whose ranks live in one process.
-fn explain_timeout(error: Error) -> Error {
+/// Adds to a timeout what a caller whose ranks live in one process most often did wrong.
+pub(super) fn explain_timeout(error: Error, cure: &str) -> Error {
     if error.kind() != ErrorKind::Timeout {
         return error;
     }
-    let message = format!(
-        "{}; without a stream a step runs on the caller's thread until all ranks have come, so ranks of one process \
-         need a thread or a CPU stream each",
-        error.message()
-    );
-    let explained = Error::new(ErrorKind::Timeout, message);
+    let explained = Error::new(ErrorKind::Timeout, format!("{}; {cure}", error.message()));
     match error.rank() {
         Some(rank) => explained.with_rank(rank),
         None => explained,
     }
 }
+
+/// The cure where steps run without a stream.
+const STEP_WITHOUT_STREAM: &str = "without a stream a step runs on the caller's thread until all ranks have come, so ranks of \
+                                   one process need a thread or a CPU stream each";

@@ -4,10 +4,14 @@ use std::sync::atomic::Ordering;
 
 use super::agreement;
 use super::communicator::Communicator;
-use super::plan::{Plan, PlanCore};
+use super::plan::{Plan, PlanCore, explain_timeout};
 use crate::attention::AttentionDesc;
 use crate::device::spawn_scoped;
 use crate::error::{Error, ErrorKind, Result};
+
+/// The cure where one thread makes the plans of several ranks, one after the other.
+const CREATION_BY_ONE_THREAD: &str = "a call makes the plan of one rank and waits for the others, so ranks of one process need a \
+                                      thread each, or treeattn_plan_create_all makes all of their plans";
 
 impl Plan {
     /// A plan of this rank. Collective: every rank calls it, each from a thread of its own; blocks until all have.
@@ -25,7 +29,10 @@ impl Plan {
         // A rank that fails here still takes part, so that its peers hear of it at once.
         let more = built.as_ref().map(|plan| plan.route.agreement());
         let mine = agreement::encode(core.plans.load(Ordering::Relaxed), desc, more);
-        let blobs = core.rank.bootstrap().allgather(&mine)?;
+        let blobs = core.rank.bootstrap().allgather(&mine).map_err(|error| match core.group {
+            0 => error,
+            _ => explain_timeout(error, CREATION_BY_ONE_THREAD),
+        })?;
         let plan = built?;
         agreement::compare(&blobs)?;
         plan.route.connect(&plan.context)?;

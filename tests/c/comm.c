@@ -53,7 +53,7 @@ static void creation(void) {
   FIELD(setup_timeout_ns, INT64_MIN, "setup_timeout_ns: found");
   FIELD(setup_timeout_ns, INT64_MAX, "setup_timeout_ns: found");
   FIELD(step_timeout_ns, -1000, "step_timeout_ns: found -1000");
-  FIELD(step_timeout_ns, INT64_MAX, "step_timeout_ns: found");
+  FIELD(step_timeout_ns, INT64_MAX, "step_timeout_ns: found 9223372036854775807, wanted nanoseconds, above 0 and at most 31536000000000000");
   FIELD(threads_per_rank, -1, "threads_per_rank: found -1");
   FIELD(threads_per_rank, INT32_MAX, "threads_per_rank: found 2147483647");
   FIELD(node_group, -1, "node_group: found -1");

@@ -169,6 +169,8 @@ static void csr_pages(void) {
   FIELD(last_page_len, (int32_t *)(void *)shard.outputs.lse, "shares no byte with last_page_len");
   FIELD(num_page_indices, -1, "num_page_indices: found -1");
   FIELD(num_page_indices, INT64_MIN, "num_page_indices: found");
+  FIELD(num_page_indices, INT64_MAX,
+        "num_page_indices: found 9223372036854775807, wanted an array page_indices that ends below 2^64");
   FIELD(last_page_len, NULL, "kv_length, last_page_len: found neither");
   FIELD(kv_length, shard.kv_length, "kv_length, last_page_len: found both");
   const int32_t pages[] = {-1, PAGES, INT32_MAX, INT32_MIN};
@@ -324,6 +326,9 @@ static void positions(void) {
       refused(plan, &a, "kv_position: found NULL");
       a.kv_position = (int32_t *)(void *)((char *)position + 1);
       refused(plan, &a, "kv_position: found 0x");
+      a = shard.args;
+      a.kv_position_stride = INT64_MAX / 2;
+      refused(plan, &a, "kv_position_stride: found 4611686018427387903, wanted an array kv_position that ends below 2^64");
     }
     a = shard.args;
     a.global_length = (int32_t *)(void *)outputs.out;

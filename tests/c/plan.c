@@ -45,6 +45,8 @@ static void sizes(void) {
     INVALID(max_query_tokens, not_positive[i], "max_query_tokens: found");
     INVALID(max_kv_length, not_positive[i], "max_kv_length: found");
   }
+  INVALID(max_query_tokens, INT32_MAX, "max_query_tokens x q_heads: found 2147483647 x 4, wanted at most 2147483647");
+  INVALID(q_heads, 1 << 30, "max_query_tokens x q_heads: found ");
   INVALID(kv_heads, -1, "kv_heads: found -1");
   INVALID(kv_heads, 3, "kv_heads: found 3, wanted a divisor of q_heads = 4");
   INVALID(kv_heads, INT32_MAX, "kv_heads: found 2147483647");

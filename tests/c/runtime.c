@@ -149,14 +149,14 @@ static void flag_free(flag_t *flag) {
 
 typedef struct {
   int lines;
-  int levels_known;
+  treeattn_log_level_t level;
   char last[512];
 } log_t;
 
 static void on_log(treeattn_log_level_t level, const char *message, void *user_data) {
   log_t *log = user_data;
   log->lines++;
-  log->levels_known = level >= TREEATTN_LOG_ERROR && level <= TREEATTN_LOG_INFO;
+  log->level = level;
   snprintf(log->last, sizeof(log->last), "%s", message);
 }
 
@@ -166,7 +166,7 @@ static void logging(void) {
   treeattn_runtime_t *own = runtime_make();
   CHECK_OK(treeattn_runtime_set_log_callback(own, on_log, &log));
   group_make(own, 2, 0, 0, made);
-  CHECK(log.lines >= 1 && log.levels_known && strstr(log.last, "2 ranks") != NULL);
+  CHECK(log.lines >= 1 && log.level == TREEATTN_LOG_INFO && strstr(log.last, "2 ranks") != NULL);
   CHECK_OK(treeattn_runtime_set_log_callback(own, on_log, &second));
   int before = log.lines;
   treeattn_comm_t *third = NULL;
@@ -182,6 +182,46 @@ static void logging(void) {
   CHECK_OK(treeattn_comm_destroy(made[0]));
   CHECK_OK(treeattn_comm_destroy(made[1]));
   CHECK_OK(treeattn_comm_destroy(third));
+  CHECK_OK(treeattn_runtime_destroy(own));
+}
+
+/* What was chosen is logged when a plan is made, what went wrong where it did, and once. */
+static void logging_of_plans_and_failures(void) {
+  log_t log = {0, 0, ""};
+  float values[4] = {1, 2, 3, 4}, out[2] = {0, 0};
+  int32_t length = 1;
+  treeattn_runtime_t *own = NULL;
+  treeattn_comm_t *comms[2] = {NULL, NULL};
+  treeattn_plan_t *plans[2] = {NULL, NULL};
+  treeattn_device_t devices[2] = {TREEATTN_CPU(0), TREEATTN_CPU(0)};
+  treeattn_comm_config_t config = TREEATTN_COMM_CONFIG_INIT;
+  treeattn_attention_desc_t desc = TREEATTN_ATTENTION_DESC_INIT;
+  treeattn_decode_args_t args = TREEATTN_DECODE_ARGS_INIT;
+  config.step_timeout_ns = 20 * 1000 * 1000;
+  desc.q_heads = desc.kv_heads = 1;
+  desc.head_dim_qk = desc.head_dim_v = 2;
+  desc.q_dtype = desc.k_dtype = desc.v_dtype = desc.out_dtype = TREEATTN_DTYPE_F32;
+  desc.max_batch = desc.max_query_tokens = desc.max_kv_length = 1;
+  CHECK_OK(treeattn_runtime_create(NULL, &own));
+  CHECK_OK(treeattn_runtime_set_log_callback(own, on_log, &log));
+  CHECK_OK(treeattn_comm_create_local(own, 2, devices, &config, comms));
+  CHECK_OK(treeattn_plan_create_all(2, comms, &desc, plans));
+  CHECK(log.level == TREEATTN_LOG_INFO && strstr(log.last, "plan 1 on rank 1: ONE_SHOT, ") != NULL);
+  args.batch = args.query_tokens = 1;
+  args.q.data = args.k.data = args.v.data = values;
+  args.q.bytes = args.k.bytes = args.v.bytes = 2 * sizeof(float);
+  args.out.data = out;
+  args.out.bytes = sizeof(out);
+  args.kv_length = &length;
+  CHECK_STATUS(treeattn_plan_decode(plans[0], &args, NULL), TREEATTN_ERROR_TIMEOUT, "rank 1 did not come");
+  CHECK(log.level == TREEATTN_LOG_ERROR && strstr(log.last, "rank 1 did not come within 20ms") != NULL);
+  int before = log.lines;
+  CHECK_STATUS(treeattn_plan_decode(plans[0], &args, NULL), TREEATTN_ERROR_TIMEOUT, "rank 1 did not come");
+  CHECK(log.lines == before);
+  for (int r = 0; r < 2; r++) {
+    CHECK_OK(treeattn_plan_destroy(plans[r]));
+    CHECK_OK(treeattn_comm_destroy(comms[r]));
+  }
   CHECK_OK(treeattn_runtime_destroy(own));
 }
 
@@ -413,6 +453,7 @@ int main(void) {
   runtimes();
   devices();
   logging();
+  logging_of_plans_and_failures();
   logging_ends_with_the_runtime();
   logging_is_waited_for(1);
   logging_is_waited_for(0);

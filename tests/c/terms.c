@@ -177,7 +177,7 @@ static void refusals(void) {
   REFUSED(plan, "global_length: found NULL, wanted a pointer to int32, because alibi = 1");
   a.mask.data = NULL;
   a.mask.bytes = 0;
-  REFUSED(plan, "mask.bytes: found 0, wanted at least 48 for kv_length[0] = 24");
+  REFUSED(plan, "mask.data: found NULL, wanted a pointer, for kv_length[0] = 24");
   a.mask.bytes = 64 + 2 * 4;
   REFUSED(plan, "mask.bytes: found 72, wanted at least 74 for kv_length[1] = 5");
   a.mask.bytes = 64 + 2 * 5;

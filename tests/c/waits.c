@@ -107,7 +107,7 @@ static void by_deadline(void) {
   treeattn_plan_t *plan = NULL;
   group_open(&made, 2, &desc, HANG, DEADLINE);
   CHECK_TAKES(DEADLINE, LATE,
-              CHECK_STATUS(treeattn_plan_create(made.comms[0], &desc, &plan), TREEATTN_ERROR_TIMEOUT, "setup_timeout_ns"));
+              CHECK_STATUS(treeattn_plan_create(made.comms[0], &desc, &plan), TREEATTN_ERROR_TIMEOUT, "treeattn_plan_create_all"));
   group_close(&made);
 }
 

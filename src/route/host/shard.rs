@@ -35,7 +35,7 @@ impl HostShard {
             false => Some(CpuBackend::new(&desc, context.shard, rank.executor.threads(), rank.isa)?),
         };
         let dim = desc.head_dim_v as usize;
-        let scratch = Scratch::new(context.most_rows()?, dim, partials, rank.executor.threads())?;
+        let scratch = Scratch::new(context.desc.most_rows()?, dim, partials, rank.executor.threads())?;
         Ok(HostShard { desc, backend, rank: Arc::clone(rank), scratch: Mutex::new(scratch) })
     }
 

@@ -35,7 +35,7 @@ pub(in crate::route) struct Allreduce3 {
 impl Allreduce3 {
     /// Room for the largest step.
     pub fn new(context: &StepContext) -> Result<Allreduce3> {
-        let reduced = zeroed("max_query_tokens x q_heads x head_dim_v", context.most_rows()?.checked_mul(2))?;
+        let reduced = zeroed("max_query_tokens x q_heads x head_dim_v", context.desc.most_rows()?.checked_mul(2))?;
         Ok(Allreduce3 { reduced: Mutex::new(reduced) })
     }
 }

@@ -24,7 +24,7 @@ impl TwoShot {
     pub fn new(context: &StepContext) -> Result<TwoShot> {
         let desc = &context.desc;
         let own = head_range(desc.q_heads, context.shard)?.len();
-        let rows = context.most_rows()? / desc.q_heads as usize * own;
+        let rows = context.desc.most_rows()? / desc.q_heads as usize * own;
         let width = desc.head_dim_v as usize + Lse::FLOATS;
         let merged = zeroed("max_query_tokens x q_heads x head_dim_v", rows.checked_mul(width))?;
         Ok(TwoShot { merged: Mutex::new(merged) })

@@ -56,7 +56,7 @@ impl WindowsRoute {
     /// error says why.
     pub fn new(context: &StepContext, rank: &Arc<CudaRank>, peers: &Arc<GpuRank>) -> Result<WindowsRoute> {
         let shard = GpuShard::new(context, rank)?;
-        let (desc, rows) = (&context.desc, context.most_rows()?);
+        let (desc, rows) = (&context.desc, context.desc.most_rows()?);
         let dim = desc.head_dim_v as usize;
         let row_bytes = 4 * row_words(dim, desc.wire_dtype.size());
         let (mode, reason) = choose(desc, context.world(), rows.saturating_mul(row_bytes));

@@ -242,11 +242,12 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::InvalidArgument);
             assert!(error.message().starts_with(name), "{error}");
         }
-        let large = AttentionDesc { max_kv_length: i32::MAX, max_batch: i32::MAX, max_query_tokens: i32::MAX, ..desc };
+        let large =
+            AttentionDesc { max_kv_length: i32::MAX, max_batch: i32::MAX, max_query_tokens: i32::MAX / 2, ..desc };
         for config in [
             SelfcheckConfig { kv_length: i32::MAX, ..Default::default() },
-            SelfcheckConfig { batch: i32::MAX, ..Default::default() },
-            SelfcheckConfig { query_tokens: i32::MAX / 2, ..Default::default() },
+            SelfcheckConfig { batch: i32::MAX / 2, ..Default::default() },
+            SelfcheckConfig { query_tokens: i32::MAX / 4, ..Default::default() },
         ] {
             let error = selfcheck(&runtime, &[Device::CPU], &large, &config).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::NoMemory, "{error}");
