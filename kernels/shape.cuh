@@ -88,6 +88,13 @@ struct Slot16 {
     static constexpr int kStageBytes = 0;  // beside the slot, of each stage
 };
 
+// The same, with the mask elements of a tile beside it: up to 4 bytes each.
+constexpr int kMaskBytes = kTile * 4;  // of a row
+template <int HeadDimQk, int HeadDimV, int Rows>
+struct SlotTerms : Slot16<HeadDimQk, HeadDimV> {
+    static constexpr int kStageBytes = Rows * kMaskBytes;
+};
+
 // Bytes of a packed row of `dim` elements of a type that kernels widen in registers.
 __host__ __device__ constexpr int raw_bytes(int32_t dtype, int dim) {
     return dtype == kQ8_0 ? dim / 32 * 34 : dtype == kQ4_0 ? dim / 32 * 18 : dim;
@@ -111,7 +118,7 @@ struct SlotRaw {
     using RowsV = RowsRaw<HeadDimV>;
     static constexpr int kVAt = kTile * RowsK::kPitch;
     static constexpr int kTileBytes = kVAt + kTile * RowsV::kPitch;
-    static constexpr int kStageBytes = static_cast<int>(sizeof(RawRows));
+    static constexpr int kStageBytes = 8 * kMaskBytes + static_cast<int>(sizeof(RawRows));
 };
 
 // Terms: the kernel takes TermsParams, and QueryBytes hold what rows need of them (TermsBlock) last.
@@ -150,6 +157,8 @@ struct Shape {
     static constexpr int kInfoAt = kQueryAt + QueryBytes;
     static constexpr int kEntriesAt = kInfoAt + kWarps * kStages * static_cast<int>(sizeof(SlotInfo));
     static constexpr int kStageAt = kEntriesAt + kWarps * kStages * kEntryBytes;
+    static constexpr int kStageBytes = Slot::kStageBytes;
+    static constexpr int kRowsAt = Rows * kMaskBytes;  // RawRows in a stage, after the elements of the mask
     static constexpr int kStateAt = kStageAt + kWarps * kStages * Slot::kStageBytes;
     static constexpr int kRowAt = kStateAt + kWarps * Rows * 8;
     static constexpr int kItemAt = kRowAt + Rows * 8;
