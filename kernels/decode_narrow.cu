@@ -17,11 +17,11 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
     using typename Base::S;
     static constexpr int kBlocksV = HeadDimV / 32;
 
-    LaneTerms<1> mine;
+    SeenByAll all;
 
     __device__ __forceinline__ void begin(const DecodeParams& p, const char* shared) {
         Base::begin(p, shared);
-        mine.template begin<S>(p, shared);
+        all.template begin<S>(p, shared);
     }
     // A tile that was widened: rows of bf16, 16 bytes apart in banks.
     static constexpr int kPitch16 = (HeadDimQk > HeadDimV ? HeadDimQk : HeadDimV) * 2 + 16;
@@ -370,7 +370,7 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
         const float* scales =
             reinterpret_cast<const float*>(reinterpret_cast<const int*>(shared + S::kRowAt) + S::kRows) + lane % 4 * 2;
         const float scale[1][2] = {{scales[0], scales[1]}};
-        const TileTerms<1> terms = ask_terms<S, 1>(p, mine, tile, shared, stage);
+        const TileTerms<1> terms = ask_terms<S, 1>(p, all, tile, shared, stage);
 
         float s[1][4] = {{0.f, 0.f, 0.f, 0.f}}, x[1][4], grow[1][2];
         if (raw) {
@@ -393,7 +393,7 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
 #pragma unroll
             for (int i = 0; i < 4; i++) s[0][i] *= own[i / 2];
         }
-        weigh_tile<1>(p, terms, mine, scale, s, x, this->m, this->l, grow);
+        weigh_tile<1>(p, terms, scale, s, x, this->m, this->l, grow);
         if (__any_sync(kAllLanes, terms.bad_position)) {
             if (lane == 0) report_fault(p, tile.b, kFaultPosition);
             this->poison();

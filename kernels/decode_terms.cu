@@ -11,7 +11,7 @@ struct MmaTerms : Mma<HeadDimQk, HeadDimV, Rows, Bf16K, Bf16V, true, SlotTerms<H
     using typename Base::S;
     using Base::kRowTiles;
 
-    LaneTerms<kRowTiles> mine;
+    SeenByAll all;
 
     static __device__ __forceinline__ void stage_query(const DecodeParams& p, const Item& item, char* shared,
                                                        int rows) {
@@ -21,7 +21,7 @@ struct MmaTerms : Mma<HeadDimQk, HeadDimV, Rows, Bf16K, Bf16V, true, SlotTerms<H
 
     __device__ __forceinline__ void begin(const DecodeParams& p, const char* shared) {
         Base::begin(p, shared);
-        mine.template begin<S>(p, shared);
+        all.template begin<S>(p, shared);
     }
 
     __device__ __forceinline__ void attend(const DecodeParams& p, const Tile& tile, const char* shared, uint32_t slot,
@@ -32,10 +32,10 @@ struct MmaTerms : Mma<HeadDimQk, HeadDimV, Rows, Bf16K, Bf16V, true, SlotTerms<H
         float scale[kRowTiles][2];
 #pragma unroll
         for (int t = 0; t < kRowTiles; t++) scale[t][0] = scales[t * 8], scale[t][1] = scales[t * 8 + 1];
-        const TileTerms<kRowTiles> terms = ask_terms<S, kRowTiles>(p, mine, tile, shared, stage);
+        const TileTerms<kRowTiles> terms = ask_terms<S, kRowTiles>(p, all, tile, shared, stage);
         float s[kRowTiles][4], x[kRowTiles][4], grow[kRowTiles][2];
         Base::scores(p, s, shared, slot);
-        weigh_tile<kRowTiles>(p, terms, mine, scale, s, x, this->m, this->l, grow);
+        weigh_tile<kRowTiles>(p, terms, scale, s, x, this->m, this->l, grow);
         if (__any_sync(kAllLanes, terms.bad_position)) {
             if (lane == 0) report_fault(p, tile.b, kFaultPosition);
             this->poison();

@@ -96,14 +96,13 @@ struct alignas(16) RowTerms {
     const char* mask;  // the element of slot 0; null: none
     int low;           // the first slot that is seen, or (explicit placement) the first position
     int high;          // the last one
-    int position;      // of the query token
+    int position;      // of the query token; contiguous placement: less that of slot 0
     float slope;       // in log2 units
     float factor;      // of the mask, in log2 units
     float sink;        // -inf: none
 };
 struct alignas(16) ItemTerms {
     const int32_t* positions;  // explicit placement: where that of slot 0 is said
-    int64_t start;             // contiguous placement: that of slot 0
 };
 
 template <int Rows>
@@ -123,7 +122,6 @@ __device__ __forceinline__ void stage_terms_of(const DecodeParams& p, const I& i
         it.positions = p.kv_position == nullptr
                            ? nullptr
                            : p.kv_position + item.b * p.kv_position_stride + item.head * t.kv_position_head_stride;
-        it.start = p.kv_start == nullptr ? 0 : p.kv_start[item.b];
         block.item = it;
     }
 #pragma unroll 1
@@ -136,7 +134,8 @@ __device__ __forceinline__ void stage_terms_of(const DecodeParams& p, const I& i
             if (needs_positions(p)) {
                 const int64_t position = position_of(p, item.b, item.first_token, item.tokens, token);
                 const int64_t zero = 0, most = INT32_MAX, before = position - t.window;
-                r.position = static_cast<int>(position);
+                const int64_t start = p.placement == kContiguous && p.kv_start != nullptr ? p.kv_start[item.b] : 0;
+                r.position = static_cast<int>(position - start);
                 if (p.placement == kExplicit) {
                     if (p.flags & kFlagCausal) r.high = static_cast<int>(position);
                     if (t.window > 0) r.low = static_cast<int>(before + 1);

@@ -321,7 +321,9 @@ struct Walk : HeadOf<S::kRaw>, MaskOf<S::kTerms> {
     // Copies the warp's next tile into a slot; says whether a page of it does not exist.
     __device__ __forceinline__ bool copy_next(int stage, int base, int live) {
         if constexpr (S::kTerms) copy_mask(stage, base, live);
-        if constexpr (S::kRaw) {
+        if constexpr (S::kPacked) {
+            return copy_packed(*this, stage, base, live);
+        } else if constexpr (S::kRaw) {
             return copy_raw(stage, base, live);
         } else {
             return copy_tile(stage, base, live);

@@ -5,46 +5,28 @@
 
 namespace treeattn {
 
-// What a lane's rows need in every tile of an item, in registers.
-template <int RowTiles>
-struct LaneTerms {
-    // Of the query token: its global position; less that of slot 0, where placement is contiguous.
-    int position[RowTiles][2];
-    float slope[RowTiles][2], factor[RowTiles][2];  // as in RowTerms
-    int low, high;       // the slots that all rows see, masks aside
-    bool by_position;    // what is seen depends on explicit positions
-    bool has_mask, is_staged;
+// The slots that all rows of an item see, masks aside: none where explicit positions count.
+struct SeenByAll {
+    int low, high;
 
     template <class S>
     __device__ __forceinline__ void begin(const DecodeParams& p, const char* shared) {
         const auto& block = *reinterpret_cast<const TermsBlock<S::kRows>*>(shared + S::kTermsAt);
-        const Terms& t = terms_of(p);
-        const int start = p.placement == kContiguous ? static_cast<int>(block.item.start) : 0;
-        low = INT32_MIN, high = INT32_MAX;
+        const RowTerms& row = block.rows[threadIdx.x % S::kRows];
+        static_assert(S::kRows == 8, "rows of eight lanes");
+        low = row.low, high = row.high;
 #pragma unroll
-        for (int n = 0; n < RowTiles; n++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const RowTerms& row = block.rows[n * 8 + threadIdx.x % 4 * 2 + i];
-                // Bad data may make it wrap around.
-                position[n][i] = static_cast<int>(static_cast<uint32_t>(row.position) - static_cast<uint32_t>(start));
-                slope[n][i] = row.slope, factor[n][i] = row.factor;
-                low = max(low, row.low), high = min(high, row.high);
-            }
+        for (int d = 1; d < S::kRows; d *= 2) {
+            low = max(low, __shfl_xor_sync(kAllLanes, low, d)), high = min(high, __shfl_xor_sync(kAllLanes, high, d));
         }
-#pragma unroll
-        for (int d = 1; d < 4; d *= 2) {
-            low = max(low, __shfl_xor_sync(0xffffffffu, low, d)), high = min(high, __shfl_xor_sync(0xffffffffu, high, d));
-        }
-        by_position = p.placement == kExplicit && needs_positions(p);
-        has_mask = t.mask_element != kMaskNone && t.mask != nullptr;
-        is_staged = mask_is_staged(t);
+        if (p.placement == kExplicit && needs_positions(p)) low = INT32_MAX;
     }
 };
 
 // What a tile's scores get beside their products. [row tile][half * 2 + row of the lane], as the scores.
 template <int RowTiles>
 struct TileTerms {
+    float slope[RowTiles][2];     // in log2 units; 0: none
     float distance[RowTiles][4];  // from the query token, where there are slopes
     float bias[RowTiles][4];      // of the mask
     uint32_t seen;                // one bit a score: t * 4 + half * 2 + row
@@ -54,11 +36,12 @@ struct TileTerms {
 // What the mask hides, and adds, of the keys of a lane, `first` and first + 8. Elements of rows that there are not are anything,
 // those of keys that are hidden anyway are not read.
 template <class S, int RowTiles>
-__device__ __forceinline__ void add_mask(TileTerms<RowTiles>& out, const DecodeParams& p, const LaneTerms<RowTiles>& mine,
-                                         int first, const char* shared, const char* stage) {
+__device__ __forceinline__ void add_mask(TileTerms<RowTiles>& out, const DecodeParams& p, int first, const char* shared,
+                                         const char* stage) {
     const auto& block = *reinterpret_cast<const TermsBlock<S::kRows>*>(shared + S::kTermsAt);
     const Terms& t = terms_of(p);
     const int lane = threadIdx.x % 32, size = mask_size(t);
+    const bool is_staged = mask_is_staged(t);
     uint32_t element[RowTiles][4];
 #pragma unroll
     for (int n = 0; n < RowTiles; n++) {
@@ -67,7 +50,7 @@ __device__ __forceinline__ void add_mask(TileTerms<RowTiles>& out, const DecodeP
             const int r = n * 8 + lane % 4 * 2 + i % 2, key = i / 2 * 8;
             element[n][i] = 0;
             const char* at = stage + (r * kTile + lane / 4 + key) * size;
-            if (!mine.is_staged) {
+            if (!is_staged) {
                 const char* row = block.rows[r].mask;
                 at = row + (first + key) * t.mask_stride[3];
                 // As if it hid nothing.
@@ -91,15 +74,16 @@ __device__ __forceinline__ void add_mask(TileTerms<RowTiles>& out, const DecodeP
             const bool sees = t.mask_element == kMaskByte ? element[n][i] != 0 : x != -infinity();
             if (!sees) out.seen &= ~(1u << (n * 4 + i));
             // A bias of what is hidden is never looked at; bytes are numbers next to 0.
-            out.bias[n][i] = t.mask_element == kMaskByte ? 0.f : mine.factor[n][i % 2] * x;
+            const float factor = block.rows[n * 8 + lane % 4 * 2 + i % 2].factor;
+            out.bias[n][i] = t.mask_element == kMaskByte ? 0.f : factor * x;
         }
     }
 }
 
 // `stage`: what came with the tile beside its rows.
 template <class S, int RowTiles, class T>
-__device__ __forceinline__ TileTerms<RowTiles> ask_terms(const DecodeParams& p, const LaneTerms<RowTiles>& mine,
-                                                         const T& tile, const char* shared, const char* stage) {
+__device__ __forceinline__ TileTerms<RowTiles> ask_terms(const DecodeParams& p, const SeenByAll& all, const T& tile,
+                                                         const char* shared, const char* stage) {
     const auto& block = *reinterpret_cast<const TermsBlock<S::kRows>*>(shared + S::kTermsAt);
     const Terms& t = terms_of(p);
     const int lane = threadIdx.x % 32, first = tile.base + lane / 4;
@@ -109,10 +93,11 @@ __device__ __forceinline__ TileTerms<RowTiles> ask_terms(const DecodeParams& p, 
 #pragma unroll
     for (int n = 0; n < RowTiles; n++) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) out.distance[n][i] = out.bias[n][i] = 0.f;
+        for (int i = 0; i < 4; i++) out.slope[n][i % 2] = out.distance[n][i] = out.bias[n][i] = 0.f;
     }
+    const bool by_position = p.placement == kExplicit && needs_positions(p);
     int position[2] = {first, first + 8};
-    if (mine.by_position) {
+    if (by_position) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int slot = position[half];
@@ -130,18 +115,22 @@ __device__ __forceinline__ TileTerms<RowTiles> ask_terms(const DecodeParams& p, 
 #pragma unroll
         for (int n = 0; n < RowTiles; n++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int away = mine.position[n][i % 2] - position[i / 2];
-                out.distance[n][i] = fabsf(static_cast<float>(away));
+            for (int i = 0; i < 2; i++) {
+                const RowTerms& row = block.rows[n * 8 + lane % 4 * 2 + i];
+                out.slope[n][i] = row.slope;
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    out.distance[n][half * 2 + i] = fabsf(static_cast<float>(row.position - position[half]));
+                }
             }
         }
     }
     // Most tiles are seen whole.
-    if (mine.by_position || tile.keys < kTile || tile.base < mine.low || tile.base + (kTile - 1) > mine.high) {
+    if (tile.keys < kTile || tile.base < all.low || tile.base + (kTile - 1) > all.high) {
         out.seen = 0;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int place = mine.by_position ? position[half] : first + half * 8;
+            const int place = by_position ? position[half] : first + half * 8;
             const bool live = first + half * 8 < tile.base + tile.keys;
 #pragma unroll
             for (int n = 0; n < RowTiles; n++) {
@@ -154,7 +143,7 @@ __device__ __forceinline__ TileTerms<RowTiles> ask_terms(const DecodeParams& p, 
             }
         }
     }
-    if (mine.has_mask) add_mask<S, RowTiles>(out, p, mine, first, shared, stage);
+    if (t.mask_element != kMaskNone) add_mask<S, RowTiles>(out, p, first, shared, stage);
     return out;
 }
 
@@ -173,9 +162,8 @@ __device__ __forceinline__ float tanh_of(float x) {
 // to the sums l of this lane's keys. scale: of products, to log2 units.
 template <int RowTiles>
 __device__ __forceinline__ void weigh_tile(const DecodeParams& p, const TileTerms<RowTiles>& terms,
-                                           const LaneTerms<RowTiles>& mine, const float (&scale)[RowTiles][2],
-                                           float (&s)[RowTiles][4], float (&x)[RowTiles][4], float (&m)[RowTiles][2],
-                                           float (&l)[RowTiles][2], float (&grow)[RowTiles][2]) {
+                                           const float (&scale)[RowTiles][2], float (&s)[RowTiles][4],
+                                           float (&x)[RowTiles][4], float (&m)[RowTiles][2], float (&l)[RowTiles][2], float (&grow)[RowTiles][2]) {
     const Terms& t = terms_of(p);
     float factor[RowTiles][2];
 #pragma unroll
@@ -193,15 +181,15 @@ __device__ __forceinline__ void weigh_tile(const DecodeParams& p, const TileTerm
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             // A hidden score becomes -inf, whatever it was.
-            const float added = fmaf(-mine.slope[n][i % 2], terms.distance[n][i], terms.bias[n][i]);
+            const float added = fmaf(-terms.slope[n][i % 2], terms.distance[n][i], terms.bias[n][i]);
             x[n][i] = terms.seen >> (n * 4 + i) & 1 ? fmaf(s[n][i], factor[n][i % 2], added) : -infinity();
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             float top = fmaxf(x[n][i], x[n][2 + i]);
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 4));
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 8));
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 16));
+            top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 4));
+            top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 8));
+            top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 16));
             const float before = m[n][i], now = fmaxf(before, top);
             const float reference = now == -infinity() ? 0.f : now;
             const bool coarse = fabsf(reference) >= kCoarse;
@@ -213,7 +201,7 @@ __device__ __forceinline__ void weigh_tile(const DecodeParams& p, const TileTerm
                 const int at = half * 2 + i;
                 // Summed unrounded, except where the rounding of a score is so coarse that the largest would be far from its
                 // own reference.
-                const float added = fmaf(-mine.slope[n][i], terms.distance[n][at], terms.bias[n][at] - reference);
+                const float added = fmaf(-terms.slope[n][i], terms.distance[n][at], terms.bias[n][at] - reference);
                 float power = fmaf(s[n][at], factor[n][i], added);
                 if (coarse) power = x[n][at] - reference;
                 x[n][at] = terms.seen >> (n * 4 + at) & 1 ? exp2_approx(power) : 0.f;
