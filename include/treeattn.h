@@ -173,13 +173,14 @@ inline T sized() {
 
 /**
  * Flag of `treeattn_attention_desc_t`: every step that exchanges compares what the ranks passed: the queries bit by bit (by
- * a 64-bit sum), query tokens, `global_length`, `query_position`, and that the keys of all ranks together are the positions
+ * a 64-bit sum), query tokens, `global_length`, `query_position` (which all ranks pass, or none), and that the keys of all ranks together are the positions
  * 0 to `global_length` - 1, each once (with explicit placement by their number and the sums of their first three powers).
  * Ranks that do not fit together get TREEATTN_ERROR_MISMATCH, which names argument and sequence, and the rank where one is to
  * blame (with explicit placement none is for positions that are held twice or by no rank); the outputs of that sequence are
  * NaN on every rank, the others are good, and the communicator stays usable. Keys at or beyond `global_length` do not fit
  * either, but with TREEATTN_ATTENTION_SURPLUS_KEYS, where they do not count. Such plans need `global_length`, and `kv_start`
- * or `kv_position` where their placement has one, also where they are not causal. Merges of partials and
+ * or `kv_position` where their placement has one, also where they are not causal. Sinks, slopes, mask factors, masks and
+ * scales are not compared. Merges of partials and
  * `treeattn_plan_partial` check nothing, and neither do plans that exchange nothing. On CPUs the step returns the error, or the
  * stream does; on GPUs it is told as TREEATTN_ERROR_INVALID_DATA is, by `treeattn_comm_status`, once, and a captured step checks
  * in every replay. Not with ALLREDUCE3 on GPUs (TREEATTN_ERROR_UNSUPPORTED). Since 0.2.
@@ -188,8 +189,9 @@ inline T sized() {
 
 /**
  * Flag of `treeattn_attention_desc_t`, with `causal` = 1: sequences may hold keys past `global_length`, such as those of
- * drafts that were rolled back; causality hides them. Without it such a step is refused on CPUs, where it may be that a
- * rank's lengths are stale. Since 0.2.
+ * drafts that were rolled back; causality hides them from all queries at positions below it, which are all but those that
+ * `query_position` puts elsewhere. Without it such a step is refused on CPUs, where it may be that a rank's lengths are
+ * stale, but with explicit placement, whose positions only CHECKED plans hold against `global_length`. Since 0.2.
  */
 #define TREEATTN_ATTENTION_SURPLUS_KEYS 4
 
@@ -332,7 +334,8 @@ typedef struct treeattn_runtime_config_t {
     size_t struct_size;
     /**
      * Instruction set of the CPU backend: "scalar", "avx2", "avx512" or "neon". NULL: what the environment variable
-     * TREEATTN_CPU_ISA said when the process made its first runtime, else the best that the machine has.
+     * TREEATTN_CPU_ISA said when the process made its first runtime, else the best that the machine has. A word there that
+     * cannot be served is ignored, as `isa` of treeattn_device_info_t then says.
      */
     const char *cpu_isa;
 } treeattn_runtime_config_t;
@@ -519,7 +522,7 @@ typedef struct treeattn_comm_status_t {
      * first; with INVALID_DATA the plan that met it.
      */
     uint64_t plan;
-    /** The first sequence that bad data was found in, -1 if none. */
+    /** The first sequence that `rank` found bad data in, or in which ranks do not fit together; -1 if none. */
     int32_t sequence;
     /** 1: no exchange will succeed any more; destroy the communicator and make a new one. */
     int32_t broken;
@@ -843,8 +846,9 @@ typedef struct treeattn_decode_args_t {
     /** Values, as the keys. May be a view of the keys. */
     struct treeattn_tensor_t v;
     /**
-     * Output [token, query head, dim]; with a scattered output the rank's own heads only. Shares no byte with inputs, and no
-     * two elements share one: each dimension steps over the whole of those with smaller strides.
+     * Output [token, query head, dim]; with a scattered output the rank's own heads only. Its `bytes` bytes, gaps between rows
+     * included, overlap those of no input and not those of `lse`. No two elements share a byte: each dimension steps over the
+     * whole of those with smaller strides.
      */
     struct treeattn_tensor_t out;
     /** Natural log-sum-exp of the scaled scores, f32 [token, query head], heads as `out`. data NULL: not wanted. */
@@ -969,9 +973,12 @@ typedef struct treeattn_merge_args_t {
     uint32_t reserved;
     /** Normalised outputs of the partials. A row whose lse says empty (-inf) is never read. */
     struct treeattn_tensor_t o;
-    /** Log-sum-exps of the partials, f32. */
+    /** Log-sum-exps of the partials, f32. NaN makes its row NaN, and so does +inf without TREEATTN_MERGE_PLUS_INF_IS_EMPTY. */
     struct treeattn_tensor_t lse;
-    /** Merged output [token, head, dim]; with a scattered plan the rank's own heads. Shares no byte with inputs. */
+    /**
+     * Merged output [token, head, dim]; with a scattered plan the rank's own heads. Its `bytes` bytes overlap those of no other
+     * tensor.
+     */
     struct treeattn_tensor_t out;
     /** Merged natural log-sum-exp, f32 [token, head]. data NULL: not wanted. */
     struct treeattn_tensor_t out_lse;
@@ -1189,8 +1196,9 @@ treeattn_status_t treeattn_runtime_device_info(struct treeattn_runtime_t *runtim
 /**
  * Sets the receiver of log lines, or removes it.
  *
- * The library logs what it chose and what went wrong, never on the way of a step that goes well, and nowhere else: it
- * touches no global logger and no stream of the process.
+ * The library logs which communicators and plans it made and what it chose for them (INFO), bad data and mismatches of steps
+ * (WARNING) and, on CPUs, steps that failed, once for each rank of a communicator that broke (ERROR). It logs nothing on the
+ * way of a step that goes well, and nowhere else: it touches no global logger and no stream of the process.
  *
  * @param runtime   the runtime.
  * @param callback  NULL removes. Called from any thread, several at once; must not call the library, unwind or jump.
@@ -1474,7 +1482,7 @@ treeattn_status_t treeattn_comm_abort(struct treeattn_comm_t *comm);
  * @return TREEATTN_OK; BAD_HANDLE.
  *
  * Thread safety: any thread. A step of this rank that is under way ends at once with PARENT_DESTROYED and NaN, and its
- * peers get PEER_LOST. Does not wait for the other ranks. Not capture-safe. Since 0.1.
+ * peers get PEER_LOST (unless all come before it has ended: then it is whole, on all ranks). Does not wait for the other ranks. Not capture-safe. Since 0.1.
  */
 treeattn_status_t treeattn_comm_destroy(struct treeattn_comm_t *comm);
 

@@ -1,7 +1,8 @@
 /// libtreeattn for C++17: move-only owners of the C handles, header only.
 ///
 /// Every operation has two forms: a plain one that throws treeattn::Error, and a `try_` one that throws nothing and
-/// returns a Status or a Result. The structs of arguments are those of treeattn.h; their INIT macros work here too.
+/// returns a Status or a Result. Compile with exceptions enabled, whichever form is used. The structs of arguments are
+/// those of treeattn.h; their INIT macros work here too.
 /// What a call does, blocks on and owns is said in treeattn.h.
 ///
 /// SPDX-License-Identifier: MIT OR Apache-2.0

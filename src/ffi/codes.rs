@@ -216,20 +216,22 @@ pub const TREEATTN_MASK_BOOLEAN: treeattn_mask_kind_t = treeattn_mask_kind_t(2);
 /// work of the stream runs, so that a step may read them early.
 pub const TREEATTN_ATTENTION_KV_STABLE: u32 = 1;
 /// Flag of `treeattn_attention_desc_t`: every step that exchanges compares what the ranks passed: the queries bit by bit (by
-/// a 64-bit sum), query tokens, `global_length`, `query_position`, and that the keys of all ranks together are the positions
+/// a 64-bit sum), query tokens, `global_length`, `query_position` (which all ranks pass, or none), and that the keys of all ranks together are the positions
 /// 0 to `global_length` - 1, each once (with explicit placement by their number and the sums of their first three powers).
 /// Ranks that do not fit together get TREEATTN_ERROR_MISMATCH, which names argument and sequence, and the rank where one is to
 /// blame (with explicit placement none is for positions that are held twice or by no rank); the outputs of that sequence are
 /// NaN on every rank, the others are good, and the communicator stays usable. Keys at or beyond `global_length` do not fit
 /// either, but with TREEATTN_ATTENTION_SURPLUS_KEYS, where they do not count. Such plans need `global_length`, and `kv_start`
-/// or `kv_position` where their placement has one, also where they are not causal. Merges of partials and
+/// or `kv_position` where their placement has one, also where they are not causal. Sinks, slopes, mask factors, masks and
+/// scales are not compared. Merges of partials and
 /// `treeattn_plan_partial` check nothing, and neither do plans that exchange nothing. On CPUs the step returns the error, or the
 /// stream does; on GPUs it is told as TREEATTN_ERROR_INVALID_DATA is, by `treeattn_comm_status`, once, and a captured step checks
 /// in every replay. Not with ALLREDUCE3 on GPUs (TREEATTN_ERROR_UNSUPPORTED). Since 0.2.
 pub const TREEATTN_ATTENTION_CHECKED: u32 = 2;
 /// Flag of `treeattn_attention_desc_t`, with `causal` = 1: sequences may hold keys past `global_length`, such as those of
-/// drafts that were rolled back; causality hides them. Without it such a step is refused on CPUs, where it may be that a
-/// rank's lengths are stale. Since 0.2.
+/// drafts that were rolled back; causality hides them from all queries at positions below it, which are all but those that
+/// `query_position` puts elsewhere. Without it such a step is refused on CPUs, where it may be that a rank's lengths are
+/// stale, but with explicit placement, whose positions only CHECKED plans hold against `global_length`. Since 0.2.
 pub const TREEATTN_ATTENTION_SURPLUS_KEYS: u32 = 4;
 
 /// Flag of `treeattn_attention_desc_t`, with CSR pages: each kv head has lists of pages of its own, as where heads select the

@@ -134,8 +134,9 @@ unsafe impl Sync for UserData {}
 
 /// Sets the receiver of log lines, or removes it.
 ///
-/// The library logs what it chose and what went wrong, never on the way of a step that goes well, and nowhere else: it
-/// touches no global logger and no stream of the process.
+/// The library logs which communicators and plans it made and what it chose for them (INFO), bad data and mismatches of steps
+/// (WARNING) and, on CPUs, steps that failed, once for each rank of a communicator that broke (ERROR). It logs nothing on the
+/// way of a step that goes well, and nowhere else: it touches no global logger and no stream of the process.
 ///
 /// @param runtime   the runtime.
 /// @param callback  NULL removes. Called from any thread, several at once; must not call the library, unwind or jump.

@@ -43,7 +43,8 @@ pub struct treeattn_runtime_config_t {
     /// sizeof(treeattn_runtime_config_t).
     pub struct_size: usize,
     /// Instruction set of the CPU backend: "scalar", "avx2", "avx512" or "neon". NULL: what the environment variable
-    /// TREEATTN_CPU_ISA said when the process made its first runtime, else the best that the machine has.
+    /// TREEATTN_CPU_ISA said when the process made its first runtime, else the best that the machine has. A word there that
+    /// cannot be served is ignored, as `isa` of treeattn_device_info_t then says.
     pub cpu_isa: *const c_char,
 }
 
@@ -144,7 +145,7 @@ pub struct treeattn_comm_status_t {
     /// The plan of the last step by its number on the communicator (from 1; see `treeattn_plan_stats_t`), 0 before the
     /// first; with INVALID_DATA the plan that met it.
     pub plan: u64,
-    /// The first sequence that bad data was found in, -1 if none.
+    /// The first sequence that `rank` found bad data in, or in which ranks do not fit together; -1 if none.
     pub sequence: i32,
     /// 1: no exchange will succeed any more; destroy the communicator and make a new one.
     pub broken: i32,
@@ -299,8 +300,9 @@ pub struct treeattn_decode_args_t {
     pub k: treeattn_tensor_t,
     /// Values, as the keys. May be a view of the keys.
     pub v: treeattn_tensor_t,
-    /// Output [token, query head, dim]; with a scattered output the rank's own heads only. Shares no byte with inputs, and no
-    /// two elements share one: each dimension steps over the whole of those with smaller strides.
+    /// Output [token, query head, dim]; with a scattered output the rank's own heads only. Its `bytes` bytes, gaps between rows
+    /// included, overlap those of no input and not those of `lse`. No two elements share a byte: each dimension steps over the
+    /// whole of those with smaller strides.
     pub out: treeattn_tensor_t,
     /// Natural log-sum-exp of the scaled scores, f32 [token, query head], heads as `out`. data NULL: not wanted.
     pub lse: treeattn_tensor_t,
@@ -404,9 +406,10 @@ pub struct treeattn_merge_args_t {
     pub reserved: u32,
     /// Normalised outputs of the partials. A row whose lse says empty (-inf) is never read.
     pub o: treeattn_tensor_t,
-    /// Log-sum-exps of the partials, f32.
+    /// Log-sum-exps of the partials, f32. NaN makes its row NaN, and so does +inf without TREEATTN_MERGE_PLUS_INF_IS_EMPTY.
     pub lse: treeattn_tensor_t,
-    /// Merged output [token, head, dim]; with a scattered plan the rank's own heads. Shares no byte with inputs.
+    /// Merged output [token, head, dim]; with a scattered plan the rank's own heads. Its `bytes` bytes overlap those of no other
+    /// tensor.
     pub out: treeattn_tensor_t,
     /// Merged natural log-sum-exp, f32 [token, head]. data NULL: not wanted.
     pub out_lse: treeattn_tensor_t,
