@@ -67,7 +67,8 @@
  * enqueued, so one thread can drive them all: step k on every rank before step k + 1 on any. A plan is in flight on one
  * stream at a time. One CPU stream does not serve two ranks of a communicator, whose steps would wait for each other; nor do
  * two CPU streams serve one rank at a time.
- * A rank computes on threads of its own, or on the engine's (treeattn_executor_t): then the library starts none to compute.
+ * A rank computes on threads of its own, or on the engine's: by its parallel-for (treeattn_executor_t) or as a team of threads
+ * that all enter the step (treeattn_plan_decode_team). Then the library starts none to compute.
  * The library's own threads block all signals, and end with the object that they serve. A thread that calls the library
  * needs 256 KiB of stack: a step of a CPU rank takes 32 KiB of it, GPU drivers, NCCL and callbacks what they take.
  *
@@ -158,6 +159,7 @@ inline T sized() {
 #define TREEATTN_COMM_STATUS_INIT TREEATTN_INIT_(treeattn_comm_status_t)
 #define TREEATTN_ATTENTION_DESC_INIT TREEATTN_INIT_(treeattn_attention_desc_t)
 #define TREEATTN_DECODE_ARGS_INIT TREEATTN_INIT_(treeattn_decode_args_t)
+#define TREEATTN_TEAM_INIT TREEATTN_INIT_(treeattn_team_t)
 #define TREEATTN_MERGE_ARGS_INIT TREEATTN_INIT_(treeattn_merge_args_t)
 #define TREEATTN_PLAN_MEMORY_INIT TREEATTN_INIT_(treeattn_plan_memory_t)
 #define TREEATTN_PLAN_STATS_INIT TREEATTN_INIT_(treeattn_plan_stats_t)
@@ -450,6 +452,13 @@ typedef struct treeattn_comm_config_t {
      * `threads`. May differ from rank to rank. NULL: the library's own threads, and on GPUs. Since 0.2.
      */
     const struct treeattn_executor_t *executor;
+    /**
+     * The most members of a team that runs steps of this rank (`treeattn_plan_decode_team`), at most 1,024. 0: as many as the
+     * rank has threads. The scratch of plans grows with it. May differ from rank to rank. 0 on GPUs. Since 0.2.
+     */
+    int32_t max_team;
+    /** Zero; keeps the size a multiple of 8. */
+    int32_t reserved;
 } treeattn_comm_config_t;
 
 /**
@@ -945,6 +954,27 @@ typedef struct treeattn_decode_args_t {
      */
     int64_t kv_position_head_stride;
 } treeattn_decode_args_t;
+
+/** One thread of an engine's team, of which every thread enters `treeattn_plan_decode_team`. Set up with TREEATTN_TEAM_INIT. */
+typedef struct treeattn_team_t {
+    /** sizeof(treeattn_team_t). */
+    size_t struct_size;
+    /** Which member this thread is, 0 to size - 1, each once. */
+    int32_t index;
+    /**
+     * Members of the team in this step, the same for all, 1 to the `max_team` of the communicator. May differ from step to step,
+     * once the step before has returned on all of its members.
+     */
+    int32_t size;
+    /**
+     * The team's barrier: returns when every member has called it as often as this one. Called only when all members have come,
+     * by each of them equally often. Only how members wait: what they wait for the library sees itself. It must not call the
+     * library, unwind or jump out. NULL, for all members: they spin for at most 20 us, then sleep.
+     */
+    void (*barrier)(void *ctx);
+    /** Passed to `barrier`; each member has its own. */
+    void *ctx;
+} treeattn_team_t;
 
 /**
  * Partials to merge and where the result goes.
@@ -1652,6 +1682,30 @@ treeattn_status_t treeattn_plan_create_all(int32_t n,
 treeattn_status_t treeattn_plan_decode(struct treeattn_plan_t *plan,
                                        const struct treeattn_decode_args_t *args,
                                        struct treeattn_stream_t *stream);
+
+/**
+ * One step of a CPU plan on a team of the engine's threads: each of them calls this, with an index of its own, and all leave
+ * with the same status. The library starts no thread. The bits are those of `treeattn_plan_decode` on as many threads.
+ *
+ * Member 0 computes as the others do, and waits for the other ranks; `args` counts with it alone, once all members have come.
+ * Members wait for each other, each at most the step deadline. Those that cannot meet, because one does not come, two have one
+ * index, or sizes differ, are broken off for good: later calls on the plan return what they returned; make another plan.
+ * `treeattn_plan_decode` goes on serving, between steps of teams.
+ *
+ * @param plan the plan, of a CPU rank.
+ * @param args as for `treeattn_plan_decode`, from member 0; what the others pass is not looked at, and may be NULL.
+ * @param team this thread's place in the team. Read during the call.
+ * @return as `treeattn_plan_decode` with a NULL stream, the same for all members. INVALID_ARGUMENT: also an index or a size that is
+ *         out of range, or that does not fit those of the others; where others wait for such a member, their wait ends with the
+ *         same status. TIMEOUT: also a member that did not come, whose index the message names; then the output is NaN, if
+ *         member 0 came, and a plan that exchanges breaks its communicator. UNSUPPORTED on GPUs.
+ *
+ * Thread safety: a plan has one team at a time; otherwise as `treeattn_plan_decode`. Blocks: until all members have come at most
+ * the step deadline, then until the step has ended. Not capture-safe. Since 0.2.
+ */
+treeattn_status_t treeattn_plan_decode_team(struct treeattn_plan_t *plan,
+                                            const struct treeattn_decode_args_t *args,
+                                            const struct treeattn_team_t *team);
 
 /**
  * This rank's partial alone: the output and lse over its own shard, all heads. No exchange, so that it serves on a broken

@@ -432,6 +432,13 @@ class Plan : public detail::Handle<treeattn_plan_t, treeattn_plan_destroy> {
   Status try_decode(const treeattn_decode_args_t& args, const Stream& stream) const noexcept {
     return Status(treeattn_plan_decode(get(), &args, stream.get()));
   }
+  /// On a team of the engine's threads, each of which calls it; `args` counts with member 0.
+  Status try_decode_team(const treeattn_decode_args_t& args, const treeattn_team_t& team) const noexcept {
+    return Status(treeattn_plan_decode_team(get(), &args, &team));
+  }
+  void decode_team(const treeattn_decode_args_t& args, const treeattn_team_t& team) const {
+    try_decode_team(args, team).check();
+  }
   void decode(const treeattn_decode_args_t& args) const { try_decode(args).check(); }
   void decode(const treeattn_decode_args_t& args, const Stream& stream) const { try_decode(args, stream).check(); }
 

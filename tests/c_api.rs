@@ -125,6 +125,7 @@ programs! {
     plan,
     runtime,
     selfcheck,
+    team,
     terms,
     threads,
     transport,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::device::{EngineExecutor, available_cores};
+use crate::device::{EngineExecutor, Team, available_cores};
 use crate::error::{Error, Result};
 
 /// Longest deadline, a year: beyond it clocks overflow.
@@ -30,6 +30,9 @@ pub struct CommConfig {
     /// run for several of them at a time; `threads_per_rank` is then 0 or the executor's number. None: the library's own threads.
     /// This one may differ from rank to rank. Not with GPUs.
     pub executor: Option<EngineExecutor>,
+    /// The most members of an engine's team that runs steps ([`Plan::decode_team`](crate::runtime::Plan::decode_team)), at most
+    /// 1,024. 0: as many as the rank has threads. A plan's scratch grows with it. This one may differ from rank to rank.
+    pub max_team: usize,
 }
 
 impl Default for CommConfig {
@@ -42,6 +45,7 @@ impl Default for CommConfig {
             node_groups: Vec::new(),
             nccl_path: None,
             executor: None,
+            max_team: 0,
         }
     }
 }
@@ -64,6 +68,9 @@ impl CommConfig {
             let wanted = format!("0, or executor.threads = {}", executor.threads());
             return Err(Error::invalid("threads_per_rank", self.threads_per_rank, wanted));
         }
+        if self.max_team > Team::MOST {
+            return Err(Error::invalid("max_team", self.max_team, format!("0 to {}", Team::MOST)));
+        }
         if self.node_group < 0 {
             return Err(Error::invalid("node_group", self.node_group, "at least 0"));
         }
@@ -81,7 +88,8 @@ impl CommConfig {
     /// Checks what GPUs have no use for; `InvalidArgument` names it.
     pub fn check_on_gpus(&self) -> Result<()> {
         match self.executor {
-            None => Ok(()),
+            None if self.max_team == 0 => Ok(()),
+            None => Err(Error::invalid("max_team", self.max_team, "0 on GPUs, which compute themselves")),
             Some(_) => Err(Error::invalid("executor", "one", "NULL on GPUs, which compute themselves")),
         }
     }
@@ -132,6 +140,7 @@ mod tests {
             ("setup_timeout_ns", CommConfig { setup_timeout: Duration::ZERO, ..Default::default() }),
             ("step_timeout_ns", CommConfig { step_timeout: Duration::MAX, ..Default::default() }),
             ("threads_per_rank", CommConfig { threads_per_rank: 1025, ..Default::default() }),
+            ("max_team", CommConfig { max_team: 1025, ..Default::default() }),
             ("node_group", CommConfig { node_group: -1, ..Default::default() }),
             ("node_groups[1]", CommConfig { node_groups: vec![0, -3], ..Default::default() }),
             ("nccl_path", CommConfig { nccl_path: Some(String::new()), ..Default::default() }),

@@ -46,7 +46,7 @@ pub const CAPABILITIES: Capabilities = Capabilities {
 pub struct CpuBackend {
     pub(super) desc: AttentionDesc,
     pub(super) shard: Shard,
-    threads: usize,
+    most_threads: usize,
     kernels: Kernels,
     pub(super) shape: Shape,
     layout: Layout,
@@ -67,7 +67,7 @@ struct ScratchBase(*mut f32);
 unsafe impl Sync for ScratchBase {}
 
 impl CpuBackend {
-    /// The backend of a checked shape for `threads` workers. Errors: `Unsupported` by field, `Unavailable` where the
+    /// The backend of a checked shape for at most `threads` threads. Errors: `Unsupported` by field, `Unavailable` where the
     /// machine lacks `isa`, `NoMemory`.
     pub fn new(desc: &AttentionDesc, shard: Shard, threads: usize, isa: Isa) -> Result<CpuBackend> {
         CpuBackend::of(desc, shard, threads, isa, false)
@@ -101,7 +101,7 @@ impl CpuBackend {
             .map_err(|_| Error::new(ErrorKind::NoMemory, format!("max_batch: no memory for {}", desc.max_batch)))?;
         sequences.resize(desc.max_batch as usize, Sequence::default());
         let scratch = Mutex::new(Scratch { floats: HostBuffer::new(bytes)?, sequences });
-        Ok(CpuBackend { desc: *desc, shard, threads, kernels, shape, layout, scratch })
+        Ok(CpuBackend { desc: *desc, shard, most_threads: threads, kernels, shape, layout, scratch })
     }
 
     /// Bytes of scratch.
@@ -111,7 +111,8 @@ impl CpuBackend {
     }
 
     /// Attends the shard: writes the partial of every row of the step, row = query token * q heads + head. Blocks until
-    /// done; allocates nothing. `executor` has as many threads as the backend was made for.
+    /// done; allocates nothing. `executor` has at most as many threads as the backend was made for, and as many
+    /// parts is the work cut into.
     ///
     /// A sequence with bad data has NaN rows and is reported (the first one); rows of no sequence are the identity. The
     /// caller of the step vouches for its memory. Errors: `InvalidArgument` for rows or threads of the wrong number,
@@ -129,8 +130,9 @@ impl CpuBackend {
         rows: PartialRows<'_>,
     ) -> Result<Option<DataFault>> {
         let count = step.args.query_tokens as usize * self.shape.q_heads;
-        if executor.threads() != self.threads {
-            return Err(Error::invalid("executor", executor.threads(), format!("{} threads", self.threads)));
+        if executor.threads() > self.most_threads {
+            let wanted = format!("at most {} threads", self.most_threads);
+            return Err(Error::invalid("executor", executor.threads(), wanted));
         }
         if step.zeta.data.is_null() == self.shape.mods.is_biased() {
             return Err(Error::new(ErrorKind::Internal, "step: with a zeta in a plan without, or the other way round"));
@@ -157,9 +159,9 @@ impl CpuBackend {
             let partition = Partition {
                 sequences,
                 total,
-                workers: self.threads,
+                workers: executor.threads(),
                 heads,
-                head_block: self.head_block(step, total, row_block),
+                head_block: self.head_block(step, total, row_block, executor.threads()),
                 group,
                 row_block,
             };
@@ -228,7 +230,7 @@ impl CpuBackend {
     /// kv heads that a worker takes through a tile together, as many as the scratch holds at `row_block` rows each. Where
     /// the heads of a token lie side by side, this walks memory in order; short work is cut finer instead, and heads that see
     /// keys of their own are taken one by one.
-    fn head_block(&self, step: &Step, total: u64, row_block: usize) -> usize {
+    fn head_block(&self, step: &Step, total: u64, row_block: usize, threads: usize) -> usize {
         let heads = self.desc.kv_heads as usize;
         let paged = self.desc.kv_layout != KvLayout::Strided;
         if step.mask.is_some_and(|mask| mask.is_by_head()) || step.lists_by_head() {
@@ -236,7 +238,7 @@ impl CpuBackend {
         }
         let side_by_side = step.k_stride[2] < step.k_stride[1] || paged;
         let tiles = total / heads as u64;
-        if !side_by_side || tiles < TILES_TO_BLOCK * self.threads as u64 {
+        if !side_by_side || tiles < TILES_TO_BLOCK * threads as u64 {
             return 1;
         }
         let together = (self.shape.sums().rows / row_block).clamp(1, heads);

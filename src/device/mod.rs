@@ -12,6 +12,7 @@
 //! | `executor` | whose threads compute: the seam between the CPU backend and threads |
 //! | `workers` | the library's own: the worker threads of a rank |
 //! | `parallel_for` | the engine's, by its own parallel-for |
+//! | `team` | the engine's, as a team whose every thread enters the call |
 //! | `queue` | the in-order queue behind a CPU stream |
 //! | `cuda` | GPUs, over the driver library |
 
@@ -25,6 +26,9 @@ mod host;
 mod identity;
 mod parallel_for;
 mod queue;
+mod team;
+#[cfg(test)]
+mod team_tests;
 mod thread;
 #[cfg(test)]
 mod thread_tests;
@@ -39,6 +43,7 @@ pub use host::available_cores;
 pub use identity::{Device, DeviceInfo, DeviceKind};
 pub use parallel_for::{EngineExecutor, ParallelCallback, ParallelFor, TaskCallback};
 pub use queue::Queue;
+pub use team::{BarrierCallback, Patience, Team, TeamMember};
 pub(crate) use thread::{Deadline, Within, catch, leave, run_bounded, spawn, spawn_scoped};
 pub use workers::Workers;
 

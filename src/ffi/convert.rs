@@ -11,7 +11,7 @@ use crate::attention::{
 };
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::runtime::{CommConfig, EngineExecutor, MergeArgs, SelfcheckConfig, Transport};
+use crate::runtime::{CommConfig, EngineExecutor, MergeArgs, SelfcheckConfig, TeamMember, Transport};
 
 /// A device code.
 pub fn device(code: treeattn_device_t) -> Result<Device> {
@@ -54,6 +54,9 @@ pub unsafe fn selfcheck_devices(code: treeattn_device_t, c: &treeattn_selfcheck_
 pub unsafe fn comm_config(config: *const treeattn_comm_config_t, n: Option<i32>) -> Result<CommConfig> {
     // SAFETY: null or as long as it says, by this function's contract.
     let c = unsafe { memory::read_or_default("config", config) }?;
+    if c.reserved != 0 {
+        return Err(Error::invalid("reserved", c.reserved, "0"));
+    }
     let timeout = |name: &str, ns: i64, default: Duration| match ns {
         0 => Ok(default),
         ns => u64::try_from(ns)
@@ -81,6 +84,7 @@ pub unsafe fn comm_config(config: *const treeattn_comm_config_t, n: Option<i32>)
         nccl_path: unsafe { memory::string("nccl_path", c.nccl_path) }?,
         // SAFETY: null or as it says by this function's contract.
         executor: unsafe { executor(c.executor) }?,
+        max_team: usize::try_from(c.max_team).map_err(|_| Error::invalid("max_team", c.max_team, "at least 0"))?,
     })
 }
 
@@ -243,6 +247,15 @@ pub fn decode_args(a: &treeattn_decode_args_t) -> Result<DecodeArgs> {
         page_index_head_stride: a.page_index_head_stride,
         kv_position_head_stride: a.kv_position_head_stride,
     })
+}
+
+/// A member of an engine's team.
+///
+/// # Safety
+/// The barrier is null or does what `treeattn_team_t` says.
+pub unsafe fn team_member(t: &treeattn_team_t) -> TeamMember {
+    // SAFETY: by this function's contract.
+    unsafe { TeamMember::new(t.index, t.size, t.barrier, t.ctx) }
 }
 
 /// Merge arguments.

@@ -28,8 +28,8 @@ layout! {
     treeattn_runtime_config_t, 16: struct_size 8, cpu_isa 8;
     treeattn_device_info_t, 408: struct_size 8, device 4, units 4, memory 8, name 128, isa 256;
     treeattn_executor_t, 32: struct_size 8, ctx 8, threads 4, flags 4, parallel 8;
-    treeattn_comm_config_t, 56: struct_size 8, setup_timeout_ns 8, step_timeout_ns 8, threads_per_rank 4, node_group 4,
-        nccl_path 8, node_groups 8, executor 8;
+    treeattn_comm_config_t, 64: struct_size 8, setup_timeout_ns 8, step_timeout_ns 8, threads_per_rank 4, node_group 4,
+        nccl_path 8, node_groups 8, executor 8, max_team 4, reserved 4;
     treeattn_comm_status_t, 552: struct_size 8, code 4, rank 4, step 8, plan 8, sequence 4, broken 4, message 512;
     treeattn_attention_desc_t, 128: struct_size 8, q_heads 4, kv_heads 4, head_dim_qk 4, head_dim_v 4, q_dtype 4,
         k_dtype 4, v_dtype 4, out_dtype 4, kv_layout 4, page_size 4, placement 8, max_batch 4, max_query_tokens 4,
@@ -40,6 +40,7 @@ layout! {
         max_pages 4, num_pages 4, page_indptr 8, page_indices 8, num_page_indices 8, last_page_len 8, k_scale T,
         v_scale T, alibi_slopes T, sinks T, mask T, kv_capacity 4, reserved 4, mask_factor T,
         page_index_head_stride 8, kv_position_head_stride 8;
+    treeattn_team_t, 32: struct_size 8, index 4, size 4, barrier 8, ctx 8;
     treeattn_merge_args_t, 232: struct_size 8, query_tokens 4, heads 4, head_dim 4, o_dtype 4, out_dtype 4, lse_base 4,
         flags 4, reserved 4, o T, lse T, out T, out_lse T;
     treeattn_plan_memory_t, 24: struct_size 8, workspace 8, window 8;

@@ -156,6 +156,45 @@ pub unsafe extern "C" fn treeattn_plan_decode(
     })
 }
 
+/// One step of a CPU plan on a team of the engine's threads: each of them calls this, with an index of its own, and all leave
+/// with the same status. The library starts no thread. The bits are those of `treeattn_plan_decode` on as many threads.
+///
+/// Member 0 computes as the others do, and waits for the other ranks; `args` counts with it alone, once all members have come.
+/// Members wait for each other, each at most the step deadline. Those that cannot meet, because one does not come, two have one
+/// index, or sizes differ, are broken off for good: later calls on the plan return what they returned; make another plan.
+/// `treeattn_plan_decode` goes on serving, between steps of teams.
+///
+/// @param plan the plan, of a CPU rank.
+/// @param args as for `treeattn_plan_decode`, from member 0; what the others pass is not looked at, and may be NULL.
+/// @param team this thread's place in the team. Read during the call.
+/// @return as `treeattn_plan_decode` with a NULL stream, the same for all members. INVALID_ARGUMENT: also an index or a size that is
+///         out of range, or that does not fit those of the others; where others wait for such a member, their wait ends with the
+///         same status. TIMEOUT: also a member that did not come, whose index the message names; then the output is NaN, if
+///         member 0 came, and a plan that exchanges breaks its communicator. UNSUPPORTED on GPUs.
+///
+/// Thread safety: a plan has one team at a time; otherwise as `treeattn_plan_decode`. Blocks: until all members have come at most
+/// the step deadline, then until the step has ended. Not capture-safe. Since 0.2.
+///
+/// # Safety
+/// `team` is null or as long as its `struct_size` says, and its barrier is null or does what `treeattn_team_t` says. Of the
+/// member with index 0, `args` is as for `treeattn_plan_decode`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn treeattn_plan_decode_team(
+    plan: *mut treeattn_plan_t,
+    args: *const treeattn_decode_args_t,
+    team: *const treeattn_team_t,
+) -> treeattn_status_t {
+    guard("treeattn_plan_decode_team", || {
+        let plan = handle::get::<Plan>("plan", plan)?;
+        // SAFETY: `team` is null or as long as it says, and its barrier does what it should, by this function's contract.
+        let member = unsafe { convert::team_member(&memory::read("team", team)?) };
+        // SAFETY: `args` of member 0 is null or as long as it says, by this function's contract.
+        let args = || convert::decode_args(&unsafe { memory::read("args", args) }?);
+        // SAFETY: what `args` points to stays as it says until the step is done, by this function's contract.
+        unsafe { plan.decode_team(&member, args) }
+    })
+}
+
 /// This rank's partial alone: the output and lse over its own shard, all heads. No exchange, so that it serves on a broken
 /// communicator, too.
 ///

@@ -127,6 +127,11 @@ pub struct treeattn_comm_config_t {
     /// The engine's threads, to compute the steps of CPU ranks on; read during the call. `threads_per_rank` is then 0 or its
     /// `threads`. May differ from rank to rank. NULL: the library's own threads, and on GPUs. Since 0.2.
     pub executor: *const treeattn_executor_t,
+    /// The most members of a team that runs steps of this rank (`treeattn_plan_decode_team`), at most 1,024. 0: as many as the
+    /// rank has threads. The scratch of plans grows with it. May differ from rank to rank. 0 on GPUs. Since 0.2.
+    pub max_team: i32,
+    /// Zero; keeps the size a multiple of 8.
+    pub reserved: i32,
 }
 
 /// The health of a communicator. Filled by `treeattn_comm_status`.
@@ -379,6 +384,25 @@ pub struct treeattn_decode_args_t {
     pub kv_position_head_stride: i64,
 }
 
+/// One thread of an engine's team, of which every thread enters `treeattn_plan_decode_team`. Set up with TREEATTN_TEAM_INIT.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct treeattn_team_t {
+    /// sizeof(treeattn_team_t).
+    pub struct_size: usize,
+    /// Which member this thread is, 0 to size - 1, each once.
+    pub index: i32,
+    /// Members of the team in this step, the same for all, 1 to the `max_team` of the communicator. May differ from step to step,
+    /// once the step before has returned on all of its members.
+    pub size: i32,
+    /// The team's barrier: returns when every member has called it as often as this one. Called only when all members have come,
+    /// by each of them equally often. Only how members wait: what they wait for the library sees itself. It must not call the
+    /// library, unwind or jump out. NULL, for all members: they spin for at most 20 us, then sleep.
+    pub barrier: Option<unsafe extern "C" fn(ctx: *mut c_void)>,
+    /// Passed to `barrier`; each member has its own.
+    pub ctx: *mut c_void,
+}
+
 /// Partials to merge and where the result goes.
 ///
 /// For `treeattn_merge_partials` o is [partial, token, head, dim] and lse [partial, token, head]; for
@@ -586,6 +610,7 @@ versioned! {
     treeattn_device_info_t 408
     treeattn_executor_t 32
     treeattn_comm_config_t 48
+    treeattn_team_t 32
     treeattn_comm_status_t 552
     treeattn_attention_desc_t 128
     treeattn_decode_args_t 600

@@ -2,7 +2,7 @@
 
 use super::backend::Backend;
 use super::context::StepContext;
-use super::{Route, RouteMemory};
+use super::{Place, Route, RouteMemory};
 use crate::attention::merge::MergeStep;
 use crate::attention::{Algorithm, OutputMode, Step};
 use crate::device::cuda::CudaStream;
@@ -31,16 +31,16 @@ impl Alone {
 }
 
 impl Route for Alone {
-    unsafe fn decode(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
+    unsafe fn decode(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
         // SAFETY: the caller's promise; the output of a plan without exchange holds all heads.
-        let fault = unsafe { self.backend.attend(step, stream) }?;
+        let fault = unsafe { self.backend.attend(step, place) }?;
         context.count_step();
         context.report_own(fault)
     }
 
-    unsafe fn partial(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
+    unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
         // SAFETY: the caller's promise.
-        let fault = unsafe { self.backend.attend(step, stream) }?;
+        let fault = unsafe { self.backend.attend(step, place) }?;
         context.report_own(fault)
     }
 

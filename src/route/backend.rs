@@ -6,9 +6,9 @@ use crate::device::cuda::CudaStream;
 use crate::error::Result;
 use crate::partial::DataFault;
 
-use super::RouteMemory;
+use super::{Place, RouteMemory};
 
-/// A rank's means to attend its shard and to merge given partials, without other ranks. `stream` as in
+/// A rank's means to attend its shard and to merge given partials, without other ranks. `place` and `stream` as in
 /// [`Route`](super::Route).
 pub(crate) trait Backend: Send + Sync {
     /// Attends the shard and writes this rank's partial, all heads, to the step's output. Gives the bad data that it met, if
@@ -16,7 +16,7 @@ pub(crate) trait Backend: Send + Sync {
     ///
     /// # Safety
     /// As [`Route::partial`](super::Route::partial).
-    unsafe fn attend(&self, step: &Step, stream: Option<&CudaStream>) -> Result<Option<DataFault>>;
+    unsafe fn attend(&self, step: &Step, place: Place<'_>) -> Result<Option<DataFault>>;
 
     /// Writes the one partial of `step` to its output.
     ///

@@ -108,8 +108,9 @@ pub(crate) enum Call {
     Decode(i32),
     /// Partials that the engine made.
     Merge,
-    /// A decode step by `RING`, of so many sequences.
-    Ring(i32),
+    /// A decode step by `RING`, of so many sequences, on so many threads: every rank works out the same partials, whose bits
+    /// depend on that.
+    Ring(i32, usize),
     /// The check of a decode step of so many sequences, on GPUs.
     Check(i32),
 }
@@ -120,7 +121,7 @@ impl Call {
         match self {
             Call::Decode(batch) => [1, batch as u64],
             Call::Merge => [2, 0],
-            Call::Ring(batch) => [3, batch as u64],
+            Call::Ring(batch, threads) => [3, batch as u64 | (threads as u64) << 32],
             Call::Check(batch) => [4, batch as u64],
         }
     }

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use super::RouteMemory;
 use super::backend::Backend;
 use super::context::StepContext;
 use super::rank::CudaRank;
+use super::{Place, RouteMemory};
 use crate::attention::Step;
 use crate::attention::merge::MergeStep;
 use crate::comm::{OWN_FAULT, PlanLease};
@@ -39,8 +39,8 @@ impl GpuShard {
 }
 
 impl Backend for GpuShard {
-    unsafe fn attend(&self, step: &Step, stream: Option<&CudaStream>) -> Result<Option<DataFault>> {
-        self.backend.decode(step, self.stream(stream)?)?;
+    unsafe fn attend(&self, step: &Step, place: Place<'_>) -> Result<Option<DataFault>> {
+        self.backend.decode(step, self.stream(place.stream())?)?;
         Ok(None)
     }
 

@@ -19,6 +19,7 @@
 
 use crate::attention::merge::MergeStep;
 use crate::attention::{Algorithm, Step};
+use crate::device::Executor;
 use crate::device::cuda::CudaStream;
 use crate::error::Result;
 use crate::partial::RowTarget;
@@ -46,11 +47,40 @@ pub(crate) struct RouteMemory {
     pub exchange: usize,
 }
 
+/// Where a step is attended.
+#[derive(Clone, Copy)]
+pub(crate) enum Place<'a> {
+    /// On a CUDA stream of the plan's device, where it is enqueued.
+    Stream(&'a CudaStream),
+    /// On the calling thread and the threads of its rank.
+    Caller,
+    /// On the calling thread and other threads of the engine, for this step alone.
+    Team(&'a dyn Executor),
+}
+
+impl<'a> Place<'a> {
+    /// The stream, if it is one.
+    pub fn stream(self) -> Option<&'a CudaStream> {
+        match self {
+            Place::Stream(stream) => Some(stream),
+            Place::Caller | Place::Team(_) => None,
+        }
+    }
+
+    /// The threads of a step on a CPU rank, whose own are `own`.
+    pub fn executor(self, own: &'a dyn Executor) -> &'a dyn Executor {
+        match self {
+            Place::Team(team) => team,
+            Place::Caller | Place::Stream(_) => own,
+        }
+    }
+}
+
 /// What one plan does with a step, on one rank. Steps of a plan are serialised by the caller; the other calls may come from
 /// any thread.
 ///
-/// `stream` is the CUDA stream of the plan's device to enqueue on. None: the step runs on the calling thread and is done when
-/// the call returns, also with the error of the step. Routes of GPUs refuse none. No step allocates.
+/// `stream`, or a `place` that is one, is the CUDA stream of the plan's device to enqueue on. None: the step runs on the calling
+/// thread and is done when the call returns, also with the error of the step. Routes of GPUs refuse none. No step allocates.
 ///
 /// A step that fails on the calling thread leaves its output as it is, and its group unbroken, but for what its own exchange
 /// broke: that is whoever called it's to do, for all routes alike ([`Route::write_nan`]).
@@ -75,13 +105,13 @@ pub(crate) trait Route: Send + Sync {
     /// # Safety
     /// The step was checked for the context's descriptor, shard and heads. Its memory is the plan's device's, and stays
     /// valid, and unchanged by others, until the step is done.
-    unsafe fn decode(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()>;
+    unsafe fn decode(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()>;
 
     /// Attends this rank's shard and writes its own partial, all heads.
     ///
     /// # Safety
     /// As [`Route::decode`], for a step whose output holds all heads.
-    unsafe fn partial(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()>;
+    unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()>;
 
     /// Whether the route merges partials; `Unsupported` where it exchanges something else.
     fn check_merge(&self, _context: &StepContext) -> Result<()> {

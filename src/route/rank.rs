@@ -29,6 +29,10 @@ pub(crate) struct CpuRank {
     pub rounds: Box<dyn Rounds>,
     /// The threads that compute its steps.
     pub executor: Box<dyn Executor + Send>,
+    /// The most threads of a step: those, or a team of the engine's.
+    pub most_threads: usize,
+    /// The most members of a team.
+    pub most_members: usize,
     /// The instruction set of its steps.
     pub isa: Isa,
     /// The node of each rank.

@@ -255,7 +255,17 @@ fn cpu_rank(
             Box::new(Workers::new(threads, &format!("treeattn-{}", rounds.shard().rank), spin)?)
         }
     };
-    Ok(Rank::Cpu(Arc::new(CpuRank { rounds, executor, isa: runtime.cpu_isa(), nodes, calls: AtomicU64::new(0) })))
+    let threads = executor.threads();
+    let most_members = if config.max_team == 0 { threads } else { config.max_team };
+    Ok(Rank::Cpu(Arc::new(CpuRank {
+        rounds,
+        executor,
+        most_threads: threads.max(most_members),
+        most_members,
+        isa: runtime.cpu_isa(),
+        nodes,
+        calls: AtomicU64::new(0),
+    })))
 }
 
 fn cpu_ranks(runtime: &Runtime, group: Vec<LocalRank>, config: &CommConfig, nodes: &[usize]) -> Result<Vec<Rank>> {

@@ -8,7 +8,7 @@
 //!
 //! `context` is the runtime object, which all others know. `stream`, `buffer` and `communicator` stand beside each other, as
 //! do `merge` and `energy`, which need a stream only; `nccl` makes communicators; `plan` uses communicators and streams,
-//! `plan_creation` makes it on all ranks, `agreement` is how these find out that they make the same one; `selfcheck` uses them
+//! `plan_creation` makes it on all ranks, `plan_team` runs its steps on an engine's team, `agreement` is how these find out that they make the same one; `selfcheck` uses them
 //! all.
 
 mod agreement;
@@ -20,14 +20,15 @@ mod merge;
 mod nccl;
 mod plan;
 mod plan_creation;
+mod plan_team;
 mod selfcheck;
 mod stream;
 
 pub use crate::attention::merge::MergeArgs;
 pub use crate::comm::nccl::UNIQUE_ID_BYTES as NCCL_UNIQUE_ID_BYTES;
 pub use crate::comm::{AllgatherCallback, CommConfig, SendrecvCallback, Transport};
+pub use crate::device::{BarrierCallback, EngineExecutor, ParallelCallback, TaskCallback, TeamMember};
 pub use crate::device::{Device, DeviceInfo, DeviceKind};
-pub use crate::device::{EngineExecutor, ParallelCallback, TaskCallback};
 pub use buffer::Buffer;
 pub use communicator::{CommStatus, Communicator};
 pub use context::{LogCallback, LogLevel, Runtime, RuntimeConfig};

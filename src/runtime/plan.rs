@@ -13,17 +13,18 @@ use super::stream::{RunsOn, Stream};
 use crate::attention::merge::{MergeArgs, MergeStep};
 use crate::attention::{Algorithm, AttentionDesc, DecodeArgs, Keys, OutputMode, Step};
 use crate::device::cuda::CudaStream;
-use crate::device::{Device, DeviceKind, Within, catch};
+use crate::device::{Device, DeviceKind, Team, Within, catch};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::RowTarget;
 use crate::route::choose;
 use crate::route::context::StepContext;
-use crate::route::{Route, RouteMemory};
+use crate::route::rank::Rank;
+use crate::route::{Place, Route, RouteMemory};
 
 /// A shape made ready on one rank. Clones are the same plan. In flight on one stream at a time.
 #[derive(Clone)]
 pub struct Plan {
-    core: Arc<Within<PlanCore>>,
+    pub(super) core: Arc<Within<PlanCore>>,
 }
 
 /// Memory that a plan holds, in bytes. None of it depends on the length of the cache, but for the blocks of `RING`.
@@ -64,7 +65,7 @@ pub struct PlanStats {
 
 /// Where the output of a step goes: query tokens and heads, and their rows.
 #[derive(Clone, Copy)]
-struct StepOutput {
+pub(super) struct StepOutput {
     size: (usize, usize),
     target: RowTarget,
 }
@@ -72,6 +73,8 @@ struct StepOutput {
 pub(super) struct PlanCore {
     pub(super) route: Box<dyn Route>,
     pub(super) context: StepContext,
+    /// Where the threads of an engine's team meet. None on a GPU.
+    pub(super) team: Option<Team>,
     memory: RouteMemory,
     /// Whether a step that runs on the CPU is under way.
     running: AtomicBool,
@@ -79,7 +82,7 @@ pub(super) struct PlanCore {
     in_flight: Mutex<usize>,
     idle: Condvar,
     /// After the route, which uses what the communicator has.
-    comm: Arc<CommCore>,
+    pub(super) comm: Arc<CommCore>,
 }
 
 /// Whether `device` serves `desc`: `Unsupported` names the field that it does not.
@@ -115,18 +118,11 @@ impl Plan {
     /// The buffers that `args` describes stay valid, and unchanged by others, until the step is done.
     pub unsafe fn decode(&self, args: &DecodeArgs, stream: Option<&Stream>) -> Result<()> {
         let core = self.attending()?;
-        let context = &core.context;
-        choose::step_supported(core.comm.device.kind, args)?;
-        let mut step = Step::new(&context.desc, context.shard, args, context.heads.len() as i32)?;
         // SAFETY: the caller's promise.
-        unsafe { core.check_arrays(&mut step, Keys::All) }?;
-        let size = (args.query_tokens as usize, context.heads.len());
-        let output = StepOutput { size, target: step.target(&context.desc) };
+        let (step, output) = unsafe { core.decode_step(args) }?;
         // SAFETY: the step was checked for this plan; the caller keeps its buffers valid until it is done.
         unsafe {
-            self.issue(stream, output, context.desc.output != OutputMode::Local, move |plan, stream| {
-                plan.route.decode(&plan.context, &step, stream)
-            })
+            self.issue(stream, output, core.merges(), move |plan, place| plan.route.decode(&plan.context, &step, place))
         }
     }
 
@@ -144,9 +140,7 @@ impl Plan {
         let size = (args.query_tokens as usize, desc.q_heads as usize);
         let output = StepOutput { size, target: step.target(desc) };
         // SAFETY: as in `decode`, for all heads.
-        unsafe {
-            self.issue(stream, output, false, move |plan, stream| plan.route.partial(&plan.context, &step, stream))
-        }
+        unsafe { self.issue(stream, output, false, move |plan, place| plan.route.partial(&plan.context, &step, place)) }
     }
 
     /// Exchanges and merges partials that the engine made: every rank passes its own.
@@ -162,8 +156,8 @@ impl Plan {
         let output = StepOutput { size, target: step.target };
         // SAFETY: as in `decode`.
         unsafe {
-            self.issue(stream, output, core.context.desc.output != OutputMode::Local, move |plan, stream| {
-                plan.route.merge(&plan.context, &step, stream)
+            self.issue(stream, output, core.merges(), move |plan, place| {
+                plan.route.merge(&plan.context, &step, place.stream())
             })
         }
     }
@@ -227,7 +221,7 @@ impl Plan {
     }
 
     /// The plan, if it is one that attends and its communicator is there.
-    fn attending(&self) -> Result<&PlanCore> {
+    pub(super) fn attending(&self) -> Result<&PlanCore> {
         let core = &*self.core;
         core.comm.check_open()?;
         if core.context.desc.is_merge_only() {
@@ -244,7 +238,7 @@ impl Plan {
     /// the step is done.
     unsafe fn issue<F>(&self, stream: Option<&Stream>, output: StepOutput, merges: bool, step: F) -> Result<()>
     where
-        F: FnOnce(&PlanCore, Option<&CudaStream>) -> Result<()> + Send + 'static,
+        F: FnOnce(&PlanCore, Place<'_>) -> Result<()> + Send + 'static,
     {
         let core = &*self.core;
         let broken = || if merges { core.comm.check_unbroken() } else { Ok(()) };
@@ -255,7 +249,7 @@ impl Plan {
                 if let (true, Some(stream), Some(peers)) = (exchanges, stream, core.comm.rank.gpu_peers()) {
                     stream.tell_failures_of(peers);
                 }
-                broken().and_then(|()| step(core, Some(cuda))).inspect_err(|_| {
+                broken().and_then(|()| step(core, Place::Stream(cuda))).inspect_err(|_| {
                     // A call that was refused leaves the communicator unbroken.
                     if broken().is_err() {
                         // SAFETY: the caller's promise. A GPU that takes no launch writes nothing, and says so itself.
@@ -264,21 +258,8 @@ impl Plan {
                 })
             }
             RunsOn::Caller => {
-                let counts = exchanges && broken().is_ok();
-                let _issued = counts.then(|| core.comm.issue_on(0)).transpose()?;
-                let _exchanging = core.begin(exchanges)?;
-                let _running = core.run_alone()?;
-                let _counted = InFlight::new(&self.core);
                 // SAFETY: the caller's promise.
-                let result = unsafe { core.run(&output, exchanges, || broken().and_then(|()| step(core, None))) };
-                result
-                    .inspect_err(|error| {
-                        // Told here, whoever asks afterwards.
-                        error.claim();
-                    })
-                    .map_err(
-                        |error| if core.comm.group == 0 { error } else { explain_timeout(error, STEP_WITHOUT_STREAM) },
-                    )
+                unsafe { self.run_here(&output, merges, |plan| step(plan, Place::Caller)) }
             }
             RunsOn::Queue(_) if !core.comm.rank.serves_streams() => {
                 let wanted = "NULL: this transport's flags lack TREEATTN_TRANSPORT_STREAM_THREADS, so that its callbacks run on \
@@ -303,7 +284,7 @@ impl Plan {
                     let _exchanging = plan.begin(exchanges)?;
                     let _running = plan.run_alone()?;
                     // SAFETY: the caller's promise, which lasts until this is done.
-                    unsafe { plan.run(&output, exchanges, || step(plan, None)) }
+                    unsafe { plan.run(&output, exchanges, || step(plan, Place::Caller)) }
                 };
                 let (group, timeout) = (core.comm.group, core.context.config.step_timeout);
                 let pushed = match stream {
@@ -315,6 +296,32 @@ impl Plan {
                 pushed.map(drop)
             }
         }
+    }
+
+    /// Runs a step on the calling thread. `merges` as in `issue`.
+    ///
+    /// # Safety
+    /// As `issue`, until this returns.
+    pub(super) unsafe fn run_here<F>(&self, output: &StepOutput, merges: bool, step: F) -> Result<()>
+    where
+        F: FnOnce(&PlanCore) -> Result<()>,
+    {
+        let core = &*self.core;
+        let broken = || if merges { core.comm.check_unbroken() } else { Ok(()) };
+        let exchanges = merges && core.context.exchanges();
+        let counts = exchanges && broken().is_ok();
+        let _issued = counts.then(|| core.comm.issue_on(0)).transpose()?;
+        let _exchanging = core.begin(exchanges)?;
+        let _running = core.run_alone()?;
+        let _counted = InFlight::new(&self.core);
+        // SAFETY: the caller's promise.
+        let result = unsafe { core.run(output, exchanges, || broken().and_then(|()| step(core))) };
+        result
+            .inspect_err(|error| {
+                // Told here, whoever asks afterwards.
+                error.claim();
+            })
+            .map_err(|error| if core.comm.group == 0 { error } else { explain_timeout(error, STEP_WITHOUT_STREAM) })
     }
 }
 
@@ -355,15 +362,39 @@ impl PlanCore {
         let context = StepContext::new(plan, desc, comm.shard(), &comm.config, &comm.board)?;
         let route = choose::choose(&context, &comm.rank)?;
         let memory = route.memory();
+        let team = match &comm.rank {
+            Rank::Cpu(rank) => Some(Team::new(rank.most_members, format!("team of rank {}", context.shard.rank))?),
+            Rank::Cuda(_) => None,
+        };
         Ok(PlanCore {
             route,
             context,
+            team,
             memory,
             running: AtomicBool::new(false),
             in_flight: Mutex::new(0),
             idle: Condvar::new(),
             comm: Arc::clone(comm),
         })
+    }
+
+    /// Whether the output of steps is that of all ranks.
+    pub(super) fn merges(&self) -> bool {
+        self.context.desc.output != OutputMode::Local
+    }
+
+    /// A checked step, and where its output goes.
+    ///
+    /// # Safety
+    /// As [`Plan::decode`].
+    pub(super) unsafe fn decode_step(&self, args: &DecodeArgs) -> Result<(Step, StepOutput)> {
+        let context = &self.context;
+        choose::step_supported(self.comm.device.kind, args)?;
+        let mut step = Step::new(&context.desc, context.shard, args, context.heads.len() as i32)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.check_arrays(&mut step, Keys::All) }?;
+        let size = (args.query_tokens as usize, context.heads.len());
+        Ok((step, StepOutput { size, target: step.target(&context.desc) }))
     }
 
     fn memory(&self) -> PlanMemory {

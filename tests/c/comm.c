@@ -67,7 +67,7 @@ static void creation(void) {
   FIELD(struct_size, SIZE_MAX, "config.struct_size: found");
   config.known.struct_size = sizeof(config);
   config.tail[7] = 0x80;
-  REFUSED("config.struct_size: found 64 with byte 63 set");
+  REFUSED("config.struct_size: found 72 with byte 71 set");
   config.tail[7] = 0;
   CHECK(check_untouched(made, sizeof(made)));
 

@@ -155,6 +155,10 @@ static void steps(void) {
   shard_reset(&shard);
   CHECK_OK(treeattn_plan_decode(plan, &shard.args, NULL));
   CHECK(memcmp(&usual, &shard.outputs, sizeof(usual)) == 0);
+  treeattn_team_t team = TREEATTN_TEAM_INIT;
+  team.size = 1;
+  KEEPS(treeattn_plan_decode_team(plan, &shard.args, &team), TREEATTN_OK);
+  KEEPS(treeattn_plan_decode_team(plan, NULL, &team), TREEATTN_ERROR_INVALID_ARGUMENT);
   KEEPS(treeattn_plan_partial(plan, &shard.args, NULL), TREEATTN_OK);
   CHECK(shard_matches(&shard, &problem));
   CHECK_OK(treeattn_stream_create(runtime, TREEATTN_CPU(0), &stream));

@@ -127,6 +127,7 @@ int main() {
   treeattn::Runtime gone = std::move(runtime);
   gone.reset();
   CHECK(moved.try_decode(TREEATTN_DECODE_ARGS_INIT).code() == TREEATTN_ERROR_PARENT_DESTROYED);
+  CHECK(moved.try_decode_team(TREEATTN_DECODE_ARGS_INIT, TREEATTN_TEAM_INIT).code() == TREEATTN_ERROR_PARENT_DESTROYED);
 
   const auto [first, last] = treeattn::head_range(5, 2, 1);
   CHECK(first == 2 && last == 5);

@@ -227,6 +227,9 @@ static void plans(treeattn_runtime_t *runtime, treeattn_comm_t *comm) {
   outputs_to_seven();
   PANICS(treeattn_plan_decode(plan, &args, NULL));
   PANICS(treeattn_plan_decode(plan, &args, stream));
+  treeattn_team_t team = TREEATTN_TEAM_INIT;
+  team.size = 1;
+  PANICS(treeattn_plan_decode_team(plan, &args, &team));
   PANICS(treeattn_plan_partial(plan, &args, NULL));
   PANICS(treeattn_plan_merge(plan, &one, NULL));
   PANICS(treeattn_merge_partials(runtime, TREEATTN_CPU(0), &two, 2, NULL));

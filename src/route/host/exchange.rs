@@ -7,12 +7,13 @@ use super::scratch::floats;
 use super::wire::Wire;
 use crate::attention::{Shard, head_range};
 use crate::comm::{Round, RoundHeader, Rounds};
+use crate::device::Executor;
 use crate::error::Result;
 use crate::partial::{DataFault, Lse, RowTarget, merge_two};
 use crate::route::context::{Call, StepContext, fingerprint};
 use crate::route::rank::CpuRank;
 
-/// Elements of partials above which all threads of a rank share a merge.
+/// Elements of partials above which all threads of a step share a merge.
 const PARALLEL_MERGE: usize = 1 << 17;
 
 /// The first rank that met bad data, and what it met.
@@ -22,6 +23,8 @@ pub(in crate::route) type RankFault = Option<(i32, DataFault)>;
 pub(in crate::route) struct Exchange<'a> {
     pub context: &'a StepContext,
     pub rank: &'a CpuRank,
+    /// The threads that compute the step.
+    pub executor: &'a dyn Executor,
     /// Query tokens of the step.
     pub tokens: usize,
     /// Where this rank's heads of the merged output go.
@@ -45,11 +48,12 @@ impl<'a> Exchange<'a> {
     pub unsafe fn new(
         context: &'a StepContext,
         rank: &'a CpuRank,
+        executor: &'a dyn Executor,
         tokens: usize,
         target: &'a RowTarget,
     ) -> Exchange<'a> {
         let header = RoundHeader { fingerprint: 0, fault: 0 };
-        Exchange { context, rank, tokens, target, header, wire: Wire::of(&context.desc), own: None }
+        Exchange { context, rank, executor, tokens, target, header, wire: Wire::of(&context.desc), own: None }
     }
 
     /// Opens the step, in which this rank met `fault`. Waits for nobody.
@@ -151,7 +155,7 @@ impl<'a> Exchange<'a> {
 
     /// Calls `work` for parts of `0..rows`, on all threads where there is much to do, each with two rows of its own.
     pub fn share(&self, rows: usize, cost: usize, spare: &mut [f32], work: &Work<'_>) -> Result<()> {
-        let (executor, dim) = (&self.rank.executor, self.dim());
+        let (executor, dim) = (self.executor, self.dim());
         let parts = executor.threads();
         if parts == 1 || cost < PARALLEL_MERGE {
             work(0..rows, &mut spare[..2 * dim]);

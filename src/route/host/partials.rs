@@ -15,7 +15,7 @@ use crate::partial::{DataFault, RowTarget};
 use crate::route::backend::Backend;
 use crate::route::context::{Call, StepContext};
 use crate::route::rank::CpuRank;
-use crate::route::{Route, RouteMemory};
+use crate::route::{Place, Route, RouteMemory};
 
 /// How the partials of all ranks become merged rows.
 pub(in crate::route) trait PartialExchange: Send + Sync {
@@ -57,8 +57,8 @@ impl<E: PartialExchange> PartialRoute<E> {
     unsafe fn exchange(
         &self,
         context: &StepContext,
-        call: Call,
-        tokens: usize,
+        place: Place<'_>,
+        (call, tokens): (Call, usize),
         target: &RowTarget,
         attend: impl FnOnce(&mut Scratch) -> Result<Option<DataFault>>,
         attended: Option<&Step>,
@@ -66,7 +66,8 @@ impl<E: PartialExchange> PartialRoute<E> {
         let _float = FloatState::enter();
         let mut scratch = self.shard.lock();
         // SAFETY: the caller's promise.
-        let mut exchange = unsafe { Exchange::new(context, self.shard.rank(), tokens, target) };
+        let mut exchange =
+            unsafe { Exchange::new(context, self.shard.rank(), self.shard.executor(place), tokens, target) };
         let fault = attend(&mut scratch);
         context.count_step();
         exchange.open(call, fault?)?;
@@ -81,18 +82,19 @@ impl<E: PartialExchange> PartialRoute<E> {
 }
 
 impl<E: PartialExchange> Route for PartialRoute<E> {
-    unsafe fn decode(&self, context: &StepContext, step: &Step, _stream: Option<&CudaStream>) -> Result<()> {
+    unsafe fn decode(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
         let (call, tokens) = (Call::Decode(step.args.batch), step.args.query_tokens as usize);
         let target = step.target(&context.desc);
         // SAFETY: the step was checked for the context's heads, and the caller keeps its memory valid while this runs.
         unsafe {
-            self.exchange(context, call, tokens, &target, |scratch| self.shard.attend_into(step, scratch), Some(step))
+            let attend = |scratch: &mut Scratch| self.shard.attend_into(step, self.shard.executor(place), scratch);
+            self.exchange(context, place, (call, tokens), &target, attend, Some(step))
         }
     }
 
-    unsafe fn partial(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
+    unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
         // SAFETY: the caller's promise.
-        let fault = unsafe { self.shard.attend(step, stream) }?;
+        let fault = unsafe { self.shard.attend(step, place) }?;
         context.report_own(fault)
     }
 
@@ -103,7 +105,7 @@ impl<E: PartialExchange> Route for PartialRoute<E> {
             Ok(None)
         };
         // SAFETY: the step was checked for the context's heads, and the caller keeps its memory valid while this runs.
-        unsafe { self.exchange(context, Call::Merge, step.tokens as usize, &step.target, load, None) }
+        unsafe { self.exchange(context, Place::Caller, (Call::Merge, step.tokens as usize), &step.target, load, None) }
     }
 
     fn memory(&self) -> RouteMemory {

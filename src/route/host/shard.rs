@@ -8,14 +8,14 @@ use super::scratch::Scratch;
 use crate::attention::merge::MergeStep;
 use crate::attention::{AttentionDesc, Step};
 use crate::cpu::CpuBackend;
-use crate::device::FloatState;
 use crate::device::cuda::CudaStream;
+use crate::device::{Executor, FloatState};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::{DataFault, PartialRows, RowTarget};
-use crate::route::RouteMemory;
 use crate::route::backend::Backend;
 use crate::route::context::StepContext;
 use crate::route::rank::CpuRank;
+use crate::route::{Place, RouteMemory};
 
 /// The backend of a plan, with a partial in scratch memory.
 pub(in crate::route) struct HostShard {
@@ -32,10 +32,10 @@ impl HostShard {
         let desc = context.desc;
         let backend = match desc.is_merge_only() {
             true => None,
-            false => Some(CpuBackend::new(&desc, context.shard, rank.executor.threads(), rank.isa)?),
+            false => Some(CpuBackend::new(&desc, context.shard, rank.most_threads, rank.isa)?),
         };
         let dim = desc.head_dim_v as usize;
-        let scratch = Scratch::new(context.desc.most_rows()?, dim, partials, rank.executor.threads())?;
+        let scratch = Scratch::new(context.desc.most_rows()?, dim, partials, rank.most_threads)?;
         Ok(HostShard { desc, backend, rank: Arc::clone(rank), scratch: Mutex::new(scratch) })
     }
 
@@ -55,15 +55,25 @@ impl HostShard {
         self.scratch.lock()
     }
 
+    /// The threads of a step at `place`.
+    pub fn executor<'a>(&'a self, place: Place<'a>) -> &'a dyn Executor {
+        place.executor(&*self.rank.executor)
+    }
+
     /// Attends the shard into the scratch.
     ///
     /// # Safety
     /// As [`Backend::attend`]; the output is not touched.
-    pub unsafe fn attend_into(&self, step: &Step, scratch: &mut Scratch) -> Result<Option<DataFault>> {
+    pub unsafe fn attend_into(
+        &self,
+        step: &Step,
+        executor: &dyn Executor,
+        scratch: &mut Scratch,
+    ) -> Result<Option<DataFault>> {
         let dim = self.desc.head_dim_v as usize;
         let rows = step.args.query_tokens as usize * self.desc.q_heads as usize;
         let (lse, o) = scratch.rows(rows, dim);
-        self.backend()?.attend(step, &*self.rank.executor, PartialRows { o, lse, dim })
+        self.backend()?.attend(step, executor, PartialRows { o, lse, dim })
     }
 
     /// Loads the one partial of `step` into the scratch.
@@ -98,12 +108,12 @@ impl HostShard {
 }
 
 impl Backend for HostShard {
-    unsafe fn attend(&self, step: &Step, _stream: Option<&CudaStream>) -> Result<Option<DataFault>> {
+    unsafe fn attend(&self, step: &Step, place: Place<'_>) -> Result<Option<DataFault>> {
         let _float = FloatState::enter();
         let mut scratch = self.lock();
         // SAFETY: the caller's promise, which is for the output, too.
         unsafe {
-            let fault = self.attend_into(step, &mut scratch)?;
+            let fault = self.attend_into(step, self.executor(place), &mut scratch)?;
             self.write_scratch(step.args.query_tokens as usize, &step.target(&self.desc), &mut scratch);
             Ok(fault)
         }

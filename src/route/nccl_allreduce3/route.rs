@@ -16,7 +16,7 @@ use crate::route::backend::Backend;
 use crate::route::context::StepContext;
 use crate::route::gpu::GpuShard;
 use crate::route::rank::CudaRank;
-use crate::route::{Route, RouteMemory};
+use crate::route::{Place, Route, RouteMemory};
 
 /// Attends, and reduces by NCCL.
 pub(in crate::route) struct NcclAllreduce3 {
@@ -129,8 +129,8 @@ impl Route for NcclAllreduce3 {
         Ok(())
     }
 
-    unsafe fn decode(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
-        let stream = self.shard.stream(stream)?;
+    unsafe fn decode(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
+        let stream = self.shard.stream(place.stream())?;
         let output = AllreduceOutput { tokens: step.args.query_tokens, target: step.target(&context.desc) };
         let attended = Destination::Partial { target: self.kernels.target(), status: self.kernels.status() };
         self.exchange(context, &output, stream, || self.shard.backend.decode_to(step, attended, stream))?;
@@ -139,9 +139,9 @@ impl Route for NcclAllreduce3 {
         Ok(())
     }
 
-    unsafe fn partial(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
+    unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
         // SAFETY: the caller's promise.
-        let fault = unsafe { self.shard.attend(step, stream) }?;
+        let fault = unsafe { self.shard.attend(step, place) }?;
         context.report_own(fault)
     }
 

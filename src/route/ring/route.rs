@@ -21,7 +21,7 @@ use crate::route::host::exchange::{Exchange, RankFault};
 use crate::route::host::scratch::Scratch;
 use crate::route::host::shard::HostShard;
 use crate::route::rank::CpuRank;
-use crate::route::{Route, RouteMemory};
+use crate::route::{Place, Route, RouteMemory};
 
 /// Passes keys and values round.
 pub(in crate::route) struct Ring {
@@ -70,7 +70,7 @@ impl Ring {
         };
         Ok(Ring {
             shard: HostShard::new(context, rank, order.count)?,
-            backend: CpuBackend::new(&one, shard, rank.executor.threads(), rank.isa)?,
+            backend: CpuBackend::new(&one, shard, rank.most_threads, rank.isa)?,
             order,
             block,
             check: Check::new(context)?,
@@ -86,7 +86,7 @@ impl Ring {
         let (own, announced) = (&mut own[..batch], &mut announced[..batch * world]);
         let backend = self.shard.backend()?;
         let fault = backend.survey(step, own)?;
-        exchange.open(Call::Ring(step.args.batch), fault)?;
+        exchange.open(Call::Ring(step.args.batch, exchange.executor.threads()), fault)?;
         let differing = self.check.as_ref().map_or(Ok(None), |check| check.run(exchange, backend, step))?;
         let found = RingStep::announce(exchange, step, own, announced)?;
         if let Some(check) = &self.check {
@@ -106,12 +106,14 @@ impl Ring {
     ///
     /// # Safety
     /// As [`Exchange::new`].
-    unsafe fn exchange(&self, context: &StepContext, step: &Step, target: &RowTarget) -> Result<()> {
+    unsafe fn exchange(&self, context: &StepContext, place: Place<'_>, step: &Step, target: &RowTarget) -> Result<()> {
         let _float = FloatState::enter();
         let mut scratch = self.shard.lock();
         // SAFETY: the caller's promise.
-        let mut exchange =
-            unsafe { Exchange::new(context, self.shard.rank(), step.args.query_tokens as usize, target) };
+        let mut exchange = unsafe {
+            let tokens = step.args.query_tokens as usize;
+            Exchange::new(context, self.shard.rank(), self.shard.executor(place), tokens, target)
+        };
         context.count_step();
         let found = self.run(&mut exchange, step, &mut scratch)?;
         exchange.finish(found)
@@ -135,15 +137,15 @@ impl Route for Ring {
         vec![("threads_per_rank", rank.executor.threads().to_string()), ("cpu_isa", rank.isa.name().to_string())]
     }
 
-    unsafe fn decode(&self, context: &StepContext, step: &Step, _stream: Option<&CudaStream>) -> Result<()> {
+    unsafe fn decode(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
         let target = step.target(&context.desc);
         // SAFETY: the step was checked for the context's heads, and the caller keeps its memory valid while this runs.
-        unsafe { self.exchange(context, step, &target) }
+        unsafe { self.exchange(context, place, step, &target) }
     }
 
-    unsafe fn partial(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
+    unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
         // SAFETY: the caller's promise.
-        let fault = unsafe { self.shard.attend(step, stream) }?;
+        let fault = unsafe { self.shard.attend(step, place) }?;
         context.report_own(fault)
     }
 

@@ -167,7 +167,7 @@ impl RingStep<'_> {
 
     /// This rank's keys and values, into a block.
     fn pack(&self, shard: &CpuBackend, block: &mut [u8]) -> Result<()> {
-        let (me, layout, executor) = (self.exchange.me(), self.block, &*self.exchange.rank.executor);
+        let (me, layout, executor) = (self.exchange.me(), self.block, self.exchange.executor);
         let tokens = self.tokens(me);
         let size = self.bytes(me);
         let scaled = self.scaled(me);
@@ -233,7 +233,7 @@ impl RingStep<'_> {
                 block_step.mask = self.block_mask(block, origin, b);
                 let rows = PartialRows { o: &mut o[own.start * dim..own.end * dim], lse: &mut lse[own], dim };
                 let shard = Shard { rank: origin as i32, ..exchange.context.shard };
-                let fault = self.backend.attend_shard(shard, &block_step, &*exchange.rank.executor, rows)?;
+                let fault = self.backend.attend_shard(shard, &block_step, exchange.executor, rows)?;
                 if fault.is_some() {
                     let message =
                         format!("block of rank {origin}: found bad data in sequence {b}, which both ranks had checked");

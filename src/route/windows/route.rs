@@ -16,7 +16,7 @@ use crate::route::backend::Backend;
 use crate::route::context::{Call, StepContext, fingerprint};
 use crate::route::gpu::GpuShard;
 use crate::route::rank::CudaRank;
-use crate::route::{Route, RouteMemory};
+use crate::route::{Place, Route, RouteMemory};
 
 /// Payload of a rank above which an exchange of `world` ranks goes in two shots.
 ///
@@ -211,16 +211,16 @@ fn choose(desc: &AttentionDesc, world: usize, bytes: usize) -> (ExchangeMode, &'
 }
 
 impl Route for WindowsRoute {
-    unsafe fn decode(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
-        self.enqueue(context, step, self.shard.stream(stream)?)?;
+    unsafe fn decode(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
+        self.enqueue(context, step, self.shard.stream(place.stream())?)?;
         context.count_step();
         context.board.count_step();
         Ok(())
     }
 
-    unsafe fn partial(&self, context: &StepContext, step: &Step, stream: Option<&CudaStream>) -> Result<()> {
+    unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
         // SAFETY: the caller's promise.
-        let fault = unsafe { self.shard.attend(step, stream) }?;
+        let fault = unsafe { self.shard.attend(step, place) }?;
         context.report_own(fault)
     }
 
