@@ -232,6 +232,7 @@ static __device__ __noinline__ void write_unowned(const DecodeParams& p, const P
 
 // Parameters lie in constant memory, which is cold when a kernel begins: an instruction that takes an operand from it
 // stalls on each new line, one line after the other. Fetched like this the lines come together.
+template <bool Terms = false>
 __device__ __forceinline__ void touch_parameters(const DecodeParams& p, int* unused) {
     constexpr int kLines = (offsetof(DecodeParams, exchange) + 63) / 64, kAll = (sizeof(DecodeParams) + 63) / 64;
     const uint32_t* words = reinterpret_cast<const uint32_t*>(&p) + threadIdx.y;  // a zero that the compiler can't see
@@ -241,6 +242,10 @@ __device__ __forceinline__ void touch_parameters(const DecodeParams& p, int* unu
     if (p.flags & kFlagPush) {
 #pragma unroll
         for (int i = kLines; i < kAll; i++) sum ^= words[i * 16];
+    }
+    if constexpr (Terms) {
+#pragma unroll
+        for (int i = sizeof(DecodeParams) / 64; i < (sizeof(TermsParams) + 63) / 64; i++) sum ^= words[i * 16];
     }
     if (threadIdx.x == 0) *unused = static_cast<int>(sum);
 }
@@ -253,7 +258,7 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
     extern __shared__ __align__(128) char shared[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t slots = shared_address(shared) + warp * S::kStages * S::kSlotBytes;
-    touch_parameters(p, reinterpret_cast<int*>(shared + S::kFlagAt) + 1);
+    touch_parameters<S::kTerms>(p, reinterpret_cast<int*>(shared + S::kFlagAt) + 1);
     if constexpr (!S::kRaw) {
         for (int i = 0; i < S::kStages; i++) clear_padding<S>(p, slots + i * S::kSlotBytes, lane);
     }
@@ -336,7 +341,11 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
         copy_async_wait<S::kStages - 1>();
         __syncwarp();
         if (filled == S::kStages && warp == 0 && (p.flags & kFlagPush)) announce(*push);
-        if (tile.keys > 0) family.attend(p, tile, shared, slot);
+        if constexpr (S::kTerms) {
+            if (tile.keys > 0) family.attend(p, tile, shared, slot, walk.stage_memory(stage));
+        } else {
+            if (tile.keys > 0) family.attend(p, tile, shared, slot);
+        }
         if (tile.flags & kSlotPoison) family.poison();
         if (tile.flags & kSlotLast) {
             // The slot is consumed and not yet filled again.

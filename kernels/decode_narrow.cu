@@ -6,6 +6,7 @@
 // of blocks count where 32 dims are summed, or weights taken; those of keys and values likewise. All other types are read
 // where they lie, and widened by way of shared memory.
 #include "decode_mma.cuh"
+#include "weigh.cuh"
 #include "widen.cuh"
 
 namespace treeattn {
@@ -15,6 +16,13 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
     using Base = Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk, HeadDimV>>;
     using typename Base::S;
     static constexpr int kBlocksV = HeadDimV / 32;
+
+    SeenByAll all;
+
+    __device__ __forceinline__ void begin(const DecodeParams& p, const char* shared) {
+        Base::begin(p, shared);
+        all.template begin<S>(p, shared);
+    }
     // A tile that was widened: rows of bf16, 16 bytes apart in banks.
     static constexpr int kPitch16 = (HeadDimQk > HeadDimV ? HeadDimQk : HeadDimV) * 2 + 16;
     static_assert(kTile * kPitch16 <= S::kSlotBytes, "a slot holds a widened tile");
@@ -353,16 +361,16 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
         add_values<Kind>(p, w, grow, values, seen);
     }
 
-    __device__ __forceinline__ void attend(const DecodeParams& p, const Tile& tile, char* shared, uint32_t slot) {
+    __device__ __forceinline__ void attend(const DecodeParams& p, const Tile& tile, char* shared, uint32_t slot,
+                                           char* stage) {
         const Terms& t = terms_of(p);
         const int lane = threadIdx.x % 32, g = lane / 4;
-        const int stage = static_cast<int>((slot - shared_address(shared)) / S::kSlotBytes);
-        RawRows& table = reinterpret_cast<RawRows*>(shared + S::kStageAt)[stage];
+        RawRows& table = *reinterpret_cast<RawRows*>(stage + S::kRowsAt);
         const bool raw = !(p.flags & kFlagNoBulk);
         const float* scales =
             reinterpret_cast<const float*>(reinterpret_cast<const int*>(shared + S::kRowAt) + S::kRows) + lane % 4 * 2;
         const float scale[1][2] = {{scales[0], scales[1]}};
-        const TileTerms<1> terms = ask_terms<S, 1>(p, tile, shared);
+        const TileTerms<1> terms = ask_terms<S, 1>(p, all, tile, shared, stage);
 
         float s[1][4] = {{0.f, 0.f, 0.f, 0.f}}, x[1][4], grow[1][2];
         if (raw) {
@@ -385,7 +393,7 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
 #pragma unroll
             for (int i = 0; i < 4; i++) s[0][i] *= own[i / 2];
         }
-        weigh_tile<S, 1>(p, terms, shared, scale, s, x, this->m, this->l, grow);
+        weigh_tile<1>(p, terms, scale, s, x, this->m, this->l, grow);
         if (__any_sync(kAllLanes, terms.bad_position)) {
             if (lane == 0) report_fault(p, tile.b, kFaultPosition);
             this->poison();

@@ -1,14 +1,17 @@
 // Decode on tensor cores where more happens to scores than a scale: windows, softcap, ALiBi, masks; sinks; lists of kv heads.
 // One kernel has them all, each looked for at run time: what they cost hides behind the keys' way.
 #include "decode_mma.cuh"
+#include "weigh.cuh"
 
 namespace treeattn {
 
 template <int HeadDimQk, int HeadDimV, int Rows, bool Bf16K, bool Bf16V>
-struct MmaTerms : Mma<HeadDimQk, HeadDimV, Rows, Bf16K, Bf16V, true> {
-    using Base = Mma<HeadDimQk, HeadDimV, Rows, Bf16K, Bf16V, true>;
+struct MmaTerms : Mma<HeadDimQk, HeadDimV, Rows, Bf16K, Bf16V, true, SlotTerms<HeadDimQk, HeadDimV, Rows>> {
+    using Base = Mma<HeadDimQk, HeadDimV, Rows, Bf16K, Bf16V, true, SlotTerms<HeadDimQk, HeadDimV, Rows>>;
     using typename Base::S;
     using Base::kRowTiles;
+
+    SeenByAll all;
 
     static __device__ __forceinline__ void stage_query(const DecodeParams& p, const Item& item, char* shared,
                                                        int rows) {
@@ -16,18 +19,23 @@ struct MmaTerms : Mma<HeadDimQk, HeadDimV, Rows, Bf16K, Bf16V, true> {
         stage_terms_of<S>(p, item, shared, rows);
     }
 
-    __device__ __forceinline__ void attend(const DecodeParams& p, const Tile& tile, const char* shared,
-                                           uint32_t slot) {
+    __device__ __forceinline__ void begin(const DecodeParams& p, const char* shared) {
+        Base::begin(p, shared);
+        all.template begin<S>(p, shared);
+    }
+
+    __device__ __forceinline__ void attend(const DecodeParams& p, const Tile& tile, const char* shared, uint32_t slot,
+                                           const char* stage) {
         const int lane = threadIdx.x % 32;
         const float* scales =
             reinterpret_cast<const float*>(reinterpret_cast<const int*>(shared + S::kRowAt) + Rows) + lane % 4 * 2;
         float scale[kRowTiles][2];
 #pragma unroll
         for (int t = 0; t < kRowTiles; t++) scale[t][0] = scales[t * 8], scale[t][1] = scales[t * 8 + 1];
-        const TileTerms<kRowTiles> terms = ask_terms<S, kRowTiles>(p, tile, shared);
+        const TileTerms<kRowTiles> terms = ask_terms<S, kRowTiles>(p, all, tile, shared, stage);
         float s[kRowTiles][4], x[kRowTiles][4], grow[kRowTiles][2];
         Base::scores(p, s, shared, slot);
-        weigh_tile<S, kRowTiles>(p, terms, shared, scale, s, x, this->m, this->l, grow);
+        weigh_tile<kRowTiles>(p, terms, scale, s, x, this->m, this->l, grow);
         if (__any_sync(kAllLanes, terms.bad_position)) {
             if (lane == 0) report_fault(p, tile.b, kFaultPosition);
             this->poison();

@@ -6,6 +6,7 @@
 //   treeattn_decode_mma_d{QK}x{V}_r{ROWS}_{TYPES}   ROWS = 8 or 16 packed query rows a tile
 //   treeattn_decode_terms_d{QK}x{V}_r8_{TYPE}       the same with windows, masks and whatever else changes scores
 //   treeattn_decode_narrow_d{QK}x{V}_r8             the same of k and v of any types, and with scales
+//   treeattn_decode_packed_d{QK}x{V}_r8_{TYPE}      the same of k and v of one byte an element, in whole units of 16 bytes
 //   treeattn_merge_partials                         merge of n given partials
 //   treeattn_exchange                               exchange of partials with peers
 //   treeattn_check, treeattn_check_outputs          what comes before and after the steps of plans with the flag CHECKED
@@ -18,8 +19,8 @@
 // rows than ROWS runs as more tiles, so every kernel of a class is correct for every shape: choose r2 up to 2 rows, r8 up
 // to 8, r16 above.
 //
-// Kernels of decode_terms and decode_narrow take TermsParams. Their classes are 64x64, 128x128 and 256x256; TYPE is bf16 or
-// f16. To decode_narrow kFlagNoBulk says that rows have to be widened by way of shared memory: some row of k or v is of a type
+// Kernels of decode_terms, decode_narrow and decode_packed take TermsParams. Their classes are 64x64, 128x128 and 256x256; TYPE is
+// bf16 or f16. Those of decode_packed are 64x64 and 128x128, for these head dims alone, and f8_e4m3 or int8. To decode_narrow kFlagNoBulk says that rows have to be widened by way of shared memory: some row of k or v is of a type
 // that widen.cuh does not widen in registers, or its blocks do not lie side by side.
 //
 // Beside each kernel NAME the image holds a constant NAME_shape of type KernelShape, for that architecture.
@@ -130,7 +131,7 @@ struct DecodeParams {
     __device__ __forceinline__ int head_dim_v() const { return target.dim; }
 };
 
-// What a step has beside that, for kernels of decode_terms.cu and decode_narrow.cu. Strides are bytes, and may be 0.
+// What a step has beside that, for kernels that take TermsParams. Strides are bytes, and may be 0.
 struct Terms {
     const void* sinks;        // f32 [q head]; null: none. Merged by rank 0 alone
     const void* slopes;       // f32 [q head]; null: none

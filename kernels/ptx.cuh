@@ -113,6 +113,52 @@ __device__ __forceinline__ uint32_t fma_bf16(uint32_t x, uint32_t y, uint32_t z)
     return r;
 }
 
+// x + y, x * y of two f16 each, rounded once.
+__device__ __forceinline__ uint32_t add_f16(uint32_t x, uint32_t y) {
+    uint32_t r;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+    return r;
+}
+__device__ __forceinline__ uint32_t multiply_f16(uint32_t x, uint32_t y) {
+    uint32_t r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+    return r;
+}
+// The lower or upper two bytes of a word, f8_e4m3, as two f16.
+template <bool Upper>
+__device__ __forceinline__ uint32_t f16_of_e4m3(uint32_t word) {
+#if __CUDA_ARCH__ >= 890
+    uint32_t r;
+    if constexpr (Upper) {
+        asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, high; }" : "=r"(r) : "r"(word));
+    } else {
+        asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low; }" : "=r"(r) : "r"(word));
+    }
+    return r;
+#else
+    const uint32_t x = pick_bytes(word, 0, Upper ? 0x3424u : 0x1404u);
+    // 2^8 times too small, and 480 where there is no number.
+    const uint32_t r = multiply_f16(x >> 1 & 0x3f803f80u | x & 0x80008000u, 0x5c005c00u);
+    const uint32_t odd = (x & 0x7f007f00u) + 0x01000100u & 0x80008000u;
+    return r | (odd >> 15) * 0x7fffu;
+#endif
+}
+
+// 16 and 8 bytes of shared memory.
+__device__ __forceinline__ uint4 load_shared_four(uint32_t address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
+__device__ __forceinline__ uint2 load_shared_two(uint32_t address) {
+    uint2 x;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+    return x;
+}
+
 // Transposes an 8 x 8 matrix of 16-bit elements that lies over the warp as multiply's operands do.
 __device__ __forceinline__ uint32_t transpose(uint32_t x) {
     uint32_t y;

@@ -80,12 +80,20 @@ struct Rows16 {
 // A pipeline slot of a tile of 16-bit elements.
 template <int HeadDimQk, int HeadDimV>
 struct Slot16 {
-    static constexpr bool kRaw = false;
+    static constexpr bool kRaw = false, kPacked = false;
+    static constexpr int kMostWarps = 8;
     using RowsK = Rows16<HeadDimQk>;
     using RowsV = Rows16<HeadDimV>;
     static constexpr int kVAt = kTile * RowsK::kPitch;
     static constexpr int kTileBytes = kVAt + kTile * RowsV::kPitch;
     static constexpr int kStageBytes = 0;  // beside the slot, of each stage
+};
+
+// The same, with the mask elements of a tile beside it: up to 4 bytes each.
+constexpr int kMaskBytes = kTile * 4;  // of a row
+template <int HeadDimQk, int HeadDimV, int Rows>
+struct SlotTerms : Slot16<HeadDimQk, HeadDimV> {
+    static constexpr int kStageBytes = Rows * kMaskBytes;
 };
 
 // Bytes of a packed row of `dim` elements of a type that kernels widen in registers.
@@ -106,12 +114,38 @@ struct RawRows {
 };
 template <int HeadDimQk, int HeadDimV>
 struct SlotRaw {
-    static constexpr bool kRaw = true;
+    static constexpr bool kRaw = true, kPacked = false;
+    static constexpr int kMostWarps = 8;
     using RowsK = RowsRaw<HeadDimQk>;
     using RowsV = RowsRaw<HeadDimV>;
     static constexpr int kVAt = kTile * RowsK::kPitch;
     static constexpr int kTileBytes = kVAt + kTile * RowsV::kPitch;
-    static constexpr int kStageBytes = static_cast<int>(sizeof(RawRows));
+    static constexpr int kStageBytes = 8 * kMaskBytes + static_cast<int>(sizeof(RawRows));
+};
+
+// A pipeline slot of rows of bytes, whole units of them at addresses of whole units, as they are in memory but for the order of
+// a row's units: lanes read those of several rows at once, and should find them in different banks.
+template <int Dim>
+struct RowsOfBytes {
+    static constexpr int kPitch = Dim, kUnits = Dim / 16;
+    static_assert(Dim == 64 || Dim == 128, "units of a row");
+    // Of k four lanes read a unit each of every row; of v two lanes one, of every second row.
+    template <bool OfV>
+    static __device__ __forceinline__ constexpr uint32_t at(int row, int unit) {
+        const int mask = OfV ? row / 2 % (kUnits / 2) * 2 : kUnits == 8 ? row % 2 * 4 : 0;
+        return row * kPitch + (unit ^ mask) * 16;
+    }
+};
+template <int Dim>
+struct SlotPacked {
+    static constexpr bool kRaw = true, kPacked = true;
+    static constexpr int kMostWarps = 12;
+    using RowsK = RowsOfBytes<Dim>;
+    using RowsV = RowsOfBytes<Dim>;
+    static constexpr int kVAt = kTile * Dim;
+    static constexpr int kTileBytes = 2 * kVAt;
+    // Masks, and scales: of k, then of v.
+    static constexpr int kStageBytes = 8 * kMaskBytes + 2 * kTile * static_cast<int>(sizeof(float));
 };
 
 // Terms: the kernel takes TermsParams, and QueryBytes hold what rows need of them (TermsBlock) last.
@@ -120,7 +154,7 @@ template <int HeadDimQk, int HeadDimV, int Rows, int QueryBytes, bool Terms = fa
 struct Shape {
     static constexpr int kRows = Rows;
     static constexpr bool kTerms = Terms;
-    static constexpr bool kRaw = Slot::kRaw;
+    static constexpr bool kRaw = Slot::kRaw, kPacked = Slot::kPacked;
     static constexpr int kDimQk = HeadDimQk, kDimV = HeadDimV;
     static constexpr int kBlocks = 1;
     // O in fp32 goes over a consumed slot at an item's end. The pitch keeps a warp's stores in different banks.
@@ -132,7 +166,7 @@ struct Shape {
     static constexpr int kSlotBytes = kTileBytes > kCloseBytes ? kTileBytes : kCloseBytes;
     static_assert(kVAt % 128 == 0 && kSlotBytes % 128 == 0, "units change places within 128 bytes");
     static constexpr int kSmall = 1024 + static_cast<int>(sizeof(PushState)) + static_cast<int>(sizeof(SliceScratch)) +
-                                  Rows * 8 + 8 * (Rows * 8 + 4 + static_cast<int>(sizeof(Cursor<Terms>)));
+                                  Rows * 8 + Slot::kMostWarps * (Rows * 8 + 4 + static_cast<int>(sizeof(Cursor<Terms>)));
     static constexpr int kEntryBytes = kTile * 4;
     static constexpr int per_warp(int stages) {
         return stages * (kSlotBytes + static_cast<int>(sizeof(SlotInfo)) + kEntryBytes + Slot::kStageBytes);
@@ -140,7 +174,7 @@ struct Shape {
     static constexpr bool fits(int warps, int stages) {
         return warps * per_warp(stages) + QueryBytes + kSmall <= kSharedLimit / kBlocks - (kBlocks - 1) * 512;
     }
-    static constexpr int kWarps = fits(8, 2) ? 8 : fits(4, 2) ? 4 : 2;
+    static constexpr int kWarps = fits(Slot::kMostWarps, 2) ? Slot::kMostWarps : fits(8, 2) ? 8 : fits(4, 2) ? 4 : 2;
     static constexpr int kStages = fits(kWarps, 4) ? 4 : fits(kWarps, 3) ? 3 : 2;
     static_assert(fits(kWarps, kStages), "shared memory");
     static constexpr int kThreads = kWarps * 32;
@@ -150,6 +184,8 @@ struct Shape {
     static constexpr int kInfoAt = kQueryAt + QueryBytes;
     static constexpr int kEntriesAt = kInfoAt + kWarps * kStages * static_cast<int>(sizeof(SlotInfo));
     static constexpr int kStageAt = kEntriesAt + kWarps * kStages * kEntryBytes;
+    static constexpr int kStageBytes = Slot::kStageBytes;
+    static constexpr int kRowsAt = Rows * kMaskBytes;  // in a stage after the elements of the mask: RawRows, or scales
     static constexpr int kStateAt = kStageAt + kWarps * kStages * Slot::kStageBytes;
     static constexpr int kRowAt = kStateAt + kWarps * Rows * 8;
     static constexpr int kItemAt = kRowAt + Rows * 8;

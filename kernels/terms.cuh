@@ -68,13 +68,18 @@ static __device__ __noinline__ SlotRange visible_slots(const DecodeParams& p, in
     return SlotRange{static_cast<int>(begin), static_cast<int>(max(begin, end))};
 }
 
+// Bytes of an element.
+__device__ __forceinline__ int mask_size(const Terms& t) {
+    return t.mask_element == kMaskF32 ? 4 : t.mask_element == kMaskF16 ? 2 : 1;
+}
+
 // Whether the mask has an element for each of `keys` slots and `tokens` query tokens of a sequence.
 static __device__ __noinline__ bool mask_reaches(const DecodeParams& p, int b, int tokens, int keys) {
     const Terms& t = terms_of(p);
     // Strides are at least 0; a product beyond 63 bits is beyond any buffer.
     const int64_t last[4] = {b, p.q_heads - 1, tokens - 1, keys - 1};
     uint64_t room = t.mask_bytes;
-    const uint64_t size = t.mask_element == kMaskF32 ? 4 : t.mask_element == kMaskF16 ? 2 : 1;
+    const uint64_t size = mask_size(t);
     if (t.mask == nullptr || room < size) return false;
     room -= size;
 #pragma unroll 1
@@ -91,14 +96,13 @@ struct alignas(16) RowTerms {
     const char* mask;  // the element of slot 0; null: none
     int low;           // the first slot that is seen, or (explicit placement) the first position
     int high;          // the last one
-    int position;      // of the query token
+    int position;      // of the query token; contiguous placement: less that of slot 0
     float slope;       // in log2 units
     float factor;      // of the mask, in log2 units
     float sink;        // -inf: none
 };
 struct alignas(16) ItemTerms {
     const int32_t* positions;  // explicit placement: where that of slot 0 is said
-    int64_t start;             // contiguous placement: that of slot 0
 };
 
 template <int Rows>
@@ -118,7 +122,6 @@ __device__ __forceinline__ void stage_terms_of(const DecodeParams& p, const I& i
         it.positions = p.kv_position == nullptr
                            ? nullptr
                            : p.kv_position + item.b * p.kv_position_stride + item.head * t.kv_position_head_stride;
-        it.start = p.kv_start == nullptr ? 0 : p.kv_start[item.b];
         block.item = it;
     }
 #pragma unroll 1
@@ -131,7 +134,8 @@ __device__ __forceinline__ void stage_terms_of(const DecodeParams& p, const I& i
             if (needs_positions(p)) {
                 const int64_t position = position_of(p, item.b, item.first_token, item.tokens, token);
                 const int64_t zero = 0, most = INT32_MAX, before = position - t.window;
-                r.position = static_cast<int>(position);
+                const int64_t start = p.placement == kContiguous && p.kv_start != nullptr ? p.kv_start[item.b] : 0;
+                r.position = static_cast<int>(position - start);
                 if (p.placement == kExplicit) {
                     if (p.flags & kFlagCausal) r.high = static_cast<int>(position);
                     if (t.window > 0) r.low = static_cast<int>(before + 1);
@@ -154,135 +158,12 @@ __device__ __forceinline__ void stage_terms_of(const DecodeParams& p, const I& i
     }
 }
 
-// What a tile's scores get beside their products, asked for before the products are made. [row tile][half * 2 + row of the
-// lane], as the scores.
-template <int RowTiles>
-struct TileTerms {
-    int position[2];        // of the lane's keys: the global one where it matters, else the slot
-    int place[2];           // what bounds are compared with
-    float bias[RowTiles][4];
-    uint32_t seen;          // one bit a score: t * 4 + half * 2 + row
-    bool bad_position;
-};
-
-template <class S, int RowTiles, class T>
-__device__ __forceinline__ TileTerms<RowTiles> ask_terms(const DecodeParams& p, const T& tile, const char* shared) {
-    const auto& block = *reinterpret_cast<const TermsBlock<S::kRows>*>(shared + S::kTermsAt);
-    const Terms& t = terms_of(p);
-    const int lane = threadIdx.x % 32;
-    TileTerms<RowTiles> out;
-    out.seen = 0;
-    out.bad_position = false;
-    const bool by_position = p.placement == kExplicit && needs_positions(p);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int key = half * 8 + lane / 4, slot = tile.base + key;
-        const bool live = key < tile.keys;
-        int position = slot;
-        if (by_position) {
-            if (live) position = block.item.positions[slot];
-            if (live && position < 0) out.bad_position = true;
-            out.place[half] = position;
-        } else {
-            out.place[half] = slot;
-            if (t.slopes != nullptr) {
-                if (p.placement == kContiguous) {
-                    position = static_cast<int>(block.item.start + slot);
-                } else {
-                    const int run = p.interleave, nth = slot / run;
-                    position = static_cast<int>((static_cast<int64_t>(nth) * p.world + p.rank) * run + (slot - nth * run));
-                }
-            }
-        }
-        out.position[half] = position;
-#pragma unroll
-        for (int n = 0; n < RowTiles; n++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const RowTerms& row = block.rows[n * 8 + lane % 4 * 2 + i];
-                bool sees = live && out.place[half] <= row.high && out.place[half] >= row.low;
-                float bias = 0.f;
-                if (t.mask_element != kMaskNone && sees && row.mask != nullptr) {
-                    const char* at = row.mask + slot * t.mask_stride[3];
-                    if (t.mask_element == kMaskByte) {
-                        sees = *reinterpret_cast<const uint8_t*>(at) != 0;
-                    } else {
-                        const float x = t.mask_element == kMaskF32
-                                            ? *reinterpret_cast<const float*>(at)
-                                            : unpack_pair<false>(*reinterpret_cast<const uint16_t*>(at)).x;
-                        sees = x != -infinity();
-                        bias = sees ? row.factor * x : 0.f;
-                    }
-                }
-                out.bias[n][half * 2 + i] = bias;
-                out.seen |= static_cast<uint32_t>(sees) << (n * 4 + half * 2 + i);
-            }
-        }
-    }
-    return out;
-}
-
-// Turns the products s of a tile with its keys into weights x against the running maxima m, which grow by `grow`, and adds them
-// to the sums l of this lane's keys. scale: of products, to log2 units.
-template <class S, int RowTiles>
-__device__ __forceinline__ void weigh_tile(const DecodeParams& p, const TileTerms<RowTiles>& terms, const char* shared,
-                                           const float (&scale)[RowTiles][2], float (&s)[RowTiles][4],
-                                           float (&x)[RowTiles][4], float (&m)[RowTiles][2], float (&l)[RowTiles][2],
-                                           float (&grow)[RowTiles][2]) {
-    const auto& block = *reinterpret_cast<const TermsBlock<S::kRows>*>(shared + S::kTermsAt);
-    const Terms& t = terms_of(p);
-    const int lane = threadIdx.x % 32;
-    const bool capped = t.softcap > 0.f;
-#pragma unroll
-    for (int n = 0; n < RowTiles; n++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const RowTerms& row = block.rows[n * 8 + lane % 4 * 2 + i];
-            float factor = scale[n][i];
-            if (capped) {
-                const float inverse = factor * t.cap_inverse;
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    s[n][half * 2 + i] = t.softcap * tanhf(s[n][half * 2 + i] * inverse);
-                }
-                factor = kLog2E;
-            }
-            const float slope = row.slope;
-            float distance[2];
-            bool sees[2];
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int away = row.position - terms.position[half];
-                distance[half] = static_cast<float>(away < 0 ? -away : away);
-                sees[half] = terms.seen >> (n * 4 + half * 2 + i) & 1;
-                // A hidden score becomes -inf, whatever it was.
-                const float score = fmaf(s[n][half * 2 + i], factor,
-                                         fmaf(-slope, distance[half], terms.bias[n][half * 2 + i]));
-                x[n][half * 2 + i] = sees[half] ? score : -infinity();
-            }
-            float top = fmaxf(x[n][i], x[n][2 + i]);
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 4));
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 8));
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 16));
-            const float before = m[n][i], now = fmaxf(before, top);
-            const float reference = now == -infinity() ? 0.f : now;
-            const bool coarse = fabsf(reference) >= kCoarse;
-            m[n][i] = now;
-            grow[n][i] = exp2_approx(before - reference);
-            float sum = 0.f;
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int at = half * 2 + i;
-                // Summed unrounded, except where the rounding of a score is so coarse that the largest would be far from its
-                // own reference.
-                float power = fmaf(s[n][at], factor, fmaf(-slope, distance[half], terms.bias[n][at] - reference));
-                if (coarse) power = x[n][at] - reference;
-                x[n][at] = sees[half] ? exp2_approx(power) : 0.f;
-                sum += x[n][at];
-            }
-            l[n][i] = fmaf(l[n][i], grow[n][i], sum);
-        }
-    }
+// Whether tiles bring their mask elements with them (Walk::copy_mask): where those of a row lie side by side, and begin at
+// multiples of 16 bytes.
+__device__ __forceinline__ bool mask_is_staged(const Terms& t) {
+    if (t.mask == nullptr || t.mask_element == kMaskNone) return false;
+    const int64_t any = reinterpret_cast<int64_t>(t.mask) | t.mask_stride[0] | t.mask_stride[1] | t.mask_stride[2];
+    return (any & 15) == 0 && t.mask_stride[3] == mask_size(t);
 }
 
 // Merges the partial (0, sink) into that of a row, m in log2 units: gives what its sums are to be multiplied by. The

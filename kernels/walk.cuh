@@ -20,9 +20,17 @@ struct HeadOf<true> {
     int head;
 };
 
+// Where mask elements come from with a tile: 16 bytes a lane, those of slot 0. Null: none come.
+template <bool Terms>
+struct MaskOf {};
+template <>
+struct MaskOf<true> {
+    const char* mask;
+};
+
 // The walk of one warp along its block's slice; it fills pipeline slots.
 template <class S>
-struct Walk : HeadOf<S::kRaw> {
+struct Walk : HeadOf<S::kRaw>, MaskOf<S::kTerms> {
     const DecodeParams& p;
     char* shared;
     int b;                // sequence
@@ -111,6 +119,7 @@ struct Walk : HeadOf<S::kRaw> {
                 tile += seq.first_tile, tile_end += seq.first_tile;
                 take_list(seq, even.head);
                 find_rows(even.head);
+                find_mask(even.head, even.row_tile, seq.tokens);
             }
             read_entries(0);
         }
@@ -195,6 +204,7 @@ struct Walk : HeadOf<S::kRaw> {
         if (lane == 0) cursor() = at;
         __syncwarp();
         find_rows(at.head);
+        if constexpr (S::kTerms) find_mask(at.head, at.row_tile, at.seq.tokens);
         read_entries(stage);
     }
 
@@ -281,9 +291,39 @@ struct Walk : HeadOf<S::kRaw> {
         return (p.kv_layout == kBlockTable ? p.block_table : p.page_indices) + page_row;
     }
 
+    // What comes with a tile beside its rows.
+    __device__ __forceinline__ char* stage_memory(int stage) const {
+        return shared + S::kStageAt + (warp * S::kStages + stage) * S::kStageBytes;
+    }
+
+    // The mask's rows for an item: as many 16-byte units a row as an element has bytes. Rows past the last are that once more.
+    __device__ __forceinline__ void find_mask(int head, int row_tile, int tokens) {
+        const Terms& t = terms_of(p);
+        this->mask = nullptr;
+        if (!mask_is_staged(t)) return;
+        const int size = mask_size(t), row = lane / size;
+        if (row >= S::kRows) return;
+        const int packed = min(row_tile * S::kRows + row, tokens * p.group - 1);
+        const int token = tokens == 1 ? 0 : packed / p.group;
+        const int64_t q_head = static_cast<int64_t>(head) * p.group + packed - token * p.group;
+        this->mask = static_cast<const char*>(t.mask) + b * t.mask_stride[0] + q_head * t.mask_stride[1] +
+                     token * t.mask_stride[2] + lane % size * 16;
+    }
+
+    // Brings a tile's mask elements, row after row, with zeros for keys that there are not.
+    __device__ __forceinline__ void copy_mask(int stage, int base, int live) const {
+        if (this->mask == nullptr || live == 0) return;
+        const int size = mask_size(terms_of(p));
+        const int bytes = min(max(live * size - lane % size * 16, 0), 16);
+        copy_async16(shared_address(stage_memory(stage)) + lane * 16, bytes > 0 ? this->mask + static_cast<int64_t>(base) * size : nowhere(), bytes);
+    }
+
     // Copies the warp's next tile into a slot; says whether a page of it does not exist.
     __device__ __forceinline__ bool copy_next(int stage, int base, int live) {
-        if constexpr (S::kRaw) {
+        if constexpr (S::kTerms) copy_mask(stage, base, live);
+        if constexpr (S::kPacked) {
+            return copy_packed(*this, stage, base, live);
+        } else if constexpr (S::kRaw) {
             return copy_raw(stage, base, live);
         } else {
             return copy_tile(stage, base, live);
@@ -391,7 +431,7 @@ struct Walk : HeadOf<S::kRaw> {
     __device__ __forceinline__ bool copy_raw(int stage, int base, int live) {
         const Terms& t = terms_of(p);
         const uint32_t slot_address = shared_address(shared) + (warp * S::kStages + stage) * S::kSlotBytes;
-        RawRows& table = reinterpret_cast<RawRows*>(shared + S::kStageAt)[warp * S::kStages + stage];
+        RawRows& table = *reinterpret_cast<RawRows*>(stage_memory(stage) + S::kRowsAt);
         const bool of_v = lane >= kTile;
         const int row = lane % kTile, slot = base + row;
         const char* from = of_v ? v_row : k_row;

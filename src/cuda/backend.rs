@@ -132,7 +132,7 @@ impl CudaBackend {
         // How many tokens each sequence has is known to the device only; the mean is known here.
         let each = (step.args.query_tokens as u32).div_ceil(step.args.batch.max(1) as u32);
         let (rows, scaled) = (i64::from(self.desc.group()) * i64::from(each), step.scaled().contains(&true));
-        let Some(decode) = attention.kernels.choose(rows, scaled) else {
+        let Some(decode) = attention.kernels.choose(rows, scaled, self.in_units(step, 1)) else {
             return Err(Error::new(ErrorKind::Internal, "plan: found no kernel"));
         };
         let mut parameters = self.parameters(&attention.fixed, step);
@@ -216,7 +216,7 @@ impl CudaBackend {
     fn parameters(&self, fixed: &DecodeParams, step: &Step) -> DecodeParams {
         let args = &step.args;
         let ints = |pointer: *const i32| pointer as u64;
-        let no_bulk = if self.bulk(step) { 0 } else { params::NO_BULK };
+        let no_bulk = if self.in_units(step, 2) { 0 } else { params::NO_BULK };
         let [k_end, v_end, ..] = step.token_ends(&self.desc);
         DecodeParams {
             q: args.q.data as u64,
@@ -251,8 +251,8 @@ impl CudaBackend {
         }
     }
 
-    /// Whether every row of k and v is dense and begins at a multiple of 16 bytes.
-    fn bulk(&self, step: &Step) -> bool {
+    /// Whether every row of k and v, of elements of `size` bytes, is dense and begins at a multiple of 16 bytes.
+    fn in_units(&self, step: &Step, size: i64) -> bool {
         let outer = if self.desc.kv_layout == KvLayout::Strided { step.args.batch } else { step.args.num_pages };
         let tokens = if self.desc.kv_layout == KvLayout::Strided { i32::MAX } else { self.desc.page_size };
         // The stride of a dimension of one is never used.
@@ -260,7 +260,7 @@ impl CudaBackend {
         [(step.args.k.data as usize, step.k_stride), (step.args.v.data as usize, step.v_stride)].iter().all(
             |(address, stride)| {
                 let aligned = |(&n, &s): (&i32, &i64)| n <= 1 || s % 16 == 0;
-                address % 16 == 0 && stride[3] == 2 && extents.iter().zip(&stride[..3]).all(aligned)
+                address % 16 == 0 && stride[3] == size && extents.iter().zip(&stride[..3]).all(aligned)
             },
         )
     }

@@ -46,7 +46,7 @@ impl Decode {
             return Err(Error::new(ErrorKind::Internal, format!("{name}: found {shape:?} in the image")));
         }
         let takes_all_types = source == "decode_narrow";
-        let takes_terms = takes_all_types || source == "decode_terms";
+        let takes_terms = takes_all_types || source == "decode_terms" || source == "decode_packed";
         Ok(Decode { kernel, shape, grid: grid as u32, takes_terms, takes_all_types })
     }
 
@@ -69,6 +69,8 @@ pub(super) struct Kernels {
     narrow: Option<Decode>,
     /// More.
     wide: Option<Decode>,
+    /// Any number of rows of queries, where rows of k and v are of one byte an element and lie in whole units.
+    packed: Option<Decode>,
     /// For steps with scales, and where there is no other.
     all_types: Option<Decode>,
 }
@@ -89,15 +91,17 @@ impl Kernels {
             false => format!("{}_{}", desc.k_dtype.name(), desc.v_dtype.name()),
         };
         let all_types = load(true, "decode_narrow", format!("treeattn_decode_narrow_d{terms_qk}x{terms_v}_r8"))?;
+        let name = format!("treeattn_decode_packed_d{qk}x{v}_r8_{dtypes}");
+        let packed = load(terms::may_be_packed(desc), "decode_packed", name)?;
         let has_terms = terms::are_in(desc);
         let is_half = |dtype: Dtype| matches!(dtype, Dtype::F16 | Dtype::Bf16);
         if !is_half(desc.k_dtype) || !is_half(desc.v_dtype) || has_terms && !alike {
-            return Ok(Kernels { fma: None, narrow: None, wide: None, all_types });
+            return Ok(Kernels { fma: None, narrow: None, wide: None, packed, all_types });
         }
         if has_terms {
             let name = format!("treeattn_decode_terms_d{terms_qk}x{terms_v}_r8_{dtypes}");
             let narrow = load(true, "decode_terms", name)?;
-            return Ok(Kernels { fma: None, narrow, wide: None, all_types });
+            return Ok(Kernels { fma: None, narrow, wide: None, packed, all_types });
         }
         let mma = |rows: i32| format!("treeattn_decode_mma_d{qk}x{v}_r{rows}_{dtypes}");
         let fma = format!("treeattn_decode_fma_d{qk}x{v}_r2_{dtypes}");
@@ -109,16 +113,21 @@ impl Kernels {
             fma: load(has_fma, "decode_fma", fma)?,
             narrow: load((most > 2 || !has_fma) && (group <= 8 || !has_wide), "decode_mma", mma(8))?,
             wide: load(most > 8 && has_wide, "decode_mma", mma(16))?,
+            packed,
             all_types,
         })
     }
 
     pub fn all(&self) -> impl Iterator<Item = &Decode> {
-        [&self.fma, &self.narrow, &self.wide, &self.all_types].into_iter().flatten()
+        [&self.fma, &self.narrow, &self.wide, &self.packed, &self.all_types].into_iter().flatten()
     }
 
-    /// The kernel for sequences of about `rows` rows, of a step that has scales or none; each is right for any number.
-    pub fn choose(&self, rows: i64, scaled: bool) -> Option<&Decode> {
+    /// The kernel for sequences of about `rows` rows, of a step that has scales or none, and whose k and v lie in whole units or
+    /// do not; each is right for any number.
+    pub fn choose(&self, rows: i64, scaled: bool, in_units: bool) -> Option<&Decode> {
+        if let Some(packed) = self.packed.as_ref().filter(|_| in_units) {
+            return Some(packed);
+        }
         if scaled {
             return self.all_types.as_ref();
         }

@@ -10,6 +10,15 @@ pub(super) fn are_in(desc: &AttentionDesc) -> bool {
     window > 0 || softcap > 0.0 || alibi || sinks || mask != MaskKind::None || pages_by_head
 }
 
+/// Whether a shape's rows of k and v are those of `kernels/decode_packed.cu`, where they lie in whole units of 16 bytes.
+pub(super) fn may_be_packed(desc: &AttentionDesc) -> bool {
+    let dim = desc.head_dim_qk;
+    matches!(desc.k_dtype, Dtype::F8E4M3 | Dtype::Int8)
+        && desc.v_dtype == desc.k_dtype
+        && matches!(dim, 64 | 128)
+        && desc.head_dim_v == dim
+}
+
 /// Whether a step's rows of k and v come into shared memory as they are, to be widened in registers (`kernels/widen.cuh`):
 /// those of some types, where their blocks lie side by side.
 pub(super) fn copies_rows(desc: &AttentionDesc, step: &Step) -> bool {

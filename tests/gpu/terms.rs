@@ -7,6 +7,7 @@ use crate::mirror::Ready;
 use crate::numerics::MOST;
 use crate::support::case::Case;
 use crate::support::rank::Ints;
+use crate::support::rng::Rng;
 use crate::support::run::judge;
 use crate::support::terms::MaskValues;
 use crate::support::values::Values;
@@ -283,6 +284,42 @@ pub fn types() {
                 let row = ready.rank.row(&ready.case, token, head).0;
                 let bad = token == 1 && head < 3;
                 assert!((0..64).all(|d| row[d].is_finite() != (bad && d < 32)), "{dtype:?} {token} {head} {row:?}");
+            }
+        }
+    }
+}
+
+/// Rows of bytes in whole units, with scales and whatever else there is, in every layout.
+pub fn bytes() {
+    const LAYOUTS: [(KvLayout, i32); 5] = [
+        (KvLayout::Strided, 0),
+        (KvLayout::BlockTable, 16),
+        (KvLayout::BlockTable, 32),
+        (KvLayout::CsrPages, 1),
+        (KvLayout::CsrPages, 12),
+    ];
+    for (n, (dtype, dim)) in [Dtype::F8E4M3, Dtype::Int8].into_iter().flat_map(|t| [(t, 64), (t, 128)]).enumerate() {
+        for (i, (kv_layout, page_size)) in LAYOUTS.into_iter().enumerate() {
+            let (mask, mask_dtype) = MASKS[(n + i) % 3];
+            let base = AttentionDesc {
+                k_dtype: dtype,
+                v_dtype: dtype,
+                q_dtype: [Dtype::F16, Dtype::Bf16, Dtype::F32][(n / 2 + i) % 3],
+                head_dim_qk: dim,
+                head_dim_v: dim,
+                kv_layout,
+                page_size,
+                ..desc(PLACEMENTS[(n + i) % 4])
+            };
+            let window = if i % 2 == 1 { 40 } else { 0 };
+            let all = AttentionDesc { alibi: true, sinks: true, softcap: 20.0, mask, mask_dtype, window, ..base };
+            let plain = (dtype == Dtype::Int8).then_some([i % 2 == 0, true]);
+            for (desc, scales) in [(base, plain), (all, Some([true, i % 2 == 0]))] {
+                let seed = (n * LAYOUTS.len() + i) as u64;
+                let mut case = Case::plain(desc, 1, &[(150, 2), (0, 1), (33, 3)], Values::Normal, seed);
+                (case.k_scale, case.v_scale) = (scales, scales);
+                case.fill(&mut Rng::new(seed));
+                checked(case);
             }
         }
     }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "builtins.h"
+#include "cuda_fp16.h"
 
 namespace treeattn {
 
@@ -67,6 +68,40 @@ inline uint32_t fma_bf16(uint32_t x, uint32_t y, uint32_t z) {
         r |= (sum != sum ? 0x7fffu : __float_as_uint(sum) >> 16) << i;
     }
     return r;
+}
+
+// Exact where the kernels ask for them, as above.
+template <class Change>
+inline uint32_t change_f16(uint32_t x, uint32_t y, Change change) {
+    uint32_t r = 0;
+    for (int i = 0; i < 32; i += 16) {
+        const auto value = [i](uint32_t bits) { return __half2float({static_cast<uint16_t>(bits >> i)}); };
+        r |= static_cast<uint32_t>(__float2half_rn(change(value(x), value(y))).bits) << i;
+    }
+    return r;
+}
+inline uint32_t add_f16(uint32_t x, uint32_t y) {
+    return change_f16(x, y, [](float a, float b) { return a + b; });
+}
+inline uint32_t multiply_f16(uint32_t x, uint32_t y) {
+    return change_f16(x, y, [](float a, float b) { return a * b; });
+}
+template <bool Upper>
+inline uint32_t f16_of_e4m3(uint32_t word) {
+    uint32_t r = 0;
+    for (int i = 0; i < 2; i++) {
+        const int code = word >> (i + (Upper ? 2 : 0)) * 8 & 0xff, exponent = code >> 3 & 15, mantissa = code & 7;
+        float x = exponent == 0 ? ldexpf(mantissa, -9) : ldexpf(8 + mantissa, exponent - 10);
+        if ((code & 0x7f) == 0x7f) x = NAN;
+        r |= static_cast<uint32_t>(__float2half_rn(code & 0x80 ? -x : x).bits) << 16 * i;
+    }
+    return r;
+}
+inline uint4 load_shared_four(uint32_t address) {
+    return *reinterpret_cast<const uint4*>(emulator::shared_pointer(address));
+}
+inline uint2 load_shared_two(uint32_t address) {
+    return *reinterpret_cast<const uint2*>(emulator::shared_pointer(address));
 }
 
 inline uint32_t transpose(uint32_t x) { return emulator::transpose(x); }
