@@ -246,6 +246,17 @@ struct Verdict {
     uint32_t cause, rank;
 };
 
+// The first query token that any rank counts to a sequence, and how many there are from it on to the last one. Where ranks
+// agree on another sequence's tokens none of them is among these: on every rank that comes wholly before or after.
+__device__ __forceinline__ int2 tokens_of(const DecodeParams& p, const SequenceRecord* all) {
+    int begin = p.query_tokens, end = 0;
+    for (int rank = 0; rank < p.exchange.world; rank++) {
+        begin = min(begin, max(all[rank].first_token, 0));
+        end = max(end, min(all[rank].first_token, p.query_tokens) + min(all[rank].tokens, p.query_tokens));
+    }
+    return make_int2(begin, max(min(end, p.query_tokens) - begin, 0));
+}
+
 // The first rank whose value is not that of the largest party, or, where none is the largest, not that of rank 0; -1: all
 // have the same.
 template <class Value>
@@ -417,7 +428,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
             int2 wrong = make_int2(0, 0);
             const Verdict found = has_come ? judge(c, s.all) : Verdict{kFaultNone, kNoRank};
             if (found.cause != kFaultNone) {
-                wrong = make_int2(s.all[v.rank].first_token, s.all[v.rank].tokens);
+                wrong = tokens_of(c.step, s.all);
                 report_status(v, e.parity(), pack_status(b, found.cause, found.rank));
             }
             c.wrong[b] = wrong;

@@ -191,7 +191,8 @@ struct ExchangeParams {
 // memory, any grid of at least 1 block, the same sequences on all ranks. All blocks of treeattn_check wait for ranks.
 struct CheckParams {
     DecodeParams step;  // with its exchange; k, v, partials and status are not used
-    int2* wrong;        // [batch] first token and tokens of sequences in which ranks do not fit together; of others no tokens
+    int2* wrong;        // [batch] first token and tokens, by any rank, of sequences in which ranks do not fit together; of others
+                        // no tokens
     int32_t first;      // sequence of the launch, and how many: no more records than a slot holds
     int32_t count;
     int32_t needs_positions;  // 1: bad positions are bad data

@@ -59,7 +59,7 @@ const TWICE: &str = "kv_length, kv_start or kv_position: found a position that i
 const MISSING: &str = "kv_length, kv_start or kv_position: found a position below global_length that no rank holds";
 const OUTSIDE: &str = "kv_length, kv_start or kv_position: found a key at or beyond global_length";
 
-const WRONG: [Wrong; 11] = [
+const WRONG: [Wrong; 12] = [
     Wrong {
         placement: CONTIGUOUS,
         change: |_, rank| change_query(rank),
@@ -130,6 +130,13 @@ const WRONG: [Wrong; 11] = [
         message: "query_start: found other query tokens",
         is_rank_known: true,
     },
+    // Rows that are padding on one rank are not for the others.
+    Wrong {
+        placement: CONTIGUOUS,
+        change: |_, rank| (2..4).for_each(|b| rank.set(Ints::QueryStart, b, 1)),
+        message: "query_start: found other query tokens",
+        is_rank_known: true,
+    },
 ];
 
 /// Every rank is told that sequence `b` does not fit together, once, and nobody is broken.
@@ -194,10 +201,9 @@ pub fn disagreements() {
                 continue;
             }
             told(group, 1, wrong.is_rank_known.then_some(at as i32), wrong.message);
-            // Where sequences own other rows, so does the one that is wrong.
-            if !wrong.message.starts_with("query_start") {
-                is_nan_in(&case, &all, &[1], &wanted);
-            }
+            // Where the second sequence owns other rows, so does the third.
+            let others: &[usize] = if wrong.message.starts_with("query_start") { &[1, 2] } else { &[1] };
+            is_nan_in(&case, &all, others, &wanted);
         }
     }
     counts().into_iter().for_each(rollback_that_one_rank_missed);
