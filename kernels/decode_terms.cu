@@ -5,6 +5,9 @@
 
 namespace treeattn {
 
+// Most dims at which a tile's terms are asked for before its products are made: beyond, there are no registers for both.
+constexpr int kEarlyTerms = 128;
+
 template <int HeadDimQk, int HeadDimV, int Rows, bool Bf16K, bool Bf16V>
 struct MmaTerms : Mma<HeadDimQk, HeadDimV, Rows, Bf16K, Bf16V, true, SlotTerms<HeadDimQk, HeadDimV, Rows>> {
     using Base = Mma<HeadDimQk, HeadDimV, Rows, Bf16K, Bf16V, true, SlotTerms<HeadDimQk, HeadDimV, Rows>>;
@@ -21,7 +24,7 @@ struct MmaTerms : Mma<HeadDimQk, HeadDimV, Rows, Bf16K, Bf16V, true, SlotTerms<H
 
     __device__ __forceinline__ void begin(const DecodeParams& p, const char* shared) {
         Base::begin(p, shared);
-        all.template begin<S>(p, shared);
+        if constexpr (HeadDimQk <= kEarlyTerms) all.template begin<S>(p, shared);
     }
 
     __device__ __forceinline__ void attend(const DecodeParams& p, const Tile& tile, const char* shared, uint32_t slot,
@@ -32,9 +35,14 @@ struct MmaTerms : Mma<HeadDimQk, HeadDimV, Rows, Bf16K, Bf16V, true, SlotTerms<H
         float scale[kRowTiles][2];
 #pragma unroll
         for (int t = 0; t < kRowTiles; t++) scale[t][0] = scales[t * 8], scale[t][1] = scales[t * 8 + 1];
-        const TileTerms<kRowTiles> terms = ask_terms<S, kRowTiles>(p, all, tile, shared, stage);
         float s[kRowTiles][4], x[kRowTiles][4], grow[kRowTiles][2];
+        TileTerms<kRowTiles> terms;
+        if constexpr (HeadDimQk <= kEarlyTerms) terms = ask_terms<S, kRowTiles>(p, all, tile, shared, stage);
         Base::scores(p, s, shared, slot);
+        if constexpr (HeadDimQk > kEarlyTerms) {
+            all.template begin<S>(p, shared);
+            terms = ask_terms<S, kRowTiles>(p, all, tile, shared, stage);
+        }
         weigh_tile<kRowTiles>(p, terms, scale, s, x, this->m, this->l, grow);
         if (__any_sync(kAllLanes, terms.bad_position)) {
             if (lane == 0) report_fault(p, tile.b, kFaultPosition);
