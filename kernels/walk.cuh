@@ -315,7 +315,8 @@ struct Walk : HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         if (this->mask == nullptr || live == 0) return;
         const int size = mask_size(terms_of(p));
         const int bytes = min(max(live * size - lane % size * 16, 0), 16);
-        copy_async16(shared_address(stage_memory(stage)) + lane * 16, bytes > 0 ? this->mask + static_cast<int64_t>(base) * size : nowhere(), bytes);
+        copy_async16(shared_address(stage_memory(stage)) + lane * 16,
+                     bytes > 0 ? this->mask + static_cast<int64_t>(base) * size : nowhere(), bytes);
     }
 
     // Copies the warp's next tile into a slot; says whether a page of it does not exist.

@@ -163,7 +163,8 @@ __device__ __forceinline__ float tanh_of(float x) {
 template <int RowTiles>
 __device__ __forceinline__ void weigh_tile(const DecodeParams& p, const TileTerms<RowTiles>& terms,
                                            const float (&scale)[RowTiles][2], float (&s)[RowTiles][4],
-                                           float (&x)[RowTiles][4], float (&m)[RowTiles][2], float (&l)[RowTiles][2], float (&grow)[RowTiles][2]) {
+                                           float (&x)[RowTiles][4], float (&m)[RowTiles][2], float (&l)[RowTiles][2],
+                                           float (&grow)[RowTiles][2]) {
     const Terms& t = terms_of(p);
     float factor[RowTiles][2];
 #pragma unroll

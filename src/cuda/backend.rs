@@ -132,7 +132,7 @@ impl CudaBackend {
         // How many tokens each sequence has is known to the device only; the mean is known here.
         let each = (step.args.query_tokens as u32).div_ceil(step.args.batch.max(1) as u32);
         let (rows, scaled) = (i64::from(self.desc.group()) * i64::from(each), step.scaled().contains(&true));
-        let Some(decode) = attention.kernels.choose(rows, scaled, self.in_units(step, 1)) else {
+        let Some(decode) = attention.kernels.choose(rows, scaled, || self.in_units(step, 1)) else {
             return Err(Error::new(ErrorKind::Internal, "plan: found no kernel"));
         };
         let mut parameters = self.parameters(&attention.fixed, step);

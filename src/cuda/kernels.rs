@@ -124,8 +124,8 @@ impl Kernels {
 
     /// The kernel for sequences of about `rows` rows, of a step that has scales or none, and whose k and v lie in whole units or
     /// do not; each is right for any number.
-    pub fn choose(&self, rows: i64, scaled: bool, in_units: bool) -> Option<&Decode> {
-        if let Some(packed) = self.packed.as_ref().filter(|_| in_units) {
+    pub fn choose(&self, rows: i64, scaled: bool, in_units: impl FnOnce() -> bool) -> Option<&Decode> {
+        if let Some(packed) = self.packed.as_ref().filter(|_| in_units()) {
             return Some(packed);
         }
         if scaled {
