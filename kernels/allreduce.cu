@@ -25,7 +25,8 @@ __device__ __forceinline__ float* bad_data(const AllreduceParams& p) {
     return p.weights + static_cast<int64_t>(p.tokens) * p.heads;
 }
 
-// Bad data in two numbers that a sum with zeros leaves as they are: cause and the upper half of the sequence, its lower half.
+// Writes this rank's bad data as two floats, zeros for the other ranks, so that the sum over ranks has every rank's exactly. The
+// first float holds the cause and the upper half of the sequence's number, the second its lower half.
 __device__ __forceinline__ void begin(const AllreduceParams& p) {
     float* to = bad_data(p);
     const uint64_t word = *p.status;
@@ -47,7 +48,7 @@ __device__ __forceinline__ void weigh(const AllreduceParams& p, int64_t row) {
     const int lane = threadIdx.x % 32;
     const float lse = p.lse[row], most = p.most[row];
     float* o = p.o + row * p.head_dim;
-    // A NaN of a peer may have lost against a number: its own weight is then NaN, and so is the sum.
+    // The allreduce by maximum may drop a peer's NaN. That peer's own weight is NaN then, and so is the sum of the weights.
     const bool bad = !(most < infinity());
     double weight = exp(static_cast<double>(lse) - static_cast<double>(most));
     if (lse == -infinity()) weight = 0.0;
@@ -83,7 +84,7 @@ __device__ __forceinline__ void finish(const AllreduceParams& p, int64_t row) {
     if (lane == 0) p.lse[row] = -infinity();
 }
 
-// The bad data of the lowest rank goes to the host.
+// Tells the host of the bad data of the lowest rank that met any, and counts the step as ended.
 __device__ __forceinline__ void end(const AllreduceParams& p) {
     const float* bad = bad_data(p);
     for (int i = 0; i < p.world && *p.failed == 0; i++) {

@@ -36,15 +36,15 @@ constexpr int kSums = 6;
 
 struct CheckState {
     SlotTable slots;
-    SequenceRecord own;             // of the sequence at hand
+    SequenceRecord own;             // of the current sequence
     SequenceRecord all[kMaxRanks];  // of all ranks
     unsigned long long sums[kSums];
     int taken;
     int is_bad;
 };
 
-// A word of an input at place `index`, mixed so that sums tell inputs apart: the finaliser of MurmurHash3, by Austin Appleby,
-// in the public domain.
+// Mixes the word with number `index` of an input, so that sums of mixed words differ where inputs do: the finaliser of
+// MurmurHash3, by Austin Appleby, in the public domain.
 __device__ __forceinline__ uint64_t mixed(uint64_t index, uint64_t word) {
     uint64_t x = word + (index + 1) * 0x9e3779b97f4a7c15ull;
     x = (x ^ x >> 33) * 0xff51afd7ed558ccdull;
@@ -52,7 +52,7 @@ __device__ __forceinline__ uint64_t mixed(uint64_t index, uint64_t word) {
     return x ^ x >> 33;
 }
 
-// Where the query tokens of the sequences before b end. By the whole block.
+// The token after the last query token of the sequences before b. Called by the whole block.
 __device__ __forceinline__ int taken_before(const DecodeParams& p, int b, CheckState& s) {
     if (p.query_start == nullptr) return 0;
     int taken = 0;
@@ -127,8 +127,8 @@ __device__ __forceinline__ void sum_positions(const CheckParams& c, int b, int k
     }
 }
 
-// Whether the step will find something of a sequence out of range that `read_sequence` does not look at: the calling thread's
-// part. Such data is reported as bad, not as a disagreement.
+// The calling thread's part of a check of what `read_sequence` does not look at: pages and positions. The step itself reports
+// such values as bad data, so that they are no disagreement of ranks.
 __device__ __forceinline__ bool is_bad_data(const CheckParams& c, int b, const Sequence& seq) {
     const DecodeParams& p = c.step;
     bool is_bad = false;
@@ -153,7 +153,7 @@ __device__ __forceinline__ bool is_bad_data(const CheckParams& c, int b, const S
     return is_bad;
 }
 
-// Makes the record of sequence b. By the whole block, which has it after the next barrier.
+// Makes the record of sequence b in `s.own`. Called by the whole block, which may read the record after the next barrier.
 __device__ __forceinline__ void make_record(const CheckParams& c, int b, CheckState& s) {
     const DecodeParams& p = c.step;
     if (threadIdx.x < kSums) s.sums[threadIdx.x] = 0;
@@ -204,7 +204,7 @@ __device__ __forceinline__ void make_record(const CheckParams& c, int b, CheckSt
     s.own = r;
 }
 
-// Pushes the record at hand to every rank, as the n-th of the exchange. By the whole block.
+// Pushes `s.own` to every rank, as the n-th record of the exchange. Called by the whole block.
 __device__ __forceinline__ void push_record(const CheckState& s, const Epoch& e, int world, int n) {
     if (e.broken) return;
     const uint32_t* words = reinterpret_cast<const uint32_t*>(&s.own);
@@ -246,8 +246,8 @@ struct Verdict {
     uint32_t cause, rank;
 };
 
-// The first query token that any rank counts to a sequence, and how many there are from it on to the last one. Where ranks
-// agree on another sequence's tokens none of them is among these: on every rank that comes wholly before or after.
+// The query tokens that ranks count to a sequence, as one range: its first token and its length. It holds no token of a
+// sequence on which all ranks agree, because that one lies wholly before or wholly after this one on every rank.
 __device__ __forceinline__ int2 tokens_of(const DecodeParams& p, const SequenceRecord* all) {
     int begin = p.query_tokens, end = 0;
     for (int rank = 0; rank < p.exchange.world; rank++) {
@@ -257,8 +257,8 @@ __device__ __forceinline__ int2 tokens_of(const DecodeParams& p, const SequenceR
     return make_int2(begin, max(min(end, p.query_tokens) - begin, 0));
 }
 
-// The first rank whose value is not that of the largest party, or, where none is the largest, not that of rank 0; -1: all
-// have the same.
+// The first rank whose value is not that of most ranks or, where two values are equally frequent, not that of rank 0. -1: all
+// ranks have the same value.
 template <class Value>
 __device__ __forceinline__ int odd_rank(int world, const Value& value) {
     bool same = true;
@@ -296,7 +296,7 @@ static __device__ __noinline__ Verdict judge_contiguous(const SequenceRecord* al
     const auto begin = [&](int rank) { return all[rank].start; };
     const auto end = [&](int rank) { return min(all[rank].start + all[rank].keys, length); };
     const auto has = [&](int rank) { return begin(rank) < end(rank); };
-    // Most often ranks hold them in their order.
+    // Most often the ranges follow each other in rank order.
     int64_t covered = 0;
     bool in_order = true;
     for (int rank = 0; rank < world; rank++) {
@@ -310,7 +310,7 @@ static __device__ __noinline__ Verdict judge_contiguous(const SequenceRecord* al
             }
         }
     }
-    // None overlap: a look at all of them finds the next, until there is none.
+    // No two ranges overlap here. Each pass over the ranks looks for the range that begins where the last one ended.
     uint32_t last = kNoRank;
     covered = 0;
     for (bool found = true; found;) {
@@ -320,7 +320,7 @@ static __device__ __noinline__ Verdict judge_contiguous(const SequenceRecord* al
         }
     }
     if (covered >= length) return {kFaultNone, kNoRank};
-    // Whoever ends too early, or, where none begins at 0, who begins first.
+    // To blame is the rank whose range ends before the gap or, where none begins at 0, the rank whose range begins first.
     if (last != kNoRank) return {kFaultKeysMissing, last};
     int64_t next = INT64_MAX;
     for (int rank = 0; rank < world; rank++) {
@@ -405,20 +405,21 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     __syncthreads();
     if (blockIdx.x == gridDim.x - 1 && warp == warps - 1) push_header(v, e, s.slots);
     delay(DelayPoint::kPush, e.number);
-    // No block holds back what others wait for: it pushes all its records before it waits for any. Warps may not agree on
-    // whether the communicator is broken, so that all of them come to every barrier.
+    // A block pushes all its records before it waits for any, so that no two blocks wait for each other. Warps may differ on
+    // whether the communicator is broken, so every warp takes every barrier.
 #pragma unroll 1
     for (int n = blockIdx.x; n < c.count; n += gridDim.x) {
         make_record(c, c.first + n, s);
         __syncthreads();
         push_record(s, e, v.world, n);
     }
-    // All of the block have read the epoch.
+    // Every warp of the block has read the epoch.
     __syncthreads();
     if (threadIdx.x == 0) end_block(v);
     if (warp != 0) return;
     delay(DelayPoint::kWait, e.number);
-    // The checks of all ranks run then, or have run: what this one still waits for needs no room on the GPU.
+    // Every rank's check kernel runs by then, or has run. What this one still waits for needs no free multiprocessor, so that
+    // dependent launches may start.
     if (!e.broken && wait_headers(v, e, 0)) dependency_launch();
 #pragma unroll 1
     for (int n = blockIdx.x; n < c.count; n += gridDim.x) {

@@ -1,8 +1,8 @@
 // How kernels tell the host of bad data.
 //
-// Two words in mapped host memory: one says what a kernel told last, the one behind it what the host has taken last. Each has
-// one writer, for atomic operations of a GPU on host memory are none for the host. What is pending is decided in device
-// memory, and then copied.
+// A report takes two words in mapped host memory. Kernels write the first: the last report. The host writes the second: the last
+// report that it has read. Each word has one writer, because an atomic operation of a GPU on host memory is not atomic for the
+// host. Which report is pending is decided in a word of device memory and then copied to the host.
 #pragma once
 
 #include "params.cuh"
@@ -10,8 +10,8 @@
 
 namespace treeattn {
 
-// Tells the host of bad data (pack_status), unless what is pending is that of an earlier sequence. What the host has taken is
-// pending no more. `pending`: a word of device memory; `host`: the two words. Any threads of the GPU, at once.
+// Reports bad data (pack_status) to the host, unless a report of an earlier sequence is pending. A report is pending until the
+// host has read it. `pending`: the word of device memory; `host`: the two words. Any number of threads may call it at once.
 static __device__ __noinline__ void tell_bad_data(uint64_t* pending, uint64_t* host, uint64_t status) {
     while (true) {
         const uint64_t taken = load_word(host + kTakenAfter);
@@ -24,11 +24,11 @@ static __device__ __noinline__ void tell_bad_data(uint64_t* pending, uint64_t* h
         }
         if (now == old) {
             __threadfence_system();
-            // Unless it was taken meanwhile, the pending word tells of this step, too.
+            // A report of an earlier sequence is pending. If the host has not read it meanwhile, it stands for this one as well.
             if (load_word(host + kTakenAfter) == taken) return;
         } else if (atomicCAS(reinterpret_cast<unsigned long long*>(pending), static_cast<unsigned long long>(old),
                              static_cast<unsigned long long>(now)) == old) {
-            // Threads that follow each other may store in any order: the last to store has seen the last word.
+            // Stores of several threads may arrive in any order. Each thread stores what is pending until nothing newer is.
             while (true) {
                 store_word(host, now);
                 __threadfence_system();

@@ -48,7 +48,7 @@ struct PlannedTile {
     int keys;   // live keys, 0 to kTile
 };
 
-// A value that all lanes have, as one that the compiler knows to be so.
+// Returns x, which is the same on all lanes, in a form that the compiler knows to be uniform.
 template <class T>
 __device__ __forceinline__ T uniform(T x) {
     return __shfl_sync(kAllLanes, x, 0);
@@ -75,7 +75,7 @@ struct LoadWalk : Walk<S> {
         return lane / Walk<S>::lanes_of(Dim) * kTeamRows<Dim> + lane % kTeamRows<Dim>;
     }
 
-    // Begins an item. Says to the compiler that the lanes agree on where they are: what follows then needs neither
+    // Begins an item. Makes the position of the walk uniform for the compiler, so that the code after it needs neither
     // registers nor branches for each lane.
     __device__ __forceinline__ void settle() {
         tile = uniform(tile), step = uniform(step);
@@ -136,8 +136,8 @@ struct LoadWalk : Walk<S> {
     }
 
     // Loads a tile's rows of K or V: row i of this lane's team into x[i]. Rows past the length and columns past the head
-    // dim are those before once more: no instruction here depends on what there is, and whoever weighs the keys has to
-    // leave them out.
+    // dim repeat the last valid ones, so that no instruction here depends on the length. The code that weighs the keys
+    // leaves them out.
     template <int Dim>
     __device__ __forceinline__ void load(uint4 (&x)[kTeamRows<Dim>], const char* from, const int64_t (&stride)[4],
                                          int dim) const {

@@ -2,7 +2,7 @@
 //
 // The same rules as everywhere: the maximum of all log-sum-exps first, then a sum in index order; a partial with -inf
 // is empty and its o is never read; a lone partial comes out bit by bit; NaN and +inf make the row NaN. Log-sum-exps of base 2
-// are subtracted before they become natural, for rounding would cost what their difference is about.
+// are subtracted first and converted to base e afterwards: rounding each of them would change their difference.
 #include "numbers.cuh"
 #include "params.cuh"
 #include "ptx.cuh"
@@ -11,7 +11,7 @@ namespace treeattn {
 
 constexpr int kMergeColumns = 8;  // of a lane in one pass over the partials
 
-// In units of memory.
+// The log-sum-exp of one partial, in the base that the memory has.
 __device__ __forceinline__ float merge_lse(const MergeParams& p, const char* row, int partial) {
     return p.source.without_plus(*reinterpret_cast<const float*>(row + partial * p.step[1]));
 }

@@ -23,7 +23,7 @@ __device__ __forceinline__ void dependency_wait() {
 #endif
 }
 
-// Lets the launches that depend on this one come up; they still wait for its end.
+// Lets launches that depend on this one start. Their dependency_wait() still waits for the end of this one.
 __device__ __forceinline__ void dependency_launch() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -137,7 +137,7 @@ __device__ __forceinline__ uint32_t f16_of_e4m3(uint32_t word) {
     return r;
 #else
     const uint32_t x = pick_bytes(word, 0, Upper ? 0x3424u : 0x1404u);
-    // 2^8 times too small, and 480 where there is no number.
+    // The bits as f16: 2^8 times too small, and 480 where the byte is a NaN.
     const uint32_t r = multiply_f16(x >> 1 & 0x3f803f80u | x & 0x80008000u, 0x5c005c00u);
     const uint32_t odd = (x & 0x7f007f00u) + 0x01000100u & 0x80008000u;
     return r | (odd >> 15) * 0x7fffu;
@@ -166,7 +166,7 @@ __device__ __forceinline__ uint32_t transpose(uint32_t x) {
     return y;
 }
 
-// A word, through L1, read when the instruction stands there and not later.
+// Loads a word through L1. The load is volatile: the compiler does not move it to where the value is used.
 __device__ __forceinline__ uint32_t load_cached(const void* p) {
     uint32_t x;
     asm volatile("ld.global.ca.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
@@ -218,8 +218,8 @@ __device__ __forceinline__ uint32_t count_arrival(uint32_t* counter, uint32_t la
     return before;
 }
 
-// Words that other GPUs, or the host, write and read while the kernel runs: relaxed, at system scope. A word is whole or
-// not there; of two that are written or read together each is.
+// Loads and stores of words that other GPUs or the host access while the kernel runs: relaxed, at system scope. A word of 64
+// bits is written and read whole. Of two words that are accessed together each is whole, but one may be newer than the other.
 __device__ __forceinline__ void store_word(uint64_t* to, uint64_t x) {
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(x) : "memory");
 }
@@ -237,12 +237,12 @@ __device__ __forceinline__ ulonglong2 load_words(const uint64_t* from) {
     return x;
 }
 
-// Adds to a word of this GPU's, relaxed; nobody waits for it.
+// Adds to a word of this GPU, relaxed, without waiting for the result.
 __device__ __forceinline__ void add_word(uint64_t* to, uint64_t x) {
     asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(to), "l"(x) : "memory");
 }
 
-// A clock that all of a GPU sees alike, nanoseconds.
+// A clock that is the same on all multiprocessors of a GPU, nanoseconds.
 __device__ __forceinline__ uint64_t nanoseconds() {
     uint64_t now;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)::"memory");

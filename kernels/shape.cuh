@@ -41,15 +41,15 @@ struct SlotInfo {
 static_assert(sizeof(SlotInfo) == 48, "copied as three vectors");
 enum : int { kSlotEnd = 1, kSlotLast = 2, kSlotFirst = 4, kSlotPoison = 8, kSlotFinal = 16 };
 
-// Where a warp's walk along a flat slice is, as far as only the steps from item to item need it: in shared memory, for
-// want of registers. All lanes read it, one writes it, with the warp synchronised in between.
+// The part of a warp's position in a flat slice that is needed only where one item ends and the next begins. It lies in shared
+// memory to save registers. All lanes read it and one writes it, with the warp synchronised in between.
 template <bool Terms>
 struct Cursor {
     BlockSlice slice;
     SequenceOf<Terms> seq;
     int64_t item_begin;
     int head, row_tile;
-    Item item;  // the one at hand, as the slot of its first tile will say
+    Item item;  // the current one, as the slot of its first tile will say
 };
 
 // Where a tile's rows of K or V lie in shared memory: one after the other, without a gap, and the 16-byte units of a row in

@@ -91,7 +91,7 @@ static __device__ __noinline__ bool mask_reaches(const DecodeParams& p, int b, i
     return true;
 }
 
-// What a packed row of an item needs, in shared memory; of rows that there are not, nothing is ever hidden.
+// What a packed row of an item needs, in shared memory. Rows of the tile past the last valid one hide no key.
 struct alignas(16) RowTerms {
     const char* mask;  // the element of slot 0; null: none
     int low;           // the first slot that is seen, or (explicit placement) the first position

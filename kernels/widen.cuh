@@ -33,8 +33,8 @@ struct Blocks {
           scaled(at != 0) {}
 };
 
-// How an fp8 number becomes bf16: bits shifted into place, then multiplied by a power of two. `past` carries into a byte's
-// highest bit from those that are no finite numbers.
+// How an fp8 number becomes bf16: bits shifted into place, then multiplied by a power of two. Adding `past` to a byte without its
+// sign sets the highest bit where the byte is no finite number.
 struct Float8 {
     uint32_t shift, mask, power, past;
     bool has_infinity;
@@ -51,11 +51,11 @@ struct Float8 {
     __device__ __forceinline__ uint32_t not_finite(uint32_t word) const {
         return (word & 0x7f7f7f7fu) + past & 0x80808080u;
     }
-    // Of two numbers in the upper bytes of the halves, finite ones.
+    // Widens two finite numbers, which lie in the upper bytes of the halves of x.
     __device__ __forceinline__ uint32_t pair(uint32_t x) const {
         return fma_bf16(x >> shift & mask | x & 0x80008000u, power, 0x80008000u);
     }
-    // The same of any: what is not finite is put in afterwards, for it is rare.
+    // The same for any numbers. Infinities and NaN are rare, and are put in afterwards.
     __device__ __forceinline__ uint32_t any_pair(uint32_t x) const {
         uint32_t r = pair(x);
         const uint32_t odd = not_finite(x & 0xff00ff00u);
@@ -71,13 +71,13 @@ struct Float8 {
     }
 };
 
-// A byte of a shared word as bf16 bits in fp32, of which the lower half is nothing.
+// Byte `byte` of four int8 with their sign bits flipped, as a float. It has at most 8 bits, so that its upper half is the bf16.
 __device__ __forceinline__ float int8_value(uint32_t flipped, int byte) {
     // 2^23 + 128 + x.
     return __uint_as_float(pick_bytes(flipped, 0x4b000000u, 0x7540u + byte)) - 8388736.f;
 }
 
-// 4 bytes at any address of shared memory. What aligned ones do not need is not read.
+// 4 bytes at any address of shared memory. Where the address is aligned the next word is not read.
 __device__ __forceinline__ uint32_t load_bytes4(uint32_t address) {
     const uint32_t from = address & ~3u, bits = (address & 3) * 8;
     return shift_right(load_shared(from), load_shared_if(from + 4, bits != 0), bits);
@@ -89,7 +89,7 @@ __device__ __forceinline__ uint2 load_bytes8(uint32_t address) {
     return make_uint2(shift_right(low, middle, bits), shift_right(middle, high, bits));
 }
 
-// A scale of keys or values as it counts: one that is no finite number makes whatever it scales NaN.
+// A scale of keys or values. One that is not finite becomes NaN, and so does what it scales.
 __device__ __forceinline__ float finite_or_nan(float scale) {
     return fabsf(scale) < infinity() ? scale : not_a_number();
 }
@@ -99,7 +99,7 @@ __device__ __forceinline__ float load_scale(uint32_t address) {
     return unpack_pair<false>(load_shared16(address)).x;
 }
 
-// Bytes 2 i, 2 i + 1 of a word as a pair of bf16. Any: fp8 numbers may be infinite, or none.
+// Bytes 2 i, 2 i + 1 of a word as a pair of bf16. Any: fp8 numbers may be infinite or NaN.
 template <Bytes Kind, bool Any>
 __device__ __forceinline__ uint32_t widen_neighbours(uint32_t word, int i, const Float8& f8) {
     if constexpr (Kind == Bytes::kFloat8) {

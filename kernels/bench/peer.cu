@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr uint64_t kPatience = 1000000000;  // ns
+constexpr uint64_t kTimeout = 1000000000;  // ns
 
 __device__ __forceinline__ uint64_t now() {
     uint64_t ns;
@@ -26,7 +26,7 @@ __device__ __forceinline__ uint32_t get(const uint32_t* from) {
 
 // `turns` times a flag to the peer and one back; the second rank answers the first. `seen` receives the turns that were seen.
 extern "C" __global__ void bench_flag(const uint32_t* mine, uint32_t* peers, uint64_t first, uint64_t turns, uint32_t* seen) {
-    const uint64_t until = now() + kPatience;
+    const uint64_t until = now() + kTimeout;
     uint32_t turn = 0;
     while (turn < turns) {
         if (first) put(peers, turn + 1);
@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(512)
         do {
             asm volatile("ld.volatile.global.u64 %0, [%1];" : "=l"(word) : "l"(inbox + half + i) : "memory");
             if (++looks % 4096 == 0) {
-                until = until ? until : now() + kPatience;
+                until = until ? until : now() + kTimeout;
                 if (now() > until) {
                     atomicAdd(state + 1, 1);
                     return;

@@ -39,7 +39,7 @@ __device__ __forceinline__ void read_pieces(const uint4* data, uint64_t first, u
     add(sink, sum);
 }
 
-// Numbers between -1 and 1 that look random.
+// Pseudo-random numbers between -1 and 1.
 __device__ __forceinline__ float number(uint64_t index) {
     uint64_t x = index * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;

@@ -19,7 +19,8 @@ pub enum Keys {
 }
 
 impl Step {
-    /// Checks the arrays of a step of `desc` for what `shard` holds, and settles by the lengths what a packed cache is. Allocates nothing unless it refuses.
+    /// Checks the arrays of a step of `desc` for what `shard` holds, and settles by the lengths what a packed cache is. Allocates
+    /// nothing unless it refuses.
     ///
     /// # Safety
     /// The arrays are in host memory, as long as the step's fields say, and written by nobody meanwhile.

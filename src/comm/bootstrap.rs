@@ -1,4 +1,4 @@
-//! What every communicator has: an allgather of small blobs, and one fate for all ranks.
+//! What every communicator has: an allgather of small blobs, and a failure that all ranks share.
 
 use crate::attention::Shard;
 use crate::error::{Error, Result};

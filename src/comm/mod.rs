@@ -1,7 +1,7 @@
 //! Communicators: how the ranks of a group find each other, exchange partials, and fail together.
 //!
-//! [`Bootstrap`] is what every rank's end of a group can do: an allgather of small blobs, and one fate for all. [`Rounds`]
-//! are the ends whose steps exchange in host memory. `local` is the group within one process (shared memory, epochs of
+//! [`Bootstrap`] is what every rank's end of a group can do: an allgather of small blobs, and a failure that all share.
+//! [`Rounds`] are the ends whose steps exchange in host memory. `local` is the group within one process (shared memory, epochs of
 //! [`crate::partial::epoch`]) and `transport` a rank whose peers the engine reaches (MPI, gloo); both have rounds. `nccl`
 //! is a rank whose peers NCCL reaches, `gpu` one on a GPU, whose steps exchange in kernels that write into each other's
 //! windows. `tree` says who meets whom in a tree over nodes, `errors` words what ranks say when they fail. Depends on

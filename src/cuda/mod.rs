@@ -3,8 +3,8 @@
 //! [`CudaBackend`] is a plan's part of it: workspace and parameters; `kernels` says which kernels, `terms` what they take beside
 //! queries, keys and values; `params` is what they take, `abi` compares it with `kernels/params.cuh`, `merge` launches the
 //! merge of given partials, `allreduce` what lies between the allreduces of the baseline, `exchange` the exchange of partials
-//! between GPUs, `check` what comes before and after a step that is checked. Depends on `attention`, `partial` and `device` only: what it knows of other ranks is plain data
-//! ([`crate::partial::ExchangeView`]).
+//! between GPUs, `check` what comes before and after a step that is checked. Depends on `attention`, `partial` and `device` only:
+//! what it knows of other ranks is plain data ([`crate::partial::ExchangeView`]).
 
 mod abi;
 mod allreduce;

@@ -6,8 +6,8 @@ use crate::error::Result;
 pub type Job<'a> = dyn Fn(usize) + Sync + 'a;
 
 /// Threads that run one job together: the library's own ([`Workers`](super::Workers)), or the engine's
-/// ([`ParallelFor`](super::ParallelFor), [`Team`](super::Team)). Which thread runs which part makes no difference to a job, whose parts never wait
-/// for each other. Any thread may use one.
+/// ([`ParallelFor`](super::ParallelFor), [`Team`](super::Team)). Which thread runs which part makes no difference to a job, whose
+/// parts never wait for each other. Any thread may use one.
 pub trait Executor: Sync {
     /// Into how many parts a job is cut.
     fn threads(&self) -> usize;

@@ -1,4 +1,4 @@
-//! Which device, and what it is: plain data that the rest of the room and the layers above share.
+//! Which device, and what it is: plain data that the rest of `device` and the layers above share.
 
 use crate::error::{Error, Result};
 

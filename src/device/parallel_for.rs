@@ -1,8 +1,9 @@
 //! The engine's threads, by its own parallel-for.
 //!
 //! The engine's function is not the library's: it may return before its tasks have ended, leave some out, run one twice, or
-//! call one long after everything is gone. So what it passes on to its threads is a [`Gate`], which lives as long as the process,
-//! and lets each task of a run in once, and none while no run is open. A run ends when the gate is closed and nobody is inside.
+//! call one long after the run has ended. So what it passes on to its threads is a [`Gate`], which lives as long as the process.
+//! A gate lets each task of a run begin once, and none while no run is open. A run ends when its gate is closed and no task is
+//! inside.
 
 use std::cell::UnsafeCell;
 use std::ffi::c_void;
@@ -21,7 +22,7 @@ use crate::fault;
 
 /// Most threads of an executor.
 const MAX_THREADS: usize = 1024;
-/// Gates that are kept because tasks may still come to them; an engine that has made so many gets no more.
+/// Most gates that are retained because late tasks may still use them. Beyond that there is no gate for a new run.
 const MOST_KEPT: usize = 4096;
 
 /// A task as the engine calls it.
@@ -84,8 +85,8 @@ impl fmt::Debug for EngineExecutor {
 #[derive(Debug)]
 pub struct ParallelFor {
     engine: EngineExecutor,
-    /// None after a run in which the engine did not keep its promise: that gate is left to what may still come. Held during
-    /// a run: runs are serialised.
+    /// None after a run in which the engine's function did not do what [`ParallelCallback`] says: that gate was retained.
+    /// Locked during a run, so that runs are serialised.
     gate: Mutex<Option<&'static Gate>>,
 }
 
@@ -113,8 +114,8 @@ impl Executor for ParallelFor {
         *held = None;
         let open = OpenGate::new(gate, job, self.engine.threads);
         let (n, data) = (self.engine.threads as i32, std::ptr::from_ref(gate).cast_mut().cast());
-        // SAFETY: whoever made the executor vouched for the function; the gate lives as long as the process, so that the task may
-        // be called with it at any time.
+        // SAFETY: `EngineExecutor::new` was promised that the function may be called with its `ctx` from every thread that runs
+        // a step. The gate lives as long as the process, so that the task may be called with it at any time.
         let code = unsafe { (self.engine.parallel)(self.engine.ctx, n, Some(task), data) };
         drop(open);
         let verdict = gate.verdict(code);
@@ -155,7 +156,7 @@ struct Gate {
     taken: Box<[AtomicBool]>,
     /// Written while the gate is closed and nobody is inside; read by those who find it open.
     job: UnsafeCell<Option<*const Job<'static>>>,
-    /// Rings when the last has left.
+    /// Notified when the last has left.
     left: EventCount,
     /// The first call of the run that should not have been.
     odd: Mutex<Option<OddCall>>,
@@ -176,7 +177,7 @@ unsafe impl Send for Gate {}
 
 /// Gates that no executor uses.
 static FREE: Mutex<Vec<&'static Gate>> = Mutex::new(Vec::new());
-/// Gates to which tasks may still come, and which nobody uses again: held here, so that they count as in use for ever.
+/// Gates that late tasks may still use and that no run uses again. They are never freed.
 static KEPT: Mutex<Vec<&'static Gate>> = Mutex::new(Vec::new());
 
 impl Gate {
@@ -211,12 +212,12 @@ impl Gate {
         })))
     }
 
-    /// For whoever takes one next.
+    /// Makes the gate free for the next executor.
     fn give_back(&'static self) {
         FREE.lock().push(self);
     }
 
-    /// For nobody.
+    /// Retains the gate, for tasks of its last run that may come late.
     fn keep(&'static self) {
         KEPT.lock().push(self);
     }
@@ -260,7 +261,7 @@ impl Gate {
         }
     }
 
-    /// What is to be said of the run that has ended, in which the engine's function returned `code`.
+    /// The result of the run that has ended, in which the engine's function returned `code`.
     fn verdict(&self, code: i32) -> Result<()> {
         let tasks = self.tasks.load(Ordering::Relaxed);
         let missing = self.taken[..tasks].iter().position(|taken| !taken.load(Ordering::Acquire));

@@ -71,13 +71,13 @@ impl Task {
         /// # Safety
         /// `closure` is an `F` that is not used again.
         unsafe fn call<F: FnOnce() -> Result<()>>(closure: *mut u8) -> Result<()> {
-            // SAFETY: the caller's promise; read once, so that it is dropped once.
+            // SAFETY: `closure` points to an `F`. It is read once and not used again, so that it is dropped once.
             (unsafe { closure.cast::<F>().read() })()
         }
         /// # Safety
         /// As `call`.
         unsafe fn discard<F>(closure: *mut u8) {
-            // SAFETY: the caller's promise.
+            // SAFETY: `closure` points to an `F` that is not used again, so that it is dropped once.
             unsafe { closure.cast::<F>().drop_in_place() };
         }
         let mut task = Task { closure: MaybeUninit::uninit(), call: call::<F>, discard: discard::<F> };

@@ -1,4 +1,4 @@
-//! Threads of this room: their names, and that whoever owns one is gone only after it.
+//! Threads of `device`: their names, and that the owner of a thread outlives it.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -25,22 +25,22 @@ pub struct Workers {
 
 #[derive(Debug)]
 struct Shared {
-    /// Rings when there is a job, or the end.
+    /// Notified when there is a job, or the end.
     start: EventCount,
-    /// Rings when the last helper has finished.
+    /// Notified when the last helper has finished.
     done: EventCount,
     /// Helpers that have not finished the job.
     left: AtomicUsize,
     stop: AtomicBool,
     strategy: WaitStrategy,
-    /// Written by `run` while every helper waits for `start`, read by helpers after it rang.
+    /// Written by `run` while every helper waits for `start`, read by helpers after its notification.
     job: UnsafeCell<Option<*const Job<'static>>>,
     panicked: Mutex<Option<String>>,
 }
 
 // SAFETY: the only parts that are not Sync are in `job`. `run` writes it while every helper waits for `start` (`left` is 0, and
-// `running` is held), and the notification orders the write before the helpers' reads. What it points to is Sync, and `run`, which
-// borrows it, returns after the last helper is done with it.
+// `running` is held), and the notification orders the write before the helpers' reads. What it points to is Sync, and `run`,
+// which borrows it, returns after the last helper is done with it.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
@@ -134,8 +134,8 @@ impl Shared {
             if self.stop.load(Ordering::Acquire) {
                 return;
             }
-            // SAFETY: `run` wrote the job before the notification that this helper saw, and writes it again only after this helper has
-            // counted itself out of `left`.
+            // SAFETY: `run` wrote the job before the notification that this helper saw, and writes it again only after this
+            // helper has counted itself out of `left`.
             if let Some(job) = unsafe { *self.job.get() } {
                 // SAFETY: `run` borrows the job until `left` is 0.
                 self.work(index, unsafe { &*job });

@@ -1,4 +1,5 @@
-//! Bad data that a step met on a rank or between ranks, and the one word that carries it: in headers between ranks, in windows, in host memory.
+//! Bad data that a step met on a rank or between ranks, and the one word that carries it: in headers between ranks, in windows,
+//! in host memory.
 
 use super::word::{HIGH_SHIFT, RANK_MASK, RANK_SHIFT, TURN};
 
@@ -168,8 +169,8 @@ impl DataFault {
         }
     }
 
-    /// The word of a fault that rank `rank`, -1 for none, met: the complement of the sequence, 24 bits of the rank, 8 bits of the cause.
-    /// The largest word of a rank is that of its first faulty sequence; 0 is no fault. `pack_status` in
+    /// The word of a fault that rank `rank`, -1 for none, met: the complement of the sequence, 24 bits of the rank, 8 bits of the
+    /// cause. The largest word of a rank is that of its first faulty sequence; 0 is no fault. `pack_status` in
     /// `kernels/params.cuh` makes the same.
     pub fn word(self, rank: i32) -> u64 {
         let sequence = u64::from(u32::MAX - self.sequence as u32);

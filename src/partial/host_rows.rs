@@ -101,7 +101,7 @@ impl RowSource {
 /// `row` is aligned and valid for writes of `len` elements that nothing else uses meanwhile. They hold initialised bytes, and
 /// every bit pattern of `T` is a value.
 unsafe fn packed<'a, T>(row: *mut u8, len: usize) -> &'a mut [T] {
-    // SAFETY: the caller's promise.
+    // SAFETY: the memory is aligned for `T`, `len` elements long, initialised, and used by nobody else, as the contract above says.
     unsafe { std::slice::from_raw_parts_mut(row.cast(), len) }
 }
 

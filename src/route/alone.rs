@@ -32,20 +32,20 @@ impl Alone {
 
 impl Route for Alone {
     unsafe fn decode(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
-        // SAFETY: the caller's promise; the output of a plan without exchange holds all heads.
+        // SAFETY: `decode` was promised what `attend` asks for; the output of a plan without exchange holds all heads.
         let fault = unsafe { self.backend.attend(step, place) }?;
         context.count_step();
         context.report_own(fault)
     }
 
     unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
-        // SAFETY: the caller's promise.
+        // SAFETY: `attend` asks for what this function was promised.
         let fault = unsafe { self.backend.attend(step, place) }?;
         context.report_own(fault)
     }
 
     unsafe fn merge(&self, context: &StepContext, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()> {
-        // SAFETY: the caller's promise.
+        // SAFETY: `write` asks for what this function was promised.
         unsafe { self.backend.write(step, stream) }?;
         context.count_step();
         Ok(())

@@ -16,7 +16,7 @@ use crate::partial::DataFault;
 
 /// The backend of a plan on a GPU.
 pub(in crate::route) struct GpuShard {
-    /// Before the words, which its kernels write.
+    /// Declared before `lease`, so that it is dropped first: its kernels write the lease's words.
     pub backend: CudaBackend,
     /// The plan's words in mapped host memory.
     pub lease: Arc<PlanLease>,

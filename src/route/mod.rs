@@ -82,8 +82,8 @@ impl<'a> Place<'a> {
 /// `stream`, or a `place` that is one, is the CUDA stream of the plan's device to enqueue on. None: the step runs on the calling
 /// thread and is done when the call returns, also with the error of the step. Routes of GPUs refuse none. No step allocates.
 ///
-/// A step that fails on the calling thread leaves its output as it is, and its group unbroken, but for what its own exchange
-/// broke: that is whoever called it's to do, for all routes alike ([`Route::write_nan`]).
+/// A step that fails on the calling thread leaves its output as it is, and its group unbroken unless its own exchange broke it.
+/// The caller then breaks the group and writes NaN ([`Route::write_nan`]), for all routes alike.
 pub(crate) trait Route: Send + Sync {
     /// What must be the same on all ranks beside the descriptor: names and values.
     fn agreement(&self) -> Vec<(&'static str, String)> {

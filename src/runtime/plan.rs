@@ -118,7 +118,7 @@ impl Plan {
     /// The buffers that `args` describes stay valid, and unchanged by others, until the step is done.
     pub unsafe fn decode(&self, args: &DecodeArgs, stream: Option<&Stream>) -> Result<()> {
         let core = self.attending()?;
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller keeps the arrays of `args` valid, and unchanged by others, until the step is done.
         let (step, output) = unsafe { core.decode_step(args) }?;
         // SAFETY: the step was checked for this plan; the caller keeps its buffers valid until it is done.
         unsafe {
@@ -135,7 +135,7 @@ impl Plan {
         let desc = &core.context.desc;
         choose::step_supported(core.comm.device.kind, args)?;
         let mut step = Step::new(desc, core.context.shard, args, desc.q_heads)?;
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller keeps the arrays of `args` valid, and unchanged by others, until the step is done.
         unsafe { core.check_arrays(&mut step, Keys::Some) }?;
         let size = (args.query_tokens as usize, desc.q_heads as usize);
         let output = StepOutput { size, target: step.target(desc) };
@@ -252,13 +252,14 @@ impl Plan {
                 broken().and_then(|()| step(core, Place::Stream(cuda))).inspect_err(|_| {
                     // A call that was refused leaves the communicator unbroken.
                     if broken().is_err() {
-                        // SAFETY: the caller's promise. A GPU that takes no launch writes nothing, and says so itself.
+                        // SAFETY: the output's memory stays valid until the step is done, and this write is enqueued in its
+                        // place. A GPU that takes no launch writes nothing, and says so itself.
                         let _ = unsafe { core.write_nan(&output, Some(cuda)) };
                     }
                 })
             }
             RunsOn::Caller => {
-                // SAFETY: the caller's promise.
+                // SAFETY: this function was promised what `run_here` asks for.
                 unsafe { self.run_here(&output, merges, |plan| step(plan, Place::Caller)) }
             }
             RunsOn::Queue(_) if !core.comm.rank.serves_streams() => {
@@ -270,7 +271,8 @@ impl Plan {
                 if let Err(error) = broken() {
                     // What is enqueued may write to the same output.
                     if queue.finish(core.context.config.step_timeout).unwrap_or(false) {
-                        // SAFETY: the caller's promise.
+                        // SAFETY: the output's memory is host memory that is valid until this returns, and nothing that is
+                        // enqueued writes to it any more.
                         unsafe { core.write_nan(&output, None)? };
                     }
                     return Err(error);
@@ -314,7 +316,7 @@ impl Plan {
         let _exchanging = core.begin(exchanges)?;
         let _running = core.run_alone()?;
         let _counted = InFlight::new(&self.core);
-        // SAFETY: the caller's promise.
+        // SAFETY: this function was promised what `run` asks for.
         let result = unsafe { core.run(output, exchanges, || broken().and_then(|()| step(core))) };
         result
             .inspect_err(|error| {
@@ -391,7 +393,7 @@ impl PlanCore {
         let context = &self.context;
         choose::step_supported(self.comm.device.kind, args)?;
         let mut step = Step::new(&context.desc, context.shard, args, context.heads.len() as i32)?;
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller keeps the arrays of `args` valid, and unchanged by others; `Step::new` checked their pointers.
         unsafe { self.check_arrays(&mut step, Keys::All) }?;
         let size = (args.query_tokens as usize, context.heads.len());
         Ok((step, StepOutput { size, target: step.target(&context.desc) }))
@@ -462,7 +464,7 @@ impl PlanCore {
     /// It is that of a step which was checked for this plan, in memory of the plan's device that stays valid, and unchanged by
     /// others, until this is done.
     unsafe fn write_nan(&self, output: &StepOutput, stream: Option<&CudaStream>) -> Result<()> {
-        // SAFETY: the caller's promise.
+        // SAFETY: `size` is what the target was checked for, and its memory is as this function was promised.
         unsafe { self.route.write_nan(&self.context, output.size, &output.target, stream) }
     }
 }

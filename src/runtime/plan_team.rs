@@ -31,7 +31,7 @@ impl Plan {
             return team.serve(member, &patience);
         }
         team.lead(member, &patience, |met| {
-            // SAFETY: the caller's promise.
+            // SAFETY: the caller keeps the arrays that `args` gives valid, and unchanged by others, until the step is done.
             let (step, output) = args().and_then(|args| unsafe { core.decode_step(&args) })?;
             let executor = match met {
                 // Members that do not fit together are refused, as is what comes when everything is gone.

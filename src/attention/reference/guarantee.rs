@@ -6,8 +6,8 @@
 //!
 //! **Scores.** q.k is summed by chains of fused multiply-adds in L lanes, which then meet in a tree; a chain takes 128
 //! elements at most, and longer rows add up chains. Every rounding is at most u times a partial sum. That makes
-//! N = ceil(min(d, 128) / L) + ceil(d / 128) + log2 L roundings on a path ([`Arithmetic`](super::arithmetic::Arithmetic); one more where
-//! the machine cannot fuse, which rounds products, too). A partial sum is at most sum |q_i k_i| plus what the sum was begun
+//! N = ceil(min(d, 128) / L) + ceil(d / 128) + log2 L roundings on a path ([`Arithmetic`](super::arithmetic::Arithmetic); one
+//! more where the machine cannot fuse, which rounds products, too). A partial sum is at most sum |q_i k_i| plus what the sum was begun
 //! with, a value near the row's largest score m. Begun with -m, the partial sums of key j are at most
 //! S + (m - s_j) / 2 + 3, because what lies beyond s_j on the way has to come back. The weight of a key that is t
 //! below m falls as e^-t, and 2^31 keys weigh no more than e^21.5 of them: over a row the (m - s_j) / 2 count as
@@ -38,19 +38,20 @@
 //! With a 16-bit wire type whose unit is e (2^-11 for f16, 2^-8 for bf16) and whose smallest subnormal is t, each o is
 //! rounded to it T times: once, and once more for what is handed back; in a tree once a level, which makes T
 //! 1 + ceil(log2 R) in one node and 1 + ceil(log2 of the largest node) + ceil(log2 of the nodes) over several, never more
-//! than 2 ceil(log2 R). That costs ((1 + e)^T - 1) A + (R + 1) t. Finite values beyond the type's range become its largest, M: what a rank's o has
-//! beyond M is lost in proportion to that rank's weight, sum_j w_j max(0, |v_j| - M) at most.
+//! than 2 ceil(log2 R). That costs ((1 + e)^T - 1) A + (R + 1) t. Finite values beyond the type's range become its largest, M:
+//! what a rank's o has beyond M is lost in proportion to that rank's weight, sum_j w_j max(0, |v_j| - M) at most.
 //!
 //! **In all**, |error of o| <= u A (24 + 128 / L + 12 + R + 2 N S' + 4 S), the wire's part, and 1 unit in the last place of
-//! a 16-bit output; where x = u (2 N S' + 4 S) is not small, with e^x - 1 in its place, since weights are off by factors; |error of the lse| <= u (128 / L + 12 + R + N S' + 2 S) and half a unit in the last place of the lse,
-//! whatever the wire type. This holds for all algorithms.
+//! a 16-bit output; where x = u (2 N S' + 4 S) is not small, with e^x - 1 in its place, since weights are off by factors;
+//! |error of the lse| <= u (128 / L + 12 + R + N S' + 2 S) and half a unit in the last place of the lse, whatever the wire
+//! type. This holds for all algorithms.
 //!
 //! **Limits.** An average stays in the range of the values, which is all that is left of these bounds for scores past 2^22.
 //! What underflows is lost: weights below 2^-125 of the largest, and 2^-149 of a sum. Scores, and the partial sums of
-//! their products, have to be within float32, scores also times log2 e (of scales beyond 2^-32 to 2^32 the products times that power of two): a row
-//! with one above it is NaN, and one below it weighs nothing, so that a row with no other counts as one without keys; under a
-//! cap both make their row NaN. Values
-//! are summed before they are divided: above 3.4e38 / 128, or 3.4e38 / R between ranks, sums may be infinite.
+//! their products, have to be within float32, scores also times log2 e (of scales beyond 2^-32 to 2^32 the products times that
+//! power of two): a row with one above it is NaN, and one below it weighs nothing, so that a row with no other counts as one
+//! without keys; under a cap both make their row NaN. Values are summed before they are divided: above 3.4e38 / 128, or
+//! 3.4e38 / R between ranks, sums may be infinite.
 
 use super::floats::{Precision, ulp};
 use super::partials::Reference;

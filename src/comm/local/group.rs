@@ -136,7 +136,7 @@ impl Group {
         self.ranks[rank].opened[epoch.slot()].0.read(epoch).map(|header| header.fingerprint)
     }
 
-    /// Whom `me` takes for odd in the openings of a step, where all ranks have opened it.
+    /// The error for a step that all ranks have opened, but not all for the same: it names the odd rank, as `me` sees it.
     pub(super) fn odd_opening(&self, me: usize, epoch: Epoch) -> Option<Error> {
         let world = self.ranks.len();
         if !(0..world).all(|rank| self.opening(rank, epoch).is_some()) {
@@ -184,17 +184,17 @@ impl Group {
                 }
             }
             if Instant::now() >= deadline {
-                // Who has not even begun is to blame before those who may be waiting for it, too.
+                // Ranks that have not begun the step are blamed before those that have, which may be waiting for them, too.
                 let most = (0..self.ranks.len()).map(&absence).max().unwrap_or(Absence::Present);
                 let late_ranks = (0..self.ranks.len()).filter(|&r| most != Absence::Present && absence(r) == most);
                 let missing: Vec<usize> = late_ranks.collect();
                 if !missing.is_empty() || late {
                     let error = errors::timeout(&what(), &missing, limit.field, limit.timeout);
-                    // Should another error be first, nobody is told that it was late.
+                    // If another error comes first, no rank is told that it was late.
                     let _ = self.late.set(missing);
                     return Err(self.break_with(error));
                 }
-                // Everyone is between publishing and arriving.
+                // Every rank has published, but some have not counted themselves yet.
                 (late, deadline) = (true, deadline + GRACE);
             }
             limit.events.wait(seen, self.strategy, Some(deadline));

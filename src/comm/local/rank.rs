@@ -117,7 +117,8 @@ impl Bootstrap for LocalRank {
         let parity = number as usize % SLOTS;
         let complete = {
             let mut blobs = lock(&group.blobs);
-            // Two back: every rank has read it, for every rank gave its next only after that.
+            // Replaces the blob of the allgather before the last. Every rank has read that one, because each gave its blob of
+            // the last allgather only afterwards.
             blobs[self.rank][parity] = (number, blob.to_vec());
             blobs.iter().all(|rank| rank[parity].0 == number)
         };

@@ -17,7 +17,7 @@ impl Group {
         Epoch::from_flag(self.ranks[me].opening.load(Ordering::Relaxed))
     }
 
-    /// The rank that `me` takes for odd in the openings of that step: each has its own view.
+    /// As [`Group::odd_opening`], for the step that `me` opened last.
     pub(super) fn odd(&self, me: usize) -> Option<Error> {
         self.odd_opening(me, self.opened(me))
     }

@@ -77,7 +77,7 @@ impl Drop for Watchdog {
         self.shared.stop.store(true, Ordering::Release);
         self.shared.events.notify();
         if let Some(thread) = self.thread.take() {
-            // A panic in it was its own end.
+            // A panic in the thread has ended it already.
             let _ = thread.join();
         }
     }

@@ -142,8 +142,8 @@ impl MappedWords {
         unsafe { self.word(index) }.fetch_or(bits, Ordering::AcqRel);
     }
 
-    /// The value of word `index`, which the device alone writes, unless it is that of word `taken`, which the host alone writes and
-    /// which becomes that value; else 0.
+    /// The value of word `index`, which the device alone writes; 0 if the host has taken that value before. Word `taken`, which
+    /// the host alone writes, holds the value that it took last.
     ///
     /// # Safety
     /// The allocations that the words are part of have not been dropped.
@@ -151,7 +151,7 @@ impl MappedWords {
         // SAFETY: the caller's promise is that of `word`.
         let (told, taken) = unsafe { (self.word(index), self.word(taken)) };
         let (before, now) = (taken.load(Ordering::Acquire), told.load(Ordering::Acquire));
-        // Of several threads of the host one takes it.
+        // Of several threads of the host only one may take the value.
         let is_mine = now != before && taken.compare_exchange(before, now, Ordering::AcqRel, Ordering::Relaxed).is_ok();
         if is_mine { now } else { 0 }
     }

@@ -105,7 +105,7 @@ pub(super) enum Fate {
     Context,
 }
 
-/// Sorts a status.
+/// What `status` says of the context. It is not 0.
 pub(super) fn fate(status: Status) -> Fate {
     match status {
         2 => Fate::Call(ErrorKind::NoDeviceMemory),

@@ -65,7 +65,7 @@ impl<E: PartialExchange> PartialRoute<E> {
     ) -> Result<()> {
         let _float = FloatState::enter();
         let mut scratch = self.shard.lock();
-        // SAFETY: the caller's promise.
+        // SAFETY: this function was promised what `Exchange::new` asks for of this target and number of tokens, until it returns.
         let mut exchange =
             unsafe { Exchange::new(context, self.shard.rank(), self.shard.executor(place), tokens, target) };
         let fault = attend(&mut scratch);
@@ -93,7 +93,7 @@ impl<E: PartialExchange> Route for PartialRoute<E> {
     }
 
     unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
-        // SAFETY: the caller's promise.
+        // SAFETY: `attend` asks for what this function was promised.
         let fault = unsafe { self.shard.attend(step, place) }?;
         context.report_own(fault)
     }

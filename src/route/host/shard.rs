@@ -101,7 +101,7 @@ impl HostShard {
         let (heads, dim) = (self.desc.q_heads as usize, self.desc.head_dim_v as usize);
         let (lse, o) = scratch.rows(tokens * heads, dim);
         for (row, (&mut lse, o)) in lse.iter_mut().zip(o.chunks_exact(dim)).enumerate() {
-            // SAFETY: every row lies below the tokens and heads that the caller vouches for.
+            // SAFETY: the scratch has as many rows as the target has tokens and heads, and nobody else uses the target's memory.
             unsafe { target.write(row / heads, row % heads, o, lse) };
         }
     }

@@ -140,7 +140,7 @@ impl Route for NcclAllreduce3 {
     }
 
     unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
-        // SAFETY: the caller's promise.
+        // SAFETY: `attend` asks for what this function was promised.
         let fault = unsafe { self.shard.attend(step, place) }?;
         context.report_own(fault)
     }

@@ -70,7 +70,7 @@ impl Drop for Watchdog {
         self.watched.is_over.store(true, Ordering::Release);
         self.watched.events.notify();
         if let Some(thread) = self.thread.take() {
-            // A panic in it was its own end.
+            // A panic in the thread has ended it already.
             let _ = thread.join();
         }
     }

@@ -2,10 +2,12 @@
 
 use crate::attention::{AttentionDesc, MaskElement, Placement};
 
-/// How a token lies in a block: the positions of all keys where they travel, [kv head, key] of sequence
-/// after sequence, then keys and values of all sequences without
-/// gaps, those with the wider numbers first, then masks where the shape has them, [query head, query token, key] of sequence
-/// after sequence. Scales travel behind the positions where the rank's step has them.
+/// How a block lies in memory. Each part holds sequence after sequence, without gaps, in this order:
+///
+/// 1. positions of keys, where they travel: [kv head, key];
+/// 2. scales of keys and of values, where the rank's step has them;
+/// 3. keys and values, those with the wider numbers first;
+/// 4. masks, where the shape has them: [query head, query token, key].
 #[derive(Clone, Copy)]
 pub(super) struct Block {
     /// Rows of positions that travel, 4 bytes a token each: none, one, or one a kv head.

@@ -109,7 +109,7 @@ impl Ring {
     unsafe fn exchange(&self, context: &StepContext, place: Place<'_>, step: &Step, target: &RowTarget) -> Result<()> {
         let _float = FloatState::enter();
         let mut scratch = self.shard.lock();
-        // SAFETY: the caller's promise.
+        // SAFETY: this function was promised what `Exchange::new` asks for of this target and number of tokens, until it returns.
         let mut exchange = unsafe {
             let tokens = step.args.query_tokens as usize;
             Exchange::new(context, self.shard.rank(), self.shard.executor(place), tokens, target)
@@ -144,7 +144,7 @@ impl Route for Ring {
     }
 
     unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
-        // SAFETY: the caller's promise.
+        // SAFETY: `attend` asks for what this function was promised.
         let fault = unsafe { self.shard.attend(step, place) }?;
         context.report_own(fault)
     }

@@ -219,7 +219,7 @@ impl Route for WindowsRoute {
     }
 
     unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
-        // SAFETY: the caller's promise.
+        // SAFETY: `attend` asks for what this function was promised.
         let fault = unsafe { self.shard.attend(step, place) }?;
         context.report_own(fault)
     }
