@@ -1,4 +1,4 @@
-// A warp's walk along its block's slice of the work, and the copies from the cache.
+// A warp's walk along its block's slice of the work: which tile it copies next, and where the rows of it are.
 //
 // A warp takes every kWarps-th key tile of an item and copies it into a ring of kStages shared-memory slots of its own.
 // Copies run ahead over item ends.
@@ -7,6 +7,7 @@
 #include "numbers.cuh"
 #include "params.cuh"
 #include "ptx.cuh"
+#include "row_copies.cuh"
 #include "schedule.cuh"
 #include "shape.cuh"
 
@@ -30,8 +31,8 @@ struct MaskOf<true> {
 
 // The walk of one warp along its block's slice; it fills pipeline slots.
 template <class S>
-struct Walk : HeadOf<S::kRaw>, MaskOf<S::kTerms> {
-    const DecodeParams& p;
+struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
+    using RowCopies<S>::p, RowCopies<S>::lane, RowCopies<S>::warp, RowCopies<S>::l2_policy;
     char* shared;
     int b;                // sequence
     int keys;             // its local slots
@@ -45,15 +46,10 @@ struct Walk : HeadOf<S::kRaw>, MaskOf<S::kTerms> {
     const char* k_row;
     const char* v_row;
     int page_shift;       // log2 of the page size, -1 where it is no power of two
-    uint64_t l2_policy;        // how long L2 is to keep keys and values
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     using Cursor = treeattn::Cursor<S::kTerms>;
     using Sequence = SequenceOf<S::kTerms>;
 
-    // Lanes a row: the next power of two, so that a lane keeps its column.
-    static __host__ __device__ constexpr int lanes_of(int dim) { return dim <= 64 ? 8 : dim <= 128 ? 16 : 32; }
-
-    __device__ __forceinline__ Walk(const DecodeParams& params, char* memory) : p(params), shared(memory) {
+    __device__ __forceinline__ Walk(const DecodeParams& params, char* memory) : RowCopies<S>(params), shared(memory) {
         const unsigned size = p.page_size;
         page_shift = p.kv_layout != kStrided && (size & (size - 1)) == 0 ? __ffs(size) - 1 : -1;
         // Only query tiles after the first read them again.
@@ -316,7 +312,7 @@ struct Walk : HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         const int size = mask_size(terms_of(p));
         const int bytes = min(max(live * size - lane % size * 16, 0), 16);
         copy_async16(shared_address(stage_memory(stage)) + lane * 16,
-                     bytes > 0 ? this->mask + static_cast<int64_t>(base) * size : nowhere(), bytes);
+                     bytes > 0 ? this->mask + static_cast<int64_t>(base) * size : this->nowhere(), bytes);
     }
 
     // Copies the warp's next tile into a slot; says whether a page of it does not exist.
@@ -350,12 +346,12 @@ struct Walk : HeadOf<S::kRaw>, MaskOf<S::kTerms> {
                 v += entry * p.v_stride[0] + inner * p.v_stride[1];
             }
             if (live > 0 && !(p.flags & kFlagNoBulk)) {
-                copy_regular<S::kDimQk, 0>(slot_address, k, p.k_stride[1], live, p.head_dim_qk);
-                copy_regular<S::kDimV, S::kVAt>(slot_address, v, p.v_stride[1], live, p.head_dim_v());
+                this->template copy_regular<S::kDimQk, 0>(slot_address, k, p.k_stride[1], live, p.head_dim_qk);
+                this->template copy_regular<S::kDimV, S::kVAt>(slot_address, v, p.v_stride[1], live, p.head_dim_v());
             } else if (live > 0) {
                 const bool of_v = lane >= kTile;
                 const int64_t r = lane % kTile;
-                copy_elements(p, slot_address, of_v ? v + r * p.v_stride[1] : k + r * p.k_stride[1], live);
+                this->copy_elements(p, slot_address, of_v ? v + r * p.v_stride[1] : k + r * p.k_stride[1], live);
             }
         } else {
             // Lane r addresses row r of K, lane 16 + r row r of V.
@@ -372,10 +368,10 @@ struct Walk : HeadOf<S::kRaw>, MaskOf<S::kTerms> {
             bad = __any_sync(kAllLanes, bad);
             if (bad) live = 0;
             if (live > 0 && !(p.flags & kFlagNoBulk)) {
-                copy_rows<S::kDimQk, 0>(slot_address, from, 0, live, p.head_dim_qk);
-                copy_rows<S::kDimV, S::kVAt>(slot_address, from, kTile, live, p.head_dim_v());
+                this->template copy_rows<S::kDimQk, 0>(slot_address, from, 0, live, p.head_dim_qk);
+                this->template copy_rows<S::kDimV, S::kVAt>(slot_address, from, kTile, live, p.head_dim_v());
             } else if (live > 0) {
-                copy_elements(p, slot_address, from, live);
+                this->copy_elements(p, slot_address, from, live);
             }
         }
         return bad;
@@ -464,155 +460,22 @@ struct Walk : HeadOf<S::kRaw>, MaskOf<S::kTerms> {
             if (regular() && live == kTile && ((p.k_stride[1] | p.v_stride[1]) & 15) == 0) {
                 // Rows lie at one stride, and all of them as far into a unit as the first.
                 const uint64_t first = reinterpret_cast<uint64_t>(from);
-                copy_even_rows<S::kDimQk, S::RowsK::kPitch>(slot_address, __shfl_sync(kAllLanes, first, 0), p.k_stride[1],
-                                                            k_bytes);
-                copy_even_rows<S::kDimV, S::RowsV::kPitch>(
+                this->template copy_even_rows<S::kDimQk, S::RowsK::kPitch>(
+                    slot_address, __shfl_sync(kAllLanes, first, 0), p.k_stride[1], k_bytes);
+                this->template copy_even_rows<S::kDimV, S::RowsV::kPitch>(
                     slot_address + S::kVAt, __shfl_sync(kAllLanes, first, kTile), p.v_stride[1], v_bytes);
             } else {
-                copy_units<S::kDimQk, S::RowsK::kPitch>(slot_address, from, 0, live, k_bytes);
-                copy_units<S::kDimV, S::RowsV::kPitch>(slot_address + S::kVAt, from, kTile, live, v_bytes);
+                this->template copy_units<S::kDimQk, S::RowsK::kPitch>(slot_address, from, 0, live, k_bytes);
+                this->template copy_units<S::kDimV, S::RowsV::kPitch>(slot_address + S::kVAt, from, kTile, live, v_bytes);
             }
         }
         return bad;
-    }
-
-    // A whole tile's rows of `bytes` bytes, `stride` apart, a multiple of 16.
-    template <int Dim, int Pitch>
-    __device__ __forceinline__ void copy_even_rows(uint32_t to, uint64_t first, int64_t stride, int bytes) {
-        constexpr int kLanes = lanes_of(Dim);
-        const int begin = static_cast<int>(first & 15), units = (begin + bytes + 15) / 16;
-        const char* from = reinterpret_cast<const char*>(first - begin);
-        if (units <= kLanes / 2) {
-            copy_rows_of<kLanes / 2, Pitch>(to, from, stride, units);
-        } else {
-            copy_rows_of<kLanes, Pitch>(to, from, stride, units);
-        }
-    }
-    template <int Lanes, int Pitch>
-    __device__ __forceinline__ void copy_rows_of(uint32_t to, const char* from, int64_t stride, int units) {
-        constexpr int kRows = 32 / Lanes;
-        const int row = lane / Lanes, unit = lane % Lanes;
-        if (unit >= units) return;
-        to += row * Pitch + unit * 16;
-        from += row * stride + unit * 16;
-#pragma unroll
-        for (int i = 0; i < kTile; i += kRows) {
-            copy_async16(to + i * Pitch, from, 16, l2_policy);
-            from += kRows * stride;
-        }
-    }
-
-    // Rows of `bytes` bytes: lane first_lane + r holds the address of row r.
-    template <int Dim, int Pitch>
-    __device__ __forceinline__ void copy_units(uint32_t to, const char* from, int first_lane, int live, int bytes) {
-        constexpr int kLanes = lanes_of(Dim), kRows = 32 / kLanes;
-        static_assert(Pitch / 16 <= kLanes, "a unit a lane");
-        const uint64_t mine = reinterpret_cast<uint64_t>(from);
-        const int row = lane / kLanes, unit = lane % kLanes;
-        to += row * Pitch + unit * 16;
-#pragma unroll
-        for (int i = 0; i < kTile; i += kRows) {
-            const uint64_t row_from = __shfl_sync(kAllLanes, mine, first_lane + i + row);
-            const int begin = static_cast<int>(row_from & 15);
-            if (row + i < live && unit * 16 < begin + bytes) {
-                copy_async16(to + i * Pitch, reinterpret_cast<const char*>(row_from - begin) + unit * 16, 16, l2_policy);
-            }
-        }
     }
 
     __device__ __forceinline__ int page_of(int slot) const {
         return page_shift >= 0 ? slot >> page_shift
                                : static_cast<int>(static_cast<unsigned>(slot) / static_cast<unsigned>(p.page_size));
     }
-
-    // An aligned address for copies of nothing.
-    __device__ __forceinline__ const char* nowhere() const {
-        return reinterpret_cast<const char*>(p.workspace.partials);
-    }
-
-    // A tile at one stride, to To bytes into a slot. Rows past the length get zeros: a zero weight does not silence a NaN.
-    template <int Dim, int To>
-    __device__ __forceinline__ void copy_regular(uint32_t to, const char* from, int64_t stride, int live, int dim) {
-        constexpr int kLanes = lanes_of(Dim), kRows = 32 / kLanes;
-        const int row = lane / kLanes, unit = lane % kLanes;
-        if (unit * 8 >= dim) return;
-        from += row * stride + unit * 16;
-        to += Rows16<Dim>::at(row, unit);
-        if (live == kTile) {
-#pragma unroll
-            for (int i = 0; i < kTile; i += kRows) {
-                copy_async16(Rows16<Dim>::down(to, i) + To, from, 16, l2_policy);
-                from += kRows * stride;
-            }
-        } else {
-#pragma unroll 1
-            for (int i = 0; i < kTile; i += kRows) {
-                const bool real = row + i < live;
-                copy_async16(Rows16<Dim>::down(to, i) + To, real ? from : nowhere(), real ? 16 : 0, l2_policy);
-                from += kRows * stride;
-            }
-        }
-    }
-
-    // A tile whose rows lie anywhere: lane first_lane + r holds the address of row r.
-    template <int Dim, int To>
-    __device__ __forceinline__ void copy_rows(uint32_t to, const char* from, int first_lane, int live, int dim) {
-        constexpr int kLanes = lanes_of(Dim), kRows = 32 / kLanes;
-        const uint64_t mine = reinterpret_cast<uint64_t>(from);
-        const int row = lane / kLanes, unit = lane % kLanes;
-        const bool inside = unit * 8 < dim;
-        to += Rows16<Dim>::at(row, unit);
-#pragma unroll
-        for (int i = 0; i < kTile; i += kRows) {
-            const uint64_t row_from = __shfl_sync(kAllLanes, mine, first_lane + i + row);
-            const bool real = row + i < live;
-            if (inside) {
-                copy_async16(Rows16<Dim>::down(to, i) + To,
-                             real ? reinterpret_cast<const char*>(row_from) + unit * 16 : nowhere(), real ? 16 : 0,
-                             l2_policy);
-            }
-        }
-    }
-
-    // Rows that no 16-byte copy can take.
-    static __device__ __noinline__ void copy_elements(const DecodeParams& p, uint32_t to, const char* from, int live) {
-        const int lane = threadIdx.x % 32;
-        const uint64_t mine = reinterpret_cast<uint64_t>(from);
-#pragma unroll 1
-        for (int row = 0; row < kTile; row++) {
-#pragma unroll 1
-            for (int part = 0; part < 2; part++) {
-                const uint64_t row_from = __shfl_sync(kAllLanes, mine, part * kTile + row);
-                const int64_t stride = part ? p.v_stride[3] : p.k_stride[3];
-#pragma unroll 1
-                for (int d = lane; d < (part ? p.head_dim_v() : p.head_dim_qk); d += 32) {
-                    uint16_t x = 0;
-                    if (row < live) x = *reinterpret_cast<const uint16_t*>(row_from + d * stride);
-                    const uint32_t at = part ? S::kVAt + S::RowsV::at(row, d / 8) : S::RowsK::at(row, d / 8);
-                    store_shared16(to + at + d % 8 * 2, x);
-                }
-            }
-        }
-    }
 };
-
-// Columns between a head dim and its class hold zeros, in K against zeros of q, in V for columns nobody reads.
-template <class S>
-__device__ __forceinline__ void clear_padding(const DecodeParams& p, uint32_t slot, int lane) {
-    if (p.head_dim_qk < S::kDimQk) {
-        const int units = (S::kDimQk - p.head_dim_qk) / 8;
-#pragma unroll 1
-        for (int i = lane; i < kTile * units; i += 32) {
-            clear_shared(slot + S::RowsK::at(i / units, p.head_dim_qk / 8 + i % units));
-        }
-    }
-    if (p.head_dim_v() < S::kDimV) {
-        const int units = (S::kDimV - p.head_dim_v()) / 8;
-#pragma unroll 1
-        for (int i = lane; i < kTile * units; i += 32) {
-            clear_shared(slot + S::kVAt + S::RowsV::at(i / units, p.head_dim_v() / 8 + i % units));
-        }
-    }
-}
 
 }  // namespace treeattn

@@ -13,6 +13,7 @@
 //! | `workers` | the library's own: the worker threads of a rank |
 //! | `parallel_for` | the engine's, by its own parallel-for |
 //! | `team` | the engine's, as a team whose every thread enters the call |
+//! | `meeting` | who of a team has come, as one word |
 //! | `queue` | the in-order queue behind a CPU stream |
 //! | `cuda` | GPUs, over the driver library |
 
@@ -24,6 +25,7 @@ mod executor;
 mod float_state;
 mod host;
 mod identity;
+mod meeting;
 mod parallel_for;
 mod queue;
 mod team;

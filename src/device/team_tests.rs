@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::executor::Executor;
-use super::team::{BarrierCallback, Meeting, Patience, Phase, Team, TeamMember};
+use super::meeting::{Meeting, Phase};
+use super::team::{BarrierCallback, Patience, Team, TeamMember};
 use crate::error::{Error, ErrorKind, Result};
 
 const LONG: Duration = Duration::from_secs(20);
