@@ -1,10 +1,12 @@
 #include "backend.h"
 
 #include <algorithm>
+#include <atomic>
 #include <exception>
 #include <memory>
 #include <new>
 
+#include "graph_threads.h"
 #include "host.h"
 #include "log.h"
 #include "runtime.h"
@@ -17,12 +19,13 @@ namespace {
 // What a backend holds. ggml computes one graph at a time on a backend.
 struct State {
   int threads = 4;  // ggml's default
+  std::unique_ptr<GraphThreads> graph_threads = GraphThreads::create();  // NULL: the library's own threads
   std::unique_ptr<Engine> engine;
 
   // The engine for a node and the present number of threads; NULL after a logged line.
   Engine* ready(const Tensor* node) {
-    const Workers wanted{ranks_for(node), threads};
-    if (engine == nullptr || engine->broken() || !(engine->workers() == wanted)) {
+    const Workers wanted = workers_for(node, threads, graph_threads != nullptr);
+    if (engine == nullptr || engine->broken() || !wanted.fit(engine->workers())) {
       engine_pool().give(std::move(engine));
       engine = engine_pool().take(wanted);
     }
@@ -57,13 +60,39 @@ bool is_view(int32_t op) {
   return op == h.op_none || op == h.op_reshape || op == h.op_view || op == h.op_permute || op == h.op_transpose;
 }
 
-bool compute_node(State& state, Tensor* node) {
-  Engine* engine = state.ready(node);
-  if (engine == nullptr) {
-    return false;
+// A step on ggml's threads.
+struct TeamStep {
+  Engine* engine;
+  const Plans* plans;
+  std::atomic<bool> few{false};  // fewer threads than ranks came, and none computed
+  std::atomic<bool> failed{false};
+
+  static void run(void* self, int ith, int nth) {
+    TeamStep* step = static_cast<TeamStep*>(self);
+    if (nth < step->engine->workers().ranks) {
+      step->few = true;
+    } else if (!step->engine->enter(*step->plans, ith, nth)) {
+      step->failed = true;
+    }
   }
-  const Plans* plans = prepare_step(*engine, node, flash_params(node));
-  return plans != nullptr && engine->run(*plans);
+};
+
+// Sets `on_host_threads` where it is computed on ggml's threads.
+bool compute_node(State& state, Tensor* node, bool& on_host_threads) {
+  Engine* engine = state.ready(node);
+  const Plans* plans = engine == nullptr ? nullptr : prepare_step(*engine, node, flash_params(node));
+  if (plans == nullptr || !engine->workers().team) {
+    return plans != nullptr && engine->run(*plans);
+  }
+  TeamStep step{engine, plans};
+  const bool called = state.graph_threads->run(state.threads, TeamStep::run, &step);
+  if (called && !step.few) {
+    on_host_threads = true;
+    return !step.failed;
+  }
+  log(LogLevel::kWarning, "ggml's threads cannot be used here: attention is computed on threads of its own");
+  state.graph_threads.reset();
+  return compute_node(state, node, on_host_threads);
 }
 
 int32_t graph_compute(Backend* backend, Graph* graph) {
@@ -79,13 +108,13 @@ int32_t graph_compute(Backend* backend, Graph* graph) {
       log(LogLevel::kError, "asked to compute %s, which the device does not take", h.f.op_name(node->op));
       return kStatusFailed;
     }
-    bool good = false;
+    bool good = false, on_host_threads = false;
     try {
-      good = compute_node(state, node);
+      good = compute_node(state, node, on_host_threads);
     } catch (const std::exception& e) {
       log(LogLevel::kError, "a step failed: %s", e.what());
     }
-    count_step(Path::kDevice, good);
+    count_step(Path::kDevice, good, on_host_threads);
     if (!good) {
       poison(node);
       return kStatusFailed;

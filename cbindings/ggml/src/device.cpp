@@ -4,8 +4,11 @@
 #include <exception>
 #include <new>
 #include <cstring>
+#include <string>
 
 #include "backend.h"
+#include "graph_threads.h"
+#include "hook.h"
 #include "host.h"
 #include "in_place.h"
 #include "log.h"
@@ -48,7 +51,7 @@ bool device_supports_op(Device*, const Tensor* node) {
   if (op == h.op_none || op == h.op_reshape || op == h.op_view || op == h.op_permute || op == h.op_transpose) {
     return true;
   }
-  if (op != h.op_flash_attn || settings().off) {
+  if (op != h.op_flash_attn || settings().off || is_hooked()) {
     return false;
   }
   try {
@@ -99,6 +102,25 @@ Registration* registration() {
   return &made;
 }
 
+// The line that tells how the plugin computes, and what to do where that is not on ggml's threads.
+void say_how() {
+  const Settings& s = settings();
+  const bool device = !s.off && !s.in_place && !is_hooked();
+  const bool on_host_threads = !s.own_threads && (!device || host_has_openmp());
+  const std::string ranks = s.ranks > 1 ? ", " + std::to_string(s.ranks) + " ranks" : "";
+  log(LogLevel::kInfo, "libtreeattn %s in ggml %s, %s%s%s", treeattn_version(), host().f.version(),
+      s.off        ? "off"
+      : s.in_place ? "in place"
+      : device     ? "as a device"
+                   : "by the hook",
+      s.off ? "" : on_host_threads ? ", on ggml's threads" : ", on threads of its own", s.off ? "" : ranks.c_str());
+  if (device && !on_host_threads && !s.own_threads) {
+    log(LogLevel::kWarning,
+        "ggml's threads, which are not OpenMP's here, spin while attention is computed on others: --poll 0 lets them sleep, and "
+        "with TREEATTN_GGML=inline they compute it");
+  }
+}
+
 // Whether the plugin is used. Once a process: the answer to a second load is that to the first.
 bool load(const void* caller) {
   static const bool good = [caller] {
@@ -107,9 +129,8 @@ bool load(const void* caller) {
         return false;
       }
       print_counts_at_exit();
-      const Host& h = host();
-      log(LogLevel::kInfo, "libtreeattn %s in ggml %s, %s%s", treeattn_version(), h.f.version(),
-          settings().off ? "off" : settings().in_place ? "in place" : "as a device", settings().ranks > 1 ? ", several ranks" : "");
+      set_hook();
+      say_how();
       return true;
     } catch (const std::exception& e) {
       log(LogLevel::kError, "not used: %s", e.what());

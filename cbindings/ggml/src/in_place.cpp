@@ -1,14 +1,12 @@
 #include "in_place.h"
 
+#include <algorithm>
 #include <cstring>
-#include <exception>
 #include <thread>
 
 #include "host.h"
-#include "log.h"
 #include "runtime.h"
-#include "stats.h"
-#include "step.h"
+#include "together.h"
 
 namespace treeattn_ggml {
 namespace {
@@ -21,25 +19,9 @@ struct Taken {
 static_assert(sizeof(Taken) <= sizeof(int32_t) * kOpParams, "op_params");
 
 void compute(Tensor* node, int ith, int nth, void*) {
-  if (ith != 0) {
-    return;
-  }
   Taken taken;
   std::memcpy(&taken, node->op_params, sizeof taken);
-  bool good = false;
-  try {
-    if (std::unique_ptr<Engine> engine = engine_pool().take({ranks_for(node), nth})) {
-      const Plans* plans = prepare_step(*engine, node, taken.flash);
-      good = plans != nullptr && engine->run(*plans);
-      engine_pool().give(std::move(engine));
-    }
-  } catch (const std::exception& e) {
-    log(LogLevel::kError, "a step failed: %s", e.what());
-  }
-  count_step(Path::kInPlace, good);
-  if (!good) {
-    poison(node);  // ggml asks a custom operator for no status
-  }
+  compute_together(node, taken.flash, node, ith, nth, Path::kInPlace, false);
 }
 
 // Whether all that the node reads is in the CPU backend's own memory, and no device is there that the scheduler might prefer.
@@ -71,8 +53,9 @@ void take_in_place(Tensor* node, const FlashParams& params) {
   if (!runs_on_cpu(node)) {
     return;
   }
-  const int threads = static_cast<int>(std::thread::hardware_concurrency());
-  std::unique_ptr<Engine> engine = engine_pool().take({ranks_for(node), threads < 1 ? 1 : threads});
+  // How many threads will compute is not known yet: seldom more than there are cores, and an engine of a team serves fewer.
+  const int threads = std::max(ranks_for(node), static_cast<int>(std::thread::hardware_concurrency()));
+  std::unique_ptr<Engine> engine = engine_pool().take(workers_for(node, threads, true));
   if (engine == nullptr) {
     return;
   }

@@ -37,7 +37,9 @@ Settings read() {
       s.in_place = true;
     } else if (std::strcmp(mode, "off") == 0) {
       s.off = true;
-    } else if (std::strcmp(mode, "device") != 0) {
+    } else if (std::strcmp(mode, "device") == 0) {
+      s.device = true;
+    } else {
       std::fprintf(stderr, "treeattn: TREEATTN_GGML=%s is ignored: wanted device, inline or off\n", mode);
     }
   }

@@ -9,6 +9,7 @@ enum class LogLevel { kError, kWarning, kInfo };
 void log(LogLevel level, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 struct Settings {
+  bool device = false;       // TREEATTN_GGML=device: also where the host has the hook
   bool in_place = false;     // TREEATTN_GGML=inline
   bool off = false;          // TREEATTN_GGML=off
   int ranks = 1;             // TREEATTN_GGML_RANKS

@@ -15,6 +15,11 @@ void library_line(treeattn_log_level_t level, const char* message, void*) {
   }
 }
 
+// How long threads of ggml's wait for each other in a step. They all wait for the last at the end of every node anyway, without
+// an end; a process that was stopped for a while goes on.
+constexpr int64_t kTeamPatience = int64_t{600} * 1000 * 1000 * 1000;
+constexpr int kMostMembers = 1024;
+
 treeattn_runtime_t* make_runtime() {
   treeattn_runtime_t* made = nullptr;
   if (treeattn_runtime_create(nullptr, &made) != TREEATTN_OK) {
@@ -33,13 +38,24 @@ treeattn_runtime_t* runtime() {
   return made;
 }
 
+Workers workers_for(const Tensor* node, int threads, bool can_enter) {
+  const int ranks = ranks_for(node);
+  return {ranks, threads, can_enter && threads >= ranks && threads <= kMostMembers && !settings().own_threads};
+}
+
 std::unique_ptr<Engine> Engine::create(const Workers& workers) {
   if (runtime() == nullptr) {
     return nullptr;
   }
   std::unique_ptr<Engine> engine(new Engine(workers));
   treeattn_comm_config_t config = TREEATTN_COMM_CONFIG_INIT;
-  config.threads_per_rank = std::max(1, workers.threads / workers.ranks);
+  if (workers.team) {
+    config.threads_per_rank = 1;
+    config.max_team = (workers.threads + workers.ranks - 1) / workers.ranks;
+    config.step_timeout_ns = kTeamPatience;
+  } else {
+    config.threads_per_rank = std::max(1, workers.threads / workers.ranks);
+  }
   const size_t n = static_cast<size_t>(workers.ranks);
   const std::vector<treeattn_device_t> devices(n, TREEATTN_CPU(0));
   engine->comms_.resize(n);
@@ -49,7 +65,7 @@ std::unique_ptr<Engine> Engine::create(const Workers& workers) {
     engine->comms_.clear();
     return nullptr;
   }
-  for (size_t r = 1; r < n; r++) {
+  for (size_t r = 1; r < n && !workers.team; r++) {
     treeattn_stream_t* stream = nullptr;
     if (treeattn_stream_create(runtime(), TREEATTN_CPU(0), &stream) != TREEATTN_OK) {
       log(LogLevel::kError, "no stream for rank %zu: %s", r, treeattn_last_error_message());
@@ -137,6 +153,28 @@ bool Engine::run(const Plans& plans) {
   return good;
 }
 
+bool Engine::enter(const Plans& plans, int ith, int nth) {
+  const int64_t ranks = workers_.ranks;
+  const auto first_of = [&](int64_t rank) { return static_cast<int32_t>((rank * nth + ranks - 1) / ranks); };
+  const size_t rank = static_cast<size_t>(ith * ranks / nth);
+  const int32_t first = first_of(static_cast<int64_t>(rank));
+  treeattn_team_t team = TREEATTN_TEAM_INIT;
+  team.index = ith - first;
+  team.size = first_of(static_cast<int64_t>(rank) + 1) - first;
+  if (treeattn_plan_decode_team(plans[rank], team.index == 0 ? &args[rank] : nullptr, &team) == TREEATTN_OK) {
+    return true;
+  }
+  // What the others of the rank failed with is the same.
+  if (team.index == 0) {
+    fail(treeattn_last_error_message());
+    broken_ = true;
+    if (ranks > 1) {
+      treeattn_comm_abort(comms_[rank]);  // other ranks may wait for this one
+    }
+  }
+  return false;
+}
+
 namespace {
 
 struct Pool {
@@ -157,7 +195,7 @@ std::unique_ptr<Engine> EnginePool::take(const Workers& workers) {
     const std::lock_guard<std::mutex> lock(pool().mutex);
     auto& free = pool().free;
     for (size_t i = free.size(); i-- > 0;) {
-      if (free[i]->workers() == workers) {
+      if (workers.fit(free[i]->workers())) {
         std::unique_ptr<Engine> taken = std::move(free[i]);
         free.erase(free.begin() + static_cast<std::ptrdiff_t>(i));
         return taken;

@@ -3,6 +3,7 @@
 
 #include <treeattn.h>
 
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -18,8 +19,16 @@ treeattn_runtime_t* runtime();
 struct Workers {
   int ranks;
   int threads;  // of all ranks together
-  bool operator==(const Workers& o) const { return ranks == o.ranks && threads == o.threads; }
+  bool team;    // ggml's threads enter the steps, at least one a rank; otherwise threads of the library compute them
+
+  // Whether an engine that was made for `made` serves these: a team may be smaller than it was made for.
+  bool fit(const Workers& made) const {
+    return ranks == made.ranks && team == made.team && (team ? threads <= made.threads : threads == made.threads);
+  }
 };
+
+// Those for a node that ggml computes on `threads` threads, which can enter the steps if `can_enter`.
+Workers workers_for(const Tensor* node, int threads, bool can_enter);
 
 // Plans of one shape, one a rank.
 using Plans = std::vector<treeattn_plan_t*>;
@@ -42,8 +51,11 @@ class Engine {
   // Makes the plans that steps of this shape may need: with strides and with lists, with and without a mask.
   bool prepare(PlanKey key, bool may_be_masked);
 
-  // One step of `args` on the library's own threads; returns when it is done. False after a logged line.
+  // One step of `args` on the library's own threads; returns when it is done. False after a logged line. Not of a team.
   bool run(const Plans& plans);
+  // One step of `args` on ggml's threads: each of them calls this with its number `ith` of `nth`. Returns when the step is
+  // done; false where it failed, after a logged line of one of them.
+  bool enter(const Plans& plans, int ith, int nth);
 
   VisibleCache visible;
   std::vector<treeattn_decode_args_t> args;  // one a rank
@@ -56,7 +68,7 @@ class Engine {
   void fail(const char* what);
 
   Workers workers_;
-  bool broken_ = false;
+  std::atomic<bool> broken_{false};
   std::vector<treeattn_comm_t*> comms_;
   std::vector<treeattn_stream_t*> streams_;  // of ranks 1 and up
   struct Made {

@@ -77,6 +77,27 @@ bool has_form(const Tensor* node) {
   return sinks == nullptr || (sinks->type == kTypeF32 && sinks->nb[0] == 4 && sinks->ne[0] == heads);
 }
 
+// Whether the library serves a shape, with keys in strides and in lists. The last answer is kept: with the hook every thread
+// asks in every layer.
+bool is_supported(PlanKey key, bool masked, int ranks) {
+  thread_local PlanKey last_key{};
+  thread_local int last_ranks = 0;
+  thread_local bool answer = false;
+  key.masked = masked;
+  if (ranks == last_ranks && std::memcmp(&key, &last_key, sizeof key) == 0) {
+    return answer;
+  }
+  last_key = key;
+  last_ranks = ranks;
+  answer = runtime() != nullptr;
+  for (int lists = 0; lists < 2 && answer; lists++) {
+    key.lists = lists;
+    const treeattn_attention_desc_t desc = describe(key, ranks);
+    answer = treeattn_attention_supported(runtime(), TREEATTN_CPU(0), &desc) == TREEATTN_OK;
+  }
+  return answer;
+}
+
 }  // namespace
 
 FlashParams flash_params(const Tensor* node) {
@@ -126,16 +147,7 @@ Judgement judge(const Tensor* node, const FlashParams& params) {
   if (!finite || params.scale == 0 || params.softcap < 0 || !has_form(node)) {
     return Judgement::kForm;
   }
-  PlanKey key = plan_key(node, params);
-  for (int lists = 0; lists < 2; lists++) {
-    key.lists = lists;
-    key.masked = node->src[kMask] != nullptr;
-    const treeattn_attention_desc_t desc = describe(key, ranks_for(node));
-    if (runtime() == nullptr || treeattn_attention_supported(runtime(), TREEATTN_CPU(0), &desc) != TREEATTN_OK) {
-      return Judgement::kForm;
-    }
-  }
-  return Judgement::kTaken;
+  return is_supported(plan_key(node, params), node->src[kMask] != nullptr, ranks_for(node)) ? Judgement::kTaken : Judgement::kForm;
 }
 
 PlanKey plan_key(const Tensor* node, const FlashParams& params) {

@@ -6,8 +6,10 @@
 // SLOTS sequences in one cache (UNIFIED 1) or in one each (0); FLASH is `on` or `auto`. Writes the logits of each step to OUTPUT,
 // f32 [64][SLOTS][256]. With a REFERENCE (another case's OUTPUT, `-` for none) each step is fed the tokens that the reference
 // chose, so that a choice by a hair does not send the rest elsewhere. Prints a line a case:
-//     OUTPUT honest=N inline=N left=N failed=N ms=N
+//     OUTPUT honest=N inline=N left=N failed=N hook=N threads=N ms=N
 // with what the plugin's counters rose by, or `no plugin` in their place, and the milliseconds of the decode steps.
+//
+// With an argument N cases run N at a time, each on a thread and in a context of its own; the counters are those of all N.
 
 #include <algorithm>
 #include <chrono>
@@ -18,6 +20,7 @@
 #include <iostream>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "ggml-backend.h"
@@ -30,7 +33,9 @@ constexpr int VOCABULARY = 256;
 // A prompt: four chunks of more tokens than a draft has, and one of fewer.
 constexpr int CHUNKS[] = {40, 40, 40, 40, 8};
 
-using Counts = void (*)(uint64_t[4]);
+constexpr const char * COUNTERS[] = {"honest", "inline", "left", "failed", "hook", "threads"};
+
+using Counts = void (*)(uint64_t[6]);
 
 [[noreturn]] void fail(const std::string & message) {
     std::cerr << "decode: " << message << std::endl;
@@ -80,7 +85,8 @@ llama_token best(const float * logits) {
     return static_cast<llama_token>(std::max_element(logits, logits + VOCABULARY) - logits);
 }
 
-void run(const Case & c, Counts counts) {
+// Gives the milliseconds of the decode steps.
+double run(const Case & c) {
     llama_model_params model_params = llama_model_default_params();
     model_params.n_gpu_layers = 0;
     llama_model * model = llama_model_load_from_file(c.model.c_str(), model_params);
@@ -110,10 +116,6 @@ void run(const Case & c, Counts counts) {
         }
     }
 
-    uint64_t before[4] = {}, after[4] = {};
-    if (counts) {
-        counts(before);
-    }
     llama_batch batch = llama_batch_init(128, 0, 1);
     std::vector<llama_token> next(c.slots);
     // The slots take turns, so that a slot's keys lie scattered in a unified cache.
@@ -152,33 +154,48 @@ void run(const Case & c, Counts counts) {
         }
     }
     const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - began;
-    if (counts) {
-        counts(after);
-    }
 
     std::ofstream file(c.output, std::ios::binary);
     file.write(reinterpret_cast<const char *>(logits.data()), logits.size() * sizeof(float));
     if (!file) {
         fail("cannot write " + c.output);
     }
-    std::cout << c.output;
-    if (counts) {
-        const char * names[] = {"honest", "inline", "left", "failed"};
-        for (int i = 0; i < 4; i++) {
-            std::cout << ' ' << names[i] << '=' << after[i] - before[i];
-        }
-    } else {
-        std::cout << " no plugin";
-    }
-    std::cout << " ms=" << took.count() << std::endl;
     llama_batch_free(batch);
     llama_free(context);
     llama_model_free(model);
+    return took.count();
+}
+
+void run_together(const std::vector<Case> & cases, Counts counts) {
+    uint64_t before[6] = {}, after[6] = {};
+    if (counts) {
+        counts(before);
+    }
+    std::vector<double> took(cases.size());
+    std::vector<std::thread> others;
+    for (size_t i = 1; i < cases.size(); i++) {
+        others.emplace_back([&, i] { took[i] = run(cases[i]); });
+    }
+    took[0] = run(cases[0]);
+    for (std::thread & other : others) {
+        other.join();
+    }
+    if (counts) {
+        counts(after);
+    }
+    for (size_t i = 0; i < cases.size(); i++) {
+        std::cout << cases[i].output;
+        for (int j = 0; counts && j < 6; j++) {
+            std::cout << ' ' << COUNTERS[j] << '=' << after[j] - before[j];
+        }
+        std::cout << (counts ? "" : " no plugin") << " ms=" << took[i] << std::endl;
+    }
 }
 
 } // namespace
 
-int main() {
+int main(int argc, char ** argv) {
+    const size_t at_once = argc > 1 ? size_t(std::max(1, std::atoi(argv[1]))) : 1;
     llama_log_set(
         [](ggml_log_level level, const char * text, void *) {
             if (level == GGML_LOG_LEVEL_ERROR) {
@@ -191,13 +208,21 @@ int main() {
     llama_backend_init();
     const Counts counts = plugin_counts();
     std::string line;
+    std::vector<Case> cases;
     while (std::getline(std::cin, line)) {
         Case c;
         std::istringstream fields(line);
         if (!(fields >> c)) {
             fail("not a case: " + line);
         }
-        run(c, counts);
+        cases.push_back(c);
+        if (cases.size() == at_once) {
+            run_together(cases, counts);
+            cases.clear();
+        }
+    }
+    if (!cases.empty()) {
+        run_together(cases, counts);
     }
     llama_backend_free();
     return 0;

@@ -1,10 +1,11 @@
 // ggml's flash attention over its whole space, computed by the scheduler with the plugin beside the CPU backend, against
 // float64:
 //
-//     grid CASES THREADS EXPECTED [ONE]
+//     grid CASES THREADS EXPECTED WHOSE [ONE]
 //
-// EXPECTED is `honest` or `inline`: which of the plugin's counters has to rise for every case that the plugin must take. ONE
-// runs a single case of the CASES and prints it. Case i is the same in every run.
+// EXPECTED is `honest`, `inline` or `hook`: which of the plugin's counters has to rise for every case that the plugin must take.
+// WHOSE threads are to compute: `own`, or `ggml`, where there is one of them for each rank. ONE runs a single case of the CASES
+// and prints it. Case i is the same in every run.
 //
 // Each case runs twice in one graph with new queries and a new mask in the same memory, as a decode step after the other. Rows
 // of the cache that no query sees, and rows behind the cache, are NaN in half of the cases. Prints a line for each pair of
@@ -206,7 +207,7 @@ Errors compare(const Attention & a, const std::vector<float> & result) {
     return e;
 }
 
-using Counts = void (*)(uint64_t[4]);
+using Counts = void (*)(uint64_t[6]);
 
 struct Machine {
     ggml_backend_t plugin = nullptr, cpu = nullptr;
@@ -245,7 +246,7 @@ bool make_machine(int threads, Machine & m) {
 
 struct Result {
     Errors errors;
-    uint64_t counts[4] = {};
+    uint64_t counts[6] = {};
     std::string failure;
 };
 
@@ -349,7 +350,7 @@ Result run(const Case & c, int index, const Machine & m) {
     ggml_cgraph * graph = ggml_new_graph_custom(steps.get(), 16, false);
     ggml_build_forward_expand(graph, node);
 
-    uint64_t before[4];
+    uint64_t before[6];
     m.counts(before);
     ggml_backend_sched_reset(m.scheduler);
     if (!ggml_backend_sched_alloc_graph(m.scheduler, graph)) {
@@ -392,7 +393,7 @@ Result run(const Case & c, int index, const Machine & m) {
         result.errors.add(compare(attention, out));
     }
     m.counts(result.counts);
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 6; i++) {
         result.counts[i] -= before[i];
     }
     ggml_backend_buffer_free(buffer);
@@ -407,12 +408,13 @@ bool must_be_taken(const Case & c, int ranks) {
 } // namespace
 
 int main(int argc, char ** argv) {
-    if (argc < 4) {
-        std::fprintf(stderr, "usage: grid CASES THREADS honest|inline [ONE]\n");
+    if (argc < 5) {
+        std::fprintf(stderr, "usage: grid CASES THREADS honest|inline|hook own|ggml [ONE]\n");
         return 2;
     }
-    const int cases = std::atoi(argv[1]), threads = std::atoi(argv[2]), one = argc > 4 ? std::atoi(argv[4]) : -1;
-    const int expected = std::strcmp(argv[3], "inline") == 0 ? 1 : 0;
+    const int cases = std::atoi(argv[1]), threads = std::atoi(argv[2]), one = argc > 5 ? std::atoi(argv[5]) : -1;
+    const int expected = std::strcmp(argv[3], "inline") == 0 ? 1 : std::strcmp(argv[3], "hook") == 0 ? 4 : 0;
+    const bool on_threads = std::strcmp(argv[4], "ggml") == 0;
     const char * ranks_text = std::getenv("TREEATTN_GGML_RANKS");
     const int ranks = ranks_text ? std::atoi(ranks_text) : 1;
     Machine machine;
@@ -432,12 +434,16 @@ int main(int argc, char ** argv) {
         const Case c = make_case(i);
         const Result result = run(c, i, machine);
         // Both steps, none on another path, and none that failed.
-        const bool taken = result.counts[expected] == 2 && result.counts[1 - expected] == 0 && result.counts[3] == 0;
+        const uint64_t * counts = result.counts;
+        const bool taken = counts[expected] == 2 && counts[0] + counts[1] + counts[4] == 2 && counts[3] == 0;
+        const bool enough = std::min(ranks, c.heads()) <= threads;
         std::string failure = result.failure;
         if (failure.empty() && must_be_taken(c, ranks) && !taken) {
             failure = "not computed by the plugin";
-        } else if (failure.empty() && !taken && result.counts[0] + result.counts[1] + result.counts[3] != 0) {
+        } else if (failure.empty() && !taken && counts[0] + counts[1] + counts[3] + counts[4] != 0) {
             failure = "computed by the plugin in part";
+        } else if (failure.empty() && taken && counts[5] != (on_threads && enough ? 2 : 0)) {
+            failure = "computed on other threads";
         } else if (failure.empty() && !(result.errors.nmse <= MOST_NMSE)) {
             failure = "too far from float64 (NMSE)";
         } else if (failure.empty() && taken && !(result.errors.bound <= 1)) {
@@ -449,10 +455,9 @@ int main(int argc, char ** argv) {
         row.taken += taken;
         (taken ? row.plugin : row.ggml).add(result.errors);
         if (!failure.empty() && ++failures <= 20) {
-            std::printf("case %d: %s: %s: NMSE %.1e, error/bound %.2f, counts %llu %llu %llu %llu\n", i, failure.c_str(),
-                        c.text().c_str(), result.errors.nmse, result.errors.bound, (unsigned long long)result.counts[0],
-                        (unsigned long long)result.counts[1], (unsigned long long)result.counts[2],
-                        (unsigned long long)result.counts[3]);
+            std::printf("case %d: %s: %s: NMSE %.1e, error/bound %.2f, counts %d %d %d %d %d %d\n", i, failure.c_str(),
+                        c.text().c_str(), result.errors.nmse, result.errors.bound, int(counts[0]), int(counts[1]), int(counts[2]),
+                        int(counts[3]), int(counts[4]), int(counts[5]));
         } else if (one >= 0) {
             std::printf("case %d: %s: NMSE %.1e, error/bound %.2f, %s\n", i, c.text().c_str(), result.errors.nmse,
                         result.errors.bound, taken ? "plugin" : "ggml");

@@ -1,16 +1,18 @@
 // A stand-in for ggml of any version: loads the plugin as ggml's registry does and lets it compute one attention through the
 // interfaces that the version has.
 //
-//     host PLUGIN [inline]
+//     host PLUGIN [inline|attend]
 //
 // What it is comes from the environment: see stand_in.c, where the exported functions are. HOST_OFFSET is that of graph_compute
-// in a backend. Prints `refused`, or `taken` and the largest distance from float64.
+// in a backend. Prints `refused`, or `taken` and the largest distance from float64. `attend` calls treeattn_ggml_attend on three
+// threads, as a host that is no ggml that the plugin knows.
 
 #include <dlfcn.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <thread>
 
 #include "reference.h"
 
@@ -68,6 +70,87 @@ ggml_tensor tensor(int64_t n0, int64_t n1, int64_t n2, std::vector<float> & data
     return t;
 }
 
+// An attention of four heads, and its result.
+struct Inputs {
+    std::vector<float> q_data, k_data, v_data, out;
+    ggml_tensor q = tensor(64, 2, 4, q_data), k = tensor(64, 100, 2, k_data), v = tensor(64, 100, 2, v_data);
+    ggml_tensor node = tensor(64, 4, 2, out);
+    Attention attention = {&q, &k, &v, nullptr, nullptr, 0.125f, 0, 0};
+
+    Inputs() {
+        uint32_t random = 1;
+        for (std::vector<float> * data : {&q_data, &k_data, &v_data}) {
+            for (float & x : *data) {
+                random = random * 1664525u + 1013904223u;
+                x = float(int32_t(random)) / float(1u << 31);
+            }
+        }
+    }
+
+    // Prints how far the result is from float64.
+    int judge() const {
+        double worst = 0;
+        exact_attention(attention, [&](int64_t, int64_t h, int64_t i, const ExactRow & row) {
+            for (int d = 0; d < 64; d++) {
+                worst = std::max(worst, std::fabs(row.out[d] - out[(i * 4 + h) * 64 + d]));
+            }
+        });
+        std::printf("taken %.1e\n", worst);
+        return worst < 1e-6 ? 0 : 1;
+    }
+};
+
+// As ../src/hook.cpp and the patch for ik_llama.cpp have it.
+struct PlainTensor {
+    int32_t type, reserved;
+    int64_t ne[4];
+    size_t nb[4];
+    void * data;
+};
+
+PlainTensor plain(const ggml_tensor & t) {
+    PlainTensor p = {t.type, 0, {}, {}, t.data};
+    std::memcpy(p.ne, t.ne, sizeof p.ne);
+    std::memcpy(p.nb, t.nb, sizeof p.nb);
+    return p;
+}
+
+int attend(void * library) {
+    using Attend = int (*)(const PlainTensor *, const float *, int, int);
+    const auto function = reinterpret_cast<Attend>(dlsym(library, "treeattn_ggml_attend"));
+    if (!function) {
+        std::printf("no treeattn_ggml_attend\n");
+        return 1;
+    }
+    Inputs inputs;
+    PlainTensor tensors[6] = {plain(inputs.q), plain(inputs.k), plain(inputs.v), {}, {}, plain(inputs.node)};
+    const auto on_three_threads = [&](int expected) {
+        int answers[3] = {-1, -1, -1};
+        std::thread threads[3];
+        for (int i = 0; i < 3; i++) {
+            threads[i] = std::thread([&, i] { answers[i] = function(tensors, &inputs.attention.scale, i, 3); });
+        }
+        for (std::thread & thread : threads) {
+            thread.join();
+        }
+        return std::count(answers, answers + 3, expected) == 3;
+    };
+    for (int step = 0; step < 20; step++) {
+        if (!on_three_threads(1)) {
+            std::printf("left to the host\n");
+            return 1;
+        }
+    }
+    // A type that the library does not read is the host's, and nothing is written.
+    tensors[1].type = 133;
+    const float before = inputs.out[0];
+    if (!on_three_threads(0) || inputs.out[0] != before) {
+        std::printf("not left to the host\n");
+        return 1;
+    }
+    return inputs.judge();
+}
+
 } // namespace
 
 int main(int argc, char ** argv) {
@@ -79,6 +162,10 @@ int main(int argc, char ** argv) {
     if (!library) {
         std::printf("dlopen: %s\n", dlerror());
         return 1;
+    }
+    const std::string mode = argc > 2 ? argv[2] : "";
+    if (mode == "attend") {
+        return attend(library);
     }
     // As the registry does it: the score first, where there is one.
     if (auto score = reinterpret_cast<int (*)()>(dlsym(library, "ggml_backend_score")); score && score() == 0) {
@@ -97,34 +184,16 @@ int main(int argc, char ** argv) {
     }
 
     Device * device = registration->get_device(registration, 0);
-    std::vector<float> q_data, k_data, v_data, out(64 * 4 * 2);
-    ggml_tensor q = tensor(64, 2, 4, q_data), k = tensor(64, 100, 2, k_data), v = tensor(64, 100, 2, v_data);
-    uint32_t random = 1;
-    for (std::vector<float> * data : {&q_data, &k_data, &v_data}) {
-        for (float & x : *data) {
-            random = random * 1664525u + 1013904223u;
-            x = float(int32_t(random)) / float(1u << 31);
-        }
-    }
-    ggml_tensor node = {};
-    node.ne[0] = 64;
-    node.ne[1] = 4;
-    node.ne[2] = 2;
-    node.ne[3] = 1;
-    node.nb[0] = 4;
-    for (int i = 1; i < 4; i++) {
-        node.nb[i] = node.nb[i - 1] * node.ne[i - 1];
-    }
-    node.data = out.data();
+    Inputs inputs;
+    ggml_tensor & node = inputs.node;
     node.op = ggml_op(flash);
     node.flags = 16; // to be computed, where the version has that flag
-    node.src[0] = &q;
-    node.src[1] = &k;
-    node.src[2] = &v;
-    const Attention attention = {&q, &k, &v, nullptr, nullptr, 0.125f, 0, 0};
-    std::memcpy(node.op_params, &attention.scale, 3 * sizeof(float));
+    node.src[0] = &inputs.q;
+    node.src[1] = &inputs.k;
+    node.src[2] = &inputs.v;
+    std::memcpy(node.op_params, &inputs.attention.scale, 3 * sizeof(float));
 
-    const bool in_place = argc > 2 && std::string(argv[2]) == "inline";
+    const bool in_place = mode == "inline";
     const bool supported = device->supports_op(device, &node);
     if (in_place) {
         if (supported || node.op != ggml_op(custom)) {
@@ -159,12 +228,5 @@ int main(int argc, char ** argv) {
         }
         free_backend(backend);
     }
-    double worst = 0;
-    exact_attention(attention, [&](int64_t, int64_t h, int64_t i, const ExactRow & row) {
-        for (int d = 0; d < 64; d++) {
-            worst = std::max(worst, std::fabs(row.out[d] - out[(i * 4 + h) * 64 + d]));
-        }
-    });
-    std::printf("taken %.1e\n", worst);
-    return worst < 1e-6 ? 0 : 1;
+    return inputs.judge();
 }

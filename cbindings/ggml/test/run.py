@@ -19,7 +19,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 FULL = os.environ.get("TREEATTN_TEST") == "full"
-STEPS, VOCABULARY, LAYERS = 64, 256, 2
+STEPS, VOCABULARY, LAYERS, THREADS = 64, 256, 2, 2
 MODELS = ("llama", "alibi", "sinks", "softcap", "mla")
 CACHES = ("f16", "bf16", "q8_0", "q4_0")
 # Sequences, and whether they share one cache as llama-server has it.
@@ -54,10 +54,8 @@ class Client:
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
 
     def mode(self, name, ranks):
-        env = {"TREEATTN_GGML_RANKS": str(ranks)}
-        if name == "inline":
-            env["TREEATTN_GGML"] = "inline"
-        return env
+        """The environment of a mode: `honest`, `inline` or `hook`."""
+        return {"TREEATTN_GGML_RANKS": str(ranks), "TREEATTN_GGML": {"honest": "device", "hook": ""}.get(name, name)}
 
 
 class Decoding:
@@ -76,7 +74,7 @@ class Decoding:
         return out / "logits" / f"{self.name} {who}".replace(" ", "_").replace("/", "_")
 
     def line(self, out, who, reference=None):
-        return " ".join(map(str, (out / "models" / f"{self.model}.gguf", self.cache, self.cache_v, *self.slots, self.flash, 2,
+        return " ".join(map(str, (out / "models" / f"{self.model}.gguf", self.cache, self.cache_v, *self.slots, self.flash, THREADS,
                                   self.file(out, who), self.file(out, reference) if reference else "-")))
 
     def logits(self, out, who):
@@ -87,15 +85,20 @@ class Decoding:
         return LAYERS * (STEPS + self.slots[0])
 
 
-def decode(client, cases, who, reference=None, **options):
+def whose_threads(build, mode):
+    """Whose threads compute: a device has ggml's only where those are OpenMP's."""
+    return "own" if (build, mode) == ("pool", "honest") else "ggml"
+
+
+def decode(client, cases, who, reference=None, at_once=1, **options):
     """Runs the cases in one process; gives the plugin's counters of each, or None where no plugin was loaded."""
     text = "".join(case.line(client.out, who, reference) + "\n" for case in cases)
-    result = client.run("decode", text=text, timeout=1800, **options)
+    result = client.run("decode", at_once, text=text, timeout=1800, **options)
     lines = result.stdout.splitlines()
     if result.returncode or len(lines) != len(cases):
         fail(f"decoding with {who} ended with {result.returncode} after {len(lines)} of {len(cases)} cases: {result.stderr.strip()}")
         return None
-    return [{k: int(v) for k, v in re.findall(r"(honest|inline|left|failed)=(\d+)", line)} or None for line in lines]
+    return [{k: int(v) for k, v in re.findall(r"(\w+)=(\d+) ", line)} or None for line in lines]
 
 
 def distance(case, out, who):
@@ -117,7 +120,6 @@ def test_decoding(client):
     # Each model with each cache, slots by turns; with several ranks, some of them.
     short = [c for i, c in enumerate(every) if i % 3 == i // 3 % 3]
     cases = (every if FULL else short) + [mixed]
-    builds = ("openmp", "pool") if FULL else ("openmp",)
     decode(client, cases + [auto], "exact", plugin=client.out / "exact.so")
     decode(client, cases, "ggml", "exact")
     worst = {cache: 0.0 for cache in CACHES}
@@ -130,9 +132,12 @@ def test_decoding(client):
             fail(f"{case.name}: logits of ggml's own attention are {far:.1e} from those with float64 attention")
     print("  ggml's own attention from float64: " + ", ".join(f"{c} {w:.1e}" for c, w in worst.items()))
 
-    for build, mode, ranks in itertools.product(builds, ("honest", "inline"), (1, 2, 3, 4)):
-        some = cases if FULL or ranks == 1 else cases[ranks::7]
-        if mode == "inline" and ranks == 1:
+    ways = [("openmp", "honest"), ("openmp", "inline"), ("hook", "hook")]
+    if FULL:
+        ways += [("pool", "honest"), ("pool", "inline")]
+    for (build, mode), ranks in itertools.product(ways, (1, 2, 3, 4)):
+        some = cases if FULL or (ranks == 1 and mode == "honest") else cases[ranks::5 if ranks == 1 else 7]
+        if mode != "honest" and ranks == 1:
             some = some + [auto]  # honest mode is turned off by -fa auto, as README.md says
         began = time.monotonic()
         who = f"{build} {mode} {ranks}"
@@ -141,9 +146,10 @@ def test_decoding(client):
             continue
         worst, ties = 0.0, 0
         for case, counts in zip(some, counted):
-            other = "inline" if mode == "honest" else "honest"
-            if counts is None or counts[mode] != case.steps() or counts[other] or counts["failed"]:
-                fail(f"{case.name}, {who}: counts {counts}, wanted {case.steps()} {mode} and no other")
+            on_threads = case.steps() if whose_threads(build, mode) == "ggml" and ranks <= THREADS else 0
+            wanted = {"honest": 0, "inline": 0, "hook": 0, "failed": 0, mode: case.steps(), "threads": on_threads}
+            if counts is None or any(counts[name] != n for name, n in wanted.items()):
+                fail(f"{case.name}, {who}: counts {counts}, wanted {wanted}")
                 continue
             far, flips, near_ties = distance(case, client.out, who)
             ties += near_ties
@@ -153,6 +159,26 @@ def test_decoding(client):
                 fail(f"{case.name}, {who}: logits are {far:.1e} from the reference's (wanted {near:.0e}), {flips} other tokens")
         print(f"  {who:16} {len(some):3} cases of {STEPS} tokens, logits within {worst:.1e}, {ties} ties fell otherwise "
               f"({time.monotonic() - began:.1f} s)", flush=True)
+
+
+def test_together(client):
+    """Contexts that compute at the same time in one process get the logits that each gets alone."""
+    cases = [Decoding("llama", "f16", (1, 1)), Decoding("llama", "q8_0", (4, 1)), Decoding("sinks", "f16", (4, 0))]
+    decode(client, cases, "exact", plugin=client.out / "exact.so")
+    # The pool's threads spin for each other, whatever else wants the cores.
+    for build, mode in (("openmp", "honest"), ("openmp", "inline"), ("hook", "hook"), *([("pool", "inline")] if FULL else [])):
+        options = dict(build=build, plugin=client.plugin, **client.mode(mode, 1))
+        decode(client, cases, "alone", "exact", **options)
+        counted = decode(client, cases, "together", "exact", at_once=len(cases), **options)
+        if counted is None:
+            continue
+        steps = sum(case.steps() for case in cases)
+        if counted[0][mode] != steps or counted[0]["failed"]:
+            fail(f"contexts at the same time, {build} {mode}: counts {counted[0]}, wanted {steps} {mode}")
+        for case in cases:
+            if not (case.logits(client.out, "alone") == case.logits(client.out, "together")).all():
+                fail(f"{case.name}, {build} {mode}: other logits where other contexts compute at the same time")
+    print("  three contexts at the same time: the logits of each alone")
 
 
 def test_killed(client):
@@ -185,21 +211,25 @@ def test_killed(client):
 
 def test_grid(client):
     cases = 4000 if FULL else 240
-    runs = [("openmp", "honest", 1), ("pool", "inline", 1), ("pool", "honest", 3)]
+    # Build, mode, ranks, threads.
+    runs = [("openmp", "honest", 1, 2), ("pool", "inline", 1, 2), ("pool", "honest", 3, 2), ("hook", "hook", 2, 3)]
     if FULL:
-        runs = list(itertools.product(("openmp", "pool"), ("honest", "inline"), (1, 2, 3, 4)))
-    for build, mode, ranks in runs:
+        ways = [*itertools.product(("openmp", "pool"), ("honest", "inline")), ("hook", "hook")]
+        runs = [(*way, ranks, 2 if ranks < 4 else 5) for way, ranks in itertools.product(ways, (1, 2, 3, 4))]
+    for build, mode, ranks, threads in runs:
         began = time.monotonic()
         # The first run sees all cases, the others a part of them.
-        count = cases if (build, mode, ranks) == runs[0] else cases // 2
-        result = client.run("grid", count, 2, mode, build=build, plugin=client.plugin, timeout=3000, **client.mode(mode, ranks))
+        first = (build, mode, ranks, threads) == runs[0]
+        count = cases if first or FULL else cases // 3
+        result = client.run("grid", count, threads, mode, whose_threads(build, mode), build=build, plugin=client.plugin,
+                            timeout=3000, **client.mode(mode, ranks))
         lines = result.stdout.splitlines()
         if result.returncode:
             print(result.stdout)
             fail(f"grid, {build} {mode}, {ranks} ranks: ended with {result.returncode}: {result.stderr.strip()[-2000:]}")
-        elif (build, mode, ranks) == runs[0]:
+        elif first:
             print("\n".join(lines[:-1]))
-        print(f"  {build} {mode} {ranks}:{lines[-1] if lines else ''} ({time.monotonic() - began:.1f} s)", flush=True)
+        print(f"  {build} {mode}, {ranks} ranks, {threads} threads:{lines[-1] if lines else ''} ({time.monotonic() - began:.1f} s)", flush=True)
 
 
 def test_hosts(client):
@@ -221,6 +251,9 @@ def test_hosts(client):
         host(f"ggml {version}", "taken", **env)
         host(f"ggml {version} in place", "taken", mode=("inline",), TREEATTN_GGML="inline", **env)
         host(f"ggml {version}, three ranks", "taken", TREEATTN_GGML_RANKS="3", **env)
+    host("a host that asks on each of its threads", "taken", mode=("attend",))
+    host("a host that asks, of three ranks", "taken", mode=("attend",), TREEATTN_GGML_RANKS="3")
+    host("a host that asks, of four ranks for three threads", "taken", mode=("attend",), TREEATTN_GGML_RANKS="4")
     unknown = ["0.9.0", "0.8.4", "0.27.0", "1.0.0", "0", "", "nightly"]
     for version in unknown:
         host(f"ggml {version!r}", "refused", version, HOST_VERSION=version)
@@ -260,6 +293,7 @@ def main():
         "hosts": lambda: test_hosts(client),
         "grid": lambda: test_grid(client),
         "decoding": lambda: test_decoding(client),
+        "together": lambda: test_together(client),
         "killed": lambda: test_killed(client),
     }
     for name, test in tests.items():
