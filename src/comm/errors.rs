@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use super::call_word::CallWord;
 use crate::attention::majority::odd_ranks;
 use crate::error::{Error, ErrorKind};
 
@@ -48,23 +49,33 @@ pub(super) fn failed(rank: usize, error: &Error) -> Error {
 }
 
 /// The rank to blame for different fingerprints in `what`, as rank `me` sees it: the first outside the largest
-/// party; where no party is the largest, the first that differs from me. None where all agree.
+/// party; where no party is the largest, the first that differs from me. None where all agree. `step` gives a rank's
+/// fingerprint, and what it took the step for.
 pub(super) fn desync(
     what: impl Fn() -> String,
     me: usize,
     world: usize,
-    fingerprint: impl Fn(usize) -> u64,
+    step: impl Fn(usize) -> (u64, CallWord),
 ) -> Option<Error> {
-    let odd = odd_ranks(world, me, fingerprint);
+    let odd = odd_ranks(world, me, |rank| step(rank).0);
     let first = *odd.first()?;
     let rest: Vec<usize> = (0..world).filter(|rank| !odd.contains(rank)).collect();
+    let calls = rest.first().and_then(|&right| told(step(first).1, first, step(right).1, right));
+    let other = if calls.is_some() { "another call" } else { "another call (or another batch, query_tokens or plan)" };
     let message = format!(
-        "{}: {} issued another call (or another batch, query_tokens or plan) than {}; the communicator is broken",
+        "{}: {} issued {other} than {}{}; the communicator is broken",
         what(),
         ranks(&odd),
-        ranks(&rest)
+        ranks(&rest),
+        calls.unwrap_or_default()
     );
     Some(Error::new(ErrorKind::Desync, message).with_rank(first as i32))
+}
+
+/// What two ranks issued, for the middle of a message, where both have told and it differs.
+fn told(found: CallWord, by: usize, wanted: CallWord, of: usize) -> Option<String> {
+    let is_told = found != wanted && found != CallWord::default() && wanted != CallWord::default();
+    is_told.then(|| format!(": found {found} (rank {by}), wanted {wanted} (rank {of})"))
 }
 
 /// `rank` is out of step in `what`, as the ranks have told each other.
@@ -76,10 +87,11 @@ pub(super) fn out_of_step(what: &str, rank: usize) -> Error {
     Error::new(ErrorKind::Desync, message).with_rank(rank as i32)
 }
 
-/// `peer` sent `me` something else than `what` wants, though both began the same step.
-pub(super) fn differs(what: &str, me: usize, peer: usize) -> Error {
+/// A rank sent `me` something else than `what` wants. With what each of them took the step for.
+pub(super) fn differs(what: &str, (me, mine): (usize, CallWord), (peer, theirs): (usize, CallWord)) -> Error {
+    let calls = told(theirs, peer, mine, me).unwrap_or_default();
     let message =
-        format!("{what}: rank {peer} sent another message than rank {me} waits for; the communicator is broken");
+        format!("{what}: rank {peer} sent another message than rank {me} waits for{calls}; the communicator is broken");
     Error::new(ErrorKind::Desync, message).with_rank(peer as i32)
 }
 
@@ -109,7 +121,8 @@ mod tests {
     #[test]
     fn the_minority_is_blamed_and_a_tie_names_the_peer() {
         let blame = |me: usize, prints: &[u64]| {
-            desync(|| "round 9".into(), me, prints.len(), |r| prints[r]).map(|e| e.rank().unwrap())
+            desync(|| "round 9".into(), me, prints.len(), |r| (prints[r], CallWord::default()))
+                .map(|e| e.rank().unwrap())
         };
         assert_eq!(blame(0, &[5, 5, 5]), None);
         for me in 0..3 {
@@ -119,8 +132,30 @@ mod tests {
         assert_eq!((blame(0, &[5, 6]), blame(1, &[5, 6])), (Some(1), Some(0)));
         assert_eq!((blame(0, &[5, 6, 5, 6]), blame(3, &[5, 6, 5, 6])), (Some(1), Some(0)));
         assert_eq!(blame(2, &[1, 2, 3]), Some(0));
-        let error = desync(|| "round 9".into(), 0, 4, |r| [1, 2, 1, 3][r]).unwrap();
-        assert!(error.message().contains("ranks 1 and 3") && error.message().contains("ranks 0 and 2"), "{error}");
+        let nothing = |r: usize| ([1, 2, 1, 3][r], CallWord::default());
+        let error = desync(|| "round 9".into(), 0, 4, nothing).unwrap();
+        let wanted = "round 9: ranks 1 and 3 issued another call (or another batch, query_tokens or plan) than ranks 0 and 2; the \
+                      communicator is broken";
+        assert_eq!(error.message(), wanted);
+    }
+
+    #[test]
+    fn what_was_issued_is_told_where_ranks_have_said_so() {
+        let step = |r: usize| ([1, 2, 1][r], CallWord::decode(1, [4, 5, 4][r], 6));
+        assert_eq!(
+            desync(|| "step 9".into(), 0, 3, step).unwrap().message(),
+            "step 9: rank 1 issued another call than ranks 0 and 2: found a decode of plan 1 with batch 5, query_tokens 6 (rank 1), \
+             wanted a decode of plan 1 with batch 4, query_tokens 6 (rank 0); the communicator is broken"
+        );
+        // Calls that look alike differ in what a word has no room for.
+        let alike = |r: usize| (r as u64, CallWord::merge(1, 6));
+        assert!(!desync(|| "step 9".into(), 0, 2, alike).unwrap().message().contains("found"));
+        let (mine, theirs) = (CallWord::merge(1, 6), CallWord::merge(2, 6));
+        assert_eq!(
+            differs("step 9, hop 1", (0, mine), (3, theirs)).message(),
+            "step 9, hop 1: rank 3 sent another message than rank 0 waits for: found a merge of plan 2 with query_tokens 6 (rank 3), \
+             wanted a merge of plan 1 with query_tokens 6 (rank 0); the communicator is broken"
+        );
     }
 
     #[test]

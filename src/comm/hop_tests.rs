@@ -55,7 +55,7 @@ fn hop(rank: &LocalRank, step: u64, index: u32, shift: usize) -> Result<()> {
 
 /// A step of several hops, and sometimes a round.
 fn whole_step(rank: &LocalRank, step: u64) -> Result<()> {
-    rank.open(step)?;
+    rank.open(step, CallWord::default())?;
     if step.is_multiple_of(3) {
         rank.round(RoundHeader { fingerprint: step, fault: 0 }, 64, &mut |_| (), &mut |_| ())?;
     }
@@ -102,13 +102,14 @@ fn ranks_that_open_other_steps_are_found_out_whatever_they_wait_for() {
                     whole_step(&rank, step).unwrap();
                 }
                 let other = me == odd;
-                let failed = rank.open(if other { 77 } else { 5 }).and_then(|()| match (way, other) {
-                    // All hop; the odd one makes a round; the odd one hops among rounds.
-                    (0, _) | (1, false) | (2, true) => {
-                        (1..world).try_for_each(|i| hop(&rank, if other { 77 } else { 5 }, i as u32, 1))
-                    }
-                    _ => rank.round(RoundHeader { fingerprint: 5, fault: 0 }, 64, &mut |_| (), &mut |_| ()),
-                });
+                let failed =
+                    rank.open(if other { 77 } else { 5 }, CallWord::default()).and_then(|()| match (way, other) {
+                        // All hop; the odd one makes a round; the odd one hops among rounds.
+                        (0, _) | (1, false) | (2, true) => {
+                            (1..world).try_for_each(|i| hop(&rank, if other { 77 } else { 5 }, i as u32, 1))
+                        }
+                        _ => rank.round(RoundHeader { fingerprint: 5, fault: 0 }, 64, &mut |_| (), &mut |_| ()),
+                    });
                 let error = failed.unwrap_err();
                 assert_eq!(rank.status().as_ref(), Some(&error));
                 assert_eq!(whole_step(&rank, 6).unwrap_err(), error);
@@ -125,7 +126,7 @@ fn ranks_that_open_other_steps_are_found_out_whatever_they_wait_for() {
 #[test]
 fn a_message_of_another_size_is_desync_between_the_two() {
     let results = on_threads(local_group(2, &config(LONG)).unwrap(), |rank| {
-        rank.open(1).unwrap();
+        rank.open(1, CallWord::default()).unwrap();
         let me = rank.shard().rank as usize;
         let header = RoundHeader { fingerprint: 1, fault: 0 };
         let message = Hop { index: 0, to: 1 - me, from: 1 - me, header, until: Instant::now() + LONG };
@@ -150,7 +151,8 @@ fn the_rank_that_never_opens_is_named_by_those_who_wait_for_others() {
         }
         let began = Instant::now();
         // Rank 2 waits for rank 3; rank 1 gets what it wants from rank 2, and waits in the next hop; and so on.
-        let error = rank.open(1).and_then(|()| (0..4).try_for_each(|i| hop(&rank, 1, i, 1))).unwrap_err();
+        let error =
+            rank.open(1, CallWord::default()).and_then(|()| (0..4).try_for_each(|i| hop(&rank, 1, i, 1))).unwrap_err();
         (error, began.elapsed(), rank)
     });
     for (error, took, _) in results {
@@ -172,7 +174,7 @@ fn aborts_departures_and_errors_midway_end_every_wait() {
                         whole_step(&rank, step).unwrap();
                     }
                     // Who is late finds the group broken.
-                    if let Err(error) = rank.open(3) {
+                    if let Err(error) = rank.open(3, CallWord::default()) {
                         return Some((error, rank));
                     }
                     // What one rank does reaches the farthest in world - 1 hops.
@@ -220,7 +222,7 @@ fn aborts_departures_and_errors_midway_end_every_wait() {
 fn a_panic_meanwhile_breaks_the_group_and_takes_the_message_back() {
     let opened = Barrier::new(2);
     let results = on_threads(local_group(2, &config(LONG)).unwrap(), |rank| {
-        let open = rank.open(1);
+        let open = rank.open(1, CallWord::default());
         // The panic breaks the group: whoever opens the step after it is refused.
         opened.wait();
         open.unwrap();
@@ -258,7 +260,8 @@ fn injected_faults_end_the_hop_on_every_rank() {
             let results = on_threads(local_group(WORLD, &config(LONG)).unwrap(), |rank| {
                 let error = loop {
                     let call = std::panic::AssertUnwindSafe(|| {
-                        rank.open(1).and_then(|()| (0..4).try_for_each(|i| hop(&rank, 1, i, 1 + i as usize * 5)))
+                        rank.open(1, CallWord::default())
+                            .and_then(|()| (0..4).try_for_each(|i| hop(&rank, 1, i, 1 + i as usize * 5)))
                     });
                     match std::panic::catch_unwind(call) {
                         Ok(Ok(())) => {}

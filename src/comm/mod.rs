@@ -4,8 +4,8 @@
 //! [`Rounds`] are the ends whose steps exchange in host memory. `local` is the group within one process (shared memory, epochs of
 //! [`crate::partial::epoch`]) and `transport` a rank whose peers the engine reaches (MPI, gloo); both have rounds. `nccl`
 //! is a rank whose peers NCCL reaches, `gpu` one on a GPU, whose steps exchange in kernels that write into each other's
-//! windows. `tree` says who meets whom in a tree over nodes, `errors` words what ranks say when they fail. Depends on
-//! `device` and `partial`; knows nothing of attention but [`Shard`](crate::attention::Shard), and nothing of backends.
+//! windows. `tree` says who meets whom in a tree over nodes, `errors` words what ranks say when they fail, with what a
+//! [`CallWord`] says of their steps. Depends on `device` and `partial`; knows nothing of attention but [`Shard`](crate::attention::Shard), and nothing of backends.
 //!
 //! # How data flows
 //! A step that exchanges begins with [`Rounds::open`], which waits for nobody, and is made of two kinds of movement:
@@ -24,6 +24,7 @@
 
 mod board;
 mod bootstrap;
+mod call_word;
 mod config;
 pub(crate) mod errors;
 mod gpu;
@@ -41,6 +42,7 @@ mod tests;
 
 pub(crate) use board::{PlanFault, StatusBoard};
 pub(crate) use bootstrap::Bootstrap;
+pub(crate) use call_word::CallWord;
 pub use config::CommConfig;
 pub(crate) use gpu::{GpuRank, Offer, Windows};
 pub(crate) use local::{LocalRank, MAX_RANKS, local_group};

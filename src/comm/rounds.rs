@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::bootstrap::Bootstrap;
+use super::call_word::CallWord;
 use crate::error::Result;
 
 /// What a rank says of a round beside its payload.
@@ -46,9 +47,9 @@ pub(crate) trait Rounds: Bootstrap {
     /// Most bytes that a rank sends in one round, the same on all ranks.
     fn capacity(&self) -> usize;
 
-    /// Begins a step that exchanges: says what this rank takes it for. Waits for nobody. A step that only makes rounds
-    /// need not be opened, but then all ranks leave it out.
-    fn open(&self, fingerprint: u64) -> Result<()>;
+    /// Begins a step that exchanges: says what this rank takes it for, and in `call` what messages are to tell of it. Waits for
+    /// nobody. A step that only makes rounds need not be opened, but then all ranks leave it out.
+    fn open(&self, fingerprint: u64, call: CallWord) -> Result<()>;
 
     /// One round, collective. `fill` writes this rank's payload of `bytes` bytes (64-byte aligned); when every rank has
     /// published its own, `take` reads them all in place. Blocks, at most the step deadline; allocates nothing unless

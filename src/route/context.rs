@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::attention::{AttentionDesc, OutputMode, Shard, head_range};
-use crate::comm::{CommConfig, PlanFault, StatusBoard};
+use crate::comm::{CallWord, CommConfig, PlanFault, StatusBoard};
 use crate::error::{Error, Result};
 use crate::partial::DataFault;
 
@@ -123,6 +123,16 @@ impl Call {
             Call::Merge => [2, 0],
             Call::Ring(batch, threads) => [3, batch as u64 | (threads as u64) << 32],
             Call::Check(batch) => [4, batch as u64],
+        }
+    }
+
+    /// What messages tell of a step of so many query tokens. Sizes are not negative.
+    pub fn told(self, plan: u64, query_tokens: usize) -> CallWord {
+        let query_tokens = query_tokens as u64;
+        match self {
+            Call::Decode(batch) | Call::Check(batch) => CallWord::decode(plan, batch as u64, query_tokens),
+            Call::Merge => CallWord::merge(plan, query_tokens),
+            Call::Ring(batch, threads) => CallWord::ring(plan, threads as u64, batch as u64, query_tokens),
         }
     }
 }

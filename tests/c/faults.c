@@ -225,7 +225,9 @@ static void desync(void) {
   on_threads(decode, ranks, WORLD);
   for (int i = 0; i < WORLD; i++) {
     CHECK(ranks[i].status == TREEATTN_ERROR_DESYNC);
-    CHECK(strstr(ranks[i].message, "rank 1 ") != NULL);
+    CHECK(strstr(ranks[i].message, "rank 1 issued another call than ranks 0, 2 and 3") != NULL);
+    CHECK(strstr(ranks[i].message, "found a decode of plan 1 with batch 1, query_tokens 1 (rank 1), wanted a decode of plan 1 "
+                                   "with batch 2, query_tokens ") != NULL);
     CHECK(outputs_guarded(&shards[i].outputs) && sequence_is_nan(&shards[i].outputs, 0));
     CHECK(i == 1 || sequence_is_nan(&shards[i].outputs, 1));
   }

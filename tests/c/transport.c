@@ -618,7 +618,9 @@ static void mixed_up(void) {
   shards[1].args.batch = shards[1].args.query_tokens = 1;
   on_threads(decode, ranks, 3);
   all_give(ranks, 3, TREEATTN_ERROR_DESYNC);
-  CHECK(strstr(ranks[0].message, "rank 1 ") != NULL && outputs_guarded(&shards[1].outputs));
+  CHECK(strstr(ranks[0].message, "rank 1 issued another call than ranks 0 and 2: found a decode of plan 1 with batch 1, "
+                                 "query_tokens 1 (rank 1), wanted a decode of plan 1 with batch 2, ") != NULL);
+  CHECK(outputs_guarded(&shards[1].outputs));
   teardown(ranks, 3);
   fresh_works();
 }

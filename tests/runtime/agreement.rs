@@ -181,6 +181,16 @@ fn differing_step(algorithm: Algorithm, difference: Difference, odd: usize) {
         let told = format!("{algorithm:?}, {difference:?} on rank {odd}, rank {rank}: {result:?}");
         let Err(error) = result else { panic!("{told}") };
         assert_eq!((error.kind(), error.rank()), (ErrorKind::Desync, Some(odd as i32)), "{told}");
+        let decode = |plan, batch, tokens| format!("a decode of plan {plan} with batch {batch}, query_tokens {tokens}");
+        let (found, wanted) = match difference {
+            Difference::Plan => (decode(2, 2, 4), decode(1, 2, 4)),
+            Difference::Batch => (decode(1, 1, 4), decode(1, 2, 4)),
+            Difference::Tokens => (decode(1, 2, 2), decode(1, 2, 4)),
+            Difference::Call => ("a merge of plan 1 with query_tokens 4".into(), decode(1, 2, 4)),
+            Difference::EmptyCall => ("a merge of plan 1 with query_tokens 0".into(), decode(1, 0, 0)),
+        };
+        let says = [format!("found {found}"), format!("(rank {odd}), wanted {wanted}")];
+        assert!(says.iter().all(|text| error.message().contains(text)), "{told}, wanted {says:?}");
         // The odd rank may have fewer rows.
         let rows = if matches!(difference, Difference::EmptyCall) { 0 } else { 2 * 4 };
         assert!(out[..rows * 16].iter().all(|x| x.is_nan()), "{told}");

@@ -165,6 +165,17 @@ fn a_step_that_differs_in_one_thing_is_a_desync_by_any_algorithm() {
                 let told = format!("{algorithm:?}, another {difference}, rank {rank}: {result:?}");
                 let Err(error) = result else { panic!("{told}") };
                 assert_eq!((error.kind(), error.rank()), (ErrorKind::Desync, Some(1 - rank as i32)), "{told}");
+                let decode = |[plan, batch, tokens]: [i32; 3]| {
+                    format!("a decode of plan {plan} with batch {batch}, query_tokens {tokens}")
+                };
+                let odd = match difference {
+                    "plan" => [2, 2, 4],
+                    "tokens" => [1, 2, 2],
+                    _ => [1, 1, 4],
+                };
+                let (mine, theirs) = if rank == 0 { ([1, 2, 4], odd) } else { (odd, [1, 2, 4]) };
+                let says = [format!("found {}", decode(theirs)), format!("wanted {}", decode(mine))];
+                assert!(says.iter().all(|text| error.message().contains(text)), "{told}, wanted {says:?}");
             }
         }
     }

@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::message::MessageSlot;
+use crate::comm::call_word::CallWord;
 use crate::comm::errors;
 use crate::comm::rounds::Round;
 use crate::device::{EventCount, HostBuffer, WaitStrategy};
@@ -53,7 +54,7 @@ pub(super) struct Padded<T>(pub(super) T);
 pub(super) struct RankState {
     pub(super) slots: [Padded<Slot<AtomicU64>>; SLOTS],
     pub(super) cursor: Cursor<AtomicU32>,
-    /// What it opened its last two steps for, and how many it has opened.
+    /// What it opened its last two steps for, with a [`CallWord`] in place of a fault, and how many it has opened.
     pub(super) opened: [Padded<Slot<AtomicU64>>; SLOTS],
     pub(super) opening: AtomicU32,
     pub(super) steps: AtomicU64,
@@ -131,9 +132,10 @@ impl Group {
         self.ranks.iter().for_each(|rank| rank.events.notify());
     }
 
-    /// What `rank` opened step `epoch` for, if it has.
-    pub(super) fn opening(&self, rank: usize, epoch: Epoch) -> Option<u64> {
-        self.ranks[rank].opened[epoch.slot()].0.read(epoch).map(|header| header.fingerprint)
+    /// What `rank` opened step `epoch` for, if it has: its fingerprint, and what messages tell of it.
+    pub(super) fn opening(&self, rank: usize, epoch: Epoch) -> Option<(u64, CallWord)> {
+        let header = self.ranks[rank].opened[epoch.slot()].0.read(epoch)?;
+        Some((header.fingerprint, CallWord::from_bits(header.fault)))
     }
 
     /// The error for a step that all ranks have opened, but not all for the same: it names the odd rank, as `me` sees it.
@@ -143,7 +145,7 @@ impl Group {
             return None;
         }
         let step = self.ranks[me].steps.load(Ordering::Relaxed);
-        errors::desync(|| format!("step {step}"), me, world, |rank| self.opening(rank, epoch).unwrap_or(0))
+        errors::desync(|| format!("step {step}"), me, world, |rank| self.opening(rank, epoch).unwrap_or_default())
     }
 
     pub(super) fn broken(&self) -> Option<Error> {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::group::{Absence, Group, Padded, RankState, WaitDeadline, lock};
 use crate::attention::Shard;
 use crate::comm::bootstrap::Bootstrap;
+use crate::comm::call_word::CallWord;
 use crate::comm::config::CommConfig;
 use crate::comm::errors;
 use crate::comm::rounds::{Hop, Round, RoundHeader, Rounds};
@@ -225,10 +226,10 @@ impl Rounds for LocalRank {
         self.group.capacity
     }
 
-    fn open(&self, fingerprint: u64) -> Result<()> {
-        let call = self.enter()?;
-        let result = self.group.open(self.rank, fingerprint);
-        call.end(result)
+    fn open(&self, fingerprint: u64, call: CallWord) -> Result<()> {
+        let guard = self.enter()?;
+        let result = self.group.open(self.rank, fingerprint, call);
+        guard.end(result)
     }
 
     fn round(

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::group::{Absence, Group, LocalRound, WaitDeadline};
+use crate::comm::call_word::CallWord;
 use crate::comm::errors;
 use crate::comm::rounds::{Hop, MAX_HOPS, Round, RoundHeader};
 use crate::device::EventCount;
@@ -23,12 +24,12 @@ impl Group {
     }
 
     /// Opens a step of rank `me`; the last rank to do so compares what all said.
-    pub(super) fn open(&self, me: usize, fingerprint: u64) -> Result<()> {
+    pub(super) fn open(&self, me: usize, fingerprint: u64, call: CallWord) -> Result<()> {
         let own = &self.ranks[me];
         let epoch = self.opened(me).next();
         own.opening.store(epoch.flag(), Ordering::Relaxed);
         own.steps.fetch_add(1, Ordering::Relaxed);
-        own.opened[epoch.slot()].0.publish(epoch, Header { fingerprint, fault: 0 });
+        own.opened[epoch.slot()].0.publish(epoch, Header { fingerprint, fault: call.bits() });
         if self.openings.0.arrive(epoch, self.ranks.len())
             && let Some(error) = self.odd(me)
         {
@@ -83,7 +84,9 @@ impl Group {
             ));
         }
         let fingerprint = |rank: usize| self.header(rank, epoch).map_or(0, |header| header.fingerprint);
-        if let Some(error) = errors::desync(|| format!("round {number}"), me, world, fingerprint) {
+        if let Some(error) =
+            errors::desync(|| format!("round {number}"), me, world, |rank| (fingerprint(rank), CallWord::default()))
+        {
             return Err(error);
         }
         take(&LocalRound { group: self, epoch, bytes });
@@ -143,7 +146,9 @@ impl Group {
             let unopened = |rank: usize| if absent(rank) { Absence::Absent } else { Absence::Present };
             self.wait(me, || !(0..world).any(absent), unopened, what, limit)?;
             let odd = self.odd(me);
-            return Err(odd.unwrap_or_else(|| errors::differs(&what(), me, hop.from)));
+            return Err(odd.unwrap_or_else(|| {
+                errors::differs(&what(), (me, CallWord::default()), (hop.from, CallWord::default()))
+            }));
         }
         claim.copy(recv);
         drop(claim);

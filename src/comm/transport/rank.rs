@@ -9,6 +9,7 @@ use super::calls::{CallDeadline, Calls};
 use super::message::{FIRST_BYTES, HEADER_BYTES, INLINE_BYTES, MAGIC, MAX_BLOB, bytes_of, put_words, word};
 use crate::attention::Shard;
 use crate::comm::bootstrap::Bootstrap;
+use crate::comm::call_word::CallWord;
 use crate::comm::config::CommConfig;
 use crate::comm::errors;
 use crate::comm::rounds::{Hop, Round, RoundHeader, Rounds};
@@ -29,6 +30,8 @@ pub(crate) struct TransportRank {
     buffers: Mutex<Buffers>,
     rounds: AtomicU64,
     steps: AtomicU64,
+    /// What this rank takes the step for that it opened last: a [`CallWord`].
+    call: AtomicU64,
     gone: AtomicBool,
 }
 
@@ -85,6 +88,7 @@ impl TransportRank {
             buffers: Mutex::new(buffers),
             rounds: AtomicU64::new(0),
             steps: AtomicU64::new(0),
+            call: AtomicU64::new(0),
             gone: AtomicBool::new(false),
         };
         rank.check_ranks()?;
@@ -134,7 +138,8 @@ impl TransportRank {
         let fits = bytes <= INLINE_BYTES;
         let message = &mut send[..FIRST_BYTES];
         let me = self.calls.shard.rank as usize;
-        let words = [MAGIC, header.fingerprint, bytes as u64, header.fault, number, me as u64];
+        let call = self.call.load(Ordering::Relaxed);
+        let words = [MAGIC, header.fingerprint, bytes as u64, header.fault, number, me as u64, call];
         put_words(message, &words);
         if fits {
             fill(&mut message[HEADER_BYTES..][..bytes]);
@@ -153,7 +158,7 @@ impl TransportRank {
             return Err(misplaced(&what(), me));
         }
         let print = |rank: usize| of(rank, 1) ^ of(rank, 2).rotate_left(32) ^ of(rank, 4).rotate_left(48);
-        if let Some(error) = errors::desync(what, me, world, print) {
+        if let Some(error) = errors::desync(what, me, world, |rank| (print(rank), CallWord::from_bits(of(rank, 6)))) {
             return Err(error);
         }
         if fits {
@@ -184,7 +189,9 @@ impl TransportRank {
         let Buffers { send: own, first, .. } = &mut *buffers;
         let (own, first) = (&mut bytes_of(own)[..FIRST_BYTES], &mut bytes_of(first)[..FIRST_BYTES]);
         let (me, number_word) = (self.calls.shard.rank as u64, u64::from(number));
-        put_words(own, &[MAGIC, hop.header.fingerprint, send.len() as u64, hop.header.fault, number_word, steps, me]);
+        let call = self.call.load(Ordering::Relaxed);
+        let words = [MAGIC, hop.header.fingerprint, send.len() as u64, hop.header.fault, number_word, steps, me, call];
+        put_words(own, &words);
         if send.len() <= INLINE_BYTES {
             own[HEADER_BYTES..][..send.len()].copy_from_slice(send);
         }
@@ -195,7 +202,8 @@ impl TransportRank {
         }
         let wanted = [hop.header.fingerprint, recv.len() as u64, number_word, steps, hop.from as u64];
         if [1, 2, 4, 5, 6].map(|i| word(first, i)) != wanted {
-            return Err(errors::differs(&what(), self.calls.shard.rank as usize, hop.from));
+            let [mine, theirs] = [call, word(first, 7)].map(CallWord::from_bits);
+            return Err(errors::differs(&what(), (me as usize, mine), (hop.from, theirs)));
         }
         let fault = word(first, 3);
         let mut rest: (&[u8], &mut [u8]) = (&[], &mut []);
@@ -313,8 +321,9 @@ impl Rounds for TransportRank {
         self.capacity
     }
 
-    fn open(&self, _fingerprint: u64) -> Result<()> {
+    fn open(&self, _fingerprint: u64, call: CallWord) -> Result<()> {
         self.check_here()?;
+        self.call.store(call.bits(), Ordering::Relaxed);
         self.steps.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }

@@ -61,7 +61,7 @@ impl<'a> Exchange<'a> {
         let number = self.rank.calls.fetch_add(1, Ordering::Relaxed);
         let [kind, size] = call.words();
         let fingerprint = fingerprint(&[self.context.plan, number, kind, size, self.tokens as u64]);
-        self.rank.rounds.open(fingerprint)?;
+        self.rank.rounds.open(fingerprint, call.told(self.context.plan, self.tokens))?;
         let word = fault.map_or(0, |fault| fault.word(self.context.shard.rank));
         self.header = RoundHeader { fingerprint, fault: word };
         self.own = fault;
