@@ -16,10 +16,11 @@ constexpr uint32_t kNoRank = 0xffffff;           // no rank is to blame
 // What one rank tells of one sequence (attention::SequenceRecord).
 struct SequenceRecord {
     uint64_t query;           // sum of `mixed` over the words of its query rows
-    uint64_t query_position;  // the same over its query_position; 0: the step has none
+    uint64_t query_position;  // the same over the positions of its query tokens
     int64_t start;            // contiguous: the position of its first key here; explicit: its keys here at other positions than
                               // those below global_length
-    uint64_t powers[3];       // explicit: sums of the first three powers of the positions here below global_length
+    uint64_t powers[3];       // explicit: sums of the first three powers of the positions here below global_length; else, with
+                              // surplus keys: in the first how many positions its queries see
     int32_t first_token;
     int32_t tokens;
     int32_t global_length;
@@ -40,6 +41,7 @@ struct CheckState {
     SequenceRecord all[kMaxRanks];  // of all ranks
     unsigned long long sums[kSums];
     int taken;
+    int seen;  // positions that queries see, from 0 on
     int is_bad;
 };
 
@@ -157,7 +159,7 @@ __device__ __forceinline__ bool is_bad_data(const CheckParams& c, int b, const S
 __device__ __forceinline__ void make_record(const CheckParams& c, int b, CheckState& s) {
     const DecodeParams& p = c.step;
     if (threadIdx.x < kSums) s.sums[threadIdx.x] = 0;
-    if (threadIdx.x == 0) s.taken = 0, s.is_bad = 0;
+    if (threadIdx.x == 0) s.taken = 0, s.seen = 0, s.is_bad = 0;
     __syncthreads();
     int taken = taken_before(p, b, s);
     const Sequence seq = read_sequence<1, false>(p, b, taken);
@@ -165,12 +167,16 @@ __device__ __forceinline__ void make_record(const CheckParams& c, int b, CheckSt
     RecordSums sums = {};
     if (seq.fault == kFaultNone) {
         sums.query = sum_queries(p, seq);
-        if (p.query_position != nullptr) {
-            for (int i = threadIdx.x; i < seq.tokens; i += blockDim.x) {
-                const int position = p.query_position[seq.first_token + i];
-                sums.query_position += mixed(i, static_cast<uint32_t>(position));
-                if (has_keys && position < 0) sums.is_bad |= c.needs_positions != 0;
-            }
+        const int length = p.global_length == nullptr ? 0 : p.global_length[b];
+#pragma unroll 1
+        for (int i = threadIdx.x; i < seq.tokens; i += blockDim.x) {
+            // Wraps only where the length has no room for the queries, which is alike on all ranks.
+            const uint32_t implied = static_cast<uint32_t>(length) - seq.tokens + i;
+            const int position =
+                p.query_position == nullptr ? static_cast<int>(implied) : p.query_position[seq.first_token + i];
+            sums.query_position += mixed(i, static_cast<uint32_t>(position));
+            if (p.query_position != nullptr && has_keys && position < 0) sums.is_bad |= c.needs_positions != 0;
+            if (c.surplus_keys != 0 && position >= 0) atomicMax(&s.seen, min(position, INT32_MAX - 1) + 1);
         }
         if (has_keys) {
             sums.is_bad |= is_bad_data(c, b, seq);
@@ -200,6 +206,7 @@ __device__ __forceinline__ void make_record(const CheckParams& c, int b, CheckSt
             r.start = r.keys - inside, r.keys = inside;
             for (int i = 0; i < 3; i++) r.powers[i] = s.sums[2 + i];
         }
+        if (c.surplus_keys != 0 && p.placement != kExplicit) r.powers[0] = s.seen;
     }
     s.own = r;
 }
@@ -369,10 +376,12 @@ static __device__ __noinline__ Verdict judge(const CheckParams& c, const Sequenc
                                                               : r.start > 0;
         if (is_outside) return blame(kFaultKeysOutside, rank);
     }
-    if (p.placement == kContiguous) return judge_contiguous(all, world, length);
+    // Surplus keys count as far as queries see.
+    const int64_t wanted_length = p.placement == kExplicit ? length : max(length, static_cast<int64_t>(all[0].powers[0]));
+    if (p.placement == kContiguous) return judge_contiguous(all, world, wanted_length);
     if (p.placement == kInterleaved) {
         for (int rank = 0; rank < world; rank++) {
-            if (all[rank].keys < interleaved_length(p, rank, length)) return blame(kFaultKeysMissing, rank);
+            if (all[rank].keys < interleaved_length(p, rank, wanted_length)) return blame(kFaultKeysMissing, rank);
         }
         return fine;
     }

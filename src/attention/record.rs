@@ -4,6 +4,8 @@
 //! interleaved placement. Under explicit placement it is judged by how many positions below `global_length` the ranks hold
 //! together and by the sums of their first, second and third powers: one wrong position always shows, several would have to
 //! keep all four numbers. Keys outside the positions 0 to `global_length` - 1 do not fit, unless the plan allows surplus keys.
+//! Of those the ones that queries see, at positions that `query_position` puts beyond, have to be there once, too; but not under
+//! explicit placement, where they may be the nodes of a tree of drafts, of which several have one depth.
 
 use super::majority::odd_ranks;
 use super::placement::{Placement, Shard, local_length};
@@ -14,13 +16,13 @@ use crate::partial::DataFaultCause;
 pub struct SequenceRecord {
     /// Sum of [`mixed`] over the words of its query rows.
     pub query: u64,
-    /// The same over its `query_position`, 0 where the step has none.
+    /// The same over the positions of its query tokens, given by `query_position` or not.
     pub query_position: u64,
     /// Contiguous placement: the position of its first key here. Explicit placement: its keys here whose positions are not
     /// below `global_length`, or below 0.
     pub start: i64,
     /// Explicit placement: sums of the first, second and third powers of the positions here below `global_length`,
-    /// modulo 2^64.
+    /// modulo 2^64. Else, where the plan allows surplus keys: in the first how many positions its queries see, from 0 on.
     pub powers: [u64; 3],
     /// Its first query token.
     pub first_token: i32,
@@ -122,11 +124,16 @@ pub fn judge(placement: Placement, surplus_keys: bool, records: &[SequenceRecord
     }) {
         return Some((rank as i32, DataFaultCause::KeysOutside));
     }
+    // How many positions the ranks are to hold. Queries that were passed alike see as far.
+    let length = match placement {
+        Placement::Explicit => first.global_length,
+        Placement::Contiguous | Placement::Interleaved { .. } => first.global_length.max(first.powers[0] as i32),
+    };
     match placement {
-        Placement::Contiguous => contiguous(i64::from(first.global_length), records),
+        Placement::Contiguous => contiguous(i64::from(length), records),
         Placement::Interleaved { .. } => records.iter().enumerate().find_map(|(rank, record)| {
             let shard = Shard { rank: rank as i32, world: records.len() as i32 };
-            let wanted = local_length(placement, shard, record.global_length).ok()?;
+            let wanted = local_length(placement, shard, length).ok()?;
             (record.keys < wanted).then_some((rank as i32, DataFaultCause::KeysMissing))
         }),
         Placement::Explicit => {
@@ -288,6 +295,15 @@ mod tests {
         let run = Placement::Interleaved { run: 1 };
         assert_eq!(judge(run, true, &[record(0, 8, 10), record(0, 5, 10)]), None);
         assert_eq!(judge(run, true, &[record(0, 8, 10), record(0, 2, 10)]), Some((1, KeysMissing)));
+        // But as far as queries see.
+        let seen = |start, keys| SequenceRecord { powers: [13, 0, 0], ..record(start, keys, 10) };
+        assert_eq!(judge(Placement::Contiguous, true, &[seen(0, 4), seen(4, 9)]), None);
+        assert_eq!(judge(Placement::Contiguous, true, &[seen(0, 4), seen(4, 10)]), None);
+        assert_eq!(judge(Placement::Contiguous, true, &[seen(0, 4), seen(4, 8)]), Some((1, KeysMissing)));
+        assert_eq!(judge(Placement::Contiguous, true, &[seen(0, 12), seen(11, 2)]), Some((1, KeysTwice)));
+        assert_eq!(judge(run, true, &[seen(0, 7), seen(0, 6)]), None);
+        assert_eq!(judge(run, true, &[seen(0, 7), seen(0, 5)]), Some((1, KeysMissing)));
+        assert_eq!(judge(run, true, &[seen(0, 6), seen(0, 9)]), Some((0, KeysMissing)));
     }
 
     #[test]

@@ -25,7 +25,7 @@ impl PlanFault {
             let rank = if self.rank >= 0 { format!("rank {}", self.rank) } else { "the ranks together".into() };
             let message = format!(
                 "{}: found {found} in sequence {} on {rank}, wanted the same queries and lengths on every rank and each \
-                 position below global_length once; the outputs of that sequence are NaN",
+                 position once on all together; the outputs of that sequence are NaN",
                 self.fault.cause.argument(),
                 self.fault.sequence
             );

@@ -29,14 +29,12 @@ fn faulty(sequence: &Sequence) -> SequenceRecord {
 
 fn record(reader: &Reader<'_>, b: usize, sequence: &Sequence) -> SequenceRecord {
     let (desc, length) = (reader.desc(), reader.global_length(b));
+    let position = |i: usize| reader.query_position(sequence, i, length);
     let mut record = SequenceRecord {
         query: queries(reader, sequence),
-        query_position: reader.query_positions(sequence).map_or(0, |positions| {
-            positions
-                .enumerate()
-                .map(|(i, position)| mixed(i as u64, u64::from(position.cast_unsigned())))
-                .fold(0, u64::wrapping_add)
-        }),
+        query_position: (0..sequence.tokens)
+            .map(|i| mixed(i as u64, u64::from(position(i).cast_unsigned())))
+            .fold(0, u64::wrapping_add),
         global_length: length,
         keys: sequence.held as i32,
         ..faulty(sequence)
@@ -52,6 +50,10 @@ fn record(reader: &Reader<'_>, b: usize, sequence: &Sequence) -> SequenceRecord 
             record.start = sequence.held as i64 - i64::from(record.keys);
         }
         _ => {}
+    }
+    if desc.surplus_keys && desc.placement != Placement::Explicit {
+        let last = (0..sequence.tokens).map(position).max().unwrap_or(-1);
+        record.powers[0] = u64::from(last.saturating_add(1).max(0).cast_unsigned());
     }
     record
 }

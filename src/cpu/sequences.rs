@@ -283,10 +283,15 @@ impl<'a> Reader<'a> {
         if self.step.args.global_length.is_null() { 0 } else { read(self.step.args.global_length, b as i64) }
     }
 
-    /// The positions of a sequence's query tokens, where they are given one by one.
-    pub fn query_positions(&self, sequence: &Sequence) -> Option<impl Iterator<Item = i32> + use<>> {
-        let (positions, first) = (self.step.args.query_position, sequence.first_token as i64);
-        (!positions.is_null()).then(|| (0..sequence.tokens as i64).map(move |i| read(positions, first + i)))
+    /// The position of query token `i` of a sequence of so many tokens on all ranks, also where the shape looks at none.
+    pub fn query_position(&self, sequence: &Sequence, i: usize, global_length: i32) -> i32 {
+        let positions = self.step.args.query_position;
+        if positions.is_null() {
+            // Wraps only where the length has no room for the queries, which is alike on all ranks.
+            global_length.wrapping_sub(sequence.tokens as i32).wrapping_add(i as i32)
+        } else {
+            read(positions, (sequence.first_token + i) as i64)
+        }
     }
 
     /// Where the keys of sequence `b` are, whose start is read, for kv head `head`. Only for shapes that look at positions.

@@ -51,7 +51,7 @@ pub enum DataFaultCause {
     QueryDiffers = 9,
     /// A position that another rank, or slot, holds, too.
     KeysTwice = 10,
-    /// A position below `global_length` that no rank holds.
+    /// A position that no rank holds, below `global_length` or, of surplus keys, below what queries see.
     KeysMissing = 11,
     /// Of [`PageRow`](Self::PageRow), `page_indptr`. This and what follows comes from CPUs.
     PageIndptr = 12,
@@ -128,7 +128,7 @@ impl DataFaultCause {
             DataFaultCause::QueryPositionDiffers => Some("other positions than on the other ranks"),
             DataFaultCause::QueryDiffers => Some("other bits than on the other ranks"),
             DataFaultCause::KeysTwice => Some("a position that is held twice"),
-            DataFaultCause::KeysMissing => Some("a position below global_length that no rank holds"),
+            DataFaultCause::KeysMissing => Some("a position that no rank holds"),
             DataFaultCause::KeysOutside => Some("a key at or beyond global_length, or below 0,"),
             _ => None,
         }

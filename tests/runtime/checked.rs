@@ -136,7 +136,7 @@ const WRONG: [Wrong; 15] = [
         what: "a stale kv_length",
         placement: CONTIGUOUS,
         change: |input| input.shard.length[1] -= 1,
-        argument: "kv_length, kv_start or kv_position: found a position below global_length that no rank holds",
+        argument: "kv_length, kv_start or kv_position: found a position that no rank holds",
         is_rank_known: true,
         is_last_wrong_too: false,
     },
@@ -144,7 +144,7 @@ const WRONG: [Wrong; 15] = [
         what: "a stale kv_length of a rank in turn",
         placement: INTERLEAVED,
         change: |input| input.shard.length[1] -= 1,
-        argument: "kv_length, kv_start or kv_position: found a position below global_length that no rank holds",
+        argument: "kv_length, kv_start or kv_position: found a position that no rank holds",
         is_rank_known: true,
         is_last_wrong_too: false,
     },
@@ -168,7 +168,7 @@ const WRONG: [Wrong; 15] = [
         what: "a key too few",
         placement: Placement::Explicit,
         change: |input| input.shard.length[1] -= 1,
-        argument: "kv_length, kv_start or kv_position: found a position below global_length that no rank holds",
+        argument: "kv_length, kv_start or kv_position: found a position that no rank holds",
         is_rank_known: false,
         is_last_wrong_too: false,
     },
@@ -302,6 +302,67 @@ fn what_is_checked_changes_no_bit_and_needs_lengths_and_starts() {
         let error = unsafe { plans[0].decode(&args, None) }.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidArgument);
         assert!(error.message().starts_with(argument), "{error}");
+    }
+}
+
+/// Positions that are passed are the same as those that follow from the lengths, whichever rank passes them.
+#[test]
+fn positions_may_be_passed_by_some_ranks_alone() {
+    let (_runtime, comms) = group(WORLD, &quick(Duration::from_secs(20)));
+    for causal in [false, true] {
+        let plans = plan_all(&comms, &desc(Algorithm::OneShot, CONTIGUOUS, causal));
+        let good = step(&comms, &plans, |_, _| {});
+        let some = step(&comms, &plans, |rank, input| {
+            input.query_position = (rank == 1).then(|| vec![LENGTH - 1; BATCH]);
+        });
+        assert!(good == some && some.iter().all(|(_, error)| error.is_none()), "{some:?}");
+    }
+}
+
+/// Surplus keys do not count, but where queries see them.
+#[test]
+fn surplus_keys_that_queries_see_are_held_once() {
+    const COMMITTED: i32 = LENGTH - 3;
+    let (_runtime, comms) = group(WORLD, &quick(Duration::from_secs(20)));
+    for (algorithm, placement) in [
+        (Algorithm::OneShot, CONTIGUOUS),
+        (Algorithm::Ring, CONTIGUOUS),
+        (Algorithm::OneShot, INTERLEAVED),
+        (Algorithm::OneShot, Placement::Explicit),
+    ] {
+        let plain = desc(algorithm, placement, true);
+        let wanted = step(&comms, &plan_all(&comms, &plain), |_, _| {});
+        let plans = plan_all(&comms, &AttentionDesc { surplus_keys: true, ..plain });
+        // The rank that holds the last position, and whether it loses it.
+        let last = [1, 2][usize::from(placement == CONTIGUOUS)];
+        let run = |query: i32, loses: bool| {
+            step(&comms, &plans, |rank, input| {
+                input.global_length.fill(COMMITTED);
+                input.query_position = Some(vec![query; BATCH]);
+                let at = if placement == Placement::Explicit { 0 } else { last };
+                if loses && rank == at {
+                    // With explicit placement slot 0 of rank 0 holds the last position.
+                    match placement {
+                        Placement::Explicit => input.kv_position[STRIDE] = LENGTH + 7,
+                        _ => input.shard.length[1] -= 1,
+                    }
+                }
+            })
+        };
+        assert_eq!(run(LENGTH - 1, false), wanted, "{placement:?}");
+        assert!(run(COMMITTED - 1, true).iter().all(|(_, error)| error.is_none()), "nobody sees it");
+        let found = run(LENGTH - 1, true);
+        if placement == Placement::Explicit {
+            // Which of them are there is not looked at: several may have one position.
+            assert!(found.iter().all(|(_, error)| error.is_none()), "{found:?}");
+            continue;
+        }
+        for (out, error) in &found {
+            let error = error.as_ref().expect("a key is lost");
+            assert_eq!((error.kind(), error.rank()), (ErrorKind::Mismatch, Some(last as i32)), "{error}");
+            assert!(error.message().contains("found a position that no rank holds"), "{error}");
+            assert!(out[64..128].iter().all(|x| x.is_nan()) && out[..64] == wanted[0].0[..64], "{placement:?}");
+        }
     }
 }
 

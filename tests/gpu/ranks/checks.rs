@@ -56,7 +56,7 @@ struct Wrong {
 }
 
 const TWICE: &str = "kv_length, kv_start or kv_position: found a position that is held twice";
-const MISSING: &str = "kv_length, kv_start or kv_position: found a position below global_length that no rank holds";
+const MISSING: &str = "kv_length, kv_start or kv_position: found a position that no rank holds";
 const OUTSIDE: &str = "kv_length, kv_start or kv_position: found a key at or beyond global_length";
 
 const WRONG: [Wrong; 12] = [
@@ -236,7 +236,10 @@ pub fn like_cpus(count: u64) {
         let sequences = lengths.map(|length| (length, 1));
         let desc = AttentionDesc { causal: rng.chance(50), ..desc(placement) };
         let desc = AttentionDesc { surplus_keys: desc.causal && rng.chance(50), ..desc };
-        let case = Case::plain(desc, WORLD, &sequences, Values::Normal, n);
+        let mut case = Case::plain(desc, WORLD, &sequences, Values::Normal, n);
+        // At the end of the sequence or, where surplus keys may be seen, past it.
+        case.query_position =
+            rng.chance(50).then(|| lengths.map(|length| (length + rng.range(0, 2)) as i32 - 1).to_vec());
         let mut all = ranks(&case);
         for _ in 0..rng.range(0, 2) {
             let (at, b) = (rng.range(0, WORLD - 1), rng.range(0, 2));
