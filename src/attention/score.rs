@@ -97,10 +97,13 @@ impl ScoreMod {
     }
 
     /// The power of two that a backend may multiply q with before the product, exactly, and the scores with -power after, so
-    /// that scores within float32 come of products beyond it: 0 for every usual scale (2^-32 to 2^32).
+    /// that scores within float32 come of products beyond it: 0 for every usual scale (2^-32 to 2^32). Where something is added
+    /// to scores it is that of the scale from 2^-64 to 1: what is added is divided by what is left of the scale, and should
+    /// stay within float32, too.
     pub fn q_power(self) -> i32 {
         let exponent = if self.scale == 0.0 { 0.0 } else { f64::from(self.scale.abs()).log2().floor() };
-        (exponent - exponent.clamp(-32.0, 32.0)) as i32
+        let power = exponent - exponent.clamp(-32.0, 32.0);
+        if self.adds() && self.softcap == 0.0 { power.min(exponent.max(-64.0)) as i32 } else { power as i32 }
     }
 
     /// The factor on q.k.
@@ -125,6 +128,14 @@ mod tests {
         for (scale, power) in [(1e-40, -101), (f32::from_bits(1), -117), (3e38, 95), (2f32.powi(-32), 0), (8.0, 0)] {
             desc.scale = scale;
             assert_eq!(ScoreMod::of(&desc, false).q_power(), power, "{scale:e}");
+        }
+        let added = [(0.125, -3), (0.09, -4), (1.0, 0), (8.0, 0), (2f32.powi(-33), -33), (1e-40, -101), (3e38, 95)];
+        for (scale, power) in added {
+            desc.scale = scale;
+            assert_eq!(ScoreMod::of(&desc, true).q_power(), power, "{scale:e}");
+            desc.softcap = 1.0;
+            assert_eq!(ScoreMod::of(&desc, true).q_power(), ScoreMod::of(&desc, false).q_power(), "{scale:e}");
+            desc.softcap = 0.0;
         }
         desc.scale = -0.25;
         let terms = ScoreTerms { slope: 0.5, bias: 2.0 };

@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 
 use treeattn::attention::reference::{self, Comparison, Precision, Reference};
-use treeattn::attention::{AttentionDesc, DecodeArgs, Dtype, KvLayout, OutputMode, Placement, Shard, Step, Tensor};
+use treeattn::attention::{
+    AttentionDesc, DecodeArgs, Dtype, KvLayout, MaskKind, OutputMode, Placement, Shard, Step, Tensor,
+};
 use treeattn::runtime::{Device, MergeArgs, Runtime, RuntimeConfig, Stream, energy, merge_partials};
 use treeattn::{ErrorKind, Result};
 
@@ -320,6 +322,36 @@ fn many_keys_and_odd_scales() {
             check(&case, &runtime, None, &mut found);
         }
         assert!(found.worst.max(found.worst_lse) <= 1.0, "{found:?}");
+    }
+}
+
+/// What is added to scores may be as large as scores may be, however small the scale.
+#[test]
+fn huge_terms_beside_a_small_scale() {
+    let mut problem = Problem::new(3, 2);
+    problem.v = vec![0.0; 2 * DIM];
+    (problem.v[0], problem.v[DIM]) = (1.0, 0.5);
+    for scale in [0.125f32, -0.3, 1e-6, 2.0] {
+        problem.desc.scale = scale;
+        // F is near zeta v of the key that weighs all: 1e38 * 1, or -1e38 * 0.5.
+        for (size, f, gradient) in [(1e38f32, 1e38f32, 1.0), (-1e38, -5e37, 0.5)] {
+            let mut zeta = [0.0; DIM];
+            zeta[0] = size;
+            let found = problem.energy(Some(&zeta));
+            assert!((found.0 - f).abs() <= 1e-6 * f.abs() && found.1[0] == gradient, "{scale}, {size:e}: {found:?}");
+        }
+        // A mask that adds as much to all keys leaves their weights alone, but for what rounding takes of their scores: all of it.
+        let masked = AttentionDesc { mask: MaskKind::Additive, mask_dtype: Some(Dtype::F32), ..problem.desc };
+        for size in [1e38f32, -1e38] {
+            let mask = [size; 2];
+            let (mut out, mut f) = (vec![0.0; DIM], 0.0);
+            problem.with(&mut out, &mut f, |args| {
+                let args = DecodeArgs { mask: Tensor::from_slice(&mask).with_strides([0, 0, 0, 4]), ..*args };
+                // SAFETY: everything outlives the call.
+                unsafe { energy(&problem.runtime, Device::CPU, &masked, &args, &Tensor::NULL, None) }.unwrap();
+            });
+            assert!((f - size).abs() <= 1e-6 * size.abs() && out[0] == 0.75, "{scale}, {size:e}: {f:e} {out:?}");
+        }
     }
 }
 
