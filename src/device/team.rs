@@ -50,6 +50,11 @@ impl TeamMember {
         TeamMember { index, size, barrier, ctx }
     }
 
+    /// Tells barriers apart; 0: none.
+    fn barrier_address(&self) -> usize {
+        self.barrier.map_or(0, |barrier| barrier as usize)
+    }
+
     /// Whether this member leads the team.
     pub fn leads(&self) -> bool {
         self.index == 0
@@ -102,10 +107,14 @@ pub struct Team {
     cores: usize,
 }
 
-/// Whether a member is here; apart from those of its neighbours.
+/// A member's place; apart from those of its neighbours.
 #[derive(Debug, Default)]
 #[repr(align(64))]
-struct Seat(AtomicBool);
+struct Seat {
+    is_taken: AtomicBool,
+    /// The address of the member's barrier, 0 for none: written before the member counts itself in.
+    barrier: AtomicUsize,
+}
 
 #[derive(Clone, Copy, Debug)]
 enum Post {
@@ -126,7 +135,7 @@ struct Seated<'a>(&'a Seat);
 
 impl Drop for Seated<'_> {
     fn drop(&mut self) {
-        self.0.0.store(false, Ordering::Release);
+        self.0.is_taken.store(false, Ordering::Release);
     }
 }
 
@@ -240,10 +249,11 @@ impl Team {
         let Some(index) = usize::try_from(member.index).ok().filter(|&index| index < size) else {
             return Err(Error::invalid("team.index", member.index, format!("0 to {}", size - 1)));
         };
-        if self.seats[index].0.swap(true, Ordering::AcqRel) {
+        if self.seats[index].is_taken.swap(true, Ordering::AcqRel) {
             let found = format!("{index} of two members at a time");
             return Err(Error::invalid("team.index", found, format!("each of 0 to {} once", size - 1)));
         }
+        self.seats[index].barrier.store(member.barrier_address(), Ordering::Relaxed);
         Ok((index, size, Seated(&self.seats[index])))
     }
 
@@ -293,6 +303,9 @@ impl Team {
             let found = Meeting::of(self.meeting.load(Ordering::Acquire));
             found.phase == Phase::Broken || found.count == size
         })?;
+        if let Some(error) = self.other_barrier(member, size) {
+            return Err(self.break_off(&error, |_| true).unwrap_or(error));
+        }
         let word = self.meeting.load(Ordering::Acquire);
         let running = Meeting { phase: Phase::Running, ..Meeting::of(word) };
         // Nobody counts itself in where all have come: another word is that of a meeting that was broken off.
@@ -307,6 +320,15 @@ impl Team {
         self.left.store(0, Ordering::Relaxed);
         self.leaving.store(size - 1, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Which member would wait at another barrier than the leader, for ever. Called when all have counted themselves in, which
+    /// orders what they wrote to their seats before this.
+    fn other_barrier(&self, leader: &TeamMember, size: usize) -> Option<Error> {
+        let wanted = leader.barrier_address();
+        let odd = self.seats[..size].iter().position(|seat| seat.barrier.load(Ordering::Relaxed) != wanted)?;
+        let found = format!("another function of member {odd} than of member 0");
+        Some(Error::invalid("team.barrier", found, "the same for all members"))
     }
 
     /// Waits until `there`, or breaks the meeting off. Every member calls it, each until its own deadline.
@@ -349,7 +371,7 @@ impl Team {
 
     /// That a member of `size` did not come.
     fn late(&self, size: usize, patience: &Patience<'_>) -> Error {
-        let missing = self.seats[..size].iter().position(|seat| !seat.0.load(Ordering::Acquire));
+        let missing = self.seats[..size].iter().position(|seat| !seat.is_taken.load(Ordering::Acquire));
         let who = missing.map_or("a member".to_string(), |index| format!("member {index}"));
         let message =
             format!("{}: {who} of {size} did not come within {:?} ({})", self.name, patience.limit, patience.name);

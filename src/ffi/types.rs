@@ -397,7 +397,7 @@ pub struct treeattn_team_t {
     pub size: i32,
     /// The team's barrier: returns when every member has called it as often as this one. Called only when all members have come,
     /// by each of them equally often. Only how members wait: what they wait for the library sees itself. It must not call the
-    /// library, unwind or jump out. NULL, for all members: they spin for at most 20 us, then sleep.
+    /// library, unwind or jump out. One function for all members; NULL, for all: they spin for at most 20 us, then sleep.
     pub barrier: Option<unsafe extern "C" fn(ctx: *mut c_void)>,
     /// Passed to `barrier`; each member has its own.
     pub ctx: *mut c_void,

@@ -301,7 +301,7 @@ static void members_that_cannot_meet(void) {
   static team_t team;
   treeattn_attention_desc_t desc = problem_desc();
   shard_make(&shard, &problem, 1, 0);
-  enum { MISSING, NO_LEADER, SIZES, INDEXES, BARRIERS, OUT_OF_RANGE, ABORTED, DESTROYED, CASES };
+  enum { MISSING, NO_LEADER, SIZES, INDEXES, BARRIERS, OUT_OF_RANGE, ABORTED, DESTROYED, OTHER_BARRIERS, CASES };
   for (int which = 0; which < CASES; which++) {
     treeattn_comm_t *comm = NULL;
     treeattn_plan_t *plan = NULL;
@@ -337,6 +337,10 @@ static void members_that_cannot_meet(void) {
       case BARRIERS:
         team.members[3].team.barrier = NULL;
         text = "team.barrier: found NULL, wanted one, as of the members that came before";
+        break;
+      case OTHER_BARRIERS:
+        team.members[3].team.barrier = no_wait;
+        text = "team.barrier: found another function of member 3 than of member 0, wanted the same for all members";
         break;
       case OUT_OF_RANGE:
         team.members[3].team.index = 4;
