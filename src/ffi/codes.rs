@@ -22,7 +22,7 @@ pub const TREEATTN_ERROR_UNAVAILABLE: treeattn_status_t = treeattn_status_t(5);
 /// The ranks passed different descriptors to a collective creation; the message names the field and the ranks. Or different
 /// inputs to a step of a plan with TREEATTN_ATTENTION_CHECKED; then the communicator stays usable.
 pub const TREEATTN_ERROR_MISMATCH: treeattn_status_t = treeattn_status_t(6);
-/// The ranks issued different exchanging calls. The communicator is broken.
+/// The ranks issued different exchanging calls. The communicator is broken. On CPUs the message tells what they issued.
 pub const TREEATTN_ERROR_DESYNC: treeattn_status_t = treeattn_status_t(7);
 /// A rank did not come before the deadline. The communicator is broken (unless the wait was for a full stream).
 pub const TREEATTN_ERROR_TIMEOUT: treeattn_status_t = treeattn_status_t(8);
@@ -216,15 +216,16 @@ pub const TREEATTN_MASK_BOOLEAN: treeattn_mask_kind_t = treeattn_mask_kind_t(2);
 /// work of the stream runs, so that a step may read them early.
 pub const TREEATTN_ATTENTION_KV_STABLE: u32 = 1;
 /// Flag of `treeattn_attention_desc_t`: every step that exchanges compares what the ranks passed: the queries bit by bit (by
-/// a 64-bit sum), query tokens, `global_length`, `query_position` (which all ranks pass, or none), and that the keys of all ranks together are the positions
+/// a 64-bit sum), query tokens and their positions, `global_length`, and that the keys of all ranks together are the positions
 /// 0 to `global_length` - 1, each once (with explicit placement by their number and the sums of their first three powers).
 /// Ranks that do not fit together get TREEATTN_ERROR_MISMATCH, which names argument and sequence, and the rank where one is to
 /// blame (with explicit placement none is for positions that are held twice or by no rank); the outputs of that sequence are
 /// NaN on every rank, the others are good, and the communicator stays usable. Keys at or beyond `global_length` do not fit
-/// either, but with TREEATTN_ATTENTION_SURPLUS_KEYS, where they do not count. Such plans need `global_length`, and `kv_start`
-/// or `kv_position` where their placement has one, also where they are not causal. Sinks, slopes, mask factors, masks and
-/// scales are not compared. Merges of partials and
-/// `treeattn_plan_partial` check nothing, and neither do plans that exchange nothing. On CPUs the step returns the error, or the
+/// either, but with TREEATTN_ATTENTION_SURPLUS_KEYS: there those that `query_position` lets a query see have to be held once, too,
+/// and the others do not count (with explicit placement none do, since nodes of a tree of drafts may share a position). Such
+/// plans need `global_length`, and `kv_start` or `kv_position` where their placement has one, also where they are not causal.
+/// Sinks, slopes, mask factors, masks and scales are not compared. Merges of partials and `treeattn_plan_partial` check nothing,
+/// and neither do plans that exchange nothing. On CPUs the step returns the error, or the
 /// stream does; on GPUs it is told as TREEATTN_ERROR_INVALID_DATA is, by `treeattn_comm_status`, once, and a captured step checks
 /// in every replay. Not with ALLREDUCE3 on GPUs (TREEATTN_ERROR_UNSUPPORTED). Since 0.2.
 pub const TREEATTN_ATTENTION_CHECKED: u32 = 2;
