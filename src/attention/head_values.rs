@@ -32,7 +32,7 @@ impl HeadValues {
     }
 
     /// Where that of head 0 lies, and the bytes to the next one's.
-    pub(crate) fn place(self) -> (*const f32, i64) {
+    pub(crate) fn data_and_stride(self) -> (*const f32, i64) {
         (self.data, self.stride)
     }
 

@@ -101,7 +101,7 @@ impl Mask {
     }
 
     /// Where it begins, its bytes, and its byte strides.
-    pub(crate) fn place(&self) -> (*const u8, u64, [i64; 4]) {
+    pub(crate) fn data_and_strides(&self) -> (*const u8, u64, [i64; 4]) {
         (self.data, self.bytes, self.stride)
     }
 

@@ -59,9 +59,9 @@ pub(crate) struct PlanLease {
 }
 
 impl PlanWords {
-    /// No words yet, for plans of `rank` on `device`. Dropping them waits for the device at most `patience`.
-    pub fn new(device: &Arc<CudaDevice>, rank: i32, patience: Duration) -> Arc<PlanWords> {
-        let allocations = Mutex::new(Allocations::new(device, patience));
+    /// No words yet, for plans of `rank` on `device`. Dropping them waits for the device at most `timeout`.
+    pub fn new(device: &Arc<CudaDevice>, rank: i32, timeout: Duration) -> Arc<PlanWords> {
+        let allocations = Mutex::new(Allocations::new(device, timeout));
         Arc::new(PlanWords { rank, state: Mutex::default(), allocations })
     }
 

@@ -43,6 +43,6 @@ mod format_tests;
 #[cfg(test)]
 mod tests;
 
-pub use backend::{CAPABILITIES, CpuBackend};
+pub(crate) use backend::{CAPABILITIES, CpuBackend};
 pub use isa::{ENVIRONMENT, Isa, isa};
-pub use pack::Held;
+pub(crate) use pack::Held;

@@ -81,7 +81,7 @@ struct Case {
 
 /// How large the numbers are.
 #[derive(Clone, Copy)]
-struct Taste {
+struct Magnitudes {
     q: f32,
     v_offset: f32,
 }
@@ -152,8 +152,8 @@ impl Case {
         }
         (desc.max_batch, desc.max_kv_length) = (batch as i32, longest as i32);
         desc.max_query_tokens = starts[batch] + 1;
-        let taste = Taste { q: r.pick(&[0.0, 0.1, 1.0, 1.0, 20.0]), v_offset: r.pick(&[0.0, 0.0, 2.0]) };
-        Case::fill(r, desc, shard, lengths, starts, taste)
+        let magnitudes = Magnitudes { q: r.pick(&[0.0, 0.1, 1.0, 1.0, 20.0]), v_offset: r.pick(&[0.0, 0.0, 2.0]) };
+        Case::fill(r, desc, shard, lengths, starts, magnitudes)
     }
 
     fn fill(
@@ -162,7 +162,7 @@ impl Case {
         shard: Shard,
         lengths: Vec<i32>,
         starts: Vec<i32>,
-        taste: Taste,
+        magnitudes: Magnitudes,
     ) -> Case {
         let batch = lengths.len();
         let page = desc.page_size.max(1) as usize;
@@ -226,7 +226,7 @@ impl Case {
                     let row: Vec<f32> = (0..k_shape[3]).map(|_| r.float()).collect();
                     let to = at(&k_stride, case.place(b, slot, h, 0));
                     put_row(&mut case.k, to, k_stride[3], &row, desc.k_dtype);
-                    let row: Vec<f32> = (0..v_shape[3]).map(|_| r.float() + taste.v_offset).collect();
+                    let row: Vec<f32> = (0..v_shape[3]).map(|_| r.float() + magnitudes.v_offset).collect();
                     let to = at(&v_stride, case.place(b, slot, h, 0));
                     put_row(&mut case.v, to, v_stride[3], &row, desc.v_dtype);
                 }
@@ -235,7 +235,7 @@ impl Case {
         for t in case.starts[0] as usize..tokens {
             for h in 0..q_shape[2] {
                 for d in 0..q_shape[3] {
-                    let x = r.float() * taste.q;
+                    let x = r.float() * magnitudes.q;
                     put(&mut case.q, at(&q_stride, [0, t, h, d]), x, desc.q_dtype);
                 }
             }
@@ -437,8 +437,8 @@ fn plain(n: i32, causal: bool) -> Case {
     let mut desc = AttentionDesc::new(2, 1, 16, n);
     desc.causal = causal;
     desc.max_query_tokens = 3;
-    let taste = Taste { q: 1.0, v_offset: 0.0 };
-    let mut case = Case::fill(&mut Random(n as u64), desc, Shard::ALONE, vec![n], vec![0, 3], taste);
+    let magnitudes = Magnitudes { q: 1.0, v_offset: 0.0 };
+    let mut case = Case::fill(&mut Random(n as u64), desc, Shard::ALONE, vec![n], vec![0, 3], magnitudes);
     case.kv_starts[0] = 0;
     case.globals[0] = n;
     case
@@ -482,8 +482,8 @@ fn bad_data_is_nan_in_its_own_sequence() {
         let mut desc = AttentionDesc::new(2, 1, 16, 100);
         (desc.max_batch, desc.max_query_tokens, desc.causal) = (3, 8, true);
         (desc.kv_layout, desc.page_size) = (KvLayout::BlockTable, 16);
-        let taste = Taste { q: 1.0, v_offset: 0.0 };
-        let mut case = Case::fill(&mut Random(5), desc, Shard::ALONE, vec![40, 70, 100], vec![0, 2, 5, 6], taste);
+        let magnitudes = Magnitudes { q: 1.0, v_offset: 0.0 };
+        let mut case = Case::fill(&mut Random(5), desc, Shard::ALONE, vec![40, 70, 100], vec![0, 2, 5, 6], magnitudes);
         case.kv_starts.fill(0);
         case.globals = case.lengths.clone();
         case
@@ -554,7 +554,8 @@ fn a_million_keys_keep_the_bound() {
     for (q, v_offset) in [(0.0, 1.0), (1.0, 0.0), (30.0, 1.0)] {
         let mut desc = AttentionDesc::new(1, 1, 16, 1 << 20);
         (desc.k_dtype, desc.v_dtype) = (Dtype::F16, Dtype::Bf16);
-        let case = Case::fill(&mut Random(9), desc, Shard::ALONE, vec![1 << 20], vec![0, 1], Taste { q, v_offset });
+        let case =
+            Case::fill(&mut Random(9), desc, Shard::ALONE, vec![1 << 20], vec![0, 1], Magnitudes { q, v_offset });
         for isa in [Isa::best(), Isa::Scalar] {
             let (o, lse, _) = case.run(isa, 2);
             let worst = case.check(&o, &lse, isa.name());
@@ -567,8 +568,8 @@ fn a_million_keys_keep_the_bound() {
 fn an_f32_query_is_not_rounded() {
     let mut case = plain(64, false);
     case.desc.k_dtype = Dtype::Bf16;
-    let taste = Taste { q: 8.0, v_offset: 0.0 };
-    case = Case::fill(&mut Random(3), case.desc, Shard::ALONE, vec![64], vec![0, 3], taste);
+    let magnitudes = Magnitudes { q: 8.0, v_offset: 0.0 };
+    case = Case::fill(&mut Random(3), case.desc, Shard::ALONE, vec![64], vec![0, 3], magnitudes);
     let first = Case::get(&case.q, at(&case.q_stride, [0, 0, 0, 0]), Dtype::F32) as f32;
     assert_ne!(first, round(first, Dtype::Bf16));
     for isa in Isa::available() {
@@ -598,8 +599,8 @@ fn work_follows_the_window() {
     let tiles = |placement: Placement, window: i32, shard: Shard| {
         let mut desc = AttentionDesc::new(2, 1, 16, 4096);
         (desc.placement, desc.causal, desc.window) = (placement, true, window);
-        let taste = Taste { q: 1.0, v_offset: 0.0 };
-        let mut case = Case::fill(&mut Random(5), desc, shard, vec![4096], vec![0, 1], taste);
+        let magnitudes = Magnitudes { q: 1.0, v_offset: 0.0 };
+        let mut case = Case::fill(&mut Random(5), desc, shard, vec![4096], vec![0, 1], magnitudes);
         let global = 4096 * shard.world;
         (case.globals[0], case.kv_starts[0]) = (global, 4096 * shard.rank);
         // Slot s holds position s, whatever the number of ranks.
@@ -629,8 +630,8 @@ fn work_follows_the_window() {
 fn work_follows_the_mask() {
     let mut desc = AttentionDesc::new(2, 1, 16, 1000);
     desc.mask = MaskKind::Boolean;
-    let taste = Taste { q: 1.0, v_offset: 0.0 };
-    let case = Case::fill(&mut Random(5), desc, Shard::ALONE, vec![1000], vec![0, 1], taste);
+    let magnitudes = Magnitudes { q: 1.0, v_offset: 0.0 };
+    let case = Case::fill(&mut Random(5), desc, Shard::ALONE, vec![1000], vec![0, 1], magnitudes);
     let workers = Workers::new(2, "test", false).unwrap();
     let backend = CpuBackend::new(&case.desc, Shard::ALONE, 2, Isa::Scalar).unwrap();
     for (visible, wanted) in [(200..700, 3..11), (0..1000, 0..16), (64..65, 1..2), (5..5, 0..0)] {

@@ -66,13 +66,13 @@ pub(crate) struct Allreduce {
 impl Allreduce {
     /// Makes the kernels resident and allocates for the largest step. `failed` is a device word that is not 0 once outputs
     /// shall be NaN, `host` three mapped host words: steps begun, steps ended, bad data. Both outlive this. Blocks;
-    /// `Capturing` during a capture. Dropping waits for enqueued steps, at most `patience`.
+    /// `Capturing` during a capture. Dropping waits for enqueued steps, at most `timeout`.
     pub fn new(
         device: &Arc<CudaDevice>,
         shape: AllreduceShape,
         failed: u64,
         host: u64,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<Allreduce> {
         let image = Image::new(device)?;
         let kernel =
@@ -91,7 +91,7 @@ impl Allreduce {
             // Bad data and a word that stays 0, steps begun and ended, arrivals.
             Some(ALIGN),
         ];
-        let mut holdings = Allocations::new(device, patience);
+        let mut holdings = Allocations::new(device, timeout);
         let mut at = [0u64; 5];
         let mut bytes = 0usize;
         for (at, size) in at.iter_mut().zip(sizes) {

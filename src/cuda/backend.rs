@@ -76,19 +76,19 @@ impl CudaBackend {
     /// Makes every kernel of a plan resident and allocates its workspace. `sharing` ranks share the GPU, each with its part
     /// of the grid. `told`: the device's address of the words in mapped host memory that tell of bad data of steps that have no
     /// other place for it; they outlive the steps. Blocks; `Capturing` during a capture.
-    /// Dropping waits for the steps that are enqueued, at most `patience`.
+    /// Dropping waits for the steps that are enqueued, at most `timeout`.
     pub fn new(
         device: &Arc<CudaDevice>,
         desc: &AttentionDesc,
         shard: Shard,
         sharing: usize,
         told: u64,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<CudaBackend> {
         supported(desc, &CAPABILITIES)?;
         let image = Image::new(device)?;
         let merge = Merge::new(device)?;
-        let mut holdings = Allocations::new(device, patience);
+        let mut holdings = Allocations::new(device, timeout);
         let (mut attention, mut bytes) = (None, 0);
         if !desc.is_merge_only() {
             let kernels = Kernels::new(&image, desc, sharing)?;

@@ -15,8 +15,8 @@ use crate::partial::ExchangeView;
 const THREADS: u32 = 256;
 /// Most blocks that write NaN: where all is well each has two numbers to read a sequence.
 const MOST_WRITING: i32 = 32;
-/// Bytes that are kept of a sequence between the two kernels.
-const VERDICT: usize = 8;
+/// Bytes that the first kernel leaves of a sequence for the second, as `CheckParams::wrong` says.
+const WRONG_BYTES: usize = 8;
 
 /// The kernels on a device.
 pub(crate) struct CheckKernels {
@@ -24,8 +24,8 @@ pub(crate) struct CheckKernels {
     outputs: Kernel,
     /// Most blocks of the first, which may all wait for ranks that have not come.
     most_waiting: u64,
-    /// What the first tells the second.
-    verdicts: u64,
+    /// What the first leaves for the second, [`CheckParams::wrong`].
+    wrong: u64,
     needs_positions: bool,
     surplus_keys: bool,
 }
@@ -34,21 +34,21 @@ pub(crate) struct CheckKernels {
 pub(crate) struct CheckStep(CheckParams);
 
 impl CheckKernels {
-    /// Bytes of device memory that plans of `desc` need for verdicts.
+    /// Bytes of device memory that plans of `desc` need for what the first kernel leaves for the second.
     pub fn bytes(desc: &AttentionDesc) -> usize {
-        desc.max_batch as usize * VERDICT
+        desc.max_batch as usize * WRONG_BYTES
     }
 
-    /// Makes the kernels resident for plans of `desc`, for one of `sharing` ranks on the GPU. `verdicts` is the address of
+    /// Makes the kernels resident for plans of `desc`, for one of `sharing` ranks on the GPU. `wrong` is the address of
     /// [`CheckKernels::bytes`] of its memory, which outlives the steps. Blocks; `Capturing` during a capture.
-    pub fn new(device: &Arc<CudaDevice>, desc: &AttentionDesc, sharing: usize, verdicts: u64) -> Result<CheckKernels> {
+    pub fn new(device: &Arc<CudaDevice>, desc: &AttentionDesc, sharing: usize, wrong: u64) -> Result<CheckKernels> {
         let image = Image::new(device)?;
         let (_, most_waiting) = exchange::blocks(device.units, sharing);
         Ok(CheckKernels {
             compare: abi::kernel(&image, "check", "treeattn_check", THREADS, 0)?,
             outputs: abi::kernel(&image, "check", "treeattn_check_outputs", THREADS, 0)?,
             most_waiting,
-            verdicts,
+            wrong,
             needs_positions: desc.needs_positions(),
             surplus_keys: desc.surplus_keys,
         })
@@ -58,7 +58,7 @@ impl CheckKernels {
     pub fn step(&self, backend: &CudaBackend, step: &Step) -> Result<CheckStep> {
         Ok(CheckStep(CheckParams {
             step: backend.decode_params(step)?,
-            wrong: self.verdicts,
+            wrong: self.wrong,
             first: 0,
             count: 0,
             needs_positions: i32::from(self.needs_positions),
@@ -79,8 +79,8 @@ impl CheckKernels {
         parameters.step.exchange = *view;
         let blocks = u64::from(count.unsigned_abs()).clamp(1, self.most_waiting);
         let entered = self.compare.device().enter()?;
-        // SAFETY: `CheckParams` is what the kernel takes (`abi`). The window outlives its communicator's work, the verdicts outlive
-        // the plan's steps by `new`, and the memory of the step stays valid until it is done.
+        // SAFETY: `CheckParams` is what the kernel takes (`abi`). The window outlives its communicator's work, the memory at `wrong`
+        // the plan's steps, as `new` was promised, and the memory of the step stays valid until it is done.
         unsafe { self.compare.launch(&entered, stream, blocks as u32, &parameters) }
     }
 

@@ -34,12 +34,13 @@ pub(super) fn copies_rows(desc: &AttentionDesc, step: &Step) -> bool {
 /// The terms of a step.
 pub(super) fn of(desc: &AttentionDesc, step: &Step) -> Terms {
     let heads = |values: HeadValues| {
-        let (data, stride) = values.place();
+        let (data, stride) = values.data_and_stride();
         (data as u64, stride)
     };
     let ((sinks, sink_stride), (slopes, slope_stride), (mask_factor, factor_stride)) =
         (heads(step.sinks), heads(step.slopes), heads(step.mask_factor));
-    let (mask, mask_bytes, mask_stride) = step.mask.map_or((std::ptr::null(), 0, [0; 4]), |mask| mask.place());
+    let (mask, mask_bytes, mask_stride) =
+        step.mask.map_or((std::ptr::null(), 0, [0; 4]), |mask| mask.data_and_strides());
     let mask_element = match MaskElement::of(desc) {
         None => params::MASK_NONE,
         Some(MaskElement::F16) => params::MASK_F16,

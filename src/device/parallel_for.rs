@@ -23,7 +23,7 @@ use crate::fault;
 /// Most threads of an executor.
 const MAX_THREADS: usize = 1024;
 /// Most gates that are retained because late tasks may still use them. Beyond that there is no gate for a new run.
-const MOST_KEPT: usize = 4096;
+const MOST_RETAINED: usize = 4096;
 
 /// A task as the engine calls it.
 pub type TaskCallback = unsafe extern "C" fn(data: *mut c_void, i: i32);
@@ -118,12 +118,12 @@ impl Executor for ParallelFor {
         // a step. The gate lives as long as the process, so that the task may be called with it at any time.
         let code = unsafe { (self.engine.parallel)(self.engine.ctx, n, Some(task), data) };
         drop(open);
-        let verdict = gate.verdict(code);
-        match &verdict {
-            Err(error) if error.kind() == ErrorKind::Executor => gate.keep(),
+        let outcome = gate.outcome(code);
+        match &outcome {
+            Err(error) if error.kind() == ErrorKind::Executor => gate.retain(),
             _ => *held = Some(gate),
         }
-        verdict
+        outcome
     }
 }
 
@@ -178,7 +178,7 @@ unsafe impl Send for Gate {}
 /// Gates that no executor uses.
 static FREE: Mutex<Vec<&'static Gate>> = Mutex::new(Vec::new());
 /// Gates that late tasks may still use and that no run uses again. They are never freed.
-static KEPT: Mutex<Vec<&'static Gate>> = Mutex::new(Vec::new());
+static RETAINED: Mutex<Vec<&'static Gate>> = Mutex::new(Vec::new());
 
 impl Gate {
     /// A gate for `tasks` tasks that no one else has.
@@ -188,10 +188,10 @@ impl Gate {
             return Ok(free.swap_remove(at));
         }
         drop(free);
-        let kept = KEPT.lock().len();
-        if kept >= MOST_KEPT {
+        let retained = RETAINED.lock().len();
+        if retained >= MOST_RETAINED {
             let message = format!(
-                "executor.parallel: found {kept} runs in this process in which it did not keep its promise, wanted fewer"
+                "executor.parallel: found {retained} runs in this process in which it did not keep its promise, wanted fewer"
             );
             return Err(Error::new(ErrorKind::Executor, message));
         }
@@ -218,8 +218,8 @@ impl Gate {
     }
 
     /// Retains the gate, for tasks of its last run that may come late.
-    fn keep(&'static self) {
-        KEPT.lock().push(self);
+    fn retain(&'static self) {
+        RETAINED.lock().push(self);
     }
 
     /// A call of task `i`, from any thread at any time.
@@ -262,7 +262,7 @@ impl Gate {
     }
 
     /// The result of the run that has ended, in which the engine's function returned `code`.
-    fn verdict(&self, code: i32) -> Result<()> {
+    fn outcome(&self, code: i32) -> Result<()> {
         let tasks = self.tasks.load(Ordering::Relaxed);
         let missing = self.taken[..tasks].iter().position(|taken| !taken.load(Ordering::Acquire));
         let found = match (self.odd.lock().take(), missing) {

@@ -57,9 +57,9 @@ pub(crate) struct Deadline {
 }
 
 impl Deadline {
-    /// Ends `patience` from now, or when a deadline that is already set does.
-    pub fn within(patience: Duration) -> Deadline {
-        let (outer, until) = (UNTIL.get(), Instant::now() + patience);
+    /// Ends `timeout` from now, or when a deadline that is already set does.
+    pub fn within(timeout: Duration) -> Deadline {
+        let (outer, until) = (UNTIL.get(), Instant::now() + timeout);
         UNTIL.set(Some(outer.map_or(until, |outer| outer.min(until))));
         Deadline { outer, this_thread: PhantomData }
     }
@@ -74,13 +74,13 @@ impl Drop for Deadline {
 /// A value whose drop is bounded by a [`Deadline`] of its own, all its parts together.
 pub(crate) struct Within<T> {
     value: ManuallyDrop<T>,
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl<T> Within<T> {
-    /// `value`, whose drop may wait for `patience`.
-    pub fn new(value: T, patience: Duration) -> Within<T> {
-        Within { value: ManuallyDrop::new(value), patience }
+    /// `value`, whose drop may wait for `timeout`.
+    pub fn new(value: T, timeout: Duration) -> Within<T> {
+        Within { value: ManuallyDrop::new(value), timeout }
     }
 }
 
@@ -94,7 +94,7 @@ impl<T> Deref for Within<T> {
 
 impl<T> Drop for Within<T> {
     fn drop(&mut self) {
-        let _deadline = Deadline::within(self.patience);
+        let _deadline = Deadline::within(self.timeout);
         // SAFETY: `drop` runs once, and no method of `self` can be called after it.
         unsafe { ManuallyDrop::drop(&mut self.value) };
     }
@@ -103,10 +103,10 @@ impl<T> Drop for Within<T> {
 /// Threads that their callers left behind.
 static LEFT: Mutex<Vec<JoinHandle<()>>> = Mutex::new(Vec::new());
 
-/// Runs `body`, which may hang, on a thread called `name`. Returns when it is done, after `patience`, or at the [`Deadline`],
+/// Runs `body`, which may hang, on a thread called `name`. Returns when it is done, after `timeout`, or at the [`Deadline`],
 /// whichever is first. Where the system starts no thread, `body` does not run, and what it owns is leaked: dropping it could
 /// hang here.
-pub(crate) fn run_bounded(name: &str, patience: Duration, body: impl FnOnce() + Send + 'static) {
+pub(crate) fn run_bounded(name: &str, timeout: Duration, body: impl FnOnce() + Send + 'static) {
     join_ended();
     let body = Arc::new(Mutex::new(Some(body)));
     let (theirs, (done, wait)) = (Arc::clone(&body), mpsc::channel());
@@ -118,8 +118,8 @@ pub(crate) fn run_bounded(name: &str, patience: Duration, body: impl FnOnce() + 
     });
     let Ok(thread) = started else { return std::mem::forget(body) };
     let left = UNTIL.get().map(|until| until.saturating_duration_since(Instant::now()));
-    let patience = left.map_or(patience, |left| left.min(patience));
-    if wait.recv_timeout(patience) == Err(mpsc::RecvTimeoutError::Timeout) {
+    let timeout = left.map_or(timeout, |left| left.min(timeout));
+    if wait.recv_timeout(timeout) == Err(mpsc::RecvTimeoutError::Timeout) {
         leave(thread);
     } else {
         // The body has ended; a panic in it ended that thread only.

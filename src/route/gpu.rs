@@ -27,8 +27,8 @@ impl GpuShard {
     /// Kernels and workspace. Blocks; `Capturing` during a capture.
     pub fn new(context: &StepContext, rank: &Arc<CudaRank>) -> Result<GpuShard> {
         let lease = Arc::new(rank.words.lease(context.plan)?);
-        let (desc, patience, told) = (&context.desc, context.config.step_timeout, lease.address(OWN_FAULT));
-        let backend = CudaBackend::new(&rank.device, desc, context.shard, rank.sharing, told, patience)?;
+        let (desc, timeout, told) = (&context.desc, context.config.step_timeout, lease.address(OWN_FAULT));
+        let backend = CudaBackend::new(&rank.device, desc, context.shard, rank.sharing, told, timeout)?;
         Ok(GpuShard { backend, lease, rank: Arc::clone(rank) })
     }
 

@@ -65,13 +65,13 @@ pub(crate) enum CudaGroup {
 
 impl CudaRank {
     /// One of `sharing` ranks on `device`. What it holds is given back when the device is done with it, at most after
-    /// `patience`.
-    pub fn new(device: Arc<CudaDevice>, sharing: usize, group: CudaGroup, patience: Duration) -> CudaRank {
+    /// `timeout`.
+    pub fn new(device: Arc<CudaDevice>, sharing: usize, group: CudaGroup, timeout: Duration) -> CudaRank {
         let rank = match &group {
             CudaGroup::Single(bootstrap) => bootstrap.shard().rank,
             CudaGroup::Peers(rank) => rank.shard().rank,
         };
-        let words = PlanWords::new(&device, rank, patience);
+        let words = PlanWords::new(&device, rank, timeout);
         CudaRank { device, sharing, words, group, nccl: Mutex::new(None) }
     }
 

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use parking_lot::Mutex;
 
 use super::context::Runtime;
-use crate::device::cuda::{Allocations, CudaDevice, PATIENCE};
+use crate::device::cuda::{Allocations, CudaDevice, FREE_TIMEOUT};
 use crate::device::{Device, DeviceKind, HostBuffer};
 use crate::error::{Error, Result};
 
@@ -41,7 +41,7 @@ impl Buffer {
         let memory = match device.kind {
             DeviceKind::Cpu => Memory::Cpu { memory: HostBuffer::new(bytes)?, copying: Mutex::new(()) },
             DeviceKind::Cuda => {
-                let mut allocations = Allocations::new(&CudaDevice::get(device)?, PATIENCE);
+                let mut allocations = Allocations::new(&CudaDevice::get(device)?, FREE_TIMEOUT);
                 let address = allocations.memory(bytes)?;
                 Memory::Cuda { allocations, address, bytes }
             }

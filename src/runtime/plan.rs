@@ -277,8 +277,8 @@ impl Plan {
                     }
                     return Err(error);
                 }
-                let place = std::ptr::from_ref(queue).addr();
-                let issued = exchanges.then(|| core.comm.issue_on(place)).transpose()?;
+                let stream_id = std::ptr::from_ref(queue).addr();
+                let issued = exchanges.then(|| core.comm.issue_on(stream_id)).transpose()?;
                 let counted = InFlight::new(&self.core);
                 let task = move || {
                     let _issued = issued;

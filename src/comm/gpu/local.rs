@@ -24,15 +24,15 @@ pub(super) struct LocalWindow {
 
 impl LocalWindow {
     /// A zeroed window for one of `world` ranks; the first epoch comes after `start`. Its size is a multiple of `align`.
-    /// Dropping it waits at most `patience` for steps that are enqueued. Blocks; `Capturing` during a capture.
+    /// Dropping it waits at most `timeout` for steps that are enqueued. Blocks; `Capturing` during a capture.
     pub fn new(
         device: &Arc<CudaDevice>,
         world: usize,
         start: Epoch,
         align: usize,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<LocalWindow> {
-        let mut allocations = Allocations::new(device, patience);
+        let mut allocations = Allocations::new(device, timeout);
         let new = LocalWindow {
             device: Arc::clone(device),
             address: allocations.memory(window_bytes(world).next_multiple_of(align))?,

@@ -27,7 +27,7 @@ pub(crate) struct Offer {
     /// For notices to ranks of other processes. Made before anything is mapped, as `drain`: releasing must not fail.
     staging: Staging,
     drain: DeviceDrain,
-    patience: Duration,
+    timeout: Duration,
     text: String,
 }
 
@@ -36,19 +36,19 @@ static OFFERED: Mutex<Vec<(u64, Weak<LocalWindow>)>> = Mutex::new(Vec::new());
 
 impl Offer {
     /// A zeroed window for `rank` of `world`; the first epoch comes after `start`. `Unsupported` where there are too many
-    /// ranks. Giving it back waits at most `patience` for steps that are enqueued. Blocks; `Capturing` during a capture.
+    /// ranks. Giving it back waits at most `timeout` for steps that are enqueued. Blocks; `Capturing` during a capture.
     pub fn new(
         device: &Arc<CudaDevice>,
         (rank, world): (usize, usize),
         start: Epoch,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<Offer> {
         static NUMBER: AtomicU64 = AtomicU64::new(1);
         check_world(world)?;
-        run_bounded("treeattn-free", patience, sweep);
-        let staging = Staging::new(device, Notice::staging_bytes(world), patience)?;
-        let drain = DeviceDrain::new(device, patience)?;
-        let window = Arc::new(LocalWindow::new(device, world, start, SHARED_ALIGN, patience)?);
+        run_bounded("treeattn-free", timeout, sweep);
+        let staging = Staging::new(device, Notice::staging_bytes(world), timeout)?;
+        let drain = DeviceDrain::new(device, timeout)?;
+        let window = Arc::new(LocalWindow::new(device, world, start, SHARED_ALIGN, timeout)?);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let handle: String = device.export(window.address)?.iter().map(|byte| format!("{byte:02x}")).collect();
         let text = format!(
@@ -60,7 +60,7 @@ impl Offer {
         let mut offered = OFFERED.lock();
         offered.retain(|(_, window)| window.strong_count() > 0);
         offered.push((number, Arc::downgrade(&window)));
-        Ok(Offer { rank, world, window, staging, drain, patience, text })
+        Ok(Offer { rank, world, window, staging, drain, timeout, text })
     }
 
     /// The text that the other ranks need.
@@ -72,7 +72,7 @@ impl Offer {
     /// windows then serve no exchange, but must live until no rank can use this one's any more. Blocks; `Capturing` during
     /// a capture.
     pub fn accept(self, texts: &[String]) -> (Windows, Result<()>) {
-        let Offer { rank, window: own, staging, drain, patience, .. } = self;
+        let Offer { rank, window: own, staging, drain, timeout, .. } = self;
         let (mut windows, mut all) = (Vec::with_capacity(texts.len()), Ok(()));
         for (peer, text) in texts.iter().enumerate() {
             if peer == rank {
@@ -94,7 +94,7 @@ impl Offer {
         let addresses: Vec<u64> = windows.iter().map(Window::address).collect();
         let all = all.and_then(|()| own.connect(rank, &addresses));
         let remote = RemotePeers::new(rank, texts.len(), staging);
-        (Windows::with_remote(windows, remote, drain, patience), all)
+        (Windows::with_remote(windows, remote, drain, timeout), all)
     }
 
     /// Retains the window: the other ranks may have opened it, and none has said so.

@@ -25,14 +25,14 @@ pub(crate) struct Windows {
     remote: Option<RemotePeers>,
     /// For the GPUs of the ranks of this process, whose kernels write to these windows.
     drains: Vec<DeviceDrain>,
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl Windows {
     /// Zeroed windows for ranks on these devices, in rank order; a device may appear several times. The first epoch comes
     /// after `start`. `Unsupported` where two GPUs cannot access each other's memory, or where there are too many ranks.
-    /// Dropping them waits at most `patience` for steps that are enqueued. Blocks; `Capturing` during a capture.
-    pub fn new(devices: &[Arc<CudaDevice>], start: Epoch, patience: Duration) -> Result<Windows> {
+    /// Dropping them waits at most `timeout` for steps that are enqueued. Blocks; `Capturing` during a capture.
+    pub fn new(devices: &[Arc<CudaDevice>], start: Epoch, timeout: Duration) -> Result<Windows> {
         let world = devices.len();
         check_world(world)?;
         for device in devices {
@@ -41,14 +41,14 @@ impl Windows {
             }
         }
         let local: Vec<LocalWindow> =
-            devices.iter().map(|device| LocalWindow::new(device, world, start, 1, patience)).collect::<Result<_>>()?;
+            devices.iter().map(|device| LocalWindow::new(device, world, start, 1, timeout)).collect::<Result<_>>()?;
         let addresses: Vec<u64> = local.iter().map(|window| window.address).collect();
         for (rank, window) in local.iter().enumerate() {
             window.connect(rank, &addresses)?;
         }
-        let drains = devices.iter().map(|device| DeviceDrain::new(device, patience)).collect::<Result<_>>()?;
+        let drains = devices.iter().map(|device| DeviceDrain::new(device, timeout)).collect::<Result<_>>()?;
         let windows = local.into_iter().map(|window| Window::Local(Arc::new(window))).collect();
-        Ok(Windows { windows, slot_words: slot_words(world), remote: None, drains, patience })
+        Ok(Windows { windows, slot_words: slot_words(world), remote: None, drains, timeout })
     }
 
     /// Windows of which some are in other processes; `drain` is for the GPU of this rank.
@@ -56,10 +56,10 @@ impl Windows {
         windows: Vec<Window>,
         remote: RemotePeers,
         drain: DeviceDrain,
-        patience: Duration,
+        timeout: Duration,
     ) -> Windows {
         let slot_words = slot_words(windows.len());
-        Windows { windows, slot_words, remote: Some(remote), drains: vec![drain], patience }
+        Windows { windows, slot_words, remote: Some(remote), drains: vec![drain], timeout }
     }
 
     /// Which windows of other processes this one has mapped, in rank order: 1 or 0. The owners must know before they release
@@ -203,8 +203,8 @@ impl Drop for Windows {
         let remote = self.remote.take();
         // A capture may be this thread's to end: it is not kept for that.
         let is_held_up = drains.iter().any(DeviceDrain::is_held_up);
-        let patience = if is_held_up { Duration::ZERO } else { self.patience };
-        run_bounded("treeattn-free", patience, move || {
+        let timeout = if is_held_up { Duration::ZERO } else { self.timeout };
+        run_bounded("treeattn-free", timeout, move || {
             // Freeing a window waits for its own GPU only, but kernels of every rank may be writing to it. So all GPUs are
             // waited for, also where a context is lost: its kernels are dead.
             let drained: Vec<bool> = drains.into_iter().map(|drain| drain.wait().is_ok()).collect();

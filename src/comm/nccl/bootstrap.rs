@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::library::UNIQUE_ID_BYTES;
-use super::rank::{NcclRank, NcclTimeout, PATIENCE};
+use super::rank::{END_TIMEOUT, NcclRank, NcclTimeout};
 use crate::attention::Shard;
 use crate::comm::bootstrap::Bootstrap;
 use crate::comm::config::CommConfig;
@@ -131,13 +131,13 @@ impl NcclBootstrap {
         staging.download(CHUNK, world * send.len())?;
         while !staging.is_done()? {
             if let Some(error) = self.status() {
-                self.rank.abort(PATIENCE);
+                self.rank.abort(END_TIMEOUT);
                 return Err(error);
             }
             // Also tells that a peer has failed.
             self.rank.state("ncclAllGather")?;
             if Instant::now() >= limit.until {
-                self.rank.abort(PATIENCE);
+                self.rank.abort(END_TIMEOUT);
                 return Err(limit.expired("setup exchange"));
             }
             std::thread::sleep(PAUSE);

@@ -22,7 +22,7 @@ use crate::device::{leave, run_bounded, spawn};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How long the end of a communicator keeps its caller.
-pub(super) const PATIENCE: Duration = Duration::from_secs(1);
+pub(super) const END_TIMEOUT: Duration = Duration::from_secs(1);
 /// The first and the longest pause between two looks at a call that goes on.
 const PAUSES: (Duration, Duration) = (Duration::from_micros(20), Duration::from_millis(2));
 /// The name of the threads on which calls may hang.
@@ -57,12 +57,12 @@ pub(crate) enum Reduction {
 }
 
 /// One rank of an NCCL communicator that the library made. Any thread may use it; calls are serialised here. Dropping it ends
-/// the communicator, and waits for that at most [`PATIENCE`].
+/// the communicator, and waits for that at most [`END_TIMEOUT`].
 pub(crate) struct NcclRank {
     shard: Shard,
     link: Arc<Link>,
     /// How long the other ranks may take to end the communicator in order.
-    patience: Duration,
+    timeout: Duration,
     /// Unset as long as the communicator has no name.
     member: OnceLock<Member>,
 }
@@ -87,7 +87,7 @@ impl NcclRank {
         device: &Arc<CudaDevice>,
         id: &[u8; UNIQUE_ID_BYTES],
         shard: Shard,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<NcclRank> {
         let member = OnceLock::from(Member::join(id, shard.rank, &[]));
         let link = Link::new(library, device);
@@ -100,7 +100,7 @@ impl NcclRank {
         };
         drop(entered);
         link.begun(raw, status, "ncclCommInitRankConfig")?;
-        Ok(NcclRank { shard, link: Arc::new(link), patience, member })
+        Ok(NcclRank { shard, link: Arc::new(link), timeout, member })
     }
 
     /// Which rank of how many an engine's communicator is. `InvalidArgument` where it is one of another GPU.
@@ -138,7 +138,7 @@ impl NcclRank {
         borrowed: RawComm,
         shard: Shard,
         limit: NcclTimeout,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<NcclRank> {
         // Where the borrowed one blocks, so does its split, whatever the config of the new one says.
         let (borrowed, its_device) = (borrowed as usize, Arc::clone(device));
@@ -163,7 +163,7 @@ impl NcclRank {
         };
         let _ = thread.join();
         split?;
-        let rank = NcclRank { shard, link: Arc::new(link), patience, member: OnceLock::new() };
+        let rank = NcclRank { shard, link: Arc::new(link), timeout, member: OnceLock::new() };
         rank.settle(what, limit)?;
         Ok(rank)
     }
@@ -199,7 +199,7 @@ impl NcclRank {
         let mut pause = PAUSES.0;
         while !self.state(what)? {
             if Instant::now() >= limit.until {
-                self.abort(PATIENCE);
+                self.abort(END_TIMEOUT);
                 return Err(limit.expired(what));
             }
             std::thread::sleep(pause);
@@ -253,7 +253,7 @@ impl NcclRank {
     fn meet(&self, what: &str, limit: NcclTimeout) -> Result<()> {
         let Some(member) = self.member.get() else { return Ok(()) };
         member.wait(limit.until, || self.state(what).map(drop))?.map_err(|missing| {
-            self.abort(PATIENCE);
+            self.abort(END_TIMEOUT);
             errors::timeout(what, &[missing as usize], limit.field, limit.timeout)
         })
     }
@@ -293,11 +293,11 @@ impl NcclRank {
     }
 
     /// Ends everything of this rank that is under way; the communicator is of no more use. Keeps its caller at most
-    /// `patience`.
-    pub fn abort(&self, patience: Duration) {
+    /// `timeout`.
+    pub fn abort(&self, timeout: Duration) {
         self.link.is_broken.store(true, Ordering::Release);
         let link = Arc::clone(&self.link);
-        run_bounded(THREAD, patience, move || link.abort());
+        run_bounded(THREAD, timeout, move || link.abort());
     }
 }
 
@@ -306,8 +306,8 @@ impl Drop for NcclRank {
         if self.link.raw.load(Ordering::Acquire).is_null() {
             return;
         }
-        let (link, until) = (Arc::clone(&self.link), Instant::now() + self.patience);
-        run_bounded(THREAD, PATIENCE, move || link.end(until));
+        let (link, until) = (Arc::clone(&self.link), Instant::now() + self.timeout);
+        run_bounded(THREAD, END_TIMEOUT, move || link.end(until));
     }
 }
 
@@ -374,7 +374,7 @@ impl Link {
         if raw.is_null() {
             return;
         }
-        let alone = self.calls.try_lock_for(PATIENCE / 2);
+        let alone = self.calls.try_lock_for(END_TIMEOUT / 2);
         if let Ok(entered) = self.device.enter() {
             // SAFETY: the swap above made this the only call that ends the communicator, which is live; the context is
             // current. NCCL allows an abort beside a call that hangs. Nothing is left to do where it fails.

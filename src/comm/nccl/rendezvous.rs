@@ -130,8 +130,8 @@ mod tests {
         [name; super::super::library::UNIQUE_ID_BYTES]
     }
 
-    fn wait(member: &Member, patience: Duration) -> Result<Result<(), i32>, ()> {
-        member.wait(Instant::now() + patience, || Ok(()))
+    fn wait(member: &Member, timeout: Duration) -> Result<Result<(), i32>, ()> {
+        member.wait(Instant::now() + timeout, || Ok(()))
     }
 
     #[test]

@@ -11,16 +11,16 @@ use super::resource::Resource;
 use crate::error::Result;
 
 /// How long freeing keeps its caller, unless somebody says otherwise.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const FREE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Allocations of one device. Dropping frees them in the order in which they were made.
 ///
-/// Freeing waits for the work that may use the memory. It keeps its caller at most for the patience given here; the rest goes
+/// Freeing waits for the work that may use the memory. It keeps its caller at most for the timeout given here; the rest goes
 /// on behind ([`CudaDevice::free`]).
 pub(crate) struct Allocations {
     device: Arc<CudaDevice>,
     resources: Vec<Resource>,
-    patience: Duration,
+    timeout: Duration,
 }
 
 // SAFETY: a shared reference reads nothing but the device: `resources` is touched through `&mut self` and on drop only.
@@ -28,8 +28,8 @@ unsafe impl Sync for Allocations {}
 
 impl Allocations {
     /// None yet.
-    pub fn new(device: &Arc<CudaDevice>, patience: Duration) -> Allocations {
-        Allocations { device: Arc::clone(device), resources: Vec::new(), patience }
+    pub fn new(device: &Arc<CudaDevice>, timeout: Duration) -> Allocations {
+        Allocations { device: Arc::clone(device), resources: Vec::new(), timeout }
     }
 
     /// The device that they are on.
@@ -77,7 +77,7 @@ impl Allocations {
 
 impl Drop for Allocations {
     fn drop(&mut self) {
-        self.device.free(std::mem::take(&mut self.resources), self.patience);
+        self.device.free(std::mem::take(&mut self.resources), self.timeout);
     }
 }
 

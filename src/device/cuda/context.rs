@@ -13,7 +13,7 @@ use std::time::Duration;
 use cudarc::driver::sys;
 use parking_lot::Mutex;
 
-use super::driver::{Driver, Fate, Status, fate};
+use super::driver::{Driver, Meaning, Status, meaning};
 use super::query;
 use super::resource::{LoadedModule, Resource};
 use crate::device::identity::{Device, DeviceKind};
@@ -189,11 +189,11 @@ impl CudaDevice {
     #[cold]
     fn failed(&self, status: Status, call: &str, lost: ErrorKind) -> Error {
         let found = self.driver.describe(status);
-        let kind = match fate(status) {
-            Fate::Call(kind) => {
+        let kind = match meaning(status) {
+            Meaning::Call(kind) => {
                 return Error::new(kind, format!("{call}: found {found} on {}, wanted success", self.device));
             }
-            Fate::Context => lost,
+            Meaning::Context => lost,
         };
         let why = format!("{call}: found {found}, wanted success; the CUDA context of {} is lost", self.device);
         // The first loss counts; every later call is told of it.
@@ -222,10 +222,10 @@ impl CudaDevice {
         }
     }
 
-    /// Frees `resources`, in order, on a thread that keeps the caller at most `patience`: the driver waits for the work that
+    /// Frees `resources`, in order, on a thread that keeps the caller at most `timeout`: the driver waits for the work that
     /// may use them. During a capture they are deferred, since the graph may be about to use them; a lost context took
     /// them along.
-    pub(super) fn free(self: &Arc<Self>, resources: Vec<Resource>, patience: Duration) {
+    pub(super) fn free(self: &Arc<Self>, resources: Vec<Resource>, timeout: Duration) {
         if resources.is_empty() {
             return;
         }
@@ -234,7 +234,7 @@ impl CudaDevice {
                 drop(changing);
                 self.deferred.lock().extend(resources);
                 let device = Arc::clone(self);
-                run_bounded("treeattn-free", patience, move || device.free_deferred());
+                run_bounded("treeattn-free", timeout, move || device.free_deferred());
             }
             Err(error) if error.kind() == ErrorKind::Capturing => self.deferred.lock().extend(resources),
             Err(_) => {}

@@ -16,18 +16,18 @@ use crate::error::Result;
 pub(crate) struct DeviceDrain {
     device: Arc<CudaDevice>,
     data: Option<sys::CUdeviceptr>,
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl DeviceDrain {
     /// Blocks; `Capturing` during a capture.
-    pub fn new(device: &Arc<CudaDevice>, patience: Duration) -> Result<DeviceDrain> {
+    pub fn new(device: &Arc<CudaDevice>, timeout: Duration) -> Result<DeviceDrain> {
         let changing = device.enter_to_change()?;
         let mut data = 0;
         // SAFETY: the context is current; the call writes one address to a local.
         device.check(unsafe { (device.driver.mem_alloc)(&mut data, 1) }, "cuMemAlloc")?;
         drop(changing);
-        Ok(DeviceDrain { device: Arc::clone(device), data: Some(data), patience })
+        Ok(DeviceDrain { device: Arc::clone(device), data: Some(data), timeout })
     }
 
     /// Whether a capture would hold [`DeviceDrain::wait`] up.
@@ -49,6 +49,6 @@ impl DeviceDrain {
 
 impl Drop for DeviceDrain {
     fn drop(&mut self) {
-        self.device.free(self.data.take().map(Resource::DeviceMemory).into_iter().collect(), self.patience);
+        self.device.free(self.data.take().map(Resource::DeviceMemory).into_iter().collect(), self.timeout);
     }
 }

@@ -98,7 +98,7 @@ driver! {
 
 /// What a status says of the context.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Fate {
+pub(super) enum Meaning {
     /// The call failed and nothing else.
     Call(ErrorKind),
     /// The context is lost: an asynchronous error, or somebody destroyed it.
@@ -106,14 +106,14 @@ pub(super) enum Fate {
 }
 
 /// What `status` says of the context. It is not 0.
-pub(super) fn fate(status: Status) -> Fate {
+pub(super) fn meaning(status: Status) -> Meaning {
     match status {
-        2 => Fate::Call(ErrorKind::NoDeviceMemory),
+        2 => Meaning::Call(ErrorKind::NoDeviceMemory),
         // The driver shut down, the context is unusable or destroyed, or a kernel or the hardware failed. The library's own
         // calls cannot cause one of these by their arguments.
-        4 | 46 | 201 | 214 | 220 | 700 | 702 | 709 | 710 | 714..=719 | 721 | 999 => Fate::Context,
-        900..=908 => Fate::Call(ErrorKind::Capturing),
-        _ => Fate::Call(ErrorKind::Cuda),
+        4 | 46 | 201 | 214 | 220 | 700 | 702 | 709 | 710 | 714..=719 | 721 | 999 => Meaning::Context,
+        900..=908 => Meaning::Call(ErrorKind::Capturing),
+        _ => Meaning::Call(ErrorKind::Cuda),
     }
 }
 
@@ -170,11 +170,11 @@ mod tests {
 
     #[test]
     fn statuses_are_sorted() {
-        assert_eq!(fate(2), Fate::Call(ErrorKind::NoDeviceMemory));
-        assert_eq!(fate(1), Fate::Call(ErrorKind::Cuda));
-        assert_eq!(fate(900), Fate::Call(ErrorKind::Capturing));
+        assert_eq!(meaning(2), Meaning::Call(ErrorKind::NoDeviceMemory));
+        assert_eq!(meaning(1), Meaning::Call(ErrorKind::Cuda));
+        assert_eq!(meaning(900), Meaning::Call(ErrorKind::Capturing));
         for lost in [700, 709, 719] {
-            assert_eq!(fate(lost), Fate::Context);
+            assert_eq!(meaning(lost), Meaning::Context);
         }
     }
 }

@@ -29,7 +29,7 @@ mod resource;
 mod staging;
 mod stream;
 
-pub(crate) use allocations::{Allocations, MappedWords, PATIENCE};
+pub(crate) use allocations::{Allocations, FREE_TIMEOUT, MappedWords};
 pub(crate) use context::{CudaDevice, Entered};
 pub(crate) use drain::DeviceDrain;
 pub(crate) use driver::driver;

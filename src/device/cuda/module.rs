@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys;
 
-use super::allocations::PATIENCE;
+use super::allocations::FREE_TIMEOUT;
 use super::context::{CudaDevice, Entered};
 use super::driver::{Driver, Status};
 use super::resource::{LoadedModule, Resource};
@@ -66,7 +66,7 @@ impl Drop for Module {
         if modules[at].users == 0 {
             modules.swap_remove(at);
             drop(modules);
-            self.device.free(vec![Resource::Module(self.handle)], PATIENCE);
+            self.device.free(vec![Resource::Module(self.handle)], FREE_TIMEOUT);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use cudarc::driver::sys;
 
-use super::driver::{Driver, Fate, Status, driver, fate};
+use super::driver::{Driver, Meaning, Status, driver, meaning};
 use crate::device::identity::{Device, DeviceInfo};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -83,6 +83,6 @@ pub(super) fn check(driver: &Driver, status: Status, call: &str) -> Result<()> {
     if status == 0 {
         return Ok(());
     }
-    let kind = if let Fate::Call(kind) = fate(status) { kind } else { ErrorKind::Cuda };
+    let kind = if let Meaning::Call(kind) = meaning(status) { kind } else { ErrorKind::Cuda };
     Err(Error::new(kind, format!("{call}: found {}, wanted success", driver.describe(status))))
 }

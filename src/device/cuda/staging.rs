@@ -23,10 +23,10 @@ pub(crate) struct Staging {
 }
 
 impl Staging {
-    /// `bytes` bytes on both sides. Dropping it waits at most `patience` for the device. Blocks; `Capturing` during a capture.
-    pub fn new(device: &Arc<CudaDevice>, bytes: usize, patience: Duration) -> Result<Staging> {
+    /// `bytes` bytes on both sides. Dropping it waits at most `timeout` for the device. Blocks; `Capturing` during a capture.
+    pub fn new(device: &Arc<CudaDevice>, bytes: usize, timeout: Duration) -> Result<Staging> {
         let stream = CudaStream::new(device)?;
-        let mut allocations = Allocations::new(device, patience);
+        let mut allocations = Allocations::new(device, timeout);
         let data = allocations.memory(bytes)?;
         let words = allocations.words(bytes.div_ceil(size_of::<u64>()))?;
         Ok(Staging { stream, words, data, bytes, _allocations: allocations })

@@ -69,8 +69,8 @@ const LSE_BYTES: usize = size_of::<Lse>();
 /// weight is small does no more harm than that.
 pub(in crate::route) fn encode(dtype: Dtype, to: &mut [u8], values: &[f32]) {
     let convert: fn(f32) -> u16 = match dtype {
-        Dtype::F16 => |x| f16::from_f32(limit(x, f16::MAX.to_f32())).to_bits(),
-        Dtype::Bf16 => |x| bf16::from_f32(limit(x, bf16::MAX.to_f32())).to_bits(),
+        Dtype::F16 => |x| f16::from_f32(clamp_finite(x, f16::MAX.to_f32())).to_bits(),
+        Dtype::Bf16 => |x| bf16::from_f32(clamp_finite(x, bf16::MAX.to_f32())).to_bits(),
         _ => return floats_mut(to).copy_from_slice(values),
     };
     for (to, &x) in to.chunks_exact_mut(2).zip(values) {
@@ -79,7 +79,7 @@ pub(in crate::route) fn encode(dtype: Dtype, to: &mut [u8], values: &[f32]) {
 }
 
 /// A finite `x` within -`most` to `most`.
-fn limit(x: f32, most: f32) -> f32 {
+fn clamp_finite(x: f32, most: f32) -> f32 {
     if x.is_finite() { x.clamp(-most, most) } else { x }
 }
 

@@ -33,7 +33,7 @@ pub(super) fn connect(context: &StepContext, rank: &CudaRank, limit: NcclTimeout
     let (shard, bootstrap, has_nccl) = (context.shard, rank.bootstrap(), known.is_some());
     let name = (shard.rank == 0 && !has_nccl).then(|| library()?.unique_id());
     let mine = Offer { device: rank.device.device().ordinal, has_nccl, name };
-    let offers = exchange(bootstrap, &mine)?;
+    let offers = gather_offers(bootstrap, &mine)?;
     if let Some(known) = known.filter(|_| offers.iter().all(|offer| offer.has_nccl)) {
         return Ok(known);
     }
@@ -53,7 +53,7 @@ pub(super) fn connect(context: &StepContext, rank: &CudaRank, limit: NcclTimeout
 }
 
 /// What every rank offers. Collective.
-fn exchange(bootstrap: &dyn Bootstrap, mine: &Offer) -> Result<Vec<Offer>> {
+fn gather_offers(bootstrap: &dyn Bootstrap, mine: &Offer) -> Result<Vec<Offer>> {
     let blobs = bootstrap.allgather(&mine.encode())?;
     blobs
         .iter()

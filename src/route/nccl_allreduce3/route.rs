@@ -32,7 +32,7 @@ impl NcclAllreduce3 {
     /// Kernels and workspace of a plan on `rank`, which is not connected yet. Blocks; `Capturing` during a capture.
     pub fn new(context: &StepContext, rank: &Arc<CudaRank>) -> Result<NcclAllreduce3> {
         let shard = GpuShard::new(context, rank)?;
-        let (desc, patience) = (&context.desc, context.config.step_timeout);
+        let (desc, timeout) = (&context.desc, context.config.step_timeout);
         if desc.wire_dtype != Dtype::F32 {
             let wanted = "f32 where NCCL adds up";
             return Err(Error::unsupported("wire_dtype", desc.wire_dtype.name(), wanted));
@@ -46,8 +46,8 @@ impl NcclAllreduce3 {
             rank: context.shard.rank,
             world: context.shard.world,
         };
-        let words = Arc::new(StepWords::new(&rank.device, &shard.lease, patience)?);
-        let kernels = Allreduce::new(&rank.device, shape, words.failed(), words.host(), patience)?;
+        let words = Arc::new(StepWords::new(&rank.device, &shard.lease, timeout)?);
+        let kernels = Allreduce::new(&rank.device, shape, words.failed(), words.host(), timeout)?;
         Ok(NcclAllreduce3 { kernels, shard, watchdog: OnceLock::new(), words, rank: Arc::clone(rank) })
     }
 

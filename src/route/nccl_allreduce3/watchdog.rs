@@ -19,7 +19,7 @@ const INTERVAL: Duration = Duration::from_millis(50);
 /// How long a step goes on without a peer that has left.
 const GRACE: Duration = Duration::from_millis(250);
 /// How long it waits for NCCL's own abort.
-const PATIENCE: Duration = Duration::from_millis(200);
+const ABORT_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// The thread that watches a plan's steps; over when dropped.
 pub(super) struct Watchdog {
@@ -107,7 +107,7 @@ impl Watched {
             }
             if bootstrap.status().is_some() {
                 self.words.fail_steps();
-                self.nccl.abort(PATIENCE);
+                self.nccl.abort(ABORT_TIMEOUT);
                 return;
             }
             self.events.wait(seen, WaitStrategy::Park, Some(Instant::now() + tick));

@@ -11,7 +11,7 @@ use crate::device::cuda::{CudaDevice, CudaStream, Staging};
 use crate::error::Result;
 
 /// How long the word that makes outputs NaN may take to reach the device.
-const PATIENCE: Duration = Duration::from_millis(200);
+const COPY_TIMEOUT: Duration = Duration::from_millis(200);
 /// Pause between two looks at a stream.
 const PAUSE: Duration = Duration::from_micros(100);
 /// The words of the lease that the kernels count in, from the first on: steps begun, steps ended, bad data.
@@ -27,9 +27,9 @@ pub(super) struct StepWords {
 }
 
 impl StepWords {
-    /// The words of a plan. Dropping them waits for the device at most `patience`. Blocks; `Capturing` during a capture.
-    pub fn new(device: &Arc<CudaDevice>, lease: &Arc<PlanLease>, patience: Duration) -> Result<StepWords> {
-        let failed = Mutex::new(Staging::new(device, size_of::<u64>(), patience)?);
+    /// The words of a plan. Dropping them waits for the device at most `timeout`. Blocks; `Capturing` during a capture.
+    pub fn new(device: &Arc<CudaDevice>, lease: &Arc<PlanLease>, timeout: Duration) -> Result<StepWords> {
+        let failed = Mutex::new(Staging::new(device, size_of::<u64>(), timeout)?);
         Ok(StepWords { lease: Arc::clone(lease), failed })
     }
 
@@ -73,7 +73,7 @@ impl StepWords {
     pub fn fail_steps(&self) {
         // A device that takes no copy any more runs no kernel either.
         if self.failed.lock().upload(0, &1u64.to_le_bytes()).is_ok() {
-            let _ = self.drain("", NcclTimeout::new("", PATIENCE));
+            let _ = self.drain("", NcclTimeout::new("", COPY_TIMEOUT));
         }
     }
 }

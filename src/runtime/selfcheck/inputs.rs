@@ -117,7 +117,7 @@ impl Inputs {
         let mut sequences = room(shape.batch)?;
         for b in 0..shape.batch {
             let keys = if b == 0 { shape.keys } else { fewest + random.below(shape.keys - fewest + 1) };
-            let slots = place(desc.placement, shape.ranks, keys, &mut random)?;
+            let slots = positions_of_ranks(desc.placement, shape.ranks, keys, &mut random)?;
             let longest = slots.iter().map(Vec::len).max().unwrap_or(0);
             if longest > desc.max_kv_length as usize {
                 let wanted =
@@ -180,7 +180,7 @@ fn narrow(values: &mut [f32], dim: usize, dtype: Dtype) -> Result<Vec<u8>> {
 }
 
 /// The global positions that each rank holds, in the order of its local slots.
-fn place(placement: Placement, ranks: usize, keys: usize, random: &mut Random) -> Result<Vec<Vec<usize>>> {
+fn positions_of_ranks(placement: Placement, ranks: usize, keys: usize, random: &mut Random) -> Result<Vec<Vec<usize>>> {
     let mut slots = vec![Vec::new(); ranks];
     if placement == Placement::Explicit {
         // Any owner, in any order.
