@@ -13,6 +13,7 @@
 //! | `workers` | the library's own: the worker threads of a rank |
 //! | `parallel_for` | the engine's, by its own parallel-for |
 //! | `team` | the engine's, as a team whose every thread enters the call |
+//! | `team_member` | one thread of a team |
 //! | `meeting` | who of a team has come, as one word |
 //! | `queue` | the in-order queue behind a CPU stream |
 //! | `cuda` | GPUs, over the driver library |
@@ -29,6 +30,7 @@ mod meeting;
 mod parallel_for;
 mod queue;
 mod team;
+mod team_member;
 #[cfg(test)]
 mod team_tests;
 mod thread;
@@ -45,7 +47,8 @@ pub use host::available_cores;
 pub use identity::{Device, DeviceInfo, DeviceKind};
 pub use parallel_for::{EngineExecutor, ParallelCallback, ParallelFor, TaskCallback};
 pub use queue::Queue;
-pub use team::{BarrierCallback, Patience, Team, TeamMember};
+pub use team::Team;
+pub use team_member::{BarrierCallback, MemberWait, TeamMember};
 pub(crate) use thread::{Deadline, Within, catch, leave, run_bounded, spawn, spawn_scoped};
 pub use workers::Workers;
 

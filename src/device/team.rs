@@ -9,7 +9,6 @@
 //! is counted here, so that a barrier that lets members through too early does no harm.
 
 use std::cell::UnsafeCell;
-use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::thread::ThreadId;
@@ -22,61 +21,13 @@ use super::executor::{Executor, Job};
 use super::float_state::FloatState;
 use super::host::available_cores;
 use super::meeting::{Meeting, Phase};
+use super::team_member::{MemberWait, TeamMember};
 use super::thread::{catch, panic_message};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault;
 
 /// How long a member that waits for others goes without looking whether there is still something to wait for.
 const LOOK: Duration = Duration::from_millis(20);
-
-/// The engine's barrier: returns when every thread of the team has called it as often as this one.
-pub type BarrierCallback = unsafe extern "C" fn(ctx: *mut c_void);
-
-/// One thread of an engine's team, of which every thread enters.
-#[derive(Clone, Copy, Debug)]
-pub struct TeamMember {
-    index: i32,
-    size: i32,
-    barrier: Option<BarrierCallback>,
-    ctx: *mut c_void,
-}
-
-impl TeamMember {
-    /// Member `index` of `size`. Without a barrier members wait in the library's own way.
-    ///
-    /// # Safety
-    /// `barrier` does what [`BarrierCallback`] says with `ctx`, for all members of the team, and does not unwind.
-    pub unsafe fn new(index: i32, size: i32, barrier: Option<BarrierCallback>, ctx: *mut c_void) -> TeamMember {
-        TeamMember { index, size, barrier, ctx }
-    }
-
-    /// Tells barriers apart; 0: none.
-    fn barrier_address(&self) -> usize {
-        self.barrier.map_or(0, |barrier| barrier as usize)
-    }
-
-    /// Whether this member leads the team.
-    pub fn leads(&self) -> bool {
-        self.index == 0
-    }
-
-    fn wait_for_all(&self) {
-        if let Some(barrier) = self.barrier {
-            // SAFETY: whoever made the member vouched for it; all members are here, and each calls it as often.
-            unsafe { barrier(self.ctx) };
-        }
-    }
-}
-
-/// How members wait until all have come.
-pub struct Patience<'a> {
-    /// How long.
-    pub limit: Duration,
-    /// What the limit is called.
-    pub name: &'static str,
-    /// An error where there is nothing to wait for any more.
-    pub watch: &'a dyn Fn() -> Result<()>,
-}
 
 /// Where the members of a team meet, once a step.
 #[derive(Debug)]
@@ -87,9 +38,9 @@ pub struct Team {
     meeting: AtomicU64,
     /// Counts what the leader has posted.
     turn: AtomicU32,
-    /// Rings when something was posted, or the meeting is another one.
+    /// Notified when something was posted, or the meeting is another one.
     posted: EventCount,
-    /// Rings for the leader: when the last member has come, has done its job, or has left.
+    /// Notified for the leader: when the last member has come, has done its job, or has left.
     told: EventCount,
     /// Members that have done the job.
     done: AtomicUsize,
@@ -98,7 +49,7 @@ pub struct Team {
     leaving: AtomicUsize,
     /// Written by the leader while all members wait for `turn`.
     post: UnsafeCell<Post>,
-    seats: Box<[Seat]>,
+    slots: Box<[MemberSlot]>,
     has_failed: AtomicBool,
     failed: Mutex<Option<Error>>,
     /// Why the meeting was broken off.
@@ -110,8 +61,8 @@ pub struct Team {
 /// A member's place; apart from those of its neighbours.
 #[derive(Debug, Default)]
 #[repr(align(64))]
-struct Seat {
-    is_taken: AtomicBool,
+struct MemberSlot {
+    has_entered: AtomicBool,
     /// The address of the member's barrier, 0 for none: written before the member counts itself in.
     barrier: AtomicUsize,
 }
@@ -130,12 +81,12 @@ unsafe impl Sync for Team {}
 // SAFETY: as above.
 unsafe impl Send for Team {}
 
-/// A member's seat, for as long as this lives.
-struct Seated<'a>(&'a Seat);
+/// A member's slot, for as long as this lives.
+struct Entered<'a>(&'a MemberSlot);
 
-impl Drop for Seated<'_> {
+impl Drop for Entered<'_> {
     fn drop(&mut self) {
-        self.0.is_taken.store(false, Ordering::Release);
+        self.0.has_entered.store(false, Ordering::Release);
     }
 }
 
@@ -145,11 +96,11 @@ impl Team {
 
     /// A meeting place for teams of at most `most` members, at most [`Team::MOST`]. `NoMemory`.
     pub fn new(most: usize, name: String) -> Result<Team> {
-        let mut seats = Vec::new();
-        if most > Team::MOST || seats.try_reserve_exact(most).is_err() {
+        let mut slots = Vec::new();
+        if most > Team::MOST || slots.try_reserve_exact(most).is_err() {
             return Err(Error::new(ErrorKind::NoMemory, format!("max_team: no memory for {most}")));
         }
-        seats.resize_with(most, Seat::default);
+        slots.resize_with(most, MemberSlot::default);
         Ok(Team {
             name,
             meeting: AtomicU64::new(0),
@@ -160,7 +111,7 @@ impl Team {
             left: AtomicUsize::new(0),
             leaving: AtomicUsize::new(0),
             post: UnsafeCell::new(Post::End),
-            seats: seats.into_boxed_slice(),
+            slots: slots.into_boxed_slice(),
             has_failed: AtomicBool::new(false),
             failed: Mutex::new(None),
             broken: Mutex::new(None),
@@ -175,11 +126,11 @@ impl Team {
     pub fn lead(
         &self,
         member: &TeamMember,
-        patience: &Patience<'_>,
+        wait: &MemberWait<'_>,
         step: impl FnOnce(Result<&dyn Executor>) -> Result<()>,
     ) -> Result<()> {
-        let (_, size, _seated) = self.sit_down(member)?;
-        if let Err(error) = self.gather(member, size, patience) {
+        let (_, size, _entered) = self.enter(member)?;
+        if let Err(error) = self.gather(member, size, wait) {
             // The error is that of all members, whatever comes of it here.
             let _ = catch(|| step(Err(error.clone())));
             return Err(error);
@@ -197,11 +148,11 @@ impl Team {
     }
 
     /// What the other members do: take part in the step until the leader ends it. Gives its result.
-    pub fn serve(&self, member: &TeamMember, patience: &Patience<'_>) -> Result<()> {
-        let (index, size, seated) = self.sit_down(member)?;
-        let mut turn = self.come(member, size, patience)?;
+    pub fn serve(&self, member: &TeamMember, wait: &MemberWait<'_>) -> Result<()> {
+        let (index, size, entered) = self.enter(member)?;
+        let mut turn = self.come(member, size, wait)?;
         let is_posted = || self.turn.load(Ordering::Acquire) != turn;
-        self.wait_for_members(&self.posted, size, patience, || {
+        self.wait_for_members(&self.posted, size, wait, || {
             is_posted() || Meeting::of(self.meeting.load(Ordering::Acquire)).phase == Phase::Broken
         })?;
         if !is_posted() {
@@ -225,23 +176,23 @@ impl Team {
             self.wait(&self.posted, size, None, || self.turn.load(Ordering::Acquire) != turn);
         }
         let failed = if self.has_failed.load(Ordering::Relaxed) { self.failed.lock().clone() } else { None };
-        drop(seated);
+        drop(entered);
         if self.left.fetch_add(1, Ordering::AcqRel) + 2 == size {
             self.told.notify();
         }
         failed.map_or(Ok(()), Err)
     }
 
-    /// Checks a member and takes its seat. Gives its index and the size of its team.
-    fn sit_down(&self, member: &TeamMember) -> Result<(usize, usize, Seated<'_>)> {
-        self.seat(member).inspect_err(|error| {
-            // Those who wait for this member wait in vain.
+    /// Checks a member and takes its slot. Gives its index and the size of its team.
+    fn enter(&self, member: &TeamMember) -> Result<(usize, usize, Entered<'_>)> {
+        self.slot(member).inspect_err(|error| {
+            // This member will not come: those who wait for it need not.
             let _ = self.break_off(error, |meeting| meeting.count > 0);
         })
     }
 
-    fn seat(&self, member: &TeamMember) -> Result<(usize, usize, Seated<'_>)> {
-        let most = self.seats.len();
+    fn slot(&self, member: &TeamMember) -> Result<(usize, usize, Entered<'_>)> {
+        let most = self.slots.len();
         let Some(size) = usize::try_from(member.size).ok().filter(|size| (1..=most).contains(size)) else {
             let wanted = format!("1 to {most}, the most that this communicator was made for (max_team)");
             return Err(Error::invalid("team.size", member.size, wanted));
@@ -249,17 +200,17 @@ impl Team {
         let Some(index) = usize::try_from(member.index).ok().filter(|&index| index < size) else {
             return Err(Error::invalid("team.index", member.index, format!("0 to {}", size - 1)));
         };
-        if self.seats[index].is_taken.swap(true, Ordering::AcqRel) {
+        if self.slots[index].has_entered.swap(true, Ordering::AcqRel) {
             let found = format!("{index} of two members at a time");
             return Err(Error::invalid("team.index", found, format!("each of 0 to {} once", size - 1)));
         }
-        self.seats[index].barrier.store(member.barrier_address(), Ordering::Relaxed);
-        Ok((index, size, Seated(&self.seats[index])))
+        self.slots[index].barrier.store(member.barrier_address(), Ordering::Relaxed);
+        Ok((index, size, Entered(&self.slots[index])))
     }
 
     /// Counts a member in. Gives the turn before the first of its step.
-    fn come(&self, member: &TeamMember, size: usize, patience: &Patience<'_>) -> Result<u32> {
-        let until = Instant::now() + patience.limit;
+    fn come(&self, member: &TeamMember, size: usize, wait: &MemberWait<'_>) -> Result<u32> {
+        let until = Instant::now() + wait.timeout;
         loop {
             let word = self.meeting.load(Ordering::Acquire);
             // Not before the word, which says that no step is under way.
@@ -274,8 +225,8 @@ impl Team {
                     if self.wait(&self.posted, size, Some(until), is_over) {
                         continue;
                     }
-                    let (name, limit) = (&self.name, patience.limit);
-                    let message = format!("{name}: the step before did not end within {limit:?} ({})", patience.name);
+                    let (name, limit) = (&self.name, wait.timeout);
+                    let message = format!("{name}: the step before did not end within {limit:?} ({})", wait.field);
                     return Err(Error::new(ErrorKind::Timeout, message));
                 }
             }
@@ -297,9 +248,9 @@ impl Team {
     }
 
     /// Counts the leader in, waits until all have come, and begins the step.
-    fn gather(&self, member: &TeamMember, size: usize, patience: &Patience<'_>) -> Result<()> {
-        self.come(member, size, patience)?;
-        self.wait_for_members(&self.told, size, patience, || {
+    fn gather(&self, member: &TeamMember, size: usize, wait: &MemberWait<'_>) -> Result<()> {
+        self.come(member, size, wait)?;
+        self.wait_for_members(&self.told, size, wait, || {
             let found = Meeting::of(self.meeting.load(Ordering::Acquire));
             found.phase == Phase::Broken || found.count == size
         })?;
@@ -323,10 +274,10 @@ impl Team {
     }
 
     /// Which member would wait at another barrier than the leader, for ever. Called when all have counted themselves in, which
-    /// orders what they wrote to their seats before this.
+    /// orders what they wrote to their slots before this.
     fn other_barrier(&self, leader: &TeamMember, size: usize) -> Option<Error> {
         let wanted = leader.barrier_address();
-        let odd = self.seats[..size].iter().position(|seat| seat.barrier.load(Ordering::Relaxed) != wanted)?;
+        let odd = self.slots[..size].iter().position(|slot| slot.barrier.load(Ordering::Relaxed) != wanted)?;
         let found = format!("another function of member {odd} than of member 0");
         Some(Error::invalid("team.barrier", found, "the same for all members"))
     }
@@ -336,15 +287,15 @@ impl Team {
         &self,
         events: &EventCount,
         size: usize,
-        patience: &Patience<'_>,
+        wait: &MemberWait<'_>,
         there: impl Fn() -> bool,
     ) -> Result<()> {
-        let until = Instant::now() + patience.limit;
-        while !self.wait(events, size, Some(Instant::now() + LOOK.min(patience.limit)), &there) {
-            let error = match (patience.watch)() {
+        let until = Instant::now() + wait.timeout;
+        while !self.wait(events, size, Some(Instant::now() + LOOK.min(wait.timeout)), &there) {
+            let error = match (wait.check)() {
                 Err(error) => error,
                 Ok(()) if Instant::now() < until => continue,
-                Ok(()) => self.late(size, patience),
+                Ok(()) => self.late(size, wait),
             };
             if let Some(error) = self.break_off(&error, |_| true) {
                 return Err(error);
@@ -370,11 +321,10 @@ impl Team {
     }
 
     /// That a member of `size` did not come.
-    fn late(&self, size: usize, patience: &Patience<'_>) -> Error {
-        let missing = self.seats[..size].iter().position(|seat| !seat.is_taken.load(Ordering::Acquire));
+    fn late(&self, size: usize, wait: &MemberWait<'_>) -> Error {
+        let missing = self.slots[..size].iter().position(|slot| !slot.has_entered.load(Ordering::Acquire));
         let who = missing.map_or("a member".to_string(), |index| format!("member {index}"));
-        let message =
-            format!("{}: {who} of {size} did not come within {:?} ({})", self.name, patience.limit, patience.name);
+        let message = format!("{}: {who} of {size} did not come within {:?} ({})", self.name, wait.timeout, wait.field);
         Error::new(ErrorKind::Timeout, message)
     }
 

@@ -9,7 +9,8 @@ use parking_lot::Mutex;
 
 use super::executor::Executor;
 use super::meeting::{Meeting, Phase};
-use super::team::{BarrierCallback, Patience, Team, TeamMember};
+use super::team::Team;
+use super::team_member::{BarrierCallback, MemberWait, TeamMember};
 use crate::error::{Error, ErrorKind, Result};
 
 const LONG: Duration = Duration::from_secs(20);
@@ -19,8 +20,8 @@ unsafe extern "C" fn barrier(ctx: *mut c_void) {
     unsafe { &*ctx.cast::<Barrier>() }.wait();
 }
 
-fn patience(limit: Duration) -> Patience<'static> {
-    Patience { limit, name: "limit", watch: &|| Ok(()) }
+fn within(timeout: Duration) -> MemberWait<'static> {
+    MemberWait { timeout, field: "limit", check: &|| Ok(()) }
 }
 
 /// What the members of a step of `size` give, the leader doing `step`.
@@ -40,8 +41,8 @@ fn step_of(
                     // SAFETY: a barrier of as many threads.
                     let member = unsafe { TeamMember::new(index as i32, size as i32, function, ctx) };
                     match member.leads() {
-                        true => team.lead(&member, &patience(LONG), |met| step(met?)),
-                        false => team.serve(&member, &patience(LONG)),
+                        true => team.lead(&member, &within(LONG), |met| step(met?)),
+                        false => team.serve(&member, &within(LONG)),
                     }
                 })
             })
@@ -96,7 +97,7 @@ fn a_member_that_does_not_come_is_named_and_the_team_stays_broken_off() {
     let team = Team::new(3, "team".into()).unwrap();
     // SAFETY: without a barrier.
     let member = |index| unsafe { TeamMember::new(index, 3, None, std::ptr::null_mut()) };
-    let short = || patience(Duration::from_millis(30));
+    let short = || within(Duration::from_millis(30));
     let wanted = "team: member 1 of 3 did not come within 30ms (limit)";
     std::thread::scope(|scope| {
         let other = scope.spawn(|| team.serve(&member(2), &short()));
@@ -110,7 +111,7 @@ fn a_member_that_does_not_come_is_named_and_the_team_stays_broken_off() {
         assert_eq!(told.into_inner(), Some(error.clone()));
         assert_eq!(other.join().unwrap(), Err(error));
     });
-    let late = team.serve(&member(1), &patience(LONG)).unwrap_err();
+    let late = team.serve(&member(1), &within(LONG)).unwrap_err();
     assert_eq!(late.message(), wanted);
 }
 
@@ -120,9 +121,9 @@ fn a_wait_for_members_ends_when_there_is_nothing_to_wait_for() {
     // SAFETY: without a barrier.
     let member = unsafe { TeamMember::new(1, 2, None, std::ptr::null_mut()) };
     let watch = || Err(Error::new(ErrorKind::Aborted, "told to"));
-    let patience = Patience { limit: LONG, name: "limit", watch: &watch };
+    let wait = MemberWait { timeout: LONG, field: "limit", check: &watch };
     let began = Instant::now();
-    assert_eq!(team.serve(&member, &patience).unwrap_err().kind(), ErrorKind::Aborted);
+    assert_eq!(team.serve(&member, &wait).unwrap_err().kind(), ErrorKind::Aborted);
     assert!(began.elapsed() < LONG / 2);
 }
 

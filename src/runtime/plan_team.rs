@@ -2,7 +2,7 @@
 
 use super::plan::Plan;
 use crate::attention::DecodeArgs;
-use crate::device::{Patience, TeamMember};
+use crate::device::{MemberWait, TeamMember};
 use crate::error::{Error, ErrorKind, Result};
 use crate::route::Place;
 
@@ -26,11 +26,11 @@ impl Plan {
             core.comm.check_open()?;
             if core.merges() { core.comm.check_unbroken() } else { Ok(()) }
         };
-        let patience = Patience { limit: core.context.config.step_timeout, name: "step_timeout_ns", watch: &watch };
+        let wait = MemberWait { timeout: core.context.config.step_timeout, field: "step_timeout_ns", check: &watch };
         if !member.leads() {
-            return team.serve(member, &patience);
+            return team.serve(member, &wait);
         }
-        team.lead(member, &patience, |met| {
+        team.lead(member, &wait, |met| {
             // SAFETY: the caller keeps the arrays that `args` gives valid, and unchanged by others, until the step is done.
             let (step, output) = args().and_then(|args| unsafe { core.decode_step(&args) })?;
             let executor = match met {
