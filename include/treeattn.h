@@ -93,7 +93,8 @@
  *
  * Read once, when a process makes its first runtime, so that a later setenv neither matters nor races: TREEATTN_CPU_ISA
  * (treeattn_runtime_config_t), TREEATTN_GPU_EXCHANGE (the form of the exchange between GPUs: "memory", "push" or "single"),
- * VIRTUAL_ENV and PATH (where to look for NCCL). What has to differ between objects is a field of a config.
+ * VIRTUAL_ENV and PATH (where to look for NCCL), and, for tests, TREEATTN_SYSFS (a folder whose NUMA nodes count in place of
+ * those of /sys). What has to differ between objects is a field of a config.
  *
  * POINTERS
  *
@@ -128,8 +129,18 @@
 
 /** A device of a kind: TREEATTN_DEVICE(TREEATTN_DEVICE_CUDA, 1). */
 #define TREEATTN_DEVICE(kind, ordinal) ((treeattn_device_t)(((int32_t)(kind)) * 65536 + (int32_t)(ordinal)))
-/** CPU device n; there is one, 0. */
+/**
+ * CPU device n. 0: all processors of the machine, on any node. Where there are several NUMA nodes, 1 and up: a node each
+ * (TREEATTN_CPU_NODE), of which treeattn_runtime_device_count counts those that this process may use.
+ */
 #define TREEATTN_CPU(n) TREEATTN_DEVICE(TREEATTN_DEVICE_CPU, n)
+/**
+ * The n-th NUMA node. A rank there has its threads on the node's processors, as many as there are over the ranks on it if
+ * `threads_per_rank` is 0, and a stream its thread; the memory of a buffer comes from the node as long as it has some. A step
+ * with a NULL stream computes a part on the calling thread, wherever that runs: pass a stream of the node, or bind the thread.
+ * Since 0.2.
+ */
+#define TREEATTN_CPU_NODE(n) TREEATTN_CPU(1 + (n))
 /** CUDA device n, by the driver's ordinal. */
 #define TREEATTN_CUDA(n) TREEATTN_DEVICE(TREEATTN_DEVICE_CUDA, n)
 
@@ -346,7 +357,7 @@ typedef struct treeattn_runtime_config_t {
 /** What kind of device. */
 typedef int32_t treeattn_device_kind_t;
 
-/** The processors of this machine, together one device with ordinal 0. */
+/** The processors of this machine: together the device with ordinal 0, those of NUMA node n that with ordinal 1 + n. */
 #define TREEATTN_DEVICE_CPU 0
 
 /** A CUDA GPU, by the driver's ordinal. */
@@ -435,8 +446,8 @@ typedef struct treeattn_comm_config_t {
     /** How long a step may wait for the other ranks, in nanoseconds, at most a year. 0: 10 s. */
     int64_t step_timeout_ns;
     /**
-     * Worker threads of a CPU rank, the calling thread among them. 0: the cores over the local ranks, at least 1, or the
-     * `threads` of the executor.
+     * Worker threads of a CPU rank, the calling thread among them. 0: the cores of its device over the local ranks on that
+     * device, at least 1, or the `threads` of the executor.
      */
     int32_t threads_per_rank;
     /**
@@ -1199,7 +1210,8 @@ treeattn_status_t treeattn_runtime_destroy(struct treeattn_runtime_t *runtime);
  * How many devices of a kind this build can use on this machine.
  *
  * @param runtime the runtime.
- * @param kind    TREEATTN_DEVICE_CPU (always one device) or TREEATTN_DEVICE_CUDA (0 without a driver).
+ * @param kind    TREEATTN_DEVICE_CPU (one device, and where there are several NUMA nodes one more for each) or
+ *                TREEATTN_DEVICE_CUDA (0 without a driver).
  * @param count   where the number goes.
  * @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT.
  *
@@ -1213,7 +1225,7 @@ treeattn_status_t treeattn_runtime_device_count(struct treeattn_runtime_t *runti
  * Tells what a device is.
  *
  * @param runtime the runtime.
- * @param device  TREEATTN_CPU(0), TREEATTN_CUDA(n).
+ * @param device  TREEATTN_CPU(0), TREEATTN_CPU_NODE(n), TREEATTN_CUDA(n).
  * @param info    set up with TREEATTN_DEVICE_INFO_INIT; filled.
  * @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNAVAILABLE (no such GPU, or no driver; the message names what is
  *         missing).

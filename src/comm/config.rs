@@ -17,7 +17,8 @@ pub struct CommConfig {
     pub setup_timeout: Duration,
     /// How long a step may wait for the other ranks.
     pub step_timeout: Duration,
-    /// Worker threads of a CPU rank, the calling thread among them. 0: the cores over the local ranks, at least 1.
+    /// Worker threads of a CPU rank, the calling thread among them. 0: the cores of its device over the local ranks on that device,
+    /// at least 1.
     pub threads_per_rank: usize,
     /// Ranks of the same group count as one node; the tree algorithm merges within a node first. This one may differ from
     /// rank to rank. 0 over an engine's transport: the ranks of a machine are a node.
@@ -96,9 +97,14 @@ impl CommConfig {
 
     /// Threads of each of `local` CPU ranks on this machine.
     pub fn threads(&self, local: usize) -> usize {
+        self.threads_of(available_cores(), local)
+    }
+
+    /// Threads of each of `local` CPU ranks on the same `cores`.
+    pub fn threads_of(&self, cores: usize, local: usize) -> usize {
         match (&self.executor, self.threads_per_rank) {
             (Some(executor), _) => executor.threads(),
-            (None, 0) => (available_cores() / local).max(1),
+            (None, 0) => (cores / local).max(1),
             (None, threads) => threads,
         }
     }

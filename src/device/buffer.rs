@@ -3,6 +3,7 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
 
+use super::numa::Node;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault;
 
@@ -40,6 +41,18 @@ impl HostBuffer {
         // SAFETY: the layout's size is at least 1.
         let data = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(|| no_memory(bytes))?;
         Ok(HostBuffer { data, bytes, mapping: None })
+    }
+
+    /// As [`HostBuffer::new`], with pages of `node` where the system has some there, whoever touches them first.
+    pub(crate) fn on(node: Option<&Node>, bytes: usize) -> Result<HostBuffer> {
+        let Some(node) = node else { return HostBuffer::new(bytes) };
+        fault::point("host_buffer.new")?;
+        let buffer = HostBuffer::map(bytes).ok_or_else(|| no_memory(bytes))?;
+        if let Some((base, length)) = buffer.mapping {
+            // SAFETY: the mapping that this buffer has made for itself.
+            unsafe { node.bind_memory(base.as_ptr(), length) };
+        }
+        Ok(buffer)
     }
 
     fn map(bytes: usize) -> Option<HostBuffer> {

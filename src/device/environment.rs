@@ -13,6 +13,8 @@ pub(crate) struct Environment {
     pub cpu_isa: Option<String>,
     /// `TREEATTN_GPU_EXCHANGE`.
     pub gpu_exchange: Option<OsString>,
+    /// `TREEATTN_SYSFS`: read in place of `/sys`, so that tests have the nodes that they need.
+    pub sysfs: Option<OsString>,
     /// `VIRTUAL_ENV`.
     pub virtual_env: Option<OsString>,
     /// `PATH`.
@@ -25,6 +27,7 @@ pub(crate) fn environment() -> &'static Environment {
     READ.get_or_init(|| Environment {
         cpu_isa: std::env::var("TREEATTN_CPU_ISA").ok(),
         gpu_exchange: std::env::var_os("TREEATTN_GPU_EXCHANGE"),
+        sysfs: std::env::var_os("TREEATTN_SYSFS"),
         virtual_env: std::env::var_os("VIRTUAL_ENV"),
         path: std::env::var_os("PATH"),
     })

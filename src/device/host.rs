@@ -3,23 +3,22 @@
 use once_cell::sync::Lazy;
 
 use super::identity::{Device, DeviceInfo};
+use super::numa::Node;
 
 /// Processor cores that this process may use (affinity and control groups respected), at least 1.
 pub fn available_cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// The CPU device.
-pub(super) fn info() -> DeviceInfo {
+/// A CPU device: a node, or all processors.
+pub(super) fn info(device: Device, node: Option<&Node>) -> DeviceInfo {
     // Read once: every check of a device comes here.
     static NAME: Lazy<String> = Lazy::new(|| model_name().unwrap_or_else(|| std::env::consts::ARCH.to_string()));
-    DeviceInfo {
-        device: Device::CPU,
-        name: NAME.clone(),
-        memory: memory(),
-        units: i32::try_from(available_cores()).unwrap_or(i32::MAX),
-        isa: isa(),
-    }
+    let (name, memory, cores) = match node {
+        None => (NAME.clone(), memory(), available_cores()),
+        Some(node) => (format!("{}, NUMA node {}", *NAME, node.number()), node.memory(), node.cores()),
+    };
+    DeviceInfo { device, name, memory, units: i32::try_from(cores).unwrap_or(i32::MAX), isa: isa() }
 }
 
 fn model_name() -> Option<String> {

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(i32)]
 pub enum DeviceKind {
-    /// The processors of this machine, as one device.
+    /// The processors of this machine, as one device, or those of a NUMA node.
     Cpu = 0,
     /// A CUDA GPU.
     Cuda = 1,

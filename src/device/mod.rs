@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `identity` | which device, and what it is |
 //! | `host` | the processors of this machine |
+//! | `numa` | the nodes of this machine, and what is bound to one |
 //! | `buffer` | aligned host memory |
 //! | `environment` | environment variables, read once |
 //! | `float_state` | a guard of the floating-point control register |
@@ -27,6 +28,7 @@ mod float_state;
 mod host;
 mod identity;
 mod meeting;
+mod numa;
 mod parallel_for;
 mod queue;
 mod team;
@@ -45,6 +47,7 @@ pub use executor::{Executor, Job};
 pub use float_state::FloatState;
 pub use host::available_cores;
 pub use identity::{Device, DeviceInfo, DeviceKind};
+pub(crate) use numa::Node;
 pub use parallel_for::{EngineExecutor, ParallelCallback, ParallelFor, TaskCallback};
 pub use queue::Queue;
 pub use team::Team;
@@ -57,17 +60,34 @@ use crate::error::{Error, Result};
 /// How many devices of a kind this build can use here.
 pub fn device_count(kind: DeviceKind) -> i32 {
     match kind {
-        DeviceKind::Cpu => 1,
+        DeviceKind::Cpu => 1 + i32::try_from(numa::nodes().len()).unwrap_or(0),
         DeviceKind::Cuda => cuda::count(),
     }
 }
 
-/// Describes `device`. `InvalidArgument` for a CPU other than 0, `Unavailable` for a GPU that is not there.
+/// Describes `device`. `InvalidArgument` for a CPU that is neither 0 nor a node, `Unavailable` for a GPU that is not there.
 pub fn device_info(device: Device) -> Result<DeviceInfo> {
     match device.kind {
-        DeviceKind::Cpu if device.ordinal == 0 => Ok(host::info()),
-        DeviceKind::Cpu => Err(Error::invalid("device", device, "cpu:0 (all processors are one device)")),
+        DeviceKind::Cpu => Ok(host::info(device, node_of(device)?)),
         DeviceKind::Cuda => cuda::info(device),
+    }
+}
+
+/// The NUMA node that a CPU device is; none for `cpu:0`, all processors. `InvalidArgument` for one that is not there.
+pub(crate) fn node_of(device: Device) -> Result<Option<&'static Node>> {
+    let nodes = numa::nodes();
+    match usize::try_from(device.ordinal) {
+        Ok(0) => Ok(None),
+        Ok(ordinal) if ordinal <= nodes.len() => Ok(Some(&nodes[ordinal - 1])),
+        _ if nodes.is_empty() => Err(Error::invalid(
+            "device",
+            device,
+            "cpu:0 (this machine has one NUMA node: all processors are one device)",
+        )),
+        _ => {
+            let wanted = format!("cpu:0 (all processors), or cpu:1 to cpu:{} (a NUMA node each)", nodes.len());
+            Err(Error::invalid("device", device, wanted))
+        }
     }
 }
 
@@ -95,7 +115,7 @@ mod tests {
     fn the_host_describes_itself() {
         let info = device_info(Device::CPU).unwrap();
         assert!(info.memory > 1 << 20 && info.units >= 1 && !info.name.is_empty() && !info.isa.is_empty(), "{info:?}");
-        let second = device_info(Device { kind: DeviceKind::Cpu, ordinal: 1 }).unwrap_err();
+        let second = device_info(Device { kind: DeviceKind::Cpu, ordinal: device_count(DeviceKind::Cpu) }).unwrap_err();
         assert_eq!(second.kind(), ErrorKind::InvalidArgument);
         let gpu = device_info(Device { kind: DeviceKind::Cuda, ordinal: 65535 }).unwrap_err();
         assert_eq!((gpu.kind(), gpu.message().contains("libcuda")), (ErrorKind::Unavailable, true));

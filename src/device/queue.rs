@@ -6,6 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::numa::Node;
 use super::thread::{catch, spawn};
 use crate::error::{Error, ErrorKind, ErrorList, Result};
 use crate::fault;
@@ -105,6 +106,11 @@ impl Queue {
     /// A queue of at most `capacity` waiting tasks (at least 1), whose thread is called `name`.
     /// Errors: `InvalidArgument`, `NoMemory`, `System` where the machine starts no thread.
     pub fn new(capacity: usize, name: &str) -> Result<Queue> {
+        Queue::on(None, capacity, name)
+    }
+
+    /// As [`Queue::new`], with the thread on the processors of a node.
+    pub(crate) fn on(node: Option<&'static Node>, capacity: usize, name: &str) -> Result<Queue> {
         if capacity == 0 {
             return Err(Error::invalid("capacity", capacity, "at least 1"));
         }
@@ -116,7 +122,11 @@ impl Queue {
         let state = State { tasks, capacity, pushed: 0, done: 0, errors: ErrorList::default(), stop: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), work: Condvar::new(), progress: Condvar::new() });
         let serving = Arc::clone(&shared);
-        let thread = spawn(name.to_string(), move || serving.serve())?;
+        let serve = move || {
+            node.into_iter().for_each(Node::bind_thread);
+            serving.serve();
+        };
+        let thread = spawn(name.to_string(), serve)?;
         Ok(Queue { shared, thread: Some(thread) })
     }
 

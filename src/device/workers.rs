@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use super::event_count::{EventCount, WaitStrategy};
 use super::executor::{Executor, Job};
 use super::float_state::FloatState;
+use super::numa::Node;
 use super::thread::{panic_message, spawn};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault;
@@ -50,6 +51,11 @@ impl Workers {
     /// may spin for each other; say so only where the threads of all ranks have a core each. Errors: `InvalidArgument`,
     /// `System` where the machine starts no thread.
     pub fn new(threads: usize, name: &str, spin: bool) -> Result<Workers> {
+        Workers::on(None, threads, name, spin)
+    }
+
+    /// As [`Workers::new`], with the helpers on the processors of a node. The calling thread runs where it runs.
+    pub(crate) fn on(node: Option<&'static Node>, threads: usize, name: &str, spin: bool) -> Result<Workers> {
         if threads == 0 {
             return Err(Error::invalid("threads", threads, "at least 1"));
         }
@@ -66,7 +72,11 @@ impl Workers {
         let mut workers = Workers { shared, helpers: Vec::with_capacity(threads - 1), running: Mutex::new(()) };
         for index in 1..threads {
             let shared = Arc::clone(&workers.shared);
-            workers.helpers.push(spawn(format!("{name}-{index}"), move || shared.help(index, first))?);
+            let help = move || {
+                node.into_iter().for_each(Node::bind_thread);
+                shared.help(index, first);
+            };
+            workers.helpers.push(spawn(format!("{name}-{index}"), help)?);
         }
         Ok(workers)
     }

@@ -66,7 +66,7 @@ pub type treeattn_device_t = i32;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct treeattn_device_kind_t(pub i32);
 
-/// The processors of this machine, together one device with ordinal 0.
+/// The processors of this machine: together the device with ordinal 0, those of NUMA node n that with ordinal 1 + n.
 pub const TREEATTN_DEVICE_CPU: treeattn_device_kind_t = treeattn_device_kind_t(0);
 /// A CUDA GPU, by the driver's ordinal.
 pub const TREEATTN_DEVICE_CUDA: treeattn_device_kind_t = treeattn_device_kind_t(1);

@@ -65,7 +65,8 @@ pub extern "C" fn treeattn_runtime_destroy(runtime: *mut treeattn_runtime_t) -> 
 /// How many devices of a kind this build can use on this machine.
 ///
 /// @param runtime the runtime.
-/// @param kind    TREEATTN_DEVICE_CPU (always one device) or TREEATTN_DEVICE_CUDA (0 without a driver).
+/// @param kind    TREEATTN_DEVICE_CPU (one device, and where there are several NUMA nodes one more for each) or
+///                TREEATTN_DEVICE_CUDA (0 without a driver).
 /// @param count   where the number goes.
 /// @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT.
 ///
@@ -92,7 +93,7 @@ pub unsafe extern "C" fn treeattn_runtime_device_count(
 /// Tells what a device is.
 ///
 /// @param runtime the runtime.
-/// @param device  TREEATTN_CPU(0), TREEATTN_CUDA(n).
+/// @param device  TREEATTN_CPU(0), TREEATTN_CPU_NODE(n), TREEATTN_CUDA(n).
 /// @param info    set up with TREEATTN_DEVICE_INFO_INIT; filled.
 /// @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNAVAILABLE (no such GPU, or no driver; the message names what is
 ///         missing).

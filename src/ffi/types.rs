@@ -114,8 +114,8 @@ pub struct treeattn_comm_config_t {
     pub setup_timeout_ns: i64,
     /// How long a step may wait for the other ranks, in nanoseconds, at most a year. 0: 10 s.
     pub step_timeout_ns: i64,
-    /// Worker threads of a CPU rank, the calling thread among them. 0: the cores over the local ranks, at least 1, or the
-    /// `threads` of the executor.
+    /// Worker threads of a CPU rank, the calling thread among them. 0: the cores of its device over the local ranks on that
+    /// device, at least 1, or the `threads` of the executor.
     pub threads_per_rank: i32,
     /// Ranks of the same group count as one node; the tree algorithm merges within a node first. This one may differ from
     /// rank to rank. 0 over an engine's transport: the ranks of a machine are a node.

@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 
 use super::context::Runtime;
 use crate::device::cuda::{Allocations, CudaDevice, FREE_TIMEOUT};
-use crate::device::{Device, DeviceKind, HostBuffer};
+use crate::device::{Device, DeviceKind, HostBuffer, node_of};
 use crate::error::{Error, Result};
 
 /// Zeroed memory of a device, 64-byte aligned, freed on drop. Uploads and downloads may come from any thread.
@@ -39,7 +39,9 @@ impl Buffer {
             return Err(Error::invalid("bytes", 0, "at least 1"));
         }
         let memory = match device.kind {
-            DeviceKind::Cpu => Memory::Cpu { memory: HostBuffer::new(bytes)?, copying: Mutex::new(()) },
+            DeviceKind::Cpu => {
+                Memory::Cpu { memory: HostBuffer::on(node_of(device)?, bytes)?, copying: Mutex::new(()) }
+            }
             DeviceKind::Cuda => {
                 let mut allocations = Allocations::new(&CudaDevice::get(device)?, FREE_TIMEOUT);
                 let address = allocations.memory(bytes)?;

@@ -11,7 +11,7 @@ use crate::comm::{
     Bootstrap, CommConfig, LocalRank, Rounds, StatusBoard, Transport, TransportRank, local_group, node_numbers,
 };
 use crate::device::cuda::CudaDevice;
-use crate::device::{Device, DeviceKind, Executor, ParallelFor, Workers, available_cores};
+use crate::device::{Device, DeviceKind, Executor, Node, ParallelFor, Workers, available_cores, node_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::epoch::Epoch;
 use crate::route::rank::{CpuRank, CudaGroup, CudaRank, Rank};
@@ -120,10 +120,13 @@ impl Communicator {
         let group = local_group(devices.len(), config)?;
         let number = group.first().map_or(0, LocalRank::group_id);
         let ranks = match devices[0].kind {
-            DeviceKind::Cpu => cpu_ranks(runtime, group, config, &node_numbers(&groups))?,
+            DeviceKind::Cpu => cpu_ranks(runtime, group, devices, config, &node_numbers(&groups))?,
             DeviceKind::Cuda => cuda_ranks(group, devices, config, start)?,
         };
-        let threads = if devices[0].kind == DeviceKind::Cpu { config.threads(devices.len()) } else { 1 };
+        let threads = match &ranks[0] {
+            Rank::Cpu(rank) => rank.executor.threads(),
+            Rank::Cuda(_) => 1,
+        };
         let whose = if config.executor.is_some() { " of the engine" } else { "" };
         let message = format!("local communicator of {} ranks, {threads} threads{whose} a rank", devices.len());
         runtime.log(LogLevel::Info, &message);
@@ -133,7 +136,7 @@ impl Communicator {
 
     /// One rank of a group whose ranks the engine connects (MPI, gloo, sockets): `rank` of `world`. Collective: blocks
     /// until the engine's allgather has connected all ranks, at most the setup deadline. `threads_per_rank` = 0 is the
-    /// cores of the machine over its ranks.
+    /// cores of the device over the ranks on it.
     ///
     /// The callbacks are called only from threads that call the library, and from the threads of CPU streams where the
     /// transport allows it. `abort` is local here: peers notice by their deadlines.
@@ -157,12 +160,15 @@ impl Communicator {
             return Err(Error::invalid("node_groups", found, "none where each rank has a node_group of its own"));
         }
         let rounds = TransportRank::new(transport, Shard { rank, world }, config)?;
-        let (nodes, local) = nodes(&rounds, config)?;
-        let threads = config.threads(local);
-        runtime
-            .log(LogLevel::Info, &format!("rank {rank} of {world}, {local} on this machine, {threads} threads each"));
-        let rank = cpu_rank(runtime, Box::new(rounds), config, local, nodes)?;
-        Ok(Communicator::of(CommCore::new(runtime, device, config, rank, 0)))
+        let Neighbours { nodes, on_machine, on_device } = neighbours(&rounds, device, config)?;
+        let made = cpu_rank(runtime, Box::new(rounds), device, config, on_device, nodes)?;
+        if let Rank::Cpu(cpu) = &made {
+            let threads = cpu.executor.threads();
+            let message =
+                format!("rank {rank} of {world}, {on_machine} on this machine, {threads} threads on {device}");
+            runtime.log(LogLevel::Info, &message);
+        }
+        Ok(Communicator::of(CommCore::new(runtime, device, config, made, 0)))
     }
 
     pub(super) fn of(core: CommCore) -> Communicator {
@@ -239,10 +245,11 @@ impl Communicator {
     }
 }
 
-/// One of `local` CPU ranks on this machine.
+/// One of `local` CPU ranks on a device of this machine.
 fn cpu_rank(
     runtime: &Runtime,
     rounds: Box<dyn Rounds>,
+    device: Device,
     config: &CommConfig,
     local: usize,
     nodes: Vec<usize>,
@@ -250,9 +257,11 @@ fn cpu_rank(
     let executor: Box<dyn Executor + Send> = match config.executor {
         Some(engine) => Box::new(ParallelFor::new(engine)?),
         None => {
-            let threads = config.threads(local);
-            let spin = threads.saturating_mul(local) <= available_cores();
-            Box::new(Workers::new(threads, &format!("treeattn-{}", rounds.shard().rank), spin)?)
+            let node = node_of(device)?;
+            let cores = node.map_or_else(available_cores, Node::cores);
+            let threads = config.threads_of(cores, local);
+            let spin = threads.saturating_mul(local) <= cores;
+            Box::new(Workers::on(node, threads, &format!("treeattn-{}", rounds.shard().rank), spin)?)
         }
     };
     let threads = executor.threads();
@@ -268,9 +277,18 @@ fn cpu_rank(
     })))
 }
 
-fn cpu_ranks(runtime: &Runtime, group: Vec<LocalRank>, config: &CommConfig, nodes: &[usize]) -> Result<Vec<Rank>> {
-    let local = group.len();
-    group.into_iter().map(|end| cpu_rank(runtime, Box::new(end), config, local, nodes.to_vec())).collect()
+fn cpu_ranks(
+    runtime: &Runtime,
+    group: Vec<LocalRank>,
+    devices: &[Device],
+    config: &CommConfig,
+    nodes: &[usize],
+) -> Result<Vec<Rank>> {
+    let local = |device: Device| devices.iter().filter(|&&other| other == device).count();
+    let rank = |(end, &device): (LocalRank, &Device)| {
+        cpu_rank(runtime, Box::new(end), device, config, local(device), nodes.to_vec())
+    };
+    group.into_iter().zip(devices).map(rank).collect()
 }
 
 /// The first epoch of their exchanges comes after `start`.
@@ -291,19 +309,34 @@ fn cuda_ranks(group: Vec<LocalRank>, devices: &[Device], config: &CommConfig, st
     Ok(ends.into_iter().zip(gpus).map(rank).collect())
 }
 
-/// The node of each rank, and how many ranks are on this machine. Collective.
-pub(super) fn nodes(end: &dyn Bootstrap, config: &CommConfig) -> Result<(Vec<usize>, usize)> {
+/// Where the ranks of a group are.
+pub(super) struct Neighbours {
+    /// The node of each rank.
+    pub nodes: Vec<usize>,
+    /// How many are on this machine.
+    pub on_machine: usize,
+    /// How many of those are on the same device.
+    pub on_device: usize,
+}
+
+/// Finds out, for a rank on `device`. Collective.
+pub(super) fn neighbours(end: &dyn Bootstrap, device: Device, config: &CommConfig) -> Result<Neighbours> {
     let here = end.allgather(boot_id().as_bytes())?;
-    let local = here.iter().filter(|id| **id == here[end.shard().rank as usize]).count();
-    let groups = end.allgather(&config.node_group.to_le_bytes())?;
+    let mine = &here[end.shard().rank as usize];
+    let on_machine = here.iter().filter(|id| *id == mine).count();
+    // A group and a device each.
+    let words = end.allgather(&[config.node_group.to_le_bytes(), device.code().to_le_bytes()].concat())?;
+    let words: Vec<(&[u8], &[u8])> = words.iter().map(|words| words.split_at(words.len().min(4))).collect();
+    let is_near = |(id, word): &(&_, &(&[u8], &[u8]))| *id == mine && word.1 == device.code().to_le_bytes();
+    let on_device = here.iter().zip(&words).filter(is_near).count();
     // Ranks without a group of their own are told apart by their machines.
     let unset = 0i32.to_le_bytes();
-    let keys: Vec<(&[u8], &[u8])> = groups
+    let keys: Vec<(&[u8], &[u8])> = words
         .iter()
         .zip(&here)
-        .map(|(group, id)| if **group == unset { (&unset[..], &id[..]) } else { (&group[..], &[][..]) })
+        .map(|((group, _), id)| if **group == unset { (&unset[..], &id[..]) } else { (*group, &[][..]) })
         .collect();
-    Ok((node_numbers(&keys), local))
+    Ok(Neighbours { nodes: node_numbers(&keys), on_machine, on_device })
 }
 
 /// Tells machines apart; empty where the system does not say, which counts all ranks as local.

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use super::communicator::{CommCore, Communicator, nodes};
+use super::communicator::{CommCore, Communicator, neighbours};
 use super::context::{LogLevel, Runtime};
 use crate::attention::Shard;
 use crate::comm::CommConfig;
@@ -119,7 +119,7 @@ fn connect(
 ) -> Result<Communicator> {
     let (shard, library, device) = (rank.shard(), rank.library(), rank.device().device());
     let bootstrap = NcclBootstrap::new(rank, staging, config, limit)?;
-    let (_, local) = nodes(&bootstrap, config)?;
+    let local = neighbours(&bootstrap, device, config)?.on_machine;
     let message = format!(
         "rank {} of {} on {device}, {local} on this machine, over NCCL {} ({})",
         shard.rank,

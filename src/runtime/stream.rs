@@ -11,7 +11,7 @@ use super::context::Runtime;
 use crate::comm::GpuRank;
 use crate::cuda::Merge;
 use crate::device::cuda::{CudaDevice, CudaStream};
-use crate::device::{Device, DeviceKind, Queue};
+use crate::device::{Device, DeviceKind, Queue, node_of};
 use crate::error::{Error, ErrorList, Result};
 
 /// Communicators whose exchanges a CPU stream can hold at once without allocating.
@@ -62,7 +62,7 @@ impl Stream {
     pub fn new(runtime: &Runtime, device: Device) -> Result<Stream> {
         runtime.check_device(device)?;
         let kind = match device.kind {
-            DeviceKind::Cpu => Kind::Cpu(Queue::new(QUEUE_CAPACITY, "treeattn-stream")?),
+            DeviceKind::Cpu => Kind::Cpu(Queue::on(node_of(device)?, QUEUE_CAPACITY, "treeattn-stream")?),
             DeviceKind::Cuda => Kind::cuda(CudaStream::new(&CudaDevice::get(device)?)?),
         };
         Ok(Stream::of(runtime, device, kind))

@@ -107,7 +107,7 @@ void say_how() {
   const Settings& s = settings();
   const bool device = !s.off && !s.in_place && !is_hooked();
   const bool on_host_threads = !s.own_threads && (!device || host_has_openmp());
-  const std::string ranks = s.ranks > 1 ? ", " + std::to_string(s.ranks) + " ranks" : "";
+  const std::string ranks = ranks_wanted() > 1 ? ", " + std::to_string(ranks_wanted()) + " ranks" : "";
   log(LogLevel::kInfo, "libtreeattn %s in ggml %s, %s%s%s", treeattn_version(), host().f.version(),
       s.off        ? "off"
       : s.in_place ? "in place"

@@ -43,7 +43,7 @@ Settings read() {
       std::fprintf(stderr, "treeattn: TREEATTN_GGML=%s is ignored: wanted device, inline or off\n", mode);
     }
   }
-  s.ranks = number("TREEATTN_GGML_RANKS", 1, 64, 1);
+  s.ranks = number("TREEATTN_GGML_RANKS", 1, 64, 0);
   s.max_query_tokens = number("TREEATTN_GGML_MAX_QUERY_TOKENS", 1, 256, 32);
   s.any_version = is("TREEATTN_GGML_ANY_VERSION", "1");
   s.own_threads = is("TREEATTN_GGML_THREADS", "own");

@@ -17,7 +17,7 @@ void library_line(treeattn_log_level_t level, const char* message, void*) {
 
 // How long threads of ggml's wait for each other in a step. They all wait for the last at the end of every node anyway, without
 // an end; a process that was stopped for a while goes on.
-constexpr int64_t kTeamPatience = int64_t{600} * 1000 * 1000 * 1000;
+constexpr int64_t kTeamTimeout = int64_t{600} * 1000 * 1000 * 1000;
 constexpr int kMostMembers = 1024;
 
 treeattn_runtime_t* make_runtime() {
@@ -38,6 +38,19 @@ treeattn_runtime_t* runtime() {
   return made;
 }
 
+int nodes() {
+  static const int found = [] {
+    int32_t devices = 1;
+    if (runtime() == nullptr || treeattn_runtime_device_count(runtime(), TREEATTN_DEVICE_CPU, &devices) != TREEATTN_OK) {
+      return 1;
+    }
+    return std::max(1, devices - 1);  // the first is the whole machine
+  }();
+  return found;
+}
+
+int ranks_wanted() { return settings().ranks > 0 ? settings().ranks : nodes(); }
+
 Workers workers_for(const Tensor* node, int threads, bool can_enter) {
   const int ranks = ranks_for(node);
   return {ranks, threads, can_enter && threads >= ranks && threads <= kMostMembers && !settings().own_threads};
@@ -52,12 +65,16 @@ std::unique_ptr<Engine> Engine::create(const Workers& workers) {
   if (workers.team) {
     config.threads_per_rank = 1;
     config.max_team = (workers.threads + workers.ranks - 1) / workers.ranks;
-    config.step_timeout_ns = kTeamPatience;
+    config.step_timeout_ns = kTeamTimeout;
   } else {
     config.threads_per_rank = std::max(1, workers.threads / workers.ranks);
   }
   const size_t n = static_cast<size_t>(workers.ranks);
-  const std::vector<treeattn_device_t> devices(n, TREEATTN_CPU(0));
+  std::vector<treeattn_device_t> devices;
+  for (int r = 0; r < workers.ranks; r++) {
+    // Ranks go round the nodes in turn, where there are several and the library's own threads compute: ggml's are where they are.
+    devices.push_back(nodes() > 1 && !workers.team ? TREEATTN_CPU_NODE(r % nodes()) : TREEATTN_CPU(0));
+  }
   engine->comms_.resize(n);
   engine->args.resize(n);
   if (treeattn_comm_create_local(runtime(), workers.ranks, devices.data(), &config, engine->comms_.data()) != TREEATTN_OK) {
@@ -65,9 +82,10 @@ std::unique_ptr<Engine> Engine::create(const Workers& workers) {
     engine->comms_.clear();
     return nullptr;
   }
-  for (size_t r = 1; r < n && !workers.team; r++) {
+  // The calling thread is on no node, so that each rank that is has a stream.
+  for (size_t r = nodes() > 1 ? 0 : 1; r < n && !workers.team; r++) {
     treeattn_stream_t* stream = nullptr;
-    if (treeattn_stream_create(runtime(), TREEATTN_CPU(0), &stream) != TREEATTN_OK) {
+    if (treeattn_stream_create(runtime(), devices[r], &stream) != TREEATTN_OK) {
       log(LogLevel::kError, "no stream for rank %zu: %s", r, treeattn_last_error_message());
       return nullptr;
     }
@@ -131,11 +149,12 @@ void Engine::fail(const char* what) {
 bool Engine::run(const Plans& plans) {
   size_t enqueued = 0;
   bool good = true;
-  for (size_t r = 1; r < plans.size() && good; r++) {
-    good = treeattn_plan_decode(plans[r], &args[r], streams_[r - 1]) == TREEATTN_OK;
+  const size_t here = plans.size() - streams_.size();  // 1, or 0
+  for (size_t r = here; r < plans.size() && good; r++) {
+    good = treeattn_plan_decode(plans[r], &args[r], streams_[r - here]) == TREEATTN_OK;
     enqueued += good ? 1 : 0;
   }
-  good = good && treeattn_plan_decode(plans[0], &args[0], nullptr) == TREEATTN_OK;
+  good = good && (here == 0 || treeattn_plan_decode(plans[0], &args[0], nullptr) == TREEATTN_OK);
   if (!good) {
     fail(treeattn_last_error_message());
     if (enqueued > 0) {
@@ -144,8 +163,8 @@ bool Engine::run(const Plans& plans) {
       broken_ = true;
     }
   }
-  for (size_t r = 1; r <= enqueued; r++) {
-    if (treeattn_stream_synchronize(streams_[r - 1]) != TREEATTN_OK && good) {
+  for (size_t s = 0; s < enqueued; s++) {
+    if (treeattn_stream_synchronize(streams_[s]) != TREEATTN_OK && good) {
       fail(treeattn_last_error_message());
       good = false;
     }
@@ -154,13 +173,12 @@ bool Engine::run(const Plans& plans) {
 }
 
 bool Engine::enter(const Plans& plans, int ith, int nth) {
-  const int64_t ranks = workers_.ranks;
-  const auto first_of = [&](int64_t rank) { return static_cast<int32_t>((rank * nth + ranks - 1) / ranks); };
-  const size_t rank = static_cast<size_t>(ith * ranks / nth);
-  const int32_t first = first_of(static_cast<int64_t>(rank));
+  // In turn, as ggml's `--numa distribute` deals its threads to nodes.
+  const int ranks = workers_.ranks;
+  const size_t rank = static_cast<size_t>(ith % ranks);
   treeattn_team_t team = TREEATTN_TEAM_INIT;
-  team.index = ith - first;
-  team.size = first_of(static_cast<int64_t>(rank) + 1) - first;
+  team.index = ith / ranks;
+  team.size = (nth - ith % ranks + ranks - 1) / ranks;
   if (treeattn_plan_decode_team(plans[rank], team.index == 0 ? &args[rank] : nullptr, &team) == TREEATTN_OK) {
     return true;
   }

@@ -15,6 +15,12 @@ namespace treeattn_ggml {
 // NULL where it could not be made; then a line was logged.
 treeattn_runtime_t* runtime();
 
+// NUMA nodes that the process may use, at least 1.
+int nodes();
+
+// Ranks that were asked for; otherwise one a node.
+int ranks_wanted();
+
 // Ranks and threads of an engine.
 struct Workers {
   int ranks;
@@ -70,7 +76,7 @@ class Engine {
   Workers workers_;
   std::atomic<bool> broken_{false};
   std::vector<treeattn_comm_t*> comms_;
-  std::vector<treeattn_stream_t*> streams_;  // of ranks 1 and up
+  std::vector<treeattn_stream_t*> streams_;  // of the last ranks: those before them run on the calling thread
   struct Made {
     PlanKey key;
     Plans plans;

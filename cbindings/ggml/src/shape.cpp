@@ -172,7 +172,7 @@ PlanKey plan_key(const Tensor* node, const FlashParams& params) {
   return key;
 }
 
-int32_t ranks_for(const Tensor* node) { return static_cast<int32_t>(std::min<int64_t>(settings().ranks, node->src[kQ]->ne[2])); }
+int32_t ranks_for(const Tensor* node) { return static_cast<int32_t>(std::min<int64_t>(ranks_wanted(), node->src[kQ]->ne[2])); }
 
 treeattn_attention_desc_t describe(const PlanKey& key, int ranks) {
   treeattn_attention_desc_t desc = TREEATTN_ATTENTION_DESC_INIT;

@@ -14,9 +14,9 @@ namespace treeattn_ggml {
 namespace {
 
 // A node under way. Contexts that compute at the same time have one each.
-struct alignas(64) Place {
+struct alignas(64) SharedStep {
   std::atomic<bool> used{false};
-  // Stored by thread 0 once all below is written, which opens the place to the others; NULL until then.
+  // Stored by thread 0 once all below is written, which lets the others in; NULL until then.
   std::atomic<const void*> key{nullptr};
   std::unique_ptr<Engine> engine;
   const Plans* plans = nullptr;  // NULL: not ready
@@ -24,7 +24,7 @@ struct alignas(64) Place {
   std::atomic<int> left{0};
 };
 
-Place places[64];
+SharedStep steps[64];
 
 void pause(int& turns) {
   if (++turns % 256 == 0) {
@@ -36,47 +36,47 @@ void pause(int& turns) {
   }
 }
 
-Place& take_place() {
+SharedStep& begin() {
   for (int turns = 0;; pause(turns)) {
-    for (Place& place : places) {
-      if (!place.used.load(std::memory_order_relaxed) && !place.used.exchange(true, std::memory_order_acquire)) {
-        return place;
+    for (SharedStep& step : steps) {
+      if (!step.used.load(std::memory_order_relaxed) && !step.used.exchange(true, std::memory_order_acquire)) {
+        return step;
       }
     }
   }
 }
 
 // Thread 0 opens it, or ggml itself would hang: its threads meet after every node. So there is no deadline here.
-Place& find_place(const void* key) {
+SharedStep& join(const void* key) {
   for (int turns = 0;; pause(turns)) {
-    for (Place& place : places) {
-      if (place.key.load(std::memory_order_acquire) == key) {
-        return place;
+    for (SharedStep& step : steps) {
+      if (step.key.load(std::memory_order_acquire) == key) {
+        return step;
       }
     }
   }
 }
 
-void prepare(Place& place, const Tensor* node, const FlashParams& params, int nth) noexcept {
-  place.plans = nullptr;
-  place.failed.store(false, std::memory_order_relaxed);
-  place.left.store(0, std::memory_order_relaxed);
+void prepare(SharedStep& step, const Tensor* node, const FlashParams& params, int nth) noexcept {
+  step.plans = nullptr;
+  step.failed.store(false, std::memory_order_relaxed);
+  step.left.store(0, std::memory_order_relaxed);
   try {
-    place.engine = engine_pool().take(workers_for(node, nth, true));
-    if (place.engine != nullptr) {
-      place.plans = prepare_step(*place.engine, node, params);
+    step.engine = engine_pool().take(workers_for(node, nth, true));
+    if (step.engine != nullptr) {
+      step.plans = prepare_step(*step.engine, node, params);
     }
   } catch (const std::exception& e) {
     log(LogLevel::kError, "a step failed: %s", e.what());
   }
 }
 
-bool compute(Place& place, int ith, int nth) noexcept {
+bool compute(SharedStep& step, int ith, int nth) noexcept {
   try {
-    if (place.engine->workers().team) {
-      return place.engine->enter(*place.plans, ith, nth);
+    if (step.engine->workers().team) {
+      return step.engine->enter(*step.plans, ith, nth);
     }
-    return ith != 0 || place.engine->run(*place.plans);
+    return ith != 0 || step.engine->run(*step.plans);
   } catch (const std::exception& e) {
     log(LogLevel::kError, "a step failed: %s", e.what());
     return false;
@@ -84,39 +84,39 @@ bool compute(Place& place, int ith, int nth) noexcept {
 }
 
 // What the last thread does.
-void close(Place& place, const Tensor* node, Path path, bool declined) noexcept {
+void close(SharedStep& step, const Tensor* node, Path path, bool declined) noexcept {
   if (!declined) {
-    const bool good = place.plans != nullptr && !place.failed.load(std::memory_order_relaxed);
-    count_step(path, good, good && place.engine->workers().team);
+    const bool good = step.plans != nullptr && !step.failed.load(std::memory_order_relaxed);
+    count_step(path, good, good && step.engine->workers().team);
     if (!good) {
       poison(node);
     }
   }
   try {
-    engine_pool().give(std::move(place.engine));
+    engine_pool().give(std::move(step.engine));
   } catch (const std::exception&) {
     // No memory to keep the engine: it is destroyed.
   }
-  place.key.store(nullptr, std::memory_order_relaxed);
-  place.used.store(false, std::memory_order_release);
+  step.key.store(nullptr, std::memory_order_relaxed);
+  step.used.store(false, std::memory_order_release);
 }
 
 }  // namespace
 
 Together compute_together(const Tensor* node, const FlashParams& params, const void* key, int ith, int nth, Path path,
                           bool may_decline) noexcept {
-  Place& place = ith == 0 ? take_place() : find_place(key);
+  SharedStep& step = ith == 0 ? begin() : join(key);
   if (ith == 0) {
-    prepare(place, node, params, nth);
-    place.key.store(key, std::memory_order_release);
+    prepare(step, node, params, nth);
+    step.key.store(key, std::memory_order_release);
   }
-  const bool ready = place.plans != nullptr;
-  if (ready && !compute(place, ith, nth)) {
-    place.failed.store(true, std::memory_order_relaxed);
+  const bool ready = step.plans != nullptr;
+  if (ready && !compute(step, ith, nth)) {
+    step.failed.store(true, std::memory_order_relaxed);
   }
   const bool declined = !ready && may_decline;
-  if (place.left.fetch_add(1, std::memory_order_acq_rel) + 1 == nth) {
-    close(place, node, path, declined);
+  if (step.left.fetch_add(1, std::memory_order_acq_rel) + 1 == nth) {
+    close(step, node, path, declined);
   }
   return declined ? Together::kDeclined : Together::kComputed;
 }

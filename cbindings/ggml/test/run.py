@@ -181,6 +181,16 @@ def test_together(client):
     print("  three contexts at the same time: the logits of each alone")
 
 
+def test_visible(client):
+    """Of a cache that four sequences share, and of one that is longer than what it holds, a step reads what its rows see."""
+    for case, most in ((Decoding("llama", "f16", (4, 1)), 26), (Decoding("llama", "f16", (1, 1)), 95)):
+        result = client.run("decode", text=case.line(client.out, "visible") + "\n", plugin=client.plugin)
+        found = re.search(r", (\d+) % of the cache's keys visible", result.stderr)
+        if result.returncode or not found or not int(found[1]) <= most:
+            fail(f"{case.name}: wanted at most {most} % of the keys to be read, found {found and found[1]}: {result.stderr[-500:]}")
+    print("  a step reads the keys that its rows see")
+
+
 def test_killed(client):
     """A process that is stopped in the middle of decoding ends at once and leaves nothing behind."""
     env = dict(os.environ, OMP_WAIT_POLICY="passive", LD_LIBRARY_PATH=str(client.out / "openmp"), GGML_BACKEND_PATH=client.plugin,
@@ -241,6 +251,8 @@ def test_hosts(client):
         lines = [line for line in result.stderr.splitlines() if line]
         if result.returncode or not result.stdout.startswith(expected):
             fail(f"{what}: said {result.stdout.strip()!r}, ended with {result.returncode}: {result.stderr.strip()}")
+        elif expected == "taken" and said and said not in lines[0]:
+            fail(f"{what}: wanted a first line that names {said!r}, found {lines}")
         elif expected == "refused" and (len(lines) != 1 or not lines[0].startswith("treeattn: ") or said not in lines[0]):
             fail(f"{what}: wanted one line that names {said!r}, found {lines}")
 
@@ -254,6 +266,17 @@ def test_hosts(client):
     host("a host that asks on each of its threads", "taken", mode=("attend",))
     host("a host that asks, of three ranks", "taken", mode=("attend",), TREEATTN_GGML_RANKS="3")
     host("a host that asks, of four ranks for three threads", "taken", mode=("attend",), TREEATTN_GGML_RANKS="4")
+    # A machine of two nodes, as the library's tests have it: a rank each.
+    nodes = client.out / "two-nodes" / "devices" / "system" / "node"
+    cpus = sorted(os.sched_getaffinity(0))
+    for node, cpu in enumerate((cpus[0], cpus[-1])):
+        (nodes / f"node{node}").mkdir(parents=True, exist_ok=True)
+        (nodes / f"node{node}" / "cpulist").write_text(f"{cpu}\n")
+    (nodes / "online").write_text("0-1\n")
+    two_nodes = str(client.out / "two-nodes")
+    host("two nodes", "taken", "2 ranks", TREEATTN_SYSFS=two_nodes)
+    host("two nodes, three ranks", "taken", "3 ranks", TREEATTN_SYSFS=two_nodes, TREEATTN_GGML_RANKS="3")
+    host("two nodes, a host that asks", "taken", mode=("attend",), TREEATTN_SYSFS=two_nodes)
     unknown = ["0.9.0", "0.8.4", "0.27.0", "1.0.0", "0", "", "nightly"]
     for version in unknown:
         host(f"ggml {version!r}", "refused", version, HOST_VERSION=version)
@@ -294,6 +317,7 @@ def main():
         "grid": lambda: test_grid(client),
         "decoding": lambda: test_decoding(client),
         "together": lambda: test_together(client),
+        "visible": lambda: test_visible(client),
         "killed": lambda: test_killed(client),
     }
     for name, test in tests.items():
