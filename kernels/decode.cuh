@@ -250,6 +250,23 @@ __device__ __forceinline__ void touch_parameters(const DecodeParams& p, int* unu
     if (threadIdx.x == 0) *unused = static_cast<int>(sum);
 }
 
+// Fills a slot as Walk's fill_even or fill does, with the copies in line once.
+template <class S>
+__device__ __forceinline__ void fill_either(Walk<S>& walk, int stage, bool is_even) {
+    const int base = walk.tile * kTile;
+    const bool there = !walk.done && walk.tile < walk.tile_end;
+    const int live = there ? min(max(walk.keys - base, 0), kTile) : 0;
+    const bool bad = there && walk.copy_next(stage, base, live);
+    if (is_even) {
+        if (there) walk.end_even(stage, bad);
+        copy_async_commit();
+    } else if (walk.done) {
+        walk.end_slots(stage);
+    } else {
+        walk.end_fill(stage, base, live, bad);
+    }
+}
+
 // The kernel. A family holds one warp's state (running maximum, sum and output of its rows) and says how a tile is
 // attended: stage_query, begin, attend, poison, close. Says whether the block had keys, and so has announced its rank.
 template <class Family>
@@ -298,7 +315,9 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
     int next_tile = even.index * S::kWarps + warp;  // of an evenly split item, the next to be attended
     if constexpr (S::kTerms) next_tile = walk.tile;
     while (true) {
-        if (is_even) {
+        if constexpr (S::kInBlocks) {
+            fill_either(walk, stage, is_even);
+        } else if (is_even) {
             walk.fill_even(stage);
         } else {
             walk.fill(stage);

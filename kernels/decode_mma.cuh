@@ -94,12 +94,13 @@ struct Mma {
         }
     }
 
-    // A row of another type or at odd strides, as terms of the type of k; zeros where there is no row. Gives the power
+    // Eight neighbours a lane of a row of the query, into the range of the type of k; zeros where there is no row. Gives the power
     // of two that the scores lack.
-    static __device__ __noinline__ float stage_terms(const DecodeParams& p, const char* from, char* to) {
+    static __device__ __forceinline__ float load_query(const DecodeParams& p, const char* from, float (&x)[8]) {
         const int lane = threadIdx.x % 32;
-        float x[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
         float row_scale = 1.f;
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] = 0.f;
         if (from != nullptr && lane * 8 < p.head_dim_qk) {
             load_eight(x, from + lane * 8 * p.q_stride[2], p.q_stride[2], p.q_dtype);
         }
@@ -117,6 +118,14 @@ struct Mma {
                 for (int i = 0; i < 8; i++) x[i] = ldexpf(x[i], -exponent);
             }
         }
+        return row_scale;
+    }
+
+    // A row of another type or at odd strides, as terms of the type of k. Gives the power of two that the scores lack.
+    static __device__ __noinline__ float stage_terms(const DecodeParams& p, const char* from, char* to) {
+        const int lane = threadIdx.x % 32;
+        float x[8];
+        const float row_scale = load_query(p, from, x);
         const int terms = query_parts(p);
 #pragma unroll 1
         for (int part = 0; part < terms; part++) {

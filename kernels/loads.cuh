@@ -14,7 +14,7 @@ namespace treeattn {
 template <int HeadDimQk, int HeadDimV, int Rows, int Warps, int Blocks, int QueryBytes>
 struct LoadShape {
     static constexpr int kRows = Rows;
-    static constexpr bool kTerms = false, kRaw = false;
+    static constexpr bool kTerms = false, kRaw = false, kInBlocks = false;
     static constexpr int kDimQk = HeadDimQk, kDimV = HeadDimV;
     static constexpr int kBlocks = Blocks, kWarps = Warps;
     static constexpr int kThreads = kWarps * 32;

@@ -49,6 +49,9 @@ __device__ __forceinline__ void copy_async16(uint32_t to, const void* from, uint
 __device__ __forceinline__ void copy_async4(uint32_t to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
+__device__ __forceinline__ void copy_async8(uint32_t to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Pending>
 __device__ __forceinline__ void copy_async_wait() {
@@ -66,6 +69,22 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(address)
                  : "memory");
+}
+
+// Two matrices, whose rows lanes 0 to 15 say.
+template <bool Transposed>
+__device__ __forceinline__ void load_two_matrices(uint32_t& first, uint32_t& second, uint32_t address) {
+    if constexpr (Transposed) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(first), "=r"(second)
+                     : "r"(address)
+                     : "memory");
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(first), "=r"(second)
+                     : "r"(address)
+                     : "memory");
+    }
 }
 
 // Shared memory by address. clear_shared writes 16 bytes of zero.
@@ -102,6 +121,18 @@ __device__ __forceinline__ void clear_shared(uint32_t address) {
 __device__ __forceinline__ uint32_t pick_bytes(uint32_t x, uint32_t y, uint32_t which) {
     return __byte_perm(x, y, which);
 }
+// The same where `which` is known at run time only, and each of its digits is below 8.
+__device__ __forceinline__ uint32_t pick_bytes_by(uint32_t x, uint32_t y, uint32_t which) {
+    uint32_t r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(y), "r"(which));
+    return r;
+}
+// x & mask | more, as one instruction: of two numbers known beforehand the compiler makes two.
+__device__ __forceinline__ uint32_t take_bits(uint32_t x, uint32_t mask, uint32_t more) {
+    uint32_t r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(x), "r"(mask), "r"(more));
+    return r;
+}
 // The lower word of high:low >> bits, 0 to 31 of them.
 __device__ __forceinline__ uint32_t shift_right(uint32_t low, uint32_t high, uint32_t bits) {
     return __funnelshift_r(low, high, bits);
@@ -122,6 +153,18 @@ __device__ __forceinline__ uint32_t add_f16(uint32_t x, uint32_t y) {
 __device__ __forceinline__ uint32_t multiply_f16(uint32_t x, uint32_t y) {
     uint32_t r;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+    return r;
+}
+// x * y + z of two f16 each, rounded once.
+__device__ __forceinline__ uint32_t fma_f16(uint32_t x, uint32_t y, uint32_t z) {
+    uint32_t r;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(y), "r"(z));
+    return r;
+}
+// What the product lacks of x * y.
+__device__ __forceinline__ uint32_t rest_f16(uint32_t x, uint32_t y, uint32_t product) {
+    uint32_t r;
+    asm("{ .reg .b32 less; neg.f16x2 less, %3; fma.rn.f16x2 %0, %1, %2, less; }" : "=r"(r) : "r"(x), "r"(y), "r"(product));
     return r;
 }
 // The lower or upper two bytes of a word, f8_e4m3, as two f16.

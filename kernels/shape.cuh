@@ -80,7 +80,7 @@ struct Rows16 {
 // A pipeline slot of a tile of 16-bit elements.
 template <int HeadDimQk, int HeadDimV>
 struct Slot16 {
-    static constexpr bool kRaw = false, kPacked = false;
+    static constexpr bool kRaw = false, kPacked = false, kInBlocks = false;
     static constexpr int kMostWarps = 8;
     using RowsK = Rows16<HeadDimQk>;
     using RowsV = Rows16<HeadDimV>;
@@ -114,7 +114,7 @@ struct RawRows {
 };
 template <int HeadDimQk, int HeadDimV>
 struct SlotRaw {
-    static constexpr bool kRaw = true, kPacked = false;
+    static constexpr bool kRaw = true, kPacked = false, kInBlocks = false;
     static constexpr int kMostWarps = 8;
     using RowsK = RowsRaw<HeadDimQk>;
     using RowsV = RowsRaw<HeadDimV>;
@@ -138,7 +138,7 @@ struct RowsOfBytes {
 };
 template <int Dim>
 struct SlotPacked {
-    static constexpr bool kRaw = true, kPacked = true;
+    static constexpr bool kRaw = true, kPacked = true, kInBlocks = false;
     static constexpr int kMostWarps = 12;
     using RowsK = RowsOfBytes<Dim>;
     using RowsV = RowsOfBytes<Dim>;
@@ -148,13 +148,35 @@ struct SlotPacked {
     static constexpr int kStageBytes = 8 * kMaskBytes + 2 * kTile * static_cast<int>(sizeof(float));
 };
 
+// A pipeline slot of rows of ggml's blocks, each in as many 16-byte units as hold it wherever it begins. An odd number of units
+// brings the same unit of eight neighbouring rows to different banks.
+template <int Dim, int32_t Type>
+struct RowsOfBlocks {
+    static constexpr int kBytes = raw_bytes(Type, Dim);
+    // What rows begin at multiples of: they do not reach into a further unit then.
+    static constexpr int kAlign = Dim == 128 ? 8 : 4;
+    static constexpr int kUnits = (kBytes + 16 - kAlign + 15) / 16, kPitch = kUnits * 16;
+    static_assert(kUnits % 2 == 1 && kBytes > kPitch - 16, "every unit holds some of any row");
+};
+template <int Dim, int32_t Type>
+struct SlotBlocks {
+    static constexpr bool kRaw = true, kPacked = false, kInBlocks = true;
+    // Of q8_0 twelve warps' registers would not do before sm_90.
+    static constexpr int kMostWarps = kSharedLimit < 200 * 1024 && Type == kQ8_0 && Dim == 128 ? 8 : 12;
+    using RowsK = RowsOfBlocks<Dim, Type>;
+    using RowsV = RowsOfBlocks<Dim, Type>;
+    static constexpr int kVAt = kTile * RowsK::kPitch;
+    static constexpr int kTileBytes = 2 * kVAt;
+    static constexpr int kStageBytes = 8 * kMaskBytes;
+};
+
 // Terms: the kernel takes TermsParams, and QueryBytes hold what rows need of them (TermsBlock) last.
 template <int HeadDimQk, int HeadDimV, int Rows, int QueryBytes, bool Terms = false,
           class Slot = Slot16<HeadDimQk, HeadDimV>>
 struct Shape {
     static constexpr int kRows = Rows;
     static constexpr bool kTerms = Terms;
-    static constexpr bool kRaw = Slot::kRaw, kPacked = Slot::kPacked;
+    static constexpr bool kRaw = Slot::kRaw, kPacked = Slot::kPacked, kInBlocks = Slot::kInBlocks;
     static constexpr int kDimQk = HeadDimQk, kDimV = HeadDimV;
     static constexpr int kBlocks = 1;
     // O in fp32 goes over a consumed slot at an item's end. The pitch keeps a warp's stores in different banks.

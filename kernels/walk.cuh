@@ -42,7 +42,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
     int flags;            // of the item's next slot: kSlotFirst, kSlotPoison, kSlotFinal
     bool done;
     // Where copies begin: 16 bytes a lane, kLanes* lanes a row, 32 / kLanes* rows an instruction. Strided layout: of
-    // the next tile; paged: of slot 0 of page 0.
+    // the next tile; paged: of slot 0 of page 0. Of blocks those of the lane.
     const char* k_row;
     const char* v_row;
     int page_shift;       // log2 of the page size, -1 where it is no power of two
@@ -246,6 +246,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
             k_row += b * p.k_stride[0] + first * p.k_stride[1];
             v_row += b * p.v_stride[0] + first * p.v_stride[1];
         }
+        if constexpr (S::kInBlocks) find_lane_rows(*this);
     }
 
     __device__ __forceinline__ void next_item(int stage) {
@@ -320,6 +321,8 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         if constexpr (S::kTerms) copy_mask(stage, base, live);
         if constexpr (S::kPacked) {
             return copy_packed(*this, stage, base, live);
+        } else if constexpr (S::kInBlocks) {
+            return copy_blocks(*this, stage, base, live);
         } else if constexpr (S::kRaw) {
             return copy_raw(stage, base, live);
         } else {
@@ -381,30 +384,39 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
     __device__ __forceinline__ void fill_even(int stage) {
         if (tile < tile_end) {
             const int base = tile * kTile;
-            const bool bad = copy_next(stage, base, min(max(keys - base, 0), kTile));
-            if (p.kv_layout != kStrided) {
-                int4* info = reinterpret_cast<int4*>(shared + S::kInfoAt) + (warp * S::kStages + stage) * 3;
-                if (lane == 0) info->x = bad ? kSlotPoison : 0;
-                ask_entry(stage);
-            }
-            tile += step;
+            end_even(stage, copy_next(stage, base, min(max(keys - base, 0), kTile)));
         }
         copy_async_commit();
+    }
+    __device__ __forceinline__ void end_even(int stage, bool bad) {
+        if (p.kv_layout != kStrided) {
+            int4* info = reinterpret_cast<int4*>(shared + S::kInfoAt) + (warp * S::kStages + stage) * 3;
+            if (lane == 0) info->x = bad ? kSlotPoison : 0;
+            ask_entry(stage);
+        }
+        tile += step;
     }
 
     // Fills a slot with the warp's next tile (possibly an empty one: every warp has a slot of every item).
     __device__ __forceinline__ void fill(int stage) {
-        int4* info = reinterpret_cast<int4*>(shared + S::kInfoAt) + (warp * S::kStages + stage) * 3;
         if (done) {
-            if (lane == 0) info->x = kSlotEnd;
-            copy_async_commit();
-            __syncwarp();
+            end_slots(stage);
             return;
         }
         const int base = tile * kTile;
-        const bool last = tile + S::kWarps >= tile_end;
         const int live = tile < tile_end ? min(max(keys - base, 0), kTile) : 0;
         const bool bad = copy_next(stage, base, live);
+        end_fill(stage, base, live, bad);
+    }
+    __device__ __forceinline__ void end_slots(int stage) const {
+        int4* info = reinterpret_cast<int4*>(shared + S::kInfoAt) + (warp * S::kStages + stage) * 3;
+        if (lane == 0) info->x = kSlotEnd;
+        copy_async_commit();
+        __syncwarp();
+    }
+    __device__ __forceinline__ void end_fill(int stage, int base, int live, bool bad) {
+        int4* info = reinterpret_cast<int4*>(shared + S::kInfoAt) + (warp * S::kStages + stage) * 3;
+        const bool last = tile + S::kWarps >= tile_end;
         if (p.kv_layout != kStrided && !last) ask_entry(stage);
         copy_async_commit();
 

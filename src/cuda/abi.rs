@@ -334,7 +334,7 @@ const TERMS_ABI: u64 = hash_lists(ABI, TERMS_CONSTANTS, TERMS_LAYOUTS);
 /// That of what kernels that check steps know.
 const CHECK_ABI: u64 = hash_lists(ABI, CHECK_CONSTANTS, CHECK_LAYOUTS);
 /// The sources of kernels with terms.
-const TERMS_SOURCES: [&str; 3] = ["decode_terms", "decode_narrow", "decode_packed"];
+const TERMS_SOURCES: [&str; 4] = ["decode_terms", "decode_narrow", "decode_packed", "decode_blocks"];
 
 /// What `kernels/abi.cuh` says of a hash: the hexadecimal number after `before`; 0 if there is none.
 const fn said(header: &[u8], before: &[u8]) -> u64 {

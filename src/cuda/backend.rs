@@ -132,7 +132,14 @@ impl CudaBackend {
         // How many tokens each sequence has is known to the device only; the mean is known here.
         let each = (step.args.query_tokens as u32).div_ceil(step.args.batch.max(1) as u32);
         let (rows, scaled) = (i64::from(self.desc.group()) * i64::from(each), step.scaled().contains(&true));
-        let Some(decode) = attention.kernels.choose(rows, scaled, || self.in_units(step, 1)) else {
+        let lies_packed = |decode: &Decode| match decode.takes_blocks {
+            true => {
+                let alignment = terms::block_rows_alignment(&self.desc);
+                !scaled && terms::copies_rows(&self.desc, step) && self.rows_begin_at(step, alignment)
+            }
+            false => self.in_units(step, 1),
+        };
+        let Some(decode) = attention.kernels.choose(rows, scaled, lies_packed) else {
             return Err(Error::new(ErrorKind::Internal, "plan: found no kernel"));
         };
         let mut parameters = self.parameters(&attention.fixed, step);
@@ -155,6 +162,10 @@ impl CudaBackend {
             if decode.takes_all_types {
                 parameters.flags &= !params::NO_BULK;
                 parameters.flags |= if terms::copies_rows(&self.desc, step) { 0 } else { params::NO_BULK };
+            }
+            if decode.takes_blocks {
+                parameters.flags &= !params::NO_BULK;
+                parameters.flags |= if self.rows_begin_alike(step) { 0 } else { params::NO_BULK };
             }
             let parameters = TermsParams { step: parameters, terms: terms::of(&self.desc, step) };
             // SAFETY: what kernels of shapes with terms take; the workspace lives as long as `self`, and the caller of the
@@ -253,16 +264,33 @@ impl CudaBackend {
 
     /// Whether every row of k and v, of elements of `size` bytes, is dense and begins at a multiple of 16 bytes.
     fn in_units(&self, step: &Step, size: i64) -> bool {
-        let outer = if self.desc.kv_layout == KvLayout::Strided { step.args.batch } else { step.args.num_pages };
-        let tokens = if self.desc.kv_layout == KvLayout::Strided { i32::MAX } else { self.desc.page_size };
-        // The stride of a dimension of one is never used.
-        let extents = [outer, tokens, self.desc.kv_heads];
-        [(step.args.k.data as usize, step.k_stride), (step.args.v.data as usize, step.v_stride)].iter().all(
+        step.k_stride[3] == size && step.v_stride[3] == size && self.rows_begin_at(step, 16)
+    }
+
+    /// Whether every row of k and v begins at a multiple of `unit` bytes.
+    fn rows_begin_at(&self, step: &Step, unit: i64) -> bool {
+        let extents = self.extents(step);
+        [(step.args.k.data as i64, step.k_stride), (step.args.v.data as i64, step.v_stride)].iter().all(
             |(address, stride)| {
-                let aligned = |(&n, &s): (&i32, &i64)| n <= 1 || s % 16 == 0;
-                address % 16 == 0 && stride[3] == size && extents.iter().zip(&stride[..3]).all(aligned)
+                address % unit == 0 && extents.iter().zip(stride).all(|(&n, &s)| n <= 1 || s % unit == 0)
             },
         )
+    }
+
+    /// Whether the rows of a head, in a strided cache those of a sequence, begin as far into a unit of 16 bytes.
+    fn rows_begin_alike(&self, step: &Step) -> bool {
+        let [outer, tokens, _] = self.extents(step);
+        let outer = if self.desc.kv_layout == KvLayout::Strided { 1 } else { outer };
+        let alike = |stride: [i64; 4]| (outer <= 1 || stride[0] % 16 == 0) && (tokens <= 1 || stride[1] % 16 == 0);
+        alike(step.k_stride) && alike(step.v_stride)
+    }
+
+    /// The extents of k and v before a row. The stride of a dimension of one is never used.
+    fn extents(&self, step: &Step) -> [i32; 3] {
+        match self.desc.kv_layout {
+            KvLayout::Strided => [step.args.batch, i32::MAX, self.desc.kv_heads],
+            _ => [step.args.num_pages, self.desc.page_size, self.desc.kv_heads],
+        }
     }
 
     /// Enqueues the merge of given partials; as [`CudaBackend::decode`].

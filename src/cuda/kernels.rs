@@ -31,6 +31,8 @@ pub(super) struct Decode {
     pub takes_terms: bool,
     /// Whether it is one of `decode_narrow.cu`, which takes k and v of all types, and scales.
     pub takes_all_types: bool,
+    /// Whether it is one of `decode_blocks.cu`, which copies whole units where all rows begin as far into one.
+    pub takes_blocks: bool,
 }
 
 impl Decode {
@@ -46,8 +48,9 @@ impl Decode {
             return Err(Error::new(ErrorKind::Internal, format!("{name}: found {shape:?} in the image")));
         }
         let takes_all_types = source == "decode_narrow";
-        let takes_terms = takes_all_types || source == "decode_terms" || source == "decode_packed";
-        Ok(Decode { kernel, shape, grid: grid as u32, takes_terms, takes_all_types })
+        let takes_blocks = source == "decode_blocks";
+        let takes_terms = takes_all_types || takes_blocks || source == "decode_terms" || source == "decode_packed";
+        Ok(Decode { kernel, shape, grid: grid as u32, takes_terms, takes_all_types, takes_blocks })
     }
 
     /// Bytes of its split partials.
@@ -69,7 +72,8 @@ pub(super) struct Kernels {
     narrow: Option<Decode>,
     /// More.
     wide: Option<Decode>,
-    /// Any number of rows of queries, where rows of k and v are of one byte an element and lie in whole units.
+    /// Any number of rows of queries, where rows of k and v are of one byte an element and lie in whole units, or in blocks that
+    /// lie in words.
     packed: Option<Decode>,
     /// For steps with scales, and where there is no other.
     all_types: Option<Decode>,
@@ -91,8 +95,9 @@ impl Kernels {
             false => format!("{}_{}", desc.k_dtype.name(), desc.v_dtype.name()),
         };
         let all_types = load(true, "decode_narrow", format!("treeattn_decode_narrow_d{terms_qk}x{terms_v}_r8"))?;
-        let name = format!("treeattn_decode_packed_d{qk}x{v}_r8_{dtypes}");
-        let packed = load(terms::may_be_packed(desc), "decode_packed", name)?;
+        let family = terms::packed_family(desc);
+        let name = format!("treeattn_{}_d{qk}x{v}_r8_{dtypes}", family.unwrap_or_default());
+        let packed = load(family.is_some(), family.unwrap_or_default(), name)?;
         let has_terms = terms::are_in(desc);
         let is_half = |dtype: Dtype| matches!(dtype, Dtype::F16 | Dtype::Bf16);
         if !is_half(desc.k_dtype) || !is_half(desc.v_dtype) || has_terms && !alike {
@@ -122,10 +127,10 @@ impl Kernels {
         [&self.fma, &self.narrow, &self.wide, &self.packed, &self.all_types].into_iter().flatten()
     }
 
-    /// The kernel for sequences of about `rows` rows, of a step that has scales or none, and whose k and v lie in whole units or
-    /// do not; each is right for any number.
-    pub fn choose(&self, rows: i64, scaled: bool, in_units: impl FnOnce() -> bool) -> Option<&Decode> {
-        if let Some(packed) = self.packed.as_ref().filter(|_| in_units()) {
+    /// The kernel for sequences of about `rows` rows, of a step that has scales or none, and whose k and v lie as packed kernels
+    /// want them or do not; each is right for any number.
+    pub fn choose(&self, rows: i64, scaled: bool, lies_packed: impl FnOnce(&Decode) -> bool) -> Option<&Decode> {
+        if let Some(packed) = self.packed.as_ref().filter(|decode| lies_packed(decode)) {
             return Some(packed);
         }
         if scaled {

@@ -10,13 +10,23 @@ pub(super) fn are_in(desc: &AttentionDesc) -> bool {
     window > 0 || softcap > 0.0 || alibi || sinks || mask != MaskKind::None || pages_by_head
 }
 
-/// Whether a shape's rows of k and v are those of `kernels/decode_packed.cu`, where they lie in whole units of 16 bytes.
-pub(super) fn may_be_packed(desc: &AttentionDesc) -> bool {
+/// The source of the kernels that a shape's rows of k and v have to themselves, where they lie in whole units of 16 bytes
+/// (`decode_packed`) or in words (`decode_blocks`).
+pub(super) fn packed_family(desc: &AttentionDesc) -> Option<&'static str> {
     let dim = desc.head_dim_qk;
-    matches!(desc.k_dtype, Dtype::F8E4M3 | Dtype::Int8)
-        && desc.v_dtype == desc.k_dtype
-        && matches!(dim, 64 | 128)
-        && desc.head_dim_v == dim
+    if desc.v_dtype != desc.k_dtype || !matches!(dim, 64 | 128) || desc.head_dim_v != dim {
+        return None;
+    }
+    match desc.k_dtype {
+        Dtype::F8E4M3 | Dtype::Int8 => Some("decode_packed"),
+        Dtype::Q8_0 | Dtype::Q4_0 => Some("decode_blocks"),
+        _ => None,
+    }
+}
+
+/// What rows that `kernels/decode_blocks.cu` serves begin at multiples of, bytes: they do not reach into a further unit then.
+pub(super) fn block_rows_alignment(desc: &AttentionDesc) -> i64 {
+    if desc.head_dim_qk == 128 { 8 } else { 4 }
 }
 
 /// Whether a step's rows of k and v come into shared memory as they are, to be widened in registers (`kernels/widen.cuh`):

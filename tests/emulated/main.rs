@@ -246,6 +246,7 @@ fn main() -> ExitCode {
         test("terms_masks", terms::masks),
         test("terms_types", terms::types),
         test("terms_bytes", terms::bytes),
+        test("terms_blocks", terms::blocks),
         test("terms_lists", terms::lists),
         test("late_predecessors", || streams::late_predecessors(4)),
         test("current_context", streams::current_context),

@@ -1,5 +1,6 @@
 //! Windows, sinks, masks, what happens to scores, and types of keys and values, where the answer is known by hand.
 
+use half::f16;
 use treeattn::ErrorKind;
 use treeattn::attention::{AttentionDesc, Dtype, KvFormat, KvLayout, MaskKind, OutputMode, Placement};
 
@@ -16,6 +17,14 @@ const PLACEMENTS: [Placement; 4] =
     [Placement::Contiguous, Placement::Interleaved { run: 1 }, Placement::Interleaved { run: 7 }, Placement::Explicit];
 const MASKS: [(MaskKind, Option<Dtype>); 3] =
     [(MaskKind::Boolean, None), (MaskKind::Additive, Some(Dtype::F16)), (MaskKind::Additive, Some(Dtype::F32))];
+/// Layouts, with the slots of a page.
+const LAYOUTS: [(KvLayout, i32); 5] = [
+    (KvLayout::Strided, 0),
+    (KvLayout::BlockTable, 16),
+    (KvLayout::BlockTable, 32),
+    (KvLayout::CsrPages, 1),
+    (KvLayout::CsrPages, 12),
+];
 
 /// A shape of two kv heads with 3 query heads each.
 fn desc(placement: Placement) -> AttentionDesc {
@@ -210,6 +219,90 @@ pub fn masks() {
     assert!(error.message().starts_with("mask.bytes: found too few for sequence 0"), "{error}");
 }
 
+/// Changes the blocks of a case's keys and values (`true`), the n-th of a sequence's at a time.
+fn change_blocks(case: &mut Case, change: impl Fn(usize, bool, &mut [u8])) {
+    for (of_v, dtype) in [(false, case.desc.k_dtype), (true, case.desc.v_dtype)] {
+        let format = KvFormat::of(dtype);
+        for sequence in &mut case.sequences {
+            let (values, rows) =
+                if of_v { (&mut sequence.v, &mut sequence.v_rows) } else { (&mut sequence.k, &mut sequence.k_rows) };
+            for (n, block) in rows.chunks_exact_mut(format.block_bytes()).enumerate() {
+                change(n, of_v, block);
+                for (i, value) in values[n * 32..][..32].iter_mut().enumerate() {
+                    *value = format.element(block, i);
+                }
+            }
+        }
+    }
+}
+
+/// Blocks of f16 scales in every layout, where rows begin as far into a unit of 16 bytes and where they do not, with all terms
+/// and without, and with values' scales that are far apart.
+pub fn blocks() {
+    const SHAPES: [(Dtype, i32, i32); 6] = [
+        (Dtype::Q8_0, 128, 2),
+        (Dtype::Q4_0, 128, 2),
+        (Dtype::Q8_0, 64, 4),
+        (Dtype::Q4_0, 64, 4),
+        (Dtype::Q8_0, 128, 1),
+        (Dtype::Q4_0, 64, 1),
+    ];
+    for (n, (dtype, dim, kv_heads)) in SHAPES.into_iter().enumerate() {
+        for (i, (kv_layout, page_size)) in LAYOUTS.into_iter().enumerate() {
+            let (mask, mask_dtype) = MASKS[(n + i) % 3];
+            let base = AttentionDesc {
+                q_heads: 3 * kv_heads,
+                kv_heads,
+                k_dtype: dtype,
+                v_dtype: dtype,
+                q_dtype: [Dtype::Bf16, Dtype::F16, Dtype::F32][(n / 2 + i) % 3],
+                head_dim_qk: dim,
+                head_dim_v: dim,
+                kv_layout,
+                page_size,
+                ..desc(PLACEMENTS[(n + i) % 4])
+            };
+            let window = if i % 2 == 1 { 40 } else { 0 };
+            let all = AttentionDesc { alibi: true, sinks: true, softcap: 20.0, mask, mask_dtype, window, ..base };
+            let desc = if (n + i) % 2 == 0 { base } else { all };
+            let sequences: &[_] = if i == 0 { &[(300, 1)] } else { &[(150, 2), (0, 1), (33, 3)] };
+            let mut case = Case::plain(desc, 1, sequences, Values::Normal, (n * LAYOUTS.len() + i) as u64);
+            if i == 0 {
+                checked(case.clone());
+            }
+            change_blocks(&mut case, |n, of_v, block| {
+                if of_v {
+                    let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
+                    let power = [0, -5, 5, -8, 3, 0, 0][n % 7];
+                    block[..2].copy_from_slice(&f16::from_f32(scale * 2f32.powi(power)).to_le_bytes());
+                }
+            });
+            checked(case);
+        }
+    }
+    // A key that nobody sees, with the largest scales.
+    let desc = AttentionDesc {
+        k_dtype: Dtype::Q8_0,
+        v_dtype: Dtype::Q8_0,
+        head_dim_qk: 128,
+        head_dim_v: 128,
+        mask: MaskKind::Boolean,
+        ..desc(Placement::Contiguous)
+    };
+    let mut case = Case::plain(desc, 1, &[(90, 2)], Values::Normal, 7);
+    let values = (0..90).map(|key| if key == 3 { f32::NEG_INFINITY } else { 0.0 }).collect();
+    case.terms.mask = Some(MaskValues { broadcast: [false, true, true], values: vec![values] });
+    for scale in [f16::MAX, f16::INFINITY, f16::NAN] {
+        let mut case = case.clone();
+        change_blocks(&mut case, |n, _, block| {
+            if n / 8 == 3 {
+                block[..2].copy_from_slice(&scale.to_le_bytes());
+            }
+        });
+        checked(case);
+    }
+}
+
 /// Codes of fp8 that are no numbers, in keys that are seen and in others; blocks with scales of 0, infinity and NaN, and the
 /// ends of what they hold.
 pub fn types() {
@@ -253,26 +346,17 @@ pub fn types() {
     }
     for dtype in [Dtype::Q8_0, Dtype::Q4_0, Dtype::Q5_1] {
         let format = KvFormat::of(dtype);
-        let (bytes, row) = (format.block_bytes(), format.row_bytes(64));
+        let row = format.row_bytes(64);
         // After the scale, and the minimum where there is one.
         let codes = if dtype == Dtype::Q5_1 { 4 } else { 2 };
         // Scales of 0, and the least and the largest numbers of the others.
         let mut case = of(dtype);
-        for (values, rows) in
-            case.sequences.iter_mut().flat_map(|s| [(&mut s.k, &mut s.k_rows), (&mut s.v, &mut s.v_rows)])
-        {
-            for (n, block) in rows.chunks_exact_mut(bytes).enumerate() {
-                match n % 5 {
-                    0 => block[..2].fill(0),
-                    1 => block[codes..].fill(0x80),
-                    2 => block[codes..].fill(0x7f),
-                    _ => {}
-                }
-                for (i, value) in values[n * 32..][..32].iter_mut().enumerate() {
-                    *value = format.element(block, i);
-                }
-            }
-        }
+        change_blocks(&mut case, |n, _, block| match n % 5 {
+            0 => block[..2].fill(0),
+            1 => block[codes..].fill(0x80),
+            2 => block[codes..].fill(0x7f),
+            _ => {}
+        });
         checked(case.clone());
         for scale in [0x7c00u16, 0x7e00, 0xfc00] {
             let mut case = case.clone();
@@ -291,13 +375,6 @@ pub fn types() {
 
 /// Rows of bytes in whole units, with scales and whatever else there is, in every layout.
 pub fn bytes() {
-    const LAYOUTS: [(KvLayout, i32); 5] = [
-        (KvLayout::Strided, 0),
-        (KvLayout::BlockTable, 16),
-        (KvLayout::BlockTable, 32),
-        (KvLayout::CsrPages, 1),
-        (KvLayout::CsrPages, 12),
-    ];
     for (n, (dtype, dim)) in [Dtype::F8E4M3, Dtype::Int8].into_iter().flat_map(|t| [(t, 64), (t, 128)]).enumerate() {
         for (i, (kv_layout, page_size)) in LAYOUTS.into_iter().enumerate() {
             let (mask, mask_dtype) = MASKS[(n + i) % 3];

@@ -26,6 +26,7 @@ inline void copy_async16(uint32_t to, const void* from, uint32_t bytes, uint64_t
 inline uint64_t evict_first() { return 0; }
 inline uint64_t evict_normal() { return 0; }
 inline void copy_async4(uint32_t to, const void* from) { emulator::copy_async(to, from, 4, 4); }
+inline void copy_async8(uint32_t to, const void* from) { emulator::copy_async(to, from, 8, 8); }
 inline void copy_async_commit() { emulator::copy_commit(); }
 template <int Pending>
 inline void copy_async_wait() {
@@ -34,6 +35,14 @@ inline void copy_async_wait() {
 
 inline void load_matrices(uint32_t (&r)[4], uint32_t address) { emulator::load_matrices(r, address, false); }
 inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) { emulator::load_matrices(r, address, true); }
+template <bool Transposed>
+inline void load_two_matrices(uint32_t& first, uint32_t& second, uint32_t address) {
+    uint32_t r[4];
+    // Lanes 16 to 31 name the rows of matrices that nobody takes: those of the first two again.
+    address = __shfl_sync(0xffffffffu, address, threadIdx.x % 16);
+    emulator::load_matrices(r, address, Transposed);
+    first = r[0], second = r[1];
+}
 
 inline uint32_t load_shared(uint32_t address) {
     return *reinterpret_cast<const uint32_t*>(emulator::shared_pointer(address));
@@ -56,6 +65,8 @@ inline uint32_t pick_bytes(uint32_t x, uint32_t y, uint32_t which) {
     for (int i = 0; i < 4; i++) r |= static_cast<uint32_t>(bytes >> (which >> 4 * i & 7) * 8 & 0xff) << 8 * i;
     return r;
 }
+inline uint32_t pick_bytes_by(uint32_t x, uint32_t y, uint32_t which) { return pick_bytes(x, y, which); }
+inline uint32_t take_bits(uint32_t x, uint32_t mask, uint32_t more) { return x & mask | more; }
 inline uint32_t shift_right(uint32_t low, uint32_t high, uint32_t bits) {
     return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));
 }
@@ -86,6 +97,16 @@ inline uint32_t add_f16(uint32_t x, uint32_t y) {
 inline uint32_t multiply_f16(uint32_t x, uint32_t y) {
     return change_f16(x, y, [](float a, float b) { return a * b; });
 }
+// Rounded twice, once to a float.
+inline uint32_t fma_f16(uint32_t x, uint32_t y, uint32_t z) {
+    uint32_t r = 0;
+    for (int i = 0; i < 32; i += 16) {
+        const auto value = [i](uint32_t bits) { return __half2float({static_cast<uint16_t>(bits >> i)}); };
+        r |= static_cast<uint32_t>(__float2half_rn(fmaf(value(x), value(y), value(z))).bits) << i;
+    }
+    return r;
+}
+inline uint32_t rest_f16(uint32_t x, uint32_t y, uint32_t product) { return fma_f16(x, y, product ^ 0x80008000u); }
 template <bool Upper>
 inline uint32_t f16_of_e4m3(uint32_t word) {
     uint32_t r = 0;
