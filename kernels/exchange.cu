@@ -143,14 +143,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     // All of the block have read the epoch, and what was noted.
     __syncthreads();
     if (threadIdx.x == 0) {
-        if (fault != 0 && blockIdx.x == 0) report_bad_data(v, e.parity(), fault);
-        if (fault != 0 && p.is_last) {
-            // The last block to come clears what all of them have read.
-            const uint32_t others = gridDim.x - 1;
-            if (count_arrival(reinterpret_cast<uint32_t*>(v.window + kArrived), others) == others) {
-                store_word(v.window + kStepFault, 0);
-            }
-        }
+        if (fault != 0) end_step_fault(s.step.view, e.parity(), fault, p.is_last);
         end_block(v);
     }
     receive<kAnyWords>(&s.step, e);

@@ -60,6 +60,62 @@ static __device__ __noinline__ void receive_two_shot(const MergeStep* m, Epoch& 
     }
 }
 
+// Bad data of the step, which all of a block's warps have read: tells the host, and clears the word with the step's last
+// exchange. One thread of each block.
+static __device__ __noinline__ void end_step_fault(const ExchangeView& v, int parity, uint32_t fault, bool is_last) {
+    if (blockIdx.x == 0) report_bad_data(v, parity, fault);
+    if (!is_last) return;
+    // The last block to come clears what all of them have read.
+    const uint32_t others = gridDim.x - 1;
+    if (count_arrival(reinterpret_cast<uint32_t*>(v.window + kArrived), others) == others) {
+        store_word(v.window + kStepFault, 0);
+    }
+}
+
+// The n-th block from the end, which may not wait, decides whether it merges its share of rows: where every rank's header has
+// come, or comes soon. By the whole block.
+__device__ __forceinline__ bool decide(MergeStep* m, Epoch& e, int nth, int warp) {
+    const ExchangeView& v = m->view;
+    const int parity = e.parity();
+    if (warp == 0) {
+        const bool comes = e.broken || wait_headers(v, e, kBriefly);
+        if (threadIdx.x == 0) {
+            m->ticket = comes;
+            if (!comes) leave_over(v.window + kLeftOver + parity * kLeftOverWords + nth / 64, 1ull << nth % 64);
+            add_word(v.window + kDecided + parity, comes ? 1 : 1 | 1ull << 32);
+        }
+    }
+    __syncthreads();
+    return m->ticket != 0;
+}
+
+__device__ __forceinline__ uint64_t decided_of(const ExchangeView& v, int parity) {
+    return load_word(v.window + kDecided + parity);
+}
+
+// One of the blocks that may wait, `waiting` of them, takes its part of what others have left over of `own` shares: waits until
+// all have decided, and calls `merge(share)`. `decided`: what thread 0 last saw of kDecided. By the whole block.
+template <class Merge>
+__device__ __forceinline__ void take_left_over(MergeStep* m, int parity, uint64_t decided, int nth, int waiting, int own,
+                                               const Merge& merge) {
+    const ExchangeView& v = m->view;
+    if (threadIdx.x == 0) {
+        // No longer than this rank attends.
+        while (static_cast<uint32_t>(decided) != static_cast<uint32_t>(own - waiting)) {
+            __nanosleep(kBetweenLooks);
+            decided = decided_of(v, parity);
+        }
+        m->ticket = decided >> 32 != 0;
+        if (decided >> 32 != 0) __threadfence();
+    }
+    __syncthreads();
+    if (m->ticket == 0) return;
+    for (int share = waiting + nth; share < own; share += waiting) {
+        const uint64_t left = load_word(v.window + kLeftOver + parity * kLeftOverWords + share / 64);
+        if (left >> share % 64 & 1) merge(share);
+    }
+}
+
 // What comes after a block's pushes: waits for all ranks, merges this rank's rows, whose o has at most kMostWords words, and
 // writes them, NaN where the communicator is broken. By whole blocks.
 //
@@ -89,16 +145,7 @@ __device__ __forceinline__ void receive(MergeStep* m, Epoch& e) {
     if (!may_wait) {
         dependency_launch();
         if (!takes) return;
-        if (warp == 0) {
-            const bool comes = e.broken || wait_headers(v, e, kBriefly);
-            if (threadIdx.x == 0) {
-                m->ticket = comes;
-                if (!comes) leave_over(v.window + kLeftOver + parity * kLeftOverWords + nth / 64, 1ull << nth % 64);
-                add_word(v.window + kDecided + parity, comes ? 1 : 1 | 1ull << 32);
-            }
-        }
-        __syncthreads();
-        takes = m->ticket != 0;
+        takes = decide(m, e, nth, warp);
         e.has_headers = true;
         if (!takes) return;
     }
@@ -109,29 +156,11 @@ __device__ __forceinline__ void receive(MergeStep* m, Epoch& e) {
         if (e.broken || !write_merged<kMostWords>(m, e, row)) poison_row(m, row);
     };
     const bool may_be_left = may_wait && own > waiting;
-    const auto look = [&] { return load_word(v.window + kDecided + parity); };
     // Asked for before the own rows come: most blocks have decided by then.
     uint64_t decided = 0;
-    if (may_be_left && threadIdx.x == 0) decided = look();
+    if (may_be_left && threadIdx.x == 0) decided = decided_of(v, parity);
     if (takes) merge(nth);
-    if (may_be_left) {
-        if (threadIdx.x == 0) {
-            // No longer than this rank attends.
-            while (static_cast<uint32_t>(decided) != static_cast<uint32_t>(own - waiting)) {
-                __nanosleep(kBetweenLooks);
-                decided = look();
-            }
-            m->ticket = decided >> 32 != 0;
-            if (decided >> 32 != 0) __threadfence();
-        }
-        __syncthreads();
-        if (m->ticket != 0) {
-            for (int share = waiting + nth; share < own; share += waiting) {
-                const uint64_t left = load_word(v.window + kLeftOver + parity * kLeftOverWords + share / 64);
-                if (left >> share % 64 & 1) merge(share);
-            }
-        }
-    }
+    if (may_be_left) take_left_over(m, parity, decided, nth, waiting, own, merge);
     if (shares > own) {
         while (true) {
             // All have read what was there.

@@ -197,15 +197,19 @@ struct SlotTable {
 };
 static_assert(kSlots == 2, "16 bytes a rank");
 
+// One warp of the last block clears what the next epoch counts and notes.
+__device__ __forceinline__ void clear_next(const ExchangeView& v, const Epoch& e) {
+    const int lane = threadIdx.x % 32, parity = e.parity() ^ 1;
+    if (lane < 4) store_word(v.window + (lane == 0 ? kFault : lane == 1 ? kTickets : lane == 2 ? kDecided : kTold) + parity, 0);
+    if (lane < kLeftOverWords) store_word(v.window + kLeftOver + parity * kLeftOverWords + lane, 0);
+}
+
 // One warp of the last block, as soon as that runs: tells every rank that this one has come, and what for. Blocks come up
 // in the order of their numbers, so all of this launch run then, or have run: what they push comes without any other
 // launch's room or end.
 static __device__ __noinline__ void push_header(const ExchangeView& v, const Epoch& e, const SlotTable& to) {
     const int lane = threadIdx.x % 32;
-    // What the next epoch counts and notes.
-    const int parity = e.parity() ^ 1;
-    if (lane < 4) store_word(v.window + (lane == 0 ? kFault : lane == 1 ? kTickets : lane == 2 ? kDecided : kTold) + parity, 0);
-    if (lane < kLeftOverWords) store_word(v.window + kLeftOver + parity * kLeftOverWords + lane, 0);
+    clear_next(v, e);
     if (e.broken) return;
     const uint64_t low = packet(static_cast<uint32_t>(v.fingerprint), e.number);
     const uint64_t high = packet(static_cast<uint32_t>(v.fingerprint >> 32), e.number);

@@ -21,6 +21,38 @@ enum MergeTry : uint32_t {
     kLateShift = 8,
 };
 
+// Merges what a lane has of all ranks' words of a row. Whoever merges a row so makes the same bits of it.
+template <int kRanks, int kPairs>
+__device__ __forceinline__ RowScale merge_words(const Wire& wire, const float (&lse)[kRanks],
+                                                const uint32_t (&data)[kRanks][kPairs][2], float (&out)[kPairs][4]) {
+    RowScale s{-infinity(), false, {0.f, 0.f}, 0.f, 0.f};
+    float weight[kRanks];
+#pragma unroll
+    for (int r = 0; r < kRanks; r++) s.top = fmaxf(s.top, lse[r]), s.bad |= !(lse[r] < infinity());
+#pragma unroll
+    for (int r = 0; r < kRanks; r++) weight[r] = s.weight(lse[r]), s.sum.add(weight[r]);
+    s.invert();
+#pragma unroll
+    for (int r = 0; r < kRanks; r++) weight[r] = s.share(weight[r]);
+#pragma unroll
+    for (int pair = 0; pair < kPairs; pair++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) out[pair][i] = 0.f;
+#pragma unroll
+        for (int r = 0; r < kRanks; r++) {
+            if (wire.is_f32) {
+                out[pair][0] = fmaf(weight[r], __uint_as_float(data[r][pair][0]), out[pair][0]);
+                out[pair][1] = fmaf(weight[r], __uint_as_float(data[r][pair][1]), out[pair][1]);
+            } else {
+                const float2 a = wire.unpack(data[r][pair][0]), b = wire.unpack(data[r][pair][1]);
+                out[pair][0] = fmaf(weight[r], a.x, out[pair][0]), out[pair][1] = fmaf(weight[r], a.y, out[pair][1]);
+                out[pair][2] = fmaf(weight[r], b.x, out[pair][2]), out[pair][3] = fmaf(weight[r], b.y, out[pair][3]);
+            }
+        }
+    }
+    return s;
+}
+
 // One warp tries to merge a row of at most kRanks ranks and kPairs * 64 words, and to write it to `to`. The headers, where
 // the warp has not seen them, the log-sum-exps and the words of all ranks are asked for together, and what has come is kept.
 // It looks for a while; after `eager` looks at one word only, and not before the headers have come, because the looks of many
@@ -104,32 +136,8 @@ static __device__ __noinline__ uint32_t merge_row_at_once(const MergeStep* step,
 
         // Also before all has come, so that the instructions are at hand then: those that were not used for a while come from
         // memory, for as long as words take from GPU to GPU.
-        RowScale s{-infinity(), false, {0.f, 0.f}, 0.f, 0.f};
-        float weight[kRanks];
-#pragma unroll
-        for (int r = 0; r < kRanks; r++) s.top = fmaxf(s.top, lse[r]), s.bad |= !(lse[r] < infinity());
-#pragma unroll
-        for (int r = 0; r < kRanks; r++) weight[r] = s.weight(lse[r]), s.sum.add(weight[r]);
-        s.invert();
-#pragma unroll
-        for (int r = 0; r < kRanks; r++) weight[r] = s.share(weight[r]);
         float out[kPairs][4];
-#pragma unroll
-        for (int pair = 0; pair < kPairs; pair++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) out[pair][i] = 0.f;
-#pragma unroll
-            for (int r = 0; r < kRanks; r++) {
-                if (wire.is_f32) {
-                    out[pair][0] = fmaf(weight[r], __uint_as_float(data[r][pair][0]), out[pair][0]);
-                    out[pair][1] = fmaf(weight[r], __uint_as_float(data[r][pair][1]), out[pair][1]);
-                } else {
-                    const float2 a = wire.unpack(data[r][pair][0]), b = wire.unpack(data[r][pair][1]);
-                    out[pair][0] = fmaf(weight[r], a.x, out[pair][0]), out[pair][1] = fmaf(weight[r], a.y, out[pair][1]);
-                    out[pair][2] = fmaf(weight[r], b.x, out[pair][2]), out[pair][3] = fmaf(weight[r], b.y, out[pair][3]);
-                }
-            }
-        }
+        const RowScale s = merge_words<kRanks, kPairs>(wire, lse, data, out);
         const bool is_done = missing == 0 && has_headers;
         // Once more so that they are at hand.
         if (is_packed) {

@@ -160,7 +160,7 @@ struct RowScale {
     __device__ __forceinline__ float share(float weight) const { return fmaf(weight, inverse, weight * rest); }
     // The merged lse.
     __device__ __forceinline__ float lse() const {
-        return bad ? not_a_number() : top + (logf(sum.high) + sum.low * inverse);
+        return bad ? not_a_number() : top + fmaf(sum.low, inverse, logf(sum.high));
     }
 };
 

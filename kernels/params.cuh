@@ -9,6 +9,7 @@
 //   treeattn_decode_packed_d{QK}x{V}_r8_{TYPE}      the same of k and v of one byte an element, in whole units of 16 bytes
 //   treeattn_merge_partials                         merge of n given partials
 //   treeattn_exchange                               exchange of partials with peers
+//   treeattn_exchange_rows_{RANKS}                  the same where every row has a warp, of up to 2, 4 or 8 ranks; _2_f32: all f32
 //   treeattn_check, treeattn_check_outputs          what comes before and after the steps of plans with the flag CHECKED
 //
 // {QK}x{V} is the smallest class that holds both head dims, out of

@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use super::abi;
 use super::params::ExchangeParams;
+use crate::attention::Dtype;
 use crate::device::cuda::{CudaDevice, CudaStream, Image, Kernel, PointerCheck};
 use crate::error::Result;
+use crate::partial::view::{ExchangeMode, row_words, window};
 use crate::partial::{ExchangeView, RowSource, RowTarget};
 
 /// Threads of a block; a warp takes a row.
@@ -17,6 +19,11 @@ const ROWS: u64 = THREADS as u64 / 32;
 const MOST_WAITING: i32 = 64;
 /// Blocks that a multiprocessor holds at least, by the kernel's launch bounds.
 const BLOCKS_A_UNIT: i32 = 2;
+/// What `kernels/exchange_rows.cu` serves: ranks, and words of a row's o.
+const MOST_RANKS: i32 = 8;
+const MOST_WORDS: usize = 128;
+/// Elements that a lane takes at a time.
+const ELEMENTS: i64 = 4;
 /// Communicators whose exchanges may wait on a GPU at the same time, with all blocks that may wait resident, and others may
 /// still run there.
 pub(crate) const COMMUNICATORS: i32 = 4;
@@ -57,9 +64,59 @@ impl ExchangeStep {
     };
 }
 
-/// The exchange kernel on a device.
+/// The kernels of `kernels/exchange_rows.cu` for the exchanges of a plan: faster where they serve a step.
+struct RowKernels {
+    /// For two ranks whose rows are f32 in memory and on their way.
+    plain: Option<Kernel>,
+    any: Kernel,
+}
+
+impl RowKernels {
+    /// Those for exchanges that `view` tells of; none where they serve no such.
+    fn new(image: &Image, view: &ExchangeView) -> Result<Option<RowKernels>> {
+        if view.world > MOST_RANKS || view.mode == ExchangeMode::TwoShot {
+            return Ok(None);
+        }
+        let load =
+            |name: &str| abi::kernel(image, "exchange_rows", &format!("treeattn_exchange_rows_{name}"), THREADS, 0);
+        let plain = view.world == 2 && view.wire_dtype == Dtype::F32 as i32;
+        let ranks = view.world.max(2).cast_unsigned().next_power_of_two();
+        Ok(Some(RowKernels { plain: plain.then(|| load("2_f32")).transpose()?, any: load(&ranks.to_string())? }))
+    }
+
+    /// The kernel for a step of `blocks` blocks, if it serves it.
+    fn of(&self, view: &ExchangeView, step: &ExchangeStep, blocks: u64) -> Option<&Kernel> {
+        let (source, target) = (&step.source, &step.target);
+        // Which of them it is, the words of a row say.
+        let wire = if view.wire_dtype == Dtype::F32 as i32 { Dtype::F32 } else { Dtype::F16 };
+        let words = row_words(target.dim as usize, wire.size()) - window::ROW_HEAD as usize;
+        // Kernels number rows, and heads times ranks, in 32 bits.
+        let is_small = step.first_row + step.rows <= i64::from(i32::MAX) && view.heads <= i32::MAX / (2 * MOST_RANKS);
+        let has_source = source.o != 0 && !step.is_pushed && source.dim == target.dim;
+        let serves = has_source
+            && is_small
+            && step.rows > 0
+            && step.rows as u64 <= blocks.min(64 * window::LEFT_OVER_WORDS) * ROWS
+            && words <= MOST_WORDS
+            && i64::from(target.dim) % ELEMENTS == 0
+            && lies_in_fours(source.o, &source.o_stride, source.dtype)
+            && (view.own_heads == 0 || lies_in_fours(target.o, &target.o_stride, target.dtype));
+        let is_plain = source.dtype == Dtype::F32 && target.dtype == Dtype::F32;
+        serves.then(|| self.plain.as_ref().filter(|_| is_plain).unwrap_or(&self.any))
+    }
+}
+
+/// Whether the elements of rows lie side by side, and every row begins where four of them may.
+fn lies_in_fours(o: u64, stride: &[i64; 3], dtype: Dtype) -> bool {
+    let size = dtype.size() as i64;
+    let whole = |bytes: i64| bytes % (ELEMENTS * size) == 0;
+    stride[2] == size && whole(o as i64) && whole(stride[0]) && whole(stride[1])
+}
+
+/// The exchange kernels on a device.
 pub(crate) struct ExchangeKernel {
     kernel: Kernel,
+    rows: Option<RowKernels>,
     pointers: PointerCheck,
     /// Most blocks, and how many of them may wait for ranks that have not come.
     most: u64,
@@ -71,7 +128,13 @@ impl ExchangeKernel {
     pub fn new(device: &Arc<CudaDevice>, sharing: usize) -> Result<ExchangeKernel> {
         let kernel = abi::kernel(&Image::new(device)?, "exchange", "treeattn_exchange", THREADS, 0)?;
         let (most, most_waiting) = blocks(device.units, sharing);
-        Ok(ExchangeKernel { kernel, pointers: PointerCheck::new(), most, most_waiting })
+        Ok(ExchangeKernel { kernel, rows: None, pointers: PointerCheck::new(), most, most_waiting })
+    }
+
+    /// The same, with the kernels that serve the exchanges which `view` tells of sooner. As [`ExchangeKernel::new`].
+    pub fn of(device: &Arc<CudaDevice>, sharing: usize, view: &ExchangeView) -> Result<ExchangeKernel> {
+        let rows = RowKernels::new(&Image::new(device)?, view)?;
+        Ok(ExchangeKernel { rows, ..ExchangeKernel::new(device, sharing)? })
     }
 
     /// Refuses memory that is not the device's, by the names of the arguments.
@@ -97,9 +160,25 @@ impl ExchangeKernel {
             waiting: blocks.min(self.most_waiting) as i32,
             view: *view,
         };
-        let entered = self.kernel.device().enter()?;
-        // SAFETY: what the kernel takes; the window outlives its communicator's work, and the caller of the step vouches
+        let kernel = self.rows.as_ref().and_then(|rows| rows.of(view, step, blocks)).unwrap_or(&self.kernel);
+        let entered = kernel.device().enter()?;
+        // SAFETY: what each of the kernels takes; the window outlives its communicator's work, and the caller of the step vouches
         // for the rest.
-        unsafe { self.kernel.launch(&entered, stream, blocks as u32, &parameters) }
+        unsafe { kernel.launch(&entered, stream, blocks as u32, &parameters) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_that_begin_anywhere_are_for_the_other_kernel() {
+        let lies = |o, stride, dtype| lies_in_fours(o, &stride, dtype);
+        assert!(lies(4096, [2048, 512, 4], Dtype::F32) && lies(4104, [1024, 256, 2], Dtype::Bf16));
+        assert!(!lies(4104, [2048, 512, 4], Dtype::F32), "the first row");
+        assert!(!lies(4096, [2052, 512, 4], Dtype::F32), "tokens");
+        assert!(!lies(4096, [2048, 516, 4], Dtype::F32), "heads");
+        assert!(!lies(4096, [2048, 512, 8], Dtype::F32), "elements");
     }
 }

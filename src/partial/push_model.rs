@@ -2,7 +2,8 @@
 //!
 //! In `epoch_model` ranks publish at home and read what others hold. Here every rank pushes packets into the windows of all
 //! and reads its own, by relaxed words alone: a word that carries the epoch carries its data. `kernels/ll.cuh` has the
-//! rules, and [`World::launch`] follows `kernels/exchange.cu` and `kernels/exchange.cuh` step by step. The last block of a launch
+//! rules, and [`World::launch`] follows `kernels/exchange.cu`, `kernels/exchange_rows.cu` and `kernels/exchange.cuh` step by step.
+//! The last block of a launch
 //! is the one that may wait. What a launch leaves undone when a communicator breaks is not modelled, nor are rows that are
 //! drawn from a counter.
 //!
@@ -50,6 +51,9 @@ struct Case {
     rows: usize,
     /// Every other launch is a step without rows.
     gaps: bool,
+    /// A block merges the rows that it pushed, and has this rank's part of them at hand (`kernels/exchange_rows.cu`): that part
+    /// goes to the own window only where the block leaves its rows over.
+    keeps: bool,
     /// Words of a header. A GPU sends two; each carries its own flag, and one leaves fewer interleavings.
     header_words: usize,
     mode: ExchangeMode,
@@ -192,10 +196,16 @@ impl World {
         rows.skip(block).step_by(self.case.blocks)
     }
 
+    fn push_row_to(&self, epoch: Epoch, rank: usize, to: usize, row: usize) {
+        let word = packet(Word::Row(row).data(rank, epoch), epoch);
+        self.windows[to].slots[rank][self.parity(epoch)].rows[row].store(word, Relaxed);
+    }
+
     fn push_row(&self, epoch: Epoch, rank: usize, row: usize) {
         let to = |to: usize| {
-            let word = packet(Word::Row(row).data(rank, epoch), epoch);
-            self.windows[to].slots[rank][self.parity(epoch)].rows[row].store(word, Relaxed);
+            if !self.case.keeps || to != rank {
+                self.push_row_to(epoch, rank, to, row);
+            }
         };
         if self.case.mode == ExchangeMode::OneShot {
             self.others_first(rank).for_each(to);
@@ -204,9 +214,9 @@ impl World {
         }
     }
 
-    /// Waits for what all ranks sent of a row.
-    fn merge_row(&self, epoch: Epoch, rank: usize, row: usize) {
-        let slots = self.windows[rank].slots.iter().enumerate();
+    /// Waits for what all ranks sent of a row; `has_own`: all others.
+    fn merge_row(&self, epoch: Epoch, rank: usize, row: usize, has_own: bool) {
+        let slots = self.windows[rank].slots.iter().enumerate().filter(|&(sender, _)| !has_own || sender != rank);
         wait(
             epoch,
             slots.map(|(sender, slots)| (&slots[self.parity(epoch)].rows[row], Word::Row(row).data(sender, epoch))),
@@ -271,11 +281,20 @@ impl World {
     /// What a block merges of these rows, after its pushes. How many that were.
     fn receive(&self, rank: usize, block: usize, epoch: Epoch, rows: impl Iterator<Item = usize> + Clone) -> usize {
         let window = &self.windows[rank];
-        let last = self.case.blocks - 1;
+        let (last, keeps) = (self.case.blocks - 1, self.case.keeps);
         let slot = epoch.slot();
-        let merge = |block| {
-            let share = self.share(block, rows.clone());
-            share.inspect(|&row| self.merge_row(epoch, rank, row)).count()
+        let share_of = |block| -> Vec<usize> {
+            // A block that keeps its rows takes those that it pushed, if they are its rank's.
+            if keeps {
+                let own: Vec<usize> = rows.clone().collect();
+                return self.share(block, 0..self.case.rows).filter(|row| own.contains(row)).collect();
+            }
+            self.share(block, rows.clone()).collect()
+        };
+        let merge = |of: usize| {
+            let share = share_of(of);
+            share.iter().for_each(|&row| self.merge_row(epoch, rank, row, keeps && of == block));
+            share.len()
         };
         if block != last {
             // It does not wait for ranks that have not come.
@@ -285,6 +304,9 @@ impl World {
                 fence(Release);
             }
             window.decided[slot].fetch_add(if comes { 1 } else { 1 | 1 << 32 }, Relaxed);
+            if keeps && !comes {
+                share_of(block).into_iter().for_each(|row| self.push_row_to(epoch, rank, rank, row));
+            }
             return if comes { merge(block) } else { 0 };
         }
         let decided = loop {
@@ -314,7 +336,7 @@ impl World {
         let (window, parity) = (&self.windows[rank], self.parity(epoch));
         wait(epoch, self.headers(rank, epoch));
         for row in rows.clone().filter(|&row| self.owner(row) == rank) {
-            self.merge_row(epoch, rank, row);
+            self.merge_row(epoch, rank, row, false);
             for to in self.others_first(rank) {
                 let word = packet(Word::Merged(row).data(rank, epoch), epoch);
                 self.windows[to].merged[parity][row].store(word, Relaxed);
@@ -368,6 +390,7 @@ const PLAIN: Case = Case {
     launches: 4,
     rows: 1,
     gaps: false,
+    keeps: false,
     header_words: 2,
     mode: ExchangeMode::OneShot,
     without: None,
@@ -396,6 +419,16 @@ fn an_epoch_ends_with_its_last_block() {
     check_modes(BLOCKS);
     // The first rank gets headers only; of the second, one block has no row.
     check(Case { rows: 1, mode: ExchangeMode::Scattered, ..BLOCKS });
+}
+
+#[test]
+fn rows_that_blocks_keep_are_merged_by_whoever_takes_them() {
+    for mode in [ExchangeMode::OneShot, ExchangeMode::Scattered] {
+        for case in [PLAIN, EARLY, BLOCKS, THREE] {
+            check(Case { keeps: true, mode, ..case });
+        }
+        check(Case { keeps: true, mode, preemptions: 1, launches: 2, ..BLOCKS });
+    }
 }
 
 #[test]

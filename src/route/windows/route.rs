@@ -90,7 +90,7 @@ impl WindowsRoute {
             false => format!("{reason}; the largest step's are {}", form.words()),
         };
         Ok(WindowsRoute {
-            kernel: ExchangeKernel::new(&rank.device, rank.sharing)?,
+            kernel: ExchangeKernel::of(&rank.device, rank.sharing, &view)?,
             forms,
             target,
             status: peers.fault_address(),
