@@ -1,6 +1,6 @@
 //! The CPU backend: exact attention over one rank's shard on the rank's workers.
 //!
-//! [`CpuBackend`] (`backend`) turns a step into partials. From the outside in:
+//! `CpuBackend` (`backend`) turns a step into partials. From the outside in:
 //!
 //! | file | does |
 //! |---|---|
