@@ -124,6 +124,7 @@ constants! {
 /// Macros with arguments, and those of the version, which `src/ffi/version.rs` holds against the crate's.
 const EXPRESSIONS: &[(&str, i64)] = &[
     ("TREEATTN_CPU(0)", 0),
+    ("TREEATTN_CPU_NODE(2)", 3),
     ("TREEATTN_CUDA(0)", 65_536),
     ("TREEATTN_CUDA(65535)", 131_071),
     ("TREEATTN_DEVICE(TREEATTN_DEVICE_CUDA, 3)", 65_539),
@@ -175,7 +176,7 @@ fn every_constant_is_frozen() {
     // What the header defines in another way is a macro with arguments, an initial value, or the version as a number.
     let others = header.lines().filter_map(|line| line.strip_prefix("#define TREEATTN_")?.split_once(' '));
     for (name, _) in others.filter(|(_, value)| !is_number(value)) {
-        let known = ["DEVICE(kind,", "CPU(n)", "CUDA(n)", "VERSION", "INIT_(type)"];
+        let known = ["DEVICE(kind,", "CPU(n)", "CPU_NODE(n)", "CUDA(n)", "VERSION", "INIT_(type)"];
         assert!(known.contains(&name) || name.ends_with("_INIT"), "TREEATTN_{name}: no test knows its value");
     }
 }
