@@ -44,9 +44,8 @@ __device__ __forceinline__ bool decide_at_once(const ExchangeView& v, MergeStep&
 }
 
 // What the host sees to: rows are pushed to all ranks, or to the owners of their heads; no more rows than warps, nor blocks than
-// kLeftOver has bits; a row's o has
-// at most kRowWords words; the elements of source and target lie side by side, their rows begin at multiples of 8 of them, and
-// have multiples of 4.
+// kLeftOver has bits; a row's o has at most kRowWords words; the elements of source and target lie side by side, their rows begin
+// at multiples of 4 of them, and have multiples of 4.
 template <int kRanks, bool kPlain>
 __device__ __forceinline__ void exchange_rows(const ExchangeParams& p) {
     __shared__ MergeStep step;

@@ -221,7 +221,7 @@ __device__ __forceinline__ uint64_t fingerprint_of(ulonglong2 words) {
 }
 
 // The rank to blame where fingerprints differ: the first outside the largest party; where no party is the largest, the
-// first that differs from this rank (comm::verdict). One thread.
+// first that differs from this rank (attention::odd_ranks). One thread.
 static __device__ __noinline__ int rank_out_of_step(const ExchangeView& v, const Epoch& e) {
     const auto at = [&](int rank) { return fingerprint_of(load_words(slot_of(v, e, rank))); };
     const auto party = [&](int rank) {

@@ -75,7 +75,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         return even;
     }
 
-    // Asks for everything small that a evenly split item needs, at once: what waits for one thing after the other, or for
+    // Asks for everything small that an evenly split item needs, at once: what waits for one thing after the other, or for
     // keys that were asked for before, waits long.
     __device__ __forceinline__ uint32_t touch_small(const EvenSplit& even) const {
         uint32_t x = p.kv_length == nullptr ? 0 : load_cached(p.kv_length);
@@ -102,7 +102,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         flags = seq.fault != kFaultNone || positions_bad(seq) ? kSlotPoison : 0;
     }
 
-    // Begins a evenly split item, and says which it is.
+    // Begins an evenly split item, and says which it is.
     __device__ __forceinline__ Item start_even(const EvenSplit& even) {
         int taken = 0;
         const Sequence seq = read_sequence<S::kRows, S::kTerms>(p, 0, taken);
@@ -380,7 +380,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         return bad;
     }
 
-    // Fills a slot with the warp's next tile of a evenly split item.
+    // Fills a slot with the warp's next tile of an evenly split item.
     __device__ __forceinline__ void fill_even(int stage) {
         if (tile < tile_end) {
             const int base = tile * kTile;

@@ -3,9 +3,8 @@
 //! In `epoch_model` ranks publish at home and read what others hold. Here every rank pushes packets into the windows of all
 //! and reads its own, by relaxed words alone: a word that carries the epoch carries its data. `kernels/ll.cuh` has the
 //! rules, and [`World::launch`] follows `kernels/exchange.cu`, `kernels/exchange_rows.cu` and `kernels/exchange.cuh` step by step.
-//! The last block of a launch
-//! is the one that may wait. What a launch leaves undone when a communicator breaks is not modelled, nor are rows that are
-//! drawn from a counter.
+//! The last block of a launch is the one that may wait. What a launch leaves undone when a communicator breaks is not modelled,
+//! nor are rows that are drawn from a counter.
 //!
 //! Loom never moves a store before an earlier load. Neither does a GPU here: whether a rank goes on to store hangs on what
 //! it loaded. Run with `RUSTFLAGS="--cfg loom --cfg unit_tests" cargo test --release --lib push_model`.
