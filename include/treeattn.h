@@ -25,7 +25,7 @@
  * TREEATTN_ERROR_BAD_HANDLE and never a crash. Destroying NULL does nothing. Objects may be destroyed in any order: one
  * whose parent is gone begins nothing more (TREEATTN_ERROR_PARENT_DESTROYED), and can still be destroyed; where the runtime
  * is gone, treeattn_stream_synchronize, treeattn_comm_abort and treeattn_comm_status go on serving. The order that never
- * waits for anybody else's step: plans, communicators, streams, runtime.
+ * waits for anybody else's step: communicators, plans, streams, runtime.
  *
  * Handles belong to a process: after fork() those of the parent are TREEATTN_ERROR_BAD_HANDLE in the child, at once and in
  * every call, and what they name is not touched. The child may make objects of its own, unless another thread was inside a

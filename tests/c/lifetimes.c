@@ -174,6 +174,22 @@ static void rank_leaves_a_plan(int by) {
   group_close(&group);
 }
 
+/* The order of the header: no destruction waits for a rank that does not come. */
+static void order_that_never_waits(void) {
+  group_t group;
+  group_open(&group, 2, &desc, HANG, HANG);
+  CHECK_OK(group_enqueue(&group, 0));
+  CHECK_OK(group_enqueue(&group, 0));
+  CHECK_TAKES(0, SOON, CHECK_OK(treeattn_comm_destroy(group.comms[0])));
+  CHECK_TAKES(0, SOON, CHECK_OK(treeattn_plan_destroy(group.plans[0])));
+  CHECK_TAKES(0, SOON, CHECK_OK(treeattn_stream_destroy(group.streams[0])));
+  CHECK(shard_is_nan(&group.shards[0]));
+  group.comms[0] = NULL;
+  group.plans[0] = NULL;
+  group.streams[0] = NULL;
+  group_close(&group);
+}
+
 int main(void) {
   problem_make(&problem, GROUP_SEED);
   desc = problem_desc();
@@ -189,6 +205,7 @@ int main(void) {
       }
     }
     rank_leaves_after_its_step();
+    order_that_never_waits();
   }
   desc = problem_desc();
   rank_leaves_a_plan(0);
