@@ -72,6 +72,27 @@ fn bench_writes_its_table_and_json() {
 }
 
 #[test]
+fn bench_tells_what_checking_adds() {
+    let path = std::env::temp_dir().join(format!("treeattn-checked-{}.json", std::process::id()));
+    let axes = ["--heads", "4/2x32", "--lengths", "100,333", "--ranks", "1,2", "--no-exchange"];
+    let more = ["--json", path.to_str().unwrap(), "--checked"];
+    let output = treeattn(&[&["bench", "--quick", "--pool-mib", "8"], &more[..], &axes[..]].concat());
+    let text = std::fs::read_to_string(&path);
+    let _ = std::fs::remove_file(&path);
+    assert!(output.status.success(), "{output:?}");
+    let json: serde_json::Value = serde_json::from_str(&text.unwrap()).unwrap();
+    let rows = json["rows"].as_array().unwrap();
+    // One rank has nothing to compare.
+    assert_eq!(rows.len(), 2 * (1 + 2));
+    for row in rows {
+        let checked = row["checked"].as_bool().unwrap();
+        let added = row["added_by_checks"]["median"].as_f64();
+        assert_eq!((row["ranks"] == 2 || !checked, added.is_some_and(f64::is_finite)), (true, checked), "{row}");
+    }
+    assert!(stdout(&output).contains("checked steps"), "{}", stdout(&output));
+}
+
+#[test]
 fn bench_compares_every_algorithm_and_draws_them() {
     let path = |end: &str| std::env::temp_dir().join(format!("treeattn-algorithms-{}.{end}", std::process::id()));
     let (json, svg) = (path("json"), path("svg"));
@@ -125,6 +146,8 @@ fn bad_words_are_named() {
         (&["bench", "--quick", "--lengths", "9", "--plot", "x.svg"], "--algorithms"),
         (&["bench", "--device", "cuda:0", "--algorithms", "all"], "--algorithms"),
         (&["bench", "--quick", "--lengths", "0"], "--lengths"),
+        (&["bench", "--quick", "--checked", "--ranks", "1"], "--checked"),
+        (&["bench", "--device", "cuda:0", "--ranks", "2", "--checked"], "--ranks"),
         (&["bench", "--quick", "--lengths", "2147483647", "--batch", "2147483647"], "memory to read from"),
         (&["bench", "--quick", "--pool-mib", "8", "--heads", "5/2x8", "--no-exchange"], "kv_heads"),
     ] {

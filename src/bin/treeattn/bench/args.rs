@@ -47,7 +47,8 @@ pub struct Args {
     /// Query tokens of each sequence; causal where there are several.
     #[arg(long, value_delimiter = ',', value_parser = size)]
     pub query_tokens: Vec<usize>,
-    /// Times every step with its ranks comparing what they were passed, too; on GPUs with --ranks.
+    /// Times every step over several ranks once more with the ranks comparing what they were passed, and tells what that adds.
+    /// Without --ranks: over 2, which share the GPU of --device.
     #[arg(long)]
     pub checked: bool,
     /// What happens to scores: plain, softcap, alibi, sinks, mask (an additive f16 one), window (of 4,096), or all but the window.

@@ -190,7 +190,7 @@ pub struct Axes {
     pub isas: Vec<Isa>,
     pub pages: Vec<usize>,
     pub query_tokens: Vec<usize>,
-    /// Whether every case is timed checked, too.
+    /// Whether every case over more than one rank, which are 2 where `ranks` is empty, is timed checked, too.
     pub checked: bool,
     pub terms: Vec<Terms>,
     pub threads: Option<usize>,
@@ -247,9 +247,12 @@ impl Axes {
         });
         cases = vary(cases, self.pages.len(), &|case, n| case.page_size = self.pages[n]);
         cases = vary(cases, self.query_tokens.len(), &|case, n| case.query_tokens = self.query_tokens[n]);
-        cases = vary(cases, self.ranks.len(), &|case, n| *case = over(self.ranks[n], cores, *case));
-        cases = vary(cases, 2 * usize::from(self.checked), &|case, n| case.checked = n == 1);
+        let ranks = if self.checked && self.ranks.is_empty() { &[2][..] } else { &self.ranks };
+        cases = vary(cases, ranks.len(), &|case, n| *case = over(ranks[n], cores, *case));
         cases = vary(cases, self.terms.len(), &|case, n| case.terms = self.terms[n]);
+        // Last, so that a noise that comes and goes meets a case and its checked twin alike.
+        cases = vary(cases, 2 * usize::from(self.checked), &|case, n| case.checked = n == 1);
+        cases.retain(|case| case.ranks > 1 || !case.checked);
         for case in &mut cases {
             case.threads_per_rank = self.threads.unwrap_or(case.threads_per_rank);
         }
@@ -357,5 +360,15 @@ mod tests {
         assert_eq!(cases.len(), 4);
         assert_eq!((cases[3].keys, cases[3].ranks, cases[3].threads_per_rank, cases[3].head_dim), (20, 4, 1, 64));
         assert!("32x128".parse::<Heads>().is_err());
+    }
+
+    #[test]
+    fn what_is_checked_stands_behind_what_is_not() {
+        let cases = |ranks: &[usize]| {
+            let axes = Axes { ranks: ranks.to_vec(), lengths: vec![10], checked: true, ..Axes::default() };
+            axes.cases(2).iter().map(|case| (case.ranks, case.checked)).collect::<Vec<_>>()
+        };
+        assert_eq!(cases(&[]), [(2, false), (2, true)]);
+        assert_eq!(cases(&[1, 3]), [(1, false), (3, false), (3, true)]);
     }
 }

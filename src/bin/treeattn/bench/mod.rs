@@ -68,7 +68,13 @@ pub fn run(args: &Args) -> Outcome<()> {
         };
     }
     if args.device.kind == DeviceKind::Cuda {
-        return cuda::run(args, args.device);
+        return match args.checked && counts.is_empty() {
+            true => cuda::run_ranks(args, &[args.device; 2]),
+            false => cuda::run(args, args.device),
+        };
+    }
+    if args.checked && !counts.is_empty() && counts.iter().all(|&ranks| ranks == 1) {
+        return Err("--checked: found one rank, wanted ranks that compare something, as in --ranks 2".into());
     }
     let pace = if args.quick { QUICK } else { FULL };
     let cores = available_cores();
@@ -151,7 +157,7 @@ pub fn run(args: &Args) -> Outcome<()> {
     let peak = ceiling.peak();
     let row = |timed: Timed| {
         let beside = timed.beside.map(|beside| (beside.ceiling.median(), beside.over.median()));
-        Row::new(timed.case, timed.seconds, beside, peak)
+        Row { added_by_checks: timed.added_by_checks, ..Row::new(timed.case, timed.seconds, beside, peak) }
     };
     let mut rows: Vec<Row> = rows.into_iter().map(row).collect();
     let limits = report::limits(&limits, &mut rows);
@@ -200,6 +206,8 @@ struct Timed {
     seconds: samples::Summary,
     /// Where the case reads from memory.
     beside: Option<Beside>,
+    /// Of a checked case, its blocks' seconds a step less those of the blocks beside them that are not checked.
+    added_by_checks: Option<samples::Summary>,
 }
 
 /// The read bandwidth beside each block of a case, bytes a second, and the block's time over bytes / bandwidth. The
@@ -230,28 +238,37 @@ fn decode_rows(
         let mut decodes =
             mine.iter().map(|&place| Decode::new(cases[place], Algorithm::Auto, pool)).collect::<Outcome<Vec<_>>>()?;
         let mut beside = vec![Beside::default(); decodes.len()];
+        let mut added = vec![Samples::default(); decodes.len()];
         for _ in 0..pace.rounds {
+            let mut blocks: Vec<(Case, f64)> = Vec::new();
             for limit in limits.iter_mut() {
                 limit.sample(&pool.workers)?;
             }
-            for (decode, beside) in decodes.iter_mut().zip(&mut beside) {
+            for ((decode, beside), added) in decodes.iter_mut().zip(&mut beside).zip(&mut added) {
                 progress.set_message(format!("{} {}", decode.case.shape(), dtype.name()));
-                if decode.case.cached {
-                    decode.block(pace.block)?;
-                } else {
-                    let read = ceiling.sample(pool)?;
-                    let own = decode.case.kv_bytes() as f64 / decode.block(pace.block)?;
+                let read = if decode.case.cached { None } else { Some(ceiling.sample(pool)?) };
+                let block = decode.block(pace.block)?;
+                if let Some(read) = read {
+                    let own = decode.case.kv_bytes() as f64 / block;
                     beside.ceiling.push(read.max(own));
                     beside.over.push(read.max(own) / own);
                 }
+                // The unchecked twin has just had its turn.
+                let twin = Case { checked: false, ..decode.case };
+                if let Some((_, plain)) = blocks.iter().find(|(case, _)| decode.case.checked && *case == twin) {
+                    added.push(block - plain);
+                }
+                blocks.push((decode.case, block));
                 progress.inc(1);
             }
         }
-        rows.extend(mine.into_iter().zip(decodes.iter().zip(beside)).map(|(place, (decode, beside))| Timed {
+        let found = decodes.iter().zip(beside).zip(added);
+        rows.extend(mine.into_iter().zip(found).map(|(place, ((decode, beside), added))| Timed {
             place,
             case: decode.case,
             seconds: decode.times.summary(),
             beside: (!decode.case.cached).then_some(beside),
+            added_by_checks: decode.case.checked.then(|| added.summary()),
         }));
     }
     Ok(rows)

@@ -72,6 +72,8 @@ pub struct Row {
     pub flops_per_second: f64,
     /// Share of the fp32 FMA limit of the instruction set, which all rows of a run set.
     pub share_of_fma: Option<f64>,
+    /// Of a checked row, its seconds less those of the row that is not, block by block.
+    pub added_by_checks: Option<Summary>,
     pub contaminated: bool,
 }
 
@@ -98,6 +100,7 @@ impl Row {
             over_ceiling: beside.map(|beside| beside.1),
             flops_per_second,
             share_of_fma: None,
+            added_by_checks: None,
             contaminated: !case.cached && bytes_per_second > peak * (1.0 + TOLERANCE),
         }
     }
@@ -170,6 +173,7 @@ impl Report {
                 self.limits.iter().map(|limit| format!("{} {:.0}", limit.name, limit.limit / 1e9)).collect();
             text.push_str(&format!("arithmetic limits, GFLOP/s: {}\n\n", limits.join(", ")));
             text.push_str(&self.decode_table());
+            text.push_str(&self.checks_table());
         }
         if !self.exchanges.is_empty() {
             let mut table = Table::new(&["exchange", "ranks", "turns", "median us", "min", "p90"]);
@@ -239,6 +243,25 @@ impl Report {
         table.render()
     }
 
+    /// What checking costs. Empty where nothing is checked.
+    fn checks_table(&self) -> String {
+        let mut table = Table::new(&["checked steps", "dtype", "ranks x threads", "median us", "adds us", "%"]);
+        let mut any = false;
+        for row in &self.rows {
+            let Some(added) = row.added_by_checks else { continue };
+            any = true;
+            table.row(vec![
+                row.case.shape(),
+                row.case.types(),
+                format!("{} x {}", row.case.ranks, row.case.threads_per_rank),
+                format!("{:.1}", row.seconds.median * 1e6),
+                format!("{:.1}", added.median * 1e6),
+                format!("{:.1}", 100.0 * added.median / (row.seconds.median - added.median)),
+            ]);
+        }
+        if any { format!("\n{}", table.render()) } else { String::new() }
+    }
+
     fn footnotes(&self) -> String {
         let mut text =
             String::from("\nheads q/kv x dim, sequences x keys; caches come from memory unless they are cached\n");
@@ -246,6 +269,11 @@ impl Report {
             text.push_str(
                 "ceiling: read bandwidth of all cores beside the row's blocks, GB/s, by the read kernel or by the row, \
                  whichever was faster; x ceiling: time over bytes / ceiling; % FMA: of the loop that measures it, or of the fastest row\n",
+            );
+        }
+        if self.rows.iter().any(|row| row.added_by_checks.is_some()) {
+            text.push_str(
+                "adds: the median of what a block of checked steps takes longer than the block of others beside it\n",
             );
         }
         if self.contaminated {

@@ -137,9 +137,6 @@ fn refuse(args: &Args) -> Outcome<()> {
     if let Some((word, _)) = given.iter().find(|(_, absent)| !absent) {
         return Err(format!("{word}: it is for the CPU, found --device {}", args.device).into());
     }
-    if args.checked {
-        return Err("--checked: found one GPU, wanted ranks that compare something, as in --ranks cuda:0,cuda:1".into());
-    }
     if args.dtype.contains(&Dtype::F32) {
         return Err("--dtype: found f32, wanted f16 or bf16 on a GPU".into());
     }

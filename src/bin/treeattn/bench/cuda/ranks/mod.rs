@@ -98,13 +98,13 @@ pub fn run(args: &Args, devices: &[Device]) -> Outcome<()> {
         let time = |output: OutputMode, algorithm: Algorithm, checked: bool| -> Outcome<Found> {
             let mut desc = describe(&mine)?;
             (desc.output, desc.algorithm, desc.checked) = (output, algorithm, checked);
+            let asked = if checked { report::CHECKED } else { algorithm.name() };
             let plans = match Plan::create_all(&comms, &desc) {
                 Ok(plans) => plans,
-                Err(error) => return Ok(Found::refused(algorithm, &error)),
+                Err(error) => return Ok(Found::refused(asked, algorithm, &error)),
             };
             let works: Vec<Work> =
                 plans.iter().zip(&placed).map(|(plan, placed)| Work::Decode { plan, args: &placed.args }).collect();
-            let asked = if checked { "CHECKED" } else { algorithm.name() };
             let found = Found::of(asked, &plans[0].stats()?, time::run(&ranks, &works, &pace)?);
             for memory in &memories {
                 memory.check()?;
@@ -135,7 +135,7 @@ pub fn run(args: &Args, devices: &[Device]) -> Outcome<()> {
             let plans = match Plan::create_all(&comms, &treeattn::attention::AttentionDesc { algorithm, ..desc }) {
                 Ok(plans) => plans,
                 Err(error) => {
-                    found.push(Found::refused(algorithm, &error));
+                    found.push(Found::refused(algorithm.name(), algorithm, &error));
                     continue;
                 }
             };

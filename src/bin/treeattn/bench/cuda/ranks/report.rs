@@ -13,6 +13,9 @@ use crate::outcome::Outcome;
 use crate::plot::{Panel, Plot, Scale, Style};
 use crate::table::Table;
 
+/// What stands for an algorithm where the first one was timed with ranks that compare what they were passed.
+pub const CHECKED: &str = "CHECKED";
+
 #[derive(Serialize)]
 pub struct Report {
     pub version: &'static str,
@@ -56,6 +59,7 @@ pub struct ExchangeRow {
 /// What an algorithm took, or why there is nothing.
 #[derive(Serialize)]
 pub struct Found {
+    /// The name of an algorithm, or [`CHECKED`].
     pub asked: &'static str,
     /// What the plan chose, and why.
     pub algorithm: &'static str,
@@ -95,8 +99,8 @@ impl Found {
         Found { asked, algorithm: stats.algorithm.name(), reason: stats.reason.clone(), times: Some(timed.into()) }
     }
 
-    pub fn refused(asked: Algorithm, error: &Error) -> Found {
-        Found { asked: asked.name(), algorithm: asked.name(), reason: error.to_string(), times: None }
+    pub fn refused(asked: &'static str, algorithm: Algorithm, error: &Error) -> Found {
+        Found { asked, algorithm: algorithm.name(), reason: error.to_string(), times: None }
     }
 
     fn micros(&self) -> Option<f64> {
@@ -179,7 +183,7 @@ impl Report {
             for (n, one) in found.iter().enumerate() {
                 all.push(format!("{} us", one.asked));
                 if n > 0 {
-                    all.push("x first".into());
+                    all.push(if one.asked == CHECKED { "adds us" } else { "x first" }.into());
                 }
             }
             all
@@ -189,8 +193,10 @@ impl Report {
             for (n, one) in found.iter().enumerate() {
                 all.push(us(one.micros()));
                 if n > 0 {
-                    let over = one.micros().zip(found[0].micros()).map(|(mine, first)| mine / first);
-                    all.push(over.map_or("-".into(), |over| format!("{over:.2}")));
+                    let both = one.micros().zip(found[0].micros());
+                    let beside =
+                        both.map(|(mine, first)| if one.asked == CHECKED { mine - first } else { mine / first });
+                    all.push(us(beside));
                 }
             }
             all
