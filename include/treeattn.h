@@ -87,7 +87,8 @@
  * again within the deadline, or end their wait with treeattn_comm_abort.
  *
  * No call aborts, exits or traps. A defect of the library comes back as TREEATTN_ERROR_INTERNAL (after the usual panic line
- * on stderr: the library installs no panic hook).
+ * on stderr: the library installs no panic hook). Every call computes under the usual floating-point settings (round to
+ * nearest, no traps, no flush to zero), whatever the caller's are, and leaves those as they were.
  *
  * ENVIRONMENT
  *
@@ -730,7 +731,8 @@ typedef int32_t treeattn_reproducibility_t;
  * and the output is the mean of the values under the softmax of the scores of the keys that the query sees, with `exp(sink[h])`
  * in its denominator. Terms that are off drop out, the others may be combined; this is also the order of ggml (whose ALiBi is
  * `factor[h] * mask`) and of FlashAttention. A key that `causal`, `window`, or a mask of -inf or boolean 0 hides has no influence
- * on the row, whatever it holds.
+ * on the row, whatever it holds. Scores times log2 e have to be within float32: one above makes its row NaN, one below weighs
+ * nothing. "Accuracy" in README.md has the error that no output exceeds.
  */
 typedef struct treeattn_attention_desc_t {
     /** sizeof(treeattn_attention_desc_t). */
@@ -1073,7 +1075,8 @@ typedef struct treeattn_plan_stats_t {
     char reason[256];
     /**
      * Of `peak_memory`, the bytes that the exchange works on: this rank's partial and those that it receives or, with
-     * TREEATTN_ALGORITHM_RING, blocks of keys and values, with room for their scales and masks, and the partials of some. Windows are not among them.
+     * TREEATTN_ALGORITHM_RING, blocks of keys and values, with room for their scales and masks, and the partials of
+     * some. Windows are not among them.
      */
     uint64_t exchange_memory;
 } treeattn_plan_stats_t;
@@ -1525,7 +1528,8 @@ treeattn_status_t treeattn_comm_abort(struct treeattn_comm_t *comm);
  * @return TREEATTN_OK; BAD_HANDLE.
  *
  * Thread safety: any thread. A step of this rank that is under way ends at once with PARENT_DESTROYED and NaN, and its
- * peers get PEER_LOST (unless all come before it has ended: then it is whole, on all ranks). Does not wait for the other ranks. Not capture-safe. Since 0.1.
+ * peers get PEER_LOST (unless all come before it has ended: then it is whole, on all ranks). Does not wait for the other
+ * ranks. Not capture-safe. Since 0.1.
  */
 treeattn_status_t treeattn_comm_destroy(struct treeattn_comm_t *comm);
 

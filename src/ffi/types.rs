@@ -200,7 +200,8 @@ pub struct treeattn_placement_t {
 /// and the output is the mean of the values under the softmax of the scores of the keys that the query sees, with `exp(sink[h])`
 /// in its denominator. Terms that are off drop out, the others may be combined; this is also the order of ggml (whose ALiBi is
 /// `factor[h] * mask`) and of FlashAttention. A key that `causal`, `window`, or a mask of -inf or boolean 0 hides has no influence
-/// on the row, whatever it holds.
+/// on the row, whatever it holds. Scores times log2 e have to be within float32: one above makes its row NaN, one below weighs
+/// nothing. "Accuracy" in README.md has the error that no output exceeds.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct treeattn_attention_desc_t {
@@ -483,7 +484,8 @@ pub struct treeattn_plan_stats_t {
     /// Why the algorithm was chosen; cut where it is longer.
     pub reason: [c_char; 256],
     /// Of `peak_memory`, the bytes that the exchange works on: this rank's partial and those that it receives or, with
-    /// TREEATTN_ALGORITHM_RING, blocks of keys and values, with room for their scales and masks, and the partials of some. Windows are not among them.
+    /// TREEATTN_ALGORITHM_RING, blocks of keys and values, with room for their scales and masks, and the partials of
+    /// some. Windows are not among them.
     pub exchange_memory: u64,
 }
 
