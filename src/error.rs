@@ -173,6 +173,12 @@ impl Display for Error {
 
 impl std::error::Error for Error {}
 
+/// Work that goes on after the call which began it has returned, and may fail then.
+pub(crate) trait LateError: Send + Sync {
+    /// Why it failed, if it did. Does not wait for it.
+    fn late_error(&self) -> Option<Error>;
+}
+
 /// Errors of several steps, told as one.
 #[derive(Debug, Default)]
 pub(crate) struct ErrorList {

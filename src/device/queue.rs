@@ -131,8 +131,8 @@ impl Queue {
     }
 
     /// Queues a task, whose closure must fit the queue's slots (checked when it is compiled). Allocates nothing. Where the
-    /// queue is full it waits for room, at most `timeout`, then gives `Timeout` and drops the task. Gives the task's number.
-    pub fn push<F>(&self, task: F, timeout: Duration) -> Result<u64>
+    /// queue is full it waits for room, at most `timeout`, then gives `Timeout` and drops the task.
+    pub fn push<F>(&self, task: F, timeout: Duration) -> Result<()>
     where
         F: FnOnce() -> Result<()> + Send + 'static,
     {
@@ -155,15 +155,9 @@ impl Queue {
         }
         state.tasks.push_back(Task::new(task));
         state.pushed += 1;
-        let number = state.pushed;
         drop(state);
         self.shared.work.notify_one();
-        Ok(number)
-    }
-
-    /// Whether the task of this number is done.
-    pub fn is_done(&self, number: u64) -> bool {
-        self.shared.lock().done >= number
+        Ok(())
     }
 
     /// Waits until every task pushed before is done, then returns the errors since the last call as one (the first, whose

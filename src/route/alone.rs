@@ -2,7 +2,7 @@
 
 use super::backend::Backend;
 use super::context::StepContext;
-use super::{Place, Route, RouteMemory};
+use super::{MergingRoute, Place, Route, RouteMemory};
 use crate::attention::merge::MergeStep;
 use crate::attention::{Algorithm, OutputMode, Step};
 use crate::device::cuda::CudaStream;
@@ -44,11 +44,8 @@ impl Route for Alone {
         context.report_own(fault)
     }
 
-    unsafe fn merge(&self, context: &StepContext, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()> {
-        // SAFETY: `write` asks for what this function was promised.
-        unsafe { self.backend.write(step, stream) }?;
-        context.count_step();
-        Ok(())
+    fn merging(&self) -> Option<&dyn MergingRoute> {
+        Some(self)
     }
 
     fn memory(&self) -> RouteMemory {
@@ -57,5 +54,14 @@ impl Route for Alone {
 
     fn algorithm(&self) -> (Algorithm, &str) {
         (self.algorithm, self.reason)
+    }
+}
+
+impl MergingRoute for Alone {
+    unsafe fn merge(&self, context: &StepContext, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()> {
+        // SAFETY: `write` asks for what this function was promised.
+        unsafe { self.backend.write(step, stream) }?;
+        context.count_step();
+        Ok(())
     }
 }

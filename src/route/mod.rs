@@ -113,16 +113,8 @@ pub(crate) trait Route: Send + Sync {
     /// As [`Route::decode`], for a step whose output holds all heads.
     unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()>;
 
-    /// Whether the route merges partials; `Unsupported` where it exchanges something else.
-    fn check_merge(&self, _context: &StepContext) -> Result<()> {
-        Ok(())
-    }
-
-    /// Exchanges a partial that the engine made and writes the merged output.
-    ///
-    /// # Safety
-    /// The step was checked for the context's descriptor and heads; its memory as in [`Route::decode`].
-    unsafe fn merge(&self, context: &StepContext, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()>;
+    /// The route as one that merges partials of the engine's own; none where it exchanges something else than partials.
+    fn merging(&self) -> Option<&dyn MergingRoute>;
 
     /// Writes NaN to an output of `tokens` query tokens: what a step leaves that failed, or that its communicator had failed
     /// before. Once it is written where there is no stream, else in the order of the stream.
@@ -149,4 +141,13 @@ pub(crate) trait Route: Send + Sync {
 
     /// The algorithm in use, and why it was chosen.
     fn algorithm(&self) -> (Algorithm, &str);
+}
+
+/// A route that exchanges partials, and so can also exchange those that the engine made.
+pub(crate) trait MergingRoute {
+    /// Exchanges a partial that the engine made and writes the merged output.
+    ///
+    /// # Safety
+    /// The step was checked for the context's descriptor and heads; its memory as in [`Route::decode`].
+    unsafe fn merge(&self, context: &StepContext, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()>;
 }

@@ -3,9 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use parking_lot::Mutex;
-
 use super::context::{LogLevel, Runtime};
+use super::issued::{IssueBoard, Issued, busy};
 use crate::attention::Shard;
 use crate::comm::{
     Bootstrap, CommConfig, LocalRank, Rounds, StatusBoard, Transport, TransportRank, local_group, node_numbers,
@@ -54,8 +53,8 @@ pub(super) struct CommCore {
     closed: AtomicBool,
     /// Whether a call of this rank that exchanges is under way.
     busy: AtomicBool,
-    /// The CPU stream on which steps of this rank that exchange are issued, 0 for the caller's thread, and how many are.
-    issued: Mutex<(usize, usize)>,
+    /// Where ranks of the group issue their exchanges; shared by those of this process.
+    issues: Arc<IssueBoard>,
 }
 
 /// A call of a rank that exchanges, for as long as this lives.
@@ -64,15 +63,6 @@ pub(super) struct Exchanging<'a>(&'a CommCore);
 impl Drop for Exchanging<'_> {
     fn drop(&mut self) {
         self.0.busy.store(false, Ordering::Release);
-    }
-}
-
-/// A step that is issued on a CPU rank, for as long as this lives: until it has run, or is refused or dropped.
-pub(super) struct Issued(Arc<CommCore>);
-
-impl Drop for Issued {
-    fn drop(&mut self) {
-        self.0.issued.lock().1 -= 1;
     }
 }
 
@@ -130,7 +120,8 @@ impl Communicator {
         let whose = if config.executor.is_some() { " of the engine" } else { "" };
         let message = format!("local communicator of {} ranks, {threads} threads{whose} a rank", devices.len());
         runtime.log(LogLevel::Info, &message);
-        let core = |(rank, &device)| CommCore::new(runtime, device, config, rank, number);
+        let issues = IssueBoard::new(devices.len() as i32);
+        let core = |(rank, &device)| CommCore::new(runtime, device, config, rank, number, &issues);
         Ok(ranks.into_iter().zip(devices).map(core).map(Communicator::of).collect())
     }
 
@@ -168,7 +159,7 @@ impl Communicator {
                 format!("rank {rank} of {world}, {on_machine} on this machine, {threads} threads on {device}");
             runtime.log(LogLevel::Info, &message);
         }
-        Ok(Communicator::of(CommCore::new(runtime, device, config, made, 0)))
+        Ok(Communicator::of(CommCore::elsewhere(runtime, device, config, made)))
     }
 
     pub(super) fn of(core: CommCore) -> Communicator {
@@ -345,8 +336,15 @@ fn boot_id() -> String {
 }
 
 impl CommCore {
-    /// One rank. `group`: 0 for a rank whose peers are elsewhere.
-    pub fn new(runtime: &Runtime, device: Device, config: &CommConfig, rank: Rank, group: u64) -> CommCore {
+    /// One rank of a group of this process. All of them share `issues`.
+    fn new(
+        runtime: &Runtime,
+        device: Device,
+        config: &CommConfig,
+        rank: Rank,
+        group: u64,
+        issues: &Arc<IssueBoard>,
+    ) -> CommCore {
         CommCore {
             runtime: runtime.clone(),
             device,
@@ -357,8 +355,14 @@ impl CommCore {
             plans: AtomicU64::new(0),
             closed: AtomicBool::new(false),
             busy: AtomicBool::new(false),
-            issued: Mutex::default(),
+            issues: Arc::clone(issues),
         }
+    }
+
+    /// One rank whose peers are elsewhere.
+    pub fn elsewhere(runtime: &Runtime, device: Device, config: &CommConfig, rank: Rank) -> CommCore {
+        let issues = IssueBoard::new(rank.shard().world);
+        CommCore::new(runtime, device, config, rank, 0, &issues)
     }
 
     /// Which rank of how many.
@@ -389,15 +393,9 @@ impl CommCore {
         }
     }
 
-    /// Counts a step that exchanges as issued on the CPU stream `stream`, 0 for the caller's thread, for as long as the result
-    /// lives. `Busy` while such steps are under way or enqueued elsewhere: nothing says which comes first.
-    pub fn issue_on(self: &Arc<Self>, stream: usize) -> Result<Issued> {
-        let mut issued = self.issued.lock();
-        if issued.1 > 0 && issued.0 != stream {
-            return Err(self.busy_with("stream: found a step on another stream"));
-        }
-        *issued = (stream, issued.1 + 1);
-        Ok(Issued(Arc::clone(self)))
+    /// Counts an exchange of this rank as issued on a CPU stream, 0 for the caller's thread: see [`IssueBoard::issue`].
+    pub fn issue_on(&self, stream: usize) -> Result<Issued> {
+        self.issues.issue(self.shard().rank, stream)
     }
 
     /// [`CommCore::begin_exchange`] for the creation of a plan, which exchanges where there are peers.
@@ -407,8 +405,7 @@ impl CommCore {
 
     /// The error of a call that found `what` under way.
     pub fn busy_with(&self, what: &str) -> Error {
-        let rank = self.shard().rank;
-        Error::new(ErrorKind::Busy, format!("{what} on rank {rank} under way, wanted one at a time")).with_rank(rank)
+        busy(what, self.shard().rank)
     }
 
     /// The error that broke the communicator, if it is broken.

@@ -38,7 +38,7 @@ pub unsafe fn merge_partials(
         // SAFETY: the caller keeps the buffers valid while this runs.
         RunsOn::Caller => unsafe { merge_here(&step) },
         // SAFETY: the caller keeps the buffers valid until the merge is done.
-        RunsOn::Queue(queue) => queue.push(move || unsafe { merge_here(&step) }, ENQUEUE_TIMEOUT).map(drop),
+        RunsOn::Queue(queue) => queue.push(move || unsafe { merge_here(&step) }, ENQUEUE_TIMEOUT),
         RunsOn::Cuda(cuda) => match stream.map(Stream::merge_kernel).transpose()?.flatten() {
             Some(kernel) => kernel.enqueue(&step, cuda),
             None => Err(Error::invalid("stream", "NULL", format!("a stream of {device}"))),

@@ -6,16 +6,17 @@
 //! A step's way: [`Plan::decode`] checks what the host can see ([`Step`](crate::attention::Step)), the stream runs or
 //! enqueues it, and the plan's route does the rest.
 //!
-//! `context` is the runtime object, which all others know. `stream`, `buffer` and `communicator` do not know each other. `merge`
-//! and `energy` need a stream only; `nccl` makes communicators. `plan` uses communicators and streams; `plan_creation` makes a
-//! plan on all ranks, `agreement` compares what they make, and `plan_team` runs its steps on an engine's team. `selfcheck` uses
-//! them all.
+//! `context` is the runtime object, which all others know. `stream`, `buffer` and `communicator` do not know each other;
+//! `issued` says on which streams ranks exchange. `merge` and `energy` need a stream only; `nccl` makes communicators. `plan`
+//! uses communicators and streams; `plan_creation` makes a plan on all ranks, `agreement` compares what they make, and
+//! `plan_team` runs its steps on an engine's team. `selfcheck` uses them all.
 
 mod agreement;
 mod buffer;
 mod communicator;
 mod context;
 mod energy;
+mod issued;
 mod merge;
 mod nccl;
 mod plan;

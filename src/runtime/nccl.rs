@@ -135,5 +135,5 @@ fn connect(
     };
     let rank = CudaRank::new(gpu, 1, group, config.step_timeout);
     *rank.nccl.lock() = Some(nccl);
-    Ok(Communicator::of(CommCore::new(runtime, device, config, Rank::Cuda(Arc::new(rank)), 0)))
+    Ok(Communicator::of(CommCore::elsewhere(runtime, device, config, Rank::Cuda(Arc::new(rank)))))
 }

@@ -19,7 +19,7 @@ use crate::partial::RowTarget;
 use crate::route::choose;
 use crate::route::context::StepContext;
 use crate::route::rank::Rank;
-use crate::route::{Place, Route, RouteMemory};
+use crate::route::{MergingRoute, Place, Route, RouteMemory};
 
 /// A shape made ready on one rank. Clones are the same plan. In flight on one stream at a time.
 #[derive(Clone)]
@@ -150,14 +150,14 @@ impl Plan {
     pub unsafe fn merge(&self, args: &MergeArgs, stream: Option<&Stream>) -> Result<()> {
         let core = &*self.core;
         core.comm.check_open()?;
-        core.route.check_merge(&core.context)?;
+        core.merging()?;
         let step = MergeStep::for_plan(args, &core.context.desc, core.context.heads.len())?;
         let size = (step.tokens as usize, core.context.heads.len());
         let output = StepOutput { size, target: step.target };
         // SAFETY: as in `decode`.
         unsafe {
             self.issue(stream, output, core.merges(), move |plan, place| {
-                plan.route.merge(&plan.context, &step, place.stream())
+                plan.merging()?.merge(&plan.context, &step, place.stream())
             })
         }
     }
@@ -247,7 +247,7 @@ impl Plan {
             RunsOn::Cuda(cuda) => {
                 let _exchanging = core.begin(exchanges)?;
                 if let (true, Some(stream), Some(peers)) = (exchanges, stream, core.comm.rank.gpu_peers()) {
-                    stream.tell_failures_of(peers);
+                    stream.tell_errors_of(peers);
                 }
                 broken().and_then(|()| step(core, Place::Stream(cuda))).inspect_err(|_| {
                     // A call that was refused leaves the communicator unbroken.
@@ -288,14 +288,7 @@ impl Plan {
                     // SAFETY: the caller's promise, which lasts until this is done.
                     unsafe { plan.run(&output, exchanges, || step(plan, Place::Caller)) }
                 };
-                let (group, timeout) = (core.comm.group, core.context.config.step_timeout);
-                let pushed = match stream {
-                    Some(stream) if exchanges && group != 0 => {
-                        stream.push_exchange(queue, (group, core.context.shard.rank), task, timeout)
-                    }
-                    _ => queue.push(task, timeout),
-                };
-                pushed.map(drop)
+                queue.push(task, core.context.config.step_timeout)
             }
         }
     }
@@ -383,6 +376,14 @@ impl PlanCore {
     /// Whether the output of steps is that of all ranks.
     pub(super) fn merges(&self) -> bool {
         self.context.desc.output != OutputMode::Local
+    }
+
+    /// The route, if it merges partials of the engine's own.
+    fn merging(&self) -> Result<&dyn MergingRoute> {
+        self.route.merging().ok_or_else(|| {
+            let wanted = "a plan with an algorithm that exchanges partials, not keys and values";
+            Error::unsupported("algorithm", self.context.desc.algorithm.name(), wanted)
+        })
     }
 
     /// A checked step, and where its output goes.

@@ -8,14 +8,11 @@ use once_cell::sync::OnceCell;
 use parking_lot::Mutex;
 
 use super::context::Runtime;
-use crate::comm::GpuRank;
 use crate::cuda::Merge;
 use crate::device::cuda::{CudaDevice, CudaStream};
 use crate::device::{Device, DeviceKind, Queue, node_of};
-use crate::error::{Error, ErrorList, Result};
+use crate::error::{Error, ErrorList, LateError, Result};
 
-/// Communicators whose exchanges a CPU stream can hold at once without allocating.
-const MOST_GROUPS: usize = 64;
 /// Steps that a stream holds before enqueueing waits.
 const QUEUE_CAPACITY: usize = 1024;
 
@@ -24,20 +21,8 @@ pub struct Stream {
     runtime: Runtime,
     device: Device,
     kind: Kind,
-    /// On a GPU, the ranks whose exchanges were enqueued.
-    exchanging: Mutex<Vec<Weak<GpuRank>>>,
-    /// On the CPU, the ranks of local groups whose exchanges are enqueued and not done.
-    waiting: Mutex<Vec<WaitingRank>>,
-}
-
-/// A rank that waits for its peers on a CPU stream.
-#[derive(Clone, Copy)]
-struct WaitingRank {
-    /// Its group in this process.
-    group: u64,
-    rank: i32,
-    /// Its last step's number in the queue.
-    last: u64,
+    /// On a GPU, what was enqueued and may fail without an error of the device.
+    enqueued: Mutex<Vec<Weak<dyn LateError>>>,
 }
 
 enum Kind {
@@ -84,60 +69,34 @@ impl Stream {
     }
 
     fn of(runtime: &Runtime, device: Device, kind: Kind) -> Stream {
-        let waiting = Mutex::new(Vec::with_capacity(MOST_GROUPS));
-        Stream { runtime: runtime.clone(), device, kind, exchanging: Mutex::default(), waiting }
-    }
-
-    /// Enqueues on this stream's queue an exchange of `rank` of the local `group`. `InvalidArgument` where another rank of the
-    /// group waits on this stream for it to come: neither would ever be done.
-    pub(super) fn push_exchange<F>(
-        &self,
-        queue: &Queue,
-        (group, rank): (u64, i32),
-        task: F,
-        timeout: Duration,
-    ) -> Result<u64>
-    where
-        F: FnOnce() -> Result<()> + Send + 'static,
-    {
-        let mut waiting = self.waiting.lock();
-        waiting.retain(|waiting| !queue.is_done(waiting.last));
-        if let Some(other) = waiting.iter().find(|waiting| waiting.group == group && waiting.rank != rank) {
-            let found = format!("one on which rank {} of this communicator waits for rank {rank}", other.rank);
-            return Err(Error::invalid("stream", found, "a stream of its own for each rank of a communicator"));
-        }
-        let last = queue.push(task, timeout)?;
-        match waiting.iter_mut().find(|waiting| waiting.group == group) {
-            Some(waiting) => waiting.last = last,
-            None => waiting.push(WaitingRank { group, rank, last }),
-        }
-        Ok(last)
+        Stream { runtime: runtime.clone(), device, kind, enqueued: Mutex::default() }
     }
 
     /// Waits until everything enqueued so far is done, also where the runtime is closed. On the CPU it returns the errors
     /// since the last call as one, the first, whose message tells of the others, and forgets them; on a GPU, an asynchronous
-    /// error of the device (`Capturing` while the stream is captured), or why communicators are broken whose exchanges were
-    /// enqueued here.
+    /// error of the device (`Capturing` while the stream is captured), or why what was enqueued here failed
+    /// ([`Stream::tell_errors_of`]).
     pub fn synchronize(&self) -> Result<()> {
         match &self.kind {
             Kind::Cpu(queue) => queue.synchronize(),
             Kind::Cuda(stream, _) => {
                 stream.synchronize()?;
-                let ranks: Vec<_> = self.exchanging.lock().iter().filter_map(Weak::upgrade).collect();
+                let enqueued: Vec<_> = self.enqueued.lock().iter().filter_map(Weak::upgrade).collect();
                 let mut errors = ErrorList::default();
-                ranks.iter().filter_map(|rank| rank.steps_failed()).for_each(|error| errors.push(error));
+                enqueued.iter().filter_map(|work| work.late_error()).for_each(|error| errors.push(error));
                 errors.take().map_or(Ok(()), Err)
             }
         }
     }
 
-    /// Has [`Stream::synchronize`] tell of the failure of a rank whose exchange is enqueued here: from now on, since graphs of
-    /// it may be launched again.
-    pub(super) fn tell_failures_of(&self, rank: &Arc<GpuRank>) {
-        let mut known = self.exchanging.lock();
-        if !known.iter().any(|known| std::ptr::eq(known.as_ptr(), Arc::as_ptr(rank))) {
+    /// Has [`Stream::synchronize`] tell of the failure of work that is enqueued here: from now on, since graphs of it may be
+    /// launched again. Holds the work no longer than others do.
+    pub(super) fn tell_errors_of<W: LateError + 'static>(&self, work: &Arc<W>) {
+        let mut known = self.enqueued.lock();
+        if !known.iter().any(|known| std::ptr::addr_eq(known.as_ptr(), Arc::as_ptr(work))) {
             known.retain(|known| known.strong_count() > 0);
-            known.push(Arc::downgrade(rank));
+            let work: Weak<W> = Arc::downgrade(work);
+            known.push(work);
         }
     }
 

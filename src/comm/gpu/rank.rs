@@ -12,7 +12,7 @@ use crate::attention::Shard;
 use crate::comm::bootstrap::Bootstrap;
 use crate::comm::config::CommConfig;
 use crate::comm::errors;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, LateError, Result};
 use crate::partial::view::host;
 use crate::partial::word::Failure;
 use crate::partial::{DataFault, ExchangeView};
@@ -107,14 +107,6 @@ impl GpuRank {
     /// A failure of this rank, as kernels tell it.
     fn failure_word(&self, code: ErrorKind) -> u64 {
         Failure { code: code.code() as u8, rank: self.rank, epoch: 0 }.word()
-    }
-
-    /// Why steps of this rank failed, if some did. Unlike the status it is none of a rank that left after its last step.
-    pub fn steps_failed(&self) -> Option<Error> {
-        match self.has_left() {
-            true => self.latched(None),
-            false => self.status(),
-        }
     }
 
     /// Whether this rank has left.
@@ -222,6 +214,16 @@ impl Bootstrap for GpuRank {
             links.join(","),
             algorithms,
         )
+    }
+}
+
+/// Of the steps that are enqueued. Unlike the status it is none for a rank that left after its last step.
+impl LateError for GpuRank {
+    fn late_error(&self) -> Option<Error> {
+        match self.has_left() {
+            true => self.latched(None),
+            false => self.status(),
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use crate::partial::{DataFault, RowTarget};
 use crate::route::backend::Backend;
 use crate::route::context::{Call, StepContext};
 use crate::route::rank::CpuRank;
-use crate::route::{Place, Route, RouteMemory};
+use crate::route::{MergingRoute, Place, Route, RouteMemory};
 
 /// How the partials of all ranks become merged rows.
 pub(in crate::route) trait PartialExchange: Send + Sync {
@@ -98,14 +98,8 @@ impl<E: PartialExchange> Route for PartialRoute<E> {
         context.report_own(fault)
     }
 
-    unsafe fn merge(&self, context: &StepContext, step: &MergeStep, _stream: Option<&CudaStream>) -> Result<()> {
-        let load = |scratch: &mut Scratch| {
-            // SAFETY: the caller keeps the step's memory valid while this runs.
-            unsafe { self.shard.load(step, scratch) };
-            Ok(None)
-        };
-        // SAFETY: the step was checked for the context's heads, and the caller keeps its memory valid while this runs.
-        unsafe { self.exchange(context, Place::Caller, (Call::Merge, step.tokens as usize), &step.target, load, None) }
+    fn merging(&self) -> Option<&dyn MergingRoute> {
+        Some(self)
     }
 
     fn memory(&self) -> RouteMemory {
@@ -117,5 +111,17 @@ impl<E: PartialExchange> Route for PartialRoute<E> {
 
     fn algorithm(&self) -> (Algorithm, &str) {
         (self.exchange.algorithm(), self.reason)
+    }
+}
+
+impl<E: PartialExchange> MergingRoute for PartialRoute<E> {
+    unsafe fn merge(&self, context: &StepContext, step: &MergeStep, _stream: Option<&CudaStream>) -> Result<()> {
+        let load = |scratch: &mut Scratch| {
+            // SAFETY: the caller keeps the step's memory valid while this runs.
+            unsafe { self.shard.load(step, scratch) };
+            Ok(None)
+        };
+        // SAFETY: the step was checked for the context's heads, and the caller keeps its memory valid while this runs.
+        unsafe { self.exchange(context, Place::Caller, (Call::Merge, step.tokens as usize), &step.target, load, None) }
     }
 }

@@ -16,7 +16,7 @@ use crate::route::backend::Backend;
 use crate::route::context::StepContext;
 use crate::route::gpu::GpuShard;
 use crate::route::rank::CudaRank;
-use crate::route::{Place, Route, RouteMemory};
+use crate::route::{MergingRoute, Place, Route, RouteMemory};
 
 /// Attends, and reduces by NCCL.
 pub(in crate::route) struct NcclAllreduce3 {
@@ -145,14 +145,8 @@ impl Route for NcclAllreduce3 {
         context.report_own(fault)
     }
 
-    unsafe fn merge(&self, context: &StepContext, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()> {
-        let stream = self.shard.stream(stream)?;
-        let output = AllreduceOutput { tokens: step.tokens, target: step.target };
-        let taken = self.kernels.take_in(step);
-        self.exchange(context, &output, stream, || self.shard.backend.merge(&taken, stream))?;
-        context.count_step();
-        context.board.count_step();
-        Ok(())
+    fn merging(&self) -> Option<&dyn MergingRoute> {
+        Some(self)
     }
 
     /// Steps end with NaN once their word says so; the allreduces between their kernels are left out.
@@ -180,5 +174,17 @@ impl Route for NcclAllreduce3 {
 
     fn algorithm(&self) -> (Algorithm, &str) {
         (Algorithm::Allreduce3, "asked for")
+    }
+}
+
+impl MergingRoute for NcclAllreduce3 {
+    unsafe fn merge(&self, context: &StepContext, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()> {
+        let stream = self.shard.stream(stream)?;
+        let output = AllreduceOutput { tokens: step.tokens, target: step.target };
+        let taken = self.kernels.take_in(step);
+        self.exchange(context, &output, stream, || self.shard.backend.merge(&taken, stream))?;
+        context.count_step();
+        context.board.count_step();
+        Ok(())
     }
 }

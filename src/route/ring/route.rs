@@ -7,10 +7,8 @@ use parking_lot::Mutex;
 use super::block::Block;
 use super::order::Order;
 use super::step::{ANNOUNCED_BYTES, Announced, RingStep};
-use crate::attention::merge::MergeStep;
 use crate::attention::{Algorithm, AttentionDesc, KvLayout, Step};
 use crate::cpu::{CpuBackend, Held};
-use crate::device::cuda::CudaStream;
 use crate::device::{FloatState, HostBuffer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::RowTarget;
@@ -21,7 +19,7 @@ use crate::route::host::exchange::{Exchange, RankFault};
 use crate::route::host::scratch::Scratch;
 use crate::route::host::shard::HostShard;
 use crate::route::rank::CpuRank;
-use crate::route::{Place, Route, RouteMemory};
+use crate::route::{MergingRoute, Place, Route, RouteMemory};
 
 /// Passes keys and values round.
 pub(in crate::route) struct Ring {
@@ -149,13 +147,8 @@ impl Route for Ring {
         context.report_own(fault)
     }
 
-    fn check_merge(&self, context: &StepContext) -> Result<()> {
-        let wanted = "a plan with another algorithm: a ring exchanges keys and values, not partials";
-        Err(Error::unsupported("algorithm", context.desc.algorithm.name(), wanted))
-    }
-
-    unsafe fn merge(&self, context: &StepContext, _step: &MergeStep, _stream: Option<&CudaStream>) -> Result<()> {
-        self.check_merge(context)
+    fn merging(&self) -> Option<&dyn MergingRoute> {
+        None
     }
 
     fn memory(&self) -> RouteMemory {

@@ -16,7 +16,7 @@ use crate::route::backend::Backend;
 use crate::route::context::{Call, StepContext, fingerprint};
 use crate::route::gpu::GpuShard;
 use crate::route::rank::CudaRank;
-use crate::route::{Place, Route, RouteMemory};
+use crate::route::{MergingRoute, Place, Route, RouteMemory};
 
 /// Payload of a rank above which an exchange of `world` ranks goes in two shots.
 ///
@@ -224,21 +224,8 @@ impl Route for WindowsRoute {
         context.report_own(fault)
     }
 
-    unsafe fn merge(&self, context: &StepContext, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()> {
-        let stream = self.shard.stream(stream)?;
-        let (source, target) = (step.source, step.target);
-        // Tensors of no rows may point anywhere.
-        if step.tokens > 0 {
-            self.kernel.check(&[("o.data", source.o), ("lse.data", source.lse)])?;
-        }
-        if step.tokens > 0 && self.view.own_heads > 0 {
-            self.kernel.check(&[("out.data", target.o), ("out_lse.data", target.lse)])?;
-        }
-        let given = ExchangeStep { source, target, ..ExchangeStep::NOTHING };
-        self.exchange(context, given, step.tokens, Call::Merge, stream)?;
-        context.count_step();
-        context.board.count_step();
-        Ok(())
+    fn merging(&self) -> Option<&dyn MergingRoute> {
+        Some(self)
     }
 
     /// Kernels whose communicator has failed write NaN without having read or waited for anything. One that has not heard of
@@ -275,6 +262,25 @@ impl Route for WindowsRoute {
             ExchangeMode::OneShot | ExchangeMode::Scattered => Algorithm::OneShot,
         };
         (algorithm, &self.reason)
+    }
+}
+
+impl MergingRoute for WindowsRoute {
+    unsafe fn merge(&self, context: &StepContext, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()> {
+        let stream = self.shard.stream(stream)?;
+        let (source, target) = (step.source, step.target);
+        // Tensors of no rows may point anywhere.
+        if step.tokens > 0 {
+            self.kernel.check(&[("o.data", source.o), ("lse.data", source.lse)])?;
+        }
+        if step.tokens > 0 && self.view.own_heads > 0 {
+            self.kernel.check(&[("out.data", target.o), ("out_lse.data", target.lse)])?;
+        }
+        let given = ExchangeStep { source, target, ..ExchangeStep::NOTHING };
+        self.exchange(context, given, step.tokens, Call::Merge, stream)?;
+        context.count_step();
+        context.board.count_step();
+        Ok(())
     }
 }
 

@@ -1,0 +1,90 @@
+//! Where the ranks of a group issue their exchanges: which CPU stream, and how many that are not done.
+//!
+//! Two orders would be open otherwise. Steps of one rank on two streams have none among themselves. Steps of two ranks on one
+//! stream have one, but the first waits for the second, which runs after it.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Exchanges under way or enqueued, rank by rank of those that live in this process.
+pub(super) struct IssueBoard(Mutex<Vec<Issues>>);
+
+/// Those of one rank.
+#[derive(Clone, Copy, Default)]
+struct Issues {
+    /// The CPU stream, 0 for the caller's thread.
+    stream: usize,
+    count: usize,
+}
+
+/// An exchange that is issued, for as long as this lives: until it has run, or is refused or dropped.
+pub(super) struct Issued {
+    board: Arc<IssueBoard>,
+    rank: i32,
+}
+
+impl IssueBoard {
+    /// Of a group of `world` ranks; those of other processes issue nothing here.
+    pub fn new(world: i32) -> Arc<IssueBoard> {
+        Arc::new(IssueBoard(Mutex::new(vec![Issues::default(); world.max(0) as usize])))
+    }
+
+    /// Counts an exchange of `rank` as issued on the CPU stream `stream`, 0 for the caller's thread, for as long as the result
+    /// lives. `Busy` while exchanges of the rank are issued elsewhere: nothing says which comes first. `InvalidArgument` where
+    /// another rank of the group waits on this stream for it to come: neither would ever be done.
+    pub fn issue(self: &Arc<Self>, rank: i32, stream: usize) -> Result<Issued> {
+        let mut issues = self.0.lock();
+        let own = issues[rank as usize];
+        if own.count > 0 && own.stream != stream {
+            return Err(busy("stream: found a step on another stream", rank));
+        }
+        let waits_here = |of: &Issues| stream != 0 && of.count > 0 && of.stream == stream;
+        if let Some(other) = (0..issues.len()).find(|&other| other != rank as usize && waits_here(&issues[other])) {
+            let found = format!("one on which rank {other} of this communicator waits for rank {rank}");
+            return Err(Error::invalid("stream", found, "a stream of its own for each rank of a communicator"));
+        }
+        issues[rank as usize] = Issues { stream, count: own.count + 1 };
+        Ok(Issued { board: Arc::clone(self), rank })
+    }
+}
+
+impl Drop for Issued {
+    fn drop(&mut self) {
+        self.board.0.lock()[self.rank as usize].count -= 1;
+    }
+}
+
+/// The error of a call of `rank` that found `what` under way.
+pub(super) fn busy(what: &str, rank: i32) -> Error {
+    Error::new(ErrorKind::Busy, format!("{what} on rank {rank} under way, wanted one at a time")).with_rank(rank)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rank_has_one_stream_at_a_time_and_a_stream_one_rank_of_a_group() {
+        let board = IssueBoard::new(2);
+        let kind = |issued: Result<Issued>| issued.err().map(|error| error.kind());
+        let first = board.issue(0, 16).unwrap();
+        let second = board.issue(0, 16).unwrap();
+        assert_eq!(kind(board.issue(0, 32)), Some(ErrorKind::Busy));
+        assert_eq!(kind(board.issue(0, 0)), Some(ErrorKind::Busy));
+        assert_eq!(kind(board.issue(1, 16)), Some(ErrorKind::InvalidArgument));
+        let other = board.issue(1, 32).unwrap();
+        drop(first);
+        assert_eq!(kind(board.issue(0, 48)), Some(ErrorKind::Busy));
+        drop(second);
+        drop(other);
+        // Both on the caller's thread: a thread each.
+        let callers = [board.issue(0, 0).unwrap(), board.issue(1, 0).unwrap()];
+        drop(callers);
+        assert_eq!(kind(board.issue(1, 16)), None);
+        // A stream of another group counts for itself.
+        assert_eq!(kind(IssueBoard::new(2).issue(1, 16)), None);
+    }
+}
