@@ -15,7 +15,20 @@ fn library() -> PathBuf {
 }
 
 /// The files of `src/ffi` that make the header, in its order.
-const SECTIONS: &[&str] = &["codes", "types", "version", "runtime", "comm", "nccl", "plan", "local", "selfcheck"];
+const SECTIONS: &[&str] = &[
+    "codes",
+    "types/objects",
+    "types/shape",
+    "types/step",
+    "types/report",
+    "version",
+    "runtime",
+    "comm",
+    "nccl",
+    "plan",
+    "local",
+    "selfcheck",
+];
 
 fn path(section: &str) -> PathBuf {
     root().join("src/ffi").join(section).with_extension("rs")
