@@ -21,6 +21,7 @@ pub mod scales;
 pub mod score;
 pub mod step;
 mod step_arrays;
+mod step_room;
 mod strided_cache;
 pub mod tensor;
 mod unused_args;
