@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::{Arguments, Trial};
 use treeattn::ErrorKind;
 use treeattn::attention::{AttentionDesc, DecodeArgs, Dtype, OutputMode, Tensor};
 use treeattn::runtime::{
@@ -101,14 +101,11 @@ fn main() -> ExitCode {
         Trial::test(name, move || {
             let mock = Mock::new();
             let (depth, alive) = (mock.get(Key::Depth), mock.get(Key::Alive));
-            let result = std::panic::catch_unwind(|| body(&Mock::new()));
+            let result = stand_in::outcome(|| body(&Mock::new()));
             for key in [Key::FailLaunch, Key::FailSync, Key::Capture, Key::SlowFree, Key::Foreign] {
                 mock.set(key, 0);
             }
-            result.map_err(|panic| {
-                let text = panic.downcast_ref::<String>().cloned();
-                Failed::from(text.or(panic.downcast_ref::<&str>().map(|s| s.to_string())).unwrap_or_default())
-            })?;
+            result?;
             if (mock.get(Key::Depth), mock.get(Key::Alive), mock.get(Key::Retained)) != (depth, alive, 0) {
                 let (depth, alive) = (mock.get(Key::Depth) - depth, mock.get(Key::Alive) - alive);
                 return Err(format!("left {depth} contexts pushed, {alive} things allocated").into());

@@ -1,7 +1,10 @@
-//! Compiles the stand-in of the driver.
+//! What tests over the stand-in of the driver share: how it is compiled, and how a test ends.
 
+use std::panic::{UnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::Command;
+
+use libtest_mimic::Failed;
 
 /// Puts it into `folder`, by both names that it is looked for. False where there is no compiler.
 pub fn compile(folder: &Path) -> bool {
@@ -21,5 +24,13 @@ pub fn compile(folder: &Path) -> bool {
         let Ok(status) = compiler.status() else { return false };
         assert!(status.success(), "{name} does not compile");
         true
+    })
+}
+
+/// What a test's body comes to: that it failed, with the text of its panic.
+pub fn outcome(body: impl FnOnce() + UnwindSafe) -> Result<(), Failed> {
+    catch_unwind(body).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        Failed::from(text.or(panic.downcast_ref::<&str>().map(|text| text.to_string())).unwrap_or_default())
     })
 }

@@ -6,6 +6,7 @@
 
 #![allow(dead_code)] // every test executable uses its own part
 
+pub mod builder;
 pub mod case;
 pub mod emulator;
 pub mod memory;
@@ -16,6 +17,7 @@ pub mod rng;
 pub mod run;
 pub mod terms;
 pub mod values;
+pub mod view;
 
 use std::path::PathBuf;
 

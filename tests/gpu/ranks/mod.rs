@@ -2,6 +2,7 @@
 
 pub mod accounts;
 pub mod checks;
+mod desync;
 pub mod faults;
 pub mod merges;
 pub mod order;
