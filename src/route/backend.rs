@@ -21,7 +21,7 @@ pub(crate) trait Backend: Send + Sync {
     /// Writes the one partial of `step` to its output.
     ///
     /// # Safety
-    /// As [`Route::merge`](super::Route::merge).
+    /// As [`MergingRoute::merge`](super::MergingRoute::merge).
     unsafe fn write(&self, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()>;
 
     /// Bytes held.

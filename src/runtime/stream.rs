@@ -75,7 +75,7 @@ impl Stream {
     /// Waits until everything enqueued so far is done, also where the runtime is closed. On the CPU it returns the errors
     /// since the last call as one, the first, whose message tells of the others, and forgets them; on a GPU, an asynchronous
     /// error of the device (`Capturing` while the stream is captured), or why what was enqueued here failed
-    /// ([`Stream::tell_errors_of`]).
+    /// (see `tell_errors_of`).
     pub fn synchronize(&self) -> Result<()> {
         match &self.kind {
             Kind::Cpu(queue) => queue.synchronize(),
