@@ -1528,8 +1528,8 @@ treeattn_status_t treeattn_comm_abort(struct treeattn_comm_t *comm);
  * @return TREEATTN_OK; BAD_HANDLE.
  *
  * Thread safety: any thread. A step of this rank that is under way ends at once with PARENT_DESTROYED and NaN, and its
- * peers get PEER_LOST (unless all come before it has ended: then it is whole, on all ranks). Does not wait for the other
- * ranks. Not capture-safe. Since 0.1.
+ * peers get PEER_LOST. Where all come before it has ended it is whole, on all ranks; between GPUs on those that have its part
+ * already. Does not wait for the other ranks. Not capture-safe. Since 0.1.
  */
 treeattn_status_t treeattn_comm_destroy(struct treeattn_comm_t *comm);
 

@@ -245,8 +245,8 @@ pub extern "C" fn treeattn_comm_abort(comm: *mut treeattn_comm_t) -> treeattn_st
 /// @return TREEATTN_OK; BAD_HANDLE.
 ///
 /// Thread safety: any thread. A step of this rank that is under way ends at once with PARENT_DESTROYED and NaN, and its
-/// peers get PEER_LOST (unless all come before it has ended: then it is whole, on all ranks). Does not wait for the other
-/// ranks. Not capture-safe. Since 0.1.
+/// peers get PEER_LOST. Where all come before it has ended it is whole, on all ranks; between GPUs on those that have its part
+/// already. Does not wait for the other ranks. Not capture-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub extern "C" fn treeattn_comm_destroy(comm: *mut treeattn_comm_t) -> treeattn_status_t {
     guard("treeattn_comm_destroy", || {

@@ -255,7 +255,32 @@ pub fn leave() {
             mirrors.iter().zip(&mut all).for_each(|(mirror, rank)| mirror.fetch(rank));
             assert_eq!(judge(&case, &all).unwrap().failure, None);
         }
+        leave_in_own_step(&case, on);
     }
+}
+
+/// A rank that leaves ends its own step, which waits for another, long before the deadline.
+fn leave_in_own_step(case: &Case, on: usize) {
+    let group = Group::over(2, on, HANG);
+    let (mut all, plans) = (ranks(case), group.plans(&case.desc));
+    let mirrors = group.mirrors(&all);
+    let started = Instant::now();
+    // SAFETY: the device memory outlives the step, which is waited for.
+    unsafe { plans[1].decode(&mirrors[1].args, Some(&group.gpus[1].stream)) }.unwrap();
+    group.comms[1].close();
+    let error = group.gpus[1].stream.synchronize().unwrap_err();
+    assert_eq!((error.kind(), error.rank()), (ErrorKind::ParentDestroyed, Some(1)), "{error}");
+    assert!(started.elapsed() < HANG / 4, "{:?}", started.elapsed());
+    mirrors[1].fetch(&mut all[1]);
+    assert!(all[1].row(case, 0, 3).0.iter().all(|x| x.is_nan()));
+    // SAFETY: as above.
+    let step = || {
+        unsafe { plans[0].decode(&mirrors[0].args, Some(&group.gpus[0].stream)) }
+            .and_then(|()| group.gpus[0].stream.synchronize())
+    };
+    // What it had sent counts, for one step.
+    let error = step().and_then(|()| step()).unwrap_err();
+    assert_eq!((error.kind(), error.rank()), (ErrorKind::PeerLost, Some(1)), "{error}");
 }
 
 /// A rank that is gone, its plan too, before another's rows come: they end in the window that was its own and nowhere else,
