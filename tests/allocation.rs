@@ -20,13 +20,13 @@ unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
         LIVE.fetch_add(layout.size(), Ordering::Relaxed);
-        // SAFETY: as the caller vouches.
+        // SAFETY: the system allocator asks for what this function was promised: a layout of some bytes.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: as the caller vouches.
+        // SAFETY: the pointer came from `alloc`, which passes on the system allocator's, with this layout.
         unsafe { System.dealloc(pointer, layout) }
     }
 }

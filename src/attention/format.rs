@@ -114,7 +114,8 @@ impl KvFormat {
     pub unsafe fn widen_row(self, row: *const u8, stride: i64, out: &mut [f64]) {
         let at = |i: usize| row.wrapping_offset(i as isize * stride as isize);
         for (i, out) in out.chunks_mut(self.block_elements()).enumerate() {
-            // SAFETY: block i of the row is readable, as the caller vouches; reads need no alignment.
+            // SAFETY: `chunks_mut` gives as many chunks as the elements take blocks, and each of these is readable; reads need
+            // no alignment.
             unsafe {
                 match (self.dtype, &mut *out) {
                     (Dtype::F32, [out]) => *out = f64::from(at(i).cast::<f32>().read_unaligned()),
@@ -147,7 +148,8 @@ impl KvFormat {
     pub unsafe fn pack_row(self, from: *const u8, stride: i64, dim: usize, to: *mut u8) {
         let bytes = self.block_bytes();
         for i in 0..self.blocks(dim) {
-            // SAFETY: block i of both rows, which the caller vouches for.
+            // SAFETY: `i` is below the blocks of `dim` elements: block `i` of `from` is readable, and `to` has room for as many
+            // packed ones, which do not overlap it.
             unsafe {
                 let from = from.offset(i as isize * stride as isize);
                 std::ptr::copy_nonoverlapping(from, to.add(i * bytes), bytes);

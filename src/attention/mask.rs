@@ -147,7 +147,8 @@ impl Mask {
     /// reads.
     pub unsafe fn get(&self, b: usize, head: usize, query: usize, slot: usize) -> f64 {
         let at = self.address(b, head, query, slot);
-        // SAFETY: inside the mask's bytes, as the caller vouches; reads need no alignment.
+        // SAFETY: `room` ends slots where the mask's bytes end, so that the element of one below it lies inside them, and
+        // they are readable; reads need no alignment.
         unsafe {
             match self.element {
                 MaskElement::F16 => at.cast::<f16>().read_unaligned().to_f64(),

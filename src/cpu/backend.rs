@@ -42,6 +42,9 @@ pub const CAPABILITIES: Capabilities = Capabilities {
 /// Attention over one rank's shard on the threads of an [`Executor`].
 ///
 /// Owns all scratch that a step needs; its size depends on heads, dimensions, threads and batch, not on the KV length.
+///
+/// What takes a [`Step`] reads the memory that it points at, and is unsafe: the step is no more than addresses, and only who
+/// made it from an engine's arguments knows how long these are good.
 #[derive(Debug)]
 pub struct CpuBackend {
     pub(super) desc: AttentionDesc,
@@ -114,15 +117,28 @@ impl CpuBackend {
     /// done; allocates nothing. `executor` has at most as many threads as the backend was made for, and as many
     /// parts is the work cut into.
     ///
-    /// A sequence with bad data has NaN rows and is reported (the first one); rows of no sequence are the identity. The
-    /// caller of the step vouches for its memory. Errors: `InvalidArgument` for rows or threads of the wrong number,
-    /// `Internal` for a panic in a worker, `Executor`.
-    pub fn attend(&self, step: &Step, executor: &dyn Executor, rows: PartialRows<'_>) -> Result<Option<DataFault>> {
-        self.attend_shard(self.shard, step, executor, rows)
+    /// A sequence with bad data has NaN rows and is reported (the first one); rows of no sequence are the identity. Errors:
+    /// `InvalidArgument` for rows or threads of the wrong number, `Internal` for a panic in a worker, `Executor`.
+    ///
+    /// # Safety
+    /// The step was made by [`Step::new`], or for tensors of as many bytes as that asks for, from the backend's descriptor. Its
+    /// inputs are host memory that holds what its fields say, stays valid, and is written by nobody until this returns. Its
+    /// output is not touched.
+    pub unsafe fn attend(
+        &self,
+        step: &Step,
+        executor: &dyn Executor,
+        rows: PartialRows<'_>,
+    ) -> Result<Option<DataFault>> {
+        // SAFETY: this function was promised the same of the step.
+        unsafe { self.attend_shard(self.shard, step, executor, rows) }
     }
 
     /// As [`CpuBackend::attend`], over keys that `shard` holds.
-    pub fn attend_shard(
+    ///
+    /// # Safety
+    /// As [`CpuBackend::attend`].
+    pub unsafe fn attend_shard(
         &self,
         shard: Shard,
         step: &Step,
@@ -148,7 +164,8 @@ impl CpuBackend {
         };
         rows.o.fill(0.0);
         rows.lse.fill(Lse::EMPTY);
-        // SAFETY: the step is one of this plan's, and its caller vouched for the memory behind it until the step is done.
+        // SAFETY: the step was made from this descriptor, and its inputs hold what its fields say until this function returns,
+        // which outlives the reader: that is what this function was promised. `sequences` has an element for each of the batch.
         let reader = unsafe { Reader::new(&self.desc, shard, step) };
         let fault = reader.sequences(sequences);
         let (heads, group) = (self.desc.kv_heads as usize, self.shape.group);
@@ -166,10 +183,13 @@ impl CpuBackend {
                 row_block,
             };
             let output = Output { o: rows.o.as_mut_ptr(), lse: rows.lse.as_mut_ptr(), dim: rows.dim };
-            self.run(reader, &partition, ScratchBase(floats.as_mut_ptr().cast()), output, executor)?;
+            // SAFETY: the reader's step is readable, as above; `floats` has `layout.floats` for each of at most `most_threads`
+            // workers, which the executor was checked not to exceed, and is locked; `rows` was checked to have every row.
+            unsafe { self.run(reader, &partition, ScratchBase(floats.as_mut_ptr().cast()), output, executor) }?;
         }
         if self.desc.sinks && sinks::belong_to(shard.rank) {
-            self.merge_sinks(step, sequences, rows.o, rows.lse);
+            // SAFETY: the descriptor has sinks, and the step's inputs are readable, as this function was promised.
+            unsafe { self.merge_sinks(step, sequences, rows.o, rows.lse) };
         }
         let Some(fault) = fault else { return Ok(None) };
         for sequence in sequences.iter().filter(|s| s.fault.is_some()) {
@@ -182,19 +202,27 @@ impl CpuBackend {
     }
 
     /// Merges the sinks into the rows of all sequences; rows of none stay as they are.
-    fn merge_sinks(&self, step: &Step, sequences: &[Sequence], o: &mut [f32], lse: &mut [Lse]) {
+    ///
+    /// # Safety
+    /// The step is one of a plan with sinks, readable as for [`CpuBackend::attend`].
+    unsafe fn merge_sinks(&self, step: &Step, sequences: &[Sequence], o: &mut [f32], lse: &mut [Lse]) {
         let (heads, dim) = (self.shape.q_heads, self.shape.kv[1].dim);
         for sequence in sequences {
             for row in sequence.first_token * heads..(sequence.first_token + sequence.tokens) * heads {
-                // SAFETY: a query head of the plan, for which `Step::new` resolved the sinks; the caller of the step vouched for
-                // its memory.
+                // SAFETY: the remainder is a query head of the plan, and `Step::new` checked that the sinks have a number for
+                // each; their memory is among the inputs that this function was promised to be readable.
                 let sink = unsafe { step.sinks.get(row % heads, f32::NEG_INFINITY) };
                 sinks::merge_sink(&mut o[row * dim..][..dim], &mut lse[row], sink);
             }
         }
     }
 
-    fn run(
+    /// Has every worker do its slice, and merges the items that several of them began or ended.
+    ///
+    /// # Safety
+    /// The reader's step is readable as for [`CpuBackend::attend`]. `base` has `layout.floats` for each of the executor's
+    /// threads, used by nobody else; `output` has every row of the step.
+    unsafe fn run(
         &self,
         reader: Reader<'_>,
         partition: &Partition<'_>,
@@ -208,8 +236,8 @@ impl CpuBackend {
             let scratch = base.0.wrapping_add(w * layout.floats);
             Worker { shape, kernels, reader, partition, layout, scratch, output }
         };
-        // SAFETY: the scratch has a part for each worker, and `w` is below their number; the memory of the step is its
-        // caller's, and the output was checked to have every row.
+        // SAFETY: `w` is below the executor's threads, so that `worker(w)` has scratch of its own; the step is readable and the
+        // output whole, as this function was promised; slices are apart, so that no row is written twice.
         executor.run(&|w| unsafe { slice::run(&worker(w), w) })?;
         partition.shared_items(|item, first, last| {
             let main = worker(first);

@@ -19,10 +19,11 @@ pub struct MaskBits {
 /// Looks at the `slots` <= 64 slots from `slot` on, for query token `query` and query head `head` of sequence `b`.
 ///
 /// # Safety
-/// The mask is one of a step whose memory its caller vouched for, and has room for the slots.
+/// The mask is readable host memory, and has room for the slots ([`Mask::room`]) with as many query tokens as are asked about.
 pub unsafe fn look(mask: &Mask, b: usize, head: usize, query: usize, slot: usize, slots: usize) -> MaskBits {
     let (at, stride) = (mask.address(b, head, query, slot), mask.slot_stride() as usize);
-    // SAFETY: the slots lie inside the mask's bytes, which the caller vouches for; bytes need no alignment.
+    // SAFETY: a mask that has room for the slots has, from `at` on, `slots` elements that lie `stride` bytes apart inside its
+    // bytes, and these are readable; arrays of bytes need no alignment.
     unsafe {
         match mask.element() {
             MaskElement::F16 => {
@@ -62,7 +63,7 @@ unsafe fn look_at<const N: usize>(
     }
     let mut bits = MaskBits { visible: 0, adds: false };
     for i in 0..slots {
-        // SAFETY: element `i`, which the caller vouches for.
+        // SAFETY: `i` is below `slots`, as many elements as this function was promised; arrays of bytes need no alignment.
         let x = unsafe { at.add(i * stride).cast::<[u8; N]>().read() };
         if !hides(x) {
             bits.visible |= 1 << i;
@@ -75,12 +76,15 @@ unsafe fn look_at<const N: usize>(
 impl Reader<'_> {
     /// What the mask leaves of `seen`, in whole tiles, for all `tokens` query tokens of sequence `b` together. Masks that
     /// heads have of their own are not asked.
-    pub(super) fn unmasked(&self, b: usize, tokens: usize, seen: Visibility) -> Visibility {
+    ///
+    /// # Safety
+    /// The mask, if the step has one, has room for the slots of `seen` with `tokens` query tokens.
+    pub(super) unsafe fn unmasked(&self, b: usize, tokens: usize, seen: Visibility) -> Visibility {
         let Some(mask) = self.step().mask.filter(|mask| !mask.is_by_head()) else { return seen };
         let hides = |tile: usize| {
             let (lo, hi) = ((tile * TILE).max(seen.lo), ((tile + 1) * TILE).min(seen.hi));
-            // SAFETY: slots that the sequence holds, which the mask was checked to have room for; whoever made the reader
-            // vouched for the step's memory.
+            // SAFETY: slots of `seen` and query tokens below `tokens`, which the mask was promised to have room for;
+            // `Reader::new` was promised that it stays readable.
             (0..tokens).all(|query| unsafe { look(&mask, b, 0, query, lo, hi - lo) }.visible == 0)
         };
         let tiles = seen.tiles(TILE);

@@ -44,12 +44,14 @@ impl Target {
     /// Copies kv heads `heads` of the token whose kv head 0 is at `from` to place `token`.
     ///
     /// # Safety
-    /// `from` is a token of the source with all its heads; the target has that place, which nobody else writes.
+    /// `from` is readable for kv heads `heads` of a token, as the source's strides say; the target has that place, of which
+    /// nobody else writes these heads, and shares no byte with the source.
     unsafe fn put(&self, token: usize, heads: Range<usize>, from: *const u8) {
         let (format, dim) = (self.row.format, self.row.dim);
         let bytes = format.row_bytes(dim);
         let [head_stride, stride] = self.stride;
-        // SAFETY: heads and blocks of the token and of its place, which the caller vouches for.
+        // SAFETY: `to` is the token's place in the target, `heads` rows of `bytes` each; every read and write below is of a head
+        // in `heads` of one of the two, all of which this function was promised.
         unsafe {
             let to = self.data.add(token * self.heads * bytes);
             let all = heads == (0..self.heads);
@@ -66,13 +68,17 @@ impl Target {
 
 impl CpuBackend {
     /// Reads and checks the sequences of a step, as [`CpuBackend::attend`] does. Gives the first with bad data.
-    pub fn survey(&self, step: &Step, held: &mut [Held]) -> Result<Option<DataFault>> {
+    ///
+    /// # Safety
+    /// As [`CpuBackend::attend`].
+    pub unsafe fn survey(&self, step: &Step, held: &mut [Held]) -> Result<Option<DataFault>> {
         let mut scratch = self.scratch.lock();
         let Some(sequences) = scratch.sequences.get_mut(..step.args.batch as usize).filter(|s| s.len() == held.len())
         else {
             return Err(Error::invalid("batch", step.args.batch, format!("{}, at most the plan's", held.len())));
         };
-        // SAFETY: the step is one of this plan's, and its caller vouched for the memory behind it until the step is done.
+        // SAFETY: the step was made from this descriptor, and its inputs are readable until this function returns, as it was
+        // promised; `sequences` has an element for each of the batch.
         let reader = unsafe { Reader::new(&self.desc, self.shard, step) };
         let fault = reader.sequences(sequences);
         for (b, (held, sequence)) in held.iter_mut().zip(&*sequences).enumerate() {
@@ -89,7 +95,17 @@ impl CpuBackend {
 
     /// Packs the keys and values of sequence `b` of the step that was surveyed last, on all threads. `k` and `v` are as
     /// long as its keys take.
-    pub fn pack(&self, step: &Step, executor: &dyn Executor, b: usize, k: &mut [u8], v: &mut [u8]) -> Result<()> {
+    ///
+    /// # Safety
+    /// As [`CpuBackend::attend`], for the very step that was surveyed last, whose lengths and tables have not changed since.
+    pub unsafe fn pack(
+        &self,
+        step: &Step,
+        executor: &dyn Executor,
+        b: usize,
+        k: &mut [u8],
+        v: &mut [u8],
+    ) -> Result<()> {
         let scratch = self.scratch.lock();
         let Some(sequence) = scratch.sequences.get(b) else {
             return Err(Error::invalid("b", b, format!("below {}", scratch.sequences.len())));
@@ -104,7 +120,7 @@ impl CpuBackend {
         };
         let k = target(k, self.shape.kv[0], &step.k_stride)?;
         let v = target(v, self.shape.kv[1], &step.v_stride)?;
-        // SAFETY: as in `survey`.
+        // SAFETY: as in `survey`, which filled `sequence` for this step.
         let reader = unsafe { Reader::new(&self.desc, self.shard, step) };
         let part = |slots: Range<usize>| {
             let mut rows = Rows::EMPTY;
@@ -113,10 +129,13 @@ impl CpuBackend {
             for (slot, list) in slots.clone().step_by(TILE).flat_map(|slot| (0..lists).map(move |list| (slot, list))) {
                 let count = TILE.min(slots.end - slot);
                 let heads = if by_head { list..list + 1 } else { 0..heads };
-                rows.fill(&reader, (b, list), sequence, slot, count);
+                // SAFETY: the slots end at or before `visible.hi`, so that the sequence holds them; `list` is a kv head.
+                unsafe { rows.fill(&reader, (b, list), sequence, slot, count) };
                 for t in 0..count {
-                    // SAFETY: the slots are held, and the caller of the step vouched for its memory; the targets were
-                    // checked to have a place for every key, and the ranges of the workers are apart.
+                    // SAFETY: `fill` gave the rows of tokens that the sequence holds, which the survey checked to lie inside k
+                    // and v; these are readable, as this function was promised. The targets were checked to have a place for
+                    // every key, they are borrowed exclusively and so apart from the source, and the ranges of the workers do
+                    // not overlap.
                     unsafe {
                         k.put(slot + t, heads.clone(), rows.k[t]);
                         v.put(slot + t, heads.clone(), rows.v[t]);
@@ -130,13 +149,18 @@ impl CpuBackend {
 
     /// Copies the mask of sequence `b` of the step that was surveyed last, [query head, query token, key] without gaps; `to` is
     /// as long as that takes. Nothing where the step has no mask.
-    pub fn pack_mask(&self, step: &Step, b: usize, tokens: usize, keys: usize, to: &mut [u8]) {
+    ///
+    /// # Safety
+    /// As [`CpuBackend::pack`]; `tokens` and `keys`, at least 1, are at most those that the survey found for the sequence, and
+    /// `to` has no more rows than query heads times `tokens`.
+    pub unsafe fn pack_mask(&self, step: &Step, b: usize, tokens: usize, keys: usize, to: &mut [u8]) {
         let Some(mask) = step.mask else { return };
         let (size, stride) = (mask.element().size(), mask.slot_stride() as usize);
         for (row, to) in to.chunks_exact_mut(keys * size).enumerate() {
             let from = mask.address(b, row / tokens, row % tokens, 0);
-            // SAFETY: query heads, query tokens and keys of the sequence, which the survey found the mask to have room for; the
-            // caller of the step vouched for its memory, which shares no byte with `to`.
+            // SAFETY: `from` is the first of `keys` elements of a query head and a query token of the sequence: the survey found
+            // the mask to have room for all of them, and the mask is among the inputs that are readable here. `to` is borrowed
+            // exclusively, and so shares no byte with it.
             unsafe {
                 if stride == size {
                     std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len());
@@ -151,7 +175,10 @@ impl CpuBackend {
 
     /// Packs the scales of the keys (0) or values (1) of sequence `b` of the step that was surveyed last, f32 [key, kv head].
     /// The step has them; `to` is as long as its keys take.
-    pub fn pack_scales(&self, step: &Step, b: usize, which: usize, to: &mut [f32]) -> Result<()> {
+    ///
+    /// # Safety
+    /// As [`CpuBackend::pack`].
+    pub unsafe fn pack_scales(&self, step: &Step, b: usize, which: usize, to: &mut [f32]) -> Result<()> {
         let scratch = self.scratch.lock();
         let Some(sequence) = scratch.sequences.get(b) else {
             return Err(Error::invalid("b", b, format!("below {}", scratch.sequences.len())));
@@ -160,7 +187,7 @@ impl CpuBackend {
         if to.len() != keys * heads || !step.scaled()[which] {
             return Err(Error::invalid("packed scales", to.len(), format!("{} of a step that has them", keys * heads)));
         }
-        // SAFETY: as in `survey`.
+        // SAFETY: as in `survey`, which filled `sequence` for this step.
         let reader = unsafe { Reader::new(&self.desc, self.shard, step) };
         let stride = [step.k_scale_stride, step.v_scale_stride][which][2];
         let mut rows = Rows::EMPTY;
@@ -168,11 +195,14 @@ impl CpuBackend {
         let lists = if by_head { heads } else { 1 };
         for (tile, list) in (0..keys.div_ceil(TILE)).flat_map(|tile| (0..lists).map(move |list| (tile, list))) {
             let to = &mut to[tile * TILE * heads..keys.min((tile + 1) * TILE) * heads];
-            rows.fill(&reader, (b, list), sequence, tile * TILE, to.len() / heads);
+            // SAFETY: the slots end at or before `visible.hi`, so that the sequence holds them; `list` is a kv head.
+            unsafe { rows.fill(&reader, (b, list), sequence, tile * TILE, to.len() / heads) };
             let mine = if by_head { list..list + 1 } else { 0..heads };
             for (to, scale) in to.chunks_exact_mut(heads).zip(rows.scales[which]) {
                 for (head, to) in to.iter_mut().enumerate().take(mine.end).skip(mine.start) {
-                    // SAFETY: the slots are held, and `Step::new` and the reader checked that the scales reach as far.
+                    // SAFETY: `fill` gave the scale of kv head 0 of a token that the sequence holds; `Step::new` and the survey
+                    // checked that the scales reach as far for all kv heads and are aligned. They are readable, as this function
+                    // was promised.
                     *to = unsafe { scale.offset((head as i64 * stride) as isize).cast::<f32>().read() };
                 }
             }
@@ -181,11 +211,15 @@ impl CpuBackend {
     }
 
     /// Copies the global positions of the keys of sequence `b` for kv head `head` (explicit placement).
-    pub fn pack_positions(&self, step: &Step, b: usize, head: usize, to: &mut [i32]) {
+    ///
+    /// # Safety
+    /// As [`CpuBackend::pack`], for a step of a plan that reads positions; `to` has at most as many as the sequence holds keys.
+    pub unsafe fn pack_positions(&self, step: &Step, b: usize, head: usize, to: &mut [i32]) {
         let first = step.kv_position_row(&self.desc, b as i64, head as i64);
         for (slot, to) in to.iter_mut().enumerate() {
-            // SAFETY: with explicit placement and causality `Step::new` refused a null pointer, and the caller of the step
-            // vouched for a position for each key that the sequence holds, of which `to` has no more.
+            // SAFETY: `Step::new` refused a null or unaligned `kv_position` in a plan that reads positions. The row of this
+            // sequence and head begins at `first` and has a position for each key held, of which `to` has no more; the array is
+            // among the inputs that are readable here.
             *to = unsafe { *step.args.kv_position.offset((first + slot as i64) as isize) };
         }
     }

@@ -7,13 +7,17 @@ use crate::attention::{KeyPositions, Placement, Step};
 use crate::error::{Error, Result};
 
 impl CpuBackend {
-    /// Fills the records of the step that was attended or surveyed last, whose caller keeps its memory valid.
-    pub fn records(&self, step: &Step, out: &mut [SequenceRecord]) -> Result<()> {
+    /// Fills the records of the step that was attended or surveyed last.
+    ///
+    /// # Safety
+    /// As [`CpuBackend::attend`], for the very step that was attended or surveyed last, whose inputs have not changed since.
+    pub unsafe fn records(&self, step: &Step, out: &mut [SequenceRecord]) -> Result<()> {
         let scratch = self.scratch.lock();
         let Some(sequences) = scratch.sequences.get(..step.args.batch as usize).filter(|s| s.len() == out.len()) else {
             return Err(Error::invalid("batch", step.args.batch, format!("{}, at most the plan's", out.len())));
         };
-        // SAFETY: the step is one of this plan's, and its caller vouched for the memory behind it until the step is done.
+        // SAFETY: the step was made from this descriptor, and its inputs are readable until this function returns, as it was
+        // promised; `sequences` was filled for this very step.
         let reader = unsafe { Reader::new(&self.desc, self.shard, step) };
         for (b, (out, sequence)) in out.iter_mut().zip(sequences).enumerate() {
             *out = if sequence.fault.is_none() { record(&reader, b, sequence) } else { faulty(sequence) };
@@ -69,8 +73,8 @@ fn queries(reader: &Reader<'_>, sequence: &Sequence) -> u64 {
         let offset = token as i64 * step.q_stride[0] + head as i64 * step.q_stride[1];
         let data = step.args.q.data.cast::<u8>().wrapping_offset(offset as isize);
         for word in 0..words {
-            // SAFETY: the row of a query token and head of the step, which was checked to lie inside q's bytes; whoever made
-            // the reader vouched for them.
+            // SAFETY: a query token that the sequence was found to own, so one of the step's, and a query head: `Step::new`
+            // checked that the rows of all of them lie inside q's bytes, which `Reader::new` was promised to be readable.
             let bits = unsafe { load_word(data, step.q_stride[2], dim, size, word) };
             sum = sum.wrapping_add(mixed((row * words + word) as u64, bits));
         }

@@ -24,7 +24,10 @@ impl Rows {
 
     /// Points at slots `slot` to `slot + keys` of sequence `b`, `keys` from 1 to TILE, all of them held, as the pages of kv head
     /// `head` have them; the rows are those of kv head 0 there.
-    pub fn fill(
+    ///
+    /// # Safety
+    /// `sequence` is what the reader filled for sequence `b`, which holds these slots; `head` is a kv head.
+    pub unsafe fn fill(
         &mut self,
         reader: &Reader<'_>,
         (b, head): (usize, usize),
@@ -47,8 +50,9 @@ impl Rows {
             let (mut entry, mut inside, mut t) = (slot / page_size, slot % page_size, 0);
             while t < keys {
                 let run = (page_size - inside).min(keys - t);
-                // SAFETY: the entry belongs to a slot that the sequence holds, and those were read and checked by the reader,
-                // whose maker vouched for the table.
+                // SAFETY: the entry is that of a slot that the sequence holds, for a kv head. The reader read all of these when
+                // it filled the sequence, having checked that they lie inside the table, and `Reader::new` was promised that the
+                // table stays readable.
                 let page = unsafe { *table.offset((list + entry as i64) as isize) };
                 // Checked before; the clamp keeps the address inside should the table have changed since.
                 let page = i64::from(page.clamp(0, args.num_pages - 1));

@@ -22,7 +22,10 @@ impl Seen {
     pub const NONE: Seen = Seen { masks: [0; TILE], prefix: None, any: false, adds: false };
 
     /// Looks at the `keys` keys from slot `slot` on. Masks and lists that heads have of their own need a split of one kv head.
-    pub fn look(
+    ///
+    /// # Safety
+    /// `sequence` is what the reader filled for the split's sequence, which holds these slots.
+    pub unsafe fn look(
         &mut self,
         reader: &Reader<'_>,
         split: &Split,
@@ -40,8 +43,8 @@ impl Seen {
             let rows = (group - g).min(split.rows - r);
             let mut visible = reader.visible((split.sequence, split.first_head), sequence, token, slot, keys);
             if let Some(mask) = mask.filter(|_| !by_head && visible != 0) {
-                // SAFETY: keys that the sequence holds, for which the reader checked that the mask has room; whoever made
-                // the reader vouched for the step's memory.
+                // SAFETY: the sequence holds these keys, and the reader gave it none beyond what the mask has room for with its
+                // query tokens; `Reader::new` was promised that the mask stays readable.
                 let MaskBits { visible: bits, adds } = unsafe { look(&mask, split.sequence, 0, token, slot, keys) };
                 visible &= bits;
                 self.adds |= adds;
@@ -50,7 +53,7 @@ impl Seen {
             if let Some(mask) = mask.filter(|_| by_head && visible != 0) {
                 for i in 0..rows {
                     let head = split.first_head * group + g + i;
-                    // SAFETY: as above.
+                    // SAFETY: as above, for a query head of the split's kv head.
                     let bits = unsafe { look(&mask, split.sequence, head, token, slot, keys) };
                     self.masks[r + i] &= bits.visible;
                     self.adds |= bits.adds;

@@ -40,9 +40,12 @@ pub struct Reader<'a> {
     step: &'a Step,
 }
 
+/// Entry `index` of an int32 input of a reader's step. The reader asks for entries that the step's fields say are there: one a
+/// sequence, or two where ranges begin and end; one a query token; table entries below the room that was checked.
 fn read(pointer: *const i32, index: i64) -> i32 {
-    // SAFETY: `Step::new` refused a null or unaligned pointer where this one is read. Every index here is within what the
-    // step's fields say, and whoever made the reader vouched for as many elements.
+    // SAFETY: `Step::new` refused a null or unaligned pointer where a step of this shape needs the array, and arrays that may
+    // be left out are asked for null before. `Reader::new` was promised that the array has the entries that the step's fields
+    // say, which this is one of, and that nobody writes them.
     unsafe { *pointer.offset(index as isize) }
 }
 
@@ -50,8 +53,9 @@ impl<'a> Reader<'a> {
     /// A reader of the step, for keys that `shard` holds.
     ///
     /// # Safety
-    /// `step` was made from `desc`, and its int32 inputs hold what its fields say, written by nobody, as long as the
-    /// reader is used.
+    /// `step` was made from `desc`, and its inputs are host memory that holds what its fields say, written by nobody, as long
+    /// as the reader is used. Its methods are asked about sequences of the step's batch, with what
+    /// [`sequences`](Reader::sequences) filled for them.
     pub unsafe fn new(desc: &'a AttentionDesc, shard: Shard, step: &'a Step) -> Reader<'a> {
         Reader { desc, shard, step }
     }
@@ -130,7 +134,8 @@ impl<'a> Reader<'a> {
         let rule = VisibilityRule::of(self.desc);
         if !self.desc.needs_positions() {
             let all = rule.visible(&KeyPositions::Contiguous { start: 0 }, out.held, 0);
-            out.visible = self.unmasked(b, out.tokens, all);
+            // SAFETY: `keys` was checked to be at most what the mask has room for, and `all` ends there.
+            out.visible = unsafe { self.unmasked(b, out.tokens, all) };
             return Ok(());
         }
         self.positions(b, out)?;
@@ -141,7 +146,8 @@ impl<'a> Reader<'a> {
         let seen = (0..self.rows_of_positions())
             .map(|head| rule.visible_between(&self.key_positions(b, out, head as usize), out.held, first, last))
             .fold(Visibility::NONE, Visibility::union);
-        out.visible = self.unmasked(b, out.tokens, seen);
+        // SAFETY: as above: what is seen ends at the last key held.
+        out.visible = unsafe { self.unmasked(b, out.tokens, seen) };
         Ok(())
     }
 
@@ -303,7 +309,8 @@ impl<'a> Reader<'a> {
                 let row = self.step.kv_position_row(self.desc, b as i64, head as i64);
                 let row = self.step.args.kv_position.wrapping_offset(row as isize);
                 // SAFETY: positions are read only where visibility or a check needs them, and there `Step::new` refused a null or
-                // unaligned pointer. Whoever made the reader vouched for a position for each token that is held.
+                // unaligned pointer. `Reader::new` was promised that the row has a position for each key of the length that
+                // `sequence.held` was read from, written by nobody as long as the reader is used.
                 KeyPositions::Explicit { positions: unsafe { std::slice::from_raw_parts(row, sequence.held) } }
             }
         }

@@ -14,7 +14,7 @@ use super::worker::Worker;
 /// output has every row of the step.
 pub unsafe fn run(worker: &Worker<'_>, w: usize) {
     worker.partition.splits(w, |split| {
-        // SAFETY: the caller's.
+        // SAFETY: this function was promised what `run_split` asks for; the partition gives a worker splits of its own slice.
         unsafe { run_split(worker, split) }
     });
 }
@@ -26,13 +26,10 @@ pub unsafe fn run(worker: &Worker<'_>, w: usize) {
 unsafe fn run_split(worker: &Worker<'_>, split: &Split) {
     let sequence = &worker.partition.sequences[split.sequence];
     let fill = |rows: &mut Rows, tile: usize| {
-        rows.fill(
-            &worker.reader,
-            (split.sequence, split.first_head),
-            sequence,
-            tile * TILE,
-            worker.keys_of(sequence, tile),
-        );
+        let (place, keys) = ((split.sequence, split.first_head), worker.keys_of(sequence, tile));
+        // SAFETY: the worker's reader filled the sequences of its partition; the tile is one of the split, whose keys
+        // `keys_of` ends at the last that the sequence holds.
+        unsafe { rows.fill(&worker.reader, place, sequence, tile * TILE, keys) };
     };
     // SAFETY: the scratch and the step are the caller's; each tile gets its own rows; a whole item's rows are written by
     // nobody else.

@@ -159,7 +159,7 @@ impl ClosedSums {
     /// # Safety
     /// `r` is a row of the shape and `o` is no longer than its values.
     pub unsafe fn finish(&self, r: usize, o: &mut [f32]) -> Lse {
-        // SAFETY: the caller's.
+        // SAFETY: `r` is a row of the shape, so that its sums and its maximum are in the memory of `at`; `self.max` has one a row.
         let (sums, max) = unsafe { (self.row(r), *self.max.add(r)) };
         let (values, weights) = sums.split_at(self.shape.dim);
         let weights: f64 = weights.iter().sum();

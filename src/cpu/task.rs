@@ -126,7 +126,7 @@ impl<'a> Task<'a> {
             self.load_distances(tile * TILE, keys);
         }
         if seen.adds {
-            // SAFETY: the caller's.
+            // SAFETY: the keys are those of the tile, which the sequence holds, and the step's mask is readable.
             unsafe { self.load_masks(tile * TILE, keys) };
         }
         self.tiles += 1;

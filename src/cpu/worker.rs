@@ -53,7 +53,9 @@ impl Worker<'_> {
         let sequence = &self.partition.sequences[split.sequence];
         (tile..split.end).find(|&tile| {
             let (slot, keys) = (tile * TILE, self.keys_of(sequence, tile));
-            seen.look(&self.reader, split, sequence, self.shape.group, slot, keys);
+            // SAFETY: the worker's reader filled the sequences of its partition, and `keys_of` ends the tile at the last key
+            // that the sequence holds.
+            unsafe { seen.look(&self.reader, split, sequence, self.shape.group, slot, keys) };
             seen.any
         })
     }

@@ -211,8 +211,9 @@ impl Allreduce {
     fn launch(&self, kernel: &Kernel, blocks: u32, output: &AllreduceOutput, stream: &CudaStream) -> Result<()> {
         let entered = kernel.device().enter()?;
         let parameters = AllreduceParams { target: output.target, tokens: output.tokens, ..self.fixed };
-        // SAFETY: what the kernels take; the workspace lives as long as `self`, and the caller of the step vouches for the
-        // output.
+        // SAFETY: `AllreduceParams` is the only parameter of each of these kernels (`abi` compares their layouts). The workspace
+        // is freed only once the device is done with it. The output's pointers were checked to be the device's, by `check`; that
+        // it is as large as its strides say, and stays until the step is done, is what the caller of the plan's step promised.
         unsafe { kernel.launch(&entered, stream, blocks, &parameters) }
     }
 

@@ -53,7 +53,9 @@ impl Merge {
             tokens: step.tokens,
             heads: step.heads,
         };
-        // SAFETY: what the kernel takes; the caller of the merge vouches for the memory.
+        // SAFETY: `MergeParams` is the kernel's only parameter (`abi` compares their layouts). The pointers were checked to be the
+        // device's; that what lies there is as large as the step says, and stays until the merge is done, is what the caller of
+        // `merge_partials` or of the plan's step promised.
         unsafe { self.kernel.launch(&entered, stream, blocks as u32, &parameters) }
     }
 }

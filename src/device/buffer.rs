@@ -24,7 +24,8 @@ pub struct HostBuffer {
     mapping: Option<(NonNull<libc::c_void>, usize)>,
 }
 
-// SAFETY: the memory has no tie to a thread, and no method accesses it: that takes a raw pointer and `unsafe`.
+// SAFETY: the memory has no tie to a thread, and no method accesses it by a shared reference: that takes a raw pointer and
+// `unsafe`.
 unsafe impl Send for HostBuffer {}
 // SAFETY: as above.
 unsafe impl Sync for HostBuffer {}
@@ -81,6 +82,13 @@ impl HostBuffer {
         self.data.as_ptr()
     }
 
+    /// The bytes, while nobody uses a pointer to them.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: `data` begins `bytes` bytes that were zeroed when they were allocated and are this buffer's own; the
+        // exclusive borrow of the buffer lasts as long as the slice, and whoever writes through a pointer keeps it from racing.
+        unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.bytes) }
+    }
+
     /// Bytes.
     pub fn len(&self) -> usize {
         self.bytes
@@ -117,11 +125,10 @@ mod tests {
     #[test]
     fn buffers_are_aligned_zeroed_and_refused_when_too_large() {
         for bytes in [0, 1, 63, 4096, MAPPED - 1, MAPPED, MAPPED + 12345] {
-            let buffer = HostBuffer::new(bytes).unwrap();
+            let mut buffer = HostBuffer::new(bytes).unwrap();
             assert_eq!((buffer.as_ptr() as usize % ALIGN, buffer.len()), (0, bytes));
-            // SAFETY: the buffer is this long, zeroed, and known to this test alone.
-            let all = unsafe { std::slice::from_raw_parts_mut(buffer.as_mut_ptr(), bytes) };
-            assert!(all.iter().all(|&b| b == 0));
+            let all = buffer.bytes_mut();
+            assert!(all.len() == bytes && all.iter().all(|&b| b == 0));
             all.fill(7);
         }
         for bytes in [usize::MAX, isize::MAX as usize, 1 << 60] {

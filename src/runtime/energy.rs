@@ -83,7 +83,9 @@ unsafe fn run(energy: &EnergyStep) -> Result<()> {
     let mut o = zeroed(rows.and_then(|rows| rows.checked_mul(dim)))?;
     let mut lse = zeroed(rows.and_then(|rows| rows.checked_mul(Lse::FLOATS)))?;
     let lse = Lse::slice_mut(&mut lse);
-    let fault = backend.attend(step, &workers, PartialRows { o: &mut o, lse, dim })?;
+    // SAFETY: the step was checked for this descriptor, and its memory is readable until this returns, as this function was
+    // promised.
+    let fault = unsafe { backend.attend(step, &workers, PartialRows { o: &mut o, lse, dim }) }?;
     let target = step.target(desc);
     for (row, (o, &lse)) in o.chunks_exact(dim).zip(&*lse).enumerate() {
         // SAFETY: `Step::new` resolved the output for these tokens and heads; the caller keeps it valid.

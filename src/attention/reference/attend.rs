@@ -1,6 +1,6 @@
 //! Attention over one shard in float64.
 
-use super::inputs::{Inputs, Sequence, load_row};
+use super::inputs::{Inputs, Sequence};
 use super::partials::{Reference, maximum, reserve, zeroed};
 use crate::attention::capability::{Capabilities, supported};
 use crate::attention::descriptor::{Algorithm, AttentionDesc, MaskKind, QueryInput, Reproducibility};
@@ -42,7 +42,8 @@ pub unsafe fn attend(desc: &AttentionDesc, shard: Shard, step: &Step) -> Result<
     if desc.is_merge_only() {
         return Err(Error::invalid("kv_heads", 0, "at least 1 where keys are attended"));
     }
-    let inputs = Inputs { desc, shard, step };
+    // SAFETY: this function was promised what `Inputs::new` asks for, until it returns.
+    let inputs = unsafe { Inputs::new(desc, shard, step) };
     let rows = step.args.query_tokens as usize * desc.q_heads as usize;
     let mut reference = Reference::identity(rows, desc.head_dim_v as usize)?;
     reference.scaled = step.scaled();
@@ -88,24 +89,17 @@ fn attend_sequence(inputs: &Inputs<'_>, sequence: &Sequence, reference: &mut Ref
             visible.extend(inputs.visible(sequence, token, kv_head));
             let first_row = (sequence.first_token + token) * desc.q_heads as usize + kv_head * group;
             for (g, q) in q.chunks_exact_mut(dim_qk).enumerate() {
-                let at = (sequence.first_token + token) as i64 * step.q_stride[0]
-                    + (kv_head * group + g) as i64 * step.q_stride[1];
-                load_row(&step.args.q, desc.q_dtype, at, step.q_stride[2], q);
+                inputs.query(sequence.first_token + token, kv_head * group + g, q);
             }
             for (g, zeta) in zeta.chunks_exact_mut(dim_v).enumerate() {
-                let at = (sequence.first_token + token) as i64 * step.zeta_stride[0]
-                    + (kv_head * group + g) as i64 * step.zeta_stride[1];
-                load_row(&step.zeta, Dtype::F32, at, step.zeta_stride[2], zeta);
+                inputs.zeta(sequence.first_token + token, kv_head * group + g, zeta);
             }
             masked.clear();
             masked.resize(group * visible.len(), false);
             for (n, &slot) in visible.iter().enumerate() {
-                load_row(&step.args.k, desc.k_dtype, inputs.key(sequence, slot, kv_head), step.k_stride[3], &mut k);
-                k.iter_mut().for_each(|x| *x *= inputs.scale(0, sequence, slot, kv_head));
+                inputs.key(sequence, slot, kv_head, &mut k);
                 if tilted {
-                    let at = inputs.value(sequence, slot, kv_head);
-                    load_row(&step.args.v, desc.v_dtype, at, step.v_stride[3], &mut v);
-                    v.iter_mut().for_each(|x| *x *= inputs.scale(1, sequence, slot, kv_head));
+                    inputs.value(sequence, slot, kv_head, &mut v);
                 }
                 for (g, q) in q.chunks_exact(dim_qk).enumerate() {
                     let head = kv_head * group + g;
@@ -128,8 +122,7 @@ fn attend_sequence(inputs: &Inputs<'_>, sequence: &Sequence, reference: &mut Ref
                 (*max, *sum) = (maximum(scores[g * visible.len()..][..visible.len()].iter().copied()), 0.0);
             }
             for (n, &slot) in visible.iter().enumerate() {
-                load_row(&step.args.v, desc.v_dtype, inputs.value(sequence, slot, kv_head), step.v_stride[3], &mut v);
-                v.iter_mut().for_each(|x| *x *= inputs.scale(1, sequence, slot, kv_head));
+                inputs.value(sequence, slot, kv_head, &mut v);
                 for (g, (max, sum)) in sums.iter_mut().enumerate() {
                     if masked[g * visible.len() + n] {
                         continue;
@@ -146,9 +139,7 @@ fn attend_sequence(inputs: &Inputs<'_>, sequence: &Sequence, reference: &mut Ref
                 reference.keys[first_row + g] = seen as u64;
                 reference.finish(first_row + g, max, sum);
                 if has_sinks {
-                    // SAFETY: a query head, for which `Step::new` resolved the sinks; the caller of `attend` vouches for them.
-                    let sink = unsafe { step.sinks.get(kv_head * group + g, f32::NEG_INFINITY) };
-                    reference.merge_sink(first_row + g, f64::from(sink));
+                    reference.merge_sink(first_row + g, inputs.sink(kv_head * group + g));
                 }
             }
         }

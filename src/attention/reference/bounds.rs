@@ -154,13 +154,16 @@ impl Reference {
             for (n, head) in heads.clone().enumerate() {
                 let n = n as i64;
                 let at = token * step.out_stride[0] + n * step.out_stride[1];
-                load_row(&step.args.out, desc.out_dtype, at, step.out_stride[2], &mut wide);
+                // SAFETY: a token and a head that the step was made for, whose rows `Step::new` checked to lie inside out; it is
+                // readable, as this function was promised.
+                unsafe { load_row(&step.args.out, desc.out_dtype, at, step.out_stride[2], &mut wide) };
                 let row: Vec<f32> = wide.iter().map(|&x| x as f32).collect();
                 let wanted = token as usize * desc.q_heads as usize + head;
                 let with_lse = !step.args.lse.data.is_null();
                 if with_lse {
                     let at = token * step.lse_stride[0] + n * step.lse_stride[1];
-                    load_row(&step.args.lse, Dtype::F32, at, 0, &mut lse);
+                    // SAFETY: as above, of lse.
+                    unsafe { load_row(&step.args.lse, Dtype::F32, at, 0, &mut lse) };
                 }
                 self.compare_row(wanted, &row, with_lse.then_some(lse[0] as f32), precision, &mut found);
             }

@@ -10,7 +10,7 @@ use crate::attention::tensor::Tensor;
 use crate::attention::visibility::{KeyPositions, VisibilityRule};
 use crate::partial::DataFaultCause;
 
-/// The inputs of one rank's step.
+/// The inputs of one rank's step, readable as long as this lives ([`Inputs::new`]).
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Inputs<'a> {
     pub desc: &'a AttentionDesc,
@@ -32,7 +32,16 @@ pub(super) struct Sequence {
     pub fault: Option<DataFaultCause>,
 }
 
-impl Inputs<'_> {
+impl<'a> Inputs<'a> {
+    /// The inputs of `step`.
+    ///
+    /// # Safety
+    /// `step` was made from `desc`, and its inputs are host memory as large as its fields say, written by nobody as long as the
+    /// result is used. Its methods are asked about tokens and heads of the step, and about sequences that they gave.
+    pub unsafe fn new(desc: &'a AttentionDesc, shard: Shard, step: &'a Step) -> Inputs<'a> {
+        Inputs { desc, shard, step }
+    }
+
     /// Reads and checks sequence `b`. `taken` is the end of the query tokens that sequences before it own.
     pub fn sequence(&self, b: usize, taken: &mut i64) -> Sequence {
         let args = &self.step.args;
@@ -138,8 +147,8 @@ impl Inputs<'_> {
     /// What the mask adds to the score of a visible slot; -inf hides it.
     pub fn bias(&self, sequence: &Sequence, token: usize, head: usize, slot: usize) -> f64 {
         let Some(mask) = self.step.mask else { return 0.0 };
-        // SAFETY: a slot of the sequence's checked length, which the mask has room for; a head for which the factors were
-        // resolved. The caller of `attend` vouches for the memory.
+        // SAFETY: a slot of the sequence's length, which was checked against the mask's room; a query head, for each of which
+        // `Step::new` found a factor. `Inputs::new` was promised that both are readable.
         let (value, factor) =
             unsafe { (mask.get(sequence.index, head, token, slot), f64::from(self.step.mask_factor.get(head, 1.0))) };
         if value == f64::NEG_INFINITY { value } else { factor * value }
@@ -152,7 +161,7 @@ impl Inputs<'_> {
         }
         let kv_head = head / self.desc.group() as usize;
         let distance = self.query_position(sequence, token) - self.key_positions(sequence, kv_head).of(slot);
-        // SAFETY: a head for which the slopes were resolved; the caller of `attend` vouches for the memory.
+        // SAFETY: a query head, for each of which `Step::new` found a slope; `Inputs::new` was promised that they are readable.
         f64::from(unsafe { self.step.slopes.get(head, 0.0) }) * distance.abs() as f64
     }
 
@@ -175,8 +184,8 @@ impl Inputs<'_> {
             Placement::Explicit => {
                 let row = self.step.kv_position_row(self.desc, b, head as i64);
                 let row = args.kv_position.wrapping_offset(row as isize);
-                // SAFETY: `Step::new` refused a null or unaligned pointer; the caller of `attend` vouches for a position
-                // for each of the sequence's keys, which nobody writes meanwhile.
+                // SAFETY: `Step::new` refused a null or unaligned pointer where positions are read; `Inputs::new` was promised
+                // that the row has one for each key of the sequence's length, written by nobody.
                 let positions = unsafe { std::slice::from_raw_parts(row, sequence.keys) };
                 KeyPositions::Explicit { positions }
             }
@@ -189,25 +198,60 @@ impl Inputs<'_> {
         read(table, sequence.first_page + head as i64 * args.page_index_head_stride + n)
     }
 
-    /// Byte offset of the key in `slot`.
-    pub fn key(&self, sequence: &Sequence, slot: usize, kv_head: usize) -> i64 {
-        self.offset(&self.step.k_stride, sequence, slot, kv_head)
+    /// Loads the query of a token of the step and a query head.
+    pub fn query(&self, token: usize, head: usize, out: &mut [f64]) {
+        let (step, dtype) = (self.step, self.desc.q_dtype);
+        let at = token as i64 * step.q_stride[0] + head as i64 * step.q_stride[1];
+        // SAFETY: a token and a head of the step, whose rows `Step::new` checked to lie inside q; `Inputs::new` was promised that
+        // q is readable.
+        unsafe { load_row(&step.args.q, dtype, at, step.q_stride[2], out) }
     }
 
-    /// Byte offset of the value in `slot`.
-    pub fn value(&self, sequence: &Sequence, slot: usize, kv_head: usize) -> i64 {
-        self.offset(&self.step.v_stride, sequence, slot, kv_head)
+    /// Loads the zeta of a token of the step, which has one, and a query head.
+    pub fn zeta(&self, token: usize, head: usize, out: &mut [f64]) {
+        let step = self.step;
+        let at = token as i64 * step.zeta_stride[0] + head as i64 * step.zeta_stride[1];
+        // SAFETY: as in `query`; `Step::at_zeta` checked the rows of zeta.
+        unsafe { load_row(&step.zeta, Dtype::F32, at, step.zeta_stride[2], out) }
+    }
+
+    /// Loads the key in `slot`, times its scale.
+    pub fn key(&self, sequence: &Sequence, slot: usize, kv_head: usize, out: &mut [f64]) {
+        let step = self.step;
+        let at = self.offset(&step.k_stride, sequence, slot, kv_head);
+        // SAFETY: a slot below the sequence's length, which was checked against the room of k, in a page that was checked to be
+        // one; `Inputs::new` was promised that k is readable.
+        unsafe { load_row(&step.args.k, self.desc.k_dtype, at, step.k_stride[3], out) }
+        let scale = self.scale(0, sequence, slot, kv_head);
+        out.iter_mut().for_each(|x| *x *= scale);
+    }
+
+    /// Loads the value in `slot`, times its scale.
+    pub fn value(&self, sequence: &Sequence, slot: usize, kv_head: usize, out: &mut [f64]) {
+        let step = self.step;
+        let at = self.offset(&step.v_stride, sequence, slot, kv_head);
+        // SAFETY: as in `key`, of v.
+        unsafe { load_row(&step.args.v, self.desc.v_dtype, at, step.v_stride[3], out) }
+        let scale = self.scale(1, sequence, slot, kv_head);
+        out.iter_mut().for_each(|x| *x *= scale);
+    }
+
+    /// The sink of a query head, where the shape has sinks.
+    pub fn sink(&self, head: usize) -> f64 {
+        // SAFETY: a query head, for each of which `Step::new` found a sink; `Inputs::new` was promised that they are readable.
+        f64::from(unsafe { self.step.sinks.get(head, f32::NEG_INFINITY) })
     }
 
     /// What the elements of the key (0) or value (1) in `slot` are multiplied by.
-    pub fn scale(&self, which: usize, sequence: &Sequence, slot: usize, kv_head: usize) -> f64 {
+    fn scale(&self, which: usize, sequence: &Sequence, slot: usize, kv_head: usize) -> f64 {
         let (args, step) = (&self.step.args, self.step);
         let (scales, stride) = [(&args.k_scale, &step.k_scale_stride), (&args.v_scale, &step.v_scale_stride)][which];
         if scales.data.is_null() {
             return 1.0;
         }
         let mut scale = [0.0];
-        load_row(scales, Dtype::F32, self.offset(stride, sequence, slot, kv_head), 0, &mut scale);
+        // SAFETY: as in `key`: the room that the length was checked against ends where the scales do, too.
+        unsafe { load_row(scales, Dtype::F32, self.offset(stride, sequence, slot, kv_head), 0, &mut scale) };
         f64::from(finite_or_nan(scale[0] as f32))
     }
 
@@ -223,17 +267,21 @@ impl Inputs<'_> {
     }
 }
 
-/// Reads entry `index` of an int32 input.
+/// Entry `index` of an int32 input of a step: one a sequence, or two where ranges begin and end; one a query token; table
+/// entries below the room that was checked.
 fn read(pointer: *const i32, index: i64) -> i64 {
-    // SAFETY: `Step::new` refused a null pointer where this one is read, and every index here is one that the step's
-    // fields promise; the caller of `attend` vouches for the memory.
+    // SAFETY: `Step::new` refused a null or unaligned pointer where a step of this shape needs the array, and arrays that may
+    // be left out are asked for null before. `Inputs::new` was promised that the array has the entries that the step's fields
+    // say, which this is one of, and that nobody writes them.
     i64::from(unsafe { *pointer.offset(index as isize) })
 }
 
 /// Loads a row of `out.len()` elements that begins `offset` bytes into the tensor.
-pub(super) fn load_row(tensor: &Tensor, dtype: Dtype, offset: i64, stride: i64, out: &mut [f64]) {
+///
+/// # Safety
+/// The tensor is readable host memory, and the row, its blocks `stride` bytes apart, lies inside its bytes.
+pub(super) unsafe fn load_row(tensor: &Tensor, dtype: Dtype, offset: i64, stride: i64, out: &mut [f64]) {
     let row = tensor.data.cast::<u8>().cast_const().wrapping_offset(offset as isize);
-    // SAFETY: the row lies within the extent that `Step::new` checked, at a slot within the checked length; the caller of
-    // `attend` or `compare` vouches for the memory.
+    // SAFETY: the row has a block for all elements of `out`, as this function was promised.
     unsafe { KvFormat::of(dtype).widen_row(row, stride, out) };
 }

@@ -1,7 +1,5 @@
 //! The layout of messages over a transport: a header of 64-bit words, then payload.
 
-use crate::device::HostBuffer;
-
 /// Bytes of a message's header, a multiple of the alignment of payloads.
 pub(super) const HEADER_BYTES: usize = 64;
 /// Payload of a first message: a decode step of 32 heads of 128 in f32 and its lse, with room to spare.
@@ -25,11 +23,4 @@ pub(super) fn word(message: &[u8], i: usize) -> u64 {
     let mut bytes = [0; 8];
     bytes.copy_from_slice(&message[i * 8..][..8]);
     u64::from_le_bytes(bytes)
-}
-
-/// A buffer's bytes.
-pub(super) fn bytes_of(buffer: &mut HostBuffer) -> &mut [u8] {
-    // SAFETY: a buffer is `len` initialised bytes that it alone owns, and the exclusive borrow keeps every other use of
-    // its pointers away for as long as the slice lives.
-    unsafe { std::slice::from_raw_parts_mut(buffer.as_mut_ptr(), buffer.len()) }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::callbacks::Transport;
 use super::calls::{CallDeadline, Calls};
-use super::message::{FIRST_BYTES, HEADER_BYTES, INLINE_BYTES, MAGIC, MAX_BLOB, bytes_of, put_words, word};
+use super::message::{FIRST_BYTES, HEADER_BYTES, INLINE_BYTES, MAGIC, MAX_BLOB, put_words, word};
 use crate::attention::Shard;
 use crate::comm::bootstrap::Bootstrap;
 use crate::comm::call_word::CallWord;
@@ -134,7 +134,7 @@ impl TransportRank {
         };
         let mut buffers = lock(&self.buffers);
         let Buffers { send, first, rest } = &mut *buffers;
-        let (send, first, rest) = (bytes_of(send), bytes_of(first), bytes_of(rest));
+        let (send, first, rest) = (send.bytes_mut(), first.bytes_mut(), rest.bytes_mut());
         let fits = bytes <= INLINE_BYTES;
         let message = &mut send[..FIRST_BYTES];
         let me = self.calls.shard.rank as usize;
@@ -187,7 +187,7 @@ impl TransportRank {
         };
         let mut buffers = lock(&self.buffers);
         let Buffers { send: own, first, .. } = &mut *buffers;
-        let (own, first) = (&mut bytes_of(own)[..FIRST_BYTES], &mut bytes_of(first)[..FIRST_BYTES]);
+        let (own, first) = (&mut own.bytes_mut()[..FIRST_BYTES], &mut first.bytes_mut()[..FIRST_BYTES]);
         let (me, number_word) = (self.calls.shard.rank as u64, u64::from(number));
         let call = self.call.load(Ordering::Relaxed);
         let words = [MAGIC, hop.header.fingerprint, send.len() as u64, hop.header.fault, number_word, steps, me, call];

@@ -48,7 +48,7 @@ pub unsafe fn modify<S: Simd>(a: &ModifyArgs) {
 /// The instruction set of `S` is there.
 #[inline(always)]
 pub unsafe fn tanh<S: Simd>(x: S::V) -> S::V {
-    // SAFETY: the caller's.
+    // SAFETY: arithmetic on vectors, which asks for the instruction set alone.
     unsafe {
         let x = S::clamp(x, SATURATED);
         let whole = S::round(x);

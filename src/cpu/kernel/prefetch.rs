@@ -84,7 +84,7 @@ impl Prefetcher {
     pub unsafe fn take<S: Simd>(&mut self, n: usize, idle: *const u8) -> *const u8 {
         let (line, next) = (self.line, self.line.wrapping_add(n * LINE));
         if next > self.end {
-            // SAFETY: the caller's.
+            // SAFETY: `take_over` asks for what this function was promised.
             return unsafe { self.take_over::<S>(n, idle) };
         }
         self.line = next;
@@ -103,7 +103,7 @@ impl Prefetcher {
         }
         let (line, next) = (self.line, self.line.wrapping_add(n * LINE));
         if next > self.end {
-            // SAFETY: the caller's.
+            // SAFETY: `ask` asks for what this function was promised.
             unsafe { self.ask::<S>(n) };
             return idle;
         }
@@ -155,7 +155,7 @@ impl Prefetcher {
     #[inline(always)]
     pub unsafe fn ask_all<S: Simd>(&mut self) {
         if self.left > 0 || self.line < self.end {
-            // SAFETY: the caller's.
+            // SAFETY: `ask` asks for what this function was promised.
             unsafe { self.ask::<S>(usize::MAX) };
         }
     }

@@ -23,7 +23,7 @@ struct ScoreBlock {
 /// The arguments describe valid memory; the instruction set of `S` is there.
 #[inline(always)]
 pub unsafe fn scores<S: Simd, E: Codec, const T4: usize, const T2: usize, const T1: usize>(a: &ScoreArgs) {
-    // SAFETY: the caller's.
+    // SAFETY: this function was promised valid arguments and the instruction set; DIM is their `dim`, or 0.
     unsafe {
         // The usual length known to the compiler, and its loop unrolled: 4 % of a step that is bound by arithmetic.
         match a.dim {
@@ -174,7 +174,7 @@ unsafe fn score_step<S: Simd, E: Codec, const RQ: usize, const RT: usize>(
     d: usize,
     sums: &mut [[S::V; RT]; RQ],
 ) {
-    // SAFETY: the caller's.
+    // SAFETY: queries and keys have the elements `d` to `d` + LANES, rows of queries being `dim` apart.
     unsafe {
         let mut kv = [S::splat(0.0); RT];
         for (i, kv) in kv.iter_mut().enumerate() {

@@ -21,7 +21,7 @@ struct ValueBlock {
 /// The arguments describe valid memory; the instruction set of `S` is there.
 #[inline(always)]
 pub unsafe fn values<S: Simd, E: Codec, const W4: usize, const W1: usize>(a: &ValueArgs) {
-    // SAFETY: the caller's.
+    // SAFETY: this function was promised valid arguments and the instruction set; DIM is their `dim`, or 0.
     unsafe {
         match a.dim {
             128 => values_of::<S, E, W4, W1, 128>(a),

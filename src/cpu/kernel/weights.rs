@@ -144,7 +144,7 @@ fn exponent_base(origin: f64, max: f32) -> (f32, f32) {
 /// `p` is valid for them; `n` is a multiple of the lanes; the instruction set of `S` is there.
 #[inline(always)]
 unsafe fn rescale<S: Simd>(p: *mut f32, n: usize, factor: f32) {
-    // SAFETY: the caller's.
+    // SAFETY: `n` floats are valid and a multiple of the lanes, so that every vector loaded and stored is inside them.
     unsafe {
         let f = S::splat(factor);
         for i in (0..n).step_by(S::LANES) {

@@ -22,7 +22,7 @@ pub trait Codec: Copy {
     #[inline(always)]
     unsafe fn load_one(row: *const u8, stride: i64, d: usize) -> f32 {
         let (n, bytes) = (Self::FORMAT.block_elements(), Self::FORMAT.block_bytes());
-        // SAFETY: the caller's.
+        // SAFETY: element `d` is in block `d / n`, which is readable and that many strides from the row.
         let block = unsafe { std::slice::from_raw_parts(row.offset((d / n) as isize * stride as isize), bytes) };
         Self::FORMAT.element(block, d % n)
     }
@@ -42,12 +42,12 @@ impl Codec for F32 {
     const FORMAT: KvFormat = KvFormat::of(Dtype::F32);
     #[inline(always)]
     unsafe fn load<S: Simd>(row: *const u8, d: usize) -> S::V {
-        // SAFETY: the caller's.
+        // SAFETY: the row is packed and has the elements `d` to `d` + LANES, which begin that many elements from it.
         unsafe { S::load(row.add(d * 4).cast()) }
     }
     #[inline(always)]
     unsafe fn load_one(row: *const u8, stride: i64, d: usize) -> f32 {
-        // SAFETY: the caller's.
+        // SAFETY: a block of this format is one element, so that element `d` is `d` strides from the row, and readable.
         unsafe { row.offset(d as isize * stride as isize).cast::<f32>().read_unaligned() }
     }
 }
@@ -56,12 +56,12 @@ impl Codec for F16 {
     const FORMAT: KvFormat = KvFormat::of(Dtype::F16);
     #[inline(always)]
     unsafe fn load<S: Simd>(row: *const u8, d: usize) -> S::V {
-        // SAFETY: the caller's.
+        // SAFETY: the row is packed and has the elements `d` to `d` + LANES, which begin that many elements from it.
         unsafe { S::load_f16(row.add(d * 2)) }
     }
     #[inline(always)]
     unsafe fn load_one(row: *const u8, stride: i64, d: usize) -> f32 {
-        // SAFETY: the caller's.
+        // SAFETY: a block of this format is one element, so that element `d` is `d` strides from the row, and readable.
         widen_f16(unsafe { row.offset(d as isize * stride as isize).cast::<u16>().read_unaligned() })
     }
 }
@@ -70,12 +70,12 @@ impl Codec for Bf16 {
     const FORMAT: KvFormat = KvFormat::of(Dtype::Bf16);
     #[inline(always)]
     unsafe fn load<S: Simd>(row: *const u8, d: usize) -> S::V {
-        // SAFETY: the caller's.
+        // SAFETY: the row is packed and has the elements `d` to `d` + LANES, which begin that many elements from it.
         unsafe { S::load_bf16(row.add(d * 2)) }
     }
     #[inline(always)]
     unsafe fn load_one(row: *const u8, stride: i64, d: usize) -> f32 {
-        // SAFETY: the caller's.
+        // SAFETY: a block of this format is one element, so that element `d` is `d` strides from the row, and readable.
         let bits = unsafe { row.offset(d as isize * stride as isize).cast::<u16>().read_unaligned() };
         f32::from_bits(u32::from(bits) << 16)
     }
@@ -92,13 +92,13 @@ macro_rules! of_bytes {
             const FORMAT: KvFormat = KvFormat::of(Dtype::$dtype);
             #[inline(always)]
             unsafe fn load<S: Simd>(row: *const u8, d: usize) -> S::V {
-                // SAFETY: the caller's.
+                // SAFETY: the row is packed and has the elements `d` to `d` + LANES, which begin that many elements from it.
                 unsafe { S::$load(row.add(d)) }
             }
             #[inline(always)]
             unsafe fn load_one(row: *const u8, stride: i64, d: usize) -> f32 {
                 let one: fn(u8) -> f32 = $one;
-                // SAFETY: the caller's.
+                // SAFETY: a block of this format is one element, so that element `d` is `d` strides from the row, and readable.
                 one(unsafe { row.offset(d as isize * stride as isize).read() })
             }
         }
@@ -183,6 +183,6 @@ of_four_bits! {
 /// The row has that block.
 #[inline(always)]
 unsafe fn block<E: Codec>(row: *const u8, d: usize) -> *const u8 {
-    // SAFETY: the caller's.
+    // SAFETY: the row is packed and has the block, which begins that many whole blocks from it.
     unsafe { row.add(d / E::FORMAT.block_elements() * E::FORMAT.block_bytes()) }
 }

@@ -83,7 +83,7 @@ pub const EXP2: [f32; 6] =
 /// The instruction set of `S` is there.
 #[inline(always)]
 unsafe fn exp2_polynomial<S: Simd>(f: S::V) -> S::V {
-    // SAFETY: the caller's.
+    // SAFETY: arithmetic on vectors, which asks for the instruction set alone.
     unsafe {
         let mut y = S::splat(EXP2[5]);
         for &c in EXP2[..5].iter().rev() {
@@ -99,7 +99,7 @@ unsafe fn exp2_polynomial<S: Simd>(f: S::V) -> S::V {
 /// The instruction set of `S` is there.
 #[inline(always)]
 pub unsafe fn exp2_fraction<S: Simd>(f: S::V) -> S::V {
-    // SAFETY: the caller's.
+    // SAFETY: arithmetic on vectors, which asks for the instruction set alone.
     unsafe { S::fma(exp2_polynomial::<S>(f), f, S::splat(1.0)) }
 }
 
@@ -109,6 +109,6 @@ pub unsafe fn exp2_fraction<S: Simd>(f: S::V) -> S::V {
 /// The instruction set of `S` is there.
 #[inline(always)]
 pub unsafe fn exp2_fraction_less_one<S: Simd>(f: S::V) -> S::V {
-    // SAFETY: the caller's.
+    // SAFETY: arithmetic on vectors, which asks for the instruction set alone.
     unsafe { S::mul(exp2_polynomial::<S>(f), f) }
 }

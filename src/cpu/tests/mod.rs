@@ -214,7 +214,9 @@ fn work_follows_the_window() {
         let workers = Workers::new(2, "test", false).unwrap();
         let backend = CpuBackend::new(&case.desc, shard, 2, Isa::Scalar).unwrap();
         let (mut o, mut lse) = (vec![0.0; 32], vec![Lse::EMPTY; 2]);
-        backend.attend(&case.step(), &workers, PartialRows { o: &mut o, lse: &mut lse, dim: 16 }).unwrap();
+        let rows = PartialRows { o: &mut o, lse: &mut lse, dim: 16 };
+        // SAFETY: everything that the step points at is in `case`, and nobody writes it meanwhile.
+        unsafe { backend.attend(&case.step(), &workers, rows) }.unwrap();
         let scratch = backend.scratch.lock();
         scratch.sequences[0].visible.tiles(TILE).len()
     };
@@ -245,7 +247,9 @@ fn work_follows_the_mask() {
         let mut step = case.step();
         step.mask = Some(Mask::at(bytes.as_ptr(), 1000, [0, 0, 0, 1], MaskElement::Byte, &case.desc));
         let (mut o, mut lse) = (vec![0.0; 32], vec![Lse::EMPTY; 2]);
-        backend.attend(&step, &workers, PartialRows { o: &mut o, lse: &mut lse, dim: 16 }).unwrap();
+        let rows = PartialRows { o: &mut o, lse: &mut lse, dim: 16 };
+        // SAFETY: the mask's bytes are in `bytes`, all else that the step points at in `case`, and nobody writes them meanwhile.
+        unsafe { backend.attend(&step, &workers, rows) }.unwrap();
         let scratch = backend.scratch.lock();
         assert_eq!(scratch.sequences[0].visible.tiles(TILE), wanted);
         assert_eq!(lse[0].is_empty(), visible.is_empty());

@@ -53,7 +53,7 @@ impl<E: PartialExchange> PartialRoute<E> {
     /// Exchanges what `attend` leaves in the scratch, of the step `attended` if that is what it did.
     ///
     /// # Safety
-    /// As [`Exchange::new`].
+    /// As [`Exchange::new`]; the inputs of `attended` are readable until this returns, and `attend` attends them.
     unsafe fn exchange(
         &self,
         context: &StepContext,
@@ -72,7 +72,10 @@ impl<E: PartialExchange> PartialRoute<E> {
         context.count_step();
         exchange.open(call, fault?)?;
         let check = self.check.as_ref().zip(attended);
-        let differing = check.map_or(Ok(None), |(check, step)| check.run(&exchange, self.shard.backend()?, step))?;
+        let differing = check.map_or(Ok(None), |(check, step)| {
+            // SAFETY: `attend` attended this step just now, with this shard's backend, and its inputs are as they were.
+            unsafe { check.run(&exchange, self.shard.backend()?, step) }
+        })?;
         let found = self.exchange.run(&exchange, &mut scratch)?;
         if let Some((check, _)) = check {
             check.write_nan(&exchange, &mut scratch.spare[..context.desc.head_dim_v as usize]);

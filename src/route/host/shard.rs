@@ -73,7 +73,8 @@ impl HostShard {
         let dim = self.desc.head_dim_v as usize;
         let rows = step.args.query_tokens as usize * self.desc.q_heads as usize;
         let (lse, o) = scratch.rows(rows, dim);
-        self.backend()?.attend(step, executor, PartialRows { o, lse, dim })
+        // SAFETY: the step was checked for this plan's descriptor and its memory stays readable, as this function was promised.
+        unsafe { self.backend()?.attend(step, executor, PartialRows { o, lse, dim }) }
     }
 
     /// Loads the one partial of `step` into the scratch.
@@ -111,7 +112,8 @@ impl Backend for HostShard {
     unsafe fn attend(&self, step: &Step, place: Place<'_>) -> Result<Option<DataFault>> {
         let _float = FloatState::enter();
         let mut scratch = self.lock();
-        // SAFETY: the caller's promise, which is for the output, too.
+        // SAFETY: this function was promised that the step was checked for this plan and all heads, and that its memory, the
+        // output too, is its own until it returns; what `attend_into` and `write_scratch` ask for.
         unsafe {
             let fault = self.attend_into(step, self.executor(place), &mut scratch)?;
             self.write_scratch(step.args.query_tokens as usize, &step.target(&self.desc), &mut scratch);
@@ -122,7 +124,8 @@ impl Backend for HostShard {
     unsafe fn write(&self, step: &MergeStep, _stream: Option<&CudaStream>) -> Result<()> {
         let _float = FloatState::enter();
         let mut scratch = self.lock();
-        // SAFETY: the caller's promise, which is for the output, too; a plan without exchange holds all heads.
+        // SAFETY: this function was promised that the step was checked for this plan, and that its memory, the output too, is
+        // its own until it returns; a plan without exchange holds all heads.
         unsafe {
             self.load(step, &mut scratch);
             self.write_scratch(step.tokens as usize, &step.target, &mut scratch);

@@ -77,15 +77,21 @@ impl Ring {
     }
 
     /// Runs a step whose keys and values are all there.
-    fn run(&self, exchange: &mut Exchange<'_>, step: &Step, scratch: &mut Scratch) -> Result<RankFault> {
+    ///
+    /// # Safety
+    /// The step was checked for this plan, and its inputs are host memory that stays valid, and unchanged by others, until this
+    /// returns.
+    unsafe fn run(&self, exchange: &mut Exchange<'_>, step: &Step, scratch: &mut Scratch) -> Result<RankFault> {
         let mut state = self.state.lock();
         let State { own, announced, blocks } = &mut *state;
         let (batch, world) = (step.args.batch as usize, exchange.world());
         let (own, announced) = (&mut own[..batch], &mut announced[..batch * world]);
         let backend = self.shard.backend()?;
-        let fault = backend.survey(step, own)?;
+        // SAFETY: this function was promised what `survey` asks for.
+        let fault = unsafe { backend.survey(step, own) }?;
         exchange.open(Call::Ring(step.args.batch, exchange.executor.threads()), fault)?;
-        let differing = self.check.as_ref().map_or(Ok(None), |check| check.run(exchange, backend, step))?;
+        // SAFETY: `backend` surveyed this step just now, whose inputs are as they were.
+        let differing = self.check.as_ref().map_or(Ok(None), |check| unsafe { check.run(exchange, backend, step) })?;
         let found = RingStep::announce(exchange, step, own, announced)?;
         if let Some(check) = &self.check {
             // Ranks that count other query tokens to a sequence work out other sizes for its part of a block.
@@ -93,7 +99,8 @@ impl Ring {
         }
         let ring =
             RingStep { exchange, order: &self.order, block: self.block, backend: &self.backend, step, own, announced };
-        ring.run(backend, blocks, scratch)?;
+        // SAFETY: `backend` surveyed this step, its inputs are as they were, and `announce` told of what it found.
+        unsafe { ring.run(backend, blocks, scratch) }?;
         if let Some(check) = &self.check {
             check.write_nan(exchange, &mut scratch.spare[..exchange.dim()]);
         }
@@ -103,7 +110,7 @@ impl Ring {
     /// Runs a step and ends it.
     ///
     /// # Safety
-    /// As [`Exchange::new`].
+    /// As [`Exchange::new`], and as [`Ring::run`].
     unsafe fn exchange(&self, context: &StepContext, place: Place<'_>, step: &Step, target: &RowTarget) -> Result<()> {
         let _float = FloatState::enter();
         let mut scratch = self.shard.lock();
@@ -113,7 +120,8 @@ impl Ring {
             Exchange::new(context, self.shard.rank(), self.shard.executor(place), tokens, target)
         };
         context.count_step();
-        let found = self.run(&mut exchange, step, &mut scratch)?;
+        // SAFETY: this function was promised what `run` asks for.
+        let found = unsafe { self.run(&mut exchange, step, &mut scratch) }?;
         exchange.finish(found)
     }
 }

@@ -88,19 +88,25 @@ impl RingStep<'_> {
         Ok(found.or(idle.map(told)))
     }
 
-    /// Packs this rank's block (`shard` surveyed it), passes blocks round and writes the merged rows.
-    pub fn run(&self, shard: &CpuBackend, blocks: &mut [HostBuffer; 2], scratch: &mut Scratch) -> Result<()> {
+    /// Packs this rank's block, passes blocks round and writes the merged rows.
+    ///
+    /// # Safety
+    /// `shard` surveyed the step last, which gave `own`; the step's inputs stay readable, and as they were, until this returns.
+    pub unsafe fn run(&self, shard: &CpuBackend, blocks: &mut [HostBuffer; 2], scratch: &mut Scratch) -> Result<()> {
         let (exchange, rounds) = (self.exchange, self.exchange.rounds());
         let (world, me) = (exchange.world(), exchange.me());
         self.check()?;
         let [mut here, mut next] = blocks.each_mut();
-        self.pack(shard, bytes_of(here))?;
+        // SAFETY: this function was promised what `pack` asks for.
+        unsafe { self.pack(shard, here.bytes_mut()) }?;
         let Scratch { partial, spare } = scratch;
         for turn in 0..world {
             let origin = (me + turn) % world;
             let size = self.bytes(origin);
-            let block = &bytes_of(here)[..size];
-            let mut attend = || self.attend(origin, block, partial);
+            let block = &here.bytes_mut()[..size];
+            // SAFETY: the step's inputs are readable, as this function was promised; the block is this rank's, packed above, or
+            // the one that `origin` sent, whose size follows from what it announced.
+            let mut attend = || unsafe { self.attend(origin, block, partial) };
             if turn + 1 < world {
                 let hop = Hop {
                     index: turn as u32,
@@ -109,7 +115,7 @@ impl RingStep<'_> {
                     header: exchange.header,
                     until: Instant::now() + rounds.step_timeout(),
                 };
-                let recv = &mut bytes_of(next)[..self.bytes((origin + 1) % world)];
+                let recv = &mut next.bytes_mut()[..self.bytes((origin + 1) % world)];
                 rounds.hop(&hop, block, recv, &mut attend)?;
                 exchange.count(1, usize::from(size > 0), size);
             } else {
@@ -166,7 +172,10 @@ impl RingStep<'_> {
     }
 
     /// This rank's keys and values, into a block.
-    fn pack(&self, shard: &CpuBackend, block: &mut [u8]) -> Result<()> {
+    ///
+    /// # Safety
+    /// As [`RingStep::run`].
+    unsafe fn pack(&self, shard: &CpuBackend, block: &mut [u8]) -> Result<()> {
         let (me, layout, executor) = (self.exchange.me(), self.block, self.exchange.executor);
         let tokens = self.tokens(me);
         let size = self.bytes(me);
@@ -191,16 +200,22 @@ impl RingStep<'_> {
             let (own_mask, rest) = masks.split_at_mut(keys * self.own[b].tokens * layout.mask);
             masks = rest;
             if keys > 0 {
-                shard.pack_mask(self.step, b, self.own[b].tokens, keys, own_mask);
-                shard.pack(self.step, executor, b, own_k, own_v)?;
+                // SAFETY: `shard` surveyed this step last, and found these tokens, and as many keys or none, which is what this
+                // rank announced; `own_mask` has a row for each query head and token.
+                unsafe {
+                    shard.pack_mask(self.step, b, self.own[b].tokens, keys, own_mask);
+                    shard.pack(self.step, executor, b, own_k, own_v)?;
+                }
                 for which in [0, 1].into_iter().filter(|&which| scaled[which]) {
                     let to = &mut scales[which][first * layout.scales..][..keys * layout.scales];
-                    shard.pack_scales(self.step, b, which, wire::floats_mut(to))?;
+                    // SAFETY: as above.
+                    unsafe { shard.pack_scales(self.step, b, which, wire::floats_mut(to)) }?;
                 }
                 for row in 0..layout.positions {
                     let begin = 4 * (layout.positions * first + row * keys);
                     let to = wire::ints_mut(&mut positions[begin..][..4 * keys]);
-                    shard.pack_positions(self.step, b, row, to);
+                    // SAFETY: as above; positions travel only in plans that read them, and `to` has one a key.
+                    unsafe { shard.pack_positions(self.step, b, row, to) };
                 }
             }
             first += keys;
@@ -209,7 +224,10 @@ impl RingStep<'_> {
     }
 
     /// Attends the block of `origin`, sequence after sequence, into its slot of `partial`.
-    fn attend(&self, origin: usize, block: &[u8], partial: &mut [f32]) -> Result<()> {
+    ///
+    /// # Safety
+    /// The inputs of the step are readable until this returns, and `block` is as long as what `origin` announced takes.
+    unsafe fn attend(&self, origin: usize, block: &[u8], partial: &mut [f32]) -> Result<()> {
         let exchange = self.exchange;
         let (rows, dim, heads) = (exchange.rows(), exchange.dim(), exchange.heads());
         let desc = &exchange.context.desc;
@@ -233,7 +251,10 @@ impl RingStep<'_> {
                 block_step.mask = self.block_mask(block, origin, b);
                 let rows = PartialRows { o: &mut o[own.start * dim..own.end * dim], lse: &mut lse[own], dim };
                 let shard = Shard { rank: origin as i32, ..exchange.context.shard };
-                let fault = self.backend.attend_shard(shard, &block_step, exchange.executor, rows)?;
+                // SAFETY: `block_step` gives keys, values, scales, positions and masks inside `block`, as many as its length
+                // says, and `block_mask` likewise: slices of a borrowed block. Queries, sinks and the other numbers a query head
+                // are those of the step, for tokens that it has, and readable as this function was promised.
+                let fault = unsafe { self.backend.attend_shard(shard, &block_step, exchange.executor, rows) }?;
                 if fault.is_some() {
                     let message =
                         format!("block of rank {origin}: found bad data in sequence {b}, which both ranks had checked");
@@ -348,11 +369,4 @@ fn drop_bad_sequences(announced: &mut [Announced], batch: usize) -> RankFault {
         found = found.or(idle);
     }
     found
-}
-
-/// A buffer's bytes.
-fn bytes_of(buffer: &mut HostBuffer) -> &mut [u8] {
-    // SAFETY: a buffer is `len` initialised bytes that it alone owns, and the exclusive borrow keeps every other use of its
-    // pointers away for as long as the slice lives.
-    unsafe { std::slice::from_raw_parts_mut(buffer.as_mut_ptr(), buffer.len()) }
 }

@@ -180,12 +180,13 @@ impl Kernel {
     /// Enqueues `grid` blocks of `threads` threads.
     ///
     /// # Safety
-    /// The kernel takes as many 64-bit arguments, and what they point to outlives it.
+    /// The [`Gpu`] that gave the kernel lives. The kernel takes as many 64-bit arguments, and what they point to outlives it.
     pub unsafe fn launch(&self, stream: &Stream, grid: u32, threads: u32, arguments: &[u64]) -> Outcome<()> {
         let mut pointers: Vec<*mut c_void> =
             arguments.iter().map(|a| std::ptr::from_ref(a).cast_mut().cast()).collect();
         let pointers = pointers.as_mut_ptr();
-        // SAFETY: as the caller vouches; the driver copies the arguments before it returns.
+        // SAFETY: the function is loaded as long as its GPU lives; `pointers` has an argument for each that the kernel takes,
+        // and the driver copies them before it returns. What they point to outlives the kernel, as this function was promised.
         unsafe {
             cuda!(cuLaunchKernel(
                 self.function,
