@@ -33,6 +33,7 @@ enum : uint32_t {
     kFlagKvStable = 2,
     kFlagNoBulk = 4,
     kFlagPush = 8,
+    kFlagLseInTwo = 16,
 };
 // Which input of a step was out of range (partial::DataFaultCause).
 enum : uint32_t {
@@ -141,9 +142,9 @@ enum : int {
 };
 
 // The hashes of what all kernels know, and of what those that take TermsParams or CheckParams do; each image carries its own.
-constexpr uint64_t kAbi = 0x0581f40f1c240b8b;
-constexpr uint64_t kTermsAbi = 0xf6a5b02e247ef3d8;
-constexpr uint64_t kCheckAbi = 0xfb9d2549179ff513;
+constexpr uint64_t kAbi = 0x9313c65decd65487;
+constexpr uint64_t kTermsAbi = 0x06c53468cb2c90ec;
+constexpr uint64_t kCheckAbi = 0xc5000e3a0aeb5bf7;
 
 }  // namespace treeattn
 
@@ -155,12 +156,15 @@ constexpr uint64_t kCheckAbi = 0xfb9d2549179ff513;
     extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kCheckAbi;
 
 #define TREEATTN_CHECK_LAYOUT \
-    static_assert(sizeof(KernelShape) == 20, "KernelShape"); \
+    static_assert(sizeof(KernelShape) == 32, "KernelShape"); \
     static_assert(offsetof(KernelShape, threads) == 0, "KernelShape::threads"); \
     static_assert(offsetof(KernelShape, dynamic_smem) == 4, "KernelShape::dynamic_smem"); \
     static_assert(offsetof(KernelShape, blocks_per_sm) == 8, "KernelShape::blocks_per_sm"); \
     static_assert(offsetof(KernelShape, partial_bytes) == 12, "KernelShape::partial_bytes"); \
     static_assert(offsetof(KernelShape, counters) == 16, "KernelShape::counters"); \
+    static_assert(offsetof(KernelShape, rows) == 20, "KernelShape::rows"); \
+    static_assert(offsetof(KernelShape, open_tiles) == 24, "KernelShape::open_tiles"); \
+    static_assert(offsetof(KernelShape, long_bytes) == 28, "KernelShape::long_bytes"); \
     static_assert(sizeof(Workspace) == 24, "Workspace"); \
     static_assert(offsetof(Workspace, partials) == 0, "Workspace::partials"); \
     static_assert(offsetof(Workspace, counters) == 8, "Workspace::counters"); \
@@ -256,6 +260,7 @@ constexpr uint64_t kCheckAbi = 0xfb9d2549179ff513;
     static_assert(offsetof(ExchangeParams, is_pushed) == 152, "ExchangeParams::is_pushed"); \
     static_assert(offsetof(ExchangeParams, is_last) == 156, "ExchangeParams::is_last"); \
     static_assert(offsetof(ExchangeParams, waiting) == 160, "ExchangeParams::waiting"); \
+    static_assert(offsetof(ExchangeParams, lse_in_two) == 164, "ExchangeParams::lse_in_two"); \
     static_assert(offsetof(ExchangeParams, view) == 168, "ExchangeParams::view"); \
     static_assert(sizeof(AllreduceParams) == 168, "AllreduceParams"); \
     static_assert(offsetof(AllreduceParams, o) == 0, "AllreduceParams::o"); \

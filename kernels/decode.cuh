@@ -5,6 +5,7 @@
 // warps' states meet once in shared memory, in the slots that were just consumed.
 #pragma once
 
+#include "long_sums.cuh"
 #include "tail.cuh"
 #include "walk.cuh"
 
@@ -32,6 +33,12 @@ __device__ __forceinline__ int row_bound(const DecodeParams& p, const Item& item
     return causal_bound(p, item.b, item.first_token, item.tokens, token);
 }
 
+// Writes an lse; with what it lacks, where it is a partial's.
+__device__ __forceinline__ void store_lse(const DecodeParams& p, float* to, float2 lse) {
+    to[0] = lse.x;
+    if (p.flags & kFlagLseInTwo) to[1] = lse.y;
+}
+
 // Writes two finished columns of a row, and its lse; or pushes them.
 template <class S>
 __device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& item, char* shared, int packed_row,
@@ -53,8 +60,15 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& it
             if (is_sink) o = make_float2(0.f, 0.f);
         }
     }
-    const auto lse_of = [&](const RowState& state) {
-        return is_sink && sink == sink && sink < infinity() ? sink : (state.m + log2f(state.l)) * kLn2;
+    // One float of it takes less time than two.
+    const auto one = [&](float lse) {
+        if (s.l == 0.f) return -infinity();
+        return is_sink && sink == sink && sink < infinity() ? sink : lse;
+    };
+    const auto two = [&] {
+        const float2 lse = natural_lse(s.m, s.l);
+        const float high = one(lse.x);
+        return make_float2(high, high == lse.x ? lse.y : 0.f);
     };
     if (s.l == 0.f) {
         o = make_float2(0.f, 0.f);
@@ -64,16 +78,18 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Item& it
     }
     if (p.flags & kFlagPush) {
         if (column >= p.head_dim_v()) return;
-        const float lse = s.l == 0.f ? -infinity() : lse_of(s);
         const PushState& push = *reinterpret_cast<const PushState*>(shared + S::kPushStateAt);
-        push_columns(push, token, static_cast<int>(head), column, lse, o);
+        push_columns(push, static_cast<int>(token), static_cast<int>(head), column, two(), o);
         return;
     }
     const RowTarget& target = p.target;
     char* to = target.row(token, head) + column * target.o_stride[2];
     if (column < p.head_dim_v()) store_two(to, target.o_stride[2], target.dtype, o);
-    if (target.lse != nullptr && column == 0) {
-        *target.lse_of(token, head) = s.l == 0.f ? -infinity() : lse_of(s);
+    if (target.lse == nullptr || column != 0) return;
+    if (p.flags & kFlagLseInTwo) {
+        store_lse(p, target.lse_of(token, head), two());
+    } else {
+        *target.lse_of(token, head) = one((s.m + log2f(s.l)) * kLn2);
     }
 }
 
@@ -134,11 +150,10 @@ __device__ __forceinline__ void merge_item(const DecodeParams& p, const Item& it
         RowState state{-infinity(), 0.f};
 #pragma unroll
         for (int k = 0; k < S::kWarps; k++) state.m = fmaxf(state.m, maxima[k * S::kRows + row]);
-        const float reference = state.m == -infinity() ? 0.f : state.m;
 #pragma unroll
         for (int k = 0; k < S::kWarps; k++) {
             const float2 x = *reinterpret_cast<const float2*>(shared + o_at[k] + at);
-            const float w = exp2_approx(maxima[k * S::kRows + row] - reference);
+            const float w = power_of_two(maxima[k * S::kRows + row] - state.m);
             state.l = fmaf(sums[k * S::kRows + row], w, state.l);
             o.x = fmaf(x.x, w, o.x), o.y = fmaf(x.y, w, o.y);
         }
@@ -216,7 +231,8 @@ static __device__ __noinline__ void write_unowned(const DecodeParams& p, const P
         const int64_t nth = r / p.q_heads, head = r - nth * p.q_heads, token = nth < begin ? nth : nth - begin + end;
         if (p.flags & kFlagPush) {
             for (int c = threadIdx.x % 32 * 2; c < p.head_dim_v(); c += 64) {
-                push_columns(push, token, static_cast<int>(head), c, -infinity(), make_float2(0.f, 0.f));
+                push_columns(push, static_cast<int>(token), static_cast<int>(head), c, make_float2(-infinity(), 0.f),
+                             make_float2(0.f, 0.f));
             }
             continue;
         }
@@ -226,7 +242,9 @@ static __device__ __noinline__ void write_unowned(const DecodeParams& p, const P
         for (int c = threadIdx.x % 32 * 2; c < p.head_dim_v(); c += 64) {
             store_two(to + c * target.o_stride[2], target.o_stride[2], target.dtype, make_float2(0.f, 0.f));
         }
-        if (target.lse != nullptr && threadIdx.x % 32 == 0) *target.lse_of(token, head) = -infinity();
+        if (target.lse != nullptr && threadIdx.x % 32 == 0) {
+            store_lse(p, target.lse_of(token, head), make_float2(-infinity(), 0.f));
+        }
     }
 }
 
@@ -268,7 +286,7 @@ __device__ __forceinline__ void fill_either(Walk<S>& walk, int stage, bool is_ev
 }
 
 // The kernel. A family holds one warp's state (running maximum, sum and output of its rows) and says how a tile is
-// attended: stage_query, begin, attend, poison, close. Says whether the block had keys, and so has announced its rank.
+// attended: stage_query, begin, attend, poison, close_sums, close. Says whether the block had keys, and so has announced its rank.
 template <class Family>
 __device__ __forceinline__ bool decode(const DecodeParams& p) {
     using S = typename Family::S;
@@ -350,6 +368,7 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
             if ((tile.flags & kSlotFirst) && filled > S::kStages) {
                 const Item next = *reinterpret_cast<const Item*>(from + 1);
                 take_item(next);
+                filled = S::kStages + 1;  // counts tiles of the item from here on
             }
         }
         if (tile.flags & kSlotFirst) {
@@ -366,11 +385,21 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
             if (tile.keys > 0) family.attend(p, tile, shared, slot);
         }
         if (tile.flags & kSlotPoison) family.poison();
-        if (tile.flags & kSlotLast) {
+        if ((tile.flags | filled) & kSlotLast) {
             // The slot is consumed and not yet filled again.
-            merge_item<S>(p, item, shared, family, (warp * S::kStages + stage) * S::kSlotBytes, rows);
-            if (tile.flags & kSlotFinal) break;
-            __syncthreads();
+            const int mine = (warp * S::kStages + stage) * S::kSlotBytes;
+            const bool is_last = tile.flags & kSlotLast;
+            if (__builtin_expect(filled >= kOpenTiles, 0)) {
+                __syncwarp();
+                family.close_sums(shared + mine, Family::Long::of_lane(p, Partials<S>::kFloats), filled >= kClosed, is_last);
+                __syncwarp();
+                filled = kClosed + S::kStages;
+            }
+            if (is_last) {
+                merge_item<S>(p, item, shared, family, mine, rows);
+                if (tile.flags & kSlotFinal) break;
+                __syncthreads();
+            }
             if constexpr (!S::kRaw) clear_padding<S>(p, slot, lane);
         }
         __syncwarp();
@@ -383,7 +412,8 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
 #define TREEATTN_DECODE_KERNEL(NAME, FAMILY, BODY)                                                                    \
     extern "C" __device__ const treeattn::KernelShape NAME##_shape = {                                                \
         FAMILY::S::kThreads, FAMILY::S::kSharedBytes, FAMILY::S::kBlocks, treeattn::Partials<FAMILY::S>::kFloats * 4, \
-        treeattn::Partials<FAMILY::S>::kStrips * treeattn::kCountersOfStrip};                                         \
+        treeattn::Partials<FAMILY::S>::kStrips * treeattn::kCountersOfStrip, FAMILY::S::kRows,                        \
+        treeattn::open_tiles(FAMILY::S::kWarps), FAMILY::Long::kBlockBytes};                                          \
     extern "C" __global__ void __launch_bounds__(FAMILY::S::kThreads, FAMILY::S::kBlocks)                           \
         NAME(const __grid_constant__ treeattn::DecodeParams params) {                                                 \
         treeattn::end_step<FAMILY::S>(params, BODY<FAMILY>(params));                                                  \
@@ -392,7 +422,8 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
 #define TREEATTN_TERMS_KERNEL(NAME, FAMILY)                                                                           \
     extern "C" __device__ const treeattn::KernelShape NAME##_shape = {                                                \
         FAMILY::S::kThreads, FAMILY::S::kSharedBytes, FAMILY::S::kBlocks, treeattn::Partials<FAMILY::S>::kFloats * 4, \
-        treeattn::Partials<FAMILY::S>::kStrips * treeattn::kCountersOfStrip};                                         \
+        treeattn::Partials<FAMILY::S>::kStrips * treeattn::kCountersOfStrip, FAMILY::S::kRows,                        \
+        treeattn::open_tiles(FAMILY::S::kWarps), FAMILY::Long::kBlockBytes};                                          \
     extern "C" __global__ void __launch_bounds__(FAMILY::S::kThreads, FAMILY::S::kBlocks)                           \
         NAME(const __grid_constant__ treeattn::TermsParams params) {                                                  \
         treeattn::end_step<FAMILY::S>(params.step, treeattn::decode<FAMILY>(params.step));                            \

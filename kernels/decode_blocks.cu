@@ -28,8 +28,6 @@ struct InBlocks : Mma<Dim, Dim, 8, false, false, true, SlotBlocks<Dim, Type>> {
     static_assert(kBlocks * kQueryBlock <= Base::kPartBytes, "a part of the query");
     // What f16 weights carry, in log2 units: times a scale below 2 they stay within f16.
     static constexpr float kBias = 14.f, kUnbias = 1.f / 16384.f;
-    // The maximum of nothing yet: no infinity, so that a difference to it is a number.
-    static constexpr float kNothing = -3.402823466e38f;
 
     using Units = uint32_t[2][kUnits];  // of the tile's first eight keys, and of the others
 
@@ -92,7 +90,7 @@ struct InBlocks : Mma<Dim, Dim, 8, false, false, true, SlotBlocks<Dim, Type>> {
         if (t.softcap > 0.f || t.slopes != nullptr || t.mask_element != kMaskNone) all.low = INT32_MAX;
         bad = 0;
 #pragma unroll
-        for (int i = 0; i < 2; i++) this->m[0][i] = kNothing, this->l[0][i] = 0.f;
+        for (int i = 0; i < 2; i++) this->m[0][i] = kNoMaximum, this->l[0][i] = 0.f;
 #pragma unroll
         for (int n = 0; n < Base::kStepsV; n++) {
 #pragma unroll
@@ -211,11 +209,11 @@ struct InBlocks : Mma<Dim, Dim, 8, false, false, true, SlotBlocks<Dim, Type>> {
             top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 8));
             top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 16));
             const float before = this->m[0][i], now = top > before ? ceilf(top) : before;
-            const bool coarse = fabsf(now) >= kCoarse && now != kNothing;
+            const bool coarse = fabsf(now) >= kCoarse && now != kNoMaximum;
             // From here to the item's end, scores are rounded before so large a maximum is subtracted.
             if (coarse) all.low = INT32_MAX;
             this->m[0][i] = now;
-            grow[i] = exp2_approx(before - now);
+            grow[i] = power_of_two(before - now);
             this->l[0][i] *= grow[i];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -373,6 +371,29 @@ struct InBlocks : Mma<Dim, Dim, 8, false, false, true, SlotBlocks<Dim, Type>> {
         }
     }
 
+    // The unit of a block's sums.
+    __device__ __forceinline__ float unit_of(int block) const {
+        const uint32_t inverted = __float_as_uint(unpack_pair<false>(inverse[block]).x);
+        return __uint_as_float(0x7f000000u - inverted) * kUnbias;
+    }
+
+    // As Mma::close_sums, of sums in the unit 1.
+    __device__ __forceinline__ void close_sums(char* slot, float2* to, bool exist, bool is_last) {
+#pragma unroll
+        for (int block = 0; block < kBlocks; block++) {
+            const float unit = unit_of(block);
+#pragma unroll
+            for (int i = 0; i < 8; i++) this->o[0][block * 2 + i / 4][i % 4] *= unit;
+        }
+        this->l[0][0] *= kUnbias, this->l[0][1] *= kUnbias;
+        Base::close_sums(slot, to, exist, is_last);
+        if (!is_last) return;
+        // `close` finds the unit 1, and sums of weights with their bias.
+        this->l[0][0] /= kUnbias, this->l[0][1] /= kUnbias;
+#pragma unroll
+        for (int block = 0; block < kBlocks; block++) inverse[block] = pack_pair<false>(kUnbias, kUnbias);
+    }
+
     // As Mma::close, with the dims where they belong.
     __device__ __forceinline__ void close(char* shared, float* to) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -383,7 +404,6 @@ struct InBlocks : Mma<Dim, Dim, 8, false, false, true, SlotBlocks<Dim, Type>> {
             sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 4);
             sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 8);
             sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 16);
-            if (this->m[0][i] == kNothing) this->m[0][i] = -infinity();
         }
         if (lane < 4) {
             float* state = Base::of_row(shared, warp, 0);
@@ -394,8 +414,7 @@ struct InBlocks : Mma<Dim, Dim, 8, false, false, true, SlotBlocks<Dim, Type>> {
         float* at = to + lane % 4 * 2 * S::kPitchO;
 #pragma unroll
         for (int block = 0; block < kBlocks; block++) {
-            const uint32_t inverted = __float_as_uint(unpack_pair<false>(inverse[block]).x);
-            const float unit = __uint_as_float(0x7f000000u - inverted) * kUnbias;
+            const float unit = unit_of(block);
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const int element = Codes::element_of(i / 2, Codes::first_place(begin, block));

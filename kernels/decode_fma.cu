@@ -73,7 +73,7 @@ struct Fma {
         for (int i = 0; i < kLoadsV; i++) v[i] = make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int r = 0; r < kFmaRows; r++) {
-            m[r] = -infinity(), l[r] = 0.f;
+            m[r] = kNoMaximum, l[r] = 0.f;
 #pragma unroll
             for (int c = 0; c < 8; c++) o[r][c] = 0.f;
         }
@@ -142,6 +142,22 @@ struct Fma {
         for (int r = 0; r < Rows; r++) score[r] = sum_over_lanes(sum[r]);
     }
 
+    // As Mma::raise_maxima.
+    template <int Rows>
+    __device__ __forceinline__ void raise_maxima(const float (&x)[Rows]) {
+#pragma unroll
+        for (int r = 0; r < Rows; r++) {
+            float top = x[r];
+#pragma unroll
+            for (int d = 2; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, d));
+            const float now = fmaxf(m[r], ceilf(top)), shrink = power_of_two(m[r] - now);
+            m[r] = now;
+            l[r] *= shrink;
+#pragma unroll
+            for (int c = 0; c < 8; c++) o[r][c] *= shrink;
+        }
+    }
+
     // Weighs the tile's keys and adds their values; v is free then.
     template <int Rows>
     __device__ __forceinline__ void accumulate(const DecodeParams& p, const PlannedTile& tile, const char* shared, int b,
@@ -171,25 +187,24 @@ struct Fma {
         }
 
         // The weight of a hidden key is less than nothing, so that not even a NaN is taken from its values.
-        float weight[Rows], grow[Rows];
+        float x[Rows], weight[Rows];
+        bool is_larger = false;
 #pragma unroll
         for (int r = 0; r < Rows; r++) {
             // A hidden score becomes -inf, whatever it was; x is in log2 units.
-            const float s = visible[r] ? score[r] : -infinity();
-            const float x = visible[r] ? s * scale : -infinity();
-            float top = x;
+            x[r] = visible[r] ? score[r] * scale : -infinity();
+            is_larger |= x[r] > m[r];
+        }
+        if (__any_sync(kAllLanes, is_larger)) raise_maxima(x);
 #pragma unroll
-            for (int d = 2; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, d));
-            const float before = m[r], now = fmaxf(before, top);
-            const float reference = now == -infinity() ? 0.f : now;
-            m[r] = now;
-            grow[r] = exp2_approx(before - reference);
+        for (int r = 0; r < Rows; r++) {
+            const float s = visible[r] ? score[r] : -infinity();
             // As on tensor cores: the product unrounded, except where the score is hidden and where it is so large that
-            // the largest, rounded, would be far from its own reference.
-            float power = fmaf(s, scale, -reference);
-            if (fabsf(reference) >= kCoarse || s == -infinity()) power = x - reference;
+            // the largest, rounded, would be far from its own maximum.
+            float power = fmaf(s, scale, -m[r]);
+            if (fabsf(m[r]) >= kCoarse || s == -infinity()) power = x[r] - m[r];
             const float w = exp2_approx(power);
-            l[r] = fmaf(l[r], grow[r], w);
+            l[r] += w;
             weight[r] = visible[r] ? w : -1.f;
         }
 
@@ -203,7 +218,7 @@ struct Fma {
 #pragma unroll
         for (int r = 0; r < Rows; r++) {
 #pragma unroll
-            for (int c = 0; c < 8; c++) o[r][c] = fmaf(o[r][c], grow[r], d[r][c]);
+            for (int c = 0; c < 8; c++) o[r][c] += d[r][c];
         }
     }
 
@@ -231,6 +246,25 @@ struct Fma {
     __device__ __forceinline__ void poison() {
 #pragma unroll
         for (int r = 0; r < kFmaRows; r++) l[r] = not_a_number();
+    }
+
+    static constexpr int kSums = 9;  // over one maximum
+    using Long = LongSums<S, kSums, kFmaRows>;
+    static_assert(Long::kGroupFloats * 4 <= S::kCloseBytes, "sums of a row");
+
+    // As Mma::close_sums.
+    __device__ __forceinline__ void close_sums(char* memory, float2* to, bool exist, bool is_last) {
+        float* const mine = reinterpret_cast<float*>(memory) + threadIdx.x % 32;
+#pragma unroll
+        for (int r = 0; r < kFmaRows; r++) {
+#pragma unroll
+            for (int c = 0; c < 8; c++) mine[c * 32] = o[r][c];
+            mine[8 * 32] = l[r], mine[kSums * 32] = m[r];
+            close_group<kSums>(mine, to + r * Long::kGroupFloats, exist, is_last);
+#pragma unroll
+            for (int c = 0; c < 8; c++) o[r][c] = is_last ? mine[c * 32] : 0.f;
+            l[r] = is_last ? mine[8 * 32] : 0.f;
+        }
     }
 
     // Writes the warp's maxima, sums and O.
@@ -319,8 +353,19 @@ __device__ __forceinline__ bool decode_loaded(const DecodeParams& p) {
                 }
             }
             if (tile.flags & kSlotPoison) family.poison();
+            if (tile.flags & (kSlotLast | kCountOpen)) {
+                const bool is_last = tile.flags & kSlotLast;
+                if (__builtin_expect(tile.flags >= kCountOpen, 0)) {
+                    __syncwarp();
+                    family.close_sums(shared + warp * S::kCloseBytes, Family::Long::of_lane(p, Partials<S>::kFloats),
+                                      tile.flags >= kCountClosed, is_last);
+                    __syncwarp();
+                }
+                // There is no next one then.
+                if (is_last) break;
+                next.flags = walk.recount(next.flags);
+            }
             if (next.keys > 0) walk.template load<S::kDimV>(family.v, next.v, p.v_stride, p.head_dim_v());
-            if (tile.flags & kSlotLast) break;
             // The first keys are on their way before the queries have been laid out.
             if (tile.flags == 0) {
                 __syncthreads();

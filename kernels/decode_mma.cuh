@@ -1,5 +1,8 @@
 // Decode on tensor cores: 8 or 16 packed query rows a tile, warps split over keys.
 //
+// A running maximum is rounded up to a whole number, in log2 units: it moves seldom then, and what sums are rescaled by
+// rounds nothing. A tile only has to see that none of its scores is larger; lanes agree on a maximum where one is.
+//
 // Scores are exact products summed in fp32. A q of another type than k is split into up to three 16-bit terms that add
 // up to it, one pass over K each. Weights are split in two or three 16-bit terms likewise, so that nothing but fp32
 // rounding is lost. Every product starts from zero and is added to the sum by an fp32 addition: tensor cores truncate
@@ -144,7 +147,7 @@ struct Mma {
         for (int t = 0; t < kRowTiles; t++) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                m[t][i] = -infinity();
+                m[t][i] = kNoMaximum;
                 l[t][i] = 0.f;
                 least_bound = min(least_bound, bounds[t * 8 + lane % 4 * 2 + i]);
             }
@@ -200,8 +203,46 @@ struct Mma {
         }
     }
 
-    __device__ __forceinline__ void accumulate(const float (&w)[kRowTiles][4], const float (&grow)[kRowTiles][2],
-                                               uint32_t slot) {
+    // Makes the maxima no less than any of the scores x of a tile. Few tiles have one that is.
+    __device__ __forceinline__ void keep_maxima(const float (&x)[kRowTiles][4]) {
+        bool is_larger = false;
+#pragma unroll
+        for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) is_larger |= x[t][i] > m[t][i % 2];
+        }
+        if (__any_sync(kAllLanes, is_larger)) raise_maxima(x);
+    }
+    __device__ __forceinline__ void raise_maxima(const float (&x)[kRowTiles][4]) {
+        float shrink[kRowTiles][2];
+        bool has_begun = false;
+#pragma unroll
+        for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float top = fmaxf(x[t][i], x[t][2 + i]);
+                top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 4));
+                top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 8));
+                top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 16));
+                const float now = fmaxf(m[t][i], ceilf(top));
+                has_begun |= m[t][i] > kNoMaximum;
+                shrink[t][i] = power_of_two(m[t][i] - now);
+                m[t][i] = now;
+            }
+        }
+        if (!__any_sync(kAllLanes, has_begun)) return;
+#pragma unroll
+        for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                l[t][i] *= shrink[t][i];
+#pragma unroll
+                for (int n = 0; n < kStepsV; n++) o[t][n][i] *= shrink[t][i], o[t][n][2 + i] *= shrink[t][i];
+            }
+        }
+    }
+
+    __device__ __forceinline__ void accumulate(const float (&w)[kRowTiles][4], uint32_t slot) {
         const int lane = threadIdx.x % 32;
         const uint32_t v_address = slot + S::kVAt + S::RowsV::at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
         uint32_t b[kRowTiles][kWeightParts][2];
@@ -222,26 +263,17 @@ struct Mma {
 #pragma unroll
             for (int t = 0; t < kRowTiles; t++) {
 #pragma unroll
-                for (int i = 0; i < 4; i++) o[t][n][i] = fmaf(o[t][n][i], grow[t][i % 2], d[t][i]);
+                for (int i = 0; i < 4; i++) o[t][n][i] += d[t][i];
             }
         }
     }
 
     // A non-finite V where a key is hidden from some row: a zero weight would not silence it. Such keys are added
     // row by row where they are seen, then cleared. Bit t * 4 + i of `seen` belongs to score [t][i] of this lane.
-    __device__ __forceinline__ void add_row_by_row(const DecodeParams& p, const float (&w)[kRowTiles][4], uint32_t seen,
-                                                   float (&grow)[kRowTiles][2], uint32_t slot, uint32_t keys) {
+    __device__ __forceinline__ void add_row_by_row(const float (&w)[kRowTiles][4], uint32_t seen, uint32_t slot,
+                                                   uint32_t keys) {
         const int lane = threadIdx.x % 32;
         const float bias = Bf16V ? 1.f : kHalfBias;
-#pragma unroll
-        for (int t = 0; t < kRowTiles; t++) {
-#pragma unroll
-            for (int n = 0; n < kStepsV; n++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) o[t][n][i] *= grow[t][i % 2];
-            }
-            grow[t][0] = grow[t][1] = 1.f;
-        }
 #pragma unroll 1
         while (keys != 0) {
             const int key = __ffs(keys) - 1;
@@ -346,48 +378,62 @@ struct Mma {
             }
         }
 
-        float grow[kRowTiles][2];
+        keep_maxima(x);
 #pragma unroll
         for (int t = 0; t < kRowTiles; t++) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                float top = fmaxf(x[t][i], x[t][2 + i]);
-                top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 4));
-                top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 8));
-                top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 16));
-                const float before = m[t][i];
-                const float now = fmaxf(before, top);
-                const float reference = now == -infinity() ? 0.f : now;
-                const bool coarse = fabsf(reference) >= kCoarse;
-                m[t][i] = now;
-                grow[t][i] = exp2_approx(before - reference);
-                float sum = 0.f;
+                const bool coarse = fabsf(m[t][i]) >= kCoarse;
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const float score = s[t][half * 2 + i];
                     // The product unrounded, except where the score is hidden (-inf times a negative scale) and where
-                    // its rounding is so coarse that the largest would be far from its own reference.
-                    float power = fmaf(score, scale[t][i], -reference);
-                    if (coarse || score == -infinity()) power = x[t][half * 2 + i] - reference;
+                    // its rounding is so coarse that the largest would be far from its own maximum.
+                    float power = fmaf(score, scale[t][i], -m[t][i]);
+                    if (coarse || score == -infinity()) power = x[t][half * 2 + i] - m[t][i];
                     x[t][half * 2 + i] = exp2_approx(power);
-                    sum += x[t][half * 2 + i];
                 }
-                l[t][i] = fmaf(l[t][i], grow[t][i], sum);
+                l[t][i] += x[t][i] + x[t][2 + i];
             }
         }
 
         if (bad_position) poison();
         if (hidden) {
             const uint32_t keys = keys_not_finite(p, slot);
-            if (keys != 0) add_row_by_row(p, x, seen, grow, slot, keys);
+            if (keys != 0) add_row_by_row(x, seen, slot, keys);
         }
-        accumulate(x, grow, slot);
+        accumulate(x, slot);
     }
 
     // A sum that is not a number stays so, and makes the rows' results so.
     __device__ __forceinline__ void poison() {
 #pragma unroll
         for (int t = 0; t < kRowTiles; t++) l[t][0] = l[t][1] = not_a_number();
+    }
+
+    static constexpr int kSums = kStepsV * 2 + 1;  // over one maximum
+    using Long = LongSums<S, kSums, kRowTiles * 2>;
+    static_assert(Long::kGroupFloats * 4 <= S::kSlotBytes, "sums of a row");
+
+    // Closes the sums by way of a slot, or, at an item's end, adds what was closed to them.
+    __device__ __forceinline__ void close_sums(char* slot, float2* to, bool exist, bool is_last) {
+        float* const mine = reinterpret_cast<float*>(slot) + threadIdx.x % 32;
+#pragma unroll
+        for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+#pragma unroll
+                for (int n = 0; n < kStepsV; n++) mine[n * 64] = o[t][n][i], mine[n * 64 + 32] = o[t][n][2 + i];
+                mine[kStepsV * 64] = l[t][i], mine[kSums * 32] = m[t][i];
+                close_group<kSums>(mine, to + (t * 2 + i) * Long::kGroupFloats, exist, is_last);
+                // Sums begin anew, or are whole.
+#pragma unroll
+                for (int n = 0; n < kStepsV; n++) {
+                    o[t][n][i] = is_last ? mine[n * 64] : 0.f, o[t][n][2 + i] = is_last ? mine[n * 64 + 32] : 0.f;
+                }
+                l[t][i] = is_last ? mine[kStepsV * 64] : 0.f;
+            }
+        }
     }
 
     // Where this lane's rows of row tile t have their maxima; kWarps * Rows floats further on, their sums.

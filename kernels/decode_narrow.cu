@@ -167,10 +167,10 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
         }
     }
 
-    // o = o * grow + values weighted by w.
+    // Adds values weighted by w to o.
     template <Bytes Kind>
-    __device__ __forceinline__ void add_values(const DecodeParams& p, const float (&w)[4], const float (&grow)[2],
-                                               const Values& values, uint32_t seen) {
+    __device__ __forceinline__ void add_values(const DecodeParams& p, const float (&w)[4], const Values& values,
+                                               uint32_t seen) {
         const int lane = threadIdx.x % 32, c = lane % 4, g = lane / 4;
         const int32_t dtype = terms_of(p).v_dtype;
         const Blocks blocks(dtype);
@@ -234,7 +234,7 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
                 for (int part = 0; part < 3; part++) multiply<true>(d, v, b[part][0], b[part][1]);
                 const int n = block * 2 + step;
 #pragma unroll
-                for (int i = 0; i < 4; i++) this->o[0][n][i] = fmaf(this->o[0][n][i], grow[i % 2], d[i]);
+                for (int i = 0; i < 4; i++) this->o[0][n][i] += d[i];
             }
         }
     }
@@ -265,16 +265,10 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
     // Adds such keys row by row where they are seen: a zero weight would not silence them.
     template <Bytes Kind>
     __device__ __forceinline__ void add_key_by_key(const DecodeParams& p, const float (&w)[4], uint32_t seen,
-                                                   float (&grow)[2], const uint64_t* rows, uint32_t keys) {
+                                                   const uint64_t* rows, uint32_t keys) {
         const int lane = threadIdx.x % 32;
         const Blocks blocks(terms_of(p).v_dtype);
         const Float8 f8(terms_of(p).v_dtype);
-#pragma unroll
-        for (int n = 0; n < Base::kStepsV; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) this->o[0][n][i] *= grow[i % 2];
-        }
-        grow[0] = grow[1] = 1.f;
 #pragma unroll 1
         while (keys != 0) {
             const int key = __ffs(keys) - 1;
@@ -339,8 +333,7 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
 
     template <Bytes Kind>
     __device__ __forceinline__ void take_values(const DecodeParams& p, const Tile& tile, const float (&w)[4],
-                                                uint32_t seen, float (&grow)[2], const uint64_t* rows,
-                                                bool may_be_not_finite) {
+                                                uint32_t seen, const uint64_t* rows, bool may_be_not_finite) {
         const int lane = threadIdx.x % 32, c = lane % 4;
         Values values;
         const int mine[4] = {2 * c, 2 * c + 1, 2 * c + 8, 2 * c + 9};
@@ -354,11 +347,11 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
             const uint32_t keys =
                 keys_not_finite<Kind>(p, static_cast<uint32_t>(rows[lane % 16])) & ~values.skipped;
             if (keys != 0) {
-                add_key_by_key<Kind>(p, w, seen, grow, rows, keys);
+                add_key_by_key<Kind>(p, w, seen, rows, keys);
                 values.skipped |= keys;
             }
         }
-        add_values<Kind>(p, w, grow, values, seen);
+        add_values<Kind>(p, w, values, seen);
     }
 
     __device__ __forceinline__ void attend(const DecodeParams& p, const Tile& tile, char* shared, uint32_t slot,
@@ -372,7 +365,7 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
         const float scale[1][2] = {{scales[0], scales[1]}};
         const TileTerms<1> terms = ask_terms<S, 1>(p, all, tile, shared, stage);
 
-        float s[1][4] = {{0.f, 0.f, 0.f, 0.f}}, x[1][4], grow[1][2];
+        float s[1][4] = {{0.f, 0.f, 0.f, 0.f}}, x[1][4];
         if (raw) {
             const uint32_t key[2] = {static_cast<uint32_t>(table.at[g]), static_cast<uint32_t>(table.at[g + 8])};
             switch (bytes_of(t.k_dtype)) {
@@ -393,7 +386,7 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
 #pragma unroll
             for (int i = 0; i < 4; i++) s[0][i] *= own[i / 2];
         }
-        weigh_tile<1>(p, terms, scale, s, x, this->m, this->l, grow);
+        weigh_tile(p, terms, scale, s, x, static_cast<Base&>(*this));
         if (__any_sync(kAllLanes, terms.bad_position)) {
             if (lane == 0) report_fault(p, tile.b, kFaultPosition);
             this->poison();
@@ -407,9 +400,9 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
         const uint64_t* rows = table.at + kTile;
         if (raw) {
             switch (bytes_of(t.v_dtype)) {
-                case Bytes::kFloat8: take_values<Bytes::kFloat8>(p, tile, x[0], terms.seen, grow[0], rows, hidden); break;
-                case Bytes::kInt8: take_values<Bytes::kInt8>(p, tile, x[0], terms.seen, grow[0], rows, false); break;
-                default: take_values<Bytes::kNibbles>(p, tile, x[0], terms.seen, grow[0], rows, false);
+                case Bytes::kFloat8: take_values<Bytes::kFloat8>(p, tile, x[0], terms.seen, rows, hidden); break;
+                case Bytes::kInt8: take_values<Bytes::kInt8>(p, tile, x[0], terms.seen, rows, false); break;
+                default: take_values<Bytes::kNibbles>(p, tile, x[0], terms.seen, rows, false);
             }
         } else {
             const int count = terms_of_type(t.v_dtype);
@@ -421,8 +414,7 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
                 __syncwarp();
                 if (lane >= kTile) table.at[lane] = slot + (lane - kTile) * kPitch16;
                 __syncwarp();
-                take_values<Bytes::kBf16>(p, tile, x[0], terms.seen, grow[0], rows, hidden && term == 0);
-                grow[0][0] = grow[0][1] = 1.f;
+                take_values<Bytes::kBf16>(p, tile, x[0], terms.seen, rows, hidden && term == 0);
                 __syncwarp();
                 if (lane >= kTile) table.at[lane] = before;
             }

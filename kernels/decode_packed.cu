@@ -101,8 +101,8 @@ struct Packed : Mma<Dim, Dim, 8, false, false, true, SlotPacked<Dim>> {
         }
     }
 
-    // o = o * grow + values weighted by w, which is in the unit of o.
-    __device__ __forceinline__ void accumulate(const float (&w)[4], const float (&grow)[2], uint32_t slot) {
+    // Adds values weighted by w, which is in the unit of o.
+    __device__ __forceinline__ void accumulate(const float (&w)[4], uint32_t slot) {
         const int c = threadIdx.x % 4;
         uint32_t b[2][2];
 #pragma unroll
@@ -131,7 +131,7 @@ struct Packed : Mma<Dim, Dim, 8, false, false, true, SlotPacked<Dim>> {
             multiply<false>(d, a, b[0][0], b[0][1]);
             multiply<false>(d, a, b[1][0], b[1][1]);
 #pragma unroll
-            for (int i = 0; i < 4; i++) this->o[0][n][i] = fmaf(this->o[0][n][i], grow[i % 2], d[i]);
+            for (int i = 0; i < 4; i++) this->o[0][n][i] += d[i];
         }
     }
 
@@ -147,15 +147,8 @@ struct Packed : Mma<Dim, Dim, 8, false, false, true, SlotPacked<Dim>> {
     }
 
     // Adds such keys row by row where they are seen, and clears them: a zero weight would not silence them.
-    __device__ __forceinline__ void add_key_by_key(const float (&w)[4], uint32_t seen, float (&grow)[2], uint32_t slot,
-                                                   uint32_t keys) {
+    __device__ __forceinline__ void add_key_by_key(const float (&w)[4], uint32_t seen, uint32_t slot, uint32_t keys) {
         const int lane = threadIdx.x % 32;
-#pragma unroll
-        for (int n = 0; n < kStepsV; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) this->o[0][n][i] *= grow[i % 2];
-        }
-        grow[0] = grow[1] = 1.f;
 #pragma unroll 1
         while (keys != 0) {
             const int key = __ffs(keys) - 1;
@@ -189,8 +182,8 @@ struct Packed : Mma<Dim, Dim, 8, false, false, true, SlotPacked<Dim>> {
     }
 
     // Turns weights into those of values without their scales, in the unit of o, which grows where it has to.
-    __device__ __forceinline__ void scale_weights(float (&w)[4], float (&grow)[2], const TileTerms<1>& terms,
-                                                  const Tile& tile, const char* stage) {
+    __device__ __forceinline__ void scale_weights(float (&w)[4], const TileTerms<1>& terms, const Tile& tile,
+                                                  const char* stage) {
         const int g = threadIdx.x % 32 / 4;
         const float* scales = reinterpret_cast<const float*>(stage + S::kRowsAt) + kTile;
         float own[2], top = 0.f;
@@ -207,10 +200,14 @@ struct Packed : Mma<Dim, Dim, 8, false, false, true, SlotPacked<Dim>> {
         const uint32_t power = max(__float_as_uint(top) & 0x7f800000u, 0x07800000u);
         const float now = fmaxf(unit, __uint_as_float(power - (14u << 23)));
         const float inverse = __uint_as_float(0x7f000000u - __float_as_uint(now));
-        if (now != unit) {
+        if (__builtin_expect(__any_sync(kAllLanes, now != unit), 0)) {
             const float shrink = unit * inverse;
-            grow[0] *= shrink, grow[1] *= shrink;
             unit = now;
+#pragma unroll
+            for (int n = 0; n < kStepsV; n++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) this->o[0][n][i] *= shrink;
+            }
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) w[i] = terms.seen >> i & 1 ? w[i] * (own[i / 2] * inverse) : 0.f;
@@ -224,7 +221,7 @@ struct Packed : Mma<Dim, Dim, 8, false, false, true, SlotPacked<Dim>> {
             reinterpret_cast<const float*>(reinterpret_cast<const int*>(shared + S::kRowAt) + S::kRows) + lane % 4 * 2;
         const float scale[1][2] = {{row_scales[0], row_scales[1]}};
         const TileTerms<1> terms = ask_terms<S, 1>(p, all, tile, shared, stage);
-        float s[1][4], x[1][4], grow[1][2];
+        float s[1][4], x[1][4];
         scores(p, s[0], shared, slot);
         if (t.k_scale != nullptr) {
             const float* scales = reinterpret_cast<const float*>(stage + S::kRowsAt);
@@ -232,22 +229,33 @@ struct Packed : Mma<Dim, Dim, 8, false, false, true, SlotPacked<Dim>> {
 #pragma unroll
             for (int i = 0; i < 4; i++) s[0][i] *= own[i / 2];
         }
-        weigh_tile<1>(p, terms, scale, s, x, this->m, this->l, grow);
+        weigh_tile(p, terms, scale, s, x, static_cast<Base&>(*this));
         if (__any_sync(kAllLanes, terms.bad_position)) {
             if (lane == 0) report_fault(p, tile.b, kFaultPosition);
             this->poison();
         }
         if (t.v_scale != nullptr) {
-            scale_weights(x[0], grow[0], terms, tile, stage);
+            scale_weights(x[0], terms, tile, stage);
         } else {
 #pragma unroll
             for (int i = 0; i < 4; i++) x[0][i] *= kHalfBias;
         }
         if (Type == kF8E4M3 && __any_sync(kAllLanes, terms.seen != 0xfu)) {
             const uint32_t keys = keys_not_finite(slot);
-            if (keys != 0) add_key_by_key(x[0], terms.seen, grow[0], slot, keys);
+            if (keys != 0) add_key_by_key(x[0], terms.seen, slot, keys);
         }
-        accumulate(x[0], grow[0], slot);
+        accumulate(x[0], slot);
+    }
+
+    // As Mma::close_sums, of sums in the unit 1.
+    __device__ __forceinline__ void close_sums(char* slot, float2* to, bool exist, bool is_last) {
+#pragma unroll
+        for (int n = 0; n < kStepsV; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) this->o[0][n][i] *= unit;
+        }
+        Base::close_sums(slot, to, exist, is_last);
+        if (is_last) unit = 1.f;
     }
 
     // As Mma::close, with the dims where they belong.

@@ -35,7 +35,7 @@ struct MmaTerms : Mma<HeadDimQk, HeadDimV, Rows, Bf16K, Bf16V, true, SlotTerms<H
         float scale[kRowTiles][2];
 #pragma unroll
         for (int t = 0; t < kRowTiles; t++) scale[t][0] = scales[t * 8], scale[t][1] = scales[t * 8 + 1];
-        float s[kRowTiles][4], x[kRowTiles][4], grow[kRowTiles][2];
+        float s[kRowTiles][4], x[kRowTiles][4];
         TileTerms<kRowTiles> terms;
         if constexpr (HeadDimQk <= kEarlyTerms) terms = ask_terms<S, kRowTiles>(p, all, tile, shared, stage);
         Base::scores(p, s, shared, slot);
@@ -43,7 +43,7 @@ struct MmaTerms : Mma<HeadDimQk, HeadDimV, Rows, Bf16K, Bf16V, true, SlotTerms<H
             all.template begin<S>(p, shared);
             terms = ask_terms<S, kRowTiles>(p, all, tile, shared, stage);
         }
-        weigh_tile<kRowTiles>(p, terms, scale, s, x, this->m, this->l, grow);
+        weigh_tile(p, terms, scale, s, x, static_cast<Base&>(*this));
         if (__any_sync(kAllLanes, terms.bad_position)) {
             if (lane == 0) report_fault(p, tile.b, kFaultPosition);
             this->poison();
@@ -52,9 +52,9 @@ struct MmaTerms : Mma<HeadDimQk, HeadDimV, Rows, Bf16K, Bf16V, true, SlotTerms<H
         constexpr uint32_t kAll = kRowTiles == 1 ? 0xfu : 0xffu;
         if (__any_sync(kAllLanes, terms.seen != kAll)) {
             const uint32_t keys = Base::keys_not_finite(p, slot);
-            if (keys != 0) this->add_row_by_row(p, x, terms.seen, grow, slot, keys);
+            if (keys != 0) this->add_row_by_row(x, terms.seen, slot, keys);
         }
-        this->accumulate(x, grow, slot);
+        this->accumulate(x, slot);
     }
 };
 

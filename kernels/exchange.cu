@@ -39,7 +39,7 @@ struct PartialRow {
     const char* o;
     const char* lse_at;
     int head;
-    float lse;
+    float2 lse;
     SourceWords words;
 
     __device__ __forceinline__ void find(const ExchangeParams& p, int64_t row) {
@@ -50,7 +50,8 @@ struct PartialRow {
         lse_at = p.source.lse_of(token, head);
     }
     __device__ __forceinline__ void load(const ExchangeParams& p, const Wire& wire) {
-        lse = *reinterpret_cast<const float*>(lse_at);
+        const float* stored = reinterpret_cast<const float*>(lse_at);
+        lse = p.lse_in_two ? make_float2(stored[0], stored[1]) : p.source.natural_in_two(stored[0]);
         words.load(p.source, o, wire, 0);
     }
 };
@@ -72,17 +73,18 @@ __device__ __forceinline__ void push_rows(const ExchangeParams& p, const Epoch& 
             begin = SlotTable::place_of(owner_of(current.head, v.heads, v.world), v.rank, v.world);
             end = begin + 1;
         }
-        const float lse = p.source.natural(current.lse);
-        const uint64_t first_word = packet(__float_as_uint(lse), e.number), second_word = packet(fault, e.number);
+        const float2 lse = current.lse;
+        const uint64_t first_word = packet(__float_as_uint(lse.x), e.number);
+        const uint64_t rest = packet(second_word(lse, fault), e.number);
         // An empty partial's o goes as zeros, whatever it is.
-        const uint32_t mask = lse == -infinity() ? 0 : 0xffffffffu;
+        const uint32_t mask = lse.x == -infinity() ? 0 : 0xffffffffu;
 #pragma unroll 1
         for (int first = 0; first < words; first += kWordsAPass) {
             if (first > 0) current.words.load(p.source, current.o, wire, first);
 #pragma unroll 1
             for (int n = begin; n < end; n++) {
                 uint64_t* const to = slots.at(e.number, n) + at;
-                if (first == 0 && lane == 0) store_words(to, first_word, second_word);
+                if (first == 0 && lane == 0) store_words(to, first_word, rest);
 #pragma unroll
                 for (int pair = 0; pair < kPairs; pair++) {
                     const int word = first + pair * 64 + lane * 2;

@@ -106,11 +106,15 @@ __device__ __forceinline__ void exchange_rows(const ExchangeParams& p) {
             x[pair].x = *reinterpret_cast<const uint32_t*>(from);
         }
     }
-    const float own_lse = has_row ? p.source.natural(*reinterpret_cast<const float*>(source_lse)) : -infinity();
+    float2 own_lse = make_float2(-infinity(), 0.f);
+    if (has_row) {
+        const float* const stored = reinterpret_cast<const float*>(source_lse);
+        own_lse = p.lse_in_two ? make_float2(stored[0], stored[1]) : p.source.natural_in_two(stored[0]);
+    }
     Epoch e(state.x, __shfl_sync(kAllLanes, state.y, 0));
-    const uint32_t number = e.number, own_fault = pack_fault(noted, rank);
+    const uint32_t number = e.number, own_fault = pack_fault(noted, rank), own_second = second_word(own_lse, own_fault);
     // An empty partial's o goes as zeros, whatever it is.
-    const bool is_empty = own_lse == -infinity();
+    const bool is_empty = own_lse.x == -infinity();
     uint32_t own_data[kPairs][2];
 #pragma unroll
     for (int pair = 0; pair < kPairs; pair++) {
@@ -134,7 +138,7 @@ __device__ __forceinline__ void exchange_rows(const ExchangeParams& p) {
     }
     const auto push = [&](uint64_t* to_row) {
         if (e.broken) return;
-        if (lane == 0) store_words(to_row, packet(__float_as_uint(own_lse), number), packet(own_fault, number));
+        if (lane == 0) store_words(to_row, packet(__float_as_uint(own_lse.x), number), packet(own_second, number));
 #pragma unroll
         for (int pair = 0; pair < kPairs; pair++) {
             const int word = pair * 64 + lane * 2;
@@ -156,11 +160,11 @@ __device__ __forceinline__ void exchange_rows(const ExchangeParams& p) {
         e.has_headers = true;
     }
 
-    uint32_t fault = own_fault, data[kRanks][kPairs][2];
-    float lse[kRanks];
+    uint32_t fault = fault_of(own_lse, own_fault), data[kRanks][kPairs][2];
+    float2 lse[kRanks];
 #pragma unroll
     for (int r = 0; r < kRanks; r++) {
-        lse[r] = r == rank ? own_lse : -infinity();
+        lse[r] = r == rank ? own_lse : make_float2(-infinity(), 0.f);
 #pragma unroll
         for (int pair = 0; pair < kPairs; pair++) {
             data[r][pair][0] = r == rank ? own_data[pair][0] : 0;
@@ -197,8 +201,8 @@ __device__ __forceinline__ void exchange_rows(const ExchangeParams& p) {
                 for (int pair = 0; pair < kPairs; pair++) come &= are_of(y[r][pair], number);
                 if (!__all_sync(kAllLanes, come)) continue;
                 missing &= ~(1u << (first + r));
-                lse[first + r] = __uint_as_float(data_of(heads[r].x));
-                fault = first_fault(fault, data_of(heads[r].y));
+                lse[first + r] = lse_of(data_of(heads[r].x), data_of(heads[r].y));
+                fault = first_fault(fault, fault_of(lse[first + r], data_of(heads[r].y)));
 #pragma unroll
                 for (int pair = 0; pair < kPairs; pair++) {
                     data[first + r][pair][0] = data_of(y[r][pair].x), data[first + r][pair][1] = data_of(y[r][pair].y);

@@ -61,6 +61,17 @@ __device__ __forceinline__ uint64_t unpack_fault(uint32_t fault) {
     return pack_status((fault >> 11) - 1, fault & 31, fault >> 5 & 63);
 }
 
+// A row begins with its log-sum-exp, as a float and what that lacks; where that is no number, with bad data in place of the
+// latter: whatever is bad makes its rows NaN.
+__device__ __forceinline__ uint32_t second_word(float2 lse, uint32_t fault) {
+    return lse.x != lse.x ? fault : __float_as_uint(lse.y);
+}
+__device__ __forceinline__ float2 lse_of(uint32_t first, uint32_t second) {
+    const float high = __uint_as_float(first);
+    return make_float2(high, high != high ? 0.f : __uint_as_float(second));
+}
+__device__ __forceinline__ uint32_t fault_of(float2 lse, uint32_t second) { return lse.x != lse.x ? second : 0; }
+
 // The rank whose heads hold `head`: rank r owns heads floor(r * heads / world) up to those of r + 1.
 __device__ __forceinline__ int owner_of(int head, int heads, int world) {
     return static_cast<int>((static_cast<int64_t>(head + 1) * world + heads - 1) / heads) - 1;

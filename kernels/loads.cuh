@@ -6,6 +6,7 @@
 // are asked for as soon as those of the tile before are consumed.
 #pragma once
 
+#include "long_sums.cuh"
 #include "walk.cuh"
 
 namespace treeattn {
@@ -43,10 +44,12 @@ struct LoadShape {
 struct PlannedTile {
     const char* k;  // the rows row_of<kDimQk>, row_of<kDimV> of this lane, or the last one
     const char* v;
-    int flags;  // kSlot*
+    int flags;  // kSlot*, and kCountTile times the number of the item's tiles up to this one
     int base;   // first local slot
     int keys;   // live keys, 0 to kTile
 };
+// In a tile's flags, above all others. As the counts of long_sums.cuh.
+constexpr int kCountTile = 2 * kSlotLast, kCountOpen = kOpenTiles * kCountTile, kCountClosed = kClosed * kCountTile;
 
 // Returns x, which is the same on all lanes, in a form that the compiler knows to be uniform.
 template <class T>
@@ -80,7 +83,8 @@ struct LoadWalk : Walk<S> {
     __device__ __forceinline__ void settle() {
         tile = uniform(tile), step = uniform(step);
         this->tile_end = uniform(this->tile_end), this->keys = uniform(this->keys), this->b = uniform(this->b);
-        this->flags = uniform(this->flags), this->page_row = uniform(this->page_row), stage = uniform(stage);
+        this->flags = uniform(this->flags) % kCountTile + kCountTile;
+        this->page_row = uniform(this->page_row), stage = uniform(stage);
         if (p.kv_layout == kStrided) {
             this->k_row += row_of<S::kDimQk>() * p.k_stride[1];
             this->v_row += row_of<S::kDimV>() * p.v_stride[1];
@@ -94,6 +98,7 @@ struct LoadWalk : Walk<S> {
         s.base = tile * kTile;
         s.keys = tile < this->tile_end ? min(max(this->keys - s.base, 0), kTile) : 0;
         s.flags = this->flags | (last ? kSlotLast : 0);
+        this->flags += kCountTile;
         s.k = this->k_row, s.v = this->v_row;
         if (p.kv_layout == kStrided) {
             if (s.keys < kTile) {
@@ -118,6 +123,12 @@ struct LoadWalk : Walk<S> {
         }
         tile += step;
         return s;
+    }
+
+    // Counts anew after sums were closed; `flags` of the tile that is planned, too, which are given back.
+    __device__ __forceinline__ int recount(int flags) {
+        this->flags = (this->flags - kCountOpen) | kCountClosed;
+        return (flags - kCountOpen) | kCountClosed;
     }
 
     // Moves `at` from slot 0 of page 0 to a row of the tile; says whether its page does not exist.

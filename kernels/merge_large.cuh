@@ -9,7 +9,7 @@ constexpr int kRanksTogether = 4;  // whose words are asked for before the first
 
 // The log-sum-exps of a row and what follows from them, of any number of ranks; lane r has those of ranks r and r + 32.
 struct Weights {
-    float lse[2];
+    float2 lse[2];
     float weight[2];  // as shares
     RowScale scale;
     uint32_t fault;  // bad data that came with the row, that of the first sequence
@@ -21,7 +21,7 @@ __device__ __forceinline__ bool wait_weights(const ExchangeView& v, Epoch& e, in
     w.fault = 0;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        w.lse[half] = -infinity();
+        w.lse[half] = make_float2(-infinity(), 0.f);
         const int rank = half * 32 + lane;
         if (half * 32 >= v.world) continue;
         bool seen = rank >= v.world;
@@ -30,19 +30,23 @@ __device__ __forceinline__ bool wait_weights(const ExchangeView& v, Epoch& e, in
                 const ulonglong2 words = load_words(slot_of(v, e, rank) + at);
                 seen = are_of(words, e.number);
                 if (seen) {
-                    w.lse[half] = __uint_as_float(data_of(words.x));
-                    w.fault = first_fault(w.fault, data_of(words.y));
+                    w.lse[half] = lse_of(data_of(words.x), data_of(words.y));
+                    w.fault = first_fault(w.fault, fault_of(w.lse[half], data_of(words.y)));
                 }
             }
             if (__all_sync(kAllLanes, seen)) break;
             if (spins % kSpins == 0 && give_up(v, e, lowest(seen, rank))) return false;
         }
     }
-    w.scale.bad = __any_sync(kAllLanes, !(w.lse[0] < infinity()) || !(w.lse[1] < infinity()));
-    w.scale.top = fmaxf(w.lse[0], w.lse[1]);
+    w.scale.bad = __any_sync(kAllLanes, !(w.lse[0].x < infinity()) || !(w.lse[1].x < infinity()));
+    w.scale.top = w.lse[1].x > w.lse[0].x ? w.lse[1] : w.lse[0];
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) {
-        w.scale.top = fmaxf(w.scale.top, __shfl_xor_sync(kAllLanes, w.scale.top, d));
+        // Of equal ones the larger rest, so that lanes agree.
+        const float2 other = make_float2(__shfl_xor_sync(kAllLanes, w.scale.top.x, d),
+                                         __shfl_xor_sync(kAllLanes, w.scale.top.y, d));
+        const bool is_larger = other.x > w.scale.top.x || (other.x == w.scale.top.x && other.y > w.scale.top.y);
+        if (is_larger) w.scale.top = other;
         w.fault = first_fault(w.fault, __shfl_xor_sync(kAllLanes, w.fault, d));
     }
     w.scale.sum = {0.f, 0.f};
@@ -155,7 +159,7 @@ static __device__ __noinline__ bool merge_large_row(const MergeStep* step, Epoch
     const auto end = [&](float lse, uint32_t fault) {
         if (threadIdx.x % 32 != 0) return;
         if (pushes) {
-            push(at, __float_as_uint(lse), fault);
+            push(at, __float_as_uint(lse), second_word(make_float2(lse, 0.f), fault));
         } else {
             if (to.lse != nullptr) *to.lse = lse;
             report_bad_data(v, e.parity(), fault);
@@ -184,8 +188,9 @@ static __device__ __noinline__ bool write_received(const MergeStep* step, Epoch&
                 x = load_words(from + n);
                 seen = are_of(x, e.number);
                 if (seen && n == 0) {
-                    if (to.lse != nullptr) *to.lse = __uint_as_float(data_of(x.x));
-                    report_bad_data(v, e.parity(), data_of(x.y));
+                    const float2 lse = lse_of(data_of(x.x), data_of(x.y));
+                    if (to.lse != nullptr) *to.lse = lse.x;
+                    report_bad_data(v, e.parity(), fault_of(lse, data_of(x.y)));
                 } else if (seen) {
                     write_words(m.target, wire, to, n - kRowHead, wire.unpack(data_of(x.x)), wire.unpack(data_of(x.y)));
                 }

@@ -23,12 +23,15 @@ enum MergeTry : uint32_t {
 
 // Merges what a lane has of all ranks' words of a row. Whoever merges a row so makes the same bits of it.
 template <int kRanks, int kPairs>
-__device__ __forceinline__ RowScale merge_words(const Wire& wire, const float (&lse)[kRanks],
+__device__ __forceinline__ RowScale merge_words(const Wire& wire, const float2 (&lse)[kRanks],
                                                 const uint32_t (&data)[kRanks][kPairs][2], float (&out)[kPairs][4]) {
-    RowScale s{-infinity(), false, {0.f, 0.f}, 0.f, 0.f};
+    RowScale s{{-infinity(), 0.f}, false, {0.f, 0.f}, 0.f, 0.f};
     float weight[kRanks];
 #pragma unroll
-    for (int r = 0; r < kRanks; r++) s.top = fmaxf(s.top, lse[r]), s.bad |= !(lse[r] < infinity());
+    for (int r = 0; r < kRanks; r++) {
+        if (lse[r].x > s.top.x) s.top = lse[r];
+        s.bad |= !(lse[r].x < infinity());
+    }
 #pragma unroll
     for (int r = 0; r < kRanks; r++) weight[r] = s.weight(lse[r]), s.sum.add(weight[r]);
     s.invert();
@@ -79,11 +82,11 @@ static __device__ __noinline__ uint32_t merge_row_at_once(const MergeStep* step,
                            (reinterpret_cast<uintptr_t>(to.o) & (a_lane - 1)) == 0;
     char* const packed = to.o + lane * a_lane;
 
-    float lse[kRanks];
+    float2 lse[kRanks];
     uint32_t data[kRanks][kPairs][2], fault = 0;
 #pragma unroll
     for (int r = 0; r < kRanks; r++) {
-        lse[r] = -infinity();
+        lse[r] = make_float2(-infinity(), 0.f);
 #pragma unroll
         for (int pair = 0; pair < kPairs; pair++) data[r][pair][0] = data[r][pair][1] = 0;
     }
@@ -115,8 +118,8 @@ static __device__ __noinline__ uint32_t merge_row_at_once(const MergeStep* step,
                 for (int pair = 0; pair < kPairs; pair++) come &= are_of(x[r][pair], epoch);
                 if (!__all_sync(kAllLanes, come)) continue;
                 missing &= ~(1u << (first + r));
-                lse[first + r] = __uint_as_float(data_of(head[r].x));
-                fault = first_fault(fault, data_of(head[r].y));
+                lse[first + r] = lse_of(data_of(head[r].x), data_of(head[r].y));
+                fault = first_fault(fault, fault_of(lse[first + r], data_of(head[r].y)));
 #pragma unroll
                 for (int pair = 0; pair < kPairs; pair++) {
                     data[first + r][pair][0] = data_of(x[r][pair].x), data[first + r][pair][1] = data_of(x[r][pair].y);

@@ -143,15 +143,17 @@ struct WeightSum {
 
 // What follows from the log-sum-exps of a row.
 struct RowScale {
-    float top;       // the largest
+    float2 top;      // the largest
     bool bad;        // one is not a number, or +inf
     WeightSum sum;   // of the weights of all ranks
     float inverse, rest;  // of the sum, as a float and what that lacks
 
     // A rank's weight before it is divided by the sum; 0 where it is empty. Its o is zero then.
-    __device__ __forceinline__ float weight(float lse) const { return lse == -infinity() ? 0.f : weight_of(lse - top); }
+    __device__ __forceinline__ float weight(float2 lse) const {
+        return lse.x == -infinity() ? 0.f : weight_of((lse.x - top.x) + (lse.y - top.y));
+    }
     __device__ __forceinline__ void invert() {
-        if (top == -infinity()) sum.high = 1.f;
+        if (top.x == -infinity()) sum.high = 1.f;
         inverse = __fdividef(1.f, sum.high);
         rest = inverse * fmaf(-sum.low, inverse, fmaf(-sum.high, inverse, 1.f));
         if (bad) inverse = not_a_number();
@@ -160,7 +162,7 @@ struct RowScale {
     __device__ __forceinline__ float share(float weight) const { return fmaf(weight, inverse, weight * rest); }
     // The merged lse.
     __device__ __forceinline__ float lse() const {
-        return bad ? not_a_number() : top + fmaf(sum.low, inverse, logf(sum.high));
+        return bad ? not_a_number() : top.x + (top.y + fmaf(sum.low, inverse, logf(sum.high)));
     }
 };
 

@@ -24,6 +24,36 @@ __device__ __forceinline__ void add_to(float2& sum, float x) {
     sum.x = whole;
 }
 
+// What a maximum is before there is a key: less than every score, and a number, so that nothing has to be asked for where it is
+// subtracted.
+constexpr float kNoMaximum = -3.402823466e38f;
+
+// 2^x of a whole number x up to 127, without rounding; 0 below -126, and where there is no number.
+__device__ __forceinline__ float power_of_two(float x) {
+    // The last bits of a float of this size count ones.
+    constexpr float kOnes = 12582912.f;
+    return __uint_as_float(__float_as_uint(fmaxf(x, -127.f) + (kOnes + 127.f)) << 23);
+}
+
+// m ln 2 + ln l as a float and what that lacks.
+__device__ __forceinline__ float2 natural_lse(float m, float l) {
+    constexpr float kLn2Low = -1.904654299957768e-9f;  // of ln 2 what kLn2 lacks
+    if (!(l < infinity())) return make_float2(l, 0.f);
+    // l is 2^n times a number from 2/3 to 4/3, whose logarithm is small, and so is that one's error. l is no subnormal.
+    const int bits = __float_as_int(l), n = (bits - 0x3f2aaaab) >> 23;
+    const float x = __int_as_float(bits - n * (1 << 23)) - 1.f, s = x * x;
+    float2 power = make_float2(m, 0.f);
+    add_to(power, static_cast<float>(n));
+    float rest = fmaf(fmaf(fmaf(-0.130310059f, s, -0.121484190f), s, -0.166846052f), s, -0.249996200f);
+    rest = fmaf(fmaf(fmaf(0.140869141f, s, 0.139814854f), s, 0.200120345f), x, rest);
+    rest = fmaf(fmaf(fmaf(rest, x, 0.333331972f), x, -0.5f), s, x);
+    float2 sum = make_float2(power.x * kLn2, 0.f);
+    sum.y = fmaf(power.x, kLn2, -sum.x) + fmaf(power.x, kLn2Low, power.y * kLn2);
+    add_to(sum, rest);
+    const float high = sum.x + sum.y;
+    return make_float2(high, sum.y - (high - sum.x));
+}
+
 template <bool Bf16>
 __device__ __forceinline__ float2 unpack_pair(uint32_t bits) {
     if constexpr (Bf16) {

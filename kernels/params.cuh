@@ -43,11 +43,15 @@ struct KernelShape {
     int32_t blocks_per_sm;
     int32_t partial_bytes;  // of one split partial
     int32_t counters;       // of a block of the grid
+    int32_t rows;           // of a query tile
+    int32_t open_tiles;     // key tiles of an item that a block may take without closing sums (long_sums.cuh)
+    int32_t long_bytes;     // of a block's closed sums
 };
 
 // Memory of a plan that outlives a step. Never shared by two launches that may overlap.
 struct Workspace {
-    float* partials;     // 4 * grid partials of KernelShape::partial_bytes, 256-byte aligned; contents never matter
+    float* partials;     // 4 * grid partials of KernelShape::partial_bytes, 256-byte aligned; behind them, where a block may take
+                         // more key tiles of an item than open_tiles, grid * long_bytes. Contents never matter
     uint32_t* counters;  // grid * KernelShape::counters; zeroed once when the plan is made, every launch leaves them zero
     uint64_t* status;    // two words of device memory: the largest pack_status of the bad data so far, 0 for none; where in
                          // mapped host memory to tell it (faults.cuh), 0 for nowhere: a later kernel takes it then
@@ -187,6 +191,7 @@ struct ExchangeParams {
     int32_t is_pushed;  // 1: the launch before has pushed this rank's header and rows
     int32_t is_last;    // 1: no other exchange belongs to the step
     int32_t waiting;    // how many blocks, the last of the grid, may wait for ranks that have not come; at least 1
+    int32_t lse_in_two; // 1: each lse of the source is two floats, the second what the first lacks
     ExchangeView view;
 };
 

@@ -48,6 +48,13 @@ struct RowSource {
         return plus_inf_is_empty && stored == infinity ? -infinity : stored;
     }
     __device__ __forceinline__ float natural(float stored) const { return without_plus(stored) * to_natural; }
+    // The same as a float and what that lacks.
+    __device__ __forceinline__ float2 natural_in_two(float stored) const {
+        const float x = without_plus(stored), high = x * to_natural;
+        // Of ln 2 what a float of it lacks.
+        const float low = fmaf(x, to_natural, -high) + x * (to_natural == 1.f ? 0.f : -1.904654299957768e-9f);
+        return make_float2(high, fabsf(high) < __int_as_float(0x7f800000) ? low : 0.f);
+    }
 };
 
 }  // namespace treeattn

@@ -445,7 +445,7 @@ __device__ __forceinline__ uint32_t* item_counters(const Workspace& w, const Spl
 }
 
 // The merge, everywhere: weights against the common maximum, sums in index order. A state with l = 0 is empty and its
-// o is never read. m in units of log2.
+// o is never read. m in units of log2, a whole number: weights round nothing.
 struct RowState {
     float m, l;
 };
@@ -457,7 +457,7 @@ __device__ __forceinline__ RowState weigh(float2 state, float& weight, uint32_t&
     float m = live ? state.x : -infinity();
 #pragma unroll
     for (int d = kFanIn / 2; d > 0; d /= 2) m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, d));
-    weight = live ? exp2_approx(state.x - m) : 0.f;
+    weight = live ? power_of_two(state.x - m) : 0.f;
     float l = weight * state.y;
 #pragma unroll
     for (int d = kFanIn / 2; d > 0; d /= 2) l += __shfl_xor_sync(kAllLanes, l, d);

@@ -39,7 +39,7 @@ struct SlotInfo {
     Item item;
 };
 static_assert(sizeof(SlotInfo) == 48, "copied as three vectors");
-enum : int { kSlotEnd = 1, kSlotLast = 2, kSlotFirst = 4, kSlotPoison = 8, kSlotFinal = 16 };
+enum : int { kSlotEnd = 1, kSlotFirst = 4, kSlotPoison = 8, kSlotFinal = 16, kSlotLast = 1024 };
 
 // The part of a warp's position in a flat slice that is needed only where one item ends and the next begins. It lies in shared
 // memory to save registers. All lanes read it and one writes it, with the warp synchronised in between.

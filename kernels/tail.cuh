@@ -65,9 +65,9 @@ __device__ __forceinline__ void announce(const PushState& push) {
     if (blockIdx.x == gridDim.x - 1) push_header(push.step.view, epoch_of(push), push.slots);
 }
 
-// Pushes two finished columns of a row, the first an even one, and with column 0 its natural lse. A call, and not in
+// Pushes two finished columns of a row, the first an even one, and with column 0 its natural lse, in two floats. A call, and not in
 // line: kernels that write their rows instead would have to step over it.
-static __device__ __noinline__ void push_columns(const PushState& state, int64_t token, int head, int column, float lse,
+static __device__ __noinline__ void push_columns(const PushState& state, int token, int head, int column, float2 lse,
                                                  float2 o) {
     const PushState& push = *in_shared(&state);
     const ExchangeView& v = push.step.view;
@@ -75,7 +75,7 @@ static __device__ __noinline__ void push_columns(const PushState& state, int64_t
     const uint32_t epoch = epoch_after(push.ended);
     delay(DelayPoint::kPush, epoch);
     const Wire wire(v.wire_dtype);
-    const int64_t at = kHeaderWords + (token * v.heads + head) * push.row_words;
+    const int64_t at = kHeaderWords + (static_cast<int64_t>(token) * v.heads + head) * push.row_words;
     int n = 0, end = v.world;
     if (v.mode != kOneShot) {
         n = SlotTable::place_of(owner_of(head, v.heads, v.world), v.rank, v.world);
@@ -83,7 +83,7 @@ static __device__ __noinline__ void push_columns(const PushState& state, int64_t
     }
     uint32_t fault = 0;
     // Bad data of the row's own sequence has been reported: it made the row NaN.
-    if (lse != lse && column == 0) {
+    if (lse.x != lse.x && column == 0) {
         fault = pack_fault(load_word(v.window + kFault + epoch % kSlots), v.rank);
     }
 #pragma unroll 1
@@ -95,7 +95,7 @@ static __device__ __noinline__ void push_columns(const PushState& state, int64_t
         } else {
             store_word(to + column / 2, packet(wire.pack(o), epoch));
         }
-        if (column == 0) store_words(row, packet(__float_as_uint(lse), epoch), packet(fault, epoch));
+        if (column == 0) store_words(row, packet(__float_as_uint(lse.x), epoch), packet(second_word(lse, fault), epoch));
     }
 }
 

@@ -158,13 +158,12 @@ __device__ __forceinline__ float tanh_of(float x) {
     return size < 0.6f ? small : copysignf(large, x);
 }
 
-// Turns the products s of a tile with its keys into weights x against the running maxima m, which grow by `grow`, and adds them
-// to the sums l of this lane's keys. scale: of products, to log2 units.
-template <int RowTiles>
+// Turns the products s of a tile with its keys into weights x against a family's running maxima, and adds them to its sums of this
+// lane's keys. scale: of products, to log2 units.
+template <int RowTiles, class Family>
 __device__ __forceinline__ void weigh_tile(const DecodeParams& p, const TileTerms<RowTiles>& terms,
                                            const float (&scale)[RowTiles][2], float (&s)[RowTiles][4],
-                                           float (&x)[RowTiles][4], float (&m)[RowTiles][2], float (&l)[RowTiles][2],
-                                           float (&grow)[RowTiles][2]) {
+                                           float (&x)[RowTiles][4], Family& family) {
     const Terms& t = terms_of(p);
     float factor[RowTiles][2];
 #pragma unroll
@@ -185,30 +184,25 @@ __device__ __forceinline__ void weigh_tile(const DecodeParams& p, const TileTerm
             const float added = fmaf(-terms.slope[n][i % 2], terms.distance[n][i], terms.bias[n][i]);
             x[n][i] = terms.seen >> (n * 4 + i) & 1 ? fmaf(s[n][i], factor[n][i % 2], added) : -infinity();
         }
+    }
+    family.keep_maxima(x);
+#pragma unroll
+    for (int n = 0; n < RowTiles; n++) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            float top = fmaxf(x[n][i], x[n][2 + i]);
-            top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 4));
-            top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 8));
-            top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 16));
-            const float before = m[n][i], now = fmaxf(before, top);
-            const float reference = now == -infinity() ? 0.f : now;
+            const float reference = family.m[n][i];
             const bool coarse = fabsf(reference) >= kCoarse;
-            m[n][i] = now;
-            grow[n][i] = exp2_approx(before - reference);
-            float sum = 0.f;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int at = half * 2 + i;
                 // Summed unrounded, except where the rounding of a score is so coarse that the largest would be far from its
-                // own reference.
+                // own maximum.
                 const float added = fmaf(-terms.slope[n][i], terms.distance[n][at], terms.bias[n][at] - reference);
                 float power = fmaf(s[n][at], factor[n][i], added);
                 if (coarse) power = x[n][at] - reference;
                 x[n][at] = terms.seen >> (n * 4 + at) & 1 ? exp2_approx(power) : 0.f;
-                sum += x[n][at];
             }
-            l[n][i] = fmaf(l[n][i], grow[n][i], sum);
+            family.l[n][i] += x[n][i] + x[n][2 + i];
         }
     }
 }

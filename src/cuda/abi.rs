@@ -72,6 +72,7 @@ const CONSTANTS: &[Constants] = &[
         kFlagKvStable = params::KV_STABLE,
         kFlagNoBulk = params::NO_BULK,
         kFlagPush = params::PUSH,
+        kFlagLseInTwo = params::LSE_IN_TWO,
     }),
     constants!("Which input of a step was out of range (partial::DataFaultCause).", "uint32_t", {
         kFaultNone = 0,
@@ -136,7 +137,16 @@ const CONSTANTS: &[Constants] = &[
 ];
 
 const LAYOUTS: &[Layout] = &[
-    layout!(KernelShape { threads, dynamic_smem, blocks_per_sm, partial_bytes, counters }),
+    layout!(KernelShape {
+        threads,
+        dynamic_smem,
+        blocks_per_sm,
+        partial_bytes,
+        counters,
+        rows,
+        open_tiles,
+        long_bytes
+    }),
     layout!(Workspace { partials, counters, status }),
     layout!(RowTarget { o, lse, o_stride, lse_stride, dtype, dim }),
     layout!(RowSource { o, lse, o_stride, lse_stride, dtype, dim, to_natural, plus_inf_is_empty }),
@@ -203,7 +213,7 @@ const LAYOUTS: &[Layout] = &[
         exchange,
     }),
     layout!(MergeParams { source, target, step, partials, tokens, heads }),
-    layout!(ExchangeParams { source, target, first_row, rows, is_pushed, is_last, waiting, view }),
+    layout!(ExchangeParams { source, target, first_row, rows, is_pushed, is_last, waiting, lse_in_two, view }),
     layout!(AllreduceParams {
         o,
         lse,

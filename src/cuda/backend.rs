@@ -45,8 +45,9 @@ pub(crate) const CAPABILITIES: Capabilities = Capabilities {
 pub(crate) enum Destination<'a> {
     /// To the step's output.
     Output,
-    /// To memory. `status`: where bad data is noted, two words as [`Workspace::status`] says.
-    Partial { target: &'a RowTarget, status: u64 },
+    /// To memory. `status`: where bad data is noted, two words as [`Workspace::status`] says. `lse_in_two`: each lse is two
+    /// floats, the second what the first lacks.
+    Partial { target: &'a RowTarget, status: u64, lse_in_two: bool },
     /// To the ranks of an exchange. `most_waiting`: how many blocks at most may wait for ranks that have not come, to merge
     /// what comes to the step's output; 0: another launch merges.
     Ranks { view: &'a ExchangeView, most_waiting: i64 },
@@ -92,7 +93,7 @@ impl CudaBackend {
         let (mut attention, mut bytes) = (None, 0);
         if !desc.is_merge_only() {
             let kernels = Kernels::new(&image, desc, sharing)?;
-            let partials = kernels.all().map(Decode::partials).max().unwrap_or(0).next_multiple_of(ALIGN);
+            let partials = kernels.all().map(|kernel| kernel.partials(desc)).max().unwrap_or(0).next_multiple_of(ALIGN);
             let counters = kernels.all().map(Decode::counters).max().unwrap_or(0);
             bytes = partials + counters;
             let memory = holdings.memory(bytes)?;
@@ -145,7 +146,8 @@ impl CudaBackend {
         let mut parameters = self.parameters(&attention.fixed, step);
         match to {
             Destination::Output => {}
-            Destination::Partial { target, status } => {
+            Destination::Partial { target, status, lse_in_two } => {
+                parameters.flags |= if lse_in_two { params::LSE_IN_TWO } else { 0 };
                 parameters.target = *target;
                 parameters.workspace.status = status;
             }

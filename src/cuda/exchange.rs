@@ -49,6 +49,8 @@ pub(crate) struct ExchangeStep {
     pub is_pushed: bool,
     /// No other exchange belongs to the step.
     pub is_last: bool,
+    /// Each lse of the source is two floats, the second what the first lacks.
+    pub lse_in_two: bool,
 }
 
 impl ExchangeStep {
@@ -61,6 +63,7 @@ impl ExchangeStep {
         rows: 0,
         is_pushed: false,
         is_last: true,
+        lse_in_two: false,
     };
 }
 
@@ -158,6 +161,7 @@ impl ExchangeKernel {
             is_pushed: i32::from(step.is_pushed),
             is_last: i32::from(step.is_last),
             waiting: blocks.min(self.most_waiting) as i32,
+            lse_in_two: i32::from(step.lse_in_two),
             view: *view,
         };
         let kernel = self.rows.as_ref().and_then(|rows| rows.of(view, step, blocks)).unwrap_or(&self.kernel);

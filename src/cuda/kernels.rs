@@ -10,6 +10,8 @@ use crate::error::{Error, ErrorKind, Result};
 const CLASSES: [(i32, i32); 5] = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)];
 /// Those of kernels that know terms.
 const TERMS_CLASSES: [(i32, i32); 3] = [(64, 64), (128, 128), (256, 256)];
+/// Keys of a tile.
+const TILE: u64 = 16;
 /// Partials that a block leaves room for: of its first and its last item, and of the merges' first level.
 const PARTIALS_A_BLOCK: usize = 4;
 
@@ -53,15 +55,30 @@ impl Decode {
         Ok(Decode { kernel, shape, grid: grid as u32, takes_terms, takes_all_types, takes_blocks })
     }
 
-    /// Bytes of its split partials.
-    pub fn partials(&self) -> usize {
-        PARTIALS_A_BLOCK * self.grid as usize * self.shape.partial_bytes as usize
+    /// Bytes of its split partials, and of the sums that its warps close in the plan's longest steps.
+    pub fn partials(&self, desc: &AttentionDesc) -> usize {
+        let partials = PARTIALS_A_BLOCK * self.grid as usize * self.shape.partial_bytes as usize;
+        let long = most_tiles(desc, self.shape.rows, self.grid) > self.shape.open_tiles as u64;
+        partials + if long { self.grid as usize * self.shape.long_bytes as usize } else { 0 }
     }
 
     /// Bytes of its counters.
     pub fn counters(&self) -> usize {
         size_of::<u32>() * self.grid as usize * self.shape.counters as usize
     }
+}
+
+/// No block of a grid of `grid` gets more key tiles of an item in any step of the plan: `rows` packed query rows of a sequence and
+/// a kv head make an item. `kernels/schedule.cuh` says who gets what.
+fn most_tiles(desc: &AttentionDesc, rows: i32, grid: u32) -> u64 {
+    let count = |x: i32| u64::from(x.unsigned_abs());
+    let longest = count(desc.max_kv_length).div_ceil(TILE);
+    let row_tiles = count(desc.max_query_tokens) * count(desc.group()) / count(rows).max(1) + count(desc.max_batch);
+    let all = u128::from(longest) * u128::from(count(desc.kv_heads)) * u128::from(row_tiles);
+    // A single sequence's items may leave a part of the grid idle, less than half of it.
+    let share = u64::try_from(2 * all.div_ceil(u128::from(grid.max(1)))).unwrap_or(u64::MAX);
+    // Nor do more than 255 blocks share an item.
+    share.max(longest / 255 + 4).min(longest)
 }
 
 /// The kernels of a plan, by the packed query rows of a sequence: heads of a group x query tokens.

@@ -13,6 +13,8 @@ pub const KV_STABLE: u32 = 2;
 pub const NO_BULK: u32 = 4;
 /// Rows are pushed to the ranks of `exchange` and not written.
 pub const PUSH: u32 = 8;
+/// Each lse is written as two floats, the second what the first lacks.
+pub const LSE_IN_TWO: u32 = 16;
 
 /// `Terms::mask_element`: there is no mask.
 pub const MASK_NONE: i32 = 0;
@@ -49,6 +51,12 @@ pub struct KernelShape {
     pub partial_bytes: i32,
     /// Counters of a block of the grid.
     pub counters: i32,
+    /// Rows of a query tile.
+    pub rows: i32,
+    /// Key tiles of an item that a block may take without closing sums.
+    pub open_tiles: i32,
+    /// Bytes of a block's closed sums.
+    pub long_bytes: i32,
 }
 
 impl KernelShape {
@@ -61,6 +69,9 @@ impl KernelShape {
             blocks_per_sm: word(2),
             partial_bytes: word(3),
             counters: word(4),
+            rows: word(5),
+            open_tiles: word(6),
+            long_bytes: word(7),
         }
     }
 }
@@ -189,6 +200,7 @@ pub struct ExchangeParams {
     pub is_pushed: i32,
     pub is_last: i32,
     pub waiting: i32,
+    pub lse_in_two: i32,
     pub view: ExchangeView,
 }
 

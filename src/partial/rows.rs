@@ -53,6 +53,12 @@ impl RowTarget {
         let (row, heads) = (4 * dim as i64, heads as i64);
         RowTarget { o, lse, o_stride: [heads * row, row, 4], lse_stride: [heads * 4, 4], dtype: Dtype::F32, dim }
     }
+
+    /// The same, with a log-sum-exp in two floats.
+    pub const fn partial(o: u64, lse: u64, heads: i32, dim: i32) -> RowTarget {
+        let packed = RowTarget::packed(o, lse, heads, dim);
+        RowTarget { lse_stride: [packed.lse_stride[0] * 2, packed.lse_stride[1] * 2], ..packed }
+    }
 }
 
 impl RowSource {

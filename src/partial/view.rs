@@ -107,7 +107,7 @@ pub(crate) mod window {
     pub const CONTROL_WORDS: u64 = 512;
     /// Words of a slot before its rows; the fingerprint takes two.
     pub const HEADER_WORDS: u64 = 16;
-    /// Words of a row before its o: lse, bad data.
+    /// Words of a row before its o: lse, and what that lacks, or bad data where it is no number.
     pub const ROW_HEAD: u64 = 2;
     /// Most ranks.
     pub const MAX_RANKS: usize = 64;

@@ -3,6 +3,8 @@
 //!
 //! Variables are those of `tests/gpu` and of the emulator; TREEATTN_TEST_EMULATED scales the number of random cases.
 
+#[path = "../gpu/accuracy.rs"]
+mod accuracy;
 #[path = "../gpu/allreduce.rs"]
 #[allow(dead_code)] // as below
 mod allreduce;
@@ -50,6 +52,8 @@ use trial::{Variables, alone, apart, missing, test};
 const LAYOUTS: [KvLayout; 3] = [KvLayout::Strided, KvLayout::BlockTable, KvLayout::CsrPages];
 /// As many blocks as it takes for partials to merge in two levels.
 const MANY_SMS: Variables = &[("EMULATOR_SMS", "40"), ("EMULATOR_SEED", "2")];
+/// One multiprocessor, whose warps close their sums.
+const ONE_SM: Variables = &[("EMULATOR_SMS", "1")];
 /// As many as two levels of merges cannot take: two blocks each are more than 16 x 16.
 const MOST_SMS: Variables = &[("EMULATOR_SMS", "140")];
 
@@ -59,7 +63,8 @@ const STRICT: Variables = &[("EMULATOR_STRICT", "1")];
 const DELAYS: Variables = &[("EMULATOR_DELAYS", "200000"), ("EMULATOR_SEED", "3")];
 
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 29] = [
+const APART: [(&str, fn(), Variables); 30] = [
+    ("accuracy_long", || accuracy::constants(&[200_001]), ONE_SM),
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
     ("replays", streams::replays, &[]),
@@ -248,6 +253,10 @@ fn main() -> ExitCode {
         test("terms_bytes", terms::bytes),
         test("terms_blocks", terms::blocks),
         test("terms_lists", terms::lists),
+        test("accuracy_constants", || accuracy::constants(&[3, 65, 1000])),
+        test("accuracy_one_sign", || accuracy::one_sign(2)),
+        test("accuracy_rising_scores", accuracy::rising_scores),
+        test("ranks_that_cancel", || accuracy::ranks_that_cancel(&[&[487, 500], &[123, 543, 333, 332, 1]])),
         test("late_predecessors", || streams::late_predecessors(4)),
         test("current_context", streams::current_context),
         test("refusals", streams::refusals),

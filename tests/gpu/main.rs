@@ -4,6 +4,7 @@
 //! tests of numbers; `TREEATTN_TEST_DATA` is the folder of the real inputs. `tests/gpu/pack.sh` makes a folder of all this
 //! that runs where there is no Rust.
 
+mod accuracy;
 mod allreduce;
 mod driver;
 mod group;
@@ -42,7 +43,14 @@ const APART: [(&str, fn()); 5] = [
 
 /// Tests of ranks that wait for each other on one GPU: each in a process of its own and one after the other, since so many
 /// kernels and streams as all of them have would stand in each other's way.
-const RANKS: [(&str, fn()); 41] = [
+const RANKS: [(&str, fn()); 42] = [
+    ("ranks_that_cancel", || {
+        accuracy::ranks_that_cancel(&[
+            &[48_735, 49_970],
+            &[12_345, 54_321, 33_333, 33_332, 1],
+            &[16_777_213, 16_777_183],
+        ])
+    }),
     ("ranks_random_strided_0", || ranks::random(KvLayout::Strided, 0, count())),
     ("ranks_random_strided_1", || ranks::random(KvLayout::Strided, count(), count())),
     ("ranks_random_block_table_0", || ranks::random(KvLayout::BlockTable, 0, count())),
@@ -108,6 +116,10 @@ const OVER_NCCL: [(&str, fn()); 14] = [
 /// A hardware queue for each stream: streams that share one wait for each other.
 const QUEUES: Variables = &[("CUDA_DEVICE_MAX_CONNECTIONS", "32")];
 
+/// Numbers of equal keys.
+const LENGTHS: [usize; 10] =
+    [3, 65, 1000, 65_536, 1_500_001, 10_000_019, 3_000_017, 30_000_000, 100_000_001, i32::MAX as usize];
+
 /// Random cases of a test.
 fn count() -> u64 {
     if support::full() { 100 } else { 15 }
@@ -159,6 +171,9 @@ fn main() -> ExitCode {
         test("terms_bytes", terms::bytes),
         test("terms_blocks", terms::blocks),
         test("terms_lists", terms::lists),
+        test("accuracy_constants", || accuracy::constants(if support::full() { &LENGTHS } else { &LENGTHS[..6] })),
+        test("accuracy_one_sign", || accuracy::one_sign(if support::full() { 100 } else { 6 })),
+        test("accuracy_rising_scores", accuracy::rising_scores),
         test("late_predecessors", || streams::late_predecessors(40)),
         test("current_context", streams::current_context),
         test("refusals", streams::refusals),

@@ -55,7 +55,8 @@ pub fn windows() {
         for (token, head) in (0..3).flat_map(|token| (0..6).map(move |head| (token, head))) {
             let own = &one.case.sequences[0].v[((197 + token) * 2 + head / 3) * 24..][..24];
             let (row, _) = one.rank.row(&one.case, token, head);
-            assert!(row.iter().zip(own).all(|(x, v)| (x - v).abs() <= f32::EPSILON * v.abs()), "{row:?} {own:?}");
+            // Its weight is below 1, since maxima are rounded up.
+            assert!(row.iter().zip(own).all(|(x, v)| (x - v).abs() <= 4.0 * f32::EPSILON * v.abs()), "{row:?} {own:?}");
         }
         // The windows of all queries hold everything.
         let bits = [200, 201, i32::MAX].map(|window| of(window).bits());

@@ -1,179 +1,76 @@
 //! The guaranteed error, on inputs made to reach for it: constants, one sign, many keys, two sides that cancel.
-//!
-//! A cache of a few pages that repeat holds any number of keys, and float64 answers for it at once, by how often each comes.
 
-use treeattn::attention::reference::{Arithmetic, Comparison, Precision, Reference, ulp};
-use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, Dtype, KvLayout, ScoreMod, Tensor};
+use treeattn::attention::reference::{Arithmetic, Comparison, Precision, ulp};
+use treeattn::attention::{Algorithm, DecodeArgs, Dtype, Tensor};
 use treeattn::cpu::Isa;
 
 use crate::support::full;
+use crate::support::repeated::Repeated;
 use crate::support::rng::Rng;
 use crate::support::run::Group;
 
-/// One query token, one kv head, `group` query heads, over pages of `page` keys; f32 throughout.
-struct Repeated {
-    desc: AttentionDesc,
-    q: Vec<f32>,
-    /// [page, slot, dim] of the distinct pages.
-    k: Vec<f32>,
-    v: Vec<f32>,
-    /// For each rank: pages in order, each with how often it comes in a row; and the keys, which may leave the last page short.
-    ranks: Vec<(Vec<(usize, usize)>, usize)>,
+/// The library's answer on CPUs: o and lse of every rank.
+fn answers(case: &Repeated, isa: Isa, algorithm: Algorithm, threads: usize) -> Vec<(Vec<f32>, Vec<f32>)> {
+    let mut desc = case.desc;
+    desc.algorithm = algorithm;
+    let (heads, dim) = (desc.q_heads as usize, desc.head_dim_v as usize);
+    let group = Group::new(isa.name(), case.ranks.len(), threads);
+    let plans = group.plans(&desc).expect("plans");
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = case
+            .ranks
+            .iter()
+            .zip(&plans)
+            .map(|((runs, keys), plan)| {
+                scope.spawn(move || {
+                    let table: Vec<i32> =
+                        runs.iter().flat_map(|&(page, count)| std::iter::repeat_n(page as i32, count)).collect();
+                    let (mut out, mut lse) = (vec![0f32; heads * dim], vec![0f32; heads]);
+                    let length = *keys as i32;
+                    let args = DecodeArgs {
+                        batch: 1,
+                        query_tokens: 1,
+                        q: Tensor::from_slice(&case.q),
+                        k: Tensor::from_slice(&case.k),
+                        v: Tensor::from_slice(&case.v),
+                        out: Tensor::from_slice_mut(&mut out),
+                        lse: Tensor::from_slice_mut(&mut lse),
+                        kv_length: &length,
+                        block_table: table.as_ptr(),
+                        max_pages: table.len() as i32,
+                        num_pages: case.pages() as i32,
+                        ..DecodeArgs::default()
+                    };
+                    // SAFETY: everything that the arguments point at outlives the call, which blocks.
+                    unsafe { plan.decode(&args, None) }.expect("a step");
+                    (out, lse)
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+    })
 }
 
-impl Repeated {
-    fn new(group: usize, dim_qk: usize, dim_v: usize, page: usize) -> Repeated {
-        let mut desc = AttentionDesc::new(group as i32, 1, dim_qk as i32, i32::MAX);
-        desc.head_dim_v = dim_v as i32;
-        (desc.kv_layout, desc.page_size) = (KvLayout::BlockTable, page as i32);
-        Repeated { desc, q: vec![0.0; group * dim_qk], k: Vec::new(), v: Vec::new(), ranks: Vec::new() }
-    }
-
-    /// A page of as many keys as it has, by slot.
-    fn page(&mut self, mut k: impl FnMut(usize) -> Vec<f32>, mut v: impl FnMut(usize) -> Vec<f32>) {
-        for slot in 0..self.desc.page_size as usize {
-            self.k.extend(k(slot));
-            self.v.extend(v(slot));
-        }
-    }
-
-    /// `keys` keys of one page, again and again, on one more rank.
-    fn rank_of(&mut self, page: usize, keys: usize) {
-        self.ranks.push((vec![(page, keys.div_ceil(self.desc.page_size as usize))], keys));
-    }
-
-    /// The library's answer: o and lse of every rank.
-    fn answers(&self, isa: Isa, algorithm: Algorithm, threads: usize) -> Vec<(Vec<f32>, Vec<f32>)> {
-        let mut desc = self.desc;
-        desc.algorithm = algorithm;
-        let (heads, dim) = (desc.q_heads as usize, desc.head_dim_v as usize);
-        let group = Group::new(isa.name(), self.ranks.len(), threads);
-        let plans = group.plans(&desc).expect("plans");
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = self
-                .ranks
-                .iter()
-                .zip(&plans)
-                .map(|((runs, keys), plan)| {
-                    scope.spawn(move || {
-                        let table: Vec<i32> =
-                            runs.iter().flat_map(|&(page, count)| std::iter::repeat_n(page as i32, count)).collect();
-                        let (mut out, mut lse) = (vec![0f32; heads * dim], vec![0f32; heads]);
-                        let length = *keys as i32;
-                        let args = DecodeArgs {
-                            batch: 1,
-                            query_tokens: 1,
-                            q: Tensor::from_slice(&self.q),
-                            k: Tensor::from_slice(&self.k),
-                            v: Tensor::from_slice(&self.v),
-                            out: Tensor::from_slice_mut(&mut out),
-                            lse: Tensor::from_slice_mut(&mut lse),
-                            kv_length: &length,
-                            block_table: table.as_ptr(),
-                            max_pages: table.len() as i32,
-                            num_pages: (self.v.len() / (dim * desc.page_size as usize)) as i32,
-                            ..DecodeArgs::default()
-                        };
-                        // SAFETY: everything that the arguments point at outlives the call, which blocks.
-                        unsafe { plan.decode(&args, None) }.expect("a step");
-                        (out, lse)
-                    })
-                })
-                .collect();
-            threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
-        })
-    }
-
-    /// Holds the library's answer against float64.
-    fn check(&self, isa: Isa, algorithm: Algorithm, threads: usize) -> Comparison {
-        let (desc, outputs) = (&self.desc, self.answers(isa, algorithm, threads));
-        let (heads, dim) = (desc.q_heads as usize, desc.head_dim_v as usize);
-        let mut reference = self.reference();
-        reference.arithmetic = match isa {
-            Isa::Avx512 => Arithmetic { lanes: 16, fused: true },
-            Isa::Avx2 => Arithmetic { lanes: 8, fused: true },
-            Isa::Neon => Arithmetic { lanes: 4, fused: true },
-            Isa::Scalar => Arithmetic { lanes: 8, fused: false },
-        };
-        let wire = if self.ranks.len() > 1 { desc.wire_dtype } else { Dtype::F32 };
-        let mut found = Comparison::default();
-        for (out, lse) in &outputs {
-            for head in 0..heads {
-                let precision = Precision { out: desc.out_dtype, wire };
-                reference.compare_row(head, &out[head * dim..][..dim], Some(lse[head]), precision, &mut found);
-            }
-        }
-        found
-    }
-
-    fn reference(&self) -> Reference {
-        let desc = &self.desc;
-        let (heads, dim_qk, dim) = (desc.q_heads as usize, desc.head_dim_qk as usize, desc.head_dim_v as usize);
-        let page = desc.page_size as usize;
-        let pages = self.v.len() / (dim * page);
-        let mut counts = vec![0u64; pages * page];
-        for (runs, keys) in &self.ranks {
-            let mut left = *keys;
-            for &(which, times) in runs {
-                let whole = times.min(left / page);
-                counts[which * page..(which + 1) * page].iter_mut().for_each(|count| *count += whole as u64);
-                left -= whole * page;
-                if whole < times && left > 0 {
-                    counts[which * page..][..left].iter_mut().for_each(|count| *count += 1);
-                    left = 0;
-                }
-            }
-            assert_eq!(left, 0, "pages for every key");
-        }
-        let keys: u64 = counts.iter().sum();
-        let mut reference = Reference {
-            dim,
-            o: vec![0.0; heads * dim],
-            lse: vec![0.0; heads],
-            weighted: vec![0.0; heads * dim],
-            largest: vec![0.0; heads * dim],
-            score: vec![0.0; heads],
-            keys: vec![keys; heads],
-            least_weight: 2f64.powi(-126),
-            dim_qk,
-            biased: false,
-            mods: ScoreMod::PLAIN,
-            scaled: [false; 2],
-            partials: self.ranks.len() as u32,
-            arithmetic: Arithmetic::ANY,
-            fault: None,
-        };
-        let scale = f64::from(desc.effective_scale());
+/// Holds the library's answer against float64.
+fn check(case: &Repeated, isa: Isa, algorithm: Algorithm, threads: usize) -> Comparison {
+    let (desc, outputs) = (&case.desc, answers(case, isa, algorithm, threads));
+    let (heads, dim) = (desc.q_heads as usize, desc.head_dim_v as usize);
+    let mut reference = case.reference();
+    reference.arithmetic = match isa {
+        Isa::Avx512 => Arithmetic::Cpu { lanes: 16, fused: true },
+        Isa::Avx2 => Arithmetic::Cpu { lanes: 8, fused: true },
+        Isa::Neon => Arithmetic::Cpu { lanes: 4, fused: true },
+        Isa::Scalar => Arithmetic::Cpu { lanes: 8, fused: false },
+    };
+    let wire = if case.ranks.len() > 1 { desc.wire_dtype } else { Dtype::F32 };
+    let mut found = Comparison::default();
+    for (out, lse) in &outputs {
         for head in 0..heads {
-            let q = &self.q[head * dim_qk..][..dim_qk];
-            let live = || (0..pages * page).filter(|&slot| counts[slot] > 0);
-            let mut scores = vec![0.0; pages * page];
-            for slot in live() {
-                let products = q.iter().zip(&self.k[slot * dim_qk..]).map(|(&q, &k)| f64::from(q) * f64::from(k));
-                scores[slot] = scale * products.clone().sum::<f64>();
-                let magnitude = scale.abs() * products.map(f64::abs).sum::<f64>();
-                reference.score[head] = reference.score[head].max(magnitude);
-            }
-            let max = live().map(|slot| scores[slot]).fold(f64::NEG_INFINITY, f64::max);
-            let mut sum = 0.0;
-            for slot in live() {
-                let weight = counts[slot] as f64 * (scores[slot] - max).exp();
-                sum += weight;
-                for d in 0..dim {
-                    let (v, at) = (f64::from(self.v[slot * dim + d]), head * dim + d);
-                    reference.o[at] += weight * v;
-                    reference.weighted[at] += weight * v.abs();
-                    reference.largest[at] = reference.largest[at].max(v.abs());
-                }
-            }
-            for at in head * dim..(head + 1) * dim {
-                reference.o[at] /= sum;
-                reference.weighted[at] /= sum;
-            }
-            reference.lse[head] = max + sum.ln();
+            let precision = Precision { out: desc.out_dtype, wire };
+            reference.compare_row(head, &out[head * dim..][..dim], Some(lse[head]), precision, &mut found);
         }
-        reference
     }
+    found
 }
 
 const ALGORITHMS: [Algorithm; 5] =
@@ -214,7 +111,7 @@ fn constant_values_at_any_length() {
                 let v = constants(dim, keys as u64);
                 case.page(|_| vec![1.0; 16], |_| v.clone());
                 case.rank_of(0, keys);
-                let found = case.check(isa, Algorithm::Auto, if long { 2 } else { 1 });
+                let found = check(&case, isa, Algorithm::Auto, if long { 2 } else { 1 });
                 assert_guaranteed(&format!("constant, {keys} keys, {} rows, {}", group, isa.name()), &found);
                 all.add(&found);
             }
@@ -242,7 +139,7 @@ fn scores_of_one_sign() {
                     |slot| vec![1.0 - 2.0 * slot as f32; 16],
                 );
                 case.rank_of(0, 2);
-                all.add(&case.check(isa, Algorithm::Auto, 1));
+                all.add(&check(&case, isa, Algorithm::Auto, 1));
             }
         }
     }
@@ -255,7 +152,7 @@ fn scores_of_one_sign() {
             |slot| vec![1.0 - 2.0 * slot as f32; 16],
         );
         case.rank_of(0, 2);
-        all.add(&case.check(isa, Algorithm::Auto, 1));
+        all.add(&check(&case, isa, Algorithm::Auto, 1));
     }
     assert_guaranteed("one sign", &all);
 }
@@ -272,7 +169,7 @@ fn rising_scores_and_weight_far_from_the_maximum() {
             let v: Vec<f32> = (0..8192 * 64).map(|_| 1.0 + r.unit() as f32).collect();
             case.page(|slot| vec![slot as f32 * step / 8.0; 64], |slot| v[slot * 64..][..64].to_vec());
             case.rank_of(0, 8192);
-            all.add(&case.check(isa, Algorithm::Auto, 2));
+            all.add(&check(&case, isa, Algorithm::Auto, 2));
         }
         // One key at 14, and 2^20 keys at 0, which weigh about as much; values cancel.
         let mut case = Repeated::new(1, 128, 32, 64);
@@ -284,7 +181,7 @@ fn rising_scores_and_weight_far_from_the_maximum() {
         );
         case.page(|_| vec![1e-6; 128], |_| vec![-1.0; 32]);
         case.ranks.push((vec![(1, 8000), (0, 1), (1, 8383)], 8384 * 64 + 8000 * 64));
-        all.add(&case.check(isa, Algorithm::Auto, 1));
+        all.add(&check(&case, isa, Algorithm::Auto, 1));
     }
     assert_guaranteed("rising, and far from the maximum", &all);
 }
@@ -302,7 +199,7 @@ fn products_beyond_float32() {
             let keys: Vec<f32> = (0..4 * 32).map(|_| k * (2.0 * r.unit() - 1.0) as f32).collect();
             case.page(|slot| keys[slot * 32..][..32].to_vec(), |slot| vec![slot as f32 - 1.5; 16]);
             case.rank_of(0, 4);
-            all.add(&case.check(isa, Algorithm::Auto, 1));
+            all.add(&check(&case, isa, Algorithm::Auto, 1));
         }
     }
     assert_guaranteed("products beyond float32", &all);
@@ -327,7 +224,7 @@ fn ranks_that_cancel() {
             for (rank, &keys) in keys.iter().enumerate() {
                 case.rank_of(rank % 2, keys);
             }
-            all.add(&case.check(Isa::best(), algorithm, 1));
+            all.add(&check(&case, Isa::best(), algorithm, 1));
         }
         assert_guaranteed(&format!("ranks that cancel, {}", algorithm.name()), &all);
         assert!(all.worst <= 1.2, "{}: {all:?}", algorithm.name());
@@ -353,7 +250,7 @@ fn values_beyond_the_wire_type() {
             case.rank_of(1, 1);
             assert_guaranteed(
                 &format!("{far:e} as {}, {}", dtype.name(), algorithm.name()),
-                &case.check(Isa::best(), algorithm, 1),
+                &check(&case, Isa::best(), algorithm, 1),
             );
         }
     }
@@ -385,7 +282,7 @@ fn roundings_on_the_wire_that_add_up() {
                         case.page(|_| vec![k; 16], |_| v.clone());
                         case.rank_of(rank, 1);
                     }
-                    all.add(&case.check(Isa::best(), algorithm, 1));
+                    all.add(&check(&case, Isa::best(), algorithm, 1));
                 }
             }
         }
@@ -409,7 +306,7 @@ fn weights_that_no_float_has() {
                 |slot| vec![if slot == 0 { 0.0 } else { 1e37 }; 16],
             );
             case.rank_of(0, 4096);
-            all.add(&case.check(isa, Algorithm::Auto, 1));
+            all.add(&check(&case, isa, Algorithm::Auto, 1));
         }
     }
     assert_guaranteed("weights that no float has", &all);
@@ -432,7 +329,7 @@ fn scores_beyond_float32() {
                     case.page(|_| row(-1e20), |_| vec![7.0; 16]);
                     case.rank_of(1, keys.len());
                 }
-                case.answers(isa, Algorithm::Auto, 1)
+                answers(&case, isa, Algorithm::Auto, 1)
             };
             for (o, lse) in answer(&[1e-30, 1e20]).iter().chain(&answer(&[1e20, 1e20])) {
                 assert!(o.iter().all(|x| x.is_nan()) && lse[0].is_nan(), "{o:?} {lse:?}");

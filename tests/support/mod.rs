@@ -13,6 +13,7 @@ pub mod memory;
 pub mod npy;
 pub mod random;
 pub mod rank;
+pub mod repeated;
 pub mod rng;
 pub mod run;
 pub mod terms;

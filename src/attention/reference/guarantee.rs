@@ -46,6 +46,28 @@
 //! |error of the lse| <= u (128 / L + 12 + R + N S' + 2 S) and half a unit in the last place of the lse, whatever the wire
 //! type. This holds for all algorithms.
 //!
+//! **GPUs.** The same sums with other numbers; nothing there depends on the number of lanes.
+//! - Scores: tensor cores sum 16 products in a step, exactly but for what lies below 2^-23 of the largest product's binade, which
+//!   is cut off of each of the others, and of the sum; in two halves on some GPUs. That is 36 u of the sum of |q_i k_i| at most,
+//!   taken over all steps. Two steps are added, and pairs of steps in a chain: 1 + ceil(d / 32). Queries of other types than
+//!   keys go in up to three terms, whose smaller ones cost 2 more. So N = 39 + ceil(d / 32), and on CUDA cores less. Sums begin with 0:
+//!   S' = S. The scale, times log2 e, costs 2 u S, as above. The product with it less the maximum is rounded once, by u times
+//!   their distance, which over a row counts as min(2 S, 23) at most (as above), and 3 for what the maximum was rounded up
+//!   to a whole number.
+//! - Terms: tanh is within 4 u, and its argument and what is added have a rounding more each: 16 u S more, as above in N S'.
+//! - Weights: exp2 is within 4 u, f16 terms lose 2 u in the output.
+//! - Values: a tile has 16 keys, whose products with weights begin with 0 and cost 36 u A, in one to three terms of a weight. An
+//!   accumulator takes in K tiles at most, by fp32 additions (three each of values in three terms), K = 1024 or the number of keys,
+//!   before it is closed into two floats, which 2^16 closings leave as good as exact; 1 u to come out of them. Up to 12 warps, 16
+//!   blocks and 16 groups of blocks follow, whose weights are powers of two. 81 + K in all. Weights likewise, in 26 + K, since
+//!   lanes and blocks meet in trees.
+//! - Partials: the quotient costs 2 u; between ranks a weight 2 u twice, its log-sum-exp's error and distance 3 u, shares 2 u, and R.
+//!   The log-sum-exp: its logarithms and the last sums 13 u, exp2 as above.
+//!
+//! So |error of o| <= u A (131 + 2 K + R + 4 S + 2 (N S + min(2 S, 23) + 3)) and |error of the lse| <=
+//! u (44 + K + R + 2 S + N S + min(2 S, 23) + 3) and half a unit in its last place. `ALLREDUCE3` sends the lse as one float,
+//! which costs up to 2 u |lse| A more.
+//!
 //! **Limits.** An average stays in the range of the values, which is all that is left of these bounds for scores past 2^22.
 //! What underflows is lost: weights below 2^-125 of the largest, and 2^-149 of a sum. Scores, and the partial sums of
 //! their products, have to be within float32, scores also times log2 e (of scales beyond 2^-32 to 2^32 the products times that
@@ -61,24 +83,19 @@ use crate::attention::dtype::Dtype;
 const U: f64 = 1.0 / 16_777_216.0;
 /// From here on float32 scores do not tell which key is the largest.
 const LARGEST_SCORE: f64 = 4_194_304.0;
-/// Roundings of a score with terms beyond those of its products.
-const TERM_ROUNDINGS: f64 = 10.0;
-/// Roundings of weights (twice), quotients and merges, beyond one a partial.
-const ROUNDINGS: f64 = 12.0;
-/// Roundings on a path through a sum of values.
-const VALUE_ROUNDINGS: f64 = 24.0;
 
 impl Reference {
     /// N: the roundings of a score, its bias included.
     fn score_roundings(&self) -> f64 {
         let bias = if self.biased { self.arithmetic.score_roundings(self.dim) + 2.0 } else { 0.0 };
-        let terms = if self.mods.adds() || self.mods.softcap() > 0.0 { TERM_ROUNDINGS } else { 0.0 };
+        let terms = if self.mods.adds() || self.mods.softcap() > 0.0 { self.arithmetic.term_roundings() } else { 0.0 };
         self.arithmetic.score_roundings(self.dim_qk) + bias + terms + f64::from(u8::from(self.scaled[0]))
     }
 
-    /// S': what a partial sum of a score may reach.
-    fn reach(&self, score: f64) -> f64 {
-        if self.mods.adds() { 2.0 * score } else { score + score.min(16.0) }
+    /// N S' and what else rounds a score, over u.
+    fn of_scores(&self, score: f64) -> f64 {
+        let reach = self.arithmetic.reach(score, self.mods.adds());
+        self.score_roundings() * reach + self.arithmetic.distance(score)
     }
 
     /// The error that element `d` of row `row` never exceeds. See the module's text.
@@ -88,15 +105,15 @@ impl Reference {
         if largest == 0.0 {
             return 0.0;
         }
-        let (score, partials) = (self.score[row], self.partials as f64);
-        let sums = VALUE_ROUNDINGS
+        let (score, partials, keys) = (self.score[row], self.partials as f64, self.keys[row]);
+        let sums = self.arithmetic.value_roundings(keys)
             + f64::from(u8::from(self.scaled[1]))
-            + self.arithmetic.weight_roundings()
-            + ROUNDINGS
+            + self.arithmetic.weight_roundings(keys)
+            + self.arithmetic.output_roundings()
             + partials;
-        let scores = U * (2.0 * self.score_roundings() * self.reach(score) + 4.0 * score);
+        let scores = U * (2.0 * self.of_scores(score) + 4.0 * score);
         let c = if score < LARGEST_SCORE { U * sums + scores.exp_m1() } else { f64::INFINITY };
-        let terms = self.keys[row] as f64 + 64.0;
+        let terms = keys as f64 + 64.0;
         // A maximum is rounded up to a whole power of two, so the least weight is that part of twice the largest.
         let underflow = terms * (2.0 * self.least_weight * largest + 2f64.powi(-149));
         let range = o + (1.0 + U * sums) * largest;
@@ -116,10 +133,9 @@ impl Reference {
     /// The error that the lse of row `row` never exceeds. See the module's text.
     pub fn lse_guarantee(&self, row: usize) -> f64 {
         let (score, lse) = (self.score[row], self.lse[row].abs());
-        let sums = self.arithmetic.weight_roundings() + ROUNDINGS + self.partials as f64;
+        let sums =
+            self.arithmetic.weight_roundings(self.keys[row]) + self.arithmetic.lse_roundings() + self.partials as f64;
         let terms = self.keys[row] as f64 + 64.0;
-        U * (sums + self.score_roundings() * self.reach(score) + 2.0 * score)
-            + 0.5 * ulp(lse, Dtype::F32)
-            + terms * 2.0 * self.least_weight
+        U * (sums + self.of_scores(score) + 2.0 * score) + 0.5 * ulp(lse, Dtype::F32) + terms * 2.0 * self.least_weight
     }
 }

@@ -132,7 +132,8 @@ impl Route for NcclAllreduce3 {
     unsafe fn decode(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
         let stream = self.shard.stream(place.stream())?;
         let output = AllreduceOutput { tokens: step.args.query_tokens, target: step.target(&context.desc) };
-        let attended = Destination::Partial { target: self.kernels.target(), status: self.kernels.status() };
+        let attended =
+            Destination::Partial { target: self.kernels.target(), status: self.kernels.status(), lse_in_two: false };
         self.exchange(context, &output, stream, || self.shard.backend.decode_to(step, attended, stream))?;
         context.count_step();
         context.board.count_step();

@@ -11,7 +11,7 @@ use crate::cuda::{Destination, ExchangeKernel, ExchangeStep};
 use crate::device::cuda::{Allocations, CudaStream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::view::{ExchangeMode, row_words};
-use crate::partial::{ExchangeView, RowSource, RowTarget};
+use crate::partial::{ExchangeView, Lse, RowSource, RowTarget};
 use crate::route::backend::Backend;
 use crate::route::context::{Call, StepContext, fingerprint};
 use crate::route::gpu::GpuShard;
@@ -79,9 +79,9 @@ impl WindowsRoute {
                 Error::invalid("max_query_tokens x q_heads x head_dim_v", found, "a size that fits memory")
             };
             let o = rows.checked_mul(4 * dim).and_then(|o| o.checked_next_multiple_of(256)).ok_or_else(too_large)?;
-            bytes = o.checked_add(4 * rows).ok_or_else(too_large)?;
+            bytes = o.checked_add(4 * Lse::FLOATS * rows).ok_or_else(too_large)?;
             let memory = allocations.memory(bytes)?;
-            target = Some(RowTarget::packed(memory, memory + o as u64, desc.q_heads, desc.head_dim_v));
+            target = Some(RowTarget::partial(memory, memory + o as u64, desc.q_heads, desc.head_dim_v));
         }
         let check = Check::new(context, rank, peers, &mut allocations)?;
         bytes += check.as_ref().map_or(0, Check::bytes);
@@ -159,9 +159,9 @@ impl WindowsRoute {
         if form == Form::Memory {
             let given = match self.target {
                 Some(target) => {
-                    let destination = Destination::Partial { target: &target, status: self.status };
+                    let destination = Destination::Partial { target: &target, status: self.status, lse_in_two: true };
                     self.shard.backend.decode_to(step, destination, stream)?;
-                    ExchangeStep { source: RowSource::written(&target), ..merged }
+                    ExchangeStep { source: RowSource::written(&target), lse_in_two: true, ..merged }
                 }
                 None if rows == 0 => merged,
                 None => return Err(Error::new(ErrorKind::Internal, "plan: a step larger than its largest")),
