@@ -550,7 +550,8 @@ typedef struct treeattn_comm_status_t {
     int32_t broken;
     /**
      * The message that goes with `code`; empty if there is none, cut where it is longer. With INVALID_DATA every rank is told
-     * the argument, the sequence and the rank that met it; the value found and the values wanted only that rank, on CPUs.
+     * the argument, the sequence and the rank that met it; the value found and the values wanted only that rank, on a GPU
+     * once the step has ended, and not of an entry beyond the first 65,536 of its sequence.
      */
     char message[512];
 } treeattn_comm_status_t;

@@ -30,10 +30,9 @@ enum : int32_t {
 // DecodeParams::flags, as src/cuda/params.rs says.
 enum : uint32_t {
     kFlagCausal = 1,
-    kFlagKvStable = 2,
-    kFlagNoBulk = 4,
-    kFlagPush = 8,
-    kFlagLseInTwo = 16,
+    kFlagNoBulk = 2,
+    kFlagPush = 4,
+    kFlagLseInTwo = 8,
 };
 // Which input of a step was out of range (partial::DataFaultCause).
 enum : uint32_t {
@@ -43,6 +42,14 @@ enum : uint32_t {
     kFaultPage = 3,
     kFaultPageRow = 4,
     kFaultPosition = 5,
+    kFaultPageIndptr = 12,
+    kFaultLastPageLen = 13,
+    kFaultGlobalLength = 14,
+    kFaultKvStart = 15,
+    kFaultKvPosition = 16,
+    kFaultQueryPosition = 17,
+    kFaultBlockTable = 18,
+    kFaultPageIndices = 19,
     kFaultMask = 21,
 };
 // ExchangeView::mode: who gets which rows (partial::view::ExchangeMode).
@@ -80,6 +87,14 @@ enum : int {
     kBadData = 2,
     kTakenAfter = 1,
     kLost = 4,
+};
+// Words in mapped host memory of a value that was out of range (partial::view::value).
+enum : int {
+    kValueKey = 0,
+    kValueIndex = 1,
+    kValueFound = 2,
+    kValueLeast = 3,
+    kValueMost = 4,
 };
 // Most ranks; slots of a rank, one a parity of the epoch.
 enum : int {
@@ -142,9 +157,9 @@ enum : int {
 };
 
 // The hashes of what all kernels know, and of what those that take TermsParams or CheckParams do; each image carries its own.
-constexpr uint64_t kAbi = 0x9313c65decd65487;
-constexpr uint64_t kTermsAbi = 0x06c53468cb2c90ec;
-constexpr uint64_t kCheckAbi = 0xc5000e3a0aeb5bf7;
+constexpr uint64_t kAbi = 0xf25cfdb542a2b5f6;
+constexpr uint64_t kTermsAbi = 0x22a976bf336b65da;
+constexpr uint64_t kCheckAbi = 0x19855d9c6897ebff;
 
 }  // namespace treeattn
 
@@ -165,10 +180,11 @@ constexpr uint64_t kCheckAbi = 0xc5000e3a0aeb5bf7;
     static_assert(offsetof(KernelShape, rows) == 20, "KernelShape::rows"); \
     static_assert(offsetof(KernelShape, open_tiles) == 24, "KernelShape::open_tiles"); \
     static_assert(offsetof(KernelShape, long_bytes) == 28, "KernelShape::long_bytes"); \
-    static_assert(sizeof(Workspace) == 24, "Workspace"); \
+    static_assert(sizeof(Workspace) == 32, "Workspace"); \
     static_assert(offsetof(Workspace, partials) == 0, "Workspace::partials"); \
     static_assert(offsetof(Workspace, counters) == 8, "Workspace::counters"); \
     static_assert(offsetof(Workspace, status) == 16, "Workspace::status"); \
+    static_assert(offsetof(Workspace, found) == 24, "Workspace::found"); \
     static_assert(sizeof(RowTarget) == 64, "RowTarget"); \
     static_assert(offsetof(RowTarget, o) == 0, "RowTarget::o"); \
     static_assert(offsetof(RowTarget, lse) == 8, "RowTarget::lse"); \
@@ -202,7 +218,7 @@ constexpr uint64_t kCheckAbi = 0xc5000e3a0aeb5bf7;
     static_assert(offsetof(ExchangeView, heads) == 88, "ExchangeView::heads"); \
     static_assert(offsetof(ExchangeView, first_head) == 92, "ExchangeView::first_head"); \
     static_assert(offsetof(ExchangeView, own_heads) == 96, "ExchangeView::own_heads"); \
-    static_assert(sizeof(DecodeParams) == 504, "DecodeParams"); \
+    static_assert(sizeof(DecodeParams) == 512, "DecodeParams"); \
     static_assert(offsetof(DecodeParams, q) == 0, "DecodeParams::q"); \
     static_assert(offsetof(DecodeParams, k) == 8, "DecodeParams::k"); \
     static_assert(offsetof(DecodeParams, v) == 16, "DecodeParams::v"); \
@@ -244,7 +260,7 @@ constexpr uint64_t kCheckAbi = 0xc5000e3a0aeb5bf7;
     static_assert(offsetof(DecodeParams, flags) == 364, "DecodeParams::flags"); \
     static_assert(offsetof(DecodeParams, waiting) == 368, "DecodeParams::waiting"); \
     static_assert(offsetof(DecodeParams, workspace) == 376, "DecodeParams::workspace"); \
-    static_assert(offsetof(DecodeParams, exchange) == 400, "DecodeParams::exchange"); \
+    static_assert(offsetof(DecodeParams, exchange) == 408, "DecodeParams::exchange"); \
     static_assert(sizeof(MergeParams) == 168, "MergeParams"); \
     static_assert(offsetof(MergeParams, source) == 0, "MergeParams::source"); \
     static_assert(offsetof(MergeParams, target) == 72, "MergeParams::target"); \
@@ -304,13 +320,13 @@ constexpr uint64_t kCheckAbi = 0xc5000e3a0aeb5bf7;
     static_assert(offsetof(Terms, cap_inverse) == 204, "Terms::cap_inverse"); \
     static_assert(offsetof(Terms, k_dtype) == 208, "Terms::k_dtype"); \
     static_assert(offsetof(Terms, v_dtype) == 212, "Terms::v_dtype"); \
-    static_assert(sizeof(TermsParams) == 720, "TermsParams"); \
+    static_assert(sizeof(TermsParams) == 728, "TermsParams"); \
     static_assert(offsetof(TermsParams, step) == 0, "TermsParams::step"); \
-    static_assert(offsetof(TermsParams, terms) == 504, "TermsParams::terms"); \
-    static_assert(sizeof(CheckParams) == 528, "CheckParams"); \
+    static_assert(offsetof(TermsParams, terms) == 512, "TermsParams::terms"); \
+    static_assert(sizeof(CheckParams) == 536, "CheckParams"); \
     static_assert(offsetof(CheckParams, step) == 0, "CheckParams::step"); \
-    static_assert(offsetof(CheckParams, wrong) == 504, "CheckParams::wrong"); \
-    static_assert(offsetof(CheckParams, first) == 512, "CheckParams::first"); \
-    static_assert(offsetof(CheckParams, count) == 516, "CheckParams::count"); \
-    static_assert(offsetof(CheckParams, needs_positions) == 520, "CheckParams::needs_positions"); \
-    static_assert(offsetof(CheckParams, surplus_keys) == 524, "CheckParams::surplus_keys");
+    static_assert(offsetof(CheckParams, wrong) == 512, "CheckParams::wrong"); \
+    static_assert(offsetof(CheckParams, first) == 520, "CheckParams::first"); \
+    static_assert(offsetof(CheckParams, count) == 524, "CheckParams::count"); \
+    static_assert(offsetof(CheckParams, needs_positions) == 528, "CheckParams::needs_positions"); \
+    static_assert(offsetof(CheckParams, surplus_keys) == 532, "CheckParams::surplus_keys");

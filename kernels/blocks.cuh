@@ -1,7 +1,7 @@
 // How rows of ggml's q8_0 and q4_0 come into shared memory for decode_blocks.cu, and how their codes become f16.
 //
 // A row is two or four blocks of 34 or 18 bytes: an f16 scale, then the codes of 32 elements. Its blocks begin anywhere among the
-// 16-byte units that hold it, so codes are found in halfwords: of the units at hand, a lane has one or two at the same place of
+// 16-byte units that hold it, so codes are found in halfwords: of the units of a row, a lane has one or two at the same place of
 // each, and takes the later unit's where the block begins after that place. Which dims those are follows from where the row
 // begins, and the query lies in that order.
 #pragma once
@@ -13,7 +13,7 @@ namespace treeattn {
 template <int32_t Type>
 struct BlockCodes {
     static_assert(Type == kQ8_0 || Type == kQ4_0, "a type of blocks");
-    static constexpr int kBytes = Type == kQ8_0 ? 34 : 18;
+    static constexpr int kBytes = block_bytes(Type);
     // Units of codes: as many words a lane has of a block.
     static constexpr int kWords = Type == kQ8_0 ? 2 : 1;
 

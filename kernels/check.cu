@@ -142,17 +142,7 @@ __device__ __forceinline__ bool is_bad_data(const CheckParams& c, int b, const S
             is_bad |= page < 0 || page >= p.num_pages;
         }
     }
-    if (c.needs_positions == 0) return is_bad;
-    if (p.query_position == nullptr) is_bad |= p.global_length[b] < seq.tokens;
-    const int64_t last = seq.keys - 1;
-    if (p.placement == kContiguous) {
-        const int64_t start = p.kv_start == nullptr ? 0 : p.kv_start[b];
-        is_bad |= start < 0 || start + last > INT32_MAX;
-    } else if (p.placement == kInterleaved) {
-        const int64_t run = p.interleave;
-        is_bad |= (last / run * p.world + p.rank) * run + last % run > INT32_MAX;
-    }
-    return is_bad;
+    return is_bad || (c.needs_positions != 0 && !positions_fit(p, b, seq.tokens, seq.keys));
 }
 
 // Makes the record of sequence b in `s.own`. Called by the whole block, which may read the record after the next barrier.
@@ -200,7 +190,7 @@ __device__ __forceinline__ void make_record(const CheckParams& c, int b, CheckSt
         r.global_length = p.global_length == nullptr ? 0 : p.global_length[b];
         r.keys = has_keys ? seq.keys : 0;
         if (p.placement == kContiguous) {
-            r.start = p.kv_start == nullptr ? 0 : p.kv_start[b];
+            r.start = start_of(p, b);
         } else if (p.placement == kExplicit) {
             const int inside = static_cast<int>(s.sums[5]);
             r.start = r.keys - inside, r.keys = inside;
@@ -289,13 +279,6 @@ __device__ __forceinline__ int odd_rank(int world, const Value& value) {
         if (value(rank) != value(leader)) return rank;
     }
     return -1;
-}
-
-// The tokens of a sequence that a rank holds with interleaved placement.
-__device__ __forceinline__ int64_t interleaved_length(const DecodeParams& p, int rank, int64_t length) {
-    if (length < 0) return 0;
-    const int64_t run = p.interleave, round = run * p.world, rest = length % round - rank * run;
-    return length / round * run + (rest < 0 ? 0 : min(rest, run));
 }
 
 // Whether ranks hold the positions 0 to `length` - 1, each once, with contiguous placement.

@@ -11,25 +11,9 @@
 
 namespace treeattn {
 
-// The last local slot that query token `token` of a sequence sees, under causality.
-static __device__ __noinline__ int causal_bound(const DecodeParams& p, int b, int first_token, int tokens, int token) {
-    const int64_t position = p.query_position != nullptr
-                                 ? p.query_position[first_token + token]
-                                 : static_cast<int64_t>(p.global_length[b]) - tokens + token;
-    if (p.placement == kExplicit) return static_cast<int>(position);
-    int64_t seen;
-    if (p.placement == kContiguous) {
-        seen = position - (p.kv_start == nullptr ? 0 : p.kv_start[b]) + 1;
-    } else {
-        const int64_t run = p.interleave, round = run * p.world, length = position + 1;
-        seen = length / round * run + min(max(length % round - p.rank * run, static_cast<int64_t>(0)), run);
-    }
-    return static_cast<int>(min(max(seen, static_cast<int64_t>(0)), static_cast<int64_t>(INT32_MAX))) - 1;
-}
-
-// That slot, or (explicit placement) the last position seen.
+// The last local slot, or (explicit placement) the last position, that a query token of an item sees.
 __device__ __forceinline__ int row_bound(const DecodeParams& p, const Item& item, int token) {
-    if (!(p.flags & kFlagCausal)) return INT32_MAX;
+    if (!is_causal(p)) return INT32_MAX;
     return causal_bound(p, item.b, item.first_token, item.tokens, token);
 }
 
@@ -294,6 +278,7 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t slots = shared_address(shared) + warp * S::kStages * S::kSlotBytes;
     touch_parameters<S::kTerms>(p, reinterpret_cast<int*>(shared + S::kFlagAt) + 1);
+    if (lane == 0) *noted_of<S>(shared) = 0;
     if constexpr (!S::kRaw) {
         for (int i = 0; i < S::kStages; i++) clear_padding<S>(p, slots + i * S::kSlotBytes, lane);
     }
@@ -309,7 +294,7 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
 
     Family family;
     Tile tile = {};
-    Item& item = *reinterpret_cast<Item*>(shared + S::kItemAt);  // the one at hand, for the whole block
+    Item& item = *reinterpret_cast<Item*>(shared + S::kItemAt);  // the running one, for the whole block
     int rows = 0;
     const auto take_item = [&](const Item& next) {
         rows = min(next.tokens * p.group - next.row_tile * S::kRows, S::kRows);
@@ -358,7 +343,7 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
             next_tile += walk.step;
             if (next_tile >= walk.tile_end) tile.flags |= kSlotLast | kSlotFinal;
             if (p.kv_layout != kStrided && tile.keys > 0 && (from->x & kSlotPoison)) {
-                if (lane == 0) report_fault(p, 0, kFaultPage);
+                if (lane == 0) report_and_note(p, noted_of<S>(shared), 0, kFaultPage);
                 tile.flags |= kSlotPoison;
                 tile.keys = 0;
             }
@@ -405,6 +390,8 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
         __syncwarp();
     }
     copy_async_wait<0>();
+    __syncwarp();
+    if (lane == 0) explain_noted<S::kTerms>(p, *noted_of<S>(shared));
     return true;
 }
 

@@ -8,7 +8,7 @@
 // 80 for their addresses; 100 around them. That is 33 a key, and 50 with two rows. At 4.55 TB/s a multiprocessor gets a key
 // (512 bytes) every 25 clocks, and could issue 100 instructions meanwhile.
 //
-// In flight a multiprocessor: up to 12 warps * 8 KiB. A warp holds the tile at hand, 64 registers at 128 dims; K of the
+// In flight a multiprocessor: up to 12 warps * 8 KiB. A warp holds the tile that it attends, 64 registers at 128 dims; K of the
 // next one is asked for when the scores are made, V when the output is. A warp that waits some 1,400 clocks for a tile and
 // computes for 900 takes 8 KiB every 2,300: 12 of them 43 bytes a clock, where 20 come.
 #include "decode.cuh"
@@ -164,7 +164,7 @@ struct Fma {
                                                uint32_t& fault) {
         const int key = threadIdx.x % 32 / 2;
         const float scale = p.scale * kLog2E;
-        const bool by_position = p.placement == kExplicit && (p.flags & kFlagCausal);
+        const bool by_position = is_bound_by_position(p);
         bool visible[Rows];
 #pragma unroll
         for (int r = 0; r < Rows; r++) visible[r] = true;
@@ -303,6 +303,8 @@ __device__ __forceinline__ bool decode_loaded(const DecodeParams& p) {
     extern __shared__ __align__(128) char shared[];
     const int warp = threadIdx.x / 32;
     touch_parameters(p, reinterpret_cast<int*>(shared + S::kFlagAt) + 1);
+    if (threadIdx.x % 32 == 0) *noted_of<S>(shared) = 0;
+    __syncwarp();
     LoadWalk<S> walk(p, shared);
     const EvenSplit even = walk.prepare();
     PushState* push = reinterpret_cast<PushState*>(shared + S::kPushStateAt);
@@ -311,7 +313,7 @@ __device__ __forceinline__ bool decode_loaded(const DecodeParams& p) {
     if (p.flags & kFlagPush) ask_push_state(p, push);
     if (p.waiting == 0) dependency_launch();
 
-    Item& item = *reinterpret_cast<Item*>(shared + S::kItemAt);  // the one at hand, for the whole block
+    Item& item = *reinterpret_cast<Item*>(shared + S::kItemAt);  // the running one, for the whole block
     Item next_item;
     if (even.blocks > 0) {
         if (walk.done) return false;
@@ -385,6 +387,8 @@ __device__ __forceinline__ bool decode_loaded(const DecodeParams& p) {
         walk.next_item(walk.stage);
         next_item = walk.cursor().item;
     }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) explain_noted<S::kTerms>(p, *noted_of<S>(shared));
     return true;
 }
 

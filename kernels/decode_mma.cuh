@@ -349,7 +349,7 @@ struct Mma {
 #pragma unroll
             for (int i = 0; i < 4; i++) x[t][i] = s[t][i] * scale[t][i % 2];
         }
-        const bool by_position = p.placement == kExplicit && (p.flags & kFlagCausal);
+        const bool by_position = is_bound_by_position(p);
         const bool hidden = by_position || tile.base + tile.keys - 1 > least_bound;
         uint32_t seen = 0xffffffffu;
         bool bad_position = false;
@@ -362,7 +362,7 @@ struct Mma {
                 if (by_position && key < tile.keys) {
                     position = p.kv_position[tile.b * p.kv_position_stride + position];
                     if (position < 0) {
-                        report_fault(p, tile.b, kFaultPosition);
+                        report_and_note(p, noted_of<S>(shared), tile.b, kFaultPosition);
                         bad_position = true;
                     }
                 }

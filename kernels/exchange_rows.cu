@@ -132,6 +132,7 @@ __device__ __forceinline__ void exchange_rows(const ExchangeParams& p) {
 
     delay(DelayPoint::kPush, number);
     const uint64_t slot = e.parity() ? slots.y : slots.x;
+    if (is_last_warp && !e.broken && is_clean_due(number)) clean_next(v, number);
     if (is_last_warp && !e.broken && lane < world) {
         store_words(reinterpret_cast<uint64_t*>(slot), packet(static_cast<uint32_t>(v.fingerprint), number),
                     packet(static_cast<uint32_t>(v.fingerprint >> 32), number));
@@ -215,7 +216,7 @@ __device__ __forceinline__ void exchange_rows(const ExchangeParams& p) {
             // Nothing that this step waits for needs room on the GPU any more: the next launch may take it.
             if (e.has_headers) dependency_launch();
         }
-        // Also before all has come, so that the instructions are at hand then.
+        // Also before all has come, so that the instructions lie in the cache then.
         float out[kPairs][4];
         const RowScale scale = merge_words<kRanks, kPairs>(wire, lse, data, out);
         done = missing == 0 && e.has_headers;

@@ -8,6 +8,9 @@
 // pushes waits for the end of the one before; and every rank pushes a header to every rank in every epoch, rows or not, and
 // waits for all of them. Two slots, one a parity of the epoch, are then enough: src/partial/epoch.rs says why. Where the
 // words of a window and of host memory lie is said in src/partial/view.rs.
+//
+// Numbers of epochs come again after 2^32 - 2 exchanges. A word that nobody has written for so long would pass for new, so the
+// whole window is cleaned in between, a piece at a time: see clean_next.
 #pragma once
 
 #include "faults.cuh"
@@ -16,7 +19,6 @@
 
 namespace treeattn {
 
-constexpr uint32_t kAllLanes = 0xffffffffu;  // of a warp
 constexpr uint32_t kSleep = 200;  // ns between looks of warps that wait for long
 constexpr int kSpins = 64;        // looks at a word between two looks at the clock and at what ends a wait
 // Time between a warp's looks at host memory, ns: each goes over PCIe, and many of them hold up all reads of the GPU.
@@ -208,6 +210,32 @@ struct SlotTable {
 };
 static_assert(kSlots == 2, "16 bytes a rank");
 
+// Words that are cleaned at a time, and the exchanges, of one parity, between two times: often enough that a window of the
+// largest size is clean long before numbers come again, seldom enough that it takes no time that could be measured.
+constexpr int kCleanWords = 1024;
+constexpr uint32_t kCleanEvery = 128;
+static_assert(kCleanWords % 64 == 0, "two words a lane at a time");
+
+__device__ __forceinline__ bool is_clean_due(uint32_t epoch) { return epoch / kSlots % kCleanEvery == 0; }
+
+// One warp, before this rank says that it has come, where is_clean_due says so: empties a piece of the slots of the next epoch.
+// Nobody reads or writes those now: this rank has read the epoch before to its end, and a peer begins the next one only when it
+// has seen that this rank has come for the running one. The fence keeps what peers write then behind what is written here.
+static __device__ __noinline__ void clean_next(const ExchangeView& v, uint32_t epoch) {
+    const int64_t all = v.parity_words + v.slot_words;  // of a parity: a slot a rank, and that of merged rows
+    const int64_t pieces = (all + kCleanWords - 1) / kCleanWords;
+    const int64_t begin = epoch / kSlots / kCleanEvery % pieces * kCleanWords;
+    const int parity = (epoch + 1) % kSlots;
+    uint64_t* const slots = v.window + kControlWords + parity * v.parity_words;
+    uint64_t* const merged = v.window + v.merged_at + parity * v.slot_words - v.parity_words;
+#pragma unroll 1
+    for (int64_t word = begin + threadIdx.x % 32 * 2; word < min(begin + kCleanWords, all); word += 64) {
+        store_words((word < v.parity_words ? slots : merged) + word, 0, 0);
+    }
+    __syncwarp();
+    __threadfence_system();
+}
+
 // One warp of the last block clears what the next epoch counts and notes.
 __device__ __forceinline__ void clear_next(const ExchangeView& v, const Epoch& e) {
     const int lane = threadIdx.x % 32, parity = e.parity() ^ 1;
@@ -222,6 +250,7 @@ static __device__ __noinline__ void push_header(const ExchangeView& v, const Epo
     const int lane = threadIdx.x % 32;
     clear_next(v, e);
     if (e.broken) return;
+    if (is_clean_due(e.number)) clean_next(v, e.number);
     const uint64_t low = packet(static_cast<uint32_t>(v.fingerprint), e.number);
     const uint64_t high = packet(static_cast<uint32_t>(v.fingerprint >> 32), e.number);
     for (int n = lane; n < v.world; n += 32) store_words(to.at(e.number, n), low, high);

@@ -34,10 +34,10 @@ __device__ __forceinline__ void merge_row(const MergeParams& p, int64_t row) {
         live += lse != -infinity();
         top = fmaxf(top, lse);
     }
-    bad = __any_sync(0xffffffffu, bad);
+    bad = __any_sync(kAllLanes, bad);
     for (int d = 16; d > 0; d /= 2) {
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
-        live += __shfl_xor_sync(0xffffffffu, live, d);
+        top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, d));
+        live += __shfl_xor_sync(kAllLanes, live, d);
     }
 
     const double natural = source.to_natural == 1.f ? 1.0 : 0.69314718055994530942;
@@ -50,8 +50,8 @@ __device__ __forceinline__ void merge_row(const MergeParams& p, int64_t row) {
             if (chunk + lane < p.partials) lse = merge_lse(p, lses, chunk + lane);
             const double weight = lse == -infinity() ? 0.0 : exp((static_cast<double>(lse) - top) * natural);
             for (int i = 0; i < 32 && chunk + i < p.partials; i++) {
-                if (__shfl_sync(0xffffffffu, lse, i) == -infinity()) continue;
-                const double exact = __shfl_sync(0xffffffffu, weight, i);
+                if (__shfl_sync(kAllLanes, lse, i) == -infinity()) continue;
+                const double exact = __shfl_sync(kAllLanes, weight, i);
                 const float w = static_cast<float>(exact);
                 sum += exact;
                 const char* from = o + (chunk + i) * p.step[0];

@@ -137,12 +137,12 @@ static __device__ __noinline__ uint32_t merge_row_at_once(const MergeStep* step,
             if (has_headers) dependency_launch();
         }
 
-        // Also before all has come, so that the instructions are at hand then: those that were not used for a while come from
+        // Also before all has come, so that the instructions lie in the cache then: those that were not used for a while come from
         // memory, for as long as words take from GPU to GPU.
         float out[kPairs][4];
         const RowScale s = merge_words<kRanks, kPairs>(wire, lse, data, out);
         const bool is_done = missing == 0 && has_headers;
-        // Once more so that they are at hand.
+        // For the same reason.
         if (is_packed) {
 #pragma unroll
             for (int pair = 0; pair < kPairs; pair++) {

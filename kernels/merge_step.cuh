@@ -14,7 +14,7 @@ constexpr int kWordsAPass = 128;   // of a row's o that a warp holds at a time: 
 constexpr int kPairs = kWordsAPass / 64;
 constexpr int kAnyWords = 1 << 20; // of a row's o: any number
 
-// What merging needs to know of a step; in shared memory, so that it is at hand.
+// What merging needs to know of a step; in shared memory, so that nothing of it has to be waited for.
 struct MergeStep {
     ExchangeView view;
     RowTarget target;  // [token, own head, dim]

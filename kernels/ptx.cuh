@@ -5,6 +5,8 @@
 
 namespace treeattn {
 
+constexpr uint32_t kAllLanes = 0xffffffffu;  // of a warp
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

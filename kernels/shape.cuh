@@ -4,6 +4,7 @@
 // latency * bandwidth asks for; the rest covers the stalls at item ends.
 #pragma once
 
+#include "format.cuh"
 #include "params.cuh"
 #include "schedule.cuh"
 #include "tail.cuh"
@@ -96,16 +97,11 @@ struct SlotTerms : Slot16<HeadDimQk, HeadDimV> {
     static constexpr int kStageBytes = Rows * kMaskBytes;
 };
 
-// Bytes of a packed row of `dim` elements of a type that kernels widen in registers.
-__host__ __device__ constexpr int raw_bytes(int32_t dtype, int dim) {
-    return dtype == kQ8_0 ? dim / 32 * 34 : dtype == kQ4_0 ? dim / 32 * 18 : dim;
-}
-
 // A pipeline slot of rows as they are in memory, each in the 16-byte units that hold it; or of one tile that was widened to
 // 16-bit elements.
 template <int HeadDim>
 struct RowsRaw {
-    static constexpr int kPitch = (raw_bytes(kQ8_0, HeadDim) + 15 + 31) / 32 * 32;
+    static constexpr int kPitch = (row_bytes(kQ8_0, HeadDim) + 15 + 31) / 32 * 32;
 };
 // Where the rows of a slot lie: those of k, then those of v; with their scales.
 struct RawRows {
@@ -152,7 +148,7 @@ struct SlotPacked {
 // brings the same unit of eight neighbouring rows to different banks.
 template <int Dim, int32_t Type>
 struct RowsOfBlocks {
-    static constexpr int kBytes = raw_bytes(Type, Dim);
+    static constexpr int kBytes = row_bytes(Type, Dim);
     // What rows begin at multiples of: they do not reach into a further unit then.
     static constexpr int kAlign = Dim == 128 ? 8 : 4;
     static constexpr int kUnits = (kBytes + 16 - kAlign + 15) / 16, kPitch = kUnits * 16;
@@ -169,6 +165,12 @@ struct SlotBlocks {
     static constexpr int kTileBytes = 2 * kVAt;
     static constexpr int kStageBytes = 8 * kMaskBytes;
 };
+
+// The calling warp's word of bad data that it has met (report_and_note): pack_status, 0 for none.
+template <class S>
+__device__ __forceinline__ unsigned long long* noted_of(const char* shared) {
+    return reinterpret_cast<unsigned long long*>(const_cast<char*>(shared) + S::kNotedAt) + threadIdx.x / 32;
+}
 
 // Terms: the kernel takes TermsParams, and QueryBytes hold what rows need of them (TermsBlock) last.
 template <int HeadDimQk, int HeadDimV, int Rows, int QueryBytes, bool Terms = false,
@@ -188,7 +190,7 @@ struct Shape {
     static constexpr int kSlotBytes = kTileBytes > kCloseBytes ? kTileBytes : kCloseBytes;
     static_assert(kVAt % 128 == 0 && kSlotBytes % 128 == 0, "units change places within 128 bytes");
     static constexpr int kSmall = 1024 + static_cast<int>(sizeof(PushState)) + static_cast<int>(sizeof(SliceScratch)) +
-                                  Rows * 8 + Slot::kMostWarps * (Rows * 8 + 4 + static_cast<int>(sizeof(Cursor<Terms>)));
+                                  Rows * 8 + Slot::kMostWarps * (Rows * 8 + 12 + static_cast<int>(sizeof(Cursor<Terms>)));
     static constexpr int kEntryBytes = kTile * 4;
     static constexpr int per_warp(int stages) {
         return stages * (kSlotBytes + static_cast<int>(sizeof(SlotInfo)) + kEntryBytes + Slot::kStageBytes);
@@ -215,7 +217,8 @@ struct Shape {
     static constexpr int kScratchAt = kCursorAt + kWarps * static_cast<int>(sizeof(Cursor<Terms>));
     static constexpr int kFlagAt = kScratchAt + static_cast<int>(sizeof(SliceScratch));
     static constexpr int kPushStateAt = (kFlagAt + 16 + 4 * kWarps + 15) / 16 * 16;
-    static constexpr int kSharedBytes = kPushStateAt + static_cast<int>(sizeof(PushState));
+    static constexpr int kNotedAt = (kPushStateAt + static_cast<int>(sizeof(PushState)) + 7) / 8 * 8;
+    static constexpr int kSharedBytes = kNotedAt + 8 * kWarps;
     static_assert(kQueryAt % 16 == 0 && kInfoAt % 16 == 0 && kStateAt % 16 == 0 && kRowAt % 8 == 0, "alignment");
     static_assert(kSharedBytes <= kSharedLimit, "shared memory");
 };

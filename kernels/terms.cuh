@@ -6,6 +6,7 @@
 #include "numbers.cuh"
 #include "params.cuh"
 #include "ptx.cuh"
+#include "visibility.cuh"
 
 namespace treeattn {
 
@@ -16,7 +17,7 @@ __device__ __forceinline__ const Terms& terms_of(const DecodeParams& p) {
 
 // Whether global positions hide keys.
 __device__ __forceinline__ bool hides_by_position(const DecodeParams& p) {
-    return (p.flags & kFlagCausal) || terms_of(p).window > 0;
+    return is_causal(p) || terms_of(p).window > 0;
 }
 // Whether they matter: to what is hidden, or to scores.
 __device__ __forceinline__ bool needs_positions(const DecodeParams& p) {
@@ -26,21 +27,6 @@ __device__ __forceinline__ bool needs_positions(const DecodeParams& p) {
 // The number of a query head, at any stride.
 __device__ __forceinline__ float head_value(const void* values, int64_t stride, int64_t head) {
     return *reinterpret_cast<const float*>(static_cast<const char*>(values) + head * stride);
-}
-
-// The global position of a query token.
-__device__ __forceinline__ int64_t position_of(const DecodeParams& p, int b, int first_token, int tokens, int token) {
-    return p.query_position != nullptr ? p.query_position[first_token + token]
-                                       : static_cast<int64_t>(p.global_length[b]) - tokens + token;
-}
-
-// How many of a sequence's local slots hold positions up to `position`, for placements whose positions rise with the slot.
-__device__ __forceinline__ int64_t slots_up_to(const DecodeParams& p, int b, int64_t position) {
-    const int64_t length = position + 1, zero = 0;
-    if (p.placement == kContiguous) return length - (p.kv_start == nullptr ? 0 : p.kv_start[b]);
-    if (length <= 0) return 0;
-    const int64_t run = p.interleave, round = run * p.world;
-    return length / round * run + min(max(length % round - p.rank * run, zero), run);
 }
 
 // The first slot that some query token of a sequence can see, and the one after the last; x <= y. Explicit positions are in
@@ -64,7 +50,7 @@ static __device__ __noinline__ SlotRange visible_slots(const DecodeParams& p, in
     const int window = terms_of(p).window;
     int64_t begin = zero, end = all;
     if (window > 0) begin = min(max(slots_up_to(p, b, first - window), zero), all);
-    if (p.flags & kFlagCausal) end = min(max(slots_up_to(p, b, last), zero), all);
+    if (is_causal(p)) end = min(max(slots_up_to(p, b, last), zero), all);
     return SlotRange{static_cast<int>(begin), static_cast<int>(max(begin, end))};
 }
 
@@ -134,13 +120,13 @@ __device__ __forceinline__ void stage_terms_of(const DecodeParams& p, const I& i
             if (needs_positions(p)) {
                 const int64_t position = position_of(p, item.b, item.first_token, item.tokens, token);
                 const int64_t zero = 0, most = INT32_MAX, before = position - t.window;
-                const int64_t start = p.placement == kContiguous && p.kv_start != nullptr ? p.kv_start[item.b] : 0;
+                const int64_t start = p.placement == kContiguous ? start_of(p, item.b) : 0;
                 r.position = static_cast<int>(position - start);
                 if (p.placement == kExplicit) {
-                    if (p.flags & kFlagCausal) r.high = static_cast<int>(position);
+                    if (is_causal(p)) r.high = static_cast<int>(position);
                     if (t.window > 0) r.low = static_cast<int>(before + 1);
                 } else {
-                    if (p.flags & kFlagCausal) {
+                    if (is_causal(p)) {
                         r.high = static_cast<int>(min(max(slots_up_to(p, item.b, position), zero), most)) - 1;
                     }
                     if (t.window > 0) r.low = static_cast<int>(min(max(slots_up_to(p, item.b, before), zero), most));

@@ -13,7 +13,7 @@
 
 namespace treeattn {
 
-// The kv head at hand, where scales are looked up by it.
+// The kv head of the running item, where scales are looked up by it.
 template <bool Raw>
 struct HeadOf {};
 template <>
@@ -79,8 +79,8 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
     // keys that were asked for before, waits long.
     __device__ __forceinline__ uint32_t touch_small(const EvenSplit& even) const {
         uint32_t x = p.kv_length == nullptr ? 0 : load_cached(p.kv_length);
-        if ((p.flags & kFlagCausal) && p.global_length != nullptr) x ^= load_cached(p.global_length);
-        if ((p.flags & kFlagCausal) && p.kv_start != nullptr) x ^= load_cached(p.kv_start);
+        if (is_causal(p) && p.global_length != nullptr) x ^= load_cached(p.global_length);
+        if (is_causal(p) && p.kv_start != nullptr) x ^= load_cached(p.kv_start);
         const int unit = 32 / element_size(p.q_dtype);  // one sector a lane
 #pragma unroll 1
         for (int row = warp; row < S::kRows; row += S::kWarps) {
@@ -98,7 +98,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         keys = seq.keys;
         page_row = seq.page_row;
         // By every block, before it pushes a row of the sequence: ranks that get the row are told why it is NaN.
-        if (seq.fault != kFaultNone && threadIdx.x == 0) report_fault(p, b, seq.fault);
+        if (seq.fault != kFaultNone && threadIdx.x == 0) report_and_note(p, noted_of<S>(shared), b, seq.fault);
         flags = seq.fault != kFaultNone || positions_bad(seq) ? kSlotPoison : 0;
     }
 
@@ -154,30 +154,20 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         if constexpr (S::kTerms) {
             if (!needs_positions(p) || seq.keys == 0) return false;
         } else {
-            if (!(p.flags & kFlagCausal) || seq.keys == 0) return false;
+            if (!is_causal(p) || seq.keys == 0) return false;
         }
-        return positions_bad(p, b, seq.first_token, seq.tokens, seq.keys);
+        return positions_bad(p, noted_of<S>(shared), b, seq.first_token, seq.tokens, seq.keys);
     }
-    static __device__ __noinline__ bool positions_bad(const DecodeParams& p, int b, int first_token, int tokens,
-                                                      int keys) {
+    static __device__ __noinline__ bool positions_bad(const DecodeParams& p, unsigned long long* noted, int b, int first_token,
+                                                      int tokens, int keys) {
         const int lane = threadIdx.x % 32;
-        bool bad = false;
-        if (p.query_position == nullptr) {
-            bad = p.global_length[b] < tokens;
-        } else {
+        bool bad = !positions_fit(p, b, tokens, keys);
+        if (p.query_position != nullptr) {
 #pragma unroll 1
             for (int i = lane; i < tokens; i += 32) bad |= p.query_position[first_token + i] < 0;
         }
-        const int64_t limit = INT32_MAX;
-        if (p.placement == kContiguous) {
-            const int64_t start = p.kv_start == nullptr ? 0 : p.kv_start[b];
-            bad |= start < 0 || start + keys - 1 > limit;
-        } else if (p.placement == kInterleaved) {
-            const int64_t last = keys - 1, run = p.interleave;
-            bad |= (last / run * p.world + p.rank) * run + last % run > limit;
-        }
         bad = __any_sync(kAllLanes, bad);
-        if (bad && threadIdx.x == 0) report_fault(p, b, kFaultPosition);
+        if (bad && threadIdx.x == 0) report_and_note(p, noted, b, kFaultPosition);
         return bad;
     }
 
@@ -426,7 +416,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
                 const int4* item = reinterpret_cast<const int4*>(&cursor().item);
                 info[1] = item[0], info[2] = item[1];
             }
-            if (bad) report_fault(p, b, kFaultPage);
+            if (bad) report_and_note(p, noted_of<S>(shared), b, kFaultPage);
         }
         __syncwarp();
 
@@ -468,7 +458,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
                         scale + outer * stride[0] + inner * stride[1] + this->head * stride[2]);
         }
         if (raw && live > 0) {
-            const int k_bytes = raw_bytes(t.k_dtype, p.head_dim_qk), v_bytes = raw_bytes(t.v_dtype, p.head_dim_v());
+            const int k_bytes = row_bytes(t.k_dtype, p.head_dim_qk), v_bytes = row_bytes(t.v_dtype, p.head_dim_v());
             if (regular() && live == kTile && ((p.k_stride[1] | p.v_stride[1]) & 15) == 0) {
                 // Rows lie at one stride, and all of them as far into a unit as the first.
                 const uint64_t first = reinterpret_cast<uint64_t>(from);

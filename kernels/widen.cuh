@@ -29,8 +29,7 @@ struct Blocks {
     bool scaled;
 
     __device__ __forceinline__ explicit Blocks(int32_t dtype)
-        : step(dtype == kQ8_0 ? 34 : dtype == kQ4_0 ? 18 : 32), at(dtype == kQ8_0 || dtype == kQ4_0 ? 2 : 0),
-          scaled(at != 0) {}
+        : step(block_bytes(dtype)), at(is_in_blocks(dtype) ? kBlockScaleBytes : 0), scaled(at != 0) {}
 };
 
 // How an fp8 number becomes bf16: bits shifted into place, then multiplied by a power of two. Adding `past` to a byte without its

@@ -148,6 +148,11 @@ impl VisibilityRule {
         VisibilityRule { causal: desc.causal, window: i64::from(desc.window) }
     }
 
+    /// Keys that a query sees up to its own position; 0: all.
+    pub fn window(self) -> i64 {
+        self.window
+    }
+
     /// Whether it looks at positions; where it does not, those that it is asked with may be anything.
     pub fn reads_positions(self) -> bool {
         self.causal || self.window > 0

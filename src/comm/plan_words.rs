@@ -12,11 +12,11 @@ use parking_lot::Mutex;
 use super::board::PlanFault;
 use crate::device::cuda::{Allocations, CudaDevice, MappedWords};
 use crate::error::Result;
-use crate::partial::DataFault;
-use crate::partial::view::host;
+use crate::partial::view::{host, value};
+use crate::partial::{BadValue, DataFault};
 
 /// Words of a lease.
-pub(crate) const WORDS: usize = 8;
+pub(crate) const WORDS: usize = 16;
 /// The word for bad data that this rank met, which kernels write.
 pub(crate) const OWN_FAULT: usize = 0;
 /// What the host has taken of that.
@@ -25,6 +25,9 @@ const OWN_TAKEN: usize = OWN_FAULT + host::TAKEN_AFTER;
 pub(crate) const COUNTS: usize = 2;
 /// The word for bad data that any rank met, with the rank, where an exchange brings it: stored by one thread a step.
 pub(crate) const ANY_FAULT: usize = COUNTS + 2;
+/// The first word of the value that was bad, as [`value`] says; of whatever route, where this rank met it.
+pub(crate) const BAD_VALUE: usize = ANY_FAULT + 1;
+const _: () = assert!(BAD_VALUE + value::WORDS <= WORDS);
 /// Leases that are allocated together: a page.
 const LEASES: usize = 4096 / (8 * WORDS);
 
@@ -91,6 +94,30 @@ impl PlanWords {
         state.leased.push((plan, at));
         let address = state.pages[at.page].address() + 8 * at.first as u64;
         Some(PlanLease { words: Arc::clone(self), at, address })
+    }
+
+    /// A fault that this rank met with the value that was bad, if a kernel of some plan has said it. What else the fault's plan has
+    /// said is forgotten. Waits for nothing.
+    pub fn with_value(&self, met: &PlanFault) -> DataFault {
+        let state = self.state.lock();
+        let mut whole = met.fault;
+        for &(plan, at) in &state.leased {
+            let (page, first) = (&state.pages[at.page], at.first + BAD_VALUE);
+            // SAFETY: as in `take_faults`.
+            let load = |word: usize| unsafe { page.load(first + word) };
+            let key = load(value::KEY);
+            let [index, found, least, most] =
+                [value::INDEX, value::FOUND, value::LEAST, value::MOST].map(|word| load(word).cast_signed());
+            let valued = met.fault.valued(key, BadValue { index, found, least, most });
+            if valued.is_none() && plan != met.plan {
+                continue;
+            }
+            // SAFETY: as in `take_faults`. Where a kernel has begun to write another value meanwhile, the key is no more.
+            if unsafe { page.take(first + value::KEY) } == key {
+                whole = valued.unwrap_or(whole);
+            }
+        }
+        whole
     }
 
     /// The bad data that steps have met since the last time, plan by plan. Waits for nothing.

@@ -18,7 +18,7 @@ use crate::attention::{Dtype, KvLayout, SequenceRecord};
 use crate::device::cuda::{Image, Kernel};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::epoch::{AFTER_WRAP, FLAG_SHIFT, LAUNCH_SHIFT, SLOTS};
-use crate::partial::view::{ExchangeMode, ExchangeView, host, window};
+use crate::partial::view::{ExchangeMode, ExchangeView, host, value, window};
 use crate::partial::{DataFaultCause, RowSource, RowTarget, word};
 
 /// Constants of one kind.
@@ -69,7 +69,6 @@ const CONSTANTS: &[Constants] = &[
     }),
     constants!("DecodeParams::flags, as src/cuda/params.rs says.", "uint32_t", {
         kFlagCausal = params::CAUSAL,
-        kFlagKvStable = params::KV_STABLE,
         kFlagNoBulk = params::NO_BULK,
         kFlagPush = params::PUSH,
         kFlagLseInTwo = params::LSE_IN_TWO,
@@ -81,6 +80,14 @@ const CONSTANTS: &[Constants] = &[
         kFaultPage = DataFaultCause::Page,
         kFaultPageRow = DataFaultCause::PageRow,
         kFaultPosition = DataFaultCause::Position,
+        kFaultPageIndptr = DataFaultCause::PageIndptr,
+        kFaultLastPageLen = DataFaultCause::LastPageLen,
+        kFaultGlobalLength = DataFaultCause::GlobalLength,
+        kFaultKvStart = DataFaultCause::KvStart,
+        kFaultKvPosition = DataFaultCause::KvPosition,
+        kFaultQueryPosition = DataFaultCause::QueryPosition,
+        kFaultBlockTable = DataFaultCause::BlockTable,
+        kFaultPageIndices = DataFaultCause::PageIndices,
         kFaultMask = DataFaultCause::Mask,
     }),
     constants!("ExchangeView::mode: who gets which rows (partial::view::ExchangeMode).", "int32_t", {
@@ -115,6 +122,13 @@ const CONSTANTS: &[Constants] = &[
         kTakenAfter = host::TAKEN_AFTER,
         kLost = host::LOST,
     }),
+    constants!("Words in mapped host memory of a value that was out of range (partial::view::value).", "int", {
+        kValueKey = value::KEY,
+        kValueIndex = value::INDEX,
+        kValueFound = value::FOUND,
+        kValueLeast = value::LEAST,
+        kValueMost = value::MOST,
+    }),
     constants!("Most ranks; slots of a rank, one a parity of the epoch.", "int", {
         kMaxRanks = window::MAX_RANKS,
         kSlots = SLOTS,
@@ -147,7 +161,7 @@ const LAYOUTS: &[Layout] = &[
         open_tiles,
         long_bytes
     }),
-    layout!(Workspace { partials, counters, status }),
+    layout!(Workspace { partials, counters, status, found }),
     layout!(RowTarget { o, lse, o_stride, lse_stride, dtype, dim }),
     layout!(RowSource { o, lse, o_stride, lse_stride, dtype, dim, to_natural, plus_inf_is_empty }),
     layout!(ExchangeView {

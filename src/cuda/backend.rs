@@ -9,8 +9,8 @@ use super::params::{self, DecodeParams, PlacementKind, TermsParams, Workspace};
 use super::terms;
 use crate::attention::merge::MergeStep;
 use crate::attention::{
-    Algorithm, AttentionDesc, Capabilities, Dtype, KvLayout, MaskKind, Placement, QueryInput, Reproducibility, Shard,
-    Step, supported,
+    Algorithm, AttentionDesc, Capabilities, Dtype, KvFormat, KvLayout, MaskKind, Placement, QueryInput,
+    Reproducibility, Shard, Step, supported,
 };
 use crate::device::cuda::{Allocations, CudaDevice, CudaStream, Entered, Image, PointerCheck};
 use crate::error::{Error, ErrorKind, Result};
@@ -18,8 +18,8 @@ use crate::partial::{ExchangeView, RowTarget};
 
 /// How parts of the workspace are aligned, bytes.
 const ALIGN: usize = 256;
-/// Of [`Workspace::status`].
-const STATUS_BYTES: usize = 16;
+/// Of [`Workspace::status`] and, behind it, [`Workspace::found`].
+const STATUS_BYTES: usize = 32;
 
 /// What the CUDA backend serves.
 pub(crate) const CAPABILITIES: Capabilities = Capabilities {
@@ -60,6 +60,18 @@ struct Attention {
     fixed: DecodeParams,
 }
 
+/// Where kernels of a plan tell the host of bad data: addresses, of the device, of words in mapped host memory that outlive the
+/// plan's steps.
+#[derive(Clone, Copy)]
+pub(crate) struct Told {
+    /// Two words for the bad data of steps that have no other place for it.
+    pub bad_data: u64,
+    /// [`value::WORDS`] words for the value that was bad.
+    ///
+    /// [`value::WORDS`]: crate::partial::view::value::WORDS
+    pub value: u64,
+}
+
 /// Attention over one rank's shard on a GPU.
 pub(crate) struct CudaBackend {
     device: Arc<CudaDevice>,
@@ -75,15 +87,14 @@ pub(crate) struct CudaBackend {
 
 impl CudaBackend {
     /// Makes every kernel of a plan resident and allocates its workspace. `sharing` ranks share the GPU, each with its part
-    /// of the grid. `told`: the device's address of the words in mapped host memory that tell of bad data of steps that have no
-    /// other place for it; they outlive the steps. Blocks; `Capturing` during a capture.
+    /// of the grid. `told`: where kernels tell the host of bad data. Blocks; `Capturing` during a capture.
     /// Dropping waits for the steps that are enqueued, at most `timeout`.
     pub fn new(
         device: &Arc<CudaDevice>,
         desc: &AttentionDesc,
         shard: Shard,
         sharing: usize,
-        told: u64,
+        told: Told,
         timeout: Duration,
     ) -> Result<CudaBackend> {
         supported(desc, &CAPABILITIES)?;
@@ -99,9 +110,11 @@ impl CudaBackend {
             let memory = holdings.memory(bytes)?;
             let status = holdings.memory(STATUS_BYTES)?;
             bytes += STATUS_BYTES;
-            // SAFETY: the second word of the memory just made, which no kernel knows yet.
-            unsafe { device.upload(status + size_of::<u64>() as u64, &told.to_ne_bytes())? };
-            let workspace = Workspace { partials: memory, counters: memory + partials as u64, status };
+            let words = [0, told.bad_data, 0, told.value].map(u64::to_ne_bytes).concat();
+            // SAFETY: the memory just made, as large as these words, which no kernel knows yet.
+            unsafe { device.upload(status, &words)? };
+            let found = status + STATUS_BYTES as u64 / 2;
+            let workspace = Workspace { partials: memory, counters: memory + partials as u64, status, found };
             attention = Some(Attention { kernels, fixed: fixed(desc, shard, workspace) });
         }
         Ok(CudaBackend {
@@ -138,7 +151,7 @@ impl CudaBackend {
                 let alignment = terms::block_rows_alignment(&self.desc);
                 !scaled && terms::copies_rows(&self.desc, step) && self.rows_begin_at(step, alignment)
             }
-            false => self.in_units(step, 1),
+            false => self.lies_in_units(step),
         };
         let Some(decode) = attention.kernels.choose(rows, scaled, lies_packed) else {
             return Err(Error::new(ErrorKind::Internal, "plan: found no kernel"));
@@ -229,7 +242,7 @@ impl CudaBackend {
     fn parameters(&self, fixed: &DecodeParams, step: &Step) -> DecodeParams {
         let args = &step.args;
         let ints = |pointer: *const i32| pointer as u64;
-        let no_bulk = if self.in_units(step, 2) { 0 } else { params::NO_BULK };
+        let no_bulk = if self.lies_in_units(step) { 0 } else { params::NO_BULK };
         let [k_end, v_end, ..] = step.token_ends(&self.desc);
         DecodeParams {
             q: args.q.data as u64,
@@ -264,9 +277,10 @@ impl CudaBackend {
         }
     }
 
-    /// Whether every row of k and v, of elements of `size` bytes, is dense and begins at a multiple of 16 bytes.
-    fn in_units(&self, step: &Step, size: i64) -> bool {
-        step.k_stride[3] == size && step.v_stride[3] == size && self.rows_begin_at(step, 16)
+    /// Whether every row of k and v is packed and begins at a multiple of 16 bytes.
+    fn lies_in_units(&self, step: &Step) -> bool {
+        let [k, v] = [self.desc.k_dtype, self.desc.v_dtype].map(KvFormat::of);
+        k.is_packed(step.k_stride[3]) && v.is_packed(step.v_stride[3]) && self.rows_begin_at(step, 16)
     }
 
     /// Whether every row of k and v begins at a multiple of `unit` bytes.
@@ -353,7 +367,7 @@ fn fixed(desc: &AttentionDesc, shard: Shard, workspace: Workspace) -> DecodePara
         rank: shard.rank,
         world: shard.world,
         scale: desc.effective_scale(),
-        flags: flag(desc.causal, params::CAUSAL) | flag(desc.kv_stable, params::KV_STABLE),
+        flags: flag(desc.causal, params::CAUSAL),
         waiting: 0,
         workspace,
         exchange: ExchangeView::NONE,

@@ -17,7 +17,7 @@ mod params;
 mod terms;
 
 pub(crate) use allreduce::{Allreduce, AllreduceOutput, AllreduceShape};
-pub(crate) use backend::{CAPABILITIES, CudaBackend, Destination};
+pub(crate) use backend::{CAPABILITIES, CudaBackend, Destination, Told};
 pub(crate) use check::{CheckKernels, CheckStep};
 pub(crate) use exchange::{COMMUNICATORS, ExchangeKernel, ExchangeStep};
 pub(crate) use merge::Merge;

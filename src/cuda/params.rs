@@ -7,14 +7,12 @@ use crate::partial::{ExchangeView, RowSource, RowTarget};
 
 /// `DecodeParams::flags`: a key is hidden from queries at earlier global positions.
 pub const CAUSAL: u32 = 1;
-/// Keys and values older than the step's own tokens may be read before the dependency wait.
-pub const KV_STABLE: u32 = 2;
 /// Rows of k or v are not 16-byte aligned or not dense.
-pub const NO_BULK: u32 = 4;
+pub const NO_BULK: u32 = 2;
 /// Rows are pushed to the ranks of `exchange` and not written.
-pub const PUSH: u32 = 8;
+pub const PUSH: u32 = 4;
 /// Each lse is written as two floats, the second what the first lacks.
-pub const LSE_IN_TWO: u32 = 16;
+pub const LSE_IN_TWO: u32 = 8;
 
 /// `Terms::mask_element`: there is no mask.
 pub const MASK_NONE: i32 = 0;
@@ -87,6 +85,9 @@ pub struct Workspace {
     /// Two words of device memory: bad data ([`crate::partial::DataFault::word`]), and where in mapped host memory to tell it, 0
     /// for nowhere.
     pub status: u64,
+    /// Two words of device memory: a lock, and where in mapped host memory to leave the value that was bad
+    /// ([`crate::partial::view::value`]).
+    pub found: u64,
 }
 
 /// One decode step.

@@ -2,12 +2,14 @@
 
 use super::params::{self, Terms};
 use crate::attention::head_values::HeadValues;
-use crate::attention::{AttentionDesc, Dtype, KvFormat, MaskElement, MaskKind, Step};
+use crate::attention::{AttentionDesc, Dtype, KvFormat, MaskElement, MaskKind, ScoreMod, Step, VisibilityRule};
 
 /// Whether a shape needs kernels that know terms.
 pub(super) fn are_in(desc: &AttentionDesc) -> bool {
-    let AttentionDesc { window, softcap, alibi, sinks, mask, pages_by_head, .. } = *desc;
-    window > 0 || softcap > 0.0 || alibi || sinks || mask != MaskKind::None || pages_by_head
+    let AttentionDesc { sinks, mask, pages_by_head, .. } = *desc;
+    let score = ScoreMod::of(desc, false);
+    let is_scored = score.softcap() > 0.0 || score.has_slopes();
+    VisibilityRule::of(desc).window() > 0 || is_scored || sinks || mask != MaskKind::None || pages_by_head
 }
 
 /// The source of the kernels that a shape's rows of k and v have to themselves, where they lie in whole units of 16 bytes
@@ -59,7 +61,8 @@ pub(super) fn of(desc: &AttentionDesc, step: &Step) -> Terms {
     };
     let scale = |[outer, inner, head, _]: [i64; 4]| [outer, inner, head];
     let [_, _, k_scale_end, v_scale_end] = step.token_ends(desc);
-    let inverse = 1.0 / (f64::from(desc.softcap) * std::f64::consts::LOG2_E);
+    let softcap = ScoreMod::of(desc, false).softcap();
+    let inverse = 1.0 / (f64::from(softcap) * std::f64::consts::LOG2_E);
     Terms {
         sinks,
         slopes,
@@ -79,8 +82,9 @@ pub(super) fn of(desc: &AttentionDesc, step: &Step) -> Terms {
         page_index_head_stride: step.args.page_index_head_stride,
         kv_position_head_stride: step.args.kv_position_head_stride,
         mask_element,
-        window: desc.window,
-        softcap: desc.softcap,
+        // At most what the shape's field holds.
+        window: VisibilityRule::of(desc).window() as i32,
+        softcap,
         cap_inverse: inverse.min(f64::from(f32::MAX)) as f32,
         k_dtype: desc.k_dtype,
         v_dtype: desc.v_dtype,

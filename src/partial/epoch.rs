@@ -9,8 +9,8 @@
 //! in every epoch (an empty shard too) and never begins before it consumed: [`Cursor::begin`] refuses.
 //!
 //! **Numbers come again.** After 2^32 - 2 epochs a word has the flag that it had. Whoever reads only headers never meets one so
-//! old, since every rank writes its header in every second epoch. Windows of GPUs have flags in the words of their rows, too: a
-//! word that no step in between was large enough to write passes for new there.
+//! old, since every rank writes its header in every second epoch. Windows of GPUs have flags in the words of their rows, too, which
+//! not every step is large enough to write: their kernels clean the windows, a piece at a time (`clean_next` in `kernels/ll.cuh`).
 //!
 //! Generic over the atomic words, so that a model checker can run the very code. The constants, the packet format
 //! (two 64-bit words a packet, each 32 bits of data below a 32-bit flag which is the epoch; no fence is needed to read

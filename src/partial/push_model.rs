@@ -9,7 +9,6 @@
 //! Loom never moves a store before an earlier load. Neither does a GPU here: whether a rank goes on to store hangs on what
 //! it loaded. Run with `RUSTFLAGS="--cfg loom --cfg unit_tests" cargo test --release --lib push_model`.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use loom::sync::atomic::{AtomicU64, fence};
@@ -17,8 +16,9 @@ use loom::sync::{Condvar, Mutex};
 use loom::thread;
 
 use super::epoch::{Epoch, LAUNCH_SHIFT, SLOTS, data_of, epoch_of, packet};
-use super::epoch_model::bounded;
 use super::view::ExchangeMode;
+
+mod cases;
 
 /// The wrap lies between the first and the second epoch.
 const START: Epoch = Epoch::from_flag(u32::MAX - 1);
@@ -34,6 +34,8 @@ enum Without {
     Headers,
     /// A block looks for what others have left over after all have decided.
     Decisions,
+    /// Slots of the next epoch are cleaned before peers hear that this rank has come for the running one.
+    CleanFirst,
 }
 
 #[derive(Clone, Copy)]
@@ -53,6 +55,8 @@ struct Case {
     /// A block merges the rows that it pushed, and has this rank's part of them at hand (`kernels/exchange_rows.cu`): that part
     /// goes to the own window only where the block leaves its rows over.
     keeps: bool,
+    /// Every launch cleans the slots of the next epoch.
+    cleans: bool,
     /// Words of a header. A GPU sends two; each carries its own flag, and one leaves fewer interleavings.
     header_words: usize,
     mode: ExchangeMode,
@@ -222,6 +226,17 @@ impl World {
         );
     }
 
+    /// Empties the slots of `next` in a rank's own window: those of every launch here, a piece of them now and then on a GPU.
+    fn clean(&self, rank: usize, next: Epoch) {
+        let (window, parity) = (&self.windows[rank], self.parity(next));
+        let slots = window.slots.iter().flat_map(|slots| slots[parity].header.iter().chain(&slots[parity].rows));
+        for word in slots.chain(&window.merged[parity]) {
+            assert_ne!(epoch_of(word.load(Relaxed)), next, "a word is cleaned away before it was read");
+            word.store(0, Relaxed);
+        }
+        fence(Release);
+    }
+
     /// One block of a rank's launch `n`.
     fn launch(&self, rank: usize, block: usize, n: usize) {
         let case = &self.case;
@@ -243,10 +258,16 @@ impl World {
             // What the next epoch counts and notes.
             window.decided[epoch.next().slot()].store(0, Relaxed);
             window.left_over[epoch.next().slot()].store(0, Relaxed);
+            if self.case.cleans && !self.lacks(Without::CleanFirst) {
+                self.clean(rank, epoch.next());
+            }
             for to in self.others_first(rank) {
                 for (half, word) in self.windows[to].slots[rank][parity].header.iter().enumerate() {
                     word.store(packet(Word::Header(half).data(rank, epoch), epoch), Relaxed);
                 }
+            }
+            if self.case.cleans && self.lacks(Without::CleanFirst) {
+                self.clean(rank, epoch.next());
             }
         }
         for row in self.share(block, rows.clone()) {
@@ -355,135 +376,4 @@ impl World {
             self.launch(rank, turn % blocks, turn / blocks);
         }
     }
-}
-
-fn check(case: Case) {
-    bounded(case.preemptions).check(move || {
-        let world = Arc::new(World::new(case));
-        let all = (0..case.ranks).flat_map(|rank| (0..case.threads).map(move |thread| (rank, thread)));
-        let others: Vec<_> = all
-            .skip(1)
-            .map(|(rank, thread)| {
-                let world = Arc::clone(&world);
-                thread::spawn(move || world.run(rank, thread))
-            })
-            .collect();
-        world.run(0, 0);
-        for thread in others {
-            thread.join().unwrap();
-        }
-    });
-}
-
-fn check_modes(case: Case) {
-    for mode in [ExchangeMode::OneShot, ExchangeMode::Scattered, ExchangeMode::TwoShot] {
-        check(Case { mode, ..case });
-    }
-}
-
-/// Two ranks of one block. Under [`ExchangeMode::Scattered`] the row is the second's, and the first gets headers only.
-const PLAIN: Case = Case {
-    ranks: 2,
-    blocks: 1,
-    threads: 1,
-    launches: 4,
-    rows: 1,
-    gaps: false,
-    keeps: false,
-    header_words: 2,
-    mode: ExchangeMode::OneShot,
-    without: None,
-    preemptions: 2,
-};
-/// Launches that come up early.
-const EARLY: Case = Case { threads: 2, header_words: 1, preemptions: 0, ..PLAIN };
-/// Two ranks of two blocks.
-const BLOCKS: Case = Case { blocks: 2, threads: 2, rows: 2, header_words: 1, preemptions: 0, ..PLAIN };
-/// Three ranks of one block.
-const THREE: Case = Case { ranks: 3, header_words: 1, preemptions: 0, ..PLAIN };
-
-#[test]
-fn words_of_two_ranks_are_read_before_they_are_overwritten() {
-    check_modes(PLAIN);
-}
-
-#[test]
-fn a_launch_that_comes_up_early_waits_for_the_one_before() {
-    check_modes(EARLY);
-    check(Case { preemptions: 1, launches: 3, ..EARLY });
-}
-
-#[test]
-fn an_epoch_ends_with_its_last_block() {
-    check_modes(BLOCKS);
-    // The first rank gets headers only; of the second, one block has no row.
-    check(Case { rows: 1, mode: ExchangeMode::Scattered, ..BLOCKS });
-}
-
-#[test]
-fn rows_that_blocks_keep_are_merged_by_whoever_takes_them() {
-    for mode in [ExchangeMode::OneShot, ExchangeMode::Scattered] {
-        for case in [PLAIN, EARLY, BLOCKS, THREE] {
-            check(Case { keeps: true, mode, ..case });
-        }
-        check(Case { keeps: true, mode, preemptions: 1, launches: 2, ..BLOCKS });
-    }
-}
-
-#[test]
-fn words_of_three_ranks_are_read_before_they_are_overwritten() {
-    check_modes(THREE);
-    // The first rank owns nothing.
-    check(Case { rows: 2, mode: ExchangeMode::Scattered, ..THREE });
-    check(Case { rows: 2, mode: ExchangeMode::TwoShot, ..THREE });
-    check(Case { preemptions: 1, launches: 3, ..THREE });
-}
-
-#[test]
-fn steps_without_rows_keep_ranks_in_step() {
-    check_modes(Case { gaps: true, ..PLAIN });
-    check_modes(Case { gaps: true, ..BLOCKS });
-    check_modes(Case { gaps: true, ..THREE });
-}
-
-#[test]
-#[should_panic(expected = "was overwritten before it was read")]
-fn beginning_before_the_last_launch_has_ended_is_caught() {
-    check(Case { without: Some(Without::Guard), ..EARLY });
-}
-
-#[test]
-#[should_panic(expected = "rows that were merged")]
-fn a_block_ahead_of_another_is_caught() {
-    check(Case { without: Some(Without::Guard), rows: 1, mode: ExchangeMode::Scattered, ..BLOCKS });
-}
-
-#[test]
-#[should_panic(expected = "rows that were merged")]
-fn what_is_left_over_before_all_have_decided_is_caught() {
-    check(Case { without: Some(Without::Decisions), preemptions: 1, launches: 1, ..BLOCKS });
-}
-
-#[test]
-#[should_panic(expected = "was overwritten before it was read")]
-fn one_slot_for_two_ranks_is_caught() {
-    check(Case { without: Some(Without::Parity), ..PLAIN });
-}
-
-#[test]
-#[should_panic(expected = "was overwritten before it was read")]
-fn one_slot_for_ranks_of_two_blocks_is_caught() {
-    check(Case { without: Some(Without::Parity), ..BLOCKS });
-}
-
-#[test]
-#[should_panic(expected = "was overwritten before it was read")]
-fn one_slot_for_three_ranks_is_caught() {
-    check(Case { without: Some(Without::Parity), ..THREE });
-}
-
-#[test]
-#[should_panic(expected = "was overwritten before it was read")]
-fn rows_alone_do_not_keep_ranks_in_step() {
-    check(Case { without: Some(Without::Headers), mode: ExchangeMode::Scattered, ..PLAIN });
 }

@@ -130,6 +130,19 @@ pub(crate) mod host {
     pub const WORDS: usize = 5;
 }
 
+/// Words of a plan in mapped host memory: the value that goes with bad data, from its kernels.
+pub(crate) mod value {
+    /// Whose it is: a [`DataFault::word`](super::super::DataFault::word) which has, in place of the rank, the cause that names one
+    /// argument. 0: nothing, or on its way.
+    pub const KEY: usize = 0;
+    /// As [`BadValue`](super::super::BadValue) has them.
+    pub const INDEX: usize = 1;
+    pub const FOUND: usize = 2;
+    pub const LEAST: usize = 3;
+    pub const MOST: usize = 4;
+    pub const WORDS: usize = 5;
+}
+
 /// Words of a row of `dim` elements of `size` bytes, an even number.
 pub(crate) fn row_words(dim: usize, size: usize) -> usize {
     window::ROW_HEAD as usize + (dim * size).div_ceil(4).next_multiple_of(2)

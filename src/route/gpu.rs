@@ -8,8 +8,8 @@ use super::rank::CudaRank;
 use super::{Place, RouteMemory};
 use crate::attention::Step;
 use crate::attention::merge::MergeStep;
-use crate::comm::{OWN_FAULT, PlanLease};
-use crate::cuda::CudaBackend;
+use crate::comm::{BAD_VALUE, OWN_FAULT, PlanLease};
+use crate::cuda::{CudaBackend, Told};
 use crate::device::cuda::CudaStream;
 use crate::error::{Error, Result};
 use crate::partial::DataFault;
@@ -27,7 +27,8 @@ impl GpuShard {
     /// Kernels and workspace. Blocks; `Capturing` during a capture.
     pub fn new(context: &StepContext, rank: &Arc<CudaRank>) -> Result<GpuShard> {
         let lease = Arc::new(rank.words.lease(context.plan)?);
-        let (desc, timeout, told) = (&context.desc, context.config.step_timeout, lease.address(OWN_FAULT));
+        let (desc, timeout) = (&context.desc, context.config.step_timeout);
+        let told = Told { bad_data: lease.address(OWN_FAULT), value: lease.address(BAD_VALUE) };
         let backend = CudaBackend::new(&rank.device, desc, context.shard, rank.sharing, told, timeout)?;
         Ok(GpuShard { backend, lease, rank: Arc::clone(rank) })
     }

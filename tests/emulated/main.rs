@@ -199,6 +199,7 @@ fn main() -> ExitCode {
         test("ranks_values_beyond_the_wire", ranks::values_beyond_the_wire),
         test("ranks_bad_data_of_others", ranks::faults::bad_data_of_others),
         test("ranks_many_steps", ranks::order::many_steps),
+        test("ranks_numbers_come_again", ranks::order::numbers_come_again),
         test("ranks_two_communicators", ranks::order::two_communicators),
         test("ranks_absent", ranks::faults::a_rank_that_does_not_come),
         test("ranks_out_of_step", ranks::faults::out_of_step),

@@ -180,7 +180,8 @@ pub fn bad_data() {
             let status = ready.comm.status().unwrap();
             let error = status.error.unwrap_or_else(|| panic!("{what}: not reported"));
             assert_eq!(error.kind(), ErrorKind::InvalidData, "{what}: {error}");
-            assert!(error.message().contains(argument), "{what}: {error}");
+            let entry = format!("{argument}[{index}]: found {value}, wanted ");
+            assert!(error.message().starts_with(&entry), "{what}: {error}, wanted {entry}");
             assert_eq!(status.sequence, 1, "{what}: {error}");
             assert!(ready.comm.status().unwrap().error.is_none(), "{what}: reading takes it");
         }

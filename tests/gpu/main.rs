@@ -43,7 +43,7 @@ const APART: [(&str, fn()); 5] = [
 
 /// Tests of ranks that wait for each other on one GPU: each in a process of its own and one after the other, since so many
 /// kernels and streams as all of them have would stand in each other's way.
-const RANKS: [(&str, fn()); 42] = [
+const RANKS: [(&str, fn()); 43] = [
     ("ranks_that_cancel", || {
         accuracy::ranks_that_cancel(&[
             &[48_735, 49_970],
@@ -63,6 +63,7 @@ const RANKS: [(&str, fn()); 42] = [
     ("ranks_a_short_mask", ranks::faults::a_short_mask),
     ("ranks_values_beyond_the_wire", ranks::values_beyond_the_wire),
     ("ranks_many_steps", ranks::order::many_steps),
+    ("ranks_numbers_come_again", ranks::order::numbers_come_again),
     ("ranks_two_communicators", ranks::order::two_communicators),
     ("ranks_absent", ranks::faults::a_rank_that_does_not_come),
     ("ranks_out_of_step", ranks::faults::out_of_step),

@@ -217,7 +217,10 @@ pub fn masks() {
     assert!(ready.rank.row(&ready.case, 0, 0).0.iter().all(|x| x.is_nan()));
     let error = ready.comm.status().unwrap().error.unwrap();
     assert_eq!(error.kind(), ErrorKind::InvalidData);
-    assert!(error.message().starts_with("mask.bytes: found too few for sequence 0"), "{error}");
+    assert!(
+        error.message().starts_with("mask.bytes: found room for 0 keys of sequence 0 on rank 0, wanted for its 64"),
+        "{error}"
+    );
 }
 
 /// Changes the blocks of a case's keys and values (`true`), the n-th of a sequence's at a time.

@@ -40,10 +40,16 @@ impl LocalWindow {
             words: allocations.words(host::WORDS)?,
             _allocations: allocations,
         };
-        let consumed = u64::from(start.flag()) << LAUNCH_SHIFT;
-        // SAFETY: CONSUMED lies among the control words of the window just made, which nobody else knows yet.
-        unsafe { device.upload(new.address + window::CONSUMED * WORD, &consumed.to_ne_bytes())? };
+        new.restart(start)?;
         Ok(new)
+    }
+
+    /// Has the next epoch come after `start`. No step of the rank may be enqueued. Blocks.
+    pub fn restart(&self, start: Epoch) -> Result<()> {
+        let consumed = u64::from(start.flag()) << LAUNCH_SHIFT;
+        // SAFETY: CONSUMED lies among the control words of the window, which lives as long as `self`; the rank's kernels alone
+        // read and write it, and none is enqueued.
+        unsafe { self.device.upload(self.address + window::CONSUMED * WORD, &consumed.to_ne_bytes()) }
     }
 
     /// Tells the kernels of `rank`, which owns this window, where the windows of all ranks are. Blocks. No kernel of the

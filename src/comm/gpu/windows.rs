@@ -173,6 +173,11 @@ impl Windows {
         self.local(rank).address + window::STEP_FAULT * WORD
     }
 
+    /// Has the next epoch of a rank of this process come after `start`, in the middle of nothing. Blocks.
+    pub fn restart(&self, rank: usize, start: Epoch) -> Result<()> {
+        self.local(rank).restart(start)
+    }
+
     /// The last epoch that a rank of this process has read to its end. Blocks.
     pub fn consumed(&self, rank: usize) -> Result<Epoch> {
         Ok(Epoch::after(self.local(rank).control_word(window::CONSUMED)? >> LAUNCH_SHIFT))

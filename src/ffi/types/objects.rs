@@ -153,7 +153,8 @@ pub struct treeattn_comm_status_t {
     /// 1: no exchange will succeed any more; destroy the communicator and make a new one.
     pub broken: i32,
     /// The message that goes with `code`; empty if there is none, cut where it is longer. With INVALID_DATA every rank is told
-    /// the argument, the sequence and the rank that met it; the value found and the values wanted only that rank, on CPUs.
+    /// the argument, the sequence and the rank that met it; the value found and the values wanted only that rank, on a GPU
+    /// once the step has ended, and not of an entry beyond the first 65,536 of its sequence.
     pub message: [c_char; 512],
 }
 

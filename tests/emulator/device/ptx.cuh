@@ -6,6 +6,8 @@
 
 namespace treeattn {
 
+constexpr uint32_t kAllLanes = 0xffffffffu;  // of a warp
+
 inline uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
 template <class T>
 inline T* in_shared(T* p) {

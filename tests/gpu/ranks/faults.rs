@@ -31,14 +31,21 @@ pub fn bad_data() {
             // The same again and again, each time told once.
             for _ in 0..3 {
                 group.step(&plans, &mirrors, &mut ranks);
-                for (rank, comm) in ranks.iter().zip(&group.comms) {
+                for (nth, (rank, comm)) in ranks.iter().zip(&group.comms).enumerate() {
                     for head in 0..8 {
                         assert!(rank.row(&case, 1, head).0.iter().all(|x| x.is_nan()));
                         assert!(rank.lse_of(&case, 1, head).unwrap().is_nan());
                         assert!(rank.row(&case, 0, head).0.iter().all(|x| x.is_finite()));
                     }
                     let status = comm.status().unwrap();
-                    assert_eq!(status.error.map(|error| error.kind()), Some(ErrorKind::InvalidData));
+                    let error = status.error.unwrap();
+                    assert_eq!(error.kind(), ErrorKind::InvalidData);
+                    // The value is known where it was met.
+                    let wanted = match nth {
+                        1 => "kv_length[1]: found -3, wanted 0 to ",
+                        _ => "kv_length: found a value out of range in sequence 1 on rank 1",
+                    };
+                    assert!(error.message().starts_with(wanted), "{error}");
                     assert_eq!((status.rank, status.sequence), (1, 1));
                     assert!(comm.status().unwrap().error.is_none(), "told once");
                 }
@@ -62,11 +69,15 @@ pub fn a_short_mask() {
     let mut mirrors = group.mirrors(&ranks);
     mirrors[1].args.mask.bytes -= 1;
     group.step(&plans, &mirrors, &mut ranks);
-    for (rank, comm) in ranks.iter().zip(&group.comms) {
+    for (nth, (rank, comm)) in ranks.iter().zip(&group.comms).enumerate() {
         assert!(rank.row(&case, 0, 0).0.iter().all(|x| x.is_nan()));
         let error = comm.status().unwrap().error.unwrap();
         assert_eq!((error.kind(), error.rank()), (ErrorKind::InvalidData, Some(1)));
-        assert!(error.message().starts_with("mask.bytes: found too few for sequence 0 on rank 1"), "{error}");
+        let wanted = match nth {
+            1 => "mask.bytes: found room for 49 keys of sequence 0 on rank 1, wanted for its 50",
+            _ => "mask.bytes: found too few for sequence 0 on rank 1",
+        };
+        assert!(error.message().starts_with(wanted), "{error}");
     }
 }
 
@@ -273,8 +284,8 @@ fn leave_in_own_step(case: &Case, on: usize) {
     assert!(started.elapsed() < HANG / 4, "{:?}", started.elapsed());
     mirrors[1].fetch(&mut all[1]);
     assert!(all[1].row(case, 0, 3).0.iter().all(|x| x.is_nan()));
-    // SAFETY: as above.
     let step = || {
+        // SAFETY: as above.
         unsafe { plans[0].decode(&mirrors[0].args, Some(&group.gpus[0].stream)) }
             .and_then(|()| group.gpus[0].stream.synchronize())
     };

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use cudarc::driver::sys;
-use treeattn::attention::{AttentionDesc, Dtype, OutputMode};
+use treeattn::attention::{Algorithm, AttentionDesc, Dtype, OutputMode};
 use treeattn::runtime::{Buffer, Plan, Stream};
 
 use super::{LONG, counts};
@@ -77,6 +77,56 @@ pub fn two_communicators() {
         for ((group, ranks), (plans, mirrors)) in groups.iter().zip(&mut all).zip(plans.iter().zip(&mirrors)) {
             group.step(plans, mirrors, ranks);
             assert_eq!(judge(&case, ranks).unwrap().failure, None);
+        }
+    }
+}
+
+/// The number of an epoch comes again, and what its step left in the windows is no part of the new one: small steps in between
+/// have cleaned it away.
+pub fn numbers_come_again() {
+    const START: u32 = 10;
+    // As `clean_next` of kernels/ll.cuh: words of a piece, and epochs between two pieces.
+    const WORDS: u64 = 1024;
+    const EVERY: u64 = 256;
+    for on in counts() {
+        for algorithm in [Algorithm::OneShot, Algorithm::TwoShot] {
+            let group = Group::starting_at(2, on, LONG, START);
+            let desc = AttentionDesc { algorithm, out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+            let large = |seed| Case::plain(desc, 2, &[(60, 1), (50, 1), (40, 1)], Values::Normal, seed);
+            let (old, new) = (large(5), large(6));
+            let small = Case { desc: old.desc, ..Case::plain(desc, 2, &[(30, 1)], Values::Normal, 7) };
+            let plans = group.plans(&old.desc);
+            let steps = |case: &Case| {
+                let mut all = ranks(case);
+                let mirrors = group.mirrors(&all);
+                for _ in 0..2 {
+                    group.step(&plans, &mirrors, &mut all);
+                    assert_eq!(judge(case, &all).unwrap().failure, None);
+                }
+            };
+            let restart = |start: u64| group.comms.iter().for_each(|comm| comm.restart_at(start as u32).unwrap());
+            steps(&old);
+            // A window has, beside its control words, a slot a rank and one for merged rows, of either parity.
+            let slot = (plans[0].memory().unwrap().window / 8 - 512) / 6;
+            let pieces = (3 * slot).div_ceil(WORDS);
+            for piece in (0..3).flat_map(|nth| [0, 1].map(|more| nth * slot / WORDS + more)) {
+                restart((pieces + piece) * EVERY - 1);
+                steps(&small);
+            }
+            restart(START.into());
+            let mut all = ranks(&new);
+            let mirrors = group.mirrors(&all);
+            for _ in 0..2 {
+                for (rank, (plan, mirror)) in plans.iter().zip(&mirrors).enumerate() {
+                    // The first looks before the second has sent anything.
+                    std::thread::sleep(Duration::from_millis(20));
+                    // SAFETY: the device memory outlives the step, which is waited for.
+                    unsafe { plan.decode(&mirror.args, Some(&group.gpus[rank].stream)) }.unwrap();
+                }
+                group.gpus.iter().for_each(|gpu| gpu.stream.synchronize().unwrap());
+                mirrors.iter().zip(&mut all).for_each(|(mirror, rank)| mirror.fetch(rank));
+                assert_eq!(judge(&new, &all).unwrap().failure, None);
+            }
         }
     }
 }

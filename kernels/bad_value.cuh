@@ -1,0 +1,190 @@
+// The entry of an input that is out of range, found again for the message that names it.
+//
+// Kernels that check a sequence keep what failed and not the value, so that checking costs them nothing. What is here runs only
+// where a step has failed, and says the same as src/cpu/sequences.rs.
+#pragma once
+
+#include "faults.cuh"
+#include "params.cuh"
+#include "terms.cuh"
+
+namespace treeattn {
+
+// Entry `index` of an input holds `found` instead of `least` to `most` (partial::BadValue). Which input: `cause`; kFaultNone:
+// none was found.
+struct BadValue {
+    uint32_t cause;
+    int64_t index, found, least, most;
+};
+
+constexpr int64_t kMostPosition = INT32_MAX;
+constexpr int64_t kMostLooks = 1 << 16;  // at entries of tables and positions: one thread looks, and peers may wait
+
+// A sequence as far as its inputs are good.
+struct CheckedSequence {
+    int64_t first_token, tokens, keys, first_page;
+};
+
+// The tokens that a strided tensor has room for in sequence b; `end`: where one may begin at most.
+__device__ __forceinline__ int64_t strided_room(const int64_t* stride, int b, int64_t end) {
+    const int64_t left = end - b * stride[0];
+    return left < 0 ? 0 : stride[1] == 0 ? INT64_MAX : left / stride[1] + 1;
+}
+
+// The query tokens of sequence b.
+static __device__ __noinline__ BadValue bad_query_start(const DecodeParams& p, int b, CheckedSequence& s) {
+    const int64_t all = p.query_tokens;
+    if (p.query_start == nullptr) {
+        s.tokens = all / p.batch, s.first_token = b * s.tokens;
+        return {kFaultNone};
+    }
+    int64_t taken = 0;  // where the tokens of the sequences before it end
+#pragma unroll 1
+    for (int i = 1; i <= b; i++) taken = max(taken, min(static_cast<int64_t>(p.query_start[i]), all));
+    const int64_t begin = p.query_start[b], end = p.query_start[b + 1];
+    s.first_token = begin, s.tokens = end - begin;
+    if (begin < taken || begin > all) return {kFaultQueryStart, b, begin, taken, all};
+    if (end < begin || end > all) return {kFaultQueryStart, b + 1, end, begin, all};
+    return {kFaultNone};
+}
+
+// Its local slots, and where its pages begin.
+static __device__ __noinline__ BadValue bad_length(const DecodeParams& p, const Terms* t, int b, CheckedSequence& s) {
+    int64_t room = p.kv_capacity;
+    s.keys = 0, s.first_page = b * p.block_table_stride;
+    if (p.kv_layout == kCsrPages) {
+        const int64_t begin = p.page_indptr[b], end = p.page_indptr[b + 1], entries = p.num_page_indices;
+        const int64_t page = p.page_size, full = (end - begin - 1) * page;
+        s.first_page = begin;
+        if (begin < 0 || begin > entries) return {kFaultPageIndptr, b, begin, 0, entries};
+        if (end < begin || end > entries) return {kFaultPageIndptr, b + 1, end, begin, entries};
+        if (p.last_page_len != nullptr && end > begin) {
+            const int64_t last = p.last_page_len[b];
+            if (last < 1 || last > page) return {kFaultLastPageLen, b, last, 1, page};
+            if (full >= room) return {kFaultPageIndptr, b + 1, end, begin, begin + (room + page - 1) / page};
+            if (last > room - full) return {kFaultLastPageLen, b, last, 1, room - full};
+            s.keys = full + last;
+            return {kFaultNone};
+        }
+        room = min(room, full + page);
+    }
+    if (p.kv_length == nullptr) return {kFaultNone};
+    if (p.kv_layout == kStrided && p.batch > 1) {
+        room = min(room, min(strided_room(p.k_stride, b, p.k_end), strided_room(p.v_stride, b, p.v_end)));
+        if (t != nullptr && t->k_scale != nullptr) room = min(room, strided_room(t->k_scale_stride, b, t->k_scale_end));
+        if (t != nullptr && t->v_scale != nullptr) room = min(room, strided_room(t->v_scale_stride, b, t->v_scale_end));
+    }
+    s.keys = p.kv_length[b];
+    if (s.keys < 0 || s.keys > room) return {kFaultKvLength, b, s.keys, 0, room};
+    return {kFaultNone};
+}
+
+// Entries of its page lists that are no pages.
+static __device__ __noinline__ BadValue bad_page(const DecodeParams& p, const Terms* t, const CheckedSequence& s) {
+    const bool is_csr = p.kv_layout == kCsrPages;
+    const int32_t* const table = is_csr ? p.page_indices : p.block_table;
+    const int64_t used = (s.keys + p.page_size - 1) / p.page_size, stride = t == nullptr ? 0 : t->page_index_head_stride;
+    int64_t looks = 0;
+#pragma unroll 1
+    for (int64_t head = 0; head < (stride == 0 ? 1 : p.kv_heads); head++) {
+#pragma unroll 1
+        for (int64_t i = 0; i < used && looks < kMostLooks; i++, looks++) {
+            const int64_t entry = s.first_page + head * stride + i;
+            const int page = table[entry];
+            if (page >= 0 && page < p.num_pages) continue;
+            return {is_csr ? kFaultPageIndices : kFaultBlockTable, entry, page, 0, static_cast<int64_t>(p.num_pages) - 1};
+        }
+    }
+    return {kFaultNone};
+}
+
+// Positions of its query tokens and keys.
+static __device__ __noinline__ BadValue bad_position(const DecodeParams& p, const Terms* t, int b, const CheckedSequence& s) {
+    if (p.query_position == nullptr) {
+        const int64_t global = p.global_length[b];
+        if (global < s.tokens) return {kFaultGlobalLength, b, global, s.tokens, kMostPosition};
+    } else {
+#pragma unroll 1
+        for (int64_t i = s.first_token; i < s.first_token + min(s.tokens, kMostLooks); i++) {
+            const int position = p.query_position[i];
+            if (position < 0) return {kFaultQueryPosition, i, position, 0, kMostPosition};
+        }
+    }
+    if (p.placement == kContiguous) {
+        const int64_t start = p.kv_start == nullptr ? 0 : p.kv_start[b], most = kMostPosition - s.keys + 1;
+        if (start < 0 || start > most) return {kFaultKvStart, b, start, 0, most};
+    } else if (p.placement == kInterleaved) {
+        return {kFaultKvLength, b, s.keys, 0, s.keys - 1};
+    } else {
+        const int64_t stride = t == nullptr ? 0 : t->kv_position_head_stride;
+        int64_t looks = 0;
+#pragma unroll 1
+        for (int64_t head = 0; head < (stride == 0 ? 1 : p.kv_heads); head++) {
+#pragma unroll 1
+            for (int64_t i = 0; i < s.keys && looks < kMostLooks; i++, looks++) {
+                const int64_t at = b * p.kv_position_stride + head * stride + i;
+                const int position = p.kv_position[at];
+                if (position < 0) return {kFaultKvPosition, at, position, 0, kMostPosition};
+            }
+        }
+    }
+    return {kFaultNone};
+}
+
+// The slots of which the mask has an element, for all query tokens of a sequence.
+__device__ __forceinline__ int64_t mask_room(const DecodeParams& p, const Terms& t, int b, int64_t tokens) {
+    const int64_t last[3] = {b, p.q_heads - 1, max(tokens, static_cast<int64_t>(1)) - 1};
+    uint64_t room = t.mask_bytes;
+    const uint64_t size = mask_size(t);
+    if (t.mask == nullptr || room < size) return 0;
+    room -= size;
+#pragma unroll 1
+    for (int i = 0; i < 3; i++) {
+        const uint64_t stride = t.mask_stride[i], n = last[i];
+        if (n != 0 && stride > room / n) return 0;
+        room -= stride * n;
+    }
+    return t.mask_stride[3] == 0 ? INT64_MAX : static_cast<int64_t>(room / t.mask_stride[3]) + 1;
+}
+
+// What a check of sequence b that failed for `cause` met. `t`: null in kernels without Terms.
+static __device__ __noinline__ BadValue find_bad_value(const DecodeParams& p, const Terms* t, int b, uint32_t cause) {
+    CheckedSequence s;
+    const BadValue tokens = bad_query_start(p, b, s);
+    if (tokens.cause != kFaultNone || cause == kFaultQueryStart) return tokens;
+    const BadValue length = bad_length(p, t, b, s);
+    if (length.cause != kFaultNone) return length;
+    if (cause == kFaultPage) return bad_page(p, t, s);
+    if (cause == kFaultPosition) return bad_position(p, t, b, s);
+    if (cause == kFaultMask && t != nullptr) return {kFaultMask, b, s.keys, 0, mask_room(p, *t, b, s.tokens)};
+    return {kFaultNone};
+}
+
+// Leaves the value that goes with a word of bad data (pack_status, whose rank is not looked at) for the host, unless that of an
+// earlier sequence lies there. `found`: a lock, then where in mapped host memory the words kValueKey to kValueMost are. The host
+// takes what lies there by setting the key to 0. Any number of threads may call it at once.
+static __device__ __noinline__ void tell_bad_value(uint64_t* found, uint32_t sequence, uint32_t cause, const BadValue& value) {
+    if (value.cause == kFaultNone) return;
+    auto* const lock = reinterpret_cast<unsigned long long*>(found);
+    auto* const host = reinterpret_cast<uint64_t*>(load_word(found + 1));
+    const uint64_t key = pack_status(sequence, cause, value.cause), causes = 0xffull << kRankShift;
+    // The thread that has the lock gives it back before the loop's end, so that others of its warp may spin.
+    bool is_done = false;
+    while (!is_done) {
+        if (atomicCAS(lock, 0ull, 1ull) != 0) continue;
+        __threadfence();
+        if ((load_word(host + kValueKey) & ~causes) <= (key & ~causes)) {
+            store_word(host + kValueKey, 0);
+            __threadfence_system();
+            store_word(host + kValueIndex, value.index), store_word(host + kValueFound, value.found);
+            store_word(host + kValueLeast, value.least), store_word(host + kValueMost, value.most);
+            __threadfence_system();
+            store_word(host + kValueKey, key);
+        }
+        __threadfence_system();
+        atomicExch(lock, 0ull);
+        is_done = true;
+    }
+}
+
+}  // namespace treeattn

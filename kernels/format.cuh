@@ -1,0 +1,25 @@
+// Bytes of elements, blocks and rows of k and v in memory, by type: the only place that knows their sizes.
+#pragma once
+
+#include "params.cuh"
+
+namespace treeattn {
+
+constexpr int kBlock = 32;         // elements of a block of ggml's types
+constexpr int kBlockScaleBytes = 2;  // its scale, an f16, which comes first
+
+// Whether a type's elements lie in blocks.
+__host__ __device__ constexpr bool is_in_blocks(int32_t dtype) { return dtype == kQ8_0 || dtype == kQ4_0; }
+
+// Bytes of kBlock elements of a type that kernels widen in registers.
+__host__ __device__ constexpr int block_bytes(int32_t dtype) {
+    if (!is_in_blocks(dtype)) return kBlock;
+    return kBlockScaleBytes + (dtype == kQ8_0 ? kBlock : kBlock / 2);
+}
+
+// Bytes of a packed row of `dim` elements of such a type.
+__host__ __device__ constexpr int row_bytes(int32_t dtype, int dim) {
+    return is_in_blocks(dtype) ? dim / kBlock * block_bytes(dtype) : dim;
+}
+
+}  // namespace treeattn
