@@ -65,8 +65,8 @@
  * decode, merge) of one communicator in the same order. With a NULL stream a step of a CPU plan runs on the calling
  * thread and waits there for the other ranks, so each local rank needs a thread of its own. With a stream it is only
  * enqueued, so one thread can drive them all: step k on every rank before step k + 1 on any. A plan is in flight on one
- * stream at a time. One CPU stream does not serve two ranks of a communicator, whose steps would wait for each other; nor do
- * two CPU streams serve one rank at a time.
+ * stream at a time. One CPU stream does not serve two ranks of a communicator at a time, whose steps would wait for each other,
+ * nor do two CPU streams serve one rank: such a step is refused, however the ranks of the process came to their communicator.
  * A rank computes on threads of its own, or on the engine's: by its parallel-for (treeattn_executor_t) or as a team of threads
  * that all enter the step (treeattn_plan_decode_team). Then the library starts none to compute.
  * The library's own threads block all signals, and end with the object that they serve. A thread that calls the library

@@ -1,5 +1,8 @@
 //! What every communicator has: an allgather of small blobs, and a failure that all ranks share.
 
+use std::hash::{BuildHasher, RandomState};
+use std::time::SystemTime;
+
 use crate::attention::Shard;
 use crate::error::{Error, Result};
 
@@ -35,4 +38,32 @@ pub(crate) trait Bootstrap: Send + Sync {
 
     /// Ranks, links, capacity and algorithms, as JSON.
     fn describe(&self) -> String;
+}
+
+/// What tells one thing from all others, on any machine.
+pub(crate) type Token = [u8; 16];
+
+/// A token that no other call makes, in this process or another. A forked child inherits the state of its parent's random
+/// numbers, so these alone would not do.
+pub(crate) fn new_token() -> Token {
+    let half = || RandomState::new().hash_one((std::process::id(), SystemTime::now())).to_ne_bytes();
+    let mut token = [0; 16];
+    token[..8].copy_from_slice(&half());
+    token[8..].copy_from_slice(&half());
+    token
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn tokens_differ() {
+        let make = || (0..1000).map(|_| new_token()).collect::<Vec<_>>();
+        let threads = [0, 1].map(|_| std::thread::spawn(make));
+        let all: HashSet<_> = threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect();
+        assert_eq!(all.len(), 2000);
+    }
 }

@@ -41,7 +41,7 @@ mod hop_tests;
 mod tests;
 
 pub(crate) use board::{PlanFault, StatusBoard};
-pub(crate) use bootstrap::Bootstrap;
+pub(crate) use bootstrap::{Bootstrap, Token};
 pub(crate) use call_word::CallWord;
 pub use config::CommConfig;
 pub(crate) use gpu::{GpuRank, Offer, Windows};

@@ -46,7 +46,7 @@ pub(super) struct CommCore {
     pub rank: Rank,
     /// What plans leave for the status.
     pub board: Arc<StatusBoard>,
-    /// Ranks in one process share a group; 0 for a rank whose peers are elsewhere.
+    /// Ranks that one call made share a group, never 0; 0 for a rank that came by itself.
     pub group: u64,
     /// Plans created so far: the next plan's number, the same on all ranks.
     pub plans: AtomicU64,
@@ -151,6 +151,7 @@ impl Communicator {
             return Err(Error::invalid("node_groups", found, "none where each rank has a node_group of its own"));
         }
         let rounds = TransportRank::new(transport, Shard { rank, world }, config)?;
+        let issues = IssueBoard::of(rounds.token(), world);
         let Neighbours { nodes, on_machine, on_device } = neighbours(&rounds, device, config)?;
         let made = cpu_rank(runtime, Box::new(rounds), device, config, on_device, nodes)?;
         if let Rank::Cpu(cpu) = &made {
@@ -159,7 +160,7 @@ impl Communicator {
                 format!("rank {rank} of {world}, {on_machine} on this machine, {threads} threads on {device}");
             runtime.log(LogLevel::Info, &message);
         }
-        Ok(Communicator::of(CommCore::elsewhere(runtime, device, config, made)))
+        Ok(Communicator::of(CommCore::new(runtime, device, config, made, 0, &issues)))
     }
 
     pub(super) fn of(core: CommCore) -> Communicator {
@@ -345,7 +346,7 @@ fn boot_id() -> String {
 }
 
 impl CommCore {
-    /// One rank of a group of this process. All of them share `issues`.
+    /// One rank. Those of its group that live in this process share `issues`.
     fn new(
         runtime: &Runtime,
         device: Device,
@@ -368,7 +369,7 @@ impl CommCore {
         }
     }
 
-    /// One rank whose peers are elsewhere.
+    /// One rank that has `issues` of its own.
     pub fn elsewhere(runtime: &Runtime, device: Device, config: &CommConfig, rank: Rank) -> CommCore {
         let issues = IssueBoard::new(rank.shard().world);
         CommCore::new(runtime, device, config, rank, 0, &issues)

@@ -1,16 +1,24 @@
 //! Where the ranks of a group issue their exchanges: which CPU stream, and how many that are not done.
 //!
 //! Two orders would be open otherwise. Steps of one rank on two streams have none among themselves. Steps of two ranks on one
-//! stream have one, but the first waits for the second, which runs after it.
+//! stream have one, but the first waits for the second, which runs after it. So the ranks of this process share a board: those
+//! that one call makes are given it, those that come one by one over a transport find it by the token of their communicator.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
+use crate::comm::Token;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Exchanges under way or enqueued, rank by rank of those that live in this process.
 pub(super) struct IssueBoard(Mutex<Vec<Issues>>);
+
+/// A communicator whose ranks come one by one: what they know it by, and how many they are.
+type Named = (Token, i32);
+
+/// The boards of such communicators, as long as a rank of them lives in this process.
+static BOARDS: Mutex<Vec<(Named, Weak<IssueBoard>)>> = Mutex::new(Vec::new());
 
 /// Those of one rank.
 #[derive(Clone, Copy, Default)]
@@ -30,6 +38,18 @@ impl IssueBoard {
     /// Of a group of `world` ranks; those of other processes issue nothing here.
     pub fn new(world: i32) -> Arc<IssueBoard> {
         Arc::new(IssueBoard(Mutex::new(vec![Issues::default(); world.max(0) as usize])))
+    }
+
+    /// As [`IssueBoard::new`]; the same one for every rank of this process in the communicator that they know by `token`.
+    pub fn of(token: &Token, world: i32) -> Arc<IssueBoard> {
+        let mut boards = BOARDS.lock();
+        boards.retain(|(_, board)| board.strong_count() > 0);
+        let known = boards.iter().find(|(named, _)| *named == (*token, world)).and_then(|(_, board)| board.upgrade());
+        known.unwrap_or_else(|| {
+            let new = IssueBoard::new(world);
+            boards.push(((*token, world), Arc::downgrade(&new)));
+            new
+        })
     }
 
     /// Counts an exchange of `rank` as issued on the CPU stream `stream`, 0 for the caller's thread, for as long as the result
@@ -86,5 +106,22 @@ mod tests {
         assert_eq!(kind(board.issue(1, 16)), None);
         // A stream of another group counts for itself.
         assert_eq!(kind(IssueBoard::new(2).issue(1, 16)), None);
+    }
+
+    #[test]
+    fn ranks_that_come_one_by_one_share_the_board_of_their_communicator() {
+        let [token, other] = [*b"of one communica", *b"of another commu"];
+        let first = IssueBoard::of(&token, 2);
+        let same = |board: &Arc<IssueBoard>| Arc::ptr_eq(&first, board);
+        assert!(same(&IssueBoard::of(&token, 2)));
+        assert!(!same(&IssueBoard::of(&other, 2)) && !same(&IssueBoard::of(&token, 3)));
+        let issued = first.issue(0, 16).unwrap();
+        assert!(IssueBoard::of(&token, 2).issue(1, 16).is_err());
+        // It lives as long as one of its ranks, or what one has issued.
+        let known = || BOARDS.lock().iter().any(|(named, board)| *named == (token, 2) && board.strong_count() > 0);
+        drop(first);
+        assert!(known());
+        drop(issued);
+        assert!(!known());
     }
 }

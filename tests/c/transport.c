@@ -351,7 +351,7 @@ static void steps(void) {
   }
 }
 
-/* Steps go on a stream only where the engine allows its threads. */
+/* Steps go on a stream only where the engine allows its threads, and each rank on one of its own. */
 static void streams(void) {
   rank_t ranks[WORLD];
   treeattn_stream_t *made[2];
@@ -372,9 +372,12 @@ static void streams(void) {
       CHECK_INVALID(treeattn_plan_decode(ranks[0].plan, ranks[0].args, made[0]), "stream: found a stream");
       CHECK(shard_untouched(&shards[0]) && ranks[0].line.calls == 0);
     } else {
-      for (int i = 0; i < 2; i++) {
-        CHECK_OK(treeattn_plan_decode(ranks[i].plan, ranks[i].args, made[i]));
-      }
+      CHECK_OK(treeattn_plan_decode(ranks[0].plan, ranks[0].args, made[0]));
+      /* Each would wait there for the other. */
+      CHECK_INVALID(treeattn_plan_decode(ranks[1].plan, ranks[1].args, made[0]),
+                    "stream: found one on which rank 0 of this communicator waits for rank 1, wanted a stream");
+      CHECK(shard_untouched(&shards[1]));
+      CHECK_OK(treeattn_plan_decode(ranks[1].plan, ranks[1].args, made[1]));
       for (int i = 0; i < 2; i++) {
         CHECK_OK(treeattn_stream_synchronize(made[i]));
         CHECK(shard_matches(&shards[i], &problem));

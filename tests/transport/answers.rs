@@ -4,7 +4,7 @@ use std::thread;
 
 use treeattn::ErrorKind;
 use treeattn::attention::{Algorithm, AttentionDesc, OutputMode};
-use treeattn::runtime::{CommConfig, Communicator, Plan, Runtime, RuntimeConfig, Stream, Transport};
+use treeattn::runtime::{CommConfig, Communicator, Plan, Runtime, RuntimeConfig, Transport};
 
 use super::mesh::{LONG, Mesh, connect, unix_pairs};
 use super::ranks::*;
@@ -97,24 +97,4 @@ fn algorithms_that_need_sendrecv_say_so_where_there_is_none() {
             });
         }
     });
-}
-
-#[test]
-fn callbacks_run_on_stream_threads_only_where_allowed() {
-    let meshes = Mesh::threads(1, unix_pairs);
-    let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
-    let stream = Stream::new(&runtime, CPU).unwrap();
-    for allowed in [false, true] {
-        let transport = meshes[0].transport(allowed);
-        // SAFETY: the mesh outlives the communicator.
-        let comm =
-            unsafe { Communicator::create_from_transport(&runtime, transport, 1, 0, CPU, &config(LONG)) }.unwrap();
-        let plan = Plan::create(&comm, &shape(1)).unwrap();
-        let result = decode(&plan, 0, 1, Some(&stream));
-        assert_eq!(result.is_ok(), allowed);
-        if let Err(error) = result {
-            assert_eq!(error.kind(), ErrorKind::InvalidArgument);
-            assert!(error.message().starts_with("stream:"), "{error}");
-        }
-    }
 }

@@ -10,4 +10,5 @@ mod answers;
 mod faults;
 mod ranks;
 mod statistics;
+mod streams;
 mod waits;

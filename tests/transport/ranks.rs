@@ -37,37 +37,65 @@ pub fn decode_as(
     tokens: usize,
     stream: Option<&Stream>,
 ) -> Result<(Vec<f32>, Vec<f32>)> {
-    let desc = *plan.desc();
-    let mut state = 77 * rank as u32 + 1;
-    let mut draw = |n: usize| -> Vec<f32> {
-        let mut next = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-        };
-        (0..n).map(|_| next()).collect()
-    };
-    let cache = batch * desc.max_kv_length as usize * (desc.kv_heads * desc.head_dim_v) as usize;
-    let (k, v) = (draw(cache), draw(cache));
-    let q: Vec<f32> = (0..tokens * 64).map(|i| (i % 7) as f32 / 7.0).collect();
-    let length = vec![9; batch];
-    let (mut out, mut lse) = (vec![7.0f32; tokens * plan.heads().len() * 16], vec![7.0; tokens * plan.heads().len()]);
-    let args = DecodeArgs {
-        batch: batch as i32,
-        query_tokens: tokens as i32,
-        q: Tensor::from_slice(&q),
-        k: Tensor::from_slice(&k),
-        v: Tensor::from_slice(&v),
-        out: Tensor::from_slice_mut(&mut out),
-        lse: Tensor::from_slice_mut(&mut lse),
-        kv_length: length.as_ptr(),
-        ..DecodeArgs::default()
-    };
-    // SAFETY: every buffer outlives the step, which is waited for.
-    unsafe { plan.decode(&args, stream)? };
+    let mut step = Step::new(plan, rank, batch, tokens);
+    // SAFETY: the buffers outlive the step, which is waited for.
+    unsafe { step.issue(plan, stream)? };
     if let Some(stream) = stream {
         stream.synchronize()?;
     }
-    Ok((out, lse))
+    Ok((step.out, step.lse))
+}
+
+/// The buffers of a step.
+pub struct Step {
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    length: Vec<i32>,
+    pub out: Vec<f32>,
+    pub lse: Vec<f32>,
+}
+
+impl Step {
+    /// Of `batch` sequences of pseudo-random shards, the same for the same rank.
+    pub fn new(plan: &Plan, rank: usize, batch: usize, tokens: usize) -> Step {
+        let desc = plan.desc();
+        let mut state = 77 * rank as u32 + 1;
+        let mut draw = |n: usize| -> Vec<f32> {
+            let mut next = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+            };
+            (0..n).map(|_| next()).collect()
+        };
+        let cache = batch * desc.max_kv_length as usize * (desc.kv_heads * desc.head_dim_v) as usize;
+        Step {
+            k: draw(cache),
+            v: draw(cache),
+            q: (0..tokens * 64).map(|i| (i % 7) as f32 / 7.0).collect(),
+            length: vec![9; batch],
+            out: vec![7.0; tokens * plan.heads().len() * 16],
+            lse: vec![7.0; tokens * plan.heads().len()],
+        }
+    }
+
+    /// # Safety
+    /// The buffers outlive the step, and are left alone until it is done.
+    pub unsafe fn issue(&mut self, plan: &Plan, stream: Option<&Stream>) -> Result<()> {
+        let args = DecodeArgs {
+            batch: self.length.len() as i32,
+            query_tokens: (self.q.len() / 64) as i32,
+            q: Tensor::from_slice(&self.q),
+            k: Tensor::from_slice(&self.k),
+            v: Tensor::from_slice(&self.v),
+            out: Tensor::from_slice_mut(&mut self.out),
+            lse: Tensor::from_slice_mut(&mut self.lse),
+            kv_length: self.length.as_ptr(),
+            ..DecodeArgs::default()
+        };
+        // SAFETY: as above.
+        unsafe { plan.decode(&args, stream) }
+    }
 }
 
 pub fn on_ranks<T: Send>(world: usize, config: &CommConfig, run: impl Fn(&Mesh, &Communicator) -> T + Sync) -> Vec<T> {

@@ -2,7 +2,6 @@
 //!
 //! It serves setup only: steps of GPUs exchange on the GPUs.
 
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -12,7 +11,7 @@ use parking_lot::Mutex;
 use super::library::UNIQUE_ID_BYTES;
 use super::rank::{END_TIMEOUT, NcclRank, NcclTimeout};
 use crate::attention::Shard;
-use crate::comm::bootstrap::Bootstrap;
+use crate::comm::bootstrap::{Bootstrap, Token, new_token};
 use crate::comm::config::CommConfig;
 use crate::comm::errors;
 use crate::device::cuda::{CudaDevice, Staging};
@@ -77,9 +76,9 @@ impl NcclBootstrap {
 
     /// Gives the communicator a name by which the ranks of one process find each other: one that rank 0 made up.
     fn agree_on_name(&self, limit: NcclTimeout) -> Result<()> {
-        static PROCESS: OnceLock<[u8; 16]> = OnceLock::new();
-        let process = *PROCESS.get_or_init(random);
-        let all = self.gather(&[process, random()].concat(), limit)?;
+        static PROCESS: OnceLock<Token> = OnceLock::new();
+        let process = *PROCESS.get_or_init(new_token);
+        let all = self.gather(&[process, new_token()].concat(), limit)?;
         let mut name = [0; UNIQUE_ID_BYTES];
         name[..16].copy_from_slice(&all[0][16..]);
         let members: Vec<i32> = (0..).zip(&all).filter(|(_, theirs)| theirs[..16] == process).map(|(r, _)| r).collect();
@@ -215,15 +214,6 @@ impl Bootstrap for NcclBootstrap {
 /// Bytes on each side for the exchanges of `world` ranks: this rank's chunk, then those of all.
 fn bytes(world: i32) -> usize {
     (world as usize + 1) * CHUNK
-}
-
-/// 16 bytes that no other call makes, in this process or another.
-fn random() -> [u8; 16] {
-    let half = || RandomState::new().build_hasher().finish().to_ne_bytes();
-    let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(&half());
-    bytes[8..].copy_from_slice(&half());
-    bytes
 }
 
 /// The 64-bit word that a message begins with.

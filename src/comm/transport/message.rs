@@ -7,7 +7,7 @@ pub(super) const INLINE_BYTES: usize = 16_896;
 /// Bytes of a first message, whatever its payload.
 pub(super) const FIRST_BYTES: usize = HEADER_BYTES + INLINE_BYTES;
 /// Says that a message is one of these, and which version of them.
-pub(super) const MAGIC: u64 = 0x7ee5_a77e_0000_0003;
+pub(super) const MAGIC: u64 = 0x7ee5_a77e_0000_0004;
 /// Longest setup blob.
 pub(super) const MAX_BLOB: u64 = 1 << 20;
 

@@ -8,7 +8,7 @@ use super::callbacks::Transport;
 use super::calls::{CallDeadline, Calls};
 use super::message::{FIRST_BYTES, HEADER_BYTES, INLINE_BYTES, MAGIC, MAX_BLOB, put_words, word};
 use crate::attention::Shard;
-use crate::comm::bootstrap::Bootstrap;
+use crate::comm::bootstrap::{Bootstrap, Token, new_token};
 use crate::comm::call_word::CallWord;
 use crate::comm::config::CommConfig;
 use crate::comm::errors;
@@ -23,6 +23,7 @@ const MAX_RANKS: i32 = 4096;
 /// One rank's end of an engine's transport.
 pub(crate) struct TransportRank {
     calls: Calls,
+    token: Token,
     setup_timeout: Duration,
     step_timeout: Duration,
     capacity: usize,
@@ -79,8 +80,9 @@ impl TransportRank {
             first: HostBuffer::new(world * FIRST_BYTES)?,
             rest: HostBuffer::new(world * capacity)?,
         };
-        let rank = TransportRank {
+        let mut rank = TransportRank {
             calls: Calls::new(transport, shard)?,
+            token: new_token(),
             setup_timeout: config.setup_timeout,
             step_timeout: config.step_timeout,
             capacity,
@@ -91,25 +93,33 @@ impl TransportRank {
             call: AtomicU64::new(0),
             gone: AtomicBool::new(false),
         };
-        rank.check_ranks()?;
+        rank.token = rank.check_ranks()?;
         Ok(rank)
     }
 
-    /// Whether the callbacks connect the ranks that the engine says.
-    fn check_ranks(&self) -> Result<()> {
-        let mine = [self.calls.shard.rank.to_le_bytes(), self.calls.shard.world.to_le_bytes()].concat();
+    /// What the ranks of this communicator know it by, and no other rank: made up by rank 0.
+    pub fn token(&self) -> &Token {
+        &self.token
+    }
+
+    /// Whether the callbacks connect the ranks that the engine says. Gives the token of rank 0.
+    fn check_ranks(&self) -> Result<Token> {
+        let place = |rank: i32| [rank.to_le_bytes(), self.calls.shard.world.to_le_bytes()].concat();
+        let mine = [&place(self.calls.shard.rank)[..], &self.token].concat();
+        let mut tokens = Vec::new();
         for (rank, blob) in self.allgather(&mine)?.iter().enumerate() {
-            let wanted = [(rank as i32).to_le_bytes(), self.calls.shard.world.to_le_bytes()].concat();
-            if *blob != wanted {
+            let token = blob.strip_prefix(&place(rank as i32)[..]).and_then(|token| Token::try_from(token).ok());
+            let Some(token) = token else {
                 let message = format!(
                     "transport: place {rank} of the allgather holds another rank or world than {rank} of {}, wanted every \
                      rank in order",
                     self.calls.shard.world
                 );
                 return Err(Error::new(ErrorKind::Mismatch, message).with_rank(rank as i32));
-            }
+            };
+            tokens.push(token);
         }
-        Ok(())
+        Ok(tokens[0])
     }
 
     /// A round, see the module.
