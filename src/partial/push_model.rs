@@ -52,8 +52,8 @@ struct Case {
     rows: usize,
     /// Every other launch is a step without rows.
     gaps: bool,
-    /// A block merges the rows that it pushed, and has this rank's part of them at hand (`kernels/exchange_rows.cu`): that part
-    /// goes to the own window only where the block leaves its rows over.
+    /// A block merges the rows that it pushed, and keeps this rank's part of them in registers (`kernels/exchange_rows.cu`):
+    /// that part goes to the own window only where the block leaves its rows to others.
     keeps: bool,
     /// Every launch cleans the slots of the next epoch.
     cleans: bool,

@@ -1,8 +1,8 @@
 //! One rank, or `LOCAL` output: this rank's partial is the output.
 
-use super::backend::Backend;
+use super::backend::{Backend, Place, RouteMemory};
 use super::context::StepContext;
-use super::{MergingRoute, Place, Route, RouteMemory};
+use super::{MergingRoute, Route};
 use crate::attention::merge::MergeStep;
 use crate::attention::{Algorithm, OutputMode, Step};
 use crate::device::cuda::CudaStream;
@@ -38,10 +38,8 @@ impl Route for Alone {
         context.report_own(fault)
     }
 
-    unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
-        // SAFETY: `attend` asks for what this function was promised.
-        let fault = unsafe { self.backend.attend(step, place) }?;
-        context.report_own(fault)
+    fn shard(&self) -> &dyn Backend {
+        &*self.backend
     }
 
     fn merging(&self) -> Option<&dyn MergingRoute> {

@@ -1,12 +1,49 @@
-//! What a route without peers needs of a backend.
+//! What a route needs of a backend: to attend the shard of a rank where a step is run.
 
 use crate::attention::Step;
 use crate::attention::merge::MergeStep;
+use crate::device::Executor;
 use crate::device::cuda::CudaStream;
 use crate::error::Result;
 use crate::partial::DataFault;
 
-use super::{Place, RouteMemory};
+/// Bytes that a route holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct RouteMemory {
+    /// All of them.
+    pub workspace: usize,
+    /// Those that the exchange works on, among them.
+    pub exchange: usize,
+}
+
+/// Where a step is attended.
+#[derive(Clone, Copy)]
+pub(crate) enum Place<'a> {
+    /// On a CUDA stream of the plan's device, where it is enqueued.
+    Stream(&'a CudaStream),
+    /// On the calling thread and the threads of its rank.
+    Caller,
+    /// On the calling thread and other threads of the engine, for this step alone.
+    Team(&'a dyn Executor),
+}
+
+impl<'a> Place<'a> {
+    /// The stream, if it is one.
+    pub fn stream(self) -> Option<&'a CudaStream> {
+        match self {
+            Place::Stream(stream) => Some(stream),
+            Place::Caller | Place::Team(_) => None,
+        }
+    }
+
+    /// The threads of a step on a CPU rank, whose own are `own`.
+    pub fn executor(self, own: &'a dyn Executor) -> &'a dyn Executor {
+        match self {
+            Place::Team(team) => team,
+            Place::Caller | Place::Stream(_) => own,
+        }
+    }
+}
 
 /// A rank's means to attend its shard and to merge given partials, without other ranks. `place` and `stream` as in
 /// [`Route`](super::Route).

@@ -90,6 +90,12 @@ impl StepContext {
         self.board.set_last_plan(self.plan);
     }
 
+    /// Counts a step that exchanges, and is enqueued.
+    pub fn count_enqueued(&self) {
+        self.count_step();
+        self.board.count_step();
+    }
+
     /// Leaves bad data for the communicator's status and gives the error to return.
     pub fn report(&self, rank: i32, fault: DataFault) -> Error {
         self.board.report(PlanFault { rank, plan: self.plan, fault })

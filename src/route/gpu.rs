@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 
-use super::backend::Backend;
+use super::backend::{Backend, Place, RouteMemory};
 use super::context::StepContext;
 use super::rank::CudaRank;
-use super::{Place, RouteMemory};
 use crate::attention::Step;
 use crate::attention::merge::MergeStep;
 use crate::comm::{BAD_VALUE, OWN_FAULT, PlanLease};

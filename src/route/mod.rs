@@ -11,7 +11,7 @@
 //!
 //! [`choose::choose`] makes the route of a plan, and is the only place that knows them all; whoever owns a route does not ask
 //! which it is. `rank` is what a rank has (its end of the group, its workers or its GPU), `context` what is the same in
-//! every step of a plan. `backend` attends a shard without peers; `host` is what routes of CPU ranks share, `gpu` what those
+//! every step of a plan. `backend` attends a shard without peers, and says where; `host` is what routes of CPU ranks share, `gpu` what those
 //! of GPUs do.
 //!
 //! Depends on `cpu`, `cuda`, `comm` and what lies below them; knows nothing of plans, streams and communicators. Nothing is
@@ -19,10 +19,10 @@
 
 use crate::attention::merge::MergeStep;
 use crate::attention::{Algorithm, Step};
-use crate::device::Executor;
 use crate::device::cuda::CudaStream;
 use crate::error::Result;
 use crate::partial::RowTarget;
+use backend::{Backend, Place, RouteMemory};
 use context::StepContext;
 
 pub(crate) mod alone;
@@ -37,44 +37,6 @@ pub(crate) mod ring;
 pub(crate) mod rounds;
 pub(crate) mod tree;
 pub(crate) mod windows;
-
-/// Bytes that a route holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct RouteMemory {
-    /// All of them.
-    pub workspace: usize,
-    /// Those that the exchange works on, among them.
-    pub exchange: usize,
-}
-
-/// Where a step is attended.
-#[derive(Clone, Copy)]
-pub(crate) enum Place<'a> {
-    /// On a CUDA stream of the plan's device, where it is enqueued.
-    Stream(&'a CudaStream),
-    /// On the calling thread and the threads of its rank.
-    Caller,
-    /// On the calling thread and other threads of the engine, for this step alone.
-    Team(&'a dyn Executor),
-}
-
-impl<'a> Place<'a> {
-    /// The stream, if it is one.
-    pub fn stream(self) -> Option<&'a CudaStream> {
-        match self {
-            Place::Stream(stream) => Some(stream),
-            Place::Caller | Place::Team(_) => None,
-        }
-    }
-
-    /// The threads of a step on a CPU rank, whose own are `own`.
-    pub fn executor(self, own: &'a dyn Executor) -> &'a dyn Executor {
-        match self {
-            Place::Team(team) => team,
-            Place::Caller | Place::Stream(_) => own,
-        }
-    }
-}
 
 /// What one plan does with a step, on one rank. Steps of a plan are serialised by the caller; the other calls may come from
 /// any thread.
@@ -107,11 +69,18 @@ pub(crate) trait Route: Send + Sync {
     /// valid, and unchanged by others, until the step is done.
     unsafe fn decode(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()>;
 
+    /// This rank's shard, as it is attended without peers.
+    fn shard(&self) -> &dyn Backend;
+
     /// Attends this rank's shard and writes its own partial, all heads.
     ///
     /// # Safety
     /// As [`Route::decode`], for a step whose output holds all heads.
-    unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()>;
+    unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
+        // SAFETY: `attend` asks for what this function was promised.
+        let fault = unsafe { self.shard().attend(step, place) }?;
+        context.report_own(fault)
+    }
 
     /// The route as one that merges partials of the engine's own; none where it exchanges something else than partials.
     fn merging(&self) -> Option<&dyn MergingRoute>;

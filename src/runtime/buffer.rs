@@ -1,4 +1,4 @@
-//! Buffers: a convenience for callers that have no allocator at hand.
+//! Buffers: a convenience for callers that have no allocator of their own.
 
 use std::ffi::c_void;
 

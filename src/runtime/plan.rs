@@ -16,10 +16,11 @@ use crate::device::cuda::CudaStream;
 use crate::device::{Device, DeviceKind, Team, Within, catch};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::RowTarget;
+use crate::route::backend::{Place, RouteMemory};
 use crate::route::choose;
 use crate::route::context::StepContext;
 use crate::route::rank::Rank;
-use crate::route::{MergingRoute, Place, Route, RouteMemory};
+use crate::route::{MergingRoute, Route};
 
 /// A shape made ready on one rank. Clones are the same plan. In flight on one stream at a time.
 #[derive(Clone)]

@@ -4,7 +4,7 @@ use super::plan::Plan;
 use crate::attention::DecodeArgs;
 use crate::device::{MemberWait, TeamMember};
 use crate::error::{Error, ErrorKind, Result};
-use crate::route::Place;
+use crate::route::backend::Place;
 
 impl Plan {
     /// As [`Plan::decode`] without a stream, on a team of the engine's threads: each of them calls it with its own `member`, and

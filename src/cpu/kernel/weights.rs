@@ -67,7 +67,7 @@ pub unsafe fn weights<S: Simd>(a: &WeightArgs) -> bool {
     }
 }
 
-/// The maximum of row `r` with the scores at hand, rounded up to a whole power of two.
+/// The maximum that row `r` has with the scores of this tile, rounded up to a whole power of two.
 ///
 /// # Safety
 /// As [`weights`]; `r` is below `rows`.

@@ -12,10 +12,10 @@ use crate::device::FloatState;
 use crate::device::cuda::CudaStream;
 use crate::error::Result;
 use crate::partial::{DataFault, RowTarget};
-use crate::route::backend::Backend;
+use crate::route::backend::{Backend, Place, RouteMemory};
 use crate::route::context::{Call, StepContext};
 use crate::route::rank::CpuRank;
-use crate::route::{MergingRoute, Place, Route, RouteMemory};
+use crate::route::{MergingRoute, Route};
 
 /// How the partials of all ranks become merged rows.
 pub(in crate::route) trait PartialExchange: Send + Sync {
@@ -95,10 +95,8 @@ impl<E: PartialExchange> Route for PartialRoute<E> {
         }
     }
 
-    unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
-        // SAFETY: `attend` asks for what this function was promised.
-        let fault = unsafe { self.shard.attend(step, place) }?;
-        context.report_own(fault)
+    fn shard(&self) -> &dyn Backend {
+        &self.shard
     }
 
     fn merging(&self) -> Option<&dyn MergingRoute> {

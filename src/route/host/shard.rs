@@ -12,10 +12,9 @@ use crate::device::cuda::CudaStream;
 use crate::device::{Executor, FloatState};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::{DataFault, PartialRows, RowTarget};
-use crate::route::backend::Backend;
+use crate::route::backend::{Backend, Place, RouteMemory};
 use crate::route::context::StepContext;
 use crate::route::rank::CpuRank;
-use crate::route::{Place, RouteMemory};
 
 /// The backend of a plan, with a partial in scratch memory.
 pub(in crate::route) struct HostShard {

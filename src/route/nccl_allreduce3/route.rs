@@ -12,11 +12,11 @@ use crate::cuda::{Allreduce, AllreduceOutput, AllreduceShape, Destination};
 use crate::device::cuda::CudaStream;
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::RowTarget;
-use crate::route::backend::Backend;
+use crate::route::backend::{Backend, Place, RouteMemory};
 use crate::route::context::StepContext;
 use crate::route::gpu::GpuShard;
 use crate::route::rank::CudaRank;
-use crate::route::{MergingRoute, Place, Route, RouteMemory};
+use crate::route::{MergingRoute, Route};
 
 /// Attends, and reduces by NCCL.
 pub(in crate::route) struct NcclAllreduce3 {
@@ -135,15 +135,12 @@ impl Route for NcclAllreduce3 {
         let attended =
             Destination::Partial { target: self.kernels.target(), status: self.kernels.status(), lse_in_two: false };
         self.exchange(context, &output, stream, || self.shard.backend.decode_to(step, attended, stream))?;
-        context.count_step();
-        context.board.count_step();
+        context.count_enqueued();
         Ok(())
     }
 
-    unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
-        // SAFETY: `attend` asks for what this function was promised.
-        let fault = unsafe { self.shard.attend(step, place) }?;
-        context.report_own(fault)
+    fn shard(&self) -> &dyn Backend {
+        &self.shard
     }
 
     fn merging(&self) -> Option<&dyn MergingRoute> {
@@ -184,8 +181,7 @@ impl MergingRoute for NcclAllreduce3 {
         let output = AllreduceOutput { tokens: step.tokens, target: step.target };
         let taken = self.kernels.take_in(step);
         self.exchange(context, &output, stream, || self.shard.backend.merge(&taken, stream))?;
-        context.count_step();
-        context.board.count_step();
+        context.count_enqueued();
         Ok(())
     }
 }

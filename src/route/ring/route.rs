@@ -12,14 +12,14 @@ use crate::cpu::{CpuBackend, Held};
 use crate::device::{FloatState, HostBuffer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::RowTarget;
-use crate::route::backend::Backend;
+use crate::route::backend::{Backend, Place, RouteMemory};
 use crate::route::context::{Call, StepContext};
 use crate::route::host::checked::Check;
 use crate::route::host::exchange::{Exchange, RankFault};
 use crate::route::host::scratch::Scratch;
 use crate::route::host::shard::HostShard;
 use crate::route::rank::CpuRank;
-use crate::route::{MergingRoute, Place, Route, RouteMemory};
+use crate::route::{MergingRoute, Route};
 
 /// Passes keys and values round.
 pub(in crate::route) struct Ring {
@@ -149,10 +149,8 @@ impl Route for Ring {
         unsafe { self.exchange(context, place, step, &target) }
     }
 
-    unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
-        // SAFETY: `attend` asks for what this function was promised.
-        let fault = unsafe { self.shard.attend(step, place) }?;
-        context.report_own(fault)
+    fn shard(&self) -> &dyn Backend {
+        &self.shard
     }
 
     fn merging(&self) -> Option<&dyn MergingRoute> {

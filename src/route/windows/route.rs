@@ -12,11 +12,11 @@ use crate::device::cuda::{Allocations, CudaStream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::view::{ExchangeMode, row_words};
 use crate::partial::{ExchangeView, Lse, RowSource, RowTarget};
-use crate::route::backend::Backend;
+use crate::route::backend::{Backend, Place, RouteMemory};
 use crate::route::context::{Call, StepContext, fingerprint};
 use crate::route::gpu::GpuShard;
 use crate::route::rank::CudaRank;
-use crate::route::{MergingRoute, Place, Route, RouteMemory};
+use crate::route::{MergingRoute, Route};
 
 /// Payload of a rank above which an exchange of `world` ranks goes in two shots.
 ///
@@ -213,15 +213,12 @@ fn choose(desc: &AttentionDesc, world: usize, bytes: usize) -> (ExchangeMode, &'
 impl Route for WindowsRoute {
     unsafe fn decode(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
         self.enqueue(context, step, self.shard.stream(place.stream())?)?;
-        context.count_step();
-        context.board.count_step();
+        context.count_enqueued();
         Ok(())
     }
 
-    unsafe fn partial(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
-        // SAFETY: `attend` asks for what this function was promised.
-        let fault = unsafe { self.shard.attend(step, place) }?;
-        context.report_own(fault)
+    fn shard(&self) -> &dyn Backend {
+        &self.shard
     }
 
     fn merging(&self) -> Option<&dyn MergingRoute> {
@@ -278,8 +275,7 @@ impl MergingRoute for WindowsRoute {
         }
         let given = ExchangeStep { source, target, ..ExchangeStep::NOTHING };
         self.exchange(context, given, step.tokens, Call::Merge, stream)?;
-        context.count_step();
-        context.board.count_step();
+        context.count_enqueued();
         Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use serde::Serialize;
 use treeattn::attention::{Algorithm, Dtype};
 use treeattn::cpu::Isa;
 use treeattn::runtime::{Device, DeviceKind};
@@ -9,6 +10,8 @@ use treeattn::runtime::{Device, DeviceKind};
 use super::algorithms;
 use super::case::Heads;
 use super::terms::Terms;
+use crate::outcome::Outcome;
+use crate::plot::Plot;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -73,6 +76,20 @@ pub struct Args {
     /// Draws the comparison of algorithms, or what was found on a GPU, to this SVG file.
     #[arg(long)]
     pub plot: Option<PathBuf>,
+}
+
+impl Args {
+    /// Writes what a run found where it was asked for: the numbers, and the plot.
+    pub fn write(&self, report: &impl Serialize, plot: impl FnOnce() -> Plot) -> Outcome<()> {
+        if let Some(path) = &self.json {
+            let text = serde_json::to_string_pretty(report)? + "\n";
+            std::fs::write(path, text).map_err(|error| format!("--json {}: {error}", path.display()))?;
+        }
+        if let Some(path) = &self.plot {
+            std::fs::write(path, plot().svg()).map_err(|error| format!("--plot {}: {error}", path.display()))?;
+        }
+        Ok(())
+    }
 }
 
 pub fn device(text: &str) -> Result<Device, String> {

@@ -37,7 +37,8 @@ pub struct Case {
     pub terms: Terms,
 }
 
-fn dtype_name<S: Serializer>(dtype: &Dtype, to: S) -> Result<S::Ok, S::Error> {
+/// A type, for JSON.
+pub fn dtype_name<S: Serializer>(dtype: &Dtype, to: S) -> Result<S::Ok, S::Error> {
     to.serialize_str(dtype.name())
 }
 

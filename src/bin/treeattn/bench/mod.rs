@@ -187,14 +187,9 @@ pub fn run(args: &Args) -> Outcome<()> {
         others_share: before.zip(Usage::now()).and_then(|(before, after)| before.others(&after)),
     };
     report.targets = report.judge(&targets);
-    if let Some(path) = &args.json {
-        let text = serde_json::to_string_pretty(&report)? + "\n";
-        std::fs::write(path, text).map_err(|error| format!("--json {}: {error}", path.display()))?;
-    }
-    if let Some(path) = &args.plot {
-        let svg = algorithms::plot(&report.algorithms, report.ceiling.limit, &report.machine, &report.command).svg();
-        std::fs::write(path, svg).map_err(|error| format!("--plot {}: {error}", path.display()))?;
-    }
+    args.write(&report, || {
+        algorithms::plot(&report.algorithms, report.ceiling.limit, &report.machine, &report.command)
+    })?;
     print(&report.text())
 }
 

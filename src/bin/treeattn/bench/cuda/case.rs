@@ -1,9 +1,9 @@
 //! What is timed on a GPU: the rows of the standard run, those of a run by axes, and the targets.
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 use treeattn::attention::{Dtype, KvFormat};
 
-use crate::bench::case::Heads;
+use crate::bench::case::{Heads, dtype_name};
 use crate::bench::terms::Terms;
 
 /// One decode shape.
@@ -27,10 +27,6 @@ pub struct Case {
     pub query_tokens: usize,
     /// Tokens a page of a shuffled block table; 0: a strided cache.
     pub page_size: usize,
-}
-
-fn dtype_name<S: Serializer>(dtype: &Dtype, to: S) -> Result<S::Ok, S::Error> {
-    to.serialize_str(dtype.name())
 }
 
 impl Case {

@@ -116,13 +116,7 @@ pub fn run(args: &Args, device: Device) -> Outcome<()> {
     if standard {
         report.targets = report.judge(&case::targets());
     }
-    if let Some(path) = &args.json {
-        let text = serde_json::to_string_pretty(&report)? + "\n";
-        std::fs::write(path, text).map_err(|error| format!("--json {}: {error}", path.display()))?;
-    }
-    if let Some(path) = &args.plot {
-        std::fs::write(path, report.plot().svg()).map_err(|error| format!("--plot {}: {error}", path.display()))?;
-    }
+    args.write(&report, || report.plot())?;
     print(&report.text())
 }
 

@@ -61,6 +61,23 @@ pub struct TargetReport {
     pub met: bool,
 }
 
+impl TargetReport {
+    /// The table of what was aimed for on the `machine` it was set for, after an empty line; nothing where there is none.
+    /// `public`: what the last column holds.
+    pub fn table(targets: &[TargetReport], machine: &str, public: &str) -> String {
+        if targets.is_empty() {
+            return String::new();
+        }
+        let mut table = Table::new(&[&format!("target ({machine})"), "wanted", "found", "", public]);
+        for t in targets {
+            let met = if t.met { "met" } else { "MISSED" };
+            let cells = [&t.name, &t.wanted, &t.found, met, t.public];
+            table.row(cells.into_iter().map(ToString::to_string).collect());
+        }
+        format!("\n{}", table.render())
+    }
+}
+
 impl Row {
     /// Its share of the ceiling is set when all rows are there.
     pub fn new(case: Case, timed: Timed) -> Row {
@@ -144,15 +161,7 @@ impl Report {
             ]);
         }
         text.push_str(&table.render());
-        if !self.targets.is_empty() {
-            let mut table = Table::new(&["target (one H200)", "wanted", "found", "", "public there, us"]);
-            for t in &self.targets {
-                let met = if t.met { "met" } else { "MISSED" };
-                let cells = [&t.name, &t.wanted, &t.found, met, t.public];
-                table.row(cells.into_iter().map(ToString::to_string).collect());
-            }
-            text.push_str(&format!("\n{}", table.render()));
-        }
+        text.push_str(&TargetReport::table(&self.targets, "one H200", "public there, us"));
         text.push_str(
             "\nbf16 unless named; heads q/kv x dim, sequences x keys; a replayed graph of many steps, each of which reads \
              another copy of the cache: none comes from L2; lse on\n",

@@ -8,6 +8,7 @@ use treeattn::runtime::PlanStats;
 use crate::bench::cuda::case::{self, Case};
 use crate::bench::cuda::decode::Timed;
 use crate::bench::cuda::peers::Peers;
+use crate::bench::cuda::report::TargetReport;
 use crate::bench::samples::Summary;
 use crate::outcome::Outcome;
 use crate::plot::{Panel, Plot, Scale, Style};
@@ -77,15 +78,6 @@ pub struct Times {
     /// Enqueued one by one, and the host's time for a call.
     pub eager: Summary,
     pub host: Summary,
-}
-
-#[derive(Serialize)]
-pub struct TargetReport {
-    pub name: String,
-    pub wanted: String,
-    pub found: String,
-    pub public: &'static str,
-    pub met: bool,
 }
 
 impl From<Timed> for Times {
@@ -252,15 +244,7 @@ impl Report {
         for refusal in refusals {
             text.push_str(&format!("not timed: {refusal}\n"));
         }
-        if !self.targets.is_empty() {
-            let mut table = Table::new(&["target (two H200)", "wanted", "found", "", "public parts there, us"]);
-            for t in &self.targets {
-                let met = if t.met { "met" } else { "MISSED" };
-                let cells = [&t.name, &t.wanted, &t.found, met, t.public];
-                table.row(cells.into_iter().map(ToString::to_string).collect());
-            }
-            text.push_str(&format!("\n{}", table.render()));
-        }
+        text.push_str(&TargetReport::table(&self.targets, "two H200", "public parts there, us"));
         text.push_str(
             "\nkeys: of all ranks together; bf16 unless named; output on every rank; a replayed graph of many steps on each \
              rank, each of which reads another copy of the cache; the slowest rank counts; floor: a rank's bytes at the read bandwidth, and a flag one way; plain: words with flags to the \
