@@ -4,14 +4,13 @@
 //! stream have one, but the first waits for the second, which runs after it. So the ranks of this process share a board: those
 //! that one call makes are given it, those that come one by one over a transport find it by the token of their communicator.
 
-use std::sync::{Arc, Weak};
-
-use parking_lot::Mutex;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::comm::Token;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Exchanges under way or enqueued, rank by rank of those that live in this process.
+/// Exchanges under way or enqueued, rank by rank of those that live in this process. All of them take its lock in every step:
+/// one of the standard library, which allocates nothing when a thread first waits for it.
 pub(super) struct IssueBoard(Mutex<Vec<Issues>>);
 
 /// A communicator whose ranks come one by one: what they know it by, and how many they are.
@@ -42,7 +41,7 @@ impl IssueBoard {
 
     /// As [`IssueBoard::new`]; the same one for every rank of this process in the communicator that they know by `token`.
     pub fn of(token: &Token, world: i32) -> Arc<IssueBoard> {
-        let mut boards = BOARDS.lock();
+        let mut boards = BOARDS.lock().unwrap_or_else(PoisonError::into_inner);
         boards.retain(|(_, board)| board.strong_count() > 0);
         let known = boards.iter().find(|(named, _)| *named == (*token, world)).and_then(|(_, board)| board.upgrade());
         known.unwrap_or_else(|| {
@@ -56,7 +55,7 @@ impl IssueBoard {
     /// lives. `Busy` while exchanges of the rank are issued elsewhere: nothing says which comes first. `InvalidArgument` where
     /// another rank of the group waits on this stream for it to come: neither would ever be done.
     pub fn issue(self: &Arc<Self>, rank: i32, stream: usize) -> Result<Issued> {
-        let mut issues = self.0.lock();
+        let mut issues = self.issues();
         let own = issues[rank as usize];
         if own.count > 0 && own.stream != stream {
             return Err(busy("stream: found a step on another stream", rank));
@@ -69,11 +68,15 @@ impl IssueBoard {
         issues[rank as usize] = Issues { stream, count: own.count + 1 };
         Ok(Issued { board: Arc::clone(self), rank })
     }
+
+    fn issues(&self) -> MutexGuard<'_, Vec<Issues>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Drop for Issued {
     fn drop(&mut self) {
-        self.board.0.lock()[self.rank as usize].count -= 1;
+        self.board.issues()[self.rank as usize].count -= 1;
     }
 }
 
@@ -118,7 +121,13 @@ mod tests {
         let issued = first.issue(0, 16).unwrap();
         assert!(IssueBoard::of(&token, 2).issue(1, 16).is_err());
         // It lives as long as one of its ranks, or what one has issued.
-        let known = || BOARDS.lock().iter().any(|(named, board)| *named == (token, 2) && board.strong_count() > 0);
+        let known = || {
+            BOARDS
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .iter()
+                .any(|(named, board)| *named == (token, 2) && board.strong_count() > 0)
+        };
         drop(first);
         assert!(known());
         drop(issued);
