@@ -1,7 +1,7 @@
 // The entry of an input that is out of range, found again for the message that names it.
 //
 // Kernels that check a sequence keep what failed and not the value, so that checking costs them nothing. What is here runs only
-// where a step has failed, and says the same as src/cpu/sequences.rs.
+// where a step has failed, and says the same as src/cpu/sequences.rs. What is called among tiles takes few registers.
 #pragma once
 
 #include "faults.cuh"
@@ -11,9 +11,9 @@
 namespace treeattn {
 
 // Entry `index` of an input holds `found` instead of `least` to `most` (partial::BadValue). Which input: `cause`; kFaultNone:
-// none was found.
+// none was found. `reported`: the cause that kernels report it under.
 struct BadValue {
-    uint32_t cause;
+    uint32_t reported, cause;
     int64_t index, found, least, most;
 };
 
@@ -43,8 +43,8 @@ static __device__ __noinline__ BadValue bad_query_start(const DecodeParams& p, i
     for (int i = 1; i <= b; i++) taken = max(taken, min(static_cast<int64_t>(p.query_start[i]), all));
     const int64_t begin = p.query_start[b], end = p.query_start[b + 1];
     s.first_token = begin, s.tokens = end - begin;
-    if (begin < taken || begin > all) return {kFaultQueryStart, b, begin, taken, all};
-    if (end < begin || end > all) return {kFaultQueryStart, b + 1, end, begin, all};
+    if (begin < taken || begin > all) return {kFaultQueryStart, kFaultQueryStart, b, begin, taken, all};
+    if (end < begin || end > all) return {kFaultQueryStart, kFaultQueryStart, b + 1, end, begin, all};
     return {kFaultNone};
 }
 
@@ -56,13 +56,14 @@ static __device__ __noinline__ BadValue bad_length(const DecodeParams& p, const 
         const int64_t begin = p.page_indptr[b], end = p.page_indptr[b + 1], entries = p.num_page_indices;
         const int64_t page = p.page_size, full = (end - begin - 1) * page;
         s.first_page = begin;
-        if (begin < 0 || begin > entries) return {kFaultPageIndptr, b, begin, 0, entries};
-        if (end < begin || end > entries) return {kFaultPageIndptr, b + 1, end, begin, entries};
+        if (begin < 0 || begin > entries) return {kFaultPageRow, kFaultPageIndptr, b, begin, 0, entries};
+        if (end < begin || end > entries) return {kFaultPageRow, kFaultPageIndptr, b + 1, end, begin, entries};
         if (p.last_page_len != nullptr && end > begin) {
             const int64_t last = p.last_page_len[b];
-            if (last < 1 || last > page) return {kFaultLastPageLen, b, last, 1, page};
-            if (full >= room) return {kFaultPageIndptr, b + 1, end, begin, begin + (room + page - 1) / page};
-            if (last > room - full) return {kFaultLastPageLen, b, last, 1, room - full};
+            if (last < 1 || last > page) return {kFaultPageRow, kFaultLastPageLen, b, last, 1, page};
+            const int64_t most = begin + (room + page - 1) / page;
+            if (full >= room) return {kFaultKvLength, kFaultPageIndptr, b + 1, end, begin, most};
+            if (last > room - full) return {kFaultKvLength, kFaultLastPageLen, b, last, 1, room - full};
             s.keys = full + last;
             return {kFaultNone};
         }
@@ -75,7 +76,7 @@ static __device__ __noinline__ BadValue bad_length(const DecodeParams& p, const 
         if (t != nullptr && t->v_scale != nullptr) room = min(room, strided_room(t->v_scale_stride, b, t->v_scale_end));
     }
     s.keys = p.kv_length[b];
-    if (s.keys < 0 || s.keys > room) return {kFaultKvLength, b, s.keys, 0, room};
+    if (s.keys < 0 || s.keys > room) return {kFaultKvLength, kFaultKvLength, b, s.keys, 0, room};
     return {kFaultNone};
 }
 
@@ -92,7 +93,8 @@ static __device__ __noinline__ BadValue bad_page(const DecodeParams& p, const Te
             const int64_t entry = s.first_page + head * stride + i;
             const int page = table[entry];
             if (page >= 0 && page < p.num_pages) continue;
-            return {is_csr ? kFaultPageIndices : kFaultBlockTable, entry, page, 0, static_cast<int64_t>(p.num_pages) - 1};
+            const int64_t most = static_cast<int64_t>(p.num_pages) - 1;
+            return {kFaultPage, is_csr ? kFaultPageIndices : kFaultBlockTable, entry, page, 0, most};
         }
     }
     return {kFaultNone};
@@ -102,19 +104,21 @@ static __device__ __noinline__ BadValue bad_page(const DecodeParams& p, const Te
 static __device__ __noinline__ BadValue bad_position(const DecodeParams& p, const Terms* t, int b, const CheckedSequence& s) {
     if (p.query_position == nullptr) {
         const int64_t global = p.global_length[b];
-        if (global < s.tokens) return {kFaultGlobalLength, b, global, s.tokens, kMostPosition};
+        if (global < s.tokens) return {kFaultPosition, kFaultGlobalLength, b, global, s.tokens, kMostPosition};
     } else {
 #pragma unroll 1
         for (int64_t i = s.first_token; i < s.first_token + min(s.tokens, kMostLooks); i++) {
             const int position = p.query_position[i];
-            if (position < 0) return {kFaultQueryPosition, i, position, 0, kMostPosition};
+            if (position < 0) return {kFaultPosition, kFaultQueryPosition, i, position, 0, kMostPosition};
         }
     }
     if (p.placement == kContiguous) {
         const int64_t start = p.kv_start == nullptr ? 0 : p.kv_start[b], most = kMostPosition - s.keys + 1;
-        if (start < 0 || start > most) return {kFaultKvStart, b, start, 0, most};
+        if (start < 0 || start > most) return {kFaultPosition, kFaultKvStart, b, start, 0, most};
     } else if (p.placement == kInterleaved) {
-        return {kFaultKvLength, b, s.keys, 0, s.keys - 1};
+        if (!positions_fit(p, b, static_cast<int>(s.tokens), static_cast<int>(s.keys))) {
+            return {kFaultPosition, kFaultKvLength, b, s.keys, 0, s.keys - 1};
+        }
     } else {
         const int64_t stride = t == nullptr ? 0 : t->kv_position_head_stride;
         int64_t looks = 0;
@@ -124,7 +128,7 @@ static __device__ __noinline__ BadValue bad_position(const DecodeParams& p, cons
             for (int64_t i = 0; i < s.keys && looks < kMostLooks; i++, looks++) {
                 const int64_t at = b * p.kv_position_stride + head * stride + i;
                 const int position = p.kv_position[at];
-                if (position < 0) return {kFaultKvPosition, at, position, 0, kMostPosition};
+                if (position < 0) return {kFaultPosition, kFaultKvPosition, at, position, 0, kMostPosition};
             }
         }
     }
@@ -147,44 +151,64 @@ __device__ __forceinline__ int64_t mask_room(const DecodeParams& p, const Terms&
     return t.mask_stride[3] == 0 ? INT64_MAX : static_cast<int64_t>(room / t.mask_stride[3]) + 1;
 }
 
-// What a check of sequence b that failed for `cause` met. `t`: null in kernels without Terms.
-static __device__ __noinline__ BadValue find_bad_value(const DecodeParams& p, const Terms* t, int b, uint32_t cause) {
+// What is wrong with sequence b, of several causes the one that is reported. `t`: null in kernels without Terms.
+static __device__ __noinline__ BadValue find_bad_value(const DecodeParams& p, const Terms* t, int b) {
     CheckedSequence s;
     const BadValue tokens = bad_query_start(p, b, s);
-    if (tokens.cause != kFaultNone || cause == kFaultQueryStart) return tokens;
+    if (tokens.cause != kFaultNone) return tokens;
     const BadValue length = bad_length(p, t, b, s);
-    if (length.cause != kFaultNone) return length;
-    if (cause == kFaultPage) return bad_page(p, t, s);
-    if (cause == kFaultPosition) return bad_position(p, t, b, s);
-    if (cause == kFaultMask && t != nullptr) return {kFaultMask, b, s.keys, 0, mask_room(p, *t, b, s.tokens)};
-    return {kFaultNone};
+    if (length.cause != kFaultNone || s.keys == 0) return length;
+    if (t != nullptr && t->mask_element != kMaskNone && s.tokens > 0) {
+        const int64_t room = mask_room(p, *t, b, s.tokens);
+        if (s.keys > room) return {kFaultMask, kFaultMask, b, s.keys, 0, room};
+    }
+    if (t == nullptr ? is_causal(p) : needs_positions(p)) {
+        const BadValue position = bad_position(p, t, b, s);
+        if (position.cause != kFaultNone) return position;
+    }
+    return p.kv_layout == kStrided ? BadValue{kFaultNone} : bad_page(p, t, s);
 }
 
-// Leaves the value that goes with a word of bad data (pack_status, whose rank is not looked at) for the host, unless that of an
-// earlier sequence lies there. `found`: a lock, then where in mapped host memory the words kValueKey to kValueMost are. The host
-// takes what lies there by setting the key to 0. Any number of threads may call it at once.
-static __device__ __noinline__ void tell_bad_value(uint64_t* found, uint32_t sequence, uint32_t cause, const BadValue& value) {
-    if (value.cause == kFaultNone) return;
-    auto* const lock = reinterpret_cast<unsigned long long*>(found);
-    auto* const host = reinterpret_cast<uint64_t*>(load_word(found + 1));
-    const uint64_t key = pack_status(sequence, cause, value.cause), causes = 0xffull << kRankShift;
+// Whether the value of an earlier sequence's bad data, or of the same, lies before the host: a key (pack_status, the cause that
+// names one argument in place of the rank) in the first of the words that follow.
+__device__ __forceinline__ bool has_value(const DecodeParams& p, int b, uint32_t cause) {
+    const auto* host = reinterpret_cast<const uint64_t*>(load_word(p.workspace.found + 1));
+    return (load_word(host + kValueKey) & ~(0xffull << kRankShift)) >= pack_status(b, cause);
+}
+
+// Leaves a value for the host, unless has_value. The host takes what lies there by setting the key to 0. Any number of threads
+// may call it at once.
+static __device__ __noinline__ void leave_value(const DecodeParams& p, int b, uint32_t reported, uint32_t cause, int64_t index,
+                                                int64_t found, int64_t least, int64_t most) {
+    auto* const lock = reinterpret_cast<unsigned long long*>(p.workspace.found);
+    auto* const host = reinterpret_cast<uint64_t*>(load_word(p.workspace.found + 1));
     // The thread that has the lock gives it back before the loop's end, so that others of its warp may spin.
     bool is_done = false;
     while (!is_done) {
         if (atomicCAS(lock, 0ull, 1ull) != 0) continue;
         __threadfence();
-        if ((load_word(host + kValueKey) & ~causes) <= (key & ~causes)) {
+        if (!has_value(p, b, reported)) {
             store_word(host + kValueKey, 0);
             __threadfence_system();
-            store_word(host + kValueIndex, value.index), store_word(host + kValueFound, value.found);
-            store_word(host + kValueLeast, value.least), store_word(host + kValueMost, value.most);
+            store_word(host + kValueIndex, index), store_word(host + kValueFound, found);
+            store_word(host + kValueLeast, least), store_word(host + kValueMost, most);
             __threadfence_system();
-            store_word(host + kValueKey, key);
+            store_word(host + kValueKey, pack_status(b, reported, cause));
         }
         __threadfence_system();
         atomicExch(lock, 0ull);
         is_done = true;
     }
+}
+
+// Leaves the value that is bad in sequence b, reported for `cause`. It takes many registers, and may take long.
+template <bool HasTerms>
+static __device__ __noinline__ void leave_found_value(const DecodeParams& p, int b, uint32_t cause) {
+    if (has_value(p, b, cause)) return;
+    const Terms* terms = nullptr;
+    if constexpr (HasTerms) terms = &terms_of(p);
+    const BadValue v = find_bad_value(p, terms, b);
+    if (v.reported == cause) leave_value(p, b, cause, v.cause, v.index, v.found, v.least, v.most);
 }
 
 }  // namespace treeattn

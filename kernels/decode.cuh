@@ -278,7 +278,6 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t slots = shared_address(shared) + warp * S::kStages * S::kSlotBytes;
     touch_parameters<S::kTerms>(p, reinterpret_cast<int*>(shared + S::kFlagAt) + 1);
-    if (lane == 0) *noted_of<S>(shared) = 0;
     if constexpr (!S::kRaw) {
         for (int i = 0; i < S::kStages; i++) clear_padding<S>(p, slots + i * S::kSlotBytes, lane);
     }
@@ -343,7 +342,7 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
             next_tile += walk.step;
             if (next_tile >= walk.tile_end) tile.flags |= kSlotLast | kSlotFinal;
             if (p.kv_layout != kStrided && tile.keys > 0 && (from->x & kSlotPoison)) {
-                if (lane == 0) report_and_note(p, noted_of<S>(shared), 0, kFaultPage);
+                if (lane == 0) walk.report_pages(tile.base);
                 tile.flags |= kSlotPoison;
                 tile.keys = 0;
             }
@@ -390,8 +389,6 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
         __syncwarp();
     }
     copy_async_wait<0>();
-    __syncwarp();
-    if (lane == 0) explain_noted<S::kTerms>(p, *noted_of<S>(shared));
     return true;
 }
 

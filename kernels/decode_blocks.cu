@@ -231,7 +231,7 @@ struct InBlocks : Mma<Dim, Dim, 8, false, false, true, SlotBlocks<Dim, Type>> {
             }
         }
         if (__any_sync(kAllLanes, terms.bad_position)) {
-            if (threadIdx.x % 32 == 0) report_and_note(p, noted_of<S>(shared), tile.b, kFaultPosition);
+            if (threadIdx.x % 32 == 0) report_positions<S>(p, tile, shared);
             this->poison();
         }
         return terms.seen;

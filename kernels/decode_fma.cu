@@ -303,8 +303,6 @@ __device__ __forceinline__ bool decode_loaded(const DecodeParams& p) {
     extern __shared__ __align__(128) char shared[];
     const int warp = threadIdx.x / 32;
     touch_parameters(p, reinterpret_cast<int*>(shared + S::kFlagAt) + 1);
-    if (threadIdx.x % 32 == 0) *noted_of<S>(shared) = 0;
-    __syncwarp();
     LoadWalk<S> walk(p, shared);
     const EvenSplit even = walk.prepare();
     PushState* push = reinterpret_cast<PushState*>(shared + S::kPushStateAt);
@@ -387,8 +385,6 @@ __device__ __forceinline__ bool decode_loaded(const DecodeParams& p) {
         walk.next_item(walk.stage);
         next_item = walk.cursor().item;
     }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) explain_noted<S::kTerms>(p, *noted_of<S>(shared));
     return true;
 }
 

@@ -362,7 +362,7 @@ struct Mma {
                 if (by_position && key < tile.keys) {
                     position = p.kv_position[tile.b * p.kv_position_stride + position];
                     if (position < 0) {
-                        report_and_note(p, noted_of<S>(shared), tile.b, kFaultPosition);
+                        report_position(p, tile.b, tile.b * p.kv_position_stride + tile.base, tile.keys);
                         bad_position = true;
                     }
                 }

@@ -388,7 +388,7 @@ struct Narrow : Mma<HeadDimQk, HeadDimV, 8, true, true, true, SlotRaw<HeadDimQk,
         }
         weigh_tile(p, terms, scale, s, x, static_cast<Base&>(*this));
         if (__any_sync(kAllLanes, terms.bad_position)) {
-            if (lane == 0) report_and_note(p, noted_of<S>(shared), tile.b, kFaultPosition);
+            if (lane == 0) report_positions<S>(p, tile, shared);
             this->poison();
         }
         if (t.v_scale != nullptr) {

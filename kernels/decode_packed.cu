@@ -231,7 +231,7 @@ struct Packed : Mma<Dim, Dim, 8, false, false, true, SlotPacked<Dim>> {
         }
         weigh_tile(p, terms, scale, s, x, static_cast<Base&>(*this));
         if (__any_sync(kAllLanes, terms.bad_position)) {
-            if (lane == 0) report_and_note(p, noted_of<S>(shared), tile.b, kFaultPosition);
+            if (lane == 0) report_positions<S>(p, tile, shared);
             this->poison();
         }
         if (t.v_scale != nullptr) {

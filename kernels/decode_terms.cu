@@ -45,7 +45,7 @@ struct MmaTerms : Mma<HeadDimQk, HeadDimV, Rows, Bf16K, Bf16V, true, SlotTerms<H
         }
         weigh_tile(p, terms, scale, s, x, static_cast<Base&>(*this));
         if (__any_sync(kAllLanes, terms.bad_position)) {
-            if (lane == 0) report_and_note(p, noted_of<S>(shared), tile.b, kFaultPosition);
+            if (lane == 0) report_positions<S>(p, tile, shared);
             this->poison();
         }
         // Where a key is hidden from a row, its values are looked at.

@@ -35,8 +35,7 @@ struct LoadShape {
     static constexpr int kScratchAt = kCursorAt + kWarps * static_cast<int>(sizeof(Cursor<false>));
     static constexpr int kFlagAt = kScratchAt + static_cast<int>(sizeof(SliceScratch));
     static constexpr int kPushStateAt = (kFlagAt + 16 + 4 * kWarps + 15) / 16 * 16;
-    static constexpr int kNotedAt = (kPushStateAt + static_cast<int>(sizeof(PushState)) + 7) / 8 * 8;
-    static constexpr int kSharedBytes = kNotedAt + 8 * kWarps;
+    static constexpr int kSharedBytes = kPushStateAt + static_cast<int>(sizeof(PushState));
     static_assert(kQueryAt % 16 == 0 && kEntriesAt % 16 == 0 && kItemAt % 16 == 0, "alignment");
     static_assert(kBlocks * (kSharedBytes + 1024) <= kSharedLimit, "shared memory");
 };
@@ -143,7 +142,7 @@ struct LoadWalk : Walk<S> {
     }
 
     __device__ __forceinline__ void report() {
-        if (fault != kFaultNone && lane == 0) report_and_note(p, noted_of<S>(this->shared), this->b, fault);
+        if (fault != kFaultNone && lane == 0) report_with_value<S::kTerms>(p, this->b, fault);
         fault = kFaultNone;
     }
 

@@ -65,7 +65,9 @@ __device__ __forceinline__ RowScale merge_words(const Wire& wire, const float2 (
 template <int kRanks, int kPairs>
 static __device__ __noinline__ uint32_t merge_row_at_once(const MergeStep* step, uint32_t epoch, bool has_headers, int64_t row,
                                                           OutputRow to, int eager) {
-    constexpr int kGroup = kRanks * kPairs <= 8 ? kRanks : 8 / kPairs;  // ranks whose words are on their way together
+    // Ranks whose words are on their way together: fewer where what has come takes many registers, or callers would spill theirs.
+    constexpr int kAtOnce = kRanks == 8 && kPairs > 1 ? 4 : 8;
+    constexpr int kGroup = kRanks * kPairs <= kAtOnce ? kRanks : kAtOnce / kPairs;
     const MergeStep& m = *in_shared(step);
     const ExchangeView& v = m.view;
     const int lane = threadIdx.x % 32, world = v.world;

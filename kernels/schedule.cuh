@@ -147,34 +147,35 @@ static __device__ __noinline__ void report_fault(const DecodeParams& p, int b, u
     }
 }
 
-constexpr uint32_t kCauseMask = kTurn - 1;
-
-// Tells the host the value that was bad. It takes many registers.
+// The same, and its value: not among tiles.
 template <bool Terms>
-static __device__ __noinline__ void explain_fault(const DecodeParams& p, int b, uint32_t cause) {
-    const treeattn::Terms* terms = nullptr;
-    if constexpr (Terms) terms = &terms_of(p);
-    tell_bad_value(p.workspace.found, static_cast<uint32_t>(b), cause, find_bad_value(p, terms, b, cause));
-}
-
-// Both, for what is found before a kernel has begun with tiles.
-template <bool Terms>
-static __device__ __noinline__ void report_at_once(const DecodeParams& p, int b, uint32_t cause) {
+static __device__ __noinline__ void report_with_value(const DecodeParams& p, int b, uint32_t cause) {
+    leave_found_value<Terms>(p, b, cause);
     report_fault(p, b, cause);
-    explain_fault<Terms>(p, b, cause);
 }
 
-// Reports what is found among tiles, where registers are few, and notes it in the warp's word of shared memory; explain_noted
-// tells the value, at the kernel's end.
-static __device__ __noinline__ void report_and_note(const DecodeParams& p, unsigned long long* noted, int b, uint32_t cause) {
-    report_fault(p, b, cause);
-    atomicMax(noted, static_cast<unsigned long long>(pack_status(b, cause)));
+// Reports that one of `count` entries of a page table, from `first` on, is no page.
+static __device__ __noinline__ void report_page(const DecodeParams& p, int b, int64_t first, int count) {
+    const bool is_csr = p.kv_layout == kCsrPages;
+    const int32_t* const table = is_csr ? p.page_indices : p.block_table;
+#pragma unroll 1
+    for (int64_t entry = first; entry < first + count && !has_value(p, b, kFaultPage); entry++) {
+        const int page = table[entry];
+        if (page >= 0 && page < p.num_pages) continue;
+        leave_value(p, b, kFaultPage, is_csr ? kFaultPageIndices : kFaultBlockTable, entry, page, 0,
+                    static_cast<int64_t>(p.num_pages) - 1);
+    }
+    report_fault(p, b, kFaultPage);
 }
-template <bool Terms>
-__device__ __forceinline__ void explain_noted(const DecodeParams& p, unsigned long long noted) {
-    if (noted == 0) return;
-    explain_fault<Terms>(p, static_cast<int>(0xffffffffu - static_cast<uint32_t>(noted >> kHighShift)),
-                         static_cast<uint32_t>(noted) & kCauseMask);
+
+// Reports that one of `count` positions of keys, from `first` on, is negative.
+static __device__ __noinline__ void report_position(const DecodeParams& p, int b, int64_t first, int count) {
+#pragma unroll 1
+    for (int64_t at = first; at < first + count && !has_value(p, b, kFaultPosition); at++) {
+        const int position = p.kv_position[at];
+        if (position < 0) leave_value(p, b, kFaultPosition, kFaultKvPosition, at, position, 0, kMostPosition);
+    }
+    report_fault(p, b, kFaultPosition);
 }
 
 // Units a block. `items` of equal length that the grid can share out evenly get borders at item ends, if that costs at
@@ -290,7 +291,7 @@ __device__ __noinline__ BlockSlice find_slice_serially(const DecodeParams& p) {
 #pragma unroll 1
     for (int b = 0; b < p.batch; b++) {
         const SequenceOf<Terms> s = read_sequence<Rows, Terms>(p, b, taken);
-        if (s.fault != kFaultNone && blockIdx.x == 0 && threadIdx.x == 0) report_at_once<Terms>(p, b, s.fault);
+        if (s.fault != kFaultNone && blockIdx.x == 0 && threadIdx.x == 0) report_with_value<Terms>(p, b, s.fault);
         total += s.units(p.kv_heads);
         items += static_cast<int64_t>(s.row_tiles) * p.kv_heads;
         if (s.row_tiles > 0) longest = max(longest, static_cast<int64_t>(s.key_tiles));
@@ -334,7 +335,7 @@ __device__ __noinline__ BlockSlice find_slice(const DecodeParams& p, SliceScratc
             longest = s.row_tiles > 0 ? s.key_tiles : 0;
         }
         if (__all_sync(kAllLanes, sorted)) {
-            if (lane < p.batch && s.fault != kFaultNone && blockIdx.x == 0 && warp == 0) report_at_once<Terms>(p, lane, s.fault);
+            if (lane < p.batch && s.fault != kFaultNone && blockIdx.x == 0 && warp == 0) report_with_value<Terms>(p, lane, s.fault);
             int64_t end = units, total = units, all = items;
             if (p.batch > 1) {
                 end = warp_prefix(units, lane);
@@ -398,7 +399,7 @@ __device__ __noinline__ BlockSlice find_slice(const DecodeParams& p, SliceScratc
             int taken = p.query_start == nullptr ? 0 : p.query_start[b];
             const SequenceOf<Terms> s = read_sequence<Rows, Terms>(p, b, taken);
             units = s.units(p.kv_heads);
-            if (s.fault != kFaultNone && blockIdx.x == 0) report_at_once<Terms>(p, b, s.fault);
+            if (s.fault != kFaultNone && blockIdx.x == 0) report_with_value<Terms>(p, b, s.fault);
         }
         const int64_t inclusive = warp_prefix(units, lane);
         if (lane == 31) scratch->warp_units[warp] = inclusive;

@@ -166,12 +166,6 @@ struct SlotBlocks {
     static constexpr int kStageBytes = 8 * kMaskBytes;
 };
 
-// The calling warp's word of bad data that it has met (report_and_note): pack_status, 0 for none.
-template <class S>
-__device__ __forceinline__ unsigned long long* noted_of(const char* shared) {
-    return reinterpret_cast<unsigned long long*>(const_cast<char*>(shared) + S::kNotedAt) + threadIdx.x / 32;
-}
-
 // Terms: the kernel takes TermsParams, and QueryBytes hold what rows need of them (TermsBlock) last.
 template <int HeadDimQk, int HeadDimV, int Rows, int QueryBytes, bool Terms = false,
           class Slot = Slot16<HeadDimQk, HeadDimV>>
@@ -190,7 +184,7 @@ struct Shape {
     static constexpr int kSlotBytes = kTileBytes > kCloseBytes ? kTileBytes : kCloseBytes;
     static_assert(kVAt % 128 == 0 && kSlotBytes % 128 == 0, "units change places within 128 bytes");
     static constexpr int kSmall = 1024 + static_cast<int>(sizeof(PushState)) + static_cast<int>(sizeof(SliceScratch)) +
-                                  Rows * 8 + Slot::kMostWarps * (Rows * 8 + 12 + static_cast<int>(sizeof(Cursor<Terms>)));
+                                  Rows * 8 + Slot::kMostWarps * (Rows * 8 + 4 + static_cast<int>(sizeof(Cursor<Terms>)));
     static constexpr int kEntryBytes = kTile * 4;
     static constexpr int per_warp(int stages) {
         return stages * (kSlotBytes + static_cast<int>(sizeof(SlotInfo)) + kEntryBytes + Slot::kStageBytes);
@@ -217,8 +211,7 @@ struct Shape {
     static constexpr int kScratchAt = kCursorAt + kWarps * static_cast<int>(sizeof(Cursor<Terms>));
     static constexpr int kFlagAt = kScratchAt + static_cast<int>(sizeof(SliceScratch));
     static constexpr int kPushStateAt = (kFlagAt + 16 + 4 * kWarps + 15) / 16 * 16;
-    static constexpr int kNotedAt = (kPushStateAt + static_cast<int>(sizeof(PushState)) + 7) / 8 * 8;
-    static constexpr int kSharedBytes = kNotedAt + 8 * kWarps;
+    static constexpr int kSharedBytes = kPushStateAt + static_cast<int>(sizeof(PushState));
     static_assert(kQueryAt % 16 == 0 && kInfoAt % 16 == 0 && kStateAt % 16 == 0 && kRowAt % 8 == 0, "alignment");
     static_assert(kSharedBytes <= kSharedLimit, "shared memory");
 };

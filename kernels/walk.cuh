@@ -98,7 +98,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         keys = seq.keys;
         page_row = seq.page_row;
         // By every block, before it pushes a row of the sequence: ranks that get the row are told why it is NaN.
-        if (seq.fault != kFaultNone && threadIdx.x == 0) report_and_note(p, noted_of<S>(shared), b, seq.fault);
+        if (seq.fault != kFaultNone && threadIdx.x == 0) report_with_value<S::kTerms>(p, b, seq.fault);
         flags = seq.fault != kFaultNone || positions_bad(seq) ? kSlotPoison : 0;
     }
 
@@ -156,10 +156,10 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         } else {
             if (!is_causal(p) || seq.keys == 0) return false;
         }
-        return positions_bad(p, noted_of<S>(shared), b, seq.first_token, seq.tokens, seq.keys);
+        return positions_bad(p, b, seq.first_token, seq.tokens, seq.keys);
     }
-    static __device__ __noinline__ bool positions_bad(const DecodeParams& p, unsigned long long* noted, int b, int first_token,
-                                                      int tokens, int keys) {
+    static __device__ __noinline__ bool positions_bad(const DecodeParams& p, int b, int first_token, int tokens,
+                                                      int keys) {
         const int lane = threadIdx.x % 32;
         bool bad = !positions_fit(p, b, tokens, keys);
         if (p.query_position != nullptr) {
@@ -167,7 +167,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
             for (int i = lane; i < tokens; i += 32) bad |= p.query_position[first_token + i] < 0;
         }
         bad = __any_sync(kAllLanes, bad);
-        if (bad && threadIdx.x == 0) report_and_note(p, noted, b, kFaultPosition);
+        if (bad && threadIdx.x == 0) report_with_value<S::kTerms>(p, b, kFaultPosition);
         return bad;
     }
 
@@ -378,6 +378,11 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         }
         copy_async_commit();
     }
+    // Reports the pages of the tile at `base`, one of which does not exist.
+    __device__ __forceinline__ void report_pages(int base) const {
+        const int first = page_of(base), last = page_of(min(base + kTile, keys) - 1);
+        report_page(p, b, page_row + first, last - first + 1);
+    }
     __device__ __forceinline__ void end_even(int stage, bool bad) {
         if (p.kv_layout != kStrided) {
             int4* info = reinterpret_cast<int4*>(shared + S::kInfoAt) + (warp * S::kStages + stage) * 3;
@@ -416,7 +421,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
                 const int4* item = reinterpret_cast<const int4*>(&cursor().item);
                 info[1] = item[0], info[2] = item[1];
             }
-            if (bad) report_and_note(p, noted_of<S>(shared), b, kFaultPage);
+            if (bad) report_pages(base);
         }
         __syncwarp();
 

@@ -23,6 +23,13 @@ struct SeenByAll {
     }
 };
 
+// Reports that one of a tile's keys has a negative position, with explicit placement.
+template <class S>
+__device__ __forceinline__ void report_positions(const DecodeParams& p, const Tile& tile, const char* shared) {
+    const int32_t* const positions = reinterpret_cast<const TermsBlock<S::kRows>*>(shared + S::kTermsAt)->item.positions;
+    report_position(p, tile.b, positions - p.kv_position + tile.base, tile.keys);
+}
+
 // What a tile's scores get beside their products. [row tile][half * 2 + row of the lane], as the scores.
 template <int RowTiles>
 struct TileTerms {

@@ -478,24 +478,4 @@ mod tests {
         assert_eq!(said(b"x kkAbi = 0x00ff;"), 0xff);
         assert_eq!((said(b"kAbi = 12;"), said(b"")), (0, 0));
     }
-
-    #[test]
-    fn words_of_a_window_lie_apart() {
-        let (ranks, parities) = (window::MAX_RANKS as u64, SLOTS as u64);
-        let mut taken = vec![
-            (window::LET_GO, ranks),
-            (window::LEFT, ranks),
-            (window::FAULT, parities),
-            (window::TICKETS, parities),
-            (window::DECIDED, parities),
-            (window::TOLD, parities),
-            (window::STEP_FAULT, 2),
-            (window::LEFT_OVER, parities * window::LEFT_OVER_WORDS),
-        ];
-        let words = [window::BROKEN, window::CONSUMED, window::FAILED, window::PENDING, window::ARRIVED];
-        taken.extend(words.map(|word| (word, 1)));
-        taken.sort_unstable();
-        assert!(taken.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "{taken:?}");
-        assert!(taken.last().is_some_and(|(word, count)| word + count <= window::CONTROL_WORDS));
-    }
 }

@@ -151,6 +151,27 @@ pub(crate) fn row_words(dim: usize, size: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::partial::epoch::SLOTS;
+
+    #[test]
+    fn words_of_a_window_lie_apart() {
+        let (ranks, parities) = (window::MAX_RANKS as u64, SLOTS as u64);
+        let mut taken = vec![
+            (window::LET_GO, ranks),
+            (window::LEFT, ranks),
+            (window::FAULT, parities),
+            (window::TICKETS, parities),
+            (window::DECIDED, parities),
+            (window::TOLD, parities),
+            (window::STEP_FAULT, 2),
+            (window::LEFT_OVER, parities * window::LEFT_OVER_WORDS),
+        ];
+        let words = [window::BROKEN, window::CONSUMED, window::FAILED, window::PENDING, window::ARRIVED];
+        taken.extend(words.map(|word| (word, 1)));
+        taken.sort_unstable();
+        assert!(taken.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "{taken:?}");
+        assert!(taken.last().is_some_and(|(word, count)| word + count <= window::CONTROL_WORDS));
+    }
 
     #[test]
     fn rows_have_even_words() {
