@@ -190,30 +190,49 @@ impl Allreduce {
     }
 
     /// Enqueues what comes before the first allreduce.
-    pub fn begin(&self, output: &AllreduceOutput, stream: &CudaStream) -> Result<()> {
-        self.launch(&self.begin, 1, output, stream)
+    ///
+    /// # Safety
+    /// The output has no more tokens than the shape. Until the step is done, `failed` and `host`, which [`Allreduce::new`] was
+    /// given, stay valid, and so does the output: memory of the device with a row for each of its tokens and own heads, which nobody
+    /// else uses. Steps that are under way together are on one stream: they share the workspace.
+    pub unsafe fn begin(&self, output: &AllreduceOutput, stream: &CudaStream) -> Result<()> {
+        // SAFETY: this function was promised the same.
+        unsafe { self.launch(&self.begin, 1, output, stream) }
     }
 
     /// Enqueues what comes between the first allreduce and the two sums.
-    pub fn weigh(&self, output: &AllreduceOutput, stream: &CudaStream) -> Result<()> {
-        self.launch(&self.weigh, self.blocks(output), output, stream)
+    ///
+    /// # Safety
+    /// As [`Allreduce::begin`].
+    pub unsafe fn weigh(&self, output: &AllreduceOutput, stream: &CudaStream) -> Result<()> {
+        // SAFETY: this function was promised the same.
+        unsafe { self.launch(&self.weigh, self.blocks(output), output, stream) }
     }
 
     /// Enqueues what comes after the sums.
-    pub fn finish(&self, output: &AllreduceOutput, stream: &CudaStream) -> Result<()> {
-        self.launch(&self.finish, self.blocks(output), output, stream)
+    ///
+    /// # Safety
+    /// As [`Allreduce::begin`].
+    pub unsafe fn finish(&self, output: &AllreduceOutput, stream: &CudaStream) -> Result<()> {
+        // SAFETY: this function was promised the same.
+        unsafe { self.launch(&self.finish, self.blocks(output), output, stream) }
     }
 
     fn blocks(&self, output: &AllreduceOutput) -> u32 {
         (output.tokens as u64 * self.shape.heads as u64).div_ceil(ROWS) as u32
     }
 
-    fn launch(&self, kernel: &Kernel, blocks: u32, output: &AllreduceOutput, stream: &CudaStream) -> Result<()> {
+    /// Enqueues one of the kernels.
+    ///
+    /// # Safety
+    /// As [`Allreduce::begin`].
+    unsafe fn launch(&self, kernel: &Kernel, blocks: u32, output: &AllreduceOutput, stream: &CudaStream) -> Result<()> {
         let entered = kernel.device().enter()?;
         let parameters = AllreduceParams { target: output.target, tokens: output.tokens, ..self.fixed };
         // SAFETY: `AllreduceParams` is the only parameter of each of these kernels (`abi` compares their layouts). The workspace
-        // is freed only once the device is done with it. The output's pointers were checked to be the device's, by `check`; that
-        // it is as large as its strides say, and stays until the step is done, is what the caller of the plan's step promised.
+        // has room for the tokens of the shape, of which the output was promised to have no more, and is freed only once the
+        // device is done with it (`_holdings`). That the output is memory of the device as large as its strides say, and stays
+        // with the words that `new` was given until the step is done, this function was promised, too.
         unsafe { kernel.launch(&entered, stream, blocks, &parameters) }
     }
 

@@ -128,13 +128,26 @@ impl CudaBackend {
         })
     }
 
-    /// Enqueues a step. Allocates nothing, waits for nothing, may be captured.
-    pub fn decode(&self, step: &Step, stream: &CudaStream) -> Result<()> {
-        self.decode_to(step, Destination::Output, stream)
+    /// Enqueues a step. Allocates nothing, waits for nothing, may be captured. Refuses memory that is not the device's.
+    ///
+    /// # Safety
+    /// The step was made by [`Step::new`] from the backend's descriptor and shard, for an output of all heads. Until it is done,
+    /// its memory is as large as its fields say and stays valid, its inputs are written by nobody, and its output is used by
+    /// nobody else. Until then the words that the backend was [told](Told) of stay valid, too. Steps of the backend that are
+    /// under way together are on one stream: they share its workspace.
+    pub unsafe fn decode(&self, step: &Step, stream: &CudaStream) -> Result<()> {
+        // SAFETY: this function was promised the same; the destination names nothing but the step's output.
+        unsafe { self.decode_to(step, Destination::Output, stream) }
     }
 
     /// As [`CudaBackend::decode`], with the shard's partial going elsewhere than to the step's output.
-    pub fn decode_to(&self, step: &Step, to: Destination<'_>, stream: &CudaStream) -> Result<()> {
+    ///
+    /// # Safety
+    /// As [`CudaBackend::decode`]; but an output that is not written, or by ranks that merge, need not hold all heads. What `to`
+    /// names is memory that the device can write, valid until the step is done: of a target, a row for every head of every query
+    /// token of the step, and the two words at `status`; of a view, what
+    /// [`ExchangeKernel::enqueue`](super::ExchangeKernel::enqueue) asks of one.
+    pub unsafe fn decode_to(&self, step: &Step, to: Destination<'_>, stream: &CudaStream) -> Result<()> {
         let Some(attention) = &self.attention else {
             return Err(Error::new(ErrorKind::Internal, "plan: a step of a merge-only plan"));
         };
@@ -183,11 +196,14 @@ impl CudaBackend {
                 parameters.flags |= if self.rows_begin_alike(step) { 0 } else { params::NO_BULK };
             }
             let parameters = TermsParams { step: parameters, terms: terms::of(&self.desc, step) };
-            // SAFETY: what kernels of shapes with terms take; the workspace lives as long as `self`, and the caller of the
-            // step vouches for the rest.
+            // SAFETY: `TermsParams` is the only parameter of kernels that take terms (`abi` compares the layouts). The workspace
+            // was made for the largest step of the descriptor, which this one was promised to be of, and is freed only once the
+            // device is done with it (`_holdings`). The step's pointers were checked to be the device's; that the memory there is
+            // as large as the step says, and stays, this function was promised, as it was of the memory that `to` names and of the
+            // words that `new` was told of.
             return unsafe { decode.kernel.launch(&entered, stream, decode.grid, &parameters) };
         }
-        // SAFETY: what the kernels of all other shapes take; the rest as above.
+        // SAFETY: `DecodeParams` is the only parameter of all other kernels (`abi` compares the layouts); the memory as above.
         unsafe { decode.kernel.launch(&entered, stream, decode.grid, &parameters) }
     }
 
@@ -309,9 +325,13 @@ impl CudaBackend {
         }
     }
 
-    /// Enqueues the merge of given partials; as [`CudaBackend::decode`].
-    pub fn merge(&self, step: &MergeStep, stream: &CudaStream) -> Result<()> {
-        self.merge.enqueue(step, stream)
+    /// Enqueues the merge of given partials; as [`Merge::enqueue`].
+    ///
+    /// # Safety
+    /// As [`Merge::enqueue`].
+    pub unsafe fn merge(&self, step: &MergeStep, stream: &CudaStream) -> Result<()> {
+        // SAFETY: this function was promised the same.
+        unsafe { self.merge.enqueue(step, stream) }
     }
 
     /// Bytes of device memory.

@@ -68,7 +68,13 @@ impl CheckKernels {
 
     /// Enqueues the exchange over sequences `first` to `first + count` - 1, no more than a slot has room for, before the step.
     /// Allocates nothing, waits for nothing, may be captured.
-    pub fn compare(
+    ///
+    /// # Safety
+    /// The step is one of [`CheckKernels::step`] of these kernels, and has those sequences. Its memory is as
+    /// [`CudaBackend::decode`] asks for, but that the output holds the view's own heads; with the memory at `wrong` that
+    /// [`CheckKernels::new`] was given it stays valid until what comes after the step is done. The view is as
+    /// [`ExchangeKernel::enqueue`](super::ExchangeKernel::enqueue) asks for. Steps that are under way together are on one stream.
+    pub unsafe fn compare(
         &self,
         view: &ExchangeView,
         step: &CheckStep,
@@ -79,18 +85,22 @@ impl CheckKernels {
         parameters.step.exchange = *view;
         let blocks = u64::from(count.unsigned_abs()).clamp(1, self.most_waiting);
         let entered = self.compare.device().enter()?;
-        // SAFETY: `CheckParams` is what the kernel takes (`abi`). The window outlives its communicator's work, the memory at `wrong`
-        // the plan's steps, as `new` was promised, and the memory of the step stays valid until it is done.
+        // SAFETY: `CheckParams` is the kernel's only parameter (`abi` compares their layouts). `step` checked the pointers to be the
+        // device's, and the step has no more sequences than there are pairs of numbers at `wrong`. That the memory is as large as
+        // the parameters say, and stays, this function was promised.
         unsafe { self.compare.launch(&entered, stream, blocks as u32, &parameters) }
     }
 
     /// Enqueues what comes after the step of `view`; as [`CheckKernels::compare`].
-    pub fn write_nan(&self, view: &ExchangeView, step: &CheckStep, stream: &CudaStream) -> Result<()> {
+    ///
+    /// # Safety
+    /// As [`CheckKernels::compare`], which was enqueued for all of the step's sequences on this stream.
+    pub unsafe fn write_nan(&self, view: &ExchangeView, step: &CheckStep, stream: &CudaStream) -> Result<()> {
         let mut parameters = step.0;
         parameters.step.exchange = *view;
         let blocks = parameters.step.batch.clamp(1, MOST_WRITING);
         let entered = self.outputs.device().enter()?;
-        // SAFETY: as in `compare`; the step's outputs are memory of the device that the step may write.
+        // SAFETY: as in `compare`; the step's output is the step's alone to write until this is done, as promised.
         unsafe { self.outputs.launch(&entered, stream, blocks as u32, &parameters) }
     }
 }

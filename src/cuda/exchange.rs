@@ -151,7 +151,13 @@ impl ExchangeKernel {
     }
 
     /// Enqueues an exchange; every rank enqueues its own. Allocates nothing, waits for nothing, may be captured.
-    pub fn enqueue(&self, view: &ExchangeView, step: &ExchangeStep, stream: &CudaStream) -> Result<()> {
+    ///
+    /// # Safety
+    /// `view` is that of a rank on the kernel's device, and the windows of all ranks that it tells of stay valid until the exchange
+    /// is done. A slot of them holds `rows` rows. Until then source and target, where they are not 0, are memory of the device that
+    /// stays valid, with the step's rows of all heads of the view in the source, and of its own heads in the target; nobody writes
+    /// the source, and nobody else uses the target. Exchanges of a rank that are under way together are on one stream.
+    pub unsafe fn enqueue(&self, view: &ExchangeView, step: &ExchangeStep, stream: &CudaStream) -> Result<()> {
         let blocks = (step.rows as u64).div_ceil(ROWS).clamp(1, self.most);
         let parameters = ExchangeParams {
             source: step.source,
@@ -166,8 +172,9 @@ impl ExchangeKernel {
         };
         let kernel = self.rows.as_ref().and_then(|rows| rows.of(view, step, blocks)).unwrap_or(&self.kernel);
         let entered = kernel.device().enter()?;
-        // SAFETY: what each of the kernels takes; the window outlives its communicator's work, and the caller of the step vouches
-        // for the rest.
+        // SAFETY: `ExchangeParams` is the only parameter of each of the kernels (`abi` compares their layouts); `rows.of` gives one
+        // that serves the step. That windows, source and target are memory as large as the parameters say, and stay until the
+        // exchange is done, this function was promised.
         unsafe { kernel.launch(&entered, stream, blocks as u32, &parameters) }
     }
 }

@@ -25,8 +25,12 @@ impl Merge {
         Ok(Merge { kernel, pointers: PointerCheck::new() })
     }
 
-    /// Enqueues a merge. Allocates nothing, waits for nothing, may be captured.
-    pub fn enqueue(&self, step: &MergeStep, stream: &CudaStream) -> Result<()> {
+    /// Enqueues a merge. Allocates nothing, waits for nothing, may be captured. Refuses memory that is not the device's.
+    ///
+    /// # Safety
+    /// Until the merge is done, the source holds `count` partials of `tokens` x `heads` rows and the target as many rows, in memory
+    /// that stays valid; nobody writes the source, and nobody else uses the target.
+    pub unsafe fn enqueue(&self, step: &MergeStep, stream: &CudaStream) -> Result<()> {
         let device = self.kernel.device();
         let entered = device.enter()?;
         let rows = step.tokens as u64 * step.heads as u64;
@@ -54,8 +58,8 @@ impl Merge {
             heads: step.heads,
         };
         // SAFETY: `MergeParams` is the kernel's only parameter (`abi` compares their layouts). The pointers were checked to be the
-        // device's; that what lies there is as large as the step says, and stays until the merge is done, is what the caller of
-        // `merge_partials` or of the plan's step promised.
+        // device's; that what lies there is as large as the step says, and stays until the merge is done, this function was
+        // promised.
         unsafe { self.kernel.launch(&entered, stream, blocks as u32, &parameters) }
     }
 }

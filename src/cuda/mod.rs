@@ -5,6 +5,9 @@
 //! merge of given partials, `allreduce` what lies between the allreduces of the baseline, `exchange` the exchange of partials
 //! between GPUs, `check` what comes before and after a step that is checked. Depends on `attention`, `partial` and `device` only:
 //! what it knows of other ranks is plain data ([`crate::partial::ExchangeView`]).
+//!
+//! What enqueues a kernel over a caller's memory is unsafe: a step is no more than addresses here, and only who made it from an
+//! engine's arguments knows how long these are good. A step that is captured is not done as long as a graph of it may be launched.
 
 mod abi;
 mod allreduce;

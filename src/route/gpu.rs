@@ -40,12 +40,19 @@ impl GpuShard {
 
 impl Backend for GpuShard {
     unsafe fn attend(&self, step: &Step, place: Place<'_>) -> Result<Option<DataFault>> {
-        self.backend.decode(step, self.stream(place.stream())?)?;
+        let stream = self.stream(place.stream())?;
+        // SAFETY: the step was checked for the descriptor and shard that the backend was made of, for an output of all heads; its
+        // memory, and the streams of other steps, are as `Route::decode` says: all that this function was promised. The words that
+        // the backend was told of are those of `lease`, which is dropped after it.
+        unsafe { self.backend.decode(step, stream) }?;
         Ok(None)
     }
 
     unsafe fn write(&self, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()> {
-        self.backend.merge(step, self.stream(stream)?)
+        let stream = self.stream(stream)?;
+        // SAFETY: `MergeStep` resolved strides for every row of the source and of the target; that their memory is as large, and
+        // stays until the step is done, this function was promised.
+        unsafe { self.backend.merge(step, stream) }
     }
 
     fn memory(&self) -> RouteMemory {

@@ -66,7 +66,8 @@ pub(crate) trait Route: Send + Sync {
     ///
     /// # Safety
     /// The step was checked for the context's descriptor, shard and heads. Its memory is the plan's device's, and stays
-    /// valid, and unchanged by others, until the step is done.
+    /// valid, and unchanged by others, until the step is done. On a GPU, steps of the plan that are under way together are on one
+    /// stream, and so are exchanges of its rank.
     unsafe fn decode(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()>;
 
     /// This rank's shard, as it is attended without peers.

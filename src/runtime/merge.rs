@@ -40,7 +40,9 @@ pub unsafe fn merge_partials(
         // SAFETY: the caller keeps the buffers valid until the merge is done.
         RunsOn::Queue(queue) => queue.push(move || unsafe { merge_here(&step) }, ENQUEUE_TIMEOUT),
         RunsOn::Cuda(cuda) => match stream.map(Stream::merge_kernel).transpose()?.flatten() {
-            Some(kernel) => kernel.enqueue(&step, cuda),
+            // SAFETY: `of_partials` checked strides and extents of all partials and of the output; the caller keeps their buffers
+            // valid, and unchanged by others, until the merge is done.
+            Some(kernel) => unsafe { kernel.enqueue(&step, cuda) },
             None => Err(Error::invalid("stream", "NULL", format!("a stream of {device}"))),
         },
     }

@@ -116,12 +116,13 @@ impl Plan {
     /// enqueued there, at most the step deadline.
     ///
     /// # Safety
-    /// The buffers that `args` describes stay valid, and unchanged by others, until the step is done.
+    /// The buffers that `args` describes stay valid, and unchanged by others, until the step is done. On a GPU, steps of the plan
+    /// that are under way together are on one stream, and so are the exchanging steps of its communicator.
     pub unsafe fn decode(&self, args: &DecodeArgs, stream: Option<&Stream>) -> Result<()> {
         let core = self.attending()?;
         // SAFETY: the caller keeps the arrays of `args` valid, and unchanged by others, until the step is done.
         let (step, output) = unsafe { core.decode_step(args) }?;
-        // SAFETY: the step was checked for this plan; the caller keeps its buffers valid until it is done.
+        // SAFETY: the step was checked for this plan; the caller keeps its buffers valid until it is done, and GPU steps in order.
         unsafe {
             self.issue(stream, output, core.merges(), move |plan, place| plan.route.decode(&plan.context, &step, place))
         }

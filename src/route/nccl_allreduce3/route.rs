@@ -52,7 +52,11 @@ impl NcclAllreduce3 {
     }
 
     /// Reduces over all ranks what `attend` leaves in the workspace.
-    fn exchange(
+    ///
+    /// # Safety
+    /// The output is that of a step that was checked for the context's descriptor and heads. Its memory, and the streams of other
+    /// steps, are as [`Route::decode`] asks for.
+    unsafe fn exchange(
         &self,
         context: &StepContext,
         output: &AllreduceOutput,
@@ -70,7 +74,10 @@ impl NcclAllreduce3 {
         let nccl = watchdog.nccl();
         let reduced = self.kernels.reduced(output.tokens);
         let timeout = context.config.step_timeout;
-        self.kernels.begin(output, stream)?;
+        // SAFETY: `check` held the output's tokens against the plan's most and its pointers against the device; its memory and the
+        // stream are as this function was promised. The words that the kernels were given are `words` and the lease that it
+        // keeps; both are fields after the kernels, whose end waits for their steps.
+        unsafe { self.kernels.begin(output, stream) }?;
         let reduce = |send, recv, count, reduction| {
             // SAFETY: `reduced` names parts of the workspace that hold as many f32. The workspace is freed after the device is
             // done with all steps, or is given up with its communicator aborted.
@@ -79,10 +86,12 @@ impl NcclAllreduce3 {
         };
         let enqueue = || {
             reduce(reduced.lse, reduced.most, reduced.rows, Reduction::Maximum)?;
-            self.kernels.weigh(output, stream)?;
+            // SAFETY: as `begin`.
+            unsafe { self.kernels.weigh(output, stream) }?;
             reduce(reduced.o, reduced.o, reduced.elements, Reduction::Sum)?;
             reduce(reduced.weights, reduced.weights, reduced.weight_count, Reduction::Sum)?;
-            self.kernels.finish(output, stream)
+            // SAFETY: as `begin`.
+            unsafe { self.kernels.finish(output, stream) }
         };
         enqueue().map_err(|error| self.rank.fail(error))?;
         // What a ring moves: every rank sends each part 2 (p - 1) / p times.
@@ -134,7 +143,12 @@ impl Route for NcclAllreduce3 {
         let output = AllreduceOutput { tokens: step.args.query_tokens, target: step.target(&context.desc) };
         let attended =
             Destination::Partial { target: self.kernels.target(), status: self.kernels.status(), lse_in_two: false };
-        self.exchange(context, &output, stream, || self.shard.backend.decode_to(step, attended, stream))?;
+        // SAFETY: the step was checked for the descriptor and shard of which the backend was made; its memory and the streams are as
+        // this function was promised. The workspace holds every row of the plan's largest step, and is freed only once the
+        // device is done with it. The words that the backend was told of are those of the shard's lease, which outlives it.
+        let attend = || unsafe { self.shard.backend.decode_to(step, attended, stream) };
+        // SAFETY: the output is the step's, as above.
+        unsafe { self.exchange(context, &output, stream, attend) }?;
         context.count_enqueued();
         Ok(())
     }
@@ -161,8 +175,12 @@ impl Route for NcclAllreduce3 {
             return Ok(());
         }
         self.words.fail_steps();
-        self.kernels.begin(&output, stream)?;
-        self.kernels.finish(&output, stream)
+        // SAFETY: the target was checked for `tokens`, which are no more than the plan's most, and for this rank's heads, and is
+        // memory of the plan's device that stays until this is done, as this function was promised. The words as in `exchange`.
+        unsafe {
+            self.kernels.begin(&output, stream)?;
+            self.kernels.finish(&output, stream)
+        }
     }
 
     fn memory(&self) -> RouteMemory {
@@ -180,7 +198,11 @@ impl MergingRoute for NcclAllreduce3 {
         let stream = self.shard.stream(stream)?;
         let output = AllreduceOutput { tokens: step.tokens, target: step.target };
         let taken = self.kernels.take_in(step);
-        self.exchange(context, &output, stream, || self.shard.backend.merge(&taken, stream))?;
+        // SAFETY: the source was checked for the context's descriptor, and is memory as this function was promised; the target is
+        // the workspace, which holds every row of the plan's largest step and is freed only once the device is done with it.
+        let attend = || unsafe { self.shard.backend.merge(&taken, stream) };
+        // SAFETY: the output is the step's, which was checked for the context's heads; its memory and the streams as promised.
+        unsafe { self.exchange(context, &output, stream, attend) }?;
         context.count_enqueued();
         Ok(())
     }

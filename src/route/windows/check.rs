@@ -49,7 +49,12 @@ impl Check {
     }
 
     /// Enqueues the exchanges of the records of `batch` sequences; `view_of` gives the view of that which begins with a sequence.
-    pub fn compare(
+    ///
+    /// # Safety
+    /// `step` is one that [`Check::step`] gave for a step of `batch` sequences; this and the streams of other steps are as
+    /// [`Route::decode`](crate::route::Route::decode) asks for. The views are those of this rank, of windows that outlive
+    /// the step.
+    pub unsafe fn compare(
         &self,
         context: &StepContext,
         step: &CheckStep,
@@ -60,14 +65,22 @@ impl Check {
         let others = context.shard.world as u64 - 1;
         for first in (0..batch).step_by(self.most as usize) {
             let count = (batch - first).min(self.most);
-            self.kernels.compare(&view_of(i64::from(first)), step, (first, count), stream)?;
+            let view = view_of(i64::from(first));
+            // SAFETY: `first` and `count` are of the step's sequences, and `most` is what a slot holds. Its memory, the views and the
+            // streams are as this function was promised. The memory at `wrong` is one of the route's allocations, which are freed
+            // only once the device is done with them.
+            unsafe { self.kernels.compare(&view, step, (first, count), stream) }?;
             context.counters.add(1, others, others * count as u64 * SequenceRecord::BYTES as u64);
         }
         Ok(())
     }
 
     /// Enqueues what comes after the step: NaN in the rows of the sequences in which ranks do not fit together.
-    pub fn write_nan(&self, view: &ExchangeView, step: &CheckStep, stream: &CudaStream) -> Result<()> {
-        self.kernels.write_nan(view, step, stream)
+    ///
+    /// # Safety
+    /// As [`Check::compare`], which came before the step on this stream.
+    pub unsafe fn write_nan(&self, view: &ExchangeView, step: &CheckStep, stream: &CudaStream) -> Result<()> {
+        // SAFETY: `compare` went through all sequences; the rest as there.
+        unsafe { self.kernels.write_nan(view, step, stream) }
     }
 }

@@ -114,7 +114,11 @@ impl WindowsRoute {
     }
 
     /// The exchanges of a step whose partial lies in memory.
-    fn exchange(
+    ///
+    /// # Safety
+    /// Of a step of `tokens` query tokens, source and target, and the streams of other steps, are as [`Route::decode`] and
+    /// [`ExchangeKernel::enqueue`] ask for.
+    unsafe fn exchange(
         &self,
         context: &StepContext,
         step: ExchangeStep,
@@ -128,30 +132,45 @@ impl WindowsRoute {
             let view = self.view_of(context, tokens, call, first_row);
             let here = (rows - first_row).min(self.forms.most_rows);
             let step = ExchangeStep { first_row, rows: here, is_last: first_row + here >= rows, ..step };
-            self.kernel.enqueue(&view, &step, stream).map_err(|error| self.shard.rank.fail(error))?;
+            // SAFETY: the view is this rank's, of windows that `_peers` keeps and that are freed after all kernels of their ranks.
+            // A slot holds `most_rows` rows. Source and target hold the rows of all tokens, as this function was promised.
+            let enqueued = unsafe { self.kernel.enqueue(&view, &step, stream) };
+            enqueued.map_err(|error| self.shard.rank.fail(error))?;
             self.count(context, step.rows as u64);
         }
         Ok(())
     }
 
     /// Enqueues a decode step, with what comes before and after it where the plan is checked.
-    fn enqueue(&self, context: &StepContext, step: &Step, stream: &CudaStream) -> Result<()> {
+    ///
+    /// # Safety
+    /// As [`Route::decode`].
+    unsafe fn enqueue(&self, context: &StepContext, step: &Step, stream: &CudaStream) -> Result<()> {
         // A step without sequences has nothing to compare.
         let Some(check) = self.check.as_ref().filter(|_| step.args.batch > 0) else {
-            return self.attend(context, step, stream);
+            // SAFETY: this function was promised the same.
+            return unsafe { self.attend(context, step, stream) };
         };
         let checked = check.step(&self.shard.backend, step)?;
         let (tokens, call) = (step.args.query_tokens, Call::Check(step.args.batch));
-        let enqueued = check
-            .compare(context, &checked, step.args.batch, &|first| self.view_of(context, tokens, call, first), stream)
-            .and_then(|()| self.attend(context, step, stream))
-            .and_then(|()| check.write_nan(&self.view, &checked, stream));
+        let view_of = |first| self.view_of(context, tokens, call, first);
+        // SAFETY: the step is as `Route::decode` asks for, as this function was promised, and `checked` is what the check made of it.
+        // The views are this rank's, of windows that `_peers` keeps and that are freed after all kernels of their ranks.
+        let enqueued = unsafe {
+            check
+                .compare(context, &checked, step.args.batch, &view_of, stream)
+                .and_then(|()| self.attend(context, step, stream))
+                .and_then(|()| check.write_nan(&self.view, &checked, stream))
+        };
         // Peers have what was enqueued for a step.
         enqueued.map_err(|error| self.shard.rank.fail(error))
     }
 
     /// Enqueues attention and the exchange of partials.
-    fn attend(&self, context: &StepContext, step: &Step, stream: &CudaStream) -> Result<()> {
+    ///
+    /// # Safety
+    /// As [`Route::decode`].
+    unsafe fn attend(&self, context: &StepContext, step: &Step, stream: &CudaStream) -> Result<()> {
         let (tokens, call) = (step.args.query_tokens, Call::Decode(step.args.batch));
         let rows = i64::from(tokens) * i64::from(self.view.heads);
         let merged = ExchangeStep { target: step.target(&context.desc), rows, ..ExchangeStep::NOTHING };
@@ -160,20 +179,30 @@ impl WindowsRoute {
             let given = match self.target {
                 Some(target) => {
                     let destination = Destination::Partial { target: &target, status: self.status, lse_in_two: true };
-                    self.shard.backend.decode_to(step, destination, stream)?;
+                    // SAFETY: the step is as `Route::decode` asks for, as this function was promised, and the backend was made of
+                    // the context's descriptor and shard. The target was made for the rows of the plan's largest step, `status` is
+                    // two words of the window; both are freed only once the device is done with them. The words that the backend
+                    // was told of are those of the shard's lease, which is dropped after it.
+                    unsafe { self.shard.backend.decode_to(step, destination, stream) }?;
                     ExchangeStep { source: RowSource::written(&target), lse_in_two: true, ..merged }
                 }
                 None if rows == 0 => merged,
                 None => return Err(Error::new(ErrorKind::Internal, "plan: a step larger than its largest")),
             };
-            return self.exchange(context, given, tokens, call, stream);
+            // SAFETY: the source is none, or the target that attention just before on this stream writes every row to; the
+            // step's output was checked for its tokens and the context's heads, and is memory as this function was promised.
+            return unsafe { self.exchange(context, given, tokens, call, stream) };
         }
         let view = self.view_of(context, tokens, call, 0);
         let most_waiting = if form == Form::Single { self.forms.most_waiting } else { 0 };
-        self.shard.backend.decode_to(step, Destination::Ranks { view: &view, most_waiting }, stream)?;
+        // SAFETY: step and backend as above. The view is this rank's, of windows that `_peers` keeps and that are freed after all
+        // kernels of their ranks; `forms` gives this form to steps only whose rows a slot holds.
+        unsafe { self.shard.backend.decode_to(step, Destination::Ranks { view: &view, most_waiting }, stream) }?;
         if form == Form::Push {
             let step = ExchangeStep { is_pushed: true, ..merged };
-            self.kernel.enqueue(&view, &step, stream).map_err(|error| self.shard.rank.fail(error))?;
+            // SAFETY: the view as above. There is no source; the target is the step's output, as in `exchange` above.
+            let enqueued = unsafe { self.kernel.enqueue(&view, &step, stream) };
+            enqueued.map_err(|error| self.shard.rank.fail(error))?;
         }
         self.count(context, rows as u64);
         Ok(())
@@ -212,7 +241,9 @@ fn choose(desc: &AttentionDesc, world: usize, bytes: usize) -> (ExchangeMode, &'
 
 impl Route for WindowsRoute {
     unsafe fn decode(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
-        self.enqueue(context, step, self.shard.stream(place.stream())?)?;
+        let stream = self.shard.stream(place.stream())?;
+        // SAFETY: this function was promised the same.
+        unsafe { self.enqueue(context, step, stream) }?;
         context.count_enqueued();
         Ok(())
     }
@@ -243,7 +274,10 @@ impl Route for WindowsRoute {
             // As if pushed: peers may not know of the failure yet, and would take a header of this launch for another step.
             let given = ExchangeStep { target: *target, first_row, rows: here, ..ExchangeStep::NOTHING };
             let step = ExchangeStep { is_pushed: true, is_last, ..given };
-            self.kernel.enqueue(&view, &step, stream)?;
+            // SAFETY: the view is this rank's, of windows that `_peers` keeps and that are freed after all kernels of their ranks. A
+            // slot holds `most_rows` rows. There is no source; the target was checked for `tokens` and this rank's heads, and is
+            // memory of the plan's device that stays until this is done, as this function was promised.
+            unsafe { self.kernel.enqueue(&view, &step, stream) }?;
         }
         Ok(())
     }
@@ -274,7 +308,9 @@ impl MergingRoute for WindowsRoute {
             self.kernel.check(&[("out.data", target.o), ("out_lse.data", target.lse)])?;
         }
         let given = ExchangeStep { source, target, ..ExchangeStep::NOTHING };
-        self.exchange(context, given, step.tokens, Call::Merge, stream)?;
+        // SAFETY: the step was checked for the context's descriptor and heads, its pointers just now to be the device's; that the
+        // memory stays, and on which streams other steps are, is as this function was promised.
+        unsafe { self.exchange(context, given, step.tokens, Call::Merge, stream) }?;
         context.count_enqueued();
         Ok(())
     }
