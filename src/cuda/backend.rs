@@ -143,9 +143,9 @@ impl CudaBackend {
     /// As [`CudaBackend::decode`], with the shard's partial going elsewhere than to the step's output.
     ///
     /// # Safety
-    /// As [`CudaBackend::decode`]; but an output that is not written, or by ranks that merge, need not hold all heads. What `to`
-    /// names is memory that the device can write, valid until the step is done: of a target, a row for every head of every query
-    /// token of the step, and the two words at `status`; of a view, what
+    /// As [`CudaBackend::decode`], but the step's output holds the heads of this rank's merged output where `to` is not
+    /// [`Destination::Output`]. What `to` names is memory that the device can write, valid until the step is done: of a target, a
+    /// row for every head of every query token of the step, and the two words at `status`; of a view, what
     /// [`ExchangeKernel::enqueue`](super::ExchangeKernel::enqueue) asks of one.
     pub unsafe fn decode_to(&self, step: &Step, to: Destination<'_>, stream: &CudaStream) -> Result<()> {
         let Some(attention) = &self.attention else {
@@ -197,10 +197,10 @@ impl CudaBackend {
             }
             let parameters = TermsParams { step: parameters, terms: terms::of(&self.desc, step) };
             // SAFETY: `TermsParams` is the only parameter of kernels that take terms (`abi` compares the layouts). The workspace
-            // was made for the largest step of the descriptor, which this one was promised to be of, and is freed only once the
-            // device is done with it (`_holdings`). The step's pointers were checked to be the device's; that the memory there is
-            // as large as the step says, and stays, this function was promised, as it was of the memory that `to` names and of the
-            // words that `new` was told of.
+            // was made for steps of the descriptor, of which this one is by promise, and is freed only once the device is done
+            // with it (`_holdings`). The step's pointers were checked to be the device's. That the memory there is as large as the
+            // step says, and stays, this function was promised, as for the memory that `to` names and the words that `new` was
+            // told of.
             return unsafe { decode.kernel.launch(&entered, stream, decode.grid, &parameters) };
         }
         // SAFETY: `DecodeParams` is the only parameter of all other kernels (`abi` compares the layouts); the memory as above.

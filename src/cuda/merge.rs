@@ -28,8 +28,8 @@ impl Merge {
     /// Enqueues a merge. Allocates nothing, waits for nothing, may be captured. Refuses memory that is not the device's.
     ///
     /// # Safety
-    /// Until the merge is done, the source holds `count` partials of `tokens` x `heads` rows and the target as many rows, in memory
-    /// that stays valid; nobody writes the source, and nobody else uses the target.
+    /// Until the merge is done, the source holds `count` partials of `tokens` x `heads` rows and the target `tokens` x `heads` rows,
+    /// in memory that stays valid; nobody writes the source, and nobody else uses the target.
     pub unsafe fn enqueue(&self, step: &MergeStep, stream: &CudaStream) -> Result<()> {
         let device = self.kernel.device();
         let entered = device.enter()?;

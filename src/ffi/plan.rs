@@ -139,7 +139,8 @@ pub unsafe extern "C" fn treeattn_plan_create_all(
 ///
 /// # Safety
 /// `args` is null or as long as its `struct_size` says; what it points to is as `treeattn_decode_args_t` says, readable or
-/// writable and used by nobody else, until the step is done.
+/// writable and used by nobody else, until the step is done. On a GPU, a plan is in flight on one stream at
+/// a time, and so are the exchanging steps of a communicator.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_decode(
     plan: *mut treeattn_plan_t,
@@ -151,7 +152,8 @@ pub unsafe extern "C" fn treeattn_plan_decode(
         // SAFETY: `args` is null or as long as it says, by this function's contract.
         let args = convert::decode_args(&unsafe { memory::read("args", args) }?)?;
         let stream = handle::get_optional::<Stream>("stream", stream)?;
-        // SAFETY: what `args` points to stays as it says until the step is done, by this function's contract.
+        // SAFETY: what `args` points to stays as it says until the step is done, and steps on a GPU are on one stream at a time, by
+        // this function's contract.
         unsafe { plan.decode(&args, stream.as_deref()) }
     })
 }
@@ -207,7 +209,8 @@ pub unsafe extern "C" fn treeattn_plan_decode_team(
 ///
 /// # Safety
 /// `args` is null or as long as its `struct_size` says; what it points to is as `treeattn_decode_args_t` says, readable or
-/// writable and used by nobody else, until the step is done.
+/// writable and used by nobody else, until the step is done. On a GPU, a plan is in flight on one stream at
+/// a time, and so are the exchanging steps of a communicator.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_partial(
     plan: *mut treeattn_plan_t,
@@ -219,7 +222,8 @@ pub unsafe extern "C" fn treeattn_plan_partial(
         // SAFETY: `args` is null or as long as it says, by this function's contract.
         let args = convert::decode_args(&unsafe { memory::read("args", args) }?)?;
         let stream = handle::get_optional::<Stream>("stream", stream)?;
-        // SAFETY: what `args` points to stays as it says until the step is done, by this function's contract.
+        // SAFETY: what `args` points to stays as it says until the step is done, and steps on a GPU are on one stream at a time, by
+        // this function's contract.
         unsafe { plan.partial(&args, stream.as_deref()) }
     })
 }
@@ -238,7 +242,8 @@ pub unsafe extern "C" fn treeattn_plan_partial(
 ///
 /// # Safety
 /// `args` is null or as long as its `struct_size` says; what it points to is as `treeattn_merge_args_t` says, readable or
-/// writable and used by nobody else, until the step is done.
+/// writable and used by nobody else, until the step is done. On a GPU, a plan is in flight on one stream at
+/// a time, and so are the exchanging steps of a communicator.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn treeattn_plan_merge(
     plan: *mut treeattn_plan_t,
@@ -250,7 +255,8 @@ pub unsafe extern "C" fn treeattn_plan_merge(
         // SAFETY: `args` is null or as long as it says, by this function's contract.
         let args = convert::merge_args(&unsafe { memory::read("args", args) }?)?;
         let stream = handle::get_optional::<Stream>("stream", stream)?;
-        // SAFETY: what `args` points to stays as it says until the step is done, by this function's contract.
+        // SAFETY: what `args` points to stays as it says until the step is done, and steps on a GPU are on one stream at a time, by
+        // this function's contract.
         unsafe { plan.merge(&args, stream.as_deref()) }
     })
 }

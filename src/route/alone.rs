@@ -57,7 +57,7 @@ impl Route for Alone {
 
 impl MergingRoute for Alone {
     unsafe fn merge(&self, context: &StepContext, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()> {
-        // SAFETY: `write` asks for what this function was promised.
+        // SAFETY: `merge` was promised what `write` asks for; the output of a plan without exchange holds all heads.
         unsafe { self.backend.write(step, stream) }?;
         context.count_step();
         Ok(())

@@ -58,7 +58,7 @@ pub(crate) trait Backend: Send + Sync {
     /// Writes the one partial of `step` to its output.
     ///
     /// # Safety
-    /// As [`MergingRoute::merge`](super::MergingRoute::merge).
+    /// As [`MergingRoute::merge`](super::MergingRoute::merge), for a step whose output holds all heads.
     unsafe fn write(&self, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()>;
 
     /// Bytes held.

@@ -50,8 +50,8 @@ impl Backend for GpuShard {
 
     unsafe fn write(&self, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()> {
         let stream = self.stream(stream)?;
-        // SAFETY: `MergeStep` resolved strides for every row of the source and of the target; that their memory is as large, and
-        // stays until the step is done, this function was promised.
+        // SAFETY: the step was checked for the descriptor, so that source and target have a row for every token and head; that
+        // their memory stays valid until it is done, this function was promised.
         unsafe { self.backend.merge(step, stream) }
     }
 

@@ -122,7 +122,7 @@ impl Plan {
         let core = self.attending()?;
         // SAFETY: the caller keeps the arrays of `args` valid, and unchanged by others, until the step is done.
         let (step, output) = unsafe { core.decode_step(args) }?;
-        // SAFETY: the step was checked for this plan; the caller keeps its buffers valid until it is done, and GPU steps in order.
+        // SAFETY: the step was checked for this plan; the caller keeps its buffers valid, and GPU steps on one stream.
         unsafe {
             self.issue(stream, output, core.merges(), move |plan, place| plan.route.decode(&plan.context, &step, place))
         }

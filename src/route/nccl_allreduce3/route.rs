@@ -75,8 +75,8 @@ impl NcclAllreduce3 {
         let reduced = self.kernels.reduced(output.tokens);
         let timeout = context.config.step_timeout;
         // SAFETY: `check` held the output's tokens against the plan's most and its pointers against the device; its memory and the
-        // stream are as this function was promised. The words that the kernels were given are `words` and the lease that it
-        // keeps; both are fields after the kernels, whose end waits for their steps.
+        // stream are as this function was promised. The words that the kernels were given are those of `words` and of the lease
+        // that it keeps: a field after the kernels, whose end waits for their steps.
         unsafe { self.kernels.begin(output, stream) }?;
         let reduce = |send, recv, count, reduction| {
             // SAFETY: `reduced` names parts of the workspace that hold as many f32. The workspace is freed after the device is

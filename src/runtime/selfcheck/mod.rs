@@ -120,7 +120,8 @@ fn run_twice(
             shard.poison()?;
         }
         for ((plan, shard), stream) in plans.iter().zip(&shards).zip(&streams) {
-            // SAFETY: the shard's buffers outlive the streams, and nobody touches them before the streams are done.
+            // SAFETY: the shard's buffers outlive the streams, and nobody touches them before the streams are done. Each plan has
+            // its own communicator and one stream.
             unsafe { plan.decode(&shard.args, Some(stream)) }?;
         }
         for stream in &streams {

@@ -63,7 +63,7 @@ pub fn time(
     let wrapped = unsafe { runtime::Stream::wrap_cuda(runtime, device, stream.pointer()) }?;
     let enqueue = |steps: usize| -> Outcome<()> {
         for args in memory.args.iter().cycle().take(steps) {
-            // SAFETY: the pool and the case's memory outlive the steps, which are waited for below.
+            // SAFETY: the pool and the case's memory outlive the steps, which are waited for below. All are on one stream.
             unsafe { plan.decode(args, Some(&wrapped)) }?;
         }
         Ok(())
