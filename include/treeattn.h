@@ -76,7 +76,8 @@
  *
  * Calls return a status; treeattn_last_error_message() names the argument, the value found and the value wanted.
  * Outputs come last. A call that is refused before it begins leaves them as they were. A step that began and failed, and
- * every later step on its communicator, writes NaN to all of them. What the host can see is checked before anything is
+ * every later step on its communicator, writes NaN to all of them (but for INVALID_DATA and MISMATCH of a step, which are of
+ * a sequence: NaN in its rows alone). What the host can see is checked before anything is
  * enqueued. What a step alone sees (lengths, positions, tables) is checked during it, before any address is formed from
  * it: such a sequence gets NaN, the status is TREEATTN_ERROR_INVALID_DATA, everything else is good.
  *
@@ -807,7 +808,7 @@ typedef struct treeattn_attention_desc_t {
     treeattn_reproducibility_t reproducibility;
     /**
      * Element type of partial outputs on their way between ranks: f32, f16 or bf16. 0: f32. Finite values
-     * beyond its range travel as its largest number. The lse always travels as f32, two of them between CPU ranks.
+     * beyond its range travel as its largest number. The lse always travels as f32, two of them but with ALLREDUCE3 on GPUs.
      */
     treeattn_dtype_t wire_dtype;
     /** TREEATTN_ATTENTION_ flags. */
@@ -849,8 +850,8 @@ typedef struct treeattn_tensor_t {
  * queries and a `global_length` also kv_start + length above it and, with interleaved placement, a length other than what
  * the rank holds of it (for `treeattn_plan_partial` and `treeattn_energy`: more than that); of plans that are CHECKED the
  * ranks find the latter together, as MISMATCH. What lies in a GPU's memory the
- * call cannot read: there the former are INVALID_DATA of the step, and the latter are looked at only by steps of plans that are
- * CHECKED.
+ * call cannot read: there the former are INVALID_DATA of the step, but for `query_start[0]` (rows before it get 0 and an lse of
+ * -inf), and the latter are looked at only by steps of plans that are CHECKED.
  */
 typedef struct treeattn_decode_args_t {
     /** sizeof(treeattn_decode_args_t). */
@@ -863,8 +864,8 @@ typedef struct treeattn_decode_args_t {
     struct treeattn_tensor_t q;
     /**
      * Keys [sequence, token, kv head, dim], or [page, slot, kv head, dim]. Packed (all strides 0) and strided, the tokens of a
-     * sequence are as many as `kv_capacity` says. `bytes` may end where the tokens of the last sequence do; on a GPU no
-     * sequence may then be longer than the last has room for. Last stride 0 with dim above 1 is refused.
+     * sequence are as many as `kv_capacity` says. `bytes` may end where the tokens of the last sequence do. Last
+     * stride 0 with dim above 1 is refused.
      */
     struct treeattn_tensor_t k;
     /** Values, as the keys. May be a view of the keys. */

@@ -1,7 +1,7 @@
 // The entry of an input that is out of range, found again for the message that names it.
 //
 // Kernels that check a sequence keep what failed and not the value, so that checking costs them nothing. What is here runs only
-// where a step has failed, and says the same as src/cpu/sequences.rs. What is called among tiles takes few registers.
+// where a step has failed, and says what src/cpu/sequences.rs does; of several causes in one sequence perhaps another. What is called among tiles takes few registers.
 #pragma once
 
 #include "faults.cuh"
@@ -169,17 +169,17 @@ static __device__ __noinline__ BadValue find_bad_value(const DecodeParams& p, co
     return p.kv_layout == kStrided ? BadValue{kFaultNone} : bad_page(p, t, s);
 }
 
-// Whether the value of an earlier sequence's bad data, or of the same, lies before the host: a key (pack_status, the cause that
-// names one argument in place of the rank) in the first of the words that follow.
+// Whether the value of an earlier sequence's bad data, or of the same, lies before the host: a key (pack_status) in the first of
+// the words that follow. It reads host memory.
 __device__ __forceinline__ bool has_value(const DecodeParams& p, int b, uint32_t cause) {
     const auto* host = reinterpret_cast<const uint64_t*>(load_word(p.workspace.found + 1));
-    return (load_word(host + kValueKey) & ~(0xffull << kRankShift)) >= pack_status(b, cause);
+    return load_word(host + kValueKey) >= pack_status(b, cause);
 }
 
-// Leaves a value for the host, unless has_value. The host takes what lies there by setting the key to 0. Any number of threads
-// may call it at once.
-static __device__ __noinline__ void leave_value(const DecodeParams& p, int b, uint32_t reported, uint32_t cause, int64_t index,
-                                                int64_t found, int64_t least, int64_t most) {
+// Leaves a value for the host, unless has_value; an index below 0: it was not found, and is not looked for again. The host takes
+// what lies there by setting the key to 0. Any number of threads may call it at once.
+static __device__ __noinline__ void leave_value(const DecodeParams& p, int b, uint32_t cause, int64_t index, int64_t found,
+                                                int64_t least, int64_t most) {
     auto* const lock = reinterpret_cast<unsigned long long*>(p.workspace.found);
     auto* const host = reinterpret_cast<uint64_t*>(load_word(p.workspace.found + 1));
     // The thread that has the lock gives it back before the loop's end, so that others of its warp may spin.
@@ -187,13 +187,13 @@ static __device__ __noinline__ void leave_value(const DecodeParams& p, int b, ui
     while (!is_done) {
         if (atomicCAS(lock, 0ull, 1ull) != 0) continue;
         __threadfence();
-        if (!has_value(p, b, reported)) {
+        if (!has_value(p, b, cause)) {
             store_word(host + kValueKey, 0);
             __threadfence_system();
             store_word(host + kValueIndex, index), store_word(host + kValueFound, found);
             store_word(host + kValueLeast, least), store_word(host + kValueMost, most);
             __threadfence_system();
-            store_word(host + kValueKey, pack_status(b, reported, cause));
+            store_word(host + kValueKey, pack_status(b, cause));
         }
         __threadfence_system();
         atomicExch(lock, 0ull);
@@ -201,14 +201,20 @@ static __device__ __noinline__ void leave_value(const DecodeParams& p, int b, ui
     }
 }
 
-// Leaves the value that is bad in sequence b, reported for `cause`. It takes many registers, and may take long.
+// Leaves the value that is bad in sequence b, which a check found for `cause`, and gives the cause that names one argument;
+// `cause` where there is none, or one lies there. It takes many registers, and may take long.
 template <bool HasTerms>
-static __device__ __noinline__ void leave_found_value(const DecodeParams& p, int b, uint32_t cause) {
-    if (has_value(p, b, cause)) return;
+static __device__ __noinline__ uint32_t leave_found_value(const DecodeParams& p, int b, uint32_t cause) {
+    if (has_value(p, b, cause)) return cause;
     const Terms* terms = nullptr;
     if constexpr (HasTerms) terms = &terms_of(p);
     const BadValue v = find_bad_value(p, terms, b);
-    if (v.reported == cause) leave_value(p, b, cause, v.cause, v.index, v.found, v.least, v.most);
+    if (v.reported != cause) {
+        leave_value(p, b, cause, -1, 0, 0, 0);
+        return cause;
+    }
+    leave_value(p, b, v.cause, v.index, v.found, v.least, v.most);
+    return v.cause;
 }
 
 }  // namespace treeattn

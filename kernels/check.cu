@@ -110,7 +110,7 @@ __device__ __forceinline__ void sum_positions(const CheckParams& c, int b, int k
     const int32_t* positions = p.kv_position + b * p.kv_position_stride;
     const int length = p.global_length[b];
 #pragma unroll 1
-    for (int first = threadIdx.x; first < keys; first += kAhead * blockDim.x) {
+    for (int64_t first = threadIdx.x; first < keys; first += kAhead * blockDim.x) {
         int x[kAhead];
 #pragma unroll
         for (int k = 0; k < kAhead; k++) {

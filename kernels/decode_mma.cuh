@@ -362,7 +362,9 @@ struct Mma {
                 if (by_position && key < tile.keys) {
                     position = p.kv_position[tile.b * p.kv_position_stride + position];
                     if (position < 0) {
-                        report_position(p, tile.b, tile.b * p.kv_position_stride + tile.base, tile.keys);
+                        // Four lanes have a key.
+                        const int64_t first = tile.b * p.kv_position_stride + tile.base;
+                        if (lane % 4 == 0) report_position(p, tile.b, first, tile.keys);
                         bad_position = true;
                     }
                 }

@@ -243,14 +243,19 @@ __device__ __forceinline__ void clear_next(const ExchangeView& v, const Epoch& e
     if (lane < kLeftOverWords) store_word(v.window + kLeftOver + parity * kLeftOverWords + lane, 0);
 }
 
-// One warp of the last block, as soon as that runs: tells every rank that this one has come, and what for. Blocks come up
+// Whether this rank has said that it has come: its own window has its header then, too.
+__device__ __forceinline__ bool has_announced(const Epoch& e, const SlotTable& to, int world) {
+    return is_of(__shfl_sync(kAllLanes, load_word(to.at(e.number, world - 1)), 0), e.number);
+}
+
+// One warp of the last block, as soon as that runs, and perhaps again: tells every rank that this one has come, and what for. Blocks come up
 // in the order of their numbers, so all of this launch run then, or have run: what they push comes without any other
 // launch's room or end.
 static __device__ __noinline__ void push_header(const ExchangeView& v, const Epoch& e, const SlotTable& to) {
     const int lane = threadIdx.x % 32;
     clear_next(v, e);
     if (e.broken) return;
-    if (is_clean_due(e.number)) clean_next(v, e.number);
+    if (is_clean_due(e.number) && !has_announced(e, to, v.world)) clean_next(v, e.number);
     const uint64_t low = packet(static_cast<uint32_t>(v.fingerprint), e.number);
     const uint64_t high = packet(static_cast<uint32_t>(v.fingerprint >> 32), e.number);
     for (int n = lane; n < v.world; n += 32) store_words(to.at(e.number, n), low, high);

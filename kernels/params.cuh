@@ -55,7 +55,8 @@ struct Workspace {
     uint32_t* counters;  // grid * KernelShape::counters; zeroed once when the plan is made, every launch leaves them zero
     uint64_t* status;    // two words of device memory: the largest pack_status of the bad data so far, 0 for none; where in
                          // mapped host memory to tell it (faults.cuh), 0 for nowhere: a later kernel takes it then
-    uint64_t* found;     // two words of device memory: the value that goes with it (tell_bad_value)
+    uint64_t* found;     // two words of device memory, for the value that goes with it: a lock, and where in mapped host memory
+                         // to leave it (leave_value)
 };
 
 // A word of bad data (partial::DataFault::word): (0xffffffff - sequence) << 32 | rank << 8 | cause. The largest word wins,

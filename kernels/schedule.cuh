@@ -150,32 +150,30 @@ static __device__ __noinline__ void report_fault(const DecodeParams& p, int b, u
 // The same, and its value: not among tiles.
 template <bool Terms>
 static __device__ __noinline__ void report_with_value(const DecodeParams& p, int b, uint32_t cause) {
-    leave_found_value<Terms>(p, b, cause);
-    report_fault(p, b, cause);
+    report_fault(p, b, leave_found_value<Terms>(p, b, cause));
 }
 
 // Reports that one of `count` entries of a page table, from `first` on, is no page.
 static __device__ __noinline__ void report_page(const DecodeParams& p, int b, int64_t first, int count) {
     const bool is_csr = p.kv_layout == kCsrPages;
+    const uint32_t cause = is_csr ? kFaultPageIndices : kFaultBlockTable;
     const int32_t* const table = is_csr ? p.page_indices : p.block_table;
-#pragma unroll 1
-    for (int64_t entry = first; entry < first + count && !has_value(p, b, kFaultPage); entry++) {
-        const int page = table[entry];
-        if (page >= 0 && page < p.num_pages) continue;
-        leave_value(p, b, kFaultPage, is_csr ? kFaultPageIndices : kFaultBlockTable, entry, page, 0,
-                    static_cast<int64_t>(p.num_pages) - 1);
+    if (!has_value(p, b, cause)) {
+        int64_t entry = first;
+        while (entry + 1 < first + count && table[entry] >= 0 && table[entry] < p.num_pages) entry++;
+        leave_value(p, b, cause, entry, table[entry], 0, static_cast<int64_t>(p.num_pages) - 1);
     }
-    report_fault(p, b, kFaultPage);
+    report_fault(p, b, cause);
 }
 
 // Reports that one of `count` positions of keys, from `first` on, is negative.
 static __device__ __noinline__ void report_position(const DecodeParams& p, int b, int64_t first, int count) {
-#pragma unroll 1
-    for (int64_t at = first; at < first + count && !has_value(p, b, kFaultPosition); at++) {
-        const int position = p.kv_position[at];
-        if (position < 0) leave_value(p, b, kFaultPosition, kFaultKvPosition, at, position, 0, kMostPosition);
+    if (!has_value(p, b, kFaultKvPosition)) {
+        int64_t at = first;
+        while (at + 1 < first + count && p.kv_position[at] >= 0) at++;
+        leave_value(p, b, kFaultKvPosition, at, p.kv_position[at], 0, kMostPosition);
     }
-    report_fault(p, b, kFaultPosition);
+    report_fault(p, b, kFaultKvPosition);
 }
 
 // Units a block. `items` of equal length that the grid can share out evenly get borders at item ends, if that costs at

@@ -380,7 +380,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
     }
     // Reports the pages of the tile at `base`, one of which does not exist.
     __device__ __forceinline__ void report_pages(int base) const {
-        const int first = page_of(base), last = page_of(min(base + kTile, keys) - 1);
+        const int first = page_of(base), last = page_of(base + min(keys - base, kTile) - 1);
         report_page(p, b, page_row + first, last - first + 1);
     }
     __device__ __forceinline__ void end_even(int stage, bool bad) {

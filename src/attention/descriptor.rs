@@ -165,7 +165,7 @@ pub struct AttentionDesc {
     /// Which bits are promised to be the same.
     pub reproducibility: Reproducibility,
     /// Element type of o on the wire; finite values beyond its range become its largest. The lse always
-    /// travels as f32, two of them between CPU ranks.
+    /// travels as f32, two of them but with ALLREDUCE3 on GPUs.
     pub wire_dtype: Dtype,
     /// K and V older than the step's own tokens do not change while earlier work of the stream runs.
     pub kv_stable: bool,

@@ -96,11 +96,10 @@ impl PlanWords {
         Some(PlanLease { words: Arc::clone(self), at, address })
     }
 
-    /// A fault that this rank met with the value that was bad, if a kernel of some plan has said it. What else the fault's plan has
-    /// said is forgotten. Waits for nothing.
-    pub fn with_value(&self, met: &PlanFault) -> DataFault {
+    /// Gives the faults that this rank met the values that were bad, and the plans that met them, as far as kernels have said it.
+    /// What they have said of others is forgotten: it belongs to faults that an earlier one hides. Waits for nothing.
+    pub fn add_values(&self, faults: &mut [PlanFault]) {
         let state = self.state.lock();
-        let mut whole = met.fault;
         for &(plan, at) in &state.leased {
             let (page, first) = (&state.pages[at.page], at.first + BAD_VALUE);
             // SAFETY: as in `take_faults`.
@@ -108,16 +107,20 @@ impl PlanWords {
             let key = load(value::KEY);
             let [index, found, least, most] =
                 [value::INDEX, value::FOUND, value::LEAST, value::MOST].map(|word| load(word).cast_signed());
-            let valued = met.fault.valued(key, BadValue { index, found, least, most });
-            if valued.is_none() && plan != met.plan {
+            // SAFETY: as in `take_faults`. Where a kernel has begun to write another value meanwhile, the key is no more.
+            if key == 0 || unsafe { page.take(first + value::KEY) } != key {
                 continue;
             }
-            // SAFETY: as in `take_faults`. Where a kernel has begun to write another value meanwhile, the key is no more.
-            if unsafe { page.take(first + value::KEY) } == key {
-                whole = valued.unwrap_or(whole);
+            let value = BadValue { index, found, least, most };
+            let own = faults.iter_mut().filter(|met| met.rank == self.rank && met.fault.value.is_none());
+            // The plan itself, or an exchange that does not know which plan it was.
+            let met = own
+                .filter_map(|met| Some((met.fault.valued(key, value)?, met)))
+                .max_by_key(|(_, met)| met.plan == plan);
+            if let Some((fault, met)) = met {
+                (met.fault, met.plan) = (fault, plan);
             }
         }
-        whole
     }
 
     /// The bad data that steps have met since the last time, plan by plan. Waits for nothing.

@@ -53,7 +53,7 @@ pub enum DataFaultCause {
     KeysTwice = 10,
     /// A position that no rank holds, below `global_length` or, of surplus keys, below what queries see.
     KeysMissing = 11,
-    /// Of [`PageRow`](Self::PageRow), `page_indptr`. This and what follows comes with a value.
+    /// Of [`PageRow`](Self::PageRow), `page_indptr`. This and what follows names one argument.
     PageIndptr = 12,
     /// Of [`PageRow`](Self::PageRow), `last_page_len`.
     LastPageLen = 13,
@@ -177,12 +177,12 @@ impl DataFault {
         sequence << HIGH_SHIFT | u64::from(rank as u32 & RANK_MASK) << RANK_SHIFT | u64::from(self.cause as u8)
     }
 
-    /// The same fault with a value that a kernel found, if it is its own: `key` is a word of it that has, in place of the rank, the
-    /// cause that names one argument.
+    /// The same fault with a value that a kernel has left, if it is its own: `key` is its word of no rank. Of an index below 0 there
+    /// is none: the kernel has not found it.
     pub fn valued(self, key: u64, value: BadValue) -> Option<DataFault> {
-        let (cause, of) = DataFault::from_word(key)?;
-        let cause = DataFaultCause::from_code(u8::try_from(cause).ok()?)?;
-        (of == DataFault { value: None, ..self }).then_some(DataFault { cause, value: Some(value), ..self })
+        let (_, of) = DataFault::from_word(key)?;
+        let is_own = of.sequence == self.sequence && of.cause == self.cause;
+        (is_own && value.index >= 0).then_some(DataFault { value: Some(value), ..self })
     }
 
     /// Rank and fault of a word that a kernel told the host, none of 0: as [`DataFault::from_word`], whatever its turn.
@@ -218,17 +218,16 @@ mod tests {
     }
 
     #[test]
-    fn a_value_goes_with_its_own_fault_and_names_one_argument() {
-        let fault = DataFault::new(3, DataFaultCause::PageRow);
-        let key = fault.word(DataFaultCause::LastPageLen as i32);
-        let value = BadValue { index: 3, found: 0, least: 1, most: 16 };
+    fn a_value_goes_with_its_own_fault() {
+        let fault = DataFault::new(3, DataFaultCause::LastPageLen);
+        let (key, value) = (fault.word(0), BadValue { index: 3, found: 0, least: 1, most: 16 });
         let whole = fault.valued(key, value).unwrap();
-        assert_eq!((whole.sequence, whole.cause, whole.value), (3, DataFaultCause::LastPageLen, Some(value)));
+        assert_eq!(whole, DataFault { value: Some(value), ..fault });
         assert!(whole.message("").starts_with("last_page_len[3]: found 0, wanted 1 to 16, in sequence 3"));
         for other in [DataFault::new(4, fault.cause), DataFault::new(3, DataFaultCause::KvLength)] {
             assert_eq!(other.valued(key, value), None);
         }
-        assert_eq!((fault.valued(0, value), fault.valued(fault.word(99), value)), (None, None));
+        assert_eq!((fault.valued(0, value), fault.valued(key, BadValue { index: -1, ..value })), (None, None));
     }
 
     #[test]

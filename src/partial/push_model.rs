@@ -36,6 +36,8 @@ enum Without {
     Decisions,
     /// Slots of the next epoch are cleaned before peers hear that this rank has come for the running one.
     CleanFirst,
+    /// A rank that tells its peers again does not clean again.
+    CleanOnce,
 }
 
 #[derive(Clone, Copy)]
@@ -231,10 +233,29 @@ impl World {
         let (window, parity) = (&self.windows[rank], self.parity(next));
         let slots = window.slots.iter().flat_map(|slots| slots[parity].header.iter().chain(&slots[parity].rows));
         for word in slots.chain(&window.merged[parity]) {
-            assert_ne!(epoch_of(word.load(Relaxed)), next, "a word is cleaned away before it was read");
-            word.store(0, Relaxed);
+            let before = word.swap(0, Relaxed);
+            assert_ne!(epoch_of(before), next, "a word is cleaned away before it was read");
         }
         fence(Release);
+    }
+
+    /// Tells all ranks that this one has come; cleans before, if it has not told them yet.
+    fn announce(&self, rank: usize, epoch: Epoch) {
+        let parity = self.parity(epoch);
+        let own = &self.windows[rank].slots[rank][parity].header[0];
+        let has_announced = epoch_of(own.load(Relaxed)) == epoch && !self.lacks(Without::CleanOnce);
+        let cleans = self.case.cleans && !has_announced;
+        if cleans && !self.lacks(Without::CleanFirst) {
+            self.clean(rank, epoch.next());
+        }
+        for to in self.others_first(rank) {
+            for (half, word) in self.windows[to].slots[rank][parity].header.iter().enumerate() {
+                word.store(packet(Word::Header(half).data(rank, epoch), epoch), Relaxed);
+            }
+        }
+        if cleans && self.lacks(Without::CleanFirst) {
+            self.clean(rank, epoch.next());
+        }
     }
 
     /// One block of a rank's launch `n`.
@@ -242,7 +263,6 @@ impl World {
         let case = &self.case;
         let window = &self.windows[rank];
         let epoch = (0..=n).fold(START, |epoch, _| epoch.next());
-        let parity = self.parity(epoch);
         let rows = 0..self.rows(n);
         if !self.lacks(Without::Guard) {
             let mut progress = window.progress.0.lock().unwrap();
@@ -258,20 +278,14 @@ impl World {
             // What the next epoch counts and notes.
             window.decided[epoch.next().slot()].store(0, Relaxed);
             window.left_over[epoch.next().slot()].store(0, Relaxed);
-            if self.case.cleans && !self.lacks(Without::CleanFirst) {
-                self.clean(rank, epoch.next());
-            }
-            for to in self.others_first(rank) {
-                for (half, word) in self.windows[to].slots[rank][parity].header.iter().enumerate() {
-                    word.store(packet(Word::Header(half).data(rank, epoch), epoch), Relaxed);
-                }
-            }
-            if self.case.cleans && self.lacks(Without::CleanFirst) {
-                self.clean(rank, epoch.next());
-            }
+            self.announce(rank, epoch);
         }
         for row in self.share(block, rows.clone()) {
             self.push_row(epoch, rank, row);
+        }
+        // A block with several items says so with each.
+        if may_wait && case.cleans {
+            self.announce(rank, epoch);
         }
         let others = case.blocks as u64 - 1;
         window.consumed.fetch_add(if may_wait { (1 << LAUNCH_SHIFT) - others } else { 1 }, Relaxed);
@@ -283,6 +297,8 @@ impl World {
                 self.receive(rank, block, epoch, rows.clone().filter(|&row| self.owner(row) == rank))
             }
         };
+        // The end of a launch is a fence: what the next one stores comes after all that this one has seen, cleaned words too.
+        fence(Acquire);
         let mut progress = window.progress.0.lock().unwrap();
         progress.blocks += 1;
         progress.rows += merged;

@@ -132,8 +132,7 @@ pub(crate) mod host {
 
 /// Words of a plan in mapped host memory: the value that goes with bad data, from its kernels.
 pub(crate) mod value {
-    /// Whose it is: a [`DataFault::word`](super::super::DataFault::word) which has, in place of the rank, the cause that names one
-    /// argument. 0: nothing, or on its way.
+    /// Whose it is: a [`DataFault::word`](super::super::DataFault::word) of rank 0. 0: nothing, or on its way.
     pub const KEY: usize = 0;
     /// As [`BadValue`](super::super::BadValue) has them.
     pub const INDEX: usize = 1;

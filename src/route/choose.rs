@@ -16,7 +16,7 @@ use super::rounds::one_shot::OneShot;
 use super::rounds::two_shot::TwoShot;
 use super::tree::TreeExchange;
 use super::windows::route::WindowsRoute;
-use crate::attention::{Algorithm, AttentionDesc, Capabilities, DecodeArgs, OutputMode};
+use crate::attention::{Algorithm, AttentionDesc, Capabilities, DecodeArgs, Dtype, OutputMode};
 use crate::device::DeviceKind;
 use crate::error::{Error, Result};
 use crate::{attention, cpu, cuda};
@@ -25,10 +25,16 @@ use crate::{attention, cpu, cuda};
 /// serve.
 pub(crate) fn supported(kind: DeviceKind, desc: &AttentionDesc) -> Result<()> {
     attention::supported(desc, capabilities(kind))?;
-    if kind == DeviceKind::Cuda && desc.checked && desc.algorithm == Algorithm::Allreduce3 {
-        let wanted =
-            "0 with algorithm ALLREDUCE3 on a GPU: NCCL's allreduces have no windows in which ranks compare steps";
-        return Err(Error::unsupported("flags", "CHECKED", wanted));
+    if kind == DeviceKind::Cuda && desc.algorithm == Algorithm::Allreduce3 {
+        if desc.checked {
+            let wanted =
+                "0 with algorithm ALLREDUCE3 on a GPU: NCCL's allreduces have no windows in which ranks compare steps";
+            return Err(Error::unsupported("flags", "CHECKED", wanted));
+        }
+        if desc.wire_dtype != Dtype::F32 {
+            let wanted = "f32 with algorithm ALLREDUCE3 on a GPU: NCCL adds up";
+            return Err(Error::unsupported("wire_dtype", desc.wire_dtype.name(), wanted));
+        }
     }
     Ok(())
 }
@@ -116,5 +122,15 @@ mod tests {
             assert!(message.is_none_or(|message| message.starts_with("flags: found CHECKED")));
             assert!(supported(DeviceKind::Cpu, &desc).is_ok());
         }
+    }
+
+    #[test]
+    fn what_nccl_cannot_reduce_is_refused_before_there_is_a_plan() {
+        let (algorithm, wire_dtype) = (Algorithm::Allreduce3, Dtype::Bf16);
+        let desc = AttentionDesc { algorithm, wire_dtype, ..AttentionDesc::new(8, 2, 64, 100) };
+        let error = supported(DeviceKind::Cuda, &desc).unwrap_err();
+        assert!(error.message().starts_with("wire_dtype: found bf16"), "{error}");
+        assert!(supported(DeviceKind::Cpu, &desc).is_ok());
+        assert!(supported(DeviceKind::Cuda, &AttentionDesc { algorithm: Algorithm::Auto, ..desc }).is_ok());
     }
 }

@@ -143,9 +143,8 @@ impl Rank {
         let mut found: Vec<PlanFault> =
             over_windows.into_iter().map(|(rank, fault)| PlanFault { rank, plan: last_plan, fault }).collect();
         found.extend(rank.words.take_faults());
-        let own = rank.shard().rank;
-        for met in found.iter_mut().filter(|met| met.rank == own) {
-            met.fault = rank.words.with_value(met);
+        if !found.is_empty() {
+            rank.words.add_values(&mut found);
         }
         found
     }

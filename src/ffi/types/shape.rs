@@ -115,7 +115,7 @@ pub struct treeattn_attention_desc_t {
     /// Which bits are promised to be the same.
     pub reproducibility: treeattn_reproducibility_t,
     /// Element type of partial outputs on their way between ranks: f32, f16 or bf16. 0: f32. Finite values
-    /// beyond its range travel as its largest number. The lse always travels as f32, two of them between CPU ranks.
+    /// beyond its range travel as its largest number. The lse always travels as f32, two of them but with ALLREDUCE3 on GPUs.
     pub wire_dtype: treeattn_dtype_t,
     /// TREEATTN_ATTENTION_ flags.
     pub flags: u32,

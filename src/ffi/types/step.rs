@@ -17,8 +17,8 @@ use crate::ffi::codes::treeattn_dtype_t;
 /// queries and a `global_length` also kv_start + length above it and, with interleaved placement, a length other than what
 /// the rank holds of it (for `treeattn_plan_partial` and `treeattn_energy`: more than that); of plans that are CHECKED the
 /// ranks find the latter together, as MISMATCH. What lies in a GPU's memory the
-/// call cannot read: there the former are INVALID_DATA of the step, and the latter are looked at only by steps of plans that are
-/// CHECKED.
+/// call cannot read: there the former are INVALID_DATA of the step, but for `query_start[0]` (rows before it get 0 and an lse of
+/// -inf), and the latter are looked at only by steps of plans that are CHECKED.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct treeattn_decode_args_t {
@@ -31,8 +31,8 @@ pub struct treeattn_decode_args_t {
     /// Queries [token, query head, dim].
     pub q: treeattn_tensor_t,
     /// Keys [sequence, token, kv head, dim], or [page, slot, kv head, dim]. Packed (all strides 0) and strided, the tokens of a
-    /// sequence are as many as `kv_capacity` says. `bytes` may end where the tokens of the last sequence do; on a GPU no
-    /// sequence may then be longer than the last has room for. Last stride 0 with dim above 1 is refused.
+    /// sequence are as many as `kv_capacity` says. `bytes` may end where the tokens of the last sequence do. Last
+    /// stride 0 with dim above 1 is refused.
     pub k: treeattn_tensor_t,
     /// Values, as the keys. May be a view of the keys.
     pub v: treeattn_tensor_t,

@@ -93,17 +93,27 @@ fn words_of_three_ranks_are_read_before_they_are_overwritten() {
 
 #[test]
 fn slots_are_cleaned_while_nobody_uses_them() {
-    for case in [PLAIN, EARLY, BLOCKS, THREE] {
-        check_modes(Case { cleans: true, header_words: 1, ..case });
+    check_modes(Case { cleans: true, header_words: 1, preemptions: 1, ..PLAIN });
+    check_modes(Case { cleans: true, ..EARLY });
+    for case in [BLOCKS, THREE] {
+        check(Case { cleans: true, mode: ExchangeMode::Scattered, ..case });
     }
-    check(Case { cleans: true, keeps: true, ..BLOCKS });
-    check(Case { cleans: true, gaps: true, ..THREE });
 }
 
 #[test]
-#[should_panic(expected = "a word is cleaned away before it was read")]
+// What was cleaned away is waited for without an end.
+#[should_panic(expected = "exceeded maximum number of branches")]
 fn cleaning_after_peers_have_been_told_is_caught() {
-    check(Case { cleans: true, without: Some(Without::CleanFirst), ..PLAIN });
+    // The first rank waits for the second's header only.
+    let case = Case { cleans: true, mode: ExchangeMode::Scattered, ..PLAIN };
+    check(Case { without: Some(Without::CleanFirst), ..case });
+}
+
+#[test]
+#[should_panic(expected = "exceeded maximum number of branches")]
+fn cleaning_again_is_caught() {
+    let case = Case { cleans: true, mode: ExchangeMode::Scattered, ..PLAIN };
+    check(Case { without: Some(Without::CleanOnce), ..case });
 }
 
 #[test]

@@ -6,7 +6,7 @@ use super::connect::connect;
 use super::watchdog::Watchdog;
 use super::words::StepWords;
 use crate::attention::merge::MergeStep;
-use crate::attention::{Algorithm, Dtype, Step};
+use crate::attention::{Algorithm, Step};
 use crate::comm::nccl::{NcclRank, NcclTimeout, Reduction};
 use crate::cuda::{Allreduce, AllreduceOutput, AllreduceShape, Destination};
 use crate::device::cuda::CudaStream;
@@ -33,10 +33,6 @@ impl NcclAllreduce3 {
     pub fn new(context: &StepContext, rank: &Arc<CudaRank>) -> Result<NcclAllreduce3> {
         let shard = GpuShard::new(context, rank)?;
         let (desc, timeout) = (&context.desc, context.config.step_timeout);
-        if desc.wire_dtype != Dtype::F32 {
-            let wanted = "f32 where NCCL adds up";
-            return Err(Error::unsupported("wire_dtype", desc.wire_dtype.name(), wanted));
-        }
         let shape = AllreduceShape {
             tokens: desc.max_query_tokens,
             heads: desc.q_heads,
