@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use treeattn::attention::reference::{Arithmetic, Comparison, Precision};
-use treeattn::attention::{DecodeArgs, Dtype, Tensor};
+use treeattn::attention::{DecodeArgs, Dtype, KvFormat, Tensor};
 use treeattn::runtime::Buffer;
 
 use crate::group::Group;
@@ -19,47 +19,29 @@ fn case(group: usize, dim: usize, page: usize, dtype: Dtype) -> Repeated {
     case
 }
 
+/// Rows as memory of a type holds them.
 fn bytes(values: &[f32], dtype: Dtype) -> Vec<u8> {
-    let exact = |same: bool| assert!(same, "a number that {} does not have", dtype.name());
-    values
-        .iter()
-        .flat_map(|&x| match dtype {
-            Dtype::F16 => {
-                let short = half::f16::from_f32(x);
-                exact(short.to_f32() == x);
-                short.to_ne_bytes().to_vec()
-            }
-            Dtype::Bf16 => {
-                let short = half::bf16::from_f32(x);
-                exact(short.to_f32() == x);
-                short.to_ne_bytes().to_vec()
-            }
-            Dtype::F8E4M3 => vec![eighths(x, 0x38, 8.0)],
-            Dtype::F8E5M2 => vec![eighths(x, 0x3c, 4.0)],
-            Dtype::Int8 => {
-                exact((x as i8 as f32).to_bits() == x.to_bits());
-                vec![x as i8 as u8]
-            }
-            _ => x.to_ne_bytes().to_vec(),
-        })
-        .collect()
+    let format = KvFormat::of(dtype);
+    let mut bytes = vec![0; format.row_bytes(values.len())];
+    format.narrow_row(values, &mut bytes);
+    let same = held(&bytes, dtype).iter().zip(values).all(|(a, b)| a.to_bits() == b.to_bits());
+    assert!(same, "a number that {} does not have", dtype.name());
+    bytes
 }
 
-/// A number from 1 to below 2, of which a byte counts `steps`; `one` is 1.
-fn eighths(x: f32, one: u8, steps: f32) -> u8 {
-    let step = (x - 1.0) * steps;
-    assert!((0.0..steps).contains(&step) && step.fract() == 0.0, "a number that a byte does not have: {x}");
-    one + step as u8
+/// What such memory stands for.
+fn held(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
+    let format = KvFormat::of(dtype);
+    let of = |block| (0..format.block_elements()).map(move |i| format.element(block, i));
+    bytes.chunks_exact(format.block_bytes()).flat_map(of).collect()
 }
 
-/// A number from 1 to below 2 of a type, or a whole one.
-fn value(r: &mut Rng, dtype: Dtype) -> f32 {
-    match dtype {
-        Dtype::F8E4M3 => 1.0 + (8.0 * r.unit()).floor() as f32 / 8.0,
-        Dtype::F8E5M2 => 1.0 + (4.0 * r.unit()).floor() as f32 / 4.0,
-        Dtype::Int8 => (1.0 + 100.0 * r.unit()).floor() as f32,
-        _ => store(1.0 + r.unit(), dtype),
-    }
+/// The nearest numbers that a type has.
+fn rounded(values: &[f32], dtype: Dtype) -> Vec<f32> {
+    let format = KvFormat::of(dtype);
+    let mut bytes = vec![0; format.row_bytes(values.len())];
+    format.narrow_row(values, &mut bytes);
+    held(&bytes, dtype)
 }
 
 fn floats(buffer: &Buffer, count: usize) -> Vec<f32> {
@@ -133,9 +115,11 @@ fn check(case: &Repeated) -> Comparison {
     let mut reference = case.reference();
     reference.arithmetic = Arithmetic::Gpu { value_terms: if desc.v_dtype == Dtype::F32 { 3 } else { 1 } };
     reference.scaled = [desc.v_dtype == Dtype::Int8; 2];
-    if matches!(desc.v_dtype, Dtype::F16 | Dtype::F8E4M3 | Dtype::Int8) {
-        // f16 terms of weights end there.
-        reference.least_weight = 2f64.powi(-39);
+    // f16 terms of weights end there.
+    match desc.v_dtype {
+        Dtype::F16 | Dtype::F8E4M3 | Dtype::Int8 => reference.least_weight = 2f64.powi(-39),
+        Dtype::Q8_0 | Dtype::Q4_0 => reference.least_weight = 2f64.powi(-38),
+        _ => {}
     }
     let (mut found, mut first) = (Comparison::default(), Vec::new());
     for _ in 0..2 {
@@ -184,6 +168,8 @@ pub fn constants(lengths: &[usize]) {
             (16, 64, Dtype::Bf16),
             (8, 128, Dtype::F8E4M3),
             (4, 64, Dtype::Int8),
+            (8, 128, Dtype::Q8_0),
+            (4, 64, Dtype::Q4_0),
             (2, 128, Dtype::F8E5M2),
             (4, 64, Dtype::F32),
         ] {
@@ -193,8 +179,11 @@ pub fn constants(lengths: &[usize]) {
             }
             let mut r = Rng::new(keys as u64);
             let mut case = case(group, dim, if keys > 1_000_000 { 4096 } else { 64 }, dtype);
-            let v: Vec<f32> = (0..dim).map(|_| value(&mut r, dtype)).collect();
-            case.page(|_| vec![1.0; dim], |_| v.clone());
+            // int8 has whole numbers only.
+            let most = if dtype == Dtype::Int8 { 100.0 } else { 1.0 };
+            let v: Vec<f32> = (0..dim).map(|_| (1.0 + most * r.unit()) as f32).collect();
+            let (k, v) = (rounded(&vec![1.0; dim], dtype), rounded(&v, dtype));
+            case.page(|_| k.clone(), |_| v.clone());
             case.rank_of(0, keys);
             let found = check(&case);
             assert_guaranteed(&format!("constant, {keys} keys, {group} rows, {dim} {}", dtype.name()), &found);
