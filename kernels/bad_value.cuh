@@ -1,10 +1,12 @@
 // The entry of an input that is out of range, found again for the message that names it.
 //
 // Kernels that check a sequence keep what failed and not the value, so that checking costs them nothing. What is here runs only
-// where a step has failed, and says what src/cpu/sequences.rs does; of several causes in one sequence perhaps another. What is called among tiles takes few registers.
+// where a step has failed, and says what src/cpu/sequences.rs does; of several causes in one sequence perhaps another. What is
+// called among tiles takes few registers.
 #pragma once
 
 #include "faults.cuh"
+#include "format.cuh"
 #include "params.cuh"
 #include "terms.cuh"
 
@@ -25,10 +27,20 @@ struct CheckedSequence {
     int64_t first_token, tokens, keys, first_page;
 };
 
-// The tokens that a strided tensor has room for in sequence b; `end`: where one may begin at most.
-__device__ __forceinline__ int64_t strided_room(const int64_t* stride, int b, int64_t end) {
-    const int64_t left = end - b * stride[0];
-    return left < 0 ? 0 : stride[1] == 0 ? INT64_MAX : left / stride[1] + 1;
+// The most keys up to `limit` that fit; fewer fit, too.
+template <class Fits>
+__device__ __forceinline__ int64_t most_that_fit(int64_t limit, const Fits& fits) {
+    int64_t most = 0;
+#pragma unroll 1
+    while (most < limit) {
+        const int64_t middle = most + (limit - most + 1) / 2;
+        if (fits(static_cast<int>(middle))) {
+            most = middle;
+        } else {
+            limit = middle - 1;
+        }
+    }
+    return most;
 }
 
 // The query tokens of sequence b.
@@ -71,9 +83,12 @@ static __device__ __noinline__ BadValue bad_length(const DecodeParams& p, const 
     }
     if (p.kv_length == nullptr) return {kFaultNone};
     if (p.kv_layout == kStrided && p.batch > 1) {
-        room = min(room, min(strided_room(p.k_stride, b, p.k_end), strided_room(p.v_stride, b, p.v_end)));
-        if (t != nullptr && t->k_scale != nullptr) room = min(room, strided_room(t->k_scale_stride, b, t->k_scale_end));
-        if (t != nullptr && t->v_scale != nullptr) room = min(room, strided_room(t->v_scale_stride, b, t->v_scale_end));
+        room = most_that_fit(room, [&](int keys) {
+            bool fit = strided_fits(p.k_stride, b, keys, p.k_end) && strided_fits(p.v_stride, b, keys, p.v_end);
+            if (t != nullptr && t->k_scale != nullptr) fit &= strided_fits(t->k_scale_stride, b, keys, t->k_scale_end);
+            if (t != nullptr && t->v_scale != nullptr) fit &= strided_fits(t->v_scale_stride, b, keys, t->v_scale_end);
+            return fit;
+        });
     }
     s.keys = p.kv_length[b];
     if (s.keys < 0 || s.keys > room) return {kFaultKvLength, kFaultKvLength, b, s.keys, 0, room};
@@ -113,7 +128,7 @@ static __device__ __noinline__ BadValue bad_position(const DecodeParams& p, cons
         }
     }
     if (p.placement == kContiguous) {
-        const int64_t start = p.kv_start == nullptr ? 0 : p.kv_start[b], most = kMostPosition - s.keys + 1;
+        const int64_t start = start_of(p, b), most = kMostPosition - s.keys + 1;
         if (start < 0 || start > most) return {kFaultPosition, kFaultKvStart, b, start, 0, most};
     } else if (p.placement == kInterleaved) {
         if (!positions_fit(p, b, static_cast<int>(s.tokens), static_cast<int>(s.keys))) {
@@ -135,23 +150,7 @@ static __device__ __noinline__ BadValue bad_position(const DecodeParams& p, cons
     return {kFaultNone};
 }
 
-// The slots of which the mask has an element, for all query tokens of a sequence.
-__device__ __forceinline__ int64_t mask_room(const DecodeParams& p, const Terms& t, int b, int64_t tokens) {
-    const int64_t last[3] = {b, p.q_heads - 1, max(tokens, static_cast<int64_t>(1)) - 1};
-    uint64_t room = t.mask_bytes;
-    const uint64_t size = mask_size(t);
-    if (t.mask == nullptr || room < size) return 0;
-    room -= size;
-#pragma unroll 1
-    for (int i = 0; i < 3; i++) {
-        const uint64_t stride = t.mask_stride[i], n = last[i];
-        if (n != 0 && stride > room / n) return 0;
-        room -= stride * n;
-    }
-    return t.mask_stride[3] == 0 ? INT64_MAX : static_cast<int64_t>(room / t.mask_stride[3]) + 1;
-}
-
-// What is wrong with sequence b, of several causes the one that is reported. `t`: null in kernels without Terms.
+// What is wrong with sequence b. `t`: null in kernels without Terms.
 static __device__ __noinline__ BadValue find_bad_value(const DecodeParams& p, const Terms* t, int b) {
     CheckedSequence s;
     const BadValue tokens = bad_query_start(p, b, s);
@@ -159,8 +158,9 @@ static __device__ __noinline__ BadValue find_bad_value(const DecodeParams& p, co
     const BadValue length = bad_length(p, t, b, s);
     if (length.cause != kFaultNone || s.keys == 0) return length;
     if (t != nullptr && t->mask_element != kMaskNone && s.tokens > 0) {
-        const int64_t room = mask_room(p, *t, b, s.tokens);
-        if (s.keys > room) return {kFaultMask, kFaultMask, b, s.keys, 0, room};
+        const auto reaches = [&](int keys) { return mask_reaches(p, b, static_cast<int>(s.tokens), keys); };
+        const int64_t room = most_that_fit(s.keys, reaches);
+        if (room < s.keys) return {kFaultMask, kFaultMask, b, s.keys, 0, room};
     }
     if (t == nullptr ? is_causal(p) : needs_positions(p)) {
         const BadValue position = bad_position(p, t, b, s);

@@ -1,11 +1,11 @@
-// Bytes of elements, blocks and rows of k and v in memory, by type: the only place that knows their sizes.
+// Bytes of blocks and rows of k and v in memory, by type, and how far strides reach.
 #pragma once
 
 #include "params.cuh"
 
 namespace treeattn {
 
-constexpr int kBlock = 32;         // elements of a block of ggml's types
+constexpr int kBlock = 32;           // elements of a block of ggml's types
 constexpr int kBlockScaleBytes = 2;  // its scale, an f16, which comes first
 
 // Whether a type's elements lie in blocks.
@@ -20,6 +20,13 @@ __host__ __device__ constexpr int block_bytes(int32_t dtype) {
 // Bytes of a packed row of `dim` elements of such a type.
 __host__ __device__ constexpr int row_bytes(int32_t dtype, int dim) {
     return is_in_blocks(dtype) ? dim / kBlock * block_bytes(dtype) : dim;
+}
+
+// Whether the last of `keys` tokens of sequence b begins by `end`. The host has seen to it that the first one does, and the
+// last one of sequence 0, so that neither product leaves 63 bits.
+__device__ __forceinline__ bool strided_fits(const int64_t* stride, int b, int keys, int64_t end) {
+    return static_cast<uint64_t>(b * stride[0]) + static_cast<uint64_t>((keys - 1) * stride[1]) <=
+           static_cast<uint64_t>(end);
 }
 
 }  // namespace treeattn

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "bad_value.cuh"
+#include "format.cuh"
 #include "ll.cuh"
 #include "numbers.cuh"
 #include "params.cuh"
@@ -51,13 +52,6 @@ struct SequenceKind<true> {
 // What a kernel with or without Terms reads.
 template <bool Terms>
 using SequenceOf = typename SequenceKind<Terms>::Type;
-
-// Whether the last of `keys` tokens of sequence b begins by `end`. The host has seen to it that the first one does, and the
-// last one of sequence 0, so that neither product leaves 63 bits.
-__device__ __forceinline__ bool strided_fits(const int64_t* stride, int b, int keys, int64_t end) {
-    return static_cast<uint64_t>(b * stride[0]) + static_cast<uint64_t>((keys - 1) * stride[1]) <=
-           static_cast<uint64_t>(end);
-}
 
 __device__ __forceinline__ void read_keys(const DecodeParams& p, int b, Sequence& s) {
     int64_t room = p.kv_capacity;
