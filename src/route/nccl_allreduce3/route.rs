@@ -170,6 +170,7 @@ impl Route for NcclAllreduce3 {
         if tokens == 0 {
             return Ok(());
         }
+        self.kernels.check(&output)?;
         self.words.fail_steps();
         // SAFETY: the target was checked for `tokens`, which are no more than the plan's most, and for this rank's heads, and is
         // memory of the plan's device that stays until this is done, as this function was promised. The words as in `exchange`.

@@ -208,6 +208,15 @@ impl WindowsRoute {
         Ok(())
     }
 
+    /// Refuses a target of `tokens` tokens that is not the device's memory, by the names of the arguments.
+    fn check_target(&self, tokens: i32, target: &RowTarget, lse: &str) -> Result<()> {
+        // A tensor of no rows may point anywhere.
+        if tokens == 0 || self.view.own_heads == 0 {
+            return Ok(());
+        }
+        self.kernel.check(&[("out.data", target.o), (lse, target.lse)])
+    }
+
     /// Counts what this rank sends to others in an exchange of `rows` rows.
     fn count(&self, context: &StepContext, rows: u64) {
         let (world, heads) = (context.shard.world as u64, self.view.heads as u64);
@@ -266,6 +275,7 @@ impl Route for WindowsRoute {
         stream: Option<&CudaStream>,
     ) -> Result<()> {
         let stream = self.shard.stream(stream)?;
+        self.check_target(tokens as i32, target, "lse.data")?;
         let rows = (tokens * self.view.heads as usize) as i64;
         for first_row in (0..rows).step_by(self.forms.most_rows as usize) {
             let view = self.view_of(context, tokens as i32, Call::Merge, first_row);
@@ -300,13 +310,10 @@ impl MergingRoute for WindowsRoute {
     unsafe fn merge(&self, context: &StepContext, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()> {
         let stream = self.shard.stream(stream)?;
         let (source, target) = (step.source, step.target);
-        // Tensors of no rows may point anywhere.
         if step.tokens > 0 {
             self.kernel.check(&[("o.data", source.o), ("lse.data", source.lse)])?;
         }
-        if step.tokens > 0 && self.view.own_heads > 0 {
-            self.kernel.check(&[("out.data", target.o), ("out_lse.data", target.lse)])?;
-        }
+        self.check_target(step.tokens, &target, "out_lse.data")?;
         let given = ExchangeStep { source, target, ..ExchangeStep::NOTHING };
         // SAFETY: the step was checked for the context's descriptor and heads, its pointers just now to be the device's; that the
         // memory stays, and on which streams other steps are, is as this function was promised.

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use treeattn::ErrorKind;
-use treeattn::attention::{Algorithm, AttentionDesc, Dtype, MaskKind, OutputMode};
+use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, Dtype, MaskKind, OutputMode, Tensor};
 use treeattn::runtime::{Buffer, Plan};
 
 pub use super::desync::{a_skipped_step, another_batch, another_call, another_graph, out_of_step};
@@ -231,6 +231,15 @@ pub fn aborted() {
             assert_eq!(error.kind(), ErrorKind::Aborted);
         });
         assert!(started.elapsed() < LONG);
+        // What a later step of the broken communicator writes NaN to is checked as ever: kernels write to no host memory.
+        let mut host = [7.0f32; 8 * 64];
+        let out = Tensor { data: host.as_mut_ptr().cast(), ..mirrors[0].args.out };
+        let args = DecodeArgs { out, ..mirrors[0].args };
+        // SAFETY: the step is refused, and nothing is written.
+        let error = unsafe { plans[0].decode(&args, Some(&group.gpus[0].stream)) }.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Aborted);
+        group.gpus[0].stream.synchronize().unwrap();
+        assert!(host.iter().all(|&x| x == 7.0));
         drop(plans);
         failed(group, &case, &mut all, &[0], ErrorKind::Aborted, 1);
     }
