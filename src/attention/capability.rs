@@ -1,7 +1,7 @@
 //! What a backend serves, as data, and the one check of a descriptor against it.
 
 use super::decode_args::DecodeArgs;
-use super::descriptor::{Algorithm, AttentionDesc, MaskKind, QueryInput, Reproducibility};
+use super::descriptor::{AttentionDesc, MaskKind, QueryInput, Reproducibility};
 use super::dtype::Dtype;
 use crate::error::{Error, Result};
 
@@ -36,13 +36,11 @@ pub struct Capabilities {
     pub query_inputs: &'static [QueryInput],
     /// Reproducibility modes.
     pub reproducibility: &'static [Reproducibility],
-    /// Algorithms that plans may ask for.
-    pub algorithms: &'static [Algorithm],
 }
 
 /// Whether what `backend` serves covers `desc`, a checked descriptor: `Unsupported` names the field that it does not.
 ///
-/// Of a merge-only plan only the algorithm counts.
+/// A merge-only plan asks nothing of it.
 pub fn supported(desc: &AttentionDesc, backend: &Capabilities) -> Result<()> {
     let one_of = |field: &str, found: &str, is_served: bool, served: &mut dyn Iterator<Item = &'static str>| {
         if is_served { Ok(()) } else { Err(Error::unsupported(field, found, list(served) + backend.place)) }
@@ -57,13 +55,6 @@ pub fn supported(desc: &AttentionDesc, backend: &Capabilities) -> Result<()> {
             Err(Error::unsupported("flags", flag, format!("0{}", backend.place)))
         }
     };
-    let algorithms = backend.algorithms;
-    if desc.is_merge_only() && desc.algorithm == Algorithm::Ring {
-        let wanted = "an algorithm that exchanges partials, for a merge-only plan";
-        return Err(Error::unsupported("algorithm", desc.algorithm.name(), wanted));
-    }
-    let served = algorithms.contains(&desc.algorithm);
-    one_of("algorithm", desc.algorithm.name(), served, &mut algorithms.iter().map(|a| a.name()))?;
     if desc.is_merge_only() {
         return Ok(());
     }
@@ -137,7 +128,6 @@ mod tests {
         masks: &[MaskKind::None],
         query_inputs: &[QueryInput::Replicated],
         reproducibility: &[Reproducibility::Repeatable],
-        algorithms: &[Algorithm::Auto, Algorithm::OneShot, Algorithm::Ring],
     };
 
     /// Sets one field of a descriptor.
@@ -226,14 +216,6 @@ mod tests {
         assert!(error.message().starts_with("v_scale: found 0x"), "{error}");
         assert!(error.message().ends_with("NULL on a test"), "{error}");
         step_supported(&args, &Capabilities { scales: true, ..SERVED }).unwrap();
-        let mut desc = base;
-        desc.algorithm = Algorithm::Tree;
-        let error = supported(&desc, &SERVED).unwrap_err();
-        assert_eq!(error.message(), "algorithm: found TREE, this build supports AUTO, ONE_SHOT and RING on a test");
-        desc = base;
-        (desc.kv_heads, desc.window) = (0, 7);
-        supported(&desc, &SERVED).unwrap();
-        desc.algorithm = Algorithm::Ring;
-        assert!(supported(&desc, &SERVED).unwrap_err().message().starts_with("algorithm: found RING"));
+        supported(&AttentionDesc { kv_heads: 0, window: 7, ..base }, &SERVED).unwrap();
     }
 }

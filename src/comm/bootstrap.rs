@@ -36,7 +36,7 @@ pub(crate) trait Bootstrap: Send + Sync {
         None
     }
 
-    /// Ranks, links, capacity and algorithms, as JSON.
+    /// Ranks, links, capacities and deadlines, as the members of a JSON object.
     fn describe(&self) -> String;
 }
 

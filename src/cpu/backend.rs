@@ -10,8 +10,8 @@ use super::shape::{Layout, Shape, SumsOf};
 use super::slice;
 use super::worker::{Output, Worker};
 use crate::attention::{
-    Algorithm, AttentionDesc, Capabilities, Dtype, KvLayout, MAX_HEAD_DIM, MaskKind, QueryInput, Reproducibility,
-    Shard, Step, supported,
+    AttentionDesc, Capabilities, Dtype, KvLayout, MAX_HEAD_DIM, MaskKind, QueryInput, Reproducibility, Shard, Step,
+    supported,
 };
 use crate::device::{Executor, HostBuffer};
 use crate::error::{Error, ErrorKind, Result};
@@ -36,7 +36,6 @@ pub const CAPABILITIES: Capabilities = Capabilities {
     masks: &MaskKind::ALL,
     query_inputs: &[QueryInput::Replicated],
     reproducibility: &[Reproducibility::Repeatable],
-    algorithms: &Algorithm::ALL,
 };
 
 /// Attention over one rank's shard on the threads of an [`Executor`].

@@ -9,8 +9,8 @@ use super::params::{self, DecodeParams, PlacementKind, TermsParams, Workspace};
 use super::terms;
 use crate::attention::merge::MergeStep;
 use crate::attention::{
-    Algorithm, AttentionDesc, Capabilities, Dtype, KvFormat, KvLayout, MaskKind, Placement, QueryInput,
-    Reproducibility, Shard, Step, supported,
+    AttentionDesc, Capabilities, Dtype, KvFormat, KvLayout, MaskKind, Placement, QueryInput, Reproducibility, Shard,
+    Step, supported,
 };
 use crate::device::cuda::{Allocations, CudaDevice, CudaStream, Entered, Image, PointerCheck};
 use crate::error::{Error, ErrorKind, Result};
@@ -37,7 +37,6 @@ pub(crate) const CAPABILITIES: Capabilities = Capabilities {
     masks: &MaskKind::ALL,
     query_inputs: &[QueryInput::Replicated],
     reproducibility: &[Reproducibility::Repeatable],
-    algorithms: &[Algorithm::Auto, Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Allreduce3],
 };
 
 /// Where a step's partial goes.

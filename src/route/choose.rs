@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::Route;
+use super::algorithms;
 use super::alone::Alone;
 use super::context::StepContext;
 use super::gpu::GpuShard;
@@ -24,6 +25,11 @@ use crate::{attention, cpu, cuda};
 /// Whether plans of `desc`, a checked descriptor, exist on devices of `kind`: `Unsupported` names the field that they do not
 /// serve.
 pub(crate) fn supported(kind: DeviceKind, desc: &AttentionDesc) -> Result<()> {
+    algorithms::supported(kind, desc.algorithm)?;
+    if desc.is_merge_only() && !algorithms::exchanges_partials(desc.algorithm) {
+        let wanted = "an algorithm that exchanges partials, for a merge-only plan";
+        return Err(Error::unsupported("algorithm", desc.algorithm.name(), wanted));
+    }
     attention::supported(desc, capabilities(kind))?;
     if kind == DeviceKind::Cuda && desc.algorithm == Algorithm::Allreduce3 {
         if desc.checked {
@@ -55,6 +61,9 @@ fn capabilities(kind: DeviceKind) -> &'static Capabilities {
 /// supported. `Unsupported` where the rank's group has not got what the algorithm needs. Blocks; on a GPU `Capturing` during a
 /// capture.
 pub(crate) fn choose(context: &StepContext, rank: &Rank) -> Result<Box<dyn Route>> {
+    if context.exchanges() {
+        algorithms::reachable(rank, context.desc.algorithm)?;
+    }
     match rank {
         Rank::Cpu(rank) if !context.exchanges() => {
             Ok(Box::new(Alone::new(context, Box::new(HostShard::new(context, rank, 1)?))))
@@ -77,10 +86,6 @@ fn alone_on_a_gpu(context: &StepContext, rank: &Arc<CudaRank>) -> Result<Box<dyn
 
 fn on_cpus(context: &StepContext, rank: &Arc<CpuRank>) -> Result<Box<dyn Route>> {
     let (desc, in_place) = (&context.desc, rank.rounds.reads_in_place());
-    if matches!(desc.algorithm, Algorithm::Tree | Algorithm::Ring) && !rank.rounds.has_hops() {
-        let wanted = "AUTO, ONE_SHOT, TWO_SHOT or ALLREDUCE3: the engine's transport has no sendrecv";
-        return Err(Error::unsupported("algorithm", desc.algorithm.name(), wanted));
-    }
     let asked = "asked for";
     Ok(match desc.algorithm {
         Algorithm::Auto => {
@@ -105,7 +110,59 @@ fn on_cpus(context: &StepContext, rank: &Arc<CpuRank>) -> Result<Box<dyn Route>>
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU64;
+
     use super::*;
+    use crate::attention::Shard;
+    use crate::comm::{CommConfig, local_group};
+    use crate::cpu::Isa;
+    use crate::device::Workers;
+
+    /// Rank 0 of two on CPUs, and the end of the other.
+    fn cpu_rank() -> (Rank, impl Sized) {
+        let mut ends = local_group(2, &CommConfig::default()).unwrap();
+        let peer = ends.pop();
+        let rank = CpuRank {
+            rounds: Box::new(ends.pop().unwrap()),
+            executor: Box::new(Workers::new(1, "test", false).unwrap()),
+            most_threads: 1,
+            most_members: 1,
+            isa: Isa::Scalar,
+            nodes: vec![0; 2],
+            calls: AtomicU64::new(0),
+        };
+        (Rank::Cpu(Arc::new(rank)), peer)
+    }
+
+    #[test]
+    fn routes_are_what_the_table_of_algorithms_says() {
+        let (rank, _peer) = cpu_rank();
+        let described = algorithms::describe(&rank);
+        for algorithm in Algorithm::ALL {
+            let desc = AttentionDesc { algorithm, ..AttentionDesc::new(8, 2, 64, 100) };
+            let merge_only = AttentionDesc { kv_heads: 0, ..desc };
+            let shard = Shard { rank: 0, world: 2 };
+            let context = StepContext::new(1, &desc, shard, &CommConfig::default(), &Arc::default()).unwrap();
+            let route = choose(&context, &rank).unwrap();
+            let merges = algorithms::exchanges_partials(algorithm);
+            assert_eq!(route.merging().is_some(), merges, "{algorithm:?}");
+            for kind in [DeviceKind::Cpu, DeviceKind::Cuda] {
+                let is_served = supported(kind, &desc).is_ok();
+                assert_eq!(supported(kind, &merge_only).is_ok(), is_served && merges, "{algorithm:?} on {kind:?}");
+            }
+            let is_chosen = algorithm != Algorithm::Auto;
+            assert!(!is_chosen || route.algorithm().0 == algorithm);
+            let name = format!(r#"{{"name":"{}","by":"#, algorithm.name());
+            assert_eq!(described.contains(&name), is_chosen, "{name} in {described}");
+        }
+        assert_eq!(described.matches('{').count(), described.matches('}').count());
+        let error = supported(
+            DeviceKind::Cuda,
+            &AttentionDesc { algorithm: Algorithm::Tree, ..AttentionDesc::new(8, 2, 64, 9) },
+        );
+        let wanted = "algorithm: found TREE, this build supports AUTO, ONE_SHOT, TWO_SHOT or ALLREDUCE3 on a GPU";
+        assert_eq!(error.unwrap_err().message(), wanted);
+    }
 
     #[test]
     fn steps_are_checked_on_gpus_but_not_between_allreduces() {

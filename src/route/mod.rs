@@ -10,7 +10,7 @@
 //! | `nccl_allreduce3` | GPUs | `ALLREDUCE3`: the paper's merge, over NCCL |
 //!
 //! [`choose::choose`] makes the route of a plan, and is the only place that knows them all; whoever owns a route does not ask
-//! which it is. `rank` is what a rank has (its end of the group, its workers or its GPU), `context` what is the same in
+//! which it is. `algorithms` says how each algorithm exchanges, for `choose` and for what communicators say of themselves. `rank` is what a rank has (its end of the group, its workers or its GPU), `context` what is the same in
 //! every step of a plan. `backend` attends a shard without peers, and says where; `host` is what routes of CPU ranks share, `gpu` what those
 //! of GPUs do.
 //!
@@ -25,6 +25,7 @@ use crate::partial::RowTarget;
 use backend::{Backend, Place, RouteMemory};
 use context::StepContext;
 
+pub(crate) mod algorithms;
 pub(crate) mod alone;
 pub(crate) mod backend;
 pub(crate) mod choose;

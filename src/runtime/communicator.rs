@@ -13,6 +13,7 @@ use crate::device::cuda::CudaDevice;
 use crate::device::{Device, DeviceKind, Executor, Node, ParallelFor, Workers, available_cores, node_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::epoch::Epoch;
+use crate::route::algorithms;
 use crate::route::rank::{CpuRank, CudaGroup, CudaRank, Rank};
 use crate::route::windows::setup;
 
@@ -185,7 +186,7 @@ impl Communicator {
     /// Links, capacities and the algorithm table, as JSON.
     pub fn describe(&self) -> Result<String> {
         self.core.check_open()?;
-        Ok(self.core.rank.bootstrap().describe())
+        Ok(algorithms::describe(&self.core.rank))
     }
 
     /// Has a rank on a GPU go on with the epoch after `start`, where no step is enqueued: for tests of numbers that come again.

@@ -82,8 +82,11 @@ fn algorithms_that_need_sendrecv_say_so_where_there_is_none() {
                 let comm =
                     unsafe { Communicator::create_from_transport(&runtime, transport, 2, rank, CPU, &config(LONG)) }
                         .unwrap();
+                let described = comm.describe().unwrap();
                 for algorithm in ALGORITHMS {
                     let made = Plan::create(&comm, &AttentionDesc { algorithm, ..shape(1) });
+                    let name = format!("{{\"name\":\"{}\",", algorithm.name());
+                    assert_eq!(described.contains(&name), made.is_ok(), "{name} in {described}");
                     match algorithm {
                         Algorithm::Tree | Algorithm::Ring => {
                             let error = made.err().unwrap();

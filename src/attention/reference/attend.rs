@@ -3,7 +3,7 @@
 use super::inputs::{Inputs, Sequence};
 use super::partials::{Reference, maximum, reserve, zeroed};
 use crate::attention::capability::{Capabilities, supported};
-use crate::attention::descriptor::{Algorithm, AttentionDesc, MaskKind, QueryInput, Reproducibility};
+use crate::attention::descriptor::{AttentionDesc, MaskKind, QueryInput, Reproducibility};
 use crate::attention::dtype::Dtype;
 use crate::attention::placement::Shard;
 use crate::attention::score::{ScoreMod, ScoreTerms};
@@ -27,7 +27,6 @@ const CAPABILITIES: Capabilities = Capabilities {
     masks: &MaskKind::ALL,
     query_inputs: &[QueryInput::Replicated],
     reproducibility: &[Reproducibility::Repeatable, Reproducibility::BatchInvariant, Reproducibility::Canonical],
-    algorithms: &Algorithm::ALL,
 };
 
 /// Attends one shard in float64; at the step's zeta, if it has one. Blocks; its time grows with rows x keys x dimensions.

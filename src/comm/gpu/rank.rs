@@ -193,16 +193,10 @@ impl Bootstrap for GpuRank {
             Ok(_) => String::new(),
             Err(error) => format!(r#""no_windows":{:?},"#, error.message()),
         };
-        let algorithms = match &self.windows {
-            Ok(windows) => ["ONE_SHOT", "TWO_SHOT"]
-                .map(|name| format!(r#"{{"name":"{name}","chunk_bytes":{}}}"#, windows.capacity()))
-                .join(","),
-            Err(_) => String::new(),
-        };
         format!(
             concat!(
-                r#"{{"kind":"gpu","world":{},"rank":{},{}"capacity_bytes":{},"window_bytes":{},"#,
-                r#""setup":{},"step_timeout_ms":{},"links":[{}],"algorithms":[{}]}}"#
+                r#""kind":"gpu","world":{},"rank":{},{}"capacity_bytes":{},"window_bytes":{},"#,
+                r#""setup":{{{}}},"step_timeout_ms":{},"links":[{}]"#
             ),
             shard.world,
             shard.rank,
@@ -212,7 +206,6 @@ impl Bootstrap for GpuRank {
             self.bootstrap.describe(),
             self.step_timeout.as_millis(),
             links.join(","),
-            algorithms,
         )
     }
 }

@@ -188,24 +188,10 @@ impl Bootstrap for LocalRank {
             .filter(|&peer| peer != self.rank)
             .map(|peer| format!(r#"{{"peer":{peer},"kind":"shared_memory"}}"#))
             .collect();
-        let algorithm = |name: &str, rounds: usize, reads: &str| {
-            format!(
-                r#"{{"name":"{name}","rounds_per_chunk":{rounds},"chunk_bytes":{},"reads":"{reads}"}}"#,
-                group.capacity
-            )
-        };
-        let hops = |name: &str, hops: String| format!(r#"{{"name":"{name}","hops":{hops}}}"#);
-        let algorithms = [
-            algorithm("ONE_SHOT", 1, "every payload in place; with SCATTERED output the own heads of every payload"),
-            algorithm("TWO_SHOT", 2, "own heads of every payload, then the merged heads"),
-            hops("TREE", r#""2 ceil(log2 ranks of a node) + ceil(log2 nodes)""#.into()),
-            algorithm("ALLREDUCE3", 6, "own part of every payload, then the reduced parts, three times"),
-            hops("RING", (world - 1).to_string()),
-        ];
         format!(
             concat!(
-                r#"{{"kind":"local","group":{},"world":{},"rank":{},"wait":"{}","capacity_bytes":{},"#,
-                r#""window_bytes":{},"setup_timeout_ms":{},"step_timeout_ms":{},"links":[{}],"algorithms":[{}]}}"#
+                r#""kind":"local","group":{},"world":{},"rank":{},"wait":"{}","capacity_bytes":{},"#,
+                r#""window_bytes":{},"setup_timeout_ms":{},"step_timeout_ms":{},"links":[{}]"#
             ),
             group.id,
             world,
@@ -216,7 +202,6 @@ impl Bootstrap for LocalRank {
             group.setup_timeout.as_millis(),
             group.step_timeout.as_millis(),
             links.join(","),
-            algorithms.join(","),
         )
     }
 }

@@ -197,8 +197,8 @@ impl Bootstrap for NcclBootstrap {
         let (shard, library) = (self.rank.shard(), self.rank.library());
         format!(
             concat!(
-                r#"{{"kind":"nccl","world":{},"rank":{},"nccl_version":"{}","nccl_library":{:?},"window_bytes":{},"#,
-                r#""setup_timeout_ms":{},"step_timeout_ms":{},"links":[],"algorithms":[]}}"#
+                r#""kind":"nccl","world":{},"rank":{},"nccl_version":"{}","nccl_library":{:?},"window_bytes":{},"#,
+                r#""setup_timeout_ms":{},"step_timeout_ms":{},"links":[]"#
             ),
             shard.world,
             shard.rank,

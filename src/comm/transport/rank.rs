@@ -297,20 +297,10 @@ impl Bootstrap for TransportRank {
     }
 
     fn describe(&self) -> String {
-        let rounds = |name: &str, rounds: usize| {
-            format!(r#"{{"name":"{name}","rounds_per_chunk":{rounds},"chunk_bytes":{}}}"#, self.capacity)
-        };
-        let hops = |name: &str, hops: String| format!(r#"{{"name":"{name}","hops":{hops}}}"#);
-        let mut algorithms = vec![rounds("ONE_SHOT", 1), rounds("TWO_SHOT", 2), rounds("ALLREDUCE3", 3)];
-        if self.has_hops() {
-            algorithms.push(hops("TREE", r#""2 ceil(log2 ranks of a node) + ceil(log2 nodes)""#.into()));
-            algorithms.push(hops("RING", (self.calls.shard.world - 1).to_string()));
-        }
         format!(
             concat!(
-                r#"{{"kind":"transport","world":{},"rank":{},"sendrecv":{},"stream_threads":{},"capacity_bytes":{},"#,
-                r#""window_bytes":{},"first_message_bytes":{},"setup_timeout_ms":{},"step_timeout_ms":{},"links":[],"#,
-                r#""algorithms":[{}]}}"#
+                r#""kind":"transport","world":{},"rank":{},"sendrecv":{},"stream_threads":{},"capacity_bytes":{},"#,
+                r#""window_bytes":{},"first_message_bytes":{},"setup_timeout_ms":{},"step_timeout_ms":{},"links":[]"#
             ),
             self.calls.shard.world,
             self.calls.shard.rank,
@@ -321,7 +311,6 @@ impl Bootstrap for TransportRank {
             FIRST_BYTES,
             self.setup_timeout.as_millis(),
             self.step_timeout.as_millis(),
-            algorithms.join(","),
         )
     }
 }
