@@ -238,7 +238,8 @@ pub fn aborted() {
         // SAFETY: the step is refused, and nothing is written.
         let error = unsafe { plans[0].decode(&args, Some(&group.gpus[0].stream)) }.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Aborted);
-        group.gpus[0].stream.synchronize().unwrap();
+        // Nothing is under way then, whether the abort is told again or not.
+        let _ = group.gpus[0].stream.synchronize();
         assert!(host.iter().all(|&x| x == 7.0));
         drop(plans);
         failed(group, &case, &mut all, &[0], ErrorKind::Aborted, 1);
