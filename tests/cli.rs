@@ -1,5 +1,8 @@
 //! The command line, as a user runs it.
 
+#[path = "support/two_nodes.rs"]
+mod two_nodes;
+
 use std::process::{Command, Output};
 
 fn treeattn(args: &[&str]) -> Output {
@@ -19,6 +22,44 @@ fn info_names_the_version_and_the_kernels() {
     assert!(text.contains("\ncpu:0: ") && text.contains("\n  kernels: "), "{text}");
     let json: serde_json::Value = serde_json::from_str(stdout(&treeattn(&["info", "--json"]))).unwrap();
     assert!(json["machine"]["cores"].as_i64().unwrap() >= 1);
+}
+
+/// On a machine of two nodes, `info` names each and its device, and `bench` says where its ranks run.
+#[test]
+fn nodes_are_told() {
+    let folder = std::env::temp_dir().join(format!("treeattn-cli-nodes-{}", std::process::id()));
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    // As sysfs writes a list, too.
+    let cpus = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim();
+    two_nodes::write(&folder, [cpus, cpus]);
+    let run = |args: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_treeattn")).args(args).env("TREEATTN_SYSFS", &folder).output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{output:?}");
+        stdout(&output).to_string()
+    };
+    let (text, json) = (run(&["info"]), run(&["info", "--json"]));
+    let small = ["--pool-mib", "8", "--heads", "4/2x32", "--lengths", "100", "--ranks", "2", "--no-exchange"];
+    let bench = run(&[&["bench", "--quick"], &small[..]].concat());
+    std::fs::remove_dir_all(&folder).unwrap();
+
+    for (node, device) in [(0, 1), (1, 2)] {
+        let memory = node + 1;
+        let line =
+            format!("\ncpu:{device}: NUMA node {node}, cpus {cpus}, {memory} MiB; in C TREEATTN_CPU_NODE({node})\n");
+        assert!(text.contains(&line), "{text}");
+    }
+    assert!(!text.contains("NUMA nodes: one"), "{text}");
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let node = |number: u64, device: &str, name: &str| {
+        serde_json::json!({
+            "number": number, "device": device, "name": name, "cpus": cpus, "memory_bytes": (number + 1) << 20,
+        })
+    };
+    let expected = [node(0, "cpu:1", "TREEATTN_CPU_NODE(0)"), node(1, "cpu:2", "TREEATTN_CPU_NODE(1)")];
+    assert_eq!(json["machine"]["numa_nodes"], serde_json::json!(expected));
+    let line = format!("\nranks run on cpu:0, which is NUMA nodes 0 (cpus {cpus}) and 1 (cpus {cpus}), ");
+    assert!(bench.contains(&line), "{bench}");
 }
 
 #[test]

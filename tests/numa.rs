@@ -4,6 +4,8 @@
 #[path = "support/threads.rs"]
 #[allow(dead_code)]
 mod threads;
+#[path = "support/two_nodes.rs"]
+mod two_nodes;
 
 use std::process::ExitCode;
 
@@ -23,15 +25,7 @@ fn main() -> ExitCode {
     let cpus = cpus();
     let (first, second) = (cpus[0], *cpus.last().unwrap());
     let folder = std::env::temp_dir().join(format!("treeattn-two-nodes-{}", std::process::id()));
-    let nodes = folder.join("devices/system/node");
-    for (node, cpu) in [(0, first), (1, second)] {
-        let node_folder = nodes.join(format!("node{node}"));
-        std::fs::create_dir_all(&node_folder).unwrap();
-        std::fs::write(node_folder.join("cpulist"), format!("{cpu}\n")).unwrap();
-        std::fs::write(node_folder.join("meminfo"), format!("Node {node} MemTotal:  {} kB\n", 1024 * (node + 1)))
-            .unwrap();
-    }
-    std::fs::write(nodes.join("online"), "0-1\n").unwrap();
+    two_nodes::write(&folder, [&first.to_string(), &second.to_string()]);
     // SAFETY: this is the only thread of the process.
     unsafe { std::env::set_var("TREEATTN_SYSFS", &folder) };
 

@@ -73,6 +73,30 @@ pub fn device_info(device: Device) -> Result<DeviceInfo> {
     }
 }
 
+/// A NUMA node as it describes itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NumaNode {
+    /// The device that is this node.
+    pub device: Device,
+    /// The kernel's number of it.
+    pub number: usize,
+    /// Its processors that this process may use, as the kernel writes a list: "0-3,8".
+    pub cpus: String,
+    /// Its memory, bytes; 0 where the system does not say.
+    pub memory: u64,
+}
+
+/// The NUMA nodes that this process may use, where there are several; none otherwise: `cpu:0` is then all there is.
+pub fn numa_nodes() -> Vec<NumaNode> {
+    let describe = |(node, ordinal): (&Node, i32)| NumaNode {
+        device: Device { kind: DeviceKind::Cpu, ordinal },
+        number: node.number(),
+        cpus: node.cpu_list(),
+        memory: node.memory(),
+    };
+    numa::nodes().iter().zip(1..).map(describe).collect()
+}
+
 /// The NUMA node that a CPU device is; none for `cpu:0`, all processors. `InvalidArgument` for one that is not there.
 pub(crate) fn node_of(device: Device) -> Result<Option<&'static Node>> {
     let nodes = numa::nodes();

@@ -50,6 +50,21 @@ impl Node {
         self.cpus.len()
     }
 
+    /// These processors as the kernel writes a list: "0-3,8".
+    pub fn cpu_list(&self) -> String {
+        let mut parts: Vec<(usize, usize)> = Vec::new();
+        for &cpu in &self.cpus {
+            match parts.last_mut() {
+                Some((_, last)) if *last + 1 == cpu => *last = cpu,
+                _ => parts.push((cpu, cpu)),
+            }
+        }
+        let word = |&(first, last): &(usize, usize)| {
+            if first == last { first.to_string() } else { format!("{first}-{last}") }
+        };
+        parts.iter().map(word).collect::<Vec<_>>().join(",")
+    }
+
     /// Bytes of memory, 0 where the system does not say.
     pub fn memory(&self) -> u64 {
         self.memory
@@ -193,7 +208,10 @@ mod tests {
         let as_plain = |n: &Node| (n.number(), n.cpus.clone(), n.memory());
         let expected = vec![(0, vec![0, 1, 2, 3, 16, 17, 18, 19], 65536 << 10), (1, vec![4, 5, 6, 7], 0)];
         assert_eq!(found.iter().map(as_plain).collect::<Vec<_>>(), expected);
+        assert_eq!(found.iter().map(Node::cpu_list).collect::<Vec<_>>(), ["0-3,16-19", "4-7"]);
         let mut few: CpuSet = [0; MOST_CPUS / 64];
+        few[0] = 1 << 4 | 1 << 6 | 1 << 7;
+        assert_eq!(read(&faked.0, &few)[0].cpu_list(), "4,6-7");
         few[0] = 1 << 6 | 1 << 7;
         assert_eq!(read(&faked.0, &few).iter().map(as_plain).collect::<Vec<_>>(), vec![(1, vec![6, 7], 0)]);
         assert_eq!(read(Path::new("/nowhere"), &ALL), []);

@@ -76,10 +76,21 @@ fn text(info: &Info) -> String {
             machine.caches.iter().map(|c| format!("{} {} (cores {})", c.name, c.size, c.shared_by)).collect();
         lines.push(format!("  caches: {}", caches.join(", ")));
     }
+    if machine.numa_nodes.is_empty() {
+        lines.push("  NUMA nodes: one".to_string());
+    }
     lines.push(format!("  transparent huge pages: {}", machine.huge_pages));
     if let Some(read) = &info.read_bandwidth {
         lines.push(format!("  read bandwidth, all cores: {:.1} GB/s ({})", read.gb_per_s, read.kernel));
     }
+    lines.extend(machine.numa_nodes.iter().map(|node| {
+        let memory = match node.memory_bytes {
+            0 => "memory unknown".to_string(),
+            bytes if bytes < 1 << 30 => format!("{} MiB", bytes >> 20),
+            bytes => format!("{:.0} GiB", gib(bytes)),
+        };
+        format!("{}: NUMA node {}, cpus {}, {memory}; in C {}", node.device, node.number, node.cpus, node.name)
+    }));
     lines.extend(info.gpus.iter().cloned());
     lines.join("\n") + "\n"
 }

@@ -16,9 +16,25 @@ pub struct Machine {
     /// Cores that this process may use.
     pub cores: i32,
     pub memory_bytes: u64,
+    /// Empty where there is one.
+    pub numa_nodes: Vec<NumaNode>,
     pub caches: Vec<Cache>,
     /// The system's setting for transparent huge pages.
     pub huge_pages: String,
+}
+
+/// A NUMA node that this process may use.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct NumaNode {
+    /// The kernel's number.
+    pub number: usize,
+    /// The device that binds to it, as the command line and as C names it.
+    pub device: String,
+    pub name: String,
+    /// Its processors that this process may use: "0-3,8".
+    pub cpus: String,
+    /// 0 where the system does not say.
+    pub memory_bytes: u64,
 }
 
 /// One kind of cache.
@@ -39,9 +55,32 @@ impl Machine {
             features: treeattn::device::device_info(Device::CPU)?.isa,
             cores: info.units,
             memory_bytes: info.memory,
+            numa_nodes: treeattn::device::numa_nodes().into_iter().map(NumaNode::from).collect(),
             caches: caches(),
             huge_pages: huge_pages(),
         })
+    }
+
+    /// Where ranks on `cpu:0` run, a line; empty where there is one NUMA node.
+    pub fn where_ranks_run(&self) -> String {
+        if self.numa_nodes.is_empty() {
+            return String::new();
+        }
+        let nodes: Vec<String> =
+            self.numa_nodes.iter().map(|node| format!("{} (cpus {})", node.number, node.cpus)).collect();
+        format!("ranks run on cpu:0, which is NUMA nodes {}, and are bound to none\n", nodes.join(" and "))
+    }
+}
+
+impl From<treeattn::device::NumaNode> for NumaNode {
+    fn from(node: treeattn::device::NumaNode) -> NumaNode {
+        NumaNode {
+            number: node.number,
+            name: format!("TREEATTN_CPU_NODE({})", node.device.ordinal - 1),
+            device: node.device.to_string(),
+            cpus: node.cpus,
+            memory_bytes: node.memory,
+        }
     }
 }
 

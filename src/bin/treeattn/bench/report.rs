@@ -168,6 +168,7 @@ impl Report {
                 String::new()
             },
         );
+        text.push_str(&machine.where_ranks_run());
         if !self.rows.is_empty() {
             let limits: Vec<String> =
                 self.limits.iter().map(|limit| format!("{} {:.0}", limit.name, limit.limit / 1e9)).collect();
