@@ -18,9 +18,10 @@ impl CallWord {
         CallWord::pack([1, plan, 0, batch, query_tokens])
     }
 
-    /// The same by `RING`, whose ranks also agree on the number of threads.
-    pub fn ring(plan: u64, threads: u64, batch: u64, query_tokens: u64) -> CallWord {
-        CallWord::pack([1, plan, threads, batch, query_tokens])
+    /// The same step, of ranks that must all run it on `threads` threads.
+    pub fn on_threads(self, threads: u64) -> CallWord {
+        let [kind, plan, _, batch, query_tokens] = self.unpack();
+        CallWord::pack([kind, plan, threads, batch, query_tokens])
     }
 
     /// A merge of partials that the engine made.
@@ -82,10 +83,13 @@ mod tests {
     fn a_word_tells_a_call() {
         let told = |word: CallWord| CallWord::from_bits(word.bits()).to_string();
         assert_eq!(told(CallWord::decode(1, 2, 3)), "a decode of plan 1 with batch 2, query_tokens 3");
-        assert_eq!(told(CallWord::ring(2, 16, 0, 9)), "a decode of plan 2 with batch 0, query_tokens 9 on 16 threads");
+        assert_eq!(
+            told(CallWord::decode(2, 0, 9).on_threads(16)),
+            "a decode of plan 2 with batch 0, query_tokens 9 on 16 threads"
+        );
         assert_eq!(told(CallWord::merge(7, 1)), "a merge of plan 7 with query_tokens 1");
         assert_eq!(
-            told(CallWord::ring(1 << 40, 1 << 30, i32::MAX as u64, 1 << 20)),
+            told(CallWord::decode(1 << 40, i32::MAX as u64, 1 << 20).on_threads(1 << 30)),
             "a decode of plan 2047 or more with batch 1048575 or more, query_tokens 1048575 or more on 2047 or more threads"
         );
         assert_eq!(

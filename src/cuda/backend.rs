@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::kernels::{Decode, Kernels};
+use super::kernels::{Decode, HEAD_DIM_LIMIT, Kernels};
 use super::merge::Merge;
 use super::params::{self, DecodeParams, PlacementKind, TermsParams, Workspace};
 use super::terms;
@@ -26,7 +26,7 @@ pub(crate) const CAPABILITIES: Capabilities = Capabilities {
     place: " on a GPU",
     kv_dtypes: &Dtype::ALL,
     head_dim_multiple: 8,
-    head_dim_limit: 256,
+    head_dim_limit: HEAD_DIM_LIMIT,
     window: true,
     softcap: true,
     alibi: true,

@@ -6,22 +6,21 @@ use crate::attention::{AttentionDesc, Dtype};
 use crate::device::cuda::{Image, Kernel};
 use crate::error::{Error, ErrorKind, Result};
 
-/// The head dimensions that kernels are compiled for, (qk, v): a shape runs in the first class that holds it.
-const CLASSES: [(i32, i32); 5] = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)];
+/// The largest head dimension of q, k and v that kernels are compiled for.
+pub(super) const HEAD_DIM_LIMIT: i32 = 256;
+/// The smaller head dimensions that kernels are compiled for, (qk, v): a shape runs in the first class that holds it.
+const CLASSES: [(i32, i32); 4] = [(64, 64), (96, 96), (128, 128), (192, 128)];
 /// Those of kernels that know terms.
-const TERMS_CLASSES: [(i32, i32); 3] = [(64, 64), (128, 128), (256, 256)];
+const TERMS_CLASSES: [(i32, i32); 2] = [(64, 64), (128, 128)];
 /// Keys of a tile.
 const TILE: u64 = 16;
 /// Partials that a block leaves room for: of its first and its last item, and of the merges' first level.
 const PARTIALS_A_BLOCK: usize = 4;
 
-/// The first class that holds the head dimensions.
-fn class(desc: &AttentionDesc, classes: &[(i32, i32)]) -> Result<(i32, i32)> {
+/// The first class that holds the head dimensions, which the backend's capabilities limit to those of the largest.
+fn class(desc: &AttentionDesc, smaller: &[(i32, i32)]) -> (i32, i32) {
     let fits = |&&(qk, v): &&(i32, i32)| desc.head_dim_qk <= qk && desc.head_dim_v <= v;
-    classes.iter().find(fits).copied().ok_or_else(|| {
-        let found = format!("{} and {}", desc.head_dim_qk, desc.head_dim_v);
-        Error::unsupported("head_dim_qk, head_dim_v", found, "at most 256 on a GPU")
-    })
+    smaller.iter().find(fits).copied().unwrap_or((HEAD_DIM_LIMIT, HEAD_DIM_LIMIT))
 }
 
 /// A decode kernel with its grid.
@@ -46,7 +45,7 @@ impl Decode {
         let shape = KernelShape::from_bytes(bytes);
         let kernel = image.kernel(name, shape.threads as u32, shape.dynamic_smem as u32)?;
         let grid = (image.device().units * shape.blocks_per_sm / sharing.clamp(1, 1 << 16) as i32).max(1);
-        if grid < 1 || shape.partial_bytes < 1 || shape.counters < 1 {
+        if shape.blocks_per_sm < 1 || shape.partial_bytes < 1 || shape.counters < 1 {
             return Err(Error::new(ErrorKind::Internal, format!("{name}: found {shape:?} in the image")));
         }
         let takes_all_types = source == "decode_narrow";
@@ -99,8 +98,8 @@ pub(super) struct Kernels {
 impl Kernels {
     /// Loads those that the plan's steps can need.
     pub fn new(image: &Image, desc: &AttentionDesc, sharing: usize) -> Result<Kernels> {
-        let (qk, v) = class(desc, &CLASSES)?;
-        let (terms_qk, terms_v) = class(desc, &TERMS_CLASSES)?;
+        let (qk, v) = class(desc, &CLASSES);
+        let (terms_qk, terms_v) = class(desc, &TERMS_CLASSES);
         let group = i64::from(desc.group());
         let load = |wanted: bool, source: &str, name: String| match wanted {
             true => Decode::new(image, source, &name, sharing).map(Some),

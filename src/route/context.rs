@@ -114,9 +114,8 @@ pub(crate) enum Call {
     Decode(i32),
     /// Partials that the engine made.
     Merge,
-    /// A decode step by `RING`, of so many sequences, on so many threads: every rank works out the same partials, whose bits
-    /// depend on that.
-    Ring(i32, usize),
+    /// A decode step of so many sequences that all ranks must run on so many threads, since the bits of a rank depend on that.
+    DecodeOn(i32, usize),
     /// The check of a decode step of so many sequences, on GPUs.
     Check(i32),
 }
@@ -127,7 +126,7 @@ impl Call {
         match self {
             Call::Decode(batch) => [1, batch as u64],
             Call::Merge => [2, 0],
-            Call::Ring(batch, threads) => [3, batch as u64 | (threads as u64) << 32],
+            Call::DecodeOn(batch, threads) => [3, batch as u64 | (threads as u64) << 32],
             Call::Check(batch) => [4, batch as u64],
         }
     }
@@ -138,7 +137,9 @@ impl Call {
         match self {
             Call::Decode(batch) | Call::Check(batch) => CallWord::decode(plan, batch as u64, query_tokens),
             Call::Merge => CallWord::merge(plan, query_tokens),
-            Call::Ring(batch, threads) => CallWord::ring(plan, threads as u64, batch as u64, query_tokens),
+            Call::DecodeOn(batch, threads) => {
+                CallWord::decode(plan, batch as u64, query_tokens).on_threads(threads as u64)
+            }
         }
     }
 }

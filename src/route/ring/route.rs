@@ -89,7 +89,8 @@ impl Ring {
         let backend = self.shard.backend()?;
         // SAFETY: this function was promised what `survey` asks for.
         let fault = unsafe { backend.survey(step, own) }?;
-        exchange.open(Call::Ring(step.args.batch, exchange.executor.threads()), fault)?;
+        // Every rank works out the same partials, whose bits depend on the number of threads.
+        exchange.open(Call::DecodeOn(step.args.batch, exchange.executor.threads()), fault)?;
         // SAFETY: `backend` surveyed this step just now, whose inputs are as they were.
         let differing = self.check.as_ref().map_or(Ok(None), |check| unsafe { check.run(exchange, backend, step) })?;
         let found = RingStep::announce(exchange, step, own, announced)?;
