@@ -129,6 +129,7 @@ programs! {
     terms,
     threads,
     transport,
+    transport_faults,
     version,
     waits,
 }

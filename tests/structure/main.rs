@@ -3,6 +3,7 @@
 //! Read from the sources without their tests: `use` declarations, and paths that begin with `crate`, `super`, `self` or the
 //! name of a module. A name counts for the file that defines it, through whatever re-exports it.
 
+mod lengths;
 mod modules;
 mod tokens;
 
