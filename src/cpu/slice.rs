@@ -31,8 +31,8 @@ unsafe fn run_split(worker: &Worker<'_>, split: &Split) {
         // `keys_of` ends at the last that the sequence holds.
         unsafe { rows.fill(&worker.reader, place, sequence, tile * TILE, keys) };
     };
-    // SAFETY: the scratch and the step are the caller's; each tile gets its own rows; a whole item's rows are written by
-    // nobody else.
+    // SAFETY: scratch, step and output are as `run` was promised. `rows` and `seen` are filled for each tile before it is done.
+    // The partition gives a whole item to one worker, so that nobody else writes its rows.
     unsafe {
         for h in 0..split.heads {
             worker.load_q(split, sequence, h);

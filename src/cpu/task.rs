@@ -66,7 +66,8 @@ impl<'a> Task<'a> {
     /// Begins a split: empty sums.
     ///
     /// # Safety
-    /// The worker's scratch is its alone and as large as the layout says.
+    /// The worker's scratch is its alone and as large as the layout says, as long as the task lives; the step's memory is what its
+    /// fields say.
     pub unsafe fn new(worker: &'a Worker<'a>, split: &'a Split) -> Task<'a> {
         let (shape, layout, step) = (worker.shape, worker.layout, worker.reader.step());
         let sequence = &worker.partition.sequences[split.sequence];
@@ -101,7 +102,7 @@ impl<'a> Task<'a> {
             masks: [std::ptr::null(); TILE],
             wide: [[std::ptr::null(); TILE]; 2],
         };
-        // SAFETY: the scratch is this worker's; the step is its caller's.
+        // SAFETY: this function was promised the scratch and the step's memory.
         unsafe { task.load_terms() };
         for i in [K, V] {
             let row = &shape.kv[i];
@@ -126,7 +127,8 @@ impl<'a> Task<'a> {
             self.load_distances(tile * TILE, keys);
         }
         if seen.adds {
-            // SAFETY: the keys are those of the tile, which the sequence holds, and the step's mask is readable.
+            // SAFETY: `keys_of`, as the prefix of `seen`, ends the tile at the last key that the sequence holds. A tile that
+            // adds comes of an additive mask, which is readable, as this function was promised.
             unsafe { self.load_masks(tile * TILE, keys) };
         }
         self.tiles += 1;
@@ -138,7 +140,8 @@ impl<'a> Task<'a> {
         let together = if self.widen[K] || self.widen[V] { 1 } else { self.split.heads };
         for h in (0..self.split.heads).step_by(together) {
             let heads = Heads { first: h, count: together };
-            // SAFETY: the heads are the split's, and the sums have its rows.
+            // SAFETY: the heads are the split's; rows, `seen` and the step's memory are as this function was promised, and so
+            // is the scratch (`new`), where the sums have a row for each of the split.
             unsafe {
                 self.weigh(heads, keys, seen, rows);
                 self.sum(heads, keys, seen, rows, next);
@@ -155,7 +158,7 @@ impl<'a> Task<'a> {
     /// # Safety
     /// As [`tile`](Self::tile).
     pub unsafe fn finish(&self) {
-        // SAFETY: the sums have the split's rows.
+        // SAFETY: `new` laid both sums into the scratch that it was promised, apart, with a row for each of the split.
         unsafe { self.sums.close(self.worker.kernels, &self.open, 0, self.split.rows * self.split.heads) }
     }
 
@@ -343,7 +346,8 @@ impl<'a> Task<'a> {
         }
         for r in 0..self.split.rows {
             let mask = seen.mask(r) & low_bits(keys);
-            // SAFETY: a row of scores, of which `padded` is at most TILE.
+            // SAFETY: the scores have a row of TILE floats for each of the split's, and `padded` is at most TILE; they were written
+            // by this worker, which has no other slice of them here.
             let row = unsafe { std::slice::from_raw_parts_mut(scores.add(r * TILE), padded) };
             for (t, score) in row.iter_mut().enumerate() {
                 if mask >> t & 1 == 0 {
@@ -399,11 +403,11 @@ impl<'a> Task<'a> {
     unsafe fn sum_leaves(&self, all: &ValueArgs, codec: usize, first: usize) {
         let values = self.worker.kernels.direct[codec].values;
         if self.leaf >= TILE {
-            // SAFETY: the caller's arguments.
+            // SAFETY: the arguments describe valid memory, as this function was promised; the kernels are this machine's.
             return unsafe { values(all) };
         }
         for key in (0..all.keys).step_by(self.leaf) {
-            // SAFETY: the caller's arguments, some keys at a time; the sums have the split's rows.
+            // SAFETY: the arguments as above, of some of their keys; both sums have a row for each of the split.
             unsafe {
                 values(&ValueArgs {
                     weights: all.weights.add(key),

@@ -77,7 +77,8 @@ impl Worker<'_> {
     pub unsafe fn load_q(&self, split: &Split, sequence: &Sequence, h: usize) {
         let (shape, step) = (self.shape, self.reader.step());
         let q = self.q(split, h);
-        // SAFETY: the layout has room for the rows of every head of a block; the step is the caller's.
+        // SAFETY: the scratch is as this function was promised, and has room for the rows of every head of a block, padded; so is
+        // the memory of q and zeta.
         unsafe {
             self.load_rows(split, sequence, h, (&step.args.q, &step.q_stride, &shape.q), q);
             if shape.q_factor != 1.0 {
@@ -128,7 +129,8 @@ impl Worker<'_> {
             for r in 0..item.rows {
                 let (token, g) = ((item.first_row + r) / group, (item.first_row + r) % group);
                 let row = (sequence.first_token + token) * self.shape.q_heads + (item.first_head + h) * group + g;
-                // SAFETY: the row is this item's; the output holds every row of the step.
+                // SAFETY: the output holds every row of the step, and rows of an item are written by its worker alone, as this
+                // function was promised.
                 unsafe {
                     let o = std::slice::from_raw_parts_mut(self.output.o.add(row * dim), dim);
                     *self.output.lse.add(row) = sums.finish(h * item.rows + r, o);

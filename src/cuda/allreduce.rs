@@ -132,11 +132,15 @@ impl Allreduce {
         })
     }
 
-    /// Makes every row the identity, for rows that a step does not write. Blocks; before the first step.
-    pub fn clear(&self) -> Result<()> {
+    /// Makes every row the identity, for rows that a step does not write. Blocks.
+    ///
+    /// # Safety
+    /// No step was enqueued yet.
+    pub unsafe fn clear(&self) -> Result<()> {
         let rows = self.shape.tokens as usize * self.shape.heads as usize;
         let empty: Vec<u8> = f32::NEG_INFINITY.to_le_bytes().repeat(rows);
-        // SAFETY: the workspace holds as many lse; no step uses them yet.
+        // SAFETY: the workspace holds an lse for every row of the shape, and lives as long as `self`; no step uses it yet, as this
+        // function was promised.
         unsafe { self.begin.device().upload(self.fixed.lse, &empty) }
     }
 

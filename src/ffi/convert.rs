@@ -105,7 +105,7 @@ unsafe fn executor(from: *const treeattn_executor_t) -> Result<Option<EngineExec
     let Some(parallel) = e.parallel else {
         return Err(Error::invalid("executor.parallel", "NULL", "a function"));
     };
-    // SAFETY: by this function's contract.
+    // SAFETY: the function may be called with `ctx` as `treeattn_executor_t` says, by this function's contract.
     unsafe { EngineExecutor::new(e.ctx, e.threads, parallel) }.map(Some)
 }
 
@@ -254,7 +254,7 @@ pub fn decode_args(a: &treeattn_decode_args_t) -> Result<DecodeArgs> {
 /// # Safety
 /// The barrier is null or does what `treeattn_team_t` says.
 pub unsafe fn team_member(t: &treeattn_team_t) -> TeamMember {
-    // SAFETY: by this function's contract.
+    // SAFETY: the barrier is null or does with `ctx` what `treeattn_team_t` says, by this function's contract.
     unsafe { TeamMember::new(t.index, t.size, t.barrier, t.ctx) }
 }
 

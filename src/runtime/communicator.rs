@@ -189,11 +189,15 @@ impl Communicator {
         Ok(algorithms::describe(&self.core.rank))
     }
 
-    /// Has a rank on a GPU go on with the epoch after `start`, where no step is enqueued: for tests of numbers that come again.
+    /// Has a rank on a GPU go on with the epoch after `start`: for tests of numbers that come again.
+    ///
+    /// # Safety
+    /// No step of the rank is enqueued.
     #[doc(hidden)]
-    pub fn restart_at(&self, start: u32) -> Result<()> {
+    pub unsafe fn restart_at(&self, start: u32) -> Result<()> {
         match self.core.rank.gpu_peers().and_then(|peers| peers.windows()) {
-            Some(windows) => windows.restart(self.core.rank.shard().rank as usize, Epoch::from_flag(start)),
+            // SAFETY: this function was promised the same.
+            Some(windows) => unsafe { windows.restart(self.core.rank.shard().rank as usize, Epoch::from_flag(start)) },
             None => Ok(()),
         }
     }

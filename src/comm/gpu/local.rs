@@ -40,21 +40,27 @@ impl LocalWindow {
             words: allocations.words(host::WORDS)?,
             _allocations: allocations,
         };
-        new.restart(start)?;
+        // SAFETY: nobody else knows the window yet.
+        unsafe { new.restart(start) }?;
         Ok(new)
     }
 
-    /// Has the next epoch come after `start`. No step of the rank may be enqueued. Blocks.
-    pub fn restart(&self, start: Epoch) -> Result<()> {
+    /// Has the next epoch come after `start`. Blocks.
+    ///
+    /// # Safety
+    /// No step of the rank is enqueued.
+    pub unsafe fn restart(&self, start: Epoch) -> Result<()> {
         let consumed = u64::from(start.flag()) << LAUNCH_SHIFT;
         // SAFETY: CONSUMED lies among the control words of the window, which lives as long as `self`; the rank's kernels alone
-        // read and write it, and none is enqueued.
+        // read and write it, and none is enqueued, as this function was promised.
         unsafe { self.device.upload(self.address + window::CONSUMED * WORD, &consumed.to_ne_bytes()) }
     }
 
-    /// Tells the kernels of `rank`, which owns this window, where the windows of all ranks are. Blocks. No kernel of the
-    /// rank may have been enqueued.
-    pub fn connect(&self, rank: usize, windows: &[u64]) -> Result<()> {
+    /// Tells the kernels of `rank`, which owns this window, where the windows of all ranks are. Blocks.
+    ///
+    /// # Safety
+    /// No step of the rank was enqueued yet.
+    pub unsafe fn connect(&self, rank: usize, windows: &[u64]) -> Result<()> {
         let (world, words) = (windows.len() as u64, slot_words(windows.len()));
         let slot =
             |window: u64, parity: u64| window + (window::CONTROL_WORDS + (parity * world + rank as u64) * words) * WORD;
@@ -62,7 +68,8 @@ impl LocalWindow {
         let slots =
             after.iter().chain(before).flat_map(|&window| (0..SLOTS as u64).map(move |parity| slot(window, parity)));
         let tables: Vec<u8> = slots.chain(windows.iter().copied()).flat_map(u64::to_ne_bytes).collect();
-        // SAFETY: `new` allocated these three addresses a rank, `windows` has one a rank, and no kernel reads them yet.
+        // SAFETY: `new` allocated these three addresses a rank, `windows` has one a rank, and no kernel reads
+        // them yet, as this function was promised.
         unsafe { self.device.upload(self.tables, &tables) }
     }
 

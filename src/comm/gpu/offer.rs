@@ -92,7 +92,8 @@ impl Offer {
             });
         }
         let addresses: Vec<u64> = windows.iter().map(Window::address).collect();
-        let all = all.and_then(|()| own.connect(rank, &addresses));
+        // SAFETY: the window has no views before this function returns, so that no step of its rank is enqueued.
+        let all = all.and_then(|()| unsafe { own.connect(rank, &addresses) });
         let remote = RemotePeers::new(rank, texts.len(), staging);
         (Windows::with_remote(windows, remote, drain, timeout), all)
     }

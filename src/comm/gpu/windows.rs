@@ -44,7 +44,8 @@ impl Windows {
             devices.iter().map(|device| LocalWindow::new(device, world, start, 1, timeout)).collect::<Result<_>>()?;
         let addresses: Vec<u64> = local.iter().map(|window| window.address).collect();
         for (rank, window) in local.iter().enumerate() {
-            window.connect(rank, &addresses)?;
+            // SAFETY: the windows were made just now; nobody has them who could enqueue a step.
+            unsafe { window.connect(rank, &addresses) }?;
         }
         let drains = devices.iter().map(|device| DeviceDrain::new(device, timeout)).collect::<Result<_>>()?;
         let windows = local.into_iter().map(|window| Window::Local(Arc::new(window))).collect();
@@ -173,9 +174,13 @@ impl Windows {
         self.local(rank).address + window::STEP_FAULT * WORD
     }
 
-    /// Has the next epoch of a rank of this process come after `start`, in the middle of nothing. Blocks.
-    pub fn restart(&self, rank: usize, start: Epoch) -> Result<()> {
-        self.local(rank).restart(start)
+    /// Has the next epoch of a rank of this process come after `start`. Blocks.
+    ///
+    /// # Safety
+    /// No step of the rank is enqueued.
+    pub unsafe fn restart(&self, rank: usize, start: Epoch) -> Result<()> {
+        // SAFETY: this function was promised the same.
+        unsafe { self.local(rank).restart(start) }
     }
 
     /// The last epoch that a rank of this process has read to its end. Blocks.

@@ -23,8 +23,8 @@ impl Task<'_> {
             self.masks[r] = at(layout.masks, if by_head { r } else { token_row });
             for h in 0..split.heads {
                 let (head, row) = ((split.first_head + h) * group + g, h * split.rows + r);
-                // SAFETY: the layout has a place for each row of a block of heads where the shape has such a term; the heads
-                // are those of the step, for which slopes and factors were resolved.
+                // SAFETY: the layout has a row's number for each row of a block of heads where the shape has such a term; the
+                // heads are those of the step, for which `Step::new` found slopes and factors, readable as promised.
                 unsafe {
                     if shape.mods.has_slopes() {
                         let slope = f64::from(step.slopes.get(head, 0.0));
@@ -49,7 +49,9 @@ impl Task<'_> {
             // Positions are int32 from 0 on, and so are distances.
             let own = worker.reader.position(self.sequence, token) as i32;
             let to = worker.scratch.wrapping_add(worker.layout.distances + (token - first) * TILE);
-            // SAFETY: the layout has room for a tile's distances from each row of a row block.
+            // SAFETY: `new` was promised scratch as large as the layout says, which has room for a tile's distances from each
+            // row of a row block: `token - first` is below that. It is initialised memory of this worker alone, and no other
+            // slice of it is live here.
             let to = unsafe { std::slice::from_raw_parts_mut(to, TILE) };
             to.iter_mut().zip(&positions).for_each(|(to, &key)| *to = own.wrapping_sub(key).wrapping_abs() as f32);
         }

@@ -25,8 +25,8 @@ impl CudaDevice {
     /// Copies device memory to `target`. Blocks; not ordered after the work of any stream.
     ///
     /// # Safety
-    /// `from` is memory of this device, of that length, which lives until the call returns and which no work that is enqueued
-    /// writes meanwhile.
+    /// `from` is memory of this device, of that length, which lives until the call returns. Where work that is enqueued writes an
+    /// aligned word of it meanwhile, the word arrives as it was before or after.
     pub unsafe fn download(&self, from: u64, target: &mut [u8]) -> Result<()> {
         // SAFETY: the context is current; the caller keeps the source alive, `target` is borrowed mutably, and the copy is over
         // when `and_wait` returns.

@@ -42,14 +42,16 @@ impl Staging {
         self.data
     }
 
-    /// Enqueues the copy of `bytes` to the device side from `offset` on. The stream must have no work under way that uses that
-    /// part of either side.
-    pub fn upload(&mut self, offset: usize, bytes: &[u8]) -> Result<()> {
+    /// Enqueues the copy of `bytes` to the device side from `offset` on.
+    ///
+    /// # Safety
+    /// The stream has no work under way that uses that part of either side, unless it is an upload of the same bytes.
+    pub unsafe fn upload(&mut self, offset: usize, bytes: &[u8]) -> Result<()> {
         self.check(offset, bytes.len())?;
         let device = self.stream.device();
         let entered = device.enter()?;
         // SAFETY: `check` keeps the range inside both sides, which are freed after the stream's work. The host side is written
-        // here only, under `&mut self`; the work under way does not use this part.
+        // under `&mut self`; the stream's work does not use this part, or reads the bytes that are there already.
         let status = unsafe {
             let host = self.words.host().cast::<u8>().add(offset);
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), host, bytes.len());
@@ -120,11 +122,15 @@ impl Staging {
         Ok(())
     }
 
-    /// `len` bytes of the host side from `offset` on. The stream must have no work under way that writes them.
-    pub fn read(&self, offset: usize, len: usize) -> Result<Vec<u8>> {
+    /// `len` bytes of the host side from `offset` on.
+    ///
+    /// # Safety
+    /// The stream has no work under way that writes them.
+    pub unsafe fn read(&self, offset: usize, len: usize) -> Result<Vec<u8>> {
         self.check(offset, len)?;
         let mut bytes = vec![0; len];
-        // SAFETY: `check` keeps the range inside the host side, which this object owns; no work that writes it is under way.
+        // SAFETY: `check` keeps the range inside the host side, which this object owns; no work writes it, as this
+        // function was promised.
         unsafe {
             let host = self.words.host().cast::<u8>().add(offset);
             std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), len);

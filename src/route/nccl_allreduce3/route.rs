@@ -107,8 +107,8 @@ impl NcclAllreduce3 {
             let mut count = 1;
             while count < 2 * most {
                 let (o, count_here) = (reduced.o, count.min(most));
-                // SAFETY: the workspace, which begins with o, holds at least as many f32, all of them zeros; no step uses
-                // them yet.
+                // SAFETY: the workspace, which begins with o, holds at least as many f32, all of them zeros. No step uses them:
+                // a plan is connected before whoever creates it has it.
                 let begin = |stream: &CudaStream| unsafe { nccl.begin_all_reduce(o, o, count_here, reduction, stream) };
                 self.words.with_stream(begin)?;
                 nccl.settle(what, limit)?;
@@ -128,7 +128,8 @@ impl Route for NcclAllreduce3 {
         let limit = NcclTimeout::new("setup_timeout_ns", context.config.setup_timeout);
         let nccl = connect(context, &self.rank, limit)?;
         self.try_out(context, &nccl, limit)?;
-        self.kernels.clear()?;
+        // SAFETY: no step was enqueued yet, as in `try_out`, whose reductions `drain` waited for.
+        unsafe { self.kernels.clear() }?;
         // Nothing was there before: a plan is connected once.
         let _ = self.watchdog.set(Watchdog::start(&self.words, nccl, &self.rank, context.config.step_timeout)?);
         Ok(())

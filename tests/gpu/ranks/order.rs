@@ -104,7 +104,9 @@ pub fn numbers_come_again() {
                     assert_eq!(judge(case, &all).unwrap().failure, None);
                 }
             };
-            let restart = |start: u64| group.comms.iter().for_each(|comm| comm.restart_at(start as u32).unwrap());
+            // SAFETY: `steps` waits for its steps, so that none is enqueued.
+            let restart =
+                |start: u64| group.comms.iter().for_each(|comm| unsafe { comm.restart_at(start as u32) }.unwrap());
             steps(&old);
             // A window has, beside its control words, a slot a rank and one for merged rows, of either parity.
             let slot = (plans[0].memory().unwrap().window / 8 - 512) / 6;

@@ -96,7 +96,8 @@ impl Ceiling {
 fn pass(stream: &Stream, pool: &Buffer, sink: &Buffer, reader: &Reader, bytes: usize, from: usize) -> Outcome<f64> {
     let mut arguments = vec![pool.data() as u64 + from as u64, bytes as u64, sink.data() as u64];
     arguments.extend(&reader.more);
-    // SAFETY: what the kernels take; pool and sink outlive the pass, which is waited for.
+    // SAFETY: the arguments of the reader's kernel: a part of the pool, and the sink. `time` waits for it, and both are borrowed
+    // meanwhile.
     let seconds = stream.time(|| unsafe { reader.kernel.launch(stream, reader.grid, reader.threads, &arguments) })?;
     Ok(bytes as f64 / seconds)
 }

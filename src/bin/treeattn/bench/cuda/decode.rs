@@ -63,7 +63,8 @@ pub fn time(
     let wrapped = unsafe { runtime::Stream::wrap_cuda(runtime, device, stream.pointer()) }?;
     let enqueue = |steps: usize| -> Outcome<()> {
         for args in memory.args.iter().cycle().take(steps) {
-            // SAFETY: the pool and the case's memory outlive the steps, which are waited for below. All are on one stream.
+            // SAFETY: the pool is borrowed and `memory` lives to the end of this function; freeing device memory waits for the
+            // device, so that neither goes before a step, whichever way this ends. All steps are on one stream.
             unsafe { plan.decode(args, Some(&wrapped)) }?;
         }
         Ok(())
@@ -75,11 +76,13 @@ pub fn time(
     let steps = ((GRAPH / about.max(1e-7)) as usize).clamp(memory.args.len(), MOST_STEPS.max(memory.args.len()));
 
     let graph = stream.capture(|| enqueue(steps))?;
-    stream.time(|| stream.replay(&graph))?;
+    // SAFETY: the graph's steps use what those above use.
+    let replay_once = || stream.time(|| unsafe { stream.replay(&graph) });
+    replay_once()?;
     let (mut replay, mut spent) = (Samples::default(), 0.0);
     let mut turns = 0;
     while turns < pace.least || spent < pace.block {
-        let seconds = stream.time(|| stream.replay(&graph))?;
+        let seconds = replay_once()?;
         spent += seconds;
         turns += 1;
         replay.push(seconds / steps as f64);

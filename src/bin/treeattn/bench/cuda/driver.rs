@@ -1,6 +1,7 @@
 //! What the bench does with CUDA that the library has no call for: graphs, events, kernels of its own.
 
 use std::ffi::{CString, c_void};
+use std::marker::PhantomData;
 use std::ptr::null_mut;
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
@@ -55,7 +56,8 @@ impl Gpu {
             return Err(format!("this build has no kernels to measure a GPU with: {}", image::WHY_EMPTY).into());
         }
         let (mut device, mut context, mut modules, mut version) = (0, null_mut(), Vec::new(), 0);
-        // SAFETY: calls with places to write to; the images are fatbins.
+        // SAFETY: each call writes to a local of the type that cuda.h gives it. The images are whole fatbins, as build.rs
+        // compiled them, and static. The context stays current until `drop`.
         unsafe {
             cuda!(cuInit(0))?;
             cuda!(cuDriverGetVersion(&mut version))?;
@@ -70,7 +72,7 @@ impl Gpu {
         }
         let attribute = |which| -> Outcome<i32> {
             let mut value = 0;
-            // SAFETY: writes one int.
+            // SAFETY: the call writes one int to a local; cuDeviceGet gave the device.
             unsafe { cuda!(cuDeviceGetAttribute(&mut value, which, device)) }?;
             Ok(value)
         };
@@ -96,7 +98,8 @@ impl Gpu {
     /// A kernel of `kernels/bench` that may use `shared` bytes of dynamic shared memory.
     pub fn kernel(&self, name: &str, shared: u32) -> Outcome<Kernel> {
         let (symbol, mut function) = (CString::new(name)?, null_mut());
-        // SAFETY: writes one handle, which only the module that has the kernel does, then sets an attribute of it.
+        // SAFETY: the modules are loaded until `self` is dropped, and the name ends with a zero. The call writes one handle to a
+        // local, and only for the module that has the kernel; the attribute is then set of that handle.
         unsafe {
             let found = |&&module: &&sys::CUmodule| {
                 sys::cuModuleGetFunction(&mut function, module, symbol.as_ptr()) == CUresult::CUDA_SUCCESS
@@ -117,7 +120,8 @@ impl Gpu {
 impl Drop for Gpu {
     fn drop(&mut self) {
         let mut context = null_mut();
-        // SAFETY: undoes `new`, on the same thread, since raw handles are not Send. Statuses change nothing here.
+        // SAFETY: undoes what `new` did, once, on the same thread: `modules` are raw pointers, so that a `Gpu` is not Send.
+        // Statuses change nothing here.
         unsafe {
             for &module in &self.modules {
                 let _ = sys::cuModuleUnload(module);
@@ -128,27 +132,27 @@ impl Drop for Gpu {
     }
 }
 
-/// A GPU's primary context, current on this thread until dropped.
-pub struct Current(sys::CUdevice);
+/// A GPU's primary context, current on this thread until dropped. The pointer that it does not have keeps it from being Send.
+pub struct Current(sys::CUdevice, PhantomData<*const ()>);
 
 impl Current {
     /// The library has seen that the GPU is there.
     pub fn new(ordinal: i32) -> Outcome<Current> {
         let (mut device, mut context) = (0, null_mut());
-        // SAFETY: calls with places to write to.
+        // SAFETY: the first two calls write to locals of the types that cuda.h gives them; the context was retained just now.
         unsafe {
             cuda!(cuDeviceGet(&mut device, ordinal))?;
             cuda!(cuDevicePrimaryCtxRetain(&mut context, device))?;
             cuda!(cuCtxPushCurrent_v2(context))?;
         }
-        Ok(Current(device))
+        Ok(Current(device, PhantomData))
     }
 }
 
 impl Drop for Current {
     fn drop(&mut self) {
         let mut context = null_mut();
-        // SAFETY: undoes `new`; made and dropped in one function, so on one thread. Statuses change nothing here.
+        // SAFETY: undoes what `new` did, once, on the same thread, since this is not Send. Statuses change nothing here.
         unsafe {
             let _ = sys::cuCtxPopCurrent_v2(&mut context);
             let _ = sys::cuDevicePrimaryCtxRelease_v2(self.0);
@@ -160,10 +164,10 @@ impl Drop for Current {
 pub fn let_access(ordinal: i32, peer: i32) -> Outcome<()> {
     let _peer = Current::new(peer)?;
     let mut context = null_mut();
-    // SAFETY: writes one handle.
+    // SAFETY: the call writes one handle to a local.
     unsafe { cuda!(cuCtxGetCurrent(&mut context)) }?;
     let _current = Current::new(ordinal)?;
-    // SAFETY: the peer's context is retained here, and by the library.
+    // SAFETY: the context is that of `_peer`, which retains it until this function returns; a context is current.
     match unsafe { sys::cuCtxEnablePeerAccess(context, 0) } {
         CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
         status => check(status, "cuCtxEnablePeerAccess"),
@@ -216,7 +220,7 @@ impl Stream {
     /// A GPU must be current.
     pub fn new() -> Outcome<Stream> {
         let (mut stream, mut begin, mut end) = (null_mut(), null_mut(), null_mut());
-        // SAFETY: writes handles.
+        // SAFETY: each call writes one handle to a local; without a current context it gives an error.
         unsafe {
             cuda!(cuStreamCreate(&mut stream, sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32))?;
             cuda!(cuEventCreate(&mut begin, 0))?;
@@ -233,7 +237,7 @@ impl Stream {
     /// Seconds from begin to end of what `enqueue` puts on the stream. Blocks.
     pub fn time(&self, enqueue: impl FnOnce() -> Outcome<()>) -> Outcome<f64> {
         let mut ms = 0f32;
-        // SAFETY: the stream's own events.
+        // SAFETY: `new` made the stream and both events, which live until `drop`; the last call writes one float to a local.
         unsafe {
             cuda!(cuEventRecord(self.begin, self.stream))?;
             enqueue()?;
@@ -244,16 +248,20 @@ impl Stream {
         Ok(f64::from(ms) * 1e-3)
     }
 
-    /// Enqueues a copy between GPUs that may access each other's memory, which outlives it.
-    pub fn copy(&self, to: u64, from: u64, bytes: usize) -> Outcome<()> {
-        // SAFETY: the stream is alive; the driver checks the addresses.
+    /// Enqueues a copy between GPUs that may access each other's memory.
+    ///
+    /// # Safety
+    /// Both addresses begin `bytes` bytes of device memory, which outlive the copy.
+    pub unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Outcome<()> {
+        // SAFETY: the stream lives until `drop`; the memory is as this function was promised.
         unsafe { cuda!(cuMemcpyAsync(to, from, bytes, self.stream)) }
     }
 
     /// Captures what `enqueue` puts on the stream.
     pub fn capture(&self, enqueue: impl FnOnce() -> Outcome<()>) -> Outcome<Graph> {
         let (mut graph, mut exec) = (null_mut(), null_mut());
-        // SAFETY: the stream is alive; handles are written.
+        // SAFETY: the stream lives until `drop`; the calls write handles to locals. A capture that has begun is ended, whatever
+        // `enqueue` gave.
         unsafe {
             cuda!(cuStreamBeginCapture_v2(self.stream, sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))?;
             let enqueued = enqueue();
@@ -265,15 +273,20 @@ impl Stream {
     }
 
     /// Enqueues a graph.
-    pub fn replay(&self, graph: &Graph) -> Outcome<()> {
-        // SAFETY: both are alive.
+    ///
+    /// # Safety
+    /// The memory that the captured work uses outlives this replay.
+    pub unsafe fn replay(&self, graph: &Graph) -> Outcome<()> {
+        // SAFETY: the stream and the graph are borrowed, and hold their handles until `drop`; the memory that the graph's
+        // kernels use is as this function was promised.
         unsafe { cuda!(cuGraphLaunch(graph.exec, self.stream)) }
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        // SAFETY: made by `new`; statuses change nothing here.
+        // SAFETY: `new` made all three, and `drop` runs once. The driver lets work that is enqueued end first. Statuses change
+        // nothing here.
         unsafe {
             let _ = sys::cuEventDestroy_v2(self.begin);
             let _ = sys::cuEventDestroy_v2(self.end);
@@ -290,7 +303,8 @@ pub struct Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // SAFETY: made by `capture`; statuses change nothing here.
+        // SAFETY: `capture` made both, and `drop` runs once. The driver lets replays that are enqueued end first. Statuses change
+        // nothing here.
         unsafe {
             let _ = sys::cuGraphExecDestroy(self.exec);
             let _ = sys::cuGraphDestroy(self.graph);

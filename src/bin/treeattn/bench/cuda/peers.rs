@@ -59,9 +59,12 @@ impl Side {
         Current::new(self.device.ordinal)
     }
 
-    /// Runs a kernel on this GPU; the arguments outlive it.
-    fn launch(&self, kernel: &str, (grid, threads): (u32, u32), arguments: &[u64]) -> Outcome<()> {
-        // SAFETY: callers pass what the kernel takes, of memory that they keep until the stream is done.
+    /// Enqueues a kernel on this GPU.
+    ///
+    /// # Safety
+    /// The kernel takes as many arguments, and the memory that they point to outlives it.
+    unsafe fn launch(&self, kernel: &str, (grid, threads): (u32, u32), arguments: &[u64]) -> Outcome<()> {
+        // SAFETY: `gpu` lives as long as `self`; the arguments are as this function was promised.
         unsafe { self.gpu.kernel(kernel, 0)?.launch(&self.stream, grid, threads, arguments) }
     }
 
@@ -125,7 +128,9 @@ fn flag(sides: [&Side; 2]) -> Outcome<f64> {
         sides.iter().try_for_each(|side| side.words.upload(0, &[0; 8]))?;
         let enqueue = |mine: usize| {
             let [own, peers] = [mine, 1 - mine].map(|side| sides[side].words.data() as u64);
-            sides[mine].launch("bench_flag", (1, 1), &[own, peers, u64::from(mine == 0), TURNS, own + 4])
+            let arguments = [own, peers, u64::from(mine == 0), TURNS, own + 4];
+            // SAFETY: the five arguments of the kernel. The words of both sides are freed with them, after `both` has waited.
+            unsafe { sides[mine].launch("bench_flag", (1, 1), &arguments) }
         };
         let seconds = both(sides, &enqueue)?;
         for (reader, writer) in [(0, 1), (1, 0)] {
@@ -144,7 +149,9 @@ fn copy(runtime: &Runtime, sides: [&Side; 2]) -> Outcome<f64> {
     let _current = sides[0].current()?;
     let mut samples = Samples::default();
     for _ in 0..TIMES {
-        let seconds = sides[0].stream.time(|| sides[0].stream.copy(to.data() as u64, from.data() as u64, COPIED))?;
+        // SAFETY: both buffers have as many bytes; they are freed after `time` has waited for the copy.
+        let copy = || unsafe { sides[0].stream.copy(to.data() as u64, from.data() as u64, COPIED) };
+        let seconds = sides[0].stream.time(copy)?;
         samples.push(COPIED as f64 / seconds);
     }
     Ok(samples.median())
@@ -170,8 +177,11 @@ fn exchange(runtime: &Runtime, sides: [&Side; 2], bytes: usize) -> Outcome<f64> 
                 let state = address(mine, 3);
                 let memory = [address(mine, 0), address(mine, 1), address(mine, 2), address(1 - mine, 2)];
                 let arguments = [&memory[..], &[words as u64, state]].concat();
-                sides[mine].launch("bench_words", (grid, 512), &arguments)?;
-                sides[mine].launch("bench_counted", (1, 1), &[state])?;
+                // SAFETY: the arguments of each kernel, in buffers of `all`. Captured work runs by `replay` alone.
+                unsafe {
+                    sides[mine].launch("bench_words", (grid, 512), &arguments)?;
+                    sides[mine].launch("bench_counted", (1, 1), &[state])?;
+                }
             }
             Ok(())
         })
@@ -179,7 +189,8 @@ fn exchange(runtime: &Runtime, sides: [&Side; 2], bytes: usize) -> Outcome<f64> 
     let graphs = [graph(0)?, graph(1)?];
     let mut samples = Samples::default();
     for turn in 0..=TIMES {
-        let seconds = both(sides, &|mine| sides[mine].stream.replay(&graphs[mine]))?;
+        // SAFETY: the graphs use buffers of `all`, which are freed after `both` has waited for the replays.
+        let seconds = both(sides, &|mine| unsafe { sides[mine].stream.replay(&graphs[mine]) })?;
         for (reader, writer) in [(0, 1), (1, 0)] {
             if Side::word(&all[reader][3], 1)? != 0 {
                 return Err(unseen(sides[writer], sides[reader]));

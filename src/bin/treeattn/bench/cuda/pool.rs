@@ -16,7 +16,8 @@ pub const QUICK_POOL: usize = 2 << 30;
 pub fn fill(gpu: &Gpu, stream: &Stream, pool: &Buffer, dtype: Dtype) -> Outcome<()> {
     let kernel = gpu.kernel("bench_fill", 0)?;
     let arguments = [pool.data() as u64, pool.bytes() as u64 / 4, u64::from(dtype == Dtype::Bf16)];
-    // SAFETY: what the kernel takes; the pool outlives it, since it is waited for.
+    // SAFETY: the three arguments of the kernel, over as many words as the pool has; `time` waits for it, and `gpu` and `pool`
+    // are borrowed meanwhile.
     stream.time(|| unsafe { kernel.launch(stream, gpu.card.multiprocessors as u32 * 4, 512, &arguments) })?;
     Ok(())
 }

@@ -37,9 +37,6 @@ pub enum Work<'a> {
     Merge { plan: &'a Plan, args: &'a MergeArgs },
 }
 
-// SAFETY: arguments are addresses of device memory, which the host does not touch.
-unsafe impl Send for Work<'_> {}
-
 impl Work<'_> {
     /// Different steps.
     fn copies(&self) -> usize {
@@ -49,9 +46,13 @@ impl Work<'_> {
         }
     }
 
-    fn enqueue(&self, steps: usize, stream: &runtime::Stream) -> Outcome<()> {
+    /// Enqueues that many steps.
+    ///
+    /// # Safety
+    /// The memory that the arguments name outlives the steps, and `stream` is the only one that steps of the plan are on.
+    unsafe fn enqueue(&self, steps: usize, stream: &runtime::Stream) -> Outcome<()> {
         for step in 0..steps {
-            // SAFETY: all memory outlives the steps, which are waited for before a measurement ends. A rank has one stream.
+            // SAFETY: memory and stream are as this function was promised.
             unsafe {
                 match *self {
                     Work::Decode { plan, args } => plan.decode(&args[step % args.len()], Some(stream))?,
@@ -64,7 +65,10 @@ impl Work<'_> {
 }
 
 /// Runs `works`, one a rank, at the same time; the slowest rank's times.
-pub fn run(ranks: &[Rank], works: &[Work<'_>], pace: &Pace) -> Outcome<Timed> {
+///
+/// # Safety
+/// The memory that the works' arguments name outlives this call, and whoever frees it waits for the device.
+pub unsafe fn run(ranks: &[Rank], works: &[Work<'_>], pace: &Pace) -> Outcome<Timed> {
     let meeting = Meeting::new(ranks.len());
     let results: Vec<Result<Timed, String>> = std::thread::scope(|scope| {
         let threads: Vec<_> = ranks
@@ -74,7 +78,8 @@ pub fn run(ranks: &[Rank], works: &[Work<'_>], pace: &Pace) -> Outcome<Timed> {
             .map(|(number, (rank, &work))| {
                 let meeting = &meeting;
                 scope.spawn(move || {
-                    let timed = measure(number, rank, &work, pace, meeting);
+                    // SAFETY: this function was promised the same; each rank has its own plan.
+                    let timed = unsafe { measure(number, rank, &work, pace, meeting) };
                     if timed.is_err() {
                         meeting.fail();
                     }
@@ -95,27 +100,34 @@ pub fn run(ranks: &[Rank], works: &[Work<'_>], pace: &Pace) -> Outcome<Timed> {
 }
 
 /// One rank's part of [`run`]; all ranks find the same times.
-fn measure(number: usize, rank: &Rank, work: &Work<'_>, pace: &Pace, meeting: &Meeting) -> Outcome<Timed> {
+///
+/// # Safety
+/// As [`run`]; nobody else has steps of the work's plan.
+unsafe fn measure(number: usize, rank: &Rank, work: &Work<'_>, pace: &Pace, meeting: &Meeting) -> Outcome<Timed> {
     let _current = Current::new(rank.device.ordinal)?;
     let stream = Stream::new()?;
-    // SAFETY: `stream` outlives the wrapped one, which is dropped here.
+    // SAFETY: `stream` is a local declared before the wrapped one, and so dropped after it.
     let wrapped = unsafe { runtime::Stream::wrap_cuda(&rank.runtime, rank.device, stream.pointer()) }?;
     let together = |run: &dyn Fn() -> Outcome<()>| -> Outcome<f64> {
         meeting.wait()?;
         meeting.largest(number, stream.time(run)?)
     };
+    // SAFETY: this function was promised the same; all steps are on the one stream.
+    let enqueue = |steps: usize| unsafe { work.enqueue(steps, &wrapped) };
     let (copies, probe) = (work.copies(), work.copies().min(8));
-    together(&|| work.enqueue(copies, &wrapped))?;
-    let about = together(&|| work.enqueue(probe, &wrapped))? / probe as f64;
+    together(&|| enqueue(copies))?;
+    let about = together(&|| enqueue(probe))? / probe as f64;
     let steps = ((GRAPH / about.max(1e-7)) as usize).clamp(copies, MOST_STEPS.max(copies));
 
     meeting.wait()?;
-    let graph = stream.capture(|| work.enqueue(steps, &wrapped))?;
-    together(&|| stream.replay(&graph))?;
+    let graph = stream.capture(|| enqueue(steps))?;
+    // SAFETY: the graph's steps use the memory that this function was promised.
+    let replay_once = || unsafe { stream.replay(&graph) };
+    together(&replay_once)?;
     let (mut replay, mut spent) = (Samples::default(), 0.0);
     let mut turns = 0;
     while turns < pace.least || spent < pace.block {
-        let seconds = together(&|| stream.replay(&graph))?;
+        let seconds = together(&replay_once)?;
         spent += seconds;
         turns += 1;
         replay.push(seconds / steps as f64);
@@ -128,7 +140,7 @@ fn measure(number: usize, rank: &Rank, work: &Work<'_>, pace: &Pace, meeting: &M
         meeting.wait()?;
         let seconds = stream.time(|| {
             let began = Instant::now();
-            work.enqueue(calls, &wrapped)?;
+            enqueue(calls)?;
             enqueued = began.elapsed().as_secs_f64();
             Ok(())
         })?;
