@@ -1435,7 +1435,7 @@ treeattn_status_t treeattn_comm_create_local(struct treeattn_runtime_t *runtime,
  * @param callbacks the engine's allgather and, if it has one, its sendrecv; set up with TREEATTN_TRANSPORT_INIT. The
  *                  struct is read during the call; what `ctx` points to outlives the communicator and its plans.
  * @param world     number of ranks, 1 to 4,096.
- * @param rank      this rank, 0 to world - 1: its place in what the allgather gathers.
+ * @param rank      this rank, 0 to world - 1: its index in what the allgather gathers.
  * @param device    this rank's device; a CPU device in this version.
  * @param config    NULL for defaults. `threads_per_rank` = 0 is the cores of the machine over its ranks.
  * @param comm      where the handle goes.
@@ -1713,7 +1713,7 @@ treeattn_status_t treeattn_plan_decode(struct treeattn_plan_t *plan,
  *
  * @param plan the plan, of a CPU rank.
  * @param args as for `treeattn_plan_decode`, from member 0; what the others pass is not looked at, and may be NULL.
- * @param team this thread's place in the team. Read during the call.
+ * @param team this thread's number and the team. Read during the call.
  * @return as `treeattn_plan_decode` with a NULL stream, the same for all members. INVALID_ARGUMENT: also an index or a size that is
  *         out of range, or that does not fit those of the others; where others wait for such a member, their wait ends with the
  *         same status. TIMEOUT: also a member that did not come, whose index the message names; then the output is NaN, if

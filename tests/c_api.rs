@@ -63,6 +63,9 @@ fn build_as(name: &str, program: &str) -> PathBuf {
     let program = libraries().join(program);
     succeed(c_compiler("c11").arg("-fsyntax-only").arg(&source));
     let mut link = c_compiler("c99");
+    if cfg!(debug_assertions) {
+        link.arg("-DSMALL_STACK=(256 * 1024)");
+    }
     link.args(["-O1", "-g"]).arg(&source).arg("-o").arg(&program).arg("-L").arg(libraries());
     succeed(link.args(["-ltreeattn", "-lm"]));
     program

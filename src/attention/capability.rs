@@ -9,13 +9,13 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug)]
 pub struct Capabilities {
     /// Ends what messages say is supported, where that depends on the backend: " on a GPU", or nothing.
-    pub place: &'static str,
+    pub suffix: &'static str,
     /// Element types of k and v.
     pub kv_dtypes: &'static [Dtype],
     /// Head dimensions of q, k and v are multiples of this ...
     pub head_dim_multiple: i32,
     /// ... up to this.
-    pub head_dim_limit: i32,
+    pub max_head_dim: i32,
     /// A window.
     pub window: bool,
     /// A softcap.
@@ -43,16 +43,16 @@ pub struct Capabilities {
 /// A merge-only plan asks nothing of it.
 pub fn supported(desc: &AttentionDesc, backend: &Capabilities) -> Result<()> {
     let one_of = |field: &str, found: &str, is_served: bool, served: &mut dyn Iterator<Item = &'static str>| {
-        if is_served { Ok(()) } else { Err(Error::unsupported(field, found, list(served) + backend.place)) }
+        if is_served { Ok(()) } else { Err(Error::unsupported(field, found, list(served) + backend.suffix)) }
     };
     let off = |field: &str, is_off: bool, found: String, is_served: bool| {
-        if is_off || is_served { Ok(()) } else { Err(Error::unsupported(field, found, format!("0{}", backend.place))) }
+        if is_off || is_served { Ok(()) } else { Err(Error::unsupported(field, found, format!("0{}", backend.suffix))) }
     };
     let off_flag = |flag: &str, is_set: bool, is_served: bool| {
         if !is_set || is_served {
             Ok(())
         } else {
-            Err(Error::unsupported("flags", flag, format!("0{}", backend.place)))
+            Err(Error::unsupported("flags", flag, format!("0{}", backend.suffix)))
         }
     };
     if desc.is_merge_only() {
@@ -63,9 +63,9 @@ pub fn supported(desc: &AttentionDesc, backend: &Capabilities) -> Result<()> {
         one_of(field, dtype.name(), served, &mut backend.kv_dtypes.iter().map(|dtype| dtype.name()))?;
     }
     for (field, dim) in [("head_dim_qk", desc.head_dim_qk), ("head_dim_v", desc.head_dim_v)] {
-        let (multiple, limit) = (backend.head_dim_multiple, backend.head_dim_limit);
-        if dim % multiple != 0 || dim > limit {
-            let served = format!("multiples of {multiple} up to {limit}{}", backend.place);
+        let (multiple, most) = (backend.head_dim_multiple, backend.max_head_dim);
+        if dim % multiple != 0 || dim > most {
+            let served = format!("multiples of {multiple} up to {most}{}", backend.suffix);
             return Err(Error::unsupported(field, dim, served));
         }
     }
@@ -91,7 +91,7 @@ pub fn supported(desc: &AttentionDesc, backend: &Capabilities) -> Result<()> {
 pub fn step_supported(args: &DecodeArgs, backend: &Capabilities) -> Result<()> {
     for (name, scales) in [("k_scale", &args.k_scale), ("v_scale", &args.v_scale)] {
         if !scales.data.is_null() && !backend.scales {
-            return Err(Error::unsupported(name, format_args!("{:p}", scales.data), format!("NULL{}", backend.place)));
+            return Err(Error::unsupported(name, format_args!("{:p}", scales.data), format!("NULL{}", backend.suffix)));
         }
     }
     Ok(())
@@ -114,10 +114,10 @@ mod tests {
     use crate::error::ErrorKind;
 
     const SERVED: Capabilities = Capabilities {
-        place: " on a test",
+        suffix: " on a test",
         kv_dtypes: &[Dtype::F32, Dtype::F16, Dtype::Bf16],
         head_dim_multiple: 8,
-        head_dim_limit: 256,
+        max_head_dim: 256,
         window: false,
         softcap: false,
         alibi: false,
@@ -169,7 +169,7 @@ mod tests {
                 "multiples of 8 up to 256 on a test",
                 |d| d.head_dim_v = 264,
                 |c| {
-                    c.head_dim_limit = 264;
+                    c.max_head_dim = 264;
                 },
             ),
             ("window: found 3", "0 on a test", |d| d.window = 3, |c| c.window = true),

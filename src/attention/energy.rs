@@ -21,8 +21,8 @@ impl Step {
         if zeta.data.is_null() {
             return Ok(self);
         }
-        let shape = [i64::from(self.args.query_tokens), i64::from(desc.q_heads), i64::from(desc.head_dim_v)];
-        self.zeta_stride = zeta.resolve("zeta", Dtype::F32, &shape)?;
+        let dims = [i64::from(self.args.query_tokens), i64::from(desc.q_heads), i64::from(desc.head_dim_v)];
+        self.zeta_stride = zeta.resolve("zeta", Dtype::F32, &dims)?;
         disjoint("out", &self.args.out, "zeta", zeta)?;
         disjoint("lse", &self.args.lse, "zeta", zeta)?;
         self.zeta = *zeta;

@@ -83,26 +83,26 @@ impl KvFormat {
         stride == self.block_bytes() as i64
     }
 
-    /// Byte strides of a packed tensor of `shape`, outermost dimension first, a row of elements last; at most 4
+    /// Byte strides of a packed tensor of dimensions `dims`, outermost dimension first, a row of elements last; at most 4
     /// dimensions. `name` names the tensor in the error for sizes beyond 63 bits.
-    pub fn packed_strides(self, name: &str, shape: &[i64]) -> Result<[i64; 4]> {
+    pub fn packed_strides(self, name: &str, dims: &[i64]) -> Result<[i64; 4]> {
         let mut stride = [0; 4];
         let mut next = self.block_bytes() as i64;
-        for (dim, count) in self.block_shape(shape).into_iter().enumerate().take(shape.len()).rev() {
+        for (dim, count) in self.block_dims(dims).into_iter().enumerate().take(dims.len()).rev() {
             stride[dim] = next;
             next = next.checked_mul(count.max(1)).ok_or_else(|| {
-                Error::invalid(format_args!("{name} shape"), format_args!("{shape:?}"), "a size that fits 63 bits")
+                Error::invalid(format_args!("{name} dimensions"), format_args!("{dims:?}"), "a size that fits 63 bits")
             })?;
         }
         Ok(stride)
     }
 
-    /// `shape` with the last dimension counted in blocks; 0 past its end.
-    pub fn block_shape(self, shape: &[i64]) -> [i64; 4] {
+    /// `dims` with the last dimension counted in blocks; 0 past its end.
+    pub fn block_dims(self, dims: &[i64]) -> [i64; 4] {
         let mut counts = [0; 4];
-        counts[..shape.len()].copy_from_slice(shape);
-        if let Some(last) = shape.len().checked_sub(1) {
-            counts[last] = self.blocks(usize::try_from(shape[last]).unwrap_or(0)) as i64;
+        counts[..dims.len()].copy_from_slice(dims);
+        if let Some(last) = dims.len().checked_sub(1) {
+            counts[last] = self.blocks(usize::try_from(dims[last]).unwrap_or(0)) as i64;
         }
         counts
     }
@@ -176,13 +176,13 @@ mod tests {
 
     #[test]
     fn packed_strides_count_blocks() {
-        let strides = |dtype, shape: &[i64]| KvFormat::of(dtype).packed_strides("k", shape).unwrap();
+        let strides = |dtype, dims: &[i64]| KvFormat::of(dtype).packed_strides("k", dims).unwrap();
         assert_eq!(strides(Dtype::F16, &[2, 5, 3, 8]), [240, 48, 16, 2]);
         assert_eq!(strides(Dtype::Q8_0, &[2, 5, 3, 64]), [1020, 204, 68, 34]);
         assert_eq!(strides(Dtype::F32, &[7, 2]), [8, 4, 0, 0]);
         assert_eq!(strides(Dtype::F32, &[7, 0, 2]), [8, 8, 4, 0]);
         let error = KvFormat::of(Dtype::F32).packed_strides("k", &[1, i64::MAX / 2, 3, 2]).unwrap_err();
-        assert!(error.message().starts_with("k shape"), "{error}");
+        assert!(error.message().starts_with("k dimensions"), "{error}");
     }
 
     #[test]

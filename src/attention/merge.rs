@@ -69,9 +69,9 @@ impl MergeStep {
             return Err(Error::invalid("n", count, format!("1 to {}", i32::MAX)));
         }
         at_least_no_tokens(args)?;
-        let shape = [count as i64, i64::from(args.query_tokens), i64::from(args.heads), i64::from(args.head_dim)];
-        let o_stride = args.o.resolve("o", float("o_dtype", args.o_dtype)?, &shape)?;
-        let lse_stride = args.lse.resolve("lse", Dtype::F32, &shape[..3])?;
+        let dims = [count as i64, i64::from(args.query_tokens), i64::from(args.heads), i64::from(args.head_dim)];
+        let o_stride = args.o.resolve("o", float("o_dtype", args.o_dtype)?, &dims)?;
+        let lse_stride = args.lse.resolve("lse", Dtype::F32, &dims[..3])?;
         let out_dtype = args.out_dtype.unwrap_or(args.o_dtype);
         let step = MergeStep::resolved(args, args.heads, args.head_dim, o_stride, lse_stride, out_dtype)?;
         Ok(MergeStep { count: count as i32, ..step })
@@ -90,11 +90,11 @@ impl MergeStep {
             }
         }
         at_least_no_tokens(args)?;
-        let shape = [i64::from(args.query_tokens), i64::from(desc.q_heads), i64::from(desc.head_dim_v)];
+        let dims = [i64::from(args.query_tokens), i64::from(desc.q_heads), i64::from(desc.head_dim_v)];
         // The one partial has no dimension of its own: its strides come behind a zero.
         let behind_zero = |s: [i64; 4]| [0, s[0], s[1], s[2]];
-        let o_stride = behind_zero(args.o.resolve("o", float("o_dtype", args.o_dtype)?, &shape)?);
-        let lse_stride = behind_zero(args.lse.resolve("lse", Dtype::F32, &shape[..2])?);
+        let o_stride = behind_zero(args.o.resolve("o", float("o_dtype", args.o_dtype)?, &dims)?);
+        let lse_stride = behind_zero(args.lse.resolve("lse", Dtype::F32, &dims[..2])?);
         if let Some(found) = args.out_dtype.filter(|&dtype| dtype != desc.out_dtype) {
             return Err(Error::invalid("out_dtype", found.name(), format!("the plan's {}", desc.out_dtype.name())));
         }
@@ -117,14 +117,14 @@ impl MergeStep {
             2 => std::f32::consts::LN_2,
             other => return Err(Error::invalid("lse_base", other, "0 for e, or 2")),
         };
-        let shape = [i64::from(args.query_tokens), i64::from(heads), i64::from(dim)];
-        let out_stride = args.out.resolve("out", float("out_dtype", out_dtype)?, &shape)?;
-        no_overlap("out", out_dtype.size(), &out_stride, &shape)?;
+        let dims = [i64::from(args.query_tokens), i64::from(heads), i64::from(dim)];
+        let out_stride = args.out.resolve("out", float("out_dtype", out_dtype)?, &dims)?;
+        no_overlap("out", out_dtype.size(), &out_stride, &dims)?;
         let out_lse_stride = if args.out_lse.data.is_null() {
             [0; 4]
         } else {
-            let stride = args.out_lse.resolve("out_lse", Dtype::F32, &shape[..2])?;
-            no_overlap("out_lse", Dtype::F32.size(), &stride, &shape[..2])?;
+            let stride = args.out_lse.resolve("out_lse", Dtype::F32, &dims[..2])?;
+            no_overlap("out_lse", Dtype::F32.size(), &stride, &dims[..2])?;
             stride
         };
         for (out_name, out) in [("out", &args.out), ("out_lse", &args.out_lse)] {

@@ -30,7 +30,7 @@ impl Placement {
     }
 }
 
-/// One rank's place among the ranks of a communicator.
+/// A rank, and how many ranks its communicator has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Shard {
     /// This rank, 0 to `world` - 1.

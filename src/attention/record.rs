@@ -68,7 +68,7 @@ impl SequenceRecord {
     }
 }
 
-/// A word of an input at place `index`, mixed so that sums of such words tell inputs apart: the finaliser of MurmurHash3,
+/// Word `index` of an input, mixed so that sums of such words tell inputs apart: the finaliser of MurmurHash3,
 /// by Austin Appleby, in the public domain.
 #[inline]
 pub fn mixed(index: u64, word: u64) -> u64 {

@@ -102,10 +102,11 @@ impl Step {
         let mask = Mask::resolve(desc, args)?;
         let mask_factor = per_head("mask_factor", &args.mask_factor, !args.mask_factor.data.is_null())?;
 
-        let limit = i64::from(desc.max_kv_length);
+        let max_kv_length = i64::from(desc.max_kv_length);
         let (k_stride, v_stride, kv_capacity) = match desc.kv_layout {
             KvLayout::Strided => {
-                let cache = StridedCache { batch, max_batch: desc.max_batch, limit, capacity: args.kv_capacity };
+                let cache =
+                    StridedCache { batch, max_batch: desc.max_batch, max_kv_length, capacity: args.kv_capacity };
                 let k_stride = cache.strides("k", &args.k, desc.k_dtype, [kv_heads, dim_qk])?;
                 let v_stride = cache.strides("v", &args.v, desc.v_dtype, [kv_heads, dim_v])?;
                 // Of the last sequence, which has room for the fewest.
@@ -128,7 +129,7 @@ impl Step {
                     required("page_indices", args.page_indices, args.num_page_indices > 0)?;
                     args.num_page_indices.saturating_mul(page)
                 };
-                (k_stride, v_stride, limit.min(room))
+                (k_stride, v_stride, max_kv_length.min(room))
             }
         };
 
@@ -290,20 +291,21 @@ pub(crate) fn disjoint(a_name: &str, a: &Tensor, b_name: &str, b: &Tensor) -> Re
 
 /// Refuses an output in which two elements of `size` bytes would share one: sorted by stride, each dimension steps over all
 /// of those inside it.
-pub(crate) fn no_overlap(name: &str, size: usize, stride: &[i64; 4], shape: &[i64]) -> Result<()> {
-    if shape.contains(&0) {
+pub(crate) fn no_overlap(name: &str, size: usize, stride: &[i64; 4], dims: &[i64]) -> Result<()> {
+    if dims.contains(&0) {
         return Ok(());
     }
     let mut order = [0, 1, 2, 3];
-    let order = &mut order[..shape.len()];
+    let order = &mut order[..dims.len()];
     order.sort_unstable_by_key(|&dim| (stride[dim], Reverse(dim)));
     let mut span = size as i128;
-    for &dim in order.iter().filter(|&&dim| shape[dim] > 1) {
+    for &dim in order.iter().filter(|&&dim| dims[dim] > 1) {
         if i128::from(stride[dim]) < span {
-            let wanted = format!("at least {span} in an output of shape {shape:?}, so that no two elements overlap");
+            let wanted =
+                format!("at least {span} in an output of dimensions {dims:?}, so that no two elements overlap");
             return Err(Error::invalid(format_args!("{name}.stride[{dim}]"), stride[dim], wanted));
         }
-        span += i128::from(stride[dim]) * i128::from(shape[dim] - 1);
+        span += i128::from(stride[dim]) * i128::from(dims[dim] - 1);
     }
     Ok(())
 }
@@ -315,10 +317,10 @@ fn scale_strides(desc: &AttentionDesc, args: &DecodeArgs) -> Result<[[i64; 4]; 2
         KvLayout::Strided => (i64::from(args.batch).min(1), 1),
         KvLayout::BlockTable | KvLayout::CsrPages => (i64::from(args.num_pages), i64::from(desc.page_size)),
     };
-    let shape = [outer, inner, i64::from(desc.kv_heads)];
+    let dims = [outer, inner, i64::from(desc.kv_heads)];
     let of = |name: &str, scales: &Tensor, cache: &Tensor, field: &str, dtype: Dtype| {
         let needed = dtype == Dtype::Int8 && cache.bytes > 0 && args.batch > 0;
-        scales::strides(name, scales, shape, needed.then(|| format!("{field} is {}", dtype.name())))
+        scales::strides(name, scales, dims, needed.then(|| format!("{field} is {}", dtype.name())))
     };
     Ok([
         of("k_scale", &args.k_scale, &args.k, "k_dtype", desc.k_dtype)?,
@@ -326,9 +328,9 @@ fn scale_strides(desc: &AttentionDesc, args: &DecodeArgs) -> Result<[[i64; 4]; 2
     ])
 }
 
-fn bounded(name: &str, value: i32, low: i32, high: i32, limit: &str) -> Result<()> {
+fn bounded(name: &str, value: i32, low: i32, high: i32, field: &str) -> Result<()> {
     if value < low || value > high {
-        Err(Error::invalid(name, value, format!("{low} to the plan's {limit} = {high}")))
+        Err(Error::invalid(name, value, format!("{low} to the plan's {field} = {high}")))
     } else {
         Ok(())
     }

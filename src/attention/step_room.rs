@@ -108,7 +108,7 @@ impl Step {
     /// they end where the last sequence does. `longest` and `last`: the length of the longest sequence and of the last; none
     /// where they cannot be read.
     pub(super) fn settle_packed(&mut self, desc: &AttentionDesc, lengths: Option<(i64, i64)>) -> Result<()> {
-        let (batch, limit) = (i64::from(self.args.batch), i64::from(desc.max_kv_length));
+        let (batch, max_kv_length) = (i64::from(self.args.batch), i64::from(desc.max_kv_length));
         if desc.kv_layout != KvLayout::Strided || batch < 2 || self.args.kv_capacity > 0 {
             return Ok(());
         }
@@ -118,20 +118,22 @@ impl Step {
                 continue;
             }
             let (token, bytes) = (i128::from(stride[1]), i128::from(tensor.bytes));
-            let all = token * i128::from(limit);
+            let all = token * i128::from(max_kv_length);
             let early =
                 lengths.is_some_and(|(_, last)| bytes == all * i128::from(batch - 1) + token * i128::from(last));
             let exact = bytes == i128::from(stride[0]) * i128::from(batch)
-                || strided_cache::is_of_plan(tensor.bytes, stride[1], desc.max_batch, limit);
+                || strided_cache::is_of_plan(tensor.bytes, stride[1], desc.max_batch, max_kv_length);
             match (exact, early) {
                 // Both: only where a sequence is too long for the one is it the other.
                 (true, true) if i128::from(stride[0]) < all => {
                     if lengths.is_none_or(|(longest, _)| i128::from(longest) * token <= i128::from(stride[0])) {
-                        return Err(strided_cache::untold(name, tensor.bytes, batch, limit, stride[1]));
+                        return Err(strided_cache::untold(name, tensor.bytes, batch, max_kv_length, stride[1]));
                     }
-                    stride[0] = stride[1] * limit;
+                    stride[0] = stride[1] * max_kv_length;
                 }
-                (false, false) => return Err(strided_cache::untold(name, tensor.bytes, batch, limit, stride[1])),
+                (false, false) => {
+                    return Err(strided_cache::untold(name, tensor.bytes, batch, max_kv_length, stride[1]));
+                }
                 _ => {}
             }
         }

@@ -11,8 +11,8 @@ pub(super) struct StridedCache {
     pub batch: i64,
     /// The plan's most.
     pub max_batch: i32,
-    /// The plan's longest sequence.
-    pub limit: i64,
+    /// The longest sequence of the plan on this rank.
+    pub max_kv_length: i64,
     /// Tokens of a packed sequence; 0: not given.
     pub capacity: i32,
 }
@@ -41,39 +41,39 @@ impl StridedCache {
         if self.capacity > 0 {
             return Ok(i64::from(self.capacity));
         }
-        let too_large = || untold(name, bytes, self.batch, self.limit, token);
+        let too_large = || untold(name, bytes, self.batch, self.max_kv_length, token);
         let all = token.checked_mul(self.batch).ok_or_else(too_large)? as u64;
-        all.checked_mul(self.limit as u64).ok_or_else(too_large)?;
+        all.checked_mul(self.max_kv_length as u64).ok_or_else(too_large)?;
         let exact = bytes / all;
-        let is_exact = bytes.is_multiple_of(all) && exact <= self.limit as u64;
-        if is_of_plan(bytes, token, self.max_batch, self.limit) {
-            return Ok(self.limit);
+        let is_exact = bytes.is_multiple_of(all) && exact <= self.max_kv_length as u64;
+        if is_of_plan(bytes, token, self.max_batch, self.max_kv_length) {
+            return Ok(self.max_kv_length);
         }
         // In a batch that is not full the bytes may be those of the full one, with fewer tokens a sequence.
-        if is_exact && (exact == self.limit as u64 || self.batch == i64::from(self.max_batch)) {
+        if is_exact && (exact == self.max_kv_length as u64 || self.batch == i64::from(self.max_batch)) {
             return Ok(exact as i64);
         }
         // One sequence has no next one; the last of several may end early, which its length is to bear out.
         let but_last = all - token as u64;
-        if self.batch == 1 || (but_last * self.limit as u64..all * self.limit as u64).contains(&bytes) {
-            return Ok(self.limit);
+        if self.batch == 1 || (but_last * self.max_kv_length as u64..all * self.max_kv_length as u64).contains(&bytes) {
+            return Ok(self.max_kv_length);
         }
-        Err(untold(name, bytes, self.batch, self.limit, token))
+        Err(untold(name, bytes, self.batch, self.max_kv_length, token))
     }
 }
 
 /// Whether `bytes` are those of a packed cache for the most sequences and tokens of the plan, `token` a token: it may serve
 /// steps of fewer sequences.
-pub(super) fn is_of_plan(bytes: u64, token: i64, max_batch: i32, limit: i64) -> bool {
-    i128::from(bytes) == i128::from(token) * i128::from(max_batch) * i128::from(limit)
+pub(super) fn is_of_plan(bytes: u64, token: i64, max_batch: i32, max_kv_length: i64) -> bool {
+    i128::from(bytes) == i128::from(token) * i128::from(max_batch) * i128::from(max_kv_length)
 }
 
 /// The error of a packed cache of several sequences whose bytes do not tell where the second begins. `token`: bytes of one.
-pub(super) fn untold(name: &str, bytes: u64, batch: i64, limit: i64, token: i64) -> Error {
+pub(super) fn untold(name: &str, bytes: u64, batch: i64, max_kv_length: i64, token: i64) -> Error {
     let wanted = format!(
-        "{}, a packed {name} of [{batch} sequences, max_kv_length = {limit} tokens], or in kv_capacity the tokens that each \
+        "{}, a packed {name} of [{batch} sequences, max_kv_length = {max_kv_length} tokens], or in kv_capacity the tokens that each \
          sequence of it has room for",
-        i128::from(token) * i128::from(batch) * i128::from(limit)
+        i128::from(token) * i128::from(batch) * i128::from(max_kv_length)
     );
     Error::invalid(format_args!("{name}.bytes"), bytes, wanted)
 }
@@ -90,7 +90,7 @@ pub(super) fn no_broadcast_rows(name: &str, dtype: Dtype, stride: &[i64; 4], dim
 /// Bytes from the first of `tensor` to the end of token `token` of sequence `b`, whose strides are resolved.
 pub(super) fn end_of(dtype: Dtype, stride: &[i64; 4], inner: [i64; 2], b: i64, token: i64) -> i128 {
     let format = KvFormat::of(dtype);
-    let counts = format.block_shape(&[1, 1, inner[0], inner[1]]);
+    let counts = format.block_dims(&[1, 1, inner[0], inner[1]]);
     let steps = [b, token, counts[2] - 1, counts[3] - 1];
     format.block_bytes() as i128 + (0..4).map(|d| i128::from(stride[d]) * i128::from(steps[d])).sum::<i128>()
 }
@@ -129,7 +129,12 @@ mod tests {
 
     fn strides(batch: i64, max_batch: i32, capacity: i32, floats: usize) -> Result<[i64; 4]> {
         let data = vec![0f32; floats];
-        StridedCache { batch, max_batch, limit: 16, capacity }.strides("k", &Tensor::from_slice(&data), F32, [1, 2])
+        StridedCache { batch, max_batch, max_kv_length: 16, capacity }.strides(
+            "k",
+            &Tensor::from_slice(&data),
+            F32,
+            [1, 2],
+        )
     }
 
     #[test]
@@ -168,7 +173,7 @@ mod tests {
     #[test]
     fn a_last_stride_of_zero_is_refused() {
         let data = [0f32; 64];
-        let cache = StridedCache { batch: 1, max_batch: 1, limit: 16, capacity: 0 };
+        let cache = StridedCache { batch: 1, max_batch: 1, max_kv_length: 16, capacity: 0 };
         let with = |stride, dim| {
             cache.strides("k", &Tensor::from_slice(&data).with_strides(stride), F32, [1, dim]).map_err(|error| {
                 assert!(error.message().starts_with("k.stride[3]: found 0, wanted a byte stride"), "{error}");

@@ -48,12 +48,12 @@ impl Tensor {
         self
     }
 
-    /// Checks pointer, alignment, strides and extent for `shape` (outermost first; at most 4 dimensions) and gives
-    /// the strides to use. A shape with a zero dimension touches nothing and needs no data.
-    pub fn resolve(&self, name: &str, dtype: Dtype, shape: &[i64]) -> Result<[i64; 4]> {
+    /// Checks pointer, alignment, strides and extent for dimensions `dims` (outermost first; at most 4) and gives
+    /// the strides to use. A tensor with a zero dimension touches nothing and needs no data.
+    pub fn resolve(&self, name: &str, dtype: Dtype, dims: &[i64]) -> Result<[i64; 4]> {
         let format = KvFormat::of(dtype);
-        let stride = self.strides_for(name, format, shape)?;
-        if shape.contains(&0) {
+        let stride = self.strides_for(name, format, dims)?;
+        if dims.contains(&0) {
             return Ok(stride);
         }
         if self.data.is_null() {
@@ -64,8 +64,8 @@ impl Tensor {
             return Err(Error::invalid(format_args!("{name}.data"), format_args!("{:p}", self.data), wanted));
         }
         let mut extent = format.block_bytes() as u64;
-        let counts = format.block_shape(shape);
-        for (dim, (&n, &s)) in counts[..shape.len()].iter().zip(&stride).enumerate() {
+        let counts = format.block_dims(dims);
+        for (dim, (&n, &s)) in counts[..dims.len()].iter().zip(&stride).enumerate() {
             let span = u64::try_from(n - 1).ok().and_then(|n| n.checked_mul(s as u64));
             extent = span.and_then(|span| extent.checked_add(span)).ok_or_else(|| {
                 Error::invalid(format_args!("{name}.stride[{dim}]"), s, "an extent that fits 64 bits")
@@ -73,7 +73,7 @@ impl Tensor {
         }
         if extent > self.bytes {
             let wanted =
-                format!("at least {extent} for shape {shape:?} with byte strides {:?}", &stride[..shape.len()]);
+                format!("at least {extent} for dimensions {dims:?} with byte strides {:?}", &stride[..dims.len()]);
             return Err(Error::invalid(format_args!("{name}.bytes"), self.bytes, wanted));
         }
         if (self.data as u64).checked_add(self.bytes).is_none() {
@@ -82,14 +82,14 @@ impl Tensor {
         Ok(stride)
     }
 
-    /// The strides to use for `shape`: the packed ones where all are zero, else these, checked for sign and alignment.
-    fn strides_for(&self, name: &str, format: KvFormat, shape: &[i64]) -> Result<[i64; 4]> {
+    /// The strides to use for `dims`: the packed ones where all are zero, else these, checked for sign and alignment.
+    fn strides_for(&self, name: &str, format: KvFormat, dims: &[i64]) -> Result<[i64; 4]> {
         let mut stride = self.stride;
-        if stride[..shape.len()].iter().all(|&s| s == 0) {
-            let packed = format.packed_strides(name, shape)?;
-            stride[..shape.len()].copy_from_slice(&packed[..shape.len()]);
+        if stride[..dims.len()].iter().all(|&s| s == 0) {
+            let packed = format.packed_strides(name, dims)?;
+            stride[..dims.len()].copy_from_slice(&packed[..dims.len()]);
         }
-        for (dim, &s) in stride[..shape.len()].iter().enumerate() {
+        for (dim, &s) in stride[..dims.len()].iter().enumerate() {
             let align = format.alignment() as i64;
             if s < 0 || s % align != 0 {
                 let wanted = format!("a byte stride of at least 0, a multiple of {align}");

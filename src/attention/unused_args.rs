@@ -85,7 +85,7 @@ pub(super) fn check(desc: &AttentionDesc, args: &DecodeArgs) -> Result<()> {
         page_index_head_stride,
         kv_position_head_stride,
     } = args;
-    let layout = Shape("kv_layout", desc.kv_layout.name());
+    let layout = FieldValue("kv_layout", desc.kv_layout.name());
     let (table, csr) = (desc.kv_layout == KvLayout::BlockTable, desc.kv_layout == KvLayout::CsrPages);
     unused("block_table", block_table, table, layout)?;
     unused("max_pages", max_pages, table, layout)?;
@@ -94,17 +94,17 @@ pub(super) fn check(desc: &AttentionDesc, args: &DecodeArgs) -> Result<()> {
     unused("page_indices", page_indices, csr, layout)?;
     unused("num_page_indices", num_page_indices, csr, layout)?;
     unused("last_page_len", last_page_len, csr, layout)?;
-    let placement = Shape("placement", desc.placement.name());
+    let placement = FieldValue("placement", desc.placement.name());
     let explicit = desc.placement == Placement::Explicit;
     unused("kv_start", kv_start, desc.placement == Placement::Contiguous, placement)?;
     unused("kv_position", kv_position, explicit, placement)?;
     unused("kv_position_stride", kv_position_stride, explicit, placement)?;
-    unused("sinks", sinks, desc.sinks, Shape("sinks", "0"))?;
-    unused("alibi_slopes", alibi_slopes, desc.alibi, Shape("alibi", "0"))?;
-    let kind = Shape("mask", desc.mask.name());
+    unused("sinks", sinks, desc.sinks, FieldValue("sinks", "0"))?;
+    unused("alibi_slopes", alibi_slopes, desc.alibi, FieldValue("alibi", "0"))?;
+    let kind = FieldValue("mask", desc.mask.name());
     unused("mask", mask, desc.mask != MaskKind::None, kind)?;
     unused("mask_factor", mask_factor, desc.mask == MaskKind::Additive, kind)?;
-    let lists = Shape("flags", "without PAGES_BY_HEAD");
+    let lists = FieldValue("flags", "without PAGES_BY_HEAD");
     unused("page_index_head_stride", page_index_head_stride, desc.pages_by_head, lists)?;
     unused("kv_position_head_stride", kv_position_head_stride, desc.pages_by_head, lists)?;
     unused("kv_position_head_stride", kv_position_head_stride, explicit, placement)?;
@@ -119,16 +119,16 @@ pub(super) fn check(desc: &AttentionDesc, args: &DecodeArgs) -> Result<()> {
         return Err(Error::invalid("kv_capacity", kv_capacity, "at least 0"));
     }
     let packed = k.stride == [0; 4] || v.stride == [0; 4];
-    let cache = if desc.kv_layout == KvLayout::Strided { Shape("strides", "of k and v") } else { layout };
+    let cache = if desc.kv_layout == KvLayout::Strided { FieldValue("strides", "of k and v") } else { layout };
     unused("kv_capacity", kv_capacity, desc.kv_layout == KvLayout::Strided && packed, cache)
 }
 
 /// What has no use for an argument: a field and its value.
 #[derive(Clone, Copy)]
-struct Shape(&'static str, &'static str);
+struct FieldValue(&'static str, &'static str);
 
 /// Allocates nothing unless it refuses.
-fn unused<T: Given>(name: &str, value: &T, used: bool, Shape(field, of): Shape) -> Result<()> {
+fn unused<T: Given>(name: &str, value: &T, used: bool, FieldValue(field, of): FieldValue) -> Result<()> {
     if used || !value.is_given() {
         return Ok(());
     }

@@ -223,12 +223,12 @@ mod tests {
     #[test]
     fn ranges_and_masks_follow_the_definition() {
         let explicit: Vec<i32> = (0..150).map(|slot| (slot * 37) % 151).collect();
-        let mut places = vec![KeyPositions::Explicit { positions: &explicit }];
-        places.extend([0, 1, 17, 200].map(|start| KeyPositions::Contiguous { start }));
+        let mut all = vec![KeyPositions::Explicit { positions: &explicit }];
+        all.extend([0, 1, 17, 200].map(|start| KeyPositions::Contiguous { start }));
         for (run, rank, world) in [(1, 0, 1), (1, 2, 3), (4, 0, 2), (4, 1, 2), (64, 1, 3), (7, 4, 5)] {
-            places.push(KeyPositions::Interleaved { run, shard: Shard { rank, world } });
+            all.push(KeyPositions::Interleaved { run, shard: Shard { rank, world } });
         }
-        for keys in places {
+        for keys in all {
             for (causal, window) in [(false, 0), (true, 0), (false, 1), (true, 1), (true, 70), (false, 300)] {
                 let rule = VisibilityRule { causal, window };
                 for position in (-1..400).chain([i64::from(i32::MAX)]) {
@@ -276,9 +276,9 @@ mod tests {
                 }
             }
         }
-        let limit = i64::from(i32::MAX);
-        assert!(KeyPositions::Contiguous { start: limit }.are_valid(1));
-        assert!(!KeyPositions::Contiguous { start: limit }.are_valid(2));
+        let last = i64::from(i32::MAX);
+        assert!(KeyPositions::Contiguous { start: last }.are_valid(1));
+        assert!(!KeyPositions::Contiguous { start: last }.are_valid(2));
         assert!(!KeyPositions::Contiguous { start: -1 }.are_valid(1));
         let far = KeyPositions::Interleaved { run: 1 << 30, shard: Shard { rank: 1, world: 2 } };
         assert!(far.are_valid(1 << 30) && !far.are_valid((1 << 30) + 1));

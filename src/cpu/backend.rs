@@ -22,10 +22,10 @@ const TILES_TO_BLOCK: u64 = 8;
 
 /// What the CPU backend serves.
 pub const CAPABILITIES: Capabilities = Capabilities {
-    place: "",
+    suffix: "",
     kv_dtypes: &Dtype::ALL,
     head_dim_multiple: 1,
-    head_dim_limit: MAX_HEAD_DIM,
+    max_head_dim: MAX_HEAD_DIM,
     window: true,
     softcap: true,
     alibi: true,

@@ -6,7 +6,7 @@ use super::backend::CpuBackend;
 use super::kernel::args::TILE;
 use super::rows::Rows;
 use super::sequences::Reader;
-use super::shape::RowShape;
+use super::shape::RowFormat;
 use crate::attention::Step;
 use crate::device::Executor;
 use crate::error::{Error, Result};
@@ -32,7 +32,7 @@ pub struct Held {
 struct Target {
     data: *mut u8,
     heads: usize,
-    row: RowShape,
+    row: RowFormat,
     /// Byte strides of the source: head, block of the format.
     stride: [i64; 2],
 }
@@ -41,16 +41,16 @@ struct Target {
 unsafe impl Sync for Target {}
 
 impl Target {
-    /// Copies kv heads `heads` of the token whose kv head 0 is at `from` to place `token`.
+    /// Copies kv heads `heads` of the token whose kv head 0 is at `from` to token `token` of the target.
     ///
     /// # Safety
-    /// `from` is readable for kv heads `heads` of a token, as the source's strides say; the target has that place, of which
+    /// `from` is readable for kv heads `heads` of a token, as the source's strides say; the target has that token, of which
     /// nobody else writes these heads, and shares no byte with the source.
     unsafe fn put(&self, token: usize, heads: Range<usize>, from: *const u8) {
         let (format, dim) = (self.row.format, self.row.dim);
         let bytes = format.row_bytes(dim);
         let [head_stride, stride] = self.stride;
-        // SAFETY: `to` is the token's place in the target, `heads` rows of `bytes` each; every read and write below is of a head
+        // SAFETY: `to` is the token of the target, `heads` rows of `bytes` each; every read and write below is of a head
         // in `heads` of one of the two, all of which this function was promised.
         unsafe {
             let to = self.data.add(token * self.heads * bytes);
@@ -111,7 +111,7 @@ impl CpuBackend {
             return Err(Error::invalid("b", b, format!("below {}", scratch.sequences.len())));
         };
         let (keys, heads) = (sequence.visible.hi, self.desc.kv_heads as usize);
-        let target = |data: &mut [u8], row: RowShape, stride: &[i64; 4]| -> Result<Target> {
+        let target = |data: &mut [u8], row: RowFormat, stride: &[i64; 4]| -> Result<Target> {
             let wanted = keys * heads * row.format.row_bytes(row.dim);
             if data.len() != wanted {
                 return Err(Error::invalid("packed keys or values", data.len(), format!("{wanted} bytes")));
@@ -133,7 +133,7 @@ impl CpuBackend {
                 unsafe { rows.fill(&reader, (b, list), sequence, slot, count) };
                 for t in 0..count {
                     // SAFETY: `fill` gave the rows of tokens that the sequence holds, which the survey checked to lie inside k
-                    // and v; these are readable, as this function was promised. The targets were checked to have a place for
+                    // and v; these are readable, as this function was promised. The targets were checked to have room for
                     // every key, they are borrowed exclusively and so apart from the source, and the ranges of the workers do
                     // not overlap.
                     unsafe {

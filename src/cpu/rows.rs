@@ -67,8 +67,8 @@ impl Rows {
         }
     }
 
-    /// Points places `places` at the scales of tokens from `inside` on of sequence or page `outer`.
-    fn run_of_scales(&mut self, step: &Step, places: Range<usize>, outer: i64, inside: usize) {
+    /// Points scales `which` at those of tokens from `inside` on of sequence or page `outer`.
+    fn run_of_scales(&mut self, step: &Step, which: Range<usize>, outer: i64, inside: usize) {
         let args = &step.args;
         let of = [(&args.k_scale, &step.k_scale_stride), (&args.v_scale, &step.v_scale_stride)];
         for (scales, (tensor, stride)) in self.scales.iter_mut().zip(of) {
@@ -76,7 +76,7 @@ impl Rows {
                 continue;
             }
             let data = tensor.data.cast::<u8>().cast_const();
-            for (i, scale) in scales[places.clone()].iter_mut().enumerate() {
+            for (i, scale) in scales[which.clone()].iter_mut().enumerate() {
                 let at = outer * stride[0] + (inside + i) as i64 * stride[1];
                 *scale = data.wrapping_offset(at as isize);
             }

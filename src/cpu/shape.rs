@@ -2,7 +2,7 @@
 
 use super::kernel::args::TILE;
 use super::kernel::table::codec_of;
-use super::sums::{ClosedSums, SumShape};
+use super::sums::{ClosedSums, SumSizes};
 use crate::attention::{AttentionDesc, Dtype, KvFormat, ScoreMod};
 
 /// Most rows of a row block.
@@ -13,7 +13,7 @@ const SUM_BYTES: usize = 64 << 10;
 
 /// A tensor of rows to be read.
 #[derive(Clone, Copy, Debug)]
-pub struct RowShape {
+pub struct RowFormat {
     /// Elements of a row.
     pub dim: usize,
     /// How they lie in memory.
@@ -22,10 +22,10 @@ pub struct RowShape {
     pub codec: usize,
 }
 
-impl RowShape {
-    fn new(dim: i32, dtype: Dtype) -> RowShape {
+impl RowFormat {
+    fn new(dim: i32, dtype: Dtype) -> RowFormat {
         let format = KvFormat::of(dtype);
-        RowShape { dim: dim as usize, format, codec: codec_of(format) }
+        RowFormat { dim: dim as usize, format, codec: codec_of(format) }
     }
 
     /// Elements of a widened row.
@@ -46,11 +46,11 @@ pub struct Shape {
     /// Most kv heads of a head block.
     pub head_block: usize,
     /// Rows of q.
-    pub q: RowShape,
+    pub q: RowFormat,
     /// Rows of k (0) and v (1).
-    pub kv: [RowShape; 2],
+    pub kv: [RowFormat; 2],
     /// Rows of zeta, which is f32.
-    pub zeta: RowShape,
+    pub zeta: RowFormat,
     /// What happens to scores; biased where steps come with a zeta.
     pub mods: ScoreMod,
     /// What the scores of a cap are multiplied by, as a sum of two floats: see `ModifyArgs`.
@@ -85,9 +85,9 @@ impl Shape {
             group,
             row_block,
             head_block,
-            q: RowShape::new(desc.head_dim_qk, desc.q_dtype),
-            kv: [RowShape::new(desc.head_dim_qk, desc.k_dtype), RowShape::new(desc.head_dim_v, desc.v_dtype)],
-            zeta: RowShape::new(desc.head_dim_v, Dtype::F32),
+            q: RowFormat::new(desc.head_dim_qk, desc.q_dtype),
+            kv: [RowFormat::new(desc.head_dim_qk, desc.k_dtype), RowFormat::new(desc.head_dim_v, desc.v_dtype)],
+            zeta: RowFormat::new(desc.head_dim_v, Dtype::F32),
             mods,
             factor: two_floats(unit * std::f64::consts::LOG2_E),
             cap_factor: two_floats(cap_factor * std::f64::consts::LOG2_E),
@@ -107,8 +107,8 @@ impl Shape {
     }
 
     /// The sums of an item.
-    pub fn sums(&self) -> SumShape {
-        SumShape { rows: self.head_block * self.row_block, dim: self.padded_v() }
+    pub fn sums(&self) -> SumSizes {
+        SumSizes { rows: self.head_block * self.row_block, dim: self.padded_v() }
     }
 }
 

@@ -26,10 +26,10 @@ pub unsafe fn run(worker: &Worker<'_>, w: usize) {
 unsafe fn run_split(worker: &Worker<'_>, split: &Split) {
     let sequence = &worker.partition.sequences[split.sequence];
     let fill = |rows: &mut Rows, tile: usize| {
-        let (place, keys) = ((split.sequence, split.first_head), worker.keys_of(sequence, tile));
+        let (list, keys) = ((split.sequence, split.first_head), worker.keys_of(sequence, tile));
         // SAFETY: the worker's reader filled the sequences of its partition; the tile is one of the split, whose keys
         // `keys_of` ends at the last that the sequence holds.
-        unsafe { rows.fill(&worker.reader, place, sequence, tile * TILE, keys) };
+        unsafe { rows.fill(&worker.reader, list, sequence, tile * TILE, keys) };
     };
     // SAFETY: scratch, step and output are as `run` was promised. `rows` and `seen` are filled for each tile before it is done.
     // The partition gives a whole item to one worker, so that nobody else writes its rows.

@@ -8,16 +8,16 @@ use super::kernel::merge::power_of_two;
 use super::kernel::table::Kernels;
 use crate::partial::Lse;
 
-/// The shape of a set of sums.
+/// How many rows sums have, and how long these are.
 #[derive(Clone, Copy, Debug)]
-pub struct SumShape {
+pub struct SumSizes {
     /// Most rows.
     pub rows: usize,
     /// Elements of a value, padded to a multiple of 16.
     pub dim: usize,
 }
 
-impl SumShape {
+impl SumSizes {
     /// Floats of a row: a weighted sum of values, then the weights summed lane by lane.
     pub fn width(self) -> usize {
         self.dim + SUM_LANES
@@ -49,7 +49,7 @@ impl OpenSums {
     ///
     /// # Safety
     /// `memory` holds `shape.open_floats()` floats that nobody else uses as long as these sums are used.
-    pub unsafe fn at(memory: *mut f32, shape: SumShape) -> OpenSums {
+    pub unsafe fn at(memory: *mut f32, shape: SumSizes) -> OpenSums {
         // SAFETY: within the floats of the shape.
         let max = unsafe { memory.add(shape.rows * shape.width()) };
         OpenSums { sums: memory, max, width: shape.width() }
@@ -80,7 +80,7 @@ pub struct ClosedSums {
     sums: *mut f64,
     /// `f32 [rows]`.
     max: *mut f32,
-    shape: SumShape,
+    shape: SumSizes,
 }
 
 impl ClosedSums {
@@ -89,7 +89,7 @@ impl ClosedSums {
     /// # Safety
     /// `memory` is aligned to 8 bytes and holds `shape.closed_floats()` floats that nobody else uses as long as these
     /// sums are used.
-    pub unsafe fn at(memory: *mut f32, shape: SumShape) -> ClosedSums {
+    pub unsafe fn at(memory: *mut f32, shape: SumSizes) -> ClosedSums {
         // SAFETY: within the floats of the shape: two for each f64.
         let max = unsafe { memory.add(2 * shape.rows * shape.width()) };
         ClosedSums { sums: memory.cast(), max, shape }

@@ -77,7 +77,7 @@ impl<'a> Task<'a> {
             (false, false) => SumsOf::End,
         };
         let count = split.rows * split.heads;
-        // SAFETY: the layout's places are apart and within the scratch, and have room for the rows of a block of heads.
+        // SAFETY: the layout's parts are disjoint and within the scratch, and have room for the rows of a block of heads.
         let (open, sums) = unsafe {
             let sums = layout.sums(worker.scratch, shape, which);
             let open = OpenSums::at(worker.scratch.add(layout.open), shape.sums());
@@ -210,7 +210,7 @@ impl<'a> Task<'a> {
     unsafe fn weigh(&self, heads: Heads, keys: usize, seen: &Seen, rows: &Rows) {
         let (worker, split) = (self.worker, self.split);
         let first = heads.first * split.rows;
-        // SAFETY: the layout's places are apart and have room for these rows, keys and dimensions.
+        // SAFETY: the layout's parts are disjoint and have room for these rows, keys and dimensions.
         unsafe {
             let scores = worker.scratch.add(worker.layout.scores);
             let (k, offset, codec) = self.source(K, heads.first, keys, rows);
@@ -270,7 +270,7 @@ impl<'a> Task<'a> {
     unsafe fn modify(&self, heads: Heads, keys: usize, seen: &Seen, rows: &Rows, scores: *mut f32) {
         let (worker, split) = (self.worker, self.split);
         let (shape, layout) = (worker.shape, worker.layout);
-        // SAFETY: as in `weigh`; the layout has places for what the shape has of terms, which `load_terms` and `tile` filled.
+        // SAFETY: as in `weigh`; the layout has room for what the shape has of terms, which `load_terms` and `tile` filled.
         unsafe {
             let biases = worker.scratch.add(layout.biases);
             if shape.mods.is_biased() {
@@ -335,7 +335,7 @@ impl<'a> Task<'a> {
         }
     }
 
-    /// Sets the scores of hidden keys, and of the places past the last key, to -inf.
+    /// Sets the scores of hidden keys, and of the elements past the last key, to -inf.
     ///
     /// # Safety
     /// `scores` holds TILE floats for each row of the split.

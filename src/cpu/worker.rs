@@ -5,7 +5,7 @@ use super::kernel::table::Kernels;
 use super::partition::{Partition, Split};
 use super::seen::Seen;
 use super::sequences::{Reader, Sequence};
-use super::shape::{Layout, RowShape, Shape};
+use super::shape::{Layout, RowFormat, Shape};
 use super::sums::ClosedSums;
 use crate::attention::Tensor;
 use crate::partial::Lse;
@@ -101,7 +101,7 @@ impl Worker<'_> {
         split: &Split,
         sequence: &Sequence,
         h: usize,
-        (tensor, stride, row): (&Tensor, &[i64; 4], &RowShape),
+        (tensor, stride, row): (&Tensor, &[i64; 4], &RowFormat),
         out: *mut f32,
     ) {
         let group = self.shape.group;

@@ -1,4 +1,4 @@
-//! What the library and its kernels agree on: every constant that both know, the place of every field of what kernels take.
+//! What the library and its kernels agree on: every constant that both know, the offset of every field of what kernels take.
 //!
 //! [`CONSTANTS`] and [`LAYOUTS`] are the one list. `kernels/abi.cuh` is generated from it, so that kernels have no
 //! constants of their own to drift, and holds an assertion for each field, so that a struct of `kernels/params.cuh` that

@@ -18,7 +18,7 @@ const ALIGN: usize = 256;
 
 /// The shape of a plan's allreduces.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct AllreduceShape {
+pub(crate) struct AllreduceSizes {
     /// Most query tokens of a step.
     pub tokens: i32,
     pub heads: i32,
@@ -56,7 +56,7 @@ pub(crate) struct Allreduce {
     weigh: Kernel,
     finish: Kernel,
     pointers: PointerCheck,
-    shape: AllreduceShape,
+    shape: AllreduceSizes,
     partial: RowTarget,
     fixed: AllreduceParams,
     bytes: usize,
@@ -69,7 +69,7 @@ impl Allreduce {
     /// `Capturing` during a capture. Dropping waits for enqueued steps, at most `timeout`.
     pub fn new(
         device: &Arc<CudaDevice>,
-        shape: AllreduceShape,
+        shape: AllreduceSizes,
         failed: u64,
         host: u64,
         timeout: Duration,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::kernels::{Decode, HEAD_DIM_LIMIT, Kernels};
+use super::kernels::{Decode, Kernels, MAX_HEAD_DIM};
 use super::merge::Merge;
 use super::params::{self, DecodeParams, PlacementKind, TermsParams, Workspace};
 use super::terms;
@@ -23,10 +23,10 @@ const STATUS_BYTES: usize = 32;
 
 /// What the CUDA backend serves.
 pub(crate) const CAPABILITIES: Capabilities = Capabilities {
-    place: " on a GPU",
+    suffix: " on a GPU",
     kv_dtypes: &Dtype::ALL,
     head_dim_multiple: 8,
-    head_dim_limit: HEAD_DIM_LIMIT,
+    max_head_dim: MAX_HEAD_DIM,
     window: true,
     softcap: true,
     alibi: true,
@@ -63,7 +63,7 @@ struct Attention {
 /// plan's steps.
 #[derive(Clone, Copy)]
 pub(crate) struct Told {
-    /// Two words for the bad data of steps that have no other place for it.
+    /// Two words for the bad data of steps that have no words of their own for it.
     pub bad_data: u64,
     /// [`value::WORDS`] words for the value that was bad.
     ///

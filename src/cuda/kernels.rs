@@ -7,7 +7,7 @@ use crate::device::cuda::{Image, Kernel};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The largest head dimension of q, k and v that kernels are compiled for.
-pub(super) const HEAD_DIM_LIMIT: i32 = 256;
+pub(super) const MAX_HEAD_DIM: i32 = 256;
 /// The smaller head dimensions that kernels are compiled for, (qk, v): a shape runs in the first class that holds it.
 const CLASSES: [(i32, i32); 4] = [(64, 64), (96, 96), (128, 128), (192, 128)];
 /// Those of kernels that know terms.
@@ -20,7 +20,7 @@ const PARTIALS_A_BLOCK: usize = 4;
 /// The first class that holds the head dimensions, which the backend's capabilities limit to those of the largest.
 fn class(desc: &AttentionDesc, smaller: &[(i32, i32)]) -> (i32, i32) {
     let fits = |&&(qk, v): &&(i32, i32)| desc.head_dim_qk <= qk && desc.head_dim_v <= v;
-    smaller.iter().find(fits).copied().unwrap_or((HEAD_DIM_LIMIT, HEAD_DIM_LIMIT))
+    smaller.iter().find(fits).copied().unwrap_or((MAX_HEAD_DIM, MAX_HEAD_DIM))
 }
 
 /// A decode kernel with its grid.

@@ -19,7 +19,7 @@ mod merge;
 mod params;
 mod terms;
 
-pub(crate) use allreduce::{Allreduce, AllreduceOutput, AllreduceShape};
+pub(crate) use allreduce::{Allreduce, AllreduceOutput, AllreduceSizes};
 pub(crate) use backend::{CAPABILITIES, CudaBackend, Destination, Told};
 pub(crate) use check::{CheckKernels, CheckStep};
 pub(crate) use exchange::{COMMUNICATORS, ExchangeKernel, ExchangeStep};

@@ -116,13 +116,13 @@ fn read(root: &Path, allowed: &CpuSet) -> Vec<Node> {
     list(&text("online"), MOST_NODES).into_iter().filter_map(node).collect()
 }
 
-/// The numbers below `limit` of a list as the kernel writes it ("0-3,8"), ascending; none where it is no such list.
-fn list(text: &str, limit: usize) -> Vec<usize> {
+/// The numbers below `end` of a list as the kernel writes it ("0-3,8"), ascending; none where it is no such list.
+fn list(text: &str, end: usize) -> Vec<usize> {
     let mut numbers = Vec::new();
     for part in text.trim().split(',').filter(|part| !part.is_empty()) {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         let (Ok(first), Ok(last)) = (first.parse::<usize>(), last.parse::<usize>()) else { return Vec::new() };
-        numbers.extend(first..last.saturating_add(1).min(limit));
+        numbers.extend(first..last.saturating_add(1).min(end));
     }
     numbers.sort_unstable();
     numbers.dedup();

@@ -58,7 +58,7 @@ pub struct Team {
     cores: usize,
 }
 
-/// A member's place; apart from those of its neighbours.
+/// What a member tells the others, in a cache line of its own.
 #[derive(Debug, Default)]
 #[repr(align(64))]
 struct MemberSlot {
@@ -94,7 +94,7 @@ impl Team {
     /// Most members of a team.
     pub const MOST: usize = 1024;
 
-    /// A meeting place for teams of at most `most` members, at most [`Team::MOST`]. `NoMemory`.
+    /// For teams of at most `most` members, at most [`Team::MOST`]. `NoMemory`.
     pub fn new(most: usize, name: String) -> Result<Team> {
         let mut slots = Vec::new();
         if most > Team::MOST || slots.try_reserve_exact(most).is_err() {
@@ -225,8 +225,8 @@ impl Team {
                     if self.wait(&self.posted, size, Some(until), is_over) {
                         continue;
                     }
-                    let (name, limit) = (&self.name, wait.timeout);
-                    let message = format!("{name}: the step before did not end within {limit:?} ({})", wait.field);
+                    let (name, timeout) = (&self.name, wait.timeout);
+                    let message = format!("{name}: the step before did not end within {timeout:?} ({})", wait.field);
                     return Err(Error::new(ErrorKind::Timeout, message));
                 }
             }

@@ -21,7 +21,7 @@ unsafe extern "C" fn barrier(ctx: *mut c_void) {
 }
 
 fn within(timeout: Duration) -> MemberWait<'static> {
-    MemberWait { timeout, field: "limit", check: &|| Ok(()) }
+    MemberWait { timeout, field: "timeout", check: &|| Ok(()) }
 }
 
 /// What the members of a step of `size` give, the leader doing `step`.
@@ -98,7 +98,7 @@ fn a_member_that_does_not_come_is_named_and_the_team_stays_broken_off() {
     // SAFETY: without a barrier.
     let member = |index| unsafe { TeamMember::new(index, 3, None, std::ptr::null_mut()) };
     let short = || within(Duration::from_millis(30));
-    let wanted = "team: member 1 of 3 did not come within 30ms (limit)";
+    let wanted = "team: member 1 of 3 did not come within 30ms (timeout)";
     std::thread::scope(|scope| {
         let other = scope.spawn(|| team.serve(&member(2), &short()));
         let told = Mutex::new(None);
@@ -120,8 +120,8 @@ fn a_wait_for_members_ends_when_there_is_nothing_to_wait_for() {
     let team = Team::new(2, "team".into()).unwrap();
     // SAFETY: without a barrier.
     let member = unsafe { TeamMember::new(1, 2, None, std::ptr::null_mut()) };
-    let watch = || Err(Error::new(ErrorKind::Aborted, "told to"));
-    let wait = MemberWait { timeout: LONG, field: "limit", check: &watch };
+    let check = || Err(Error::new(ErrorKind::Aborted, "told to"));
+    let wait = MemberWait { timeout: LONG, field: "timeout", check: &check };
     let began = Instant::now();
     assert_eq!(team.serve(&member, &wait).unwrap_err().kind(), ErrorKind::Aborted);
     assert!(began.elapsed() < LONG / 2);

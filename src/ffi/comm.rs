@@ -64,7 +64,7 @@ pub unsafe extern "C" fn treeattn_comm_create_local(
 /// @param callbacks the engine's allgather and, if it has one, its sendrecv; set up with TREEATTN_TRANSPORT_INIT. The
 ///                  struct is read during the call; what `ctx` points to outlives the communicator and its plans.
 /// @param world     number of ranks, 1 to 4,096.
-/// @param rank      this rank, 0 to world - 1: its place in what the allgather gathers.
+/// @param rank      this rank, 0 to world - 1: its index in what the allgather gathers.
 /// @param device    this rank's device; a CPU device in this version.
 /// @param config    NULL for defaults. `threads_per_rank` = 0 is the cores of the machine over its ranks.
 /// @param comm      where the handle goes.

@@ -92,15 +92,15 @@ extern "C" fn in_child() {
 }
 
 /// Has children begin with a table of their own, from now on.
-fn watch_forks() -> Result<()> {
-    static WATCHED: AtomicBool = AtomicBool::new(cfg!(miri));
-    if WATCHED.swap(true, Ordering::Relaxed) {
+fn handle_forks() -> Result<()> {
+    static HANDLED: AtomicBool = AtomicBool::new(cfg!(miri));
+    if HANDLED.swap(true, Ordering::Relaxed) {
         return Ok(());
     }
     // SAFETY: the handler is a function of this library, which takes it back when it is unloaded; it stores two words.
     if unsafe { libc::pthread_atfork(None, None, Some(in_child)) } != 0 {
-        WATCHED.store(false, Ordering::Relaxed);
-        return Err(Error::new(ErrorKind::NoMemory, "handles: no memory for what watches forks"));
+        HANDLED.store(false, Ordering::Relaxed);
+        return Err(Error::new(ErrorKind::NoMemory, "handles: no memory for the handler of forks"));
     }
     Ok(())
 }
@@ -126,7 +126,7 @@ fn table() -> &'static RwLock<Table> {
 
 /// Puts an object into the table and gives its handle.
 pub fn insert<T: Object>(object: T) -> Result<*mut T::C> {
-    watch_forks()?;
+    handle_forks()?;
     // Before the lock: where there is no room, what the object's end does is not done under it.
     let object: Arc<dyn Any + Send + Sync> = Arc::new(object);
     let mut table = table().write();

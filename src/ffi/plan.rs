@@ -168,7 +168,7 @@ pub unsafe extern "C" fn treeattn_plan_decode(
 ///
 /// @param plan the plan, of a CPU rank.
 /// @param args as for `treeattn_plan_decode`, from member 0; what the others pass is not looked at, and may be NULL.
-/// @param team this thread's place in the team. Read during the call.
+/// @param team this thread's number and the team. Read during the call.
 /// @return as `treeattn_plan_decode` with a NULL stream, the same for all members. INVALID_ARGUMENT: also an index or a size that is
 ///         out of range, or that does not fit those of the others; where others wait for such a member, their wait ends with the
 ///         same status. TIMEOUT: also a member that did not come, whose index the message names; then the output is NaN, if

@@ -213,7 +213,7 @@ impl<W: Word32> Arrivals<W> {
     }
 }
 
-/// A rank's own place: the epoch that it began last and the one that it consumed last.
+/// How far a rank is: the epoch that it began last and the one that it consumed last.
 #[derive(Debug, Default)]
 pub(crate) struct Cursor<W> {
     begun: W,

@@ -6,7 +6,7 @@
 
 #include "check.h"
 
-enum { TOKENS = 2, CAPACITY = 4, LIMIT = 16, DIM = 2 };
+enum { TOKENS = 2, CAPACITY = 4, MAX_KEYS = 16, DIM = 2 };
 
 static treeattn_runtime_t *runtime;
 static treeattn_comm_t *comms[2];
@@ -21,7 +21,7 @@ static treeattn_attention_desc_t shape(void) {
   desc.q_dtype = desc.k_dtype = desc.v_dtype = desc.out_dtype = TREEATTN_DTYPE_F32;
   desc.max_batch = TOKENS;
   desc.max_query_tokens = TOKENS;
-  desc.max_kv_length = LIMIT;
+  desc.max_kv_length = MAX_KEYS;
   return desc;
 }
 
@@ -97,24 +97,24 @@ static void packed(treeattn_plan_t *plan) {
 
 /* The last row of a cache may end where its tokens do. */
 static void early_ends(treeattn_plan_t *plan) {
-  static const int32_t lengths[][TOKENS] = {{LIMIT, 2}, {5, 2}, {LIMIT, 0}, {0, 3}};
+  static const int32_t lengths[][TOKENS] = {{MAX_KEYS, 2}, {5, 2}, {MAX_KEYS, 0}, {0, 3}};
   for (int i = 0; i < 4; i++) {
     const size_t row = DIM * sizeof(float);
-    const size_t bytes = lengths[i][1] == 0 ? LIMIT * row : (size_t)(LIMIT + lengths[i][1]) * row;
-    fill(LIMIT);
+    const size_t bytes = lengths[i][1] == 0 ? MAX_KEYS * row : (size_t)(MAX_KEYS + lengths[i][1]) * row;
+    fill(MAX_KEYS);
     treeattn_decode_args_t args = step(lengths[i], bytes);
-    const int64_t stride[4] = {LIMIT * DIM * 4, DIM * 4, DIM * 4, 4};
+    const int64_t stride[4] = {MAX_KEYS * DIM * 4, DIM * 4, DIM * 4, 4};
     memcpy(args.k.stride, stride, sizeof(stride));
     memcpy(args.v.stride, stride, sizeof(stride));
     CHECK_OK(treeattn_plan_decode(plan, &args, NULL));
     CHECK(out[0][0] == (lengths[i][0] > 0 ? 1 : 0) && out[1][1] == (lengths[i][1] > 0 ? 7 : 0));
     /* The same, packed. */
     treeattn_decode_args_t again = step(lengths[i], bytes);
-    again.kv_capacity = LIMIT;
+    again.kv_capacity = MAX_KEYS;
     CHECK_OK(treeattn_plan_decode(plan, &again, NULL));
     CHECK(out[0][0] == (lengths[i][0] > 0 ? 1 : 0) && out[1][1] == (lengths[i][1] > 0 ? 7 : 0));
     /* Without the capacity, where the bytes can mean nothing else: {5, 2} in 18 tokens may be two of 9. */
-    if (lengths[i][0] == LIMIT && lengths[i][1] > 0) {
+    if (lengths[i][0] == MAX_KEYS && lengths[i][1] > 0) {
       again = step(lengths[i], bytes);
       CHECK_OK(treeattn_plan_decode(plan, &again, NULL));
       CHECK(is_right());
@@ -214,7 +214,7 @@ static void pages(void) {
 static void lengths(void) {
   static const int32_t length[TOKENS] = {5, 2}, global[TOKENS] = {10, 4}, lower[TOKENS] = {9, 4};
   static const int32_t start[TOKENS] = {0, 2}, later[TOKENS] = {6, 2}, query_start[TOKENS + 1] = {1, 1, 2};
-  const size_t bytes = TOKENS * LIMIT * DIM * sizeof(float);
+  const size_t bytes = TOKENS * MAX_KEYS * DIM * sizeof(float);
   for (int32_t causal = 0; causal < 2; causal++) {
     treeattn_attention_desc_t desc = shape();
     desc.causal = causal;
@@ -258,10 +258,10 @@ static void lengths(void) {
 static void nothing_there(treeattn_plan_t *plan) {
   static const int32_t length[TOKENS] = {5, 2}, global[TOKENS] = {5, -1};
   treeattn_decode_args_t args = step(length, 0);
-  args.kv_capacity = LIMIT;
+  args.kv_capacity = MAX_KEYS;
   refused(plan, args, "k.bytes: found 0, wanted room for kv_length[0] = 5");
   args = step(length, sizeof(pool[0]));
-  args.kv_capacity = LIMIT;
+  args.kv_capacity = MAX_KEYS;
   args.global_length = global;
   refused(plan, args, "kv_start[1] + kv_length[1]: found 0 + 2, wanted at most global_length[1] = -1");
 
@@ -284,11 +284,11 @@ static void nothing_there(treeattn_plan_t *plan) {
 /* Where the last sequence ends is not known: its rows are no padding. */
 static void bad_end_of_queries(treeattn_plan_t *plan) {
   static const int32_t length[TOKENS] = {5, 2}, ends[3] = {-5, 0, TOKENS + 1};
-  fill(LIMIT);
+  fill(MAX_KEYS);
   for (int i = 0; i < 3; i++) {
     const int32_t query_start[TOKENS + 1] = {0, 1, ends[i]};
     treeattn_decode_args_t args = step(length, sizeof(pool[0]));
-    args.kv_capacity = LIMIT;
+    args.kv_capacity = MAX_KEYS;
     args.query_start = query_start;
     CHECK(treeattn_plan_decode(plan, &args, NULL) == TREEATTN_ERROR_INVALID_DATA);
     CHECK(strstr(treeattn_last_error_message(), "query_start[2]: found ") != NULL);
@@ -304,17 +304,17 @@ static void surplus(void) {
   desc.flags = TREEATTN_ATTENTION_SURPLUS_KEYS;
   CHECK_INVALID(treeattn_attention_supported(runtime, TREEATTN_CPU(0), &desc), "flags: found SURPLUS_KEYS");
   desc.causal = 1;
-  fill(LIMIT);
+  fill(MAX_KEYS);
   for (int i = 0; i < 5; i++) {
     pool[1][2 * i] = pool[1][2 * i + 1] = i < 3 ? 1.0f : 100.0f;
   }
   for (int which = 0; which < 2; which++) {
     desc.placement.kind = which ? TREEATTN_PLACEMENT_INTERLEAVED : TREEATTN_PLACEMENT_CONTIGUOUS;
-    desc.placement.interleave = which ? LIMIT : 0;
+    desc.placement.interleave = which ? MAX_KEYS : 0;
     for (int flag = 0; flag < 2; flag++) {
       desc.flags = flag ? TREEATTN_ATTENTION_SURPLUS_KEYS : 0;
       treeattn_plan_t *plan = plan_of(comms[0], desc);
-      treeattn_decode_args_t args = step(length, TOKENS * LIMIT * DIM * sizeof(float));
+      treeattn_decode_args_t args = step(length, TOKENS * MAX_KEYS * DIM * sizeof(float));
       args.global_length = global;
       args.kv_start = which ? NULL : start;
       if (flag) {

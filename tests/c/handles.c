@@ -11,7 +11,7 @@
 enum { RUNTIME, STREAM, BUFFER, COMM, PLAN, TYPES };
 enum { MOST = 6, DEAD = 64, THREADS = 4 };
 
-/* What the model knows of an object. Parents are objects, too; a dead one keeps its place until nobody looks at it. */
+/* What the model knows of an object. Parents are objects, too; a dead one keeps its slot until nobody looks at it. */
 typedef struct object {
   void *handle;
   int type, alive, aborted;
@@ -108,13 +108,13 @@ static treeattn_status_t create_comm(void *runtime, treeattn_comm_t **comm) {
   return treeattn_comm_create_local(runtime, 1, &cpu, &config, comm);
 }
 
-/* Creates an object from a random parent, into a free place. */
+/* Creates an object from a random parent, into a free slot. */
 static void create(int type) {
-  object_t **place = &live[type][draw(&state, MOST)], *parent;
+  object_t **slot = &live[type][draw(&state, MOST)], *parent;
   void *handle = pick(type == PLAN ? COMM : RUNTIME, &parent), *made = NULL;
   treeattn_status_t found, want = wanted(type == PLAN ? COMM : RUNTIME, parent);
   treeattn_attention_desc_t desc = small();
-  if (*place != NULL) {
+  if (*slot != NULL) {
     return;
   }
   switch (type) {
@@ -136,8 +136,8 @@ static void create(int type) {
   }
   CHECK(found == want && (made != NULL) == (found == TREEATTN_OK));
   if (made != NULL) {
-    *place = type == PLAN ? make(type, parent->runtime, parent) : make(type, parent, NULL);
-    (*place)->handle = made;
+    *slot = type == PLAN ? make(type, parent->runtime, parent) : make(type, parent, NULL);
+    (*slot)->handle = made;
   }
 }
 
@@ -292,7 +292,7 @@ static void *race(void *at) {
   treeattn_attention_desc_t desc = small();
   for (int call = 0; call < racer->calls; call++) {
     int type = (int)draw(&racer->state, TYPES);
-    uint32_t place = draw(&racer->state, MOST);
+    uint32_t slot = draw(&racer->state, MOST);
     treeattn_status_t found;
     if (draw(&racer->state, 16) == 0) {
       void *made = NULL, *parent = exchange(type == PLAN ? COMM : RUNTIME, draw(&racer->state, MOST), NULL, 0);
@@ -305,12 +305,12 @@ static void *race(void *at) {
       }
       if (found == TREEATTN_OK) {
         /* The former one goes, whoever is using it; another thread may have destroyed it. */
-        found = destroy_as(type, exchange(type, place, made, 1));
+        found = destroy_as(type, exchange(type, slot, made, 1));
       }
     } else if (draw(&racer->state, 64) == 0) {
-      found = destroy_as(type, exchange(type, place, NULL, 0));
+      found = destroy_as(type, exchange(type, slot, NULL, 0));
     } else {
-      found = use(type, draw(&racer->state, 4), exchange(type, place, NULL, 0));
+      found = use(type, draw(&racer->state, 4), exchange(type, slot, NULL, 0));
     }
     if (found != TREEATTN_OK && found != TREEATTN_ERROR_BAD_HANDLE && found != TREEATTN_ERROR_PARENT_DESTROYED) {
       printf("a call gave %s: %s\n", treeattn_status_string(found), treeattn_last_error_message());

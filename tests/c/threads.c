@@ -54,12 +54,15 @@ static int threads(int *named) {
   return n;
 }
 
-/* This thread, and so many of the library's, from now on. A thread names itself, a moment after it began. */
+/*
+ * This thread, and so many of the library's, from now on. A thread names itself, a moment after it began; and a folder that is
+ * read while a thread that was joined goes from it may leave out another one.
+ */
 #define CHECK_THREADS(wanted) check_threads((wanted), __LINE__)
 static void check_threads(int wanted, int line) {
   const struct timespec pause = {0, 1000000};
   int named, found = threads(&named);
-  for (int tries = 0; found == wanted + 1 && named != wanted && check_failures == 0 && tries < 5000; tries++) {
+  for (int tries = 0; (found <= wanted || (found == wanted + 1 && named != wanted)) && tries < 5000; tries++) {
     nanosleep(&pause, NULL);
     found = threads(&named);
   }
@@ -109,8 +112,8 @@ static void workers(void) {
   }
 }
 
-/* A transport's watch beside its workers; none is left of a communicator that could not be made. */
-static void watches(void) {
+/* A transport's watchdog beside its workers; none is left of a communicator that could not be made. */
+static void watchdogs(void) {
   for (int i = 0; i < OFTEN; i++) {
     treeattn_comm_t *comm = NULL;
     int32_t code = 0;
@@ -191,12 +194,15 @@ static void *whole_life(void *failures) {
   return NULL;
 }
 
-/* A quarter of the stack that the header asks for. */
+/* A quarter of the stack that the header asks for; all of it where the library is not optimised. */
+#ifndef SMALL_STACK
+#define SMALL_STACK (64 * 1024)
+#endif
 static void small_stack(void) {
   pthread_attr_t attributes;
   pthread_t thread;
   int failures = -1;
-  CHECK(pthread_attr_init(&attributes) == 0 && pthread_attr_setstacksize(&attributes, 64 * 1024) == 0);
+  CHECK(pthread_attr_init(&attributes) == 0 && pthread_attr_setstacksize(&attributes, SMALL_STACK) == 0);
   CHECK(pthread_create(&thread, &attributes, whole_life, &failures) == 0 && pthread_join(thread, NULL) == 0);
   CHECK(failures == 0);
   CHECK(pthread_attr_destroy(&attributes) == 0);
@@ -208,7 +214,7 @@ int main(void) {
   runtime = runtime_make();
   CHECK_THREADS(0);
   workers();
-  watches();
+  watchdogs();
   streams();
   orphans();
   selfcheck();

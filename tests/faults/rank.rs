@@ -135,9 +135,9 @@ pub fn run(trial: &Trial, rank: usize, way: &Way) -> Outcome {
         mesh.deaf.store(i32::from(trial.deaf && rank != trial.victim), Ordering::Relaxed);
     }
     steps(trial, rank, way, &comm, &mut outcome);
-    if let Some(place) = trial.survivors().iter().position(|&left| left == rank) {
+    if let Some(new_rank) = trial.survivors().iter().position(|&left| left == rank) {
         drop(comm);
-        outcome.fresh = match fresh(trial, place, way) {
+        outcome.fresh = match fresh(trial, new_rank, way) {
             Ok(fresh) => fresh,
             Err(error) => {
                 outcome.wrong.get_or_insert(format!("a fresh communicator: {error}"));
@@ -249,9 +249,9 @@ fn unplug() {
 }
 
 /// The ranks that are left, as a group of their own in the same processes.
-fn fresh(trial: &Trial, place: usize, way: &Way) -> Result<bool> {
-    let comm = (way.reconnect)(place)?;
+fn fresh(trial: &Trial, rank: usize, way: &Way) -> Result<bool> {
+    let comm = (way.reconnect)(rank)?;
     let plan = Plan::create(&comm, &shape(Algorithm::Auto))?;
-    let found = decode(&plan, place, 2).map_err(|(error, _)| error)?;
+    let found = decode(&plan, rank, 2).map_err(|(error, _)| error)?;
     Ok(right(&found, trial.survivors().len(), 2))
 }

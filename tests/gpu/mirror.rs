@@ -51,27 +51,27 @@ pub struct Mirror {
     pub args: DecodeArgs,
     buffer: Buffer,
     /// Host address, length, and offset in `buffer`.
-    places: Vec<(usize, usize, usize)>,
+    copies: Vec<(usize, usize, usize)>,
 }
 
 impl Mirror {
     /// Copies everything that `rank` has, its outputs, too. What lies between is NaN.
     pub fn new(gpu: &Gpu, rank: &Rank) -> Mirror {
-        let (mut places, mut end) = (Vec::new(), 0);
+        let (mut copies, mut end) = (Vec::new(), 0);
         for memory in memories(rank) {
             let host = memory.ptr() as usize;
             let offset = usize::next_multiple_of(end, ALIGN) + host % ALIGN;
-            places.push((host, memory.len(), offset));
+            copies.push((host, memory.len(), offset));
             end = offset + memory.len().max(1);
         }
         let buffer = Buffer::alloc(&gpu.runtime, gpu.device, end + ALIGN).unwrap();
         assert_eq!(buffer.data() as usize % ALIGN, 0);
         let mut staged = vec![0xffu8; buffer.bytes()];
-        for (memory, &(_, len, offset)) in memories(rank).zip(&places) {
+        for (memory, &(_, len, offset)) in memories(rank).zip(&copies) {
             staged[offset..offset + len].copy_from_slice(memory.bytes());
         }
         buffer.upload(0, &staged).unwrap();
-        let mut mirror = Mirror { args: rank.args, buffer, places };
+        let mut mirror = Mirror { args: rank.args, buffer, copies };
         let ints = |host: *const i32| mirror.at(host.cast()).cast::<i32>().cast_const();
         let a = &rank.args;
         let mut args = DecodeArgs {
@@ -112,8 +112,8 @@ impl Mirror {
             return std::ptr::null_mut();
         }
         let host = host as usize;
-        let place = self.places.iter().find(|&&(begin, len, _)| (begin..=begin + len).contains(&host));
-        let &(begin, _, offset) = place.expect("an address of the rank");
+        let copy = self.copies.iter().find(|&&(begin, len, _)| (begin..=begin + len).contains(&host));
+        let &(begin, _, offset) = copy.expect("an address of the rank");
         self.buffer.data().wrapping_byte_add(offset + host - begin)
     }
 

@@ -191,8 +191,8 @@ fn f12_empty_sequences_between_others_write_where_they_belong() {
         for threads in [1, 3] {
             let mut desc = AttentionDesc::new(6, 2, 16, 1);
             desc.output = output;
-            let shape = [(0, 1), (200, 1), (0, 3), (1, 2), (0, 1), (130, 1), (0, 1)];
-            let mut case = Case::plain(desc, 3, &shape, Values::Normal, seed as u64);
+            let lengths = [(0, 1), (200, 1), (0, 3), (1, 2), (0, 1), (130, 1), (0, 1)];
+            let mut case = Case::plain(desc, 3, &lengths, Values::Normal, seed as u64);
             (case.threads, case.wild) = (threads, true);
             pool.check(&case);
         }

@@ -8,7 +8,7 @@ use crate::support::rank::Rank;
 use crate::support::run::{Pool, judge};
 use crate::support::values::Values;
 
-const SHAPE: [(usize, usize); 3] = [(150, 2), (200, 3), (70, 1)];
+const LENGTHS: [(usize, usize); 3] = [(150, 2), (200, 3), (70, 1)];
 const TOKENS: usize = 6;
 const Q_HEADS: usize = 6;
 const GROUP: usize = 3;
@@ -26,7 +26,7 @@ fn cases(causal: bool) -> Vec<Case> {
             (desc.kv_layout, desc.page_size) = (layouts[i % 3], if i % 3 == 0 { 0 } else { 16 });
             (desc.k_dtype, desc.v_dtype) = (dtypes[i % 3], dtypes[(i + i / 3) % 3]);
             (desc.placement, desc.causal) = (placements[(i + i / 3) % 3], causal);
-            let mut case = Case::plain(desc, 1 + i % 4, &SHAPE, Values::Normal, 600 + i as u64);
+            let mut case = Case::plain(desc, 1 + i % 4, &LENGTHS, Values::Normal, 600 + i as u64);
             (case.isa, case.threads) = (isa.name().into(), 1 + i % 3);
             cases.push(case);
         }

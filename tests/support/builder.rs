@@ -244,7 +244,7 @@ impl Builder<'_> {
         // Rows are counted in the blocks of their formats.
         let (k_format, v_format) = (desc.k_format(), desc.v_format());
         let (k_blocks, v_blocks) = (k_format.blocks(dim_qk), v_format.blocks(dim_v));
-        let (k_shape, v_shape) = ([outer, inner, kv_heads, k_blocks], [outer, inner, kv_heads, v_blocks]);
+        let (k_dims, v_dims) = ([outer, inner, kv_heads, k_blocks], [outer, inner, kv_heads, v_blocks]);
         let (k_size, v_size) = (desc.k_dtype.size(), desc.v_dtype.size());
         let mut order = vec![3, 2, 1, 0];
         if self.wild && !packed {
@@ -263,11 +263,11 @@ impl Builder<'_> {
             && !packed
             && (k_size, k_blocks) == (v_size, v_blocks)
             && self.r.chance(20);
-        let mut k_view = lay(&mut self.r, &k_shape, &order, k_size, pad, &case.k_broadcast);
+        let mut k_view = lay(&mut self.r, &k_dims, &order, k_size, pad, &case.k_broadcast);
         let mut v_view = if case.v_in_k || joined {
-            View { shape: v_shape.to_vec(), ..k_view.clone() }
+            View { dims: v_dims.to_vec(), ..k_view.clone() }
         } else {
-            lay(&mut self.r, &v_shape, &order, v_size, pad, &case.v_broadcast)
+            lay(&mut self.r, &v_dims, &order, v_size, pad, &case.v_broadcast)
         };
         if packed {
             // The last sequence may end where its tokens do.
@@ -278,17 +278,17 @@ impl Builder<'_> {
         if joined {
             // One block for both: K of a token, page or sequence, then its V.
             let dim = self.r.pick(&order[1..]);
-            let place = order.iter().position(|&d| d == dim).expect("one of the four");
-            let wide = lay(&mut self.r, &k_shape, &order, k_size, 0, &[]);
+            let index = order.iter().position(|&d| d == dim).expect("one of the four");
+            let wide = lay(&mut self.r, &k_dims, &order, k_size, 0, &[]);
             v_offset = wide.stride[dim] as usize;
             let mut stride = wide.stride;
-            order[place..].iter().for_each(|&d| stride[d] *= 2);
+            order[index..].iter().for_each(|&d| stride[d] *= 2);
             // Strides of dimensions of one may be anything; they are as they come here.
             let span = |shape: &[usize; 4]| -> usize {
                 k_size + (0..4).map(|d| (shape[d] - 1) * stride[d] as usize).sum::<usize>()
             };
-            k_view = View { stride, shape: k_shape.to_vec(), bytes: span(&k_shape) };
-            v_view = View { stride, shape: v_shape.to_vec(), bytes: span(&v_shape) };
+            k_view = View { stride, dims: k_dims.to_vec(), bytes: span(&k_dims) };
+            v_view = View { stride, dims: v_dims.to_vec(), bytes: span(&v_dims) };
         }
         let mut k = self.memory(if joined { k_view.bytes + v_offset } else { k_view.bytes });
         let mut own_v = (!case.v_in_k && !joined).then(|| self.memory(v_view.bytes));
@@ -408,11 +408,11 @@ impl Builder<'_> {
             rank.args.kv_start = rank.kv_start.ints();
         }
         if desc.placement == Placement::Explicit {
-            let limit = desc.max_kv_length as usize;
+            let max_kv_length = desc.max_kv_length as usize;
             let longest = held.iter().map(|slots| slots.len()).max().unwrap_or(0);
             // Rows may be narrower than the plan's longest sequence, but not than what is held.
             let own = self.wild && self.r.chance(50) && longest > 0;
-            let stride = if own { longest + self.r.range(0, 3) } else { limit };
+            let stride = if own { longest + self.r.range(0, 3) } else { max_kv_length };
             let dead = self.r.pick(&[-1, i32::MAX, i32::MIN]);
             let rows = if desc.pages_by_head { desc.kv_heads as usize } else { 1 };
             let mut table = vec![dead; stride * rows * held.len()];

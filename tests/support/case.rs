@@ -135,7 +135,7 @@ impl Case {
             rng,
             dim_qk,
             scale: f64::from(desc.effective_scale()),
-            v_limit: if narrow { 3e4 } else { 1e30 },
+            v_most: if narrow { 3e4 } else { 1e30 },
         };
         self.q = (0..self.tokens * desc.q_heads as usize * dim_qk).map(|_| store(maker.q(), desc.q_dtype)).collect();
         collapse(&mut self.q, &[self.tokens, desc.q_heads as usize, dim_qk], &self.q_broadcast[..3]);

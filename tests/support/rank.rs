@@ -90,7 +90,7 @@ impl Rank {
         for (memory, view, size, written) in [out, (&self.lse, &self.lse_view, 4, case.want_lse)] {
             let mut live = vec![false; memory.len()];
             if written {
-                each(&view.shape, |index| live[view.at(index)..][..size].fill(true));
+                each(&view.dims, |index| live[view.at(index)..][..size].fill(true));
             }
             strays += memory.bytes().iter().zip(&live).filter(|&(&b, &live)| !live && b != byte).count();
         }

@@ -61,7 +61,7 @@ pub struct Maker<'a> {
     pub dim_qk: usize,
     pub scale: f64,
     /// The largest |v| to make.
-    pub v_limit: f64,
+    pub v_most: f64,
 }
 
 impl Maker<'_> {
@@ -104,6 +104,6 @@ impl Maker<'_> {
             Values::Subnormal => self.rng.normal() * 2f64.powi(self.rng.pick(&[-133, -140, -16, -24])),
             _ => self.rng.normal(),
         };
-        x.clamp(-self.v_limit, self.v_limit)
+        x.clamp(-self.v_most, self.v_most)
     }
 }

@@ -12,24 +12,24 @@ use super::rng::Rng;
 #[derive(Clone, Debug, Default)]
 pub struct View {
     pub stride: [i64; 4],
-    pub shape: Vec<usize>,
+    pub dims: Vec<usize>,
     pub bytes: usize,
 }
 
 impl View {
     /// The byte offset of an element.
     pub fn at(&self, index: [usize; 4]) -> usize {
-        self.shape.iter().zip(index).zip(self.stride).map(|((_, i), s)| i * s as usize).sum()
+        self.dims.iter().zip(index).zip(self.stride).map(|((_, i), s)| i * s as usize).sum()
     }
 
     pub fn elements(&self) -> usize {
-        self.shape.iter().product()
+        self.dims.iter().product()
     }
 }
 
 /// Lays a tensor out: dimensions in `order`, innermost first, `pad` percent of them followed by a gap, those to be
 /// broadcast with a stride of 0.
-pub fn lay(r: &mut Rng, shape: &[usize], order: &[usize], size: usize, pad: u64, broadcast: &[bool]) -> View {
+pub fn lay(r: &mut Rng, dims: &[usize], order: &[usize], size: usize, pad: u64, broadcast: &[bool]) -> View {
     let mut stride = [0i64; 4];
     let (mut next, mut bytes) = (size, size);
     for &dim in order {
@@ -39,33 +39,33 @@ pub fn lay(r: &mut Rng, shape: &[usize], order: &[usize], size: usize, pad: u64,
         let gap = if r.chance(pad) { r.range(1, 9) * size } else { 0 };
         let step = next + gap;
         stride[dim] = step as i64;
-        bytes += step * shape[dim].saturating_sub(1);
-        next = step * shape[dim].max(1);
+        bytes += step * dims[dim].saturating_sub(1);
+        next = step * dims[dim].max(1);
     }
-    if shape.contains(&0) {
+    if dims.contains(&0) {
         bytes = 0;
     }
-    if stride[..shape.len()].iter().all(|&s| s == 0) {
+    if stride[..dims.len()].iter().all(|&s| s == 0) {
         // All zero would mean packed.
-        let last = shape.len() - 1;
+        let last = dims.len() - 1;
         stride[last] = size as i64;
-        bytes = size * shape[last];
-        if shape.contains(&0) {
+        bytes = size * dims[last];
+        if dims.contains(&0) {
             bytes = 0;
         }
     }
-    for (dim, &n) in shape.iter().enumerate() {
+    for (dim, &n) in dims.iter().enumerate() {
         // The stride of a dimension of one is never used.
         if n == 1 && r.chance(pad / 4) {
             stride[dim] = 1 << 45;
         }
     }
-    View { stride, shape: shape.to_vec(), bytes }
+    View { stride, dims: dims.to_vec(), bytes }
 }
 
-/// Calls `visit` with every index of a shape of up to four dimensions.
-pub fn each(shape: &[usize], mut visit: impl FnMut([usize; 4])) {
-    let n = |dim: usize| shape.get(dim).copied().unwrap_or(1);
+/// Calls `visit` with every index of up to four dimensions.
+pub fn each(dims: &[usize], mut visit: impl FnMut([usize; 4])) {
+    let n = |dim: usize| dims.get(dim).copied().unwrap_or(1);
     for a in 0..n(0) {
         for b in 0..n(1) {
             for c in 0..n(2) {

@@ -13,10 +13,10 @@ use crate::partial::{DataFault, sinks};
 
 /// What the reference knows. How partials meet and which bits are promised is nothing to it.
 const CAPABILITIES: Capabilities = Capabilities {
-    place: " in the float64 reference",
+    suffix: " in the float64 reference",
     kv_dtypes: &Dtype::ALL,
     head_dim_multiple: 1,
-    head_dim_limit: i32::MAX,
+    max_head_dim: i32::MAX,
     window: true,
     softcap: true,
     alibi: true,

@@ -46,7 +46,7 @@ pub struct Reference {
 
 /// Merges the references of all shards of a step into the one over the whole cache.
 ///
-/// Errors: `InvalidArgument` where there are none or their shapes differ.
+/// Errors: `InvalidArgument` where there are none or their sizes differ.
 pub fn merge(shards: &[Reference]) -> Result<Reference> {
     let Some(first) = shards.first() else {
         return Err(Error::invalid("shards", 0, "at least 1"));

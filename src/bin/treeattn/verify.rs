@@ -164,7 +164,7 @@ pub fn run(args: &Args) -> Outcome<bool> {
     let (mut passed, mut failed) = (0, 0);
     for isa in isas {
         let runtime = Runtime::new(RuntimeConfig { cpu_isa: Some(isa.name().to_string()) })?;
-        let place = if on_gpus { devices[0].to_string() } else { isa.name().to_string() };
+        let name = if on_gpus { devices[0].to_string() } else { isa.name().to_string() };
         let served = Served::by(&runtime, devices[0]);
         if served.dtypes.is_empty() || served.heads.is_empty() {
             return Err(format!("{}: none of the shapes is served", devices[0]).into());
@@ -186,7 +186,7 @@ pub fn run(args: &Args) -> Outcome<bool> {
                 }
                 Err(error) => ("FAIL", String::new(), Some(error.to_string())),
             };
-            print(&format!("{word:<5} {place:<7} {}  {rest}\n", describe(&check)))?;
+            print(&format!("{word:<5} {name:<7} {}  {rest}\n", describe(&check)))?;
             if let Some(why) = why {
                 failed += 1;
                 print(&format!("      {why} (seed {})\n", check.config.seed))?;

@@ -12,7 +12,7 @@ const SATURATED: f32 = 40.0;
 /// The arguments describe valid memory; the instruction set of `S` is there.
 #[inline(always)]
 pub unsafe fn modify<S: Simd>(a: &ModifyArgs) {
-    // SAFETY: rows stay below `rows`, and places of a row below the next multiple of 16 above `keys`, at most TILE.
+    // SAFETY: rows stay below `rows`, and elements of a row below the next multiple of 16 above `keys`, at most TILE.
     unsafe {
         let n = a.keys.next_multiple_of(16);
         let (high, low, cap) = (S::splat(a.cap_factor[0]), S::splat(a.cap_factor[1]), S::splat(a.cap));

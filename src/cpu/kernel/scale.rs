@@ -11,7 +11,7 @@ use crate::cpu::simd::vector::Simd;
 /// The arguments describe valid memory; the instruction set of `S` is there.
 #[inline(always)]
 pub unsafe fn scale<S: Simd>(a: &ScaleArgs) {
-    // SAFETY: keys and rows stay below those of the arguments, and places below the next multiple of 16, at most TILE.
+    // SAFETY: keys and rows stay below those of the arguments, and elements of a row below the next multiple of 16, at most TILE.
     unsafe {
         let mut scales = [0f32; TILE];
         for (t, scale) in scales.iter_mut().enumerate().take(a.keys) {

@@ -44,7 +44,7 @@ pub const DIRECT: usize = 8;
 /// The codec of f32, which rows are widened to.
 pub const WIDE: usize = 0;
 
-/// The codec of a format: the place of its kernels among those of an instruction set.
+/// The codec of a format: the index of its kernels among those of an instruction set.
 pub fn codec_of(format: KvFormat) -> usize {
     match format.dtype() {
         Dtype::F32 => WIDE,

@@ -16,7 +16,7 @@ const INTEGERS_FROM: f32 = 4_194_304.0;
 /// The arguments describe valid memory; the instruction set of `S` is there.
 #[inline(always)]
 pub unsafe fn weights<S: Simd>(a: &WeightArgs) -> bool {
-    // SAFETY: rows stay below `rows`, and places of a row below the next multiple of 16 above `keys`, at most TILE.
+    // SAFETY: rows stay below `rows`, and elements of a row below the next multiple of 16 above `keys`, at most TILE.
     unsafe {
         let mut repeat = false;
         for r in 0..a.rows {

@@ -129,12 +129,12 @@ unsafe impl Simd for Avx2 {
         unsafe { _mm256_div_ps(a, b) }
     }
     #[inline(always)]
-    unsafe fn clamp(x: __m256, limit: f32) -> __m256 {
+    unsafe fn clamp(x: __m256, bound: f32) -> __m256 {
         // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe {
             // A NaN passes: both give their second operand then.
-            let x = _mm256_max_ps(_mm256_set1_ps(-limit), x);
-            _mm256_min_ps(_mm256_set1_ps(limit), x)
+            let x = _mm256_max_ps(_mm256_set1_ps(-bound), x);
+            _mm256_min_ps(_mm256_set1_ps(bound), x)
         }
     }
     #[inline(always)]

@@ -124,12 +124,12 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_div_ps(a, b) }
     }
     #[inline(always)]
-    unsafe fn clamp(x: __m512, limit: f32) -> __m512 {
+    unsafe fn clamp(x: __m512, bound: f32) -> __m512 {
         // SAFETY: the contract of `Simd`: the instruction set is there.
         unsafe {
             // A NaN passes: both give their second operand then.
-            let x = _mm512_max_ps(_mm512_set1_ps(-limit), x);
-            _mm512_min_ps(_mm512_set1_ps(limit), x)
+            let x = _mm512_max_ps(_mm512_set1_ps(-bound), x);
+            _mm512_min_ps(_mm512_set1_ps(bound), x)
         }
     }
     #[inline(always)]

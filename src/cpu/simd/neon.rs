@@ -151,9 +151,9 @@ unsafe impl Simd for Neon {
         unsafe { vdivq_f32(a, b) }
     }
     #[inline(always)]
-    unsafe fn clamp(x: float32x4_t, limit: f32) -> float32x4_t {
+    unsafe fn clamp(x: float32x4_t, bound: f32) -> float32x4_t {
         // SAFETY: the contract of `Simd`: the instruction set is there.
-        unsafe { vminq_f32(vdupq_n_f32(limit), vmaxq_f32(vdupq_n_f32(-limit), x)) }
+        unsafe { vminq_f32(vdupq_n_f32(bound), vmaxq_f32(vdupq_n_f32(-bound), x)) }
     }
     #[inline(always)]
     unsafe fn power_of_two(x: float32x4_t) -> float32x4_t {

@@ -107,10 +107,10 @@ unsafe impl Simd for Scalar {
         zip(a, b, |a, b| a / b)
     }
     #[inline(always)]
-    unsafe fn clamp(x: [f32; N], limit: f32) -> [f32; N] {
+    unsafe fn clamp(x: [f32; N], bound: f32) -> [f32; N] {
         map(x, |x| {
-            let x = if x < -limit { -limit } else { x };
-            if x > limit { limit } else { x }
+            let x = if x < -bound { -bound } else { x };
+            if x > bound { bound } else { x }
         })
     }
     #[inline(always)]

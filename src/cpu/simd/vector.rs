@@ -47,8 +47,8 @@ pub unsafe trait Simd: Copy {
     unsafe fn max_lane(v: Self::V) -> f32;
     /// a / b.
     unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
-    /// `x` within -`limit` to `limit`; NaN stays NaN.
-    unsafe fn clamp(x: Self::V, limit: f32) -> Self::V;
+    /// `x` within -`bound` to `bound`; NaN stays NaN.
+    unsafe fn clamp(x: Self::V, bound: f32) -> Self::V;
     /// 2^x of whole numbers from -126 to 127; anything of others.
     unsafe fn power_of_two(x: Self::V) -> Self::V;
     /// The nearest whole number; anything below -126 may become -126. NaN stays NaN.

@@ -15,7 +15,7 @@ impl Task<'_> {
         let (shape, layout, step) = (worker.shape, worker.layout, worker.reader.step());
         let group = shape.group;
         let by_head = step.mask.is_some_and(|mask| mask.is_by_head());
-        let at = |place: usize, row: usize| worker.scratch.wrapping_add(place + row * TILE).cast_const();
+        let at = |offset: usize, row: usize| worker.scratch.wrapping_add(offset + row * TILE).cast_const();
         for r in 0..split.rows {
             let (token, g) = ((split.first_row + r) / group, (split.first_row + r) % group);
             let token_row = token - split.first_row / group;

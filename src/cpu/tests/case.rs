@@ -187,11 +187,11 @@ impl Case {
         let paged = desc.kv_layout != KvLayout::Strided;
         let (heads, tokens) = (desc.kv_heads as usize, starts[batch] as usize);
         let outer = if paged { [pages, page] } else { [batch, longest] };
-        let k_shape = [outer[0], outer[1], heads, desc.head_dim_qk as usize];
-        let v_shape = [outer[0], outer[1], heads, desc.head_dim_v as usize];
-        let q_shape = [1, tokens, desc.q_heads as usize, desc.head_dim_qk as usize];
-        let (k_stride, v_stride) = (strides(r, k_shape, desc.k_dtype), strides(r, v_shape, desc.v_dtype));
-        let q_stride = strides(r, q_shape, desc.q_dtype);
+        let k_dims = [outer[0], outer[1], heads, desc.head_dim_qk as usize];
+        let v_dims = [outer[0], outer[1], heads, desc.head_dim_v as usize];
+        let q_dims = [1, tokens, desc.q_heads as usize, desc.head_dim_qk as usize];
+        let (k_stride, v_stride) = (strides(r, k_dims, desc.k_dtype), strides(r, v_dims, desc.v_dtype));
+        let q_stride = strides(r, q_dims, desc.q_dtype);
         let globals: Vec<i32> = (0..batch)
             .map(|b| {
                 let world = shard.world;
@@ -201,9 +201,9 @@ impl Case {
         let mut case = Case {
             kv_starts: (0..batch).map(|b| r.below(globals[b].max(1) as usize) as i32 / 2).collect(),
             positions: (0..batch * longest).map(|i| r.below(globals[i / longest].max(1) as usize) as i32).collect(),
-            q: poison(q_shape, q_stride, desc.q_dtype),
-            k: poison(k_shape, k_stride, desc.k_dtype),
-            v: poison(v_shape, v_stride, desc.v_dtype),
+            q: poison(q_dims, q_stride, desc.q_dtype),
+            k: poison(k_dims, k_stride, desc.k_dtype),
+            v: poison(v_dims, v_stride, desc.v_dtype),
             pages: pages as i32,
             desc,
             shard,
@@ -220,18 +220,18 @@ impl Case {
         for b in 0..batch {
             for slot in 0..case.lengths[b] as usize {
                 for h in 0..heads {
-                    let row: Vec<f32> = (0..k_shape[3]).map(|_| r.float()).collect();
-                    let to = at(&k_stride, case.place(b, slot, h, 0));
+                    let row: Vec<f32> = (0..k_dims[3]).map(|_| r.float()).collect();
+                    let to = at(&k_stride, case.index(b, slot, h, 0));
                     put_row(&mut case.k, to, k_stride[3], &row, desc.k_dtype);
-                    let row: Vec<f32> = (0..v_shape[3]).map(|_| r.float() + magnitudes.v_offset).collect();
-                    let to = at(&v_stride, case.place(b, slot, h, 0));
+                    let row: Vec<f32> = (0..v_dims[3]).map(|_| r.float() + magnitudes.v_offset).collect();
+                    let to = at(&v_stride, case.index(b, slot, h, 0));
                     put_row(&mut case.v, to, v_stride[3], &row, desc.v_dtype);
                 }
             }
         }
         for t in case.starts[0] as usize..tokens {
-            for h in 0..q_shape[2] {
-                for d in 0..q_shape[3] {
+            for h in 0..q_dims[2] {
+                for d in 0..q_dims[3] {
                     let x = r.float() * magnitudes.q;
                     put(&mut case.q, at(&q_stride, [0, t, h, d]), x, desc.q_dtype);
                 }
@@ -240,7 +240,7 @@ impl Case {
         case
     }
 
-    fn place(&self, b: usize, slot: usize, h: usize, d: usize) -> [usize; 4] {
+    fn index(&self, b: usize, slot: usize, h: usize, d: usize) -> [usize; 4] {
         let page = self.desc.page_size as usize;
         match self.desc.kv_layout {
             KvLayout::Strided => [b, slot, h, d],
@@ -257,10 +257,10 @@ impl Case {
     }
 
     /// Element `d` of a row.
-    fn get_in(memory: &[u8], stride: &[i64; 4], mut place: [usize; 4], dtype: Dtype) -> f64 {
-        let (format, d) = (KvFormat::of(dtype), place[3]);
-        place[3] = d / format.block_elements();
-        f64::from(format.element(&memory[at(stride, place)..], d % format.block_elements()))
+    fn get_in(memory: &[u8], stride: &[i64; 4], mut index: [usize; 4], dtype: Dtype) -> f64 {
+        let (format, d) = (KvFormat::of(dtype), index[3]);
+        index[3] = d / format.block_elements();
+        f64::from(format.element(&memory[at(stride, index)..], d % format.block_elements()))
     }
 
     fn tokens(&self) -> usize {
@@ -349,8 +349,8 @@ impl Case {
                         let (mut s, mut a) = (0.0, 0.0);
                         for d in 0..self.desc.head_dim_qk as usize {
                             let x = Case::get(&self.q, at(&self.q_stride, [0, t, head, d]), self.desc.q_dtype);
-                            let place = self.place(b, slot, kv, d);
-                            let y = Case::get_in(&self.k, &self.k_stride, place, self.desc.k_dtype);
+                            let index = self.index(b, slot, kv, d);
+                            let y = Case::get_in(&self.k, &self.k_stride, index, self.desc.k_dtype);
                             s += x * y;
                             a += (x * y).abs();
                         }
@@ -379,8 +379,8 @@ impl Case {
                     for d in 0..dim {
                         let (mut exact, mut absolute, mut largest) = (0.0, 0.0, 0f64);
                         for (&slot, s) in slots.iter().zip(&scores) {
-                            let place = self.place(b, slot, kv, d);
-                            let v = Case::get_in(&self.v, &self.v_stride, place, self.desc.v_dtype);
+                            let index = self.index(b, slot, kv, d);
+                            let v = Case::get_in(&self.v, &self.v_stride, index, self.desc.v_dtype);
                             let x = (s.0 - max).exp() / sum * v;
                             exact += x;
                             absolute += x.abs();

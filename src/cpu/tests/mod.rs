@@ -58,8 +58,8 @@ fn nan_stays_where_it_is_seen() {
             for (slot, sees) in [(199usize, 2..3), (198, 1..3), (0, 0..3), (100, 0..3)] {
                 let mut case = plain(200, true);
                 let clean = case.run(isa, 2);
-                let place = at(if in_k { &case.k_stride } else { &case.v_stride }, [0, slot, 0, 3]);
-                put(if in_k { &mut case.k } else { &mut case.v }, place, value, Dtype::F32);
+                let offset = at(if in_k { &case.k_stride } else { &case.v_stride }, [0, slot, 0, 3]);
+                put(if in_k { &mut case.k } else { &mut case.v }, offset, value, Dtype::F32);
                 let (o, lse, _) = case.run(isa, 2);
                 for row in 0..6 {
                     let of = |v: &[f32]| bits(&v[row * 16..(row + 1) * 16]);
@@ -141,8 +141,8 @@ fn equal_scores_give_the_mean_of_integers() {
             case.q.fill(0);
             for slot in 0..n as usize {
                 for d in 0..16 {
-                    let place = at(&case.v_stride, [0, slot, 0, d]);
-                    put(&mut case.v, place, ((slot * 7 + d) % 32) as f32, Dtype::F32);
+                    let offset = at(&case.v_stride, [0, slot, 0, d]);
+                    put(&mut case.v, offset, ((slot * 7 + d) % 32) as f32, Dtype::F32);
                 }
             }
             let (o, lse, _) = case.run(isa, 3);

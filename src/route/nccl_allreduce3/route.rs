@@ -8,7 +8,7 @@ use super::words::StepWords;
 use crate::attention::merge::MergeStep;
 use crate::attention::{Algorithm, Step};
 use crate::comm::nccl::{NcclRank, NcclTimeout, Reduction};
-use crate::cuda::{Allreduce, AllreduceOutput, AllreduceShape, Destination};
+use crate::cuda::{Allreduce, AllreduceOutput, AllreduceSizes, Destination};
 use crate::device::cuda::CudaStream;
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::RowTarget;
@@ -33,7 +33,7 @@ impl NcclAllreduce3 {
     pub fn new(context: &StepContext, rank: &Arc<CudaRank>) -> Result<NcclAllreduce3> {
         let shard = GpuShard::new(context, rank)?;
         let (desc, timeout) = (&context.desc, context.config.step_timeout);
-        let shape = AllreduceShape {
+        let shape = AllreduceSizes {
             tokens: desc.max_query_tokens,
             heads: desc.q_heads,
             dim: desc.head_dim_v,

@@ -117,7 +117,7 @@ pub fn compare(
             }
             // Compared with the block beside it, so that a noise that comes and goes meets both.
             for (over, block) in over.iter_mut().zip(&blocks) {
-                over.push(one_shot.map_or(f64::NAN, |place| block / blocks[place]));
+                over.push(one_shot.map_or(f64::NAN, |index| block / blocks[index]));
             }
         }
         for ((decode, &algorithm), over) in decodes.iter().zip(algorithms).zip(&over) {
@@ -209,14 +209,14 @@ pub fn plot(found: &[Comparison], bandwidth: f64, machine: &Machine, command: &[
     let mut panels: Vec<Panel> = Vec::new();
     for c in found {
         let title = format!("{}, {}", c.case.kind(), c.case.types());
-        let place = panels.iter().position(|panel| panel.title == title).unwrap_or_else(|| {
+        let index = panels.iter().position(|panel| panel.title == title).unwrap_or_else(|| {
             panels.push(Panel { title, lines: Vec::new() });
             panels.len() - 1
         });
         let (keys, dash) = (c.case.keys as f64, format!("{} ranks", c.case.ranks));
         let measured = Style::Measured { colour: c.algorithm.name().to_string(), dash };
-        panels[place].add(measured, (keys, c.seconds.median * 1e3));
-        panels[place].add(Style::Limit(limit.clone()), (keys, c.case.kv_bytes() as f64 / bandwidth * 1e3));
+        panels[index].add(measured, (keys, c.seconds.median * 1e3));
+        panels[index].add(Style::Limit(limit.clone()), (keys, c.case.kv_bytes() as f64 / bandwidth * 1e3));
     }
     let mut title = "A decode step by exchange algorithm".to_string();
     if let [only] = &mut panels[..] {

@@ -132,7 +132,7 @@ pub fn run(args: &Args) -> Outcome<()> {
     let mut ceiling = Ceiling::measure(&pool)?;
     let mut limits = Limit::all();
     let mut rows = decode_rows(&cases, &pool, &mut ceiling, &mut limits, &pace, &progress)?;
-    rows.sort_by_key(|row| row.place);
+    rows.sort_by_key(|row| row.index);
 
     let mut found = Vec::new();
     for ranks in exchanges {
@@ -195,8 +195,8 @@ pub fn run(args: &Args) -> Outcome<()> {
 
 /// What the blocks of one case gave.
 struct Timed {
-    /// Its place among the cases.
-    place: usize,
+    /// Of the case.
+    index: usize,
     case: Case,
     seconds: samples::Summary,
     /// Where the case reads from memory.
@@ -224,14 +224,14 @@ fn decode_rows(
 ) -> Outcome<Vec<Timed>> {
     let mut rows = Vec::new();
     for dtype in Dtype::ALL {
-        let mine: Vec<usize> = (0..cases.len()).filter(|&place| cases[place].kv_format().dtype() == dtype).collect();
+        let mine: Vec<usize> = (0..cases.len()).filter(|&index| cases[index].kv_format().dtype() == dtype).collect();
         if mine.is_empty() {
             continue;
         }
         progress.set_message(format!("writing {} MiB of {}", pool.bytes() >> 20, dtype.name()));
         pool.fill(dtype)?;
         let mut decodes =
-            mine.iter().map(|&place| Decode::new(cases[place], Algorithm::Auto, pool)).collect::<Outcome<Vec<_>>>()?;
+            mine.iter().map(|&index| Decode::new(cases[index], Algorithm::Auto, pool)).collect::<Outcome<Vec<_>>>()?;
         let mut beside = vec![Beside::default(); decodes.len()];
         let mut added = vec![Samples::default(); decodes.len()];
         for _ in 0..pace.rounds {
@@ -258,8 +258,8 @@ fn decode_rows(
             }
         }
         let found = decodes.iter().zip(beside).zip(added);
-        rows.extend(mine.into_iter().zip(found).map(|(place, ((decode, beside), added))| Timed {
-            place,
+        rows.extend(mine.into_iter().zip(found).map(|(index, ((decode, beside), added))| Timed {
+            index,
             case: decode.case,
             seconds: decode.times.summary(),
             beside: (!decode.case.cached).then_some(beside),

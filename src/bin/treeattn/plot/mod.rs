@@ -220,28 +220,28 @@ impl Plot {
 /// The lines of a panel: what cannot be passed below the rest.
 fn draw(svg: &mut Svg, panel: &Panel, (x, y): (&Axis, &Axis), legend: &Legend, top: f64, height: f64) {
     let at = |&(px, py): &(f64, f64)| Some((LEFT + plot_width() * x.at(px)?, top + height * (1.0 - y.at(py)?)));
-    let places = |line: &Line| {
+    let points_of = |line: &Line| {
         let mut points = line.points.clone();
         points.sort_by(|a, b| a.0.total_cmp(&b.0));
         points.iter().filter_map(at).collect::<Vec<_>>()
     };
-    let joined = |places: &[(f64, f64)]| {
-        let steps = places.iter().enumerate();
+    let joined = |points: &[(f64, f64)]| {
+        let steps = points.iter().enumerate();
         steps.map(|(n, (x, y))| format!("{}{x:.1} {y:.1}", if n == 0 { "M" } else { "L" })).collect::<String>()
     };
     for line in &panel.lines {
         if let Style::Limit(_) = &line.style {
             let how = format!("fill=\"none\" stroke=\"{LIMIT}\" stroke-width=\"5\" stroke-linejoin=\"round\"");
-            svg.path(&joined(&places(line)), &how);
+            svg.path(&joined(&points_of(line)), &how);
         }
     }
     for line in panel.lines.iter().rev() {
         if let Style::Measured { colour: name, dash: dashed } = &line.style {
-            let place = |of: &[&str], name: &str| of.iter().position(|other| *other == name).unwrap_or(0);
-            let (n, places) = (place(&legend.colours, name), places(line));
-            let (colour, dash) = (colour(n), dash(place(&legend.dashes, dashed)));
-            svg.path(&joined(&places), &format!("fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"{dash}"));
-            places.iter().for_each(|&place| svg.mark(place, n, "mark"));
+            let index = |of: &[&str], name: &str| of.iter().position(|other| *other == name).unwrap_or(0);
+            let (n, points) = (index(&legend.colours, name), points_of(line));
+            let (colour, dash) = (colour(n), dash(index(&legend.dashes, dashed)));
+            svg.path(&joined(&points), &format!("fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"{dash}"));
+            points.iter().for_each(|&point| svg.mark(point, n, "mark"));
         }
     }
 }

@@ -63,8 +63,8 @@ impl Ceiling {
     /// One more pass of the best kernel.
     pub fn sample(&mut self, stream: &Stream, pool: &Buffer) -> Outcome<()> {
         // Another part of the pool each time, so that none comes from a cache.
-        let places = pool.bytes() / self.bytes;
-        let from = self.turn % places.max(1) * self.bytes;
+        let parts = pool.bytes() / self.bytes;
+        let from = self.turn % parts.max(1) * self.bytes;
         self.turn += 1;
         let found = pass(stream, pool, &self.sink, &self.reader, self.bytes, from)?;
         self.samples.push(found);

@@ -73,19 +73,19 @@ pub fn run(args: &Args, device: Device) -> Outcome<()> {
         }
     }
     for dtype in stored {
-        let mine: Vec<usize> = (0..cases.len()).filter(|&place| cases[place].kv_dtype == dtype).collect();
+        let mine: Vec<usize> = (0..cases.len()).filter(|&index| cases[index].kv_dtype == dtype).collect();
         match dtype {
             Dtype::Bf16 => {}
             Dtype::F16 => fill(&gpu, &stream, &pool, dtype)?,
             _ => fill_rows(&pool, dtype)?,
         }
-        for (n, place) in mine.into_iter().enumerate() {
-            let case: Case = cases[place];
+        for (n, index) in mine.into_iter().enumerate() {
+            let case: Case = cases[index];
             progress.set_message(case.shape());
             if n % BETWEEN == 0 {
                 ceiling.sample(&stream, &pool)?;
             }
-            timed.push((place, decode::time(&case, &runtime, device, &stream, &pool, &pace)?));
+            timed.push((index, decode::time(&case, &runtime, device, &stream, &pool, &pace)?));
             progress.inc(1);
         }
     }
@@ -93,7 +93,7 @@ pub fn run(args: &Args, device: Device) -> Outcome<()> {
     progress.finish_and_clear();
     timed.sort_by_key(|timed| timed.0);
 
-    let rows = timed.into_iter().map(|(place, timed)| Row::new(cases[place], timed));
+    let rows = timed.into_iter().map(|(index, timed)| Row::new(cases[index], timed));
     let mut report = Report {
         version: env!("CARGO_PKG_VERSION"),
         command: std::env::args().collect(),

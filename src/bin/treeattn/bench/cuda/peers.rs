@@ -75,9 +75,9 @@ impl Side {
     }
 
     /// A 32-bit word that kernels left.
-    fn word(buffer: &Buffer, place: usize) -> Outcome<u32> {
+    fn word(buffer: &Buffer, index: usize) -> Outcome<u32> {
         let mut word = [0; 4];
-        buffer.download(4 * place, &mut word)?;
+        buffer.download(4 * index, &mut word)?;
         Ok(u32::from_ne_bytes(word))
     }
 }
@@ -168,7 +168,7 @@ fn exchange(runtime: &Runtime, sides: [&Side; 2], bytes: usize) -> Outcome<f64> 
         Ok([zeroed(side, bytes)?, zeroed(side, bytes)?, zeroed(side, 16 * words)?, zeroed(side, 8)?])
     };
     let all = [memory(sides[0])?, memory(sides[1])?];
-    let address = |side: usize, place: usize| all[side][place].data() as u64;
+    let address = |side: usize, index: usize| all[side][index].data() as u64;
     let grid = words.div_ceil(512).min(64) as u32;
     let graph = |mine: usize| {
         let _current = sides[mine].current()?;

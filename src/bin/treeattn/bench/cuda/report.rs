@@ -101,7 +101,7 @@ impl Report {
         let row = |case: &Case| self.rows.iter().find(|row| row.case == *case);
         let micros = |case: &Case| row(case).map(|row| 1e6 * row.replay.median);
         let judge = |target: &Target| {
-            let (name, limit, found, unit, public) = match target {
+            let (name, most, found, unit, public) = match target {
                 Target::Micros { case, most, public } => (case.shape(), *most, micros(case)?, "us", *public),
                 Target::Over { case, than, most, spare } if *spare > 0.0 => {
                     let name = format!("{} beyond {}", case.shape(), than.kind());
@@ -119,10 +119,10 @@ impl Report {
             let digits = if unit == "x" { 3 } else { 2 };
             Some(TargetReport {
                 name,
-                wanted: format!("<= {limit} {unit}"),
+                wanted: format!("<= {most} {unit}"),
                 found: format!("{found:.digits$} {unit}"),
                 public,
-                met: found <= limit,
+                met: found <= most,
             })
         };
         targets.iter().filter_map(judge).collect()

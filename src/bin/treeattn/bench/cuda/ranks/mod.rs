@@ -89,11 +89,11 @@ pub fn run(args: &Args, devices: &[Device]) -> Outcome<()> {
             .iter()
             .map(|rank| Memory::new(&mine, &runtime, rank.device, &rank.pool))
             .collect::<Outcome<Vec<_>>>()?;
-        let placed = ranks
+        let sharded = ranks
             .iter()
             .zip(&memories)
             .enumerate()
-            .map(|(rank, (on, memory))| Placed::new(&runtime, on.device, &mine, (rank, devices.len()), &memory.args))
+            .map(|(rank, (on, memory))| Sharded::new(&runtime, on.device, &mine, (rank, devices.len()), &memory.args))
             .collect::<Outcome<Vec<_>>>()?;
         let time = |output: OutputMode, algorithm: Algorithm, checked: bool| -> Outcome<Found> {
             let mut desc = describe(&mine)?;
@@ -104,7 +104,7 @@ pub fn run(args: &Args, devices: &[Device]) -> Outcome<()> {
                 Err(error) => return Ok(Found::refused(asked, algorithm, &error)),
             };
             let works: Vec<Work> =
-                plans.iter().zip(&placed).map(|(plan, placed)| Work::Decode { plan, args: &placed.args }).collect();
+                plans.iter().zip(&sharded).map(|(plan, sharded)| Work::Decode { plan, args: &sharded.args }).collect();
             // SAFETY: pools and memories outlive `time`; freeing device memory waits for the device.
             let timed = unsafe { time::run(&ranks, &works, &pace) }?;
             let found = Found::of(asked, &plans[0].stats()?, timed);
@@ -176,30 +176,30 @@ pub fn run(args: &Args, devices: &[Device]) -> Outcome<()> {
     print(&report.text())
 }
 
-/// A rank's arguments with the places of its keys among those of all ranks, which checked plans compare.
-struct Placed {
+/// A rank's arguments with the positions of its keys among those of all ranks, which checked plans compare.
+struct Sharded {
     args: Vec<DecodeArgs>,
     /// Held for the steps.
-    _places: [Buffer; 2],
+    _positions: [Buffer; 2],
 }
 
-impl Placed {
+impl Sharded {
     fn new(
         runtime: &Runtime,
         device: Device,
         case: &Case,
         (rank, world): (usize, usize),
         args: &[DecodeArgs],
-    ) -> Outcome<Placed> {
+    ) -> Outcome<Sharded> {
         let same = |value: usize| -> Outcome<Buffer> {
             let buffer = Buffer::alloc(runtime, device, 4 * case.batch)?;
             buffer.upload(0, &i32::try_from(value)?.to_ne_bytes().repeat(case.batch))?;
             Ok(buffer)
         };
-        let places = [same(case.keys * world)?, same(case.keys * rank)?];
-        let [global_length, kv_start] = places.each_ref().map(|buffer| buffer.data() as *const i32);
+        let positions = [same(case.keys * world)?, same(case.keys * rank)?];
+        let [global_length, kv_start] = positions.each_ref().map(|buffer| buffer.data() as *const i32);
         let args = args.iter().map(|args| DecodeArgs { global_length, kv_start, ..*args }).collect();
-        Ok(Placed { args, _places: places })
+        Ok(Sharded { args, _positions: positions })
     }
 }
 

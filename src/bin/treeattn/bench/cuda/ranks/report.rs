@@ -259,7 +259,7 @@ impl Report {
         let mut panels: Vec<Panel> = Vec::new();
         for row in self.rows.iter().filter(|row| row.case.batch == 1) {
             let title = row.case.kind();
-            let place = panels.iter().position(|panel| panel.title == title).unwrap_or_else(|| {
+            let index = panels.iter().position(|panel| panel.title == title).unwrap_or_else(|| {
                 panels.push(Panel { title, lines: Vec::new() });
                 panels.len() - 1
             });
@@ -267,11 +267,11 @@ impl Report {
             for found in &row.found {
                 if let Some(micros) = found.micros() {
                     let measured = Style::Measured { colour: found.asked.into(), dash: String::new() };
-                    panels[place].add(measured, (keys, micros));
+                    panels[index].add(measured, (keys, micros));
                 }
             }
-            panels[place].add(Style::Limit("attention alone".into()), (keys, 1e6 * row.local.replay.median));
-            panels[place].add(Style::Limit("bytes at the read bandwidth, one flag".into()), (keys, 1e6 * row.floor));
+            panels[index].add(Style::Limit("attention alone".into()), (keys, 1e6 * row.local.replay.median));
+            panels[index].add(Style::Limit("bytes at the read bandwidth, one flag".into()), (keys, 1e6 * row.floor));
         }
         let mut title = format!("Decode over {} GPUs", self.ranks.len());
         if let [only] = &mut panels[..] {
