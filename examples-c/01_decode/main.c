@@ -7,7 +7,8 @@
  *               from .npy files. The 512 keys are cut into one run of tokens a rank, with no copy: each rank's tensors
  *               point into the one array. Each rank has a thread. A step hands the library one query token and the
  *               rank's own shard, and every rank gets the output over all 512 keys. The same is done for every token
- *               and for 1, 2, 3, 4 and 8 ranks; all outputs are compared with float64.
+ *               and for 1, 2, 3, 4 and 8 ranks; all outputs are compared with float64. With an argument, for so many
+ *               tokens alone.
  * When to use   Whenever a sequence's cache is larger, or slower to read, than one device allows.
  */
 #include <treeattn.h>
@@ -25,7 +26,7 @@ enum { TOKENS = 512, HEADS = 12, DIM = 32, ROW = HEADS * DIM, MOST_RANKS = 8 };
 
 /* What the ranks share, and what each leaves behind. */
 typedef struct {
-    int world;
+    int world, steps;
     const uint16_t *q, *k, *v; /* f16 [token, head, dim] */
     treeattn_plan_t *plans[MOST_RANKS];
     float *out[MOST_RANKS]; /* [token, head, dim], from each rank */
@@ -52,7 +53,7 @@ static void decode_on(int rank, void *context)
     args.out.bytes = ROW * sizeof **job->out;
     args.lse.bytes = HEADS * sizeof **job->lse;
 
-    for (token = 0; token < TOKENS; token++) {
+    for (token = 0; token < job->steps; token++) {
         double start = seconds();
         args.q.data = (void *)(job->q + (size_t)token * ROW);
         args.out.data = job->out[rank] + (size_t)token * ROW;
@@ -63,7 +64,7 @@ static void decode_on(int rank, void *context)
     }
 }
 
-/* Runs all 512 steps on `world` ranks; the outputs are left in `job`. */
+/* Runs all steps on `world` ranks; the outputs are left in `job`. */
 static void decode_all(treeattn_runtime_t *runtime, int world, job_t *job)
 {
     treeattn_attention_desc_t desc = TREEATTN_ATTENTION_DESC_INIT;
@@ -104,7 +105,7 @@ static row_t *reference(const job_t *job, const npy_t *out, const npy_t *lse)
         k[i] = half_to_double(job->k[i]);
         v[i] = half_to_double(job->v[i]);
     }
-    for (token = 0; token < TOKENS; token++) {
+    for (token = 0; token < job->steps; token++) {
         for (head = 0; head < HEADS; head++) {
             row_t *row = &rows[token * HEADS + head];
             const float *stored = (const float *)out->data + (size_t)token * ROW + (size_t)head * DIM;
@@ -139,7 +140,7 @@ static npy_t load(int layer, const char *what, const char *type)
     return array;
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     static const int worlds[] = {1, 2, 3, 4, 8}, layers[] = {0, 5};
     treeattn_runtime_t *runtime;
@@ -148,12 +149,14 @@ int main(void)
     size_t l, w;
     int rank, token, head;
 
+    job->steps = argc > 1 ? atoi(argv[1]) : TOKENS;
+    REQUIRE(argc <= 2 && job->steps >= 1 && job->steps <= TOKENS, "usage: %s [STEPS, 1 to %d]", argv[0], TOKENS);
     CHECK(treeattn_runtime_create(NULL, &runtime));
     for (rank = 0; rank < MOST_RANKS; rank++) {
         job->out[rank] = must_alloc(sizeof(float) * TOKENS * ROW);
         job->lse[rank] = must_alloc(sizeof(float) * TOKENS * HEADS);
     }
-    printf("%d tokens, %d heads of %d, f16; %d decode steps of one token each\n\n", TOKENS, HEADS, DIM, TOKENS);
+    printf("%d tokens, %d heads of %d, f16; %d decode steps of one token each\n\n", TOKENS, HEADS, DIM, job->steps);
     printf("layer  ranks  keys/rank    max |out error|    max |lse error|  same bits  us/step\n");
     printf("-----  -----  ---------  -----------------  -----------------  ---------  -------\n");
 
@@ -171,20 +174,20 @@ int main(void)
             worst_t worst = {0};
             char keys[32];
             decode_all(runtime, world, job);
-            for (token = 0; token < TOKENS; token++)
+            for (token = 0; token < job->steps; token++)
                 for (head = 0; head < HEADS; head++)
                     worst_row(&worst, &rows[token * HEADS + head], job->out[0] + token * ROW + head * DIM,
                               job->lse[0][token * HEADS + head], DIM);
             for (rank = 1; rank < world; rank++) {
-                REQUIRE(memcmp(job->out[rank], job->out[0], sizeof(float) * TOKENS * ROW) == 0, "rank %d", rank);
-                REQUIRE(memcmp(job->lse[rank], job->lse[0], sizeof(float) * TOKENS * HEADS) == 0, "rank %d", rank);
+                REQUIRE(memcmp(job->out[rank], job->out[0], sizeof(float) * job->steps * ROW) == 0, "rank %d", rank);
+                REQUIRE(memcmp(job->lse[rank], job->lse[0], sizeof(float) * job->steps * HEADS) == 0, "rank %d", rank);
             }
             if (TOKENS % world)
                 snprintf(keys, sizeof keys, "%d-%d", TOKENS / world, TOKENS / world + 1);
             else
                 snprintf(keys, sizeof keys, "%d", TOKENS / world);
             printf("%5d  %5d  %9s  %8.1e (%3.0f %%)  %8.1e (%3.0f %%)  %9s  %7.1f\n", layers[l], world, keys, worst.out,
-                   100.0 * worst.out_share, worst.lse, 100.0 * worst.lse_share, "yes", 1e6 * median(job->times, TOKENS));
+                   100.0 * worst.out_share, worst.lse, 100.0 * worst.lse_share, "yes", 1e6 * median(job->times, job->steps));
             all.out_share = fmax(all.out_share, worst.out_share);
             all.lse_share = fmax(all.lse_share, worst.lse_share);
         }

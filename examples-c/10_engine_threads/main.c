@@ -3,11 +3,12 @@
  *
  * Purpose       An engine has threads already. Two sets of threads on the same cores wait for each other, so let the library
  *               compute on the engine's.
- * How it works  The same 32 steps over one cache are done three times, each time on as many threads: on threads of the library;
+ * How it works  The same steps over one cache are done three times, each time on as many threads: on threads of the library;
  *               by an executor, the engine's parallel-for, here OpenMP's; and by a team of threads, all of which run every
  *               operator one after the other with a spinning barrier between them, as those of ggml do. Before each step, all
  *               of the engine's threads do a little work of their own, which stands for the other operators of a layer. All
- *               outputs have to be the same bits; they are compared with float64.
+ *               outputs have to be the same bits; they are compared with float64. Arguments, where the defaults are not
+ *               wanted: how many keys the cache has, and how many steps are done.
  * When to use   Whenever the engine's threads do not sleep during attention. An executor where the engine can start work on its
  *               threads from one of them; a team where all of them come by anyway.
  */
@@ -23,14 +24,14 @@
 #include "../common/numeric.h"
 #include "../common/ranks.h"
 
-enum { TOKENS = 4096, HEADS = 32, KV_HEADS = 8, DIM = 128, STEPS = 32, WARM = 4, MOST_THREADS = 16 };
+enum { KEYS = 4096, HEADS = 32, KV_HEADS = 8, DIM = 128, STEPS = 32, WARM = 4, MOST_THREADS = 16 };
 enum { ROW = HEADS * DIM, KV_ROW = KV_HEADS * DIM };
 
 typedef struct {
-    int threads;
-    uint16_t *q, *k, *v; /* f16 [STEPS, head, dim]; [token, kv head, dim] */
+    int threads, steps;
+    uint16_t *q, *k, *v; /* f16 [step, head, dim]; [token, kv head, dim] */
     int32_t length;
-    float *out[3], *lse[3]; /* of each way: [STEPS, head, dim], [STEPS, head] */
+    float *out[3], *lse[3]; /* of each way: [step, head, dim], [step, head] */
     double times[STEPS];
 } job_t;
 
@@ -43,7 +44,7 @@ static treeattn_decode_args_t step_args(job_t *job, int way, int step)
     args.q.bytes = ROW * sizeof *job->q;
     args.k.data = job->k;
     args.v.data = job->v;
-    args.k.bytes = args.v.bytes = (uint64_t)TOKENS * KV_ROW * sizeof *job->k;
+    args.k.bytes = args.v.bytes = (uint64_t)job->length * KV_ROW * sizeof *job->k;
     args.out.data = job->out[way] + (size_t)step * ROW;
     args.out.bytes = ROW * sizeof(float);
     args.lse.data = job->lse[way] + (size_t)step * HEADS;
@@ -106,7 +107,7 @@ static void run_with_openmp(job_t *job, int way, treeattn_plan_t *plan)
 {
     double sink = 0.0;
     int step, thread;
-    for (step = -WARM; step < STEPS; step++) {
+    for (step = -WARM; step < job->steps; step++) {
         treeattn_decode_args_t args = step_args(job, way, step < 0 ? 0 : step);
         double start;
 #pragma omp parallel for schedule(static, 1) num_threads(job->threads) reduction(+ : sink)
@@ -160,7 +161,7 @@ static void *member_main(void *argument)
     team.size = job->threads;
     team.barrier = spin_wait;
     team.ctx = member->spin;
-    for (step = -WARM; step < STEPS; step++) {
+    for (step = -WARM; step < job->steps; step++) {
         treeattn_decode_args_t args = step_args(job, 2, step < 0 ? 0 : step);
         double start;
         sink += other_work(member->index);
@@ -194,7 +195,7 @@ static void run_with_team(job_t *job, treeattn_plan_t *plan)
 
 static void report(const char *way, job_t *job)
 {
-    double middle = 1e3 * median(job->times, STEPS);
+    double middle = 1e3 * median(job->times, job->steps);
     printf("%-42s  %10.3f\n", way, middle);
 }
 
@@ -212,14 +213,14 @@ static void check(const job_t *job, worst_t *worst)
 {
     double q[DIM], k[DIM], v[DIM];
     int step, head, token, d;
-    for (step = 0; step < STEPS; step += 13) {
+    for (step = 0; step < job->steps; step += 13) {
         for (head = 0; head < HEADS; head += 9) {
             size_t at = (size_t)(head / (HEADS / KV_HEADS)) * DIM;
             row_t row;
             row_begin(&row);
             for (d = 0; d < DIM; d++)
                 q[d] = half_to_double(job->q[(size_t)step * ROW + (size_t)head * DIM + (size_t)d]);
-            for (token = 0; token < TOKENS; token++) {
+            for (token = 0; token < job->length; token++) {
                 for (d = 0; d < DIM; d++) {
                     k[d] = half_to_double(job->k[(size_t)token * KV_ROW + at + (size_t)d]);
                     v[d] = half_to_double(job->v[(size_t)token * KV_ROW + at + (size_t)d]);
@@ -233,7 +234,7 @@ static void check(const job_t *job, worst_t *worst)
     }
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     treeattn_runtime_t *runtime;
     treeattn_comm_t *comm;
@@ -245,16 +246,19 @@ int main(void)
     int way;
 
     job->threads = cores < 2 ? 2 : cores > MOST_THREADS ? MOST_THREADS : (int)cores;
-    job->length = TOKENS;
-    job->q = random_halves((size_t)STEPS * ROW, 1);
-    job->k = random_halves((size_t)TOKENS * KV_ROW, 2);
-    job->v = random_halves((size_t)TOKENS * KV_ROW, 3);
+    job->length = argc > 1 ? atoi(argv[1]) : KEYS;
+    job->steps = argc > 2 ? atoi(argv[2]) : STEPS;
+    REQUIRE(argc <= 3 && job->length >= 1 && job->length <= KEYS && job->steps >= 1 && job->steps <= STEPS,
+            "usage: %s [KEYS, 1 to %d [STEPS, 1 to %d]]", argv[0], KEYS, STEPS);
+    job->q = random_halves((size_t)job->steps * ROW, 1);
+    job->k = random_halves((size_t)job->length * KV_ROW, 2);
+    job->v = random_halves((size_t)job->length * KV_ROW, 3);
     for (way = 0; way < 3; way++) {
-        job->out[way] = must_alloc(sizeof(float) * STEPS * ROW);
-        job->lse[way] = must_alloc(sizeof(float) * STEPS * HEADS);
+        job->out[way] = must_alloc(sizeof(float) * job->steps * ROW);
+        job->lse[way] = must_alloc(sizeof(float) * job->steps * HEADS);
     }
     CHECK(treeattn_runtime_create(NULL, &runtime));
-    printf("%d steps over %d keys, %d/%d heads of %d, f16, on %d threads\n\n", STEPS, TOKENS, HEADS, KV_HEADS, DIM,
+    printf("%d steps over %d keys, %d/%d heads of %d, f16, on %d threads\n\n", job->steps, job->length, HEADS, KV_HEADS, DIM,
            job->threads);
     printf("%-42s  %10s\n------------------------------------------  ----------\n", "who computes", "ms a step");
 
@@ -281,8 +285,8 @@ int main(void)
     report("a team of threads with a spinning barrier", job);
 
     for (way = 1; way < 3; way++) {
-        REQUIRE(memcmp(job->out[way], job->out[0], sizeof(float) * STEPS * ROW) == 0, "way %d has other bits", way);
-        REQUIRE(memcmp(job->lse[way], job->lse[0], sizeof(float) * STEPS * HEADS) == 0, "way %d has other bits", way);
+        REQUIRE(memcmp(job->out[way], job->out[0], sizeof(float) * job->steps * ROW) == 0, "way %d has other bits", way);
+        REQUIRE(memcmp(job->lse[way], job->lse[0], sizeof(float) * job->steps * HEADS) == 0, "way %d has other bits", way);
     }
     printf("\nAll three gave the same bits.\n");
     check(job, &worst);
