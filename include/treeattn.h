@@ -689,7 +689,7 @@ typedef int32_t treeattn_algorithm_t;
 /** Every rank sends its partial to every rank, each merges all, in one step. */
 #define TREEATTN_ALGORITHM_ONE_SHOT 1
 
-/** Each rank merges its own heads of all partials, then the merged heads go round. */
+/** Each rank merges its own heads of all partials, then sends the merged heads to all. */
 #define TREEATTN_ALGORITHM_TWO_SHOT 2
 
 /**
@@ -704,7 +704,7 @@ typedef int32_t treeattn_algorithm_t;
  */
 #define TREEATTN_ALGORITHM_ALLREDUCE3 4
 
-/** Keys and values passed round: a baseline. Needs the transport's `sendrecv`. */
+/** Keys and values are passed from rank to rank: a baseline. Needs the transport's `sendrecv`. */
 #define TREEATTN_ALGORITHM_RING 5
 
 /** Which bits are promised to be the same. */

@@ -67,19 +67,19 @@ codes! {
     }
 }
 codes! {
-    /// How partials meet.
+    /// How partials are exchanged and merged.
     Algorithm {
         /// The library chooses; `stats` says which and why.
         #[default] Auto = 0 => "AUTO",
         /// Every rank sends its partial to every rank, each merges all, in one step.
         OneShot = 1 => "ONE_SHOT",
-        /// Each rank merges its own heads of all partials, then the merged heads go round.
+        /// Each rank merges its own heads of all partials, then sends the merged heads to all.
         TwoShot = 2 => "TWO_SHOT",
         /// A tree over nodes: within each first, then between them by recursive doubling, then back.
         Tree = 3 => "TREE",
-        /// The paper's: a max and two sums.
+        /// As in the paper: an allreduce of maxima and two of sums.
         Allreduce3 = 4 => "ALLREDUCE3",
-        /// Keys and values passed round, the baseline.
+        /// Keys and values are passed from rank to rank: a baseline.
         Ring = 5 => "RING",
     }
 }
@@ -160,7 +160,7 @@ pub struct AttentionDesc {
     pub query_input: QueryInput,
     /// Who gets the merged output.
     pub output: OutputMode,
-    /// How partials meet.
+    /// How partials are exchanged and merged.
     pub algorithm: Algorithm,
     /// Which bits are promised to be the same.
     pub reproducibility: Reproducibility,

@@ -1,4 +1,4 @@
-//! Whom to blame where ranks differ in what must be the same.
+//! Which ranks to name where ranks differ in what must be the same.
 
 /// The ranks outside the largest party of those with equal values, as rank `me` sees it: where no party is the largest,
 /// those that differ from `me`. Empty, and nothing is allocated, where all are equal.

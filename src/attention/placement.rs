@@ -4,7 +4,7 @@
 
 use crate::error::{Error, Result};
 
-/// Where the tokens of a sequence live.
+/// Which rank holds which token of a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum Placement {
     /// Each rank holds one run of consecutive tokens; its first global position comes with each step (`kv_start`).

@@ -68,7 +68,7 @@ impl Step {
             if desc.kv_layout != KvLayout::Strided && held > 0 && args.num_pages == 0 {
                 return Err(Error::invalid("num_pages", 0, format_args!("at least 1 for {}", length())));
             }
-            // Ranks of a checked plan find together what does not fit, and live on.
+            // A checked plan compares these between its ranks, and reports them without breaking the communicator.
             let is_checked = desc.checked && shard.world > 1 && desc.output != OutputMode::Local && which == Keys::All;
             if queries <= 0 || args.global_length.is_null() || is_checked {
                 continue;

@@ -53,7 +53,7 @@ impl Step {
         }
         let a = &self.args;
         if desc.kv_layout != KvLayout::Strided {
-            // Where there is a table, or are lists, they and the length are data against each other.
+            // With a table or lists, a length that does not fit them is bad data of the step, not a wrong argument.
             let none = desc.kv_layout == KvLayout::BlockTable && a.max_pages == 0;
             let wanted = || format!("at least 1 for {}", what());
             return if none { Err(Error::invalid("max_pages", 0, wanted())) } else { Ok(()) };
@@ -104,9 +104,10 @@ impl Step {
         Err(Error::invalid("mask.bytes", self.args.mask.bytes, wanted))
     }
 
-    /// Settles where the sequences of a packed k and v begin whose `kv_capacity` is not given, and whose bytes told it only if
-    /// they end where the last sequence does. `longest` and `last`: the length of the longest sequence and of the last; none
-    /// where they cannot be read.
+    /// Decides where the sequences of a packed k and v begin if `kv_capacity` is not given. The bytes may be those of equally
+    /// long sequences, or of sequences of `max_kv_length` of which the last ends early; where both are possible, only the
+    /// lengths can tell. `longest` and `last`: the length of the longest sequence and of the last; none where they cannot be
+    /// read.
     pub(super) fn settle_packed(&mut self, desc: &AttentionDesc, lengths: Option<(i64, i64)>) -> Result<()> {
         let (batch, max_kv_length) = (i64::from(self.args.batch), i64::from(desc.max_kv_length));
         if desc.kv_layout != KvLayout::Strided || batch < 2 || self.args.kv_capacity > 0 {
@@ -124,7 +125,7 @@ impl Step {
             let exact = bytes == i128::from(stride[0]) * i128::from(batch)
                 || strided_cache::is_of_plan(tensor.bytes, stride[1], desc.max_batch, max_kv_length);
             match (exact, early) {
-                // Both: only where a sequence is too long for the one is it the other.
+                // Both are possible: only a sequence that is too long for the shorter distance shows that it is not meant.
                 (true, true) if i128::from(stride[0]) < all => {
                     if lengths.is_none_or(|(longest, _)| i128::from(longest) * token <= i128::from(stride[0])) {
                         return Err(strided_cache::untold(name, tensor.bytes, batch, max_kv_length, stride[1]));

@@ -53,7 +53,8 @@ impl StridedCache {
         if is_exact && (exact == self.max_kv_length as u64 || self.batch == i64::from(self.max_batch)) {
             return Ok(exact as i64);
         }
-        // One sequence has no next one; the last of several may end early, which its length is to bear out.
+        // With one sequence the distance between sequences does not matter. The last of several may end early; `settle_packed`
+        // compares that with its length.
         let but_last = all - token as u64;
         if self.batch == 1 || (but_last * self.max_kv_length as u64..all * self.max_kv_length as u64).contains(&bytes) {
             return Ok(self.max_kv_length);

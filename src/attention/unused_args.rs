@@ -1,4 +1,5 @@
-//! Arguments that the layout or the placement of a shape has no use for: whoever passes one means something else.
+//! Arguments that the layout or the placement of a shape has no use for: a caller who passes one means something else, and gets
+//! an error.
 
 use super::decode_args::DecodeArgs;
 use super::descriptor::{AttentionDesc, KvLayout, MaskKind};

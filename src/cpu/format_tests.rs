@@ -7,8 +7,8 @@ use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvFormat, Shard, Step, 
 use crate::device::Workers;
 use crate::partial::{Lse, PartialRows};
 
-/// Bytes that hit every code: of bytes in turn, of blocks with scales of all kinds, among them 0, infinities and NaN.
-/// `finite`: of those only that are finite.
+/// Bytes with every code: all bytes in turn, or blocks with scales of all kinds, among them 0, infinities and NaN; if `finite`,
+/// only finite ones.
 fn rows(format: KvFormat, dim: usize, count: usize, finite: bool) -> Vec<u8> {
     let scales = [0x3c00u16, 0xb555, 0x0001, 0x83ff, 0, 0x8000, 0x7c00, 0xfc00, 0x7e01, 0x7bff];
     let scales = if finite { &scales[..6] } else { &scales[..] };

@@ -189,7 +189,7 @@ impl Layout {
         let (origin, tile_max) = (take(Some(rows))?, take(Some(rows))?);
         let mut sums = || take(shape.sums().closed_floats());
         let closed = [sums()?, sums()?, sums()?];
-        // Workers must not share a cache line, nor meet at the same cache sets.
+        // Workers must neither share a cache line nor compete for the same cache sets.
         let floats = next.checked_add(1024 + 16)?;
         Some(Layout {
             q,

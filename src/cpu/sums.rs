@@ -34,7 +34,7 @@ impl SumSizes {
     }
 }
 
-/// Sums under way, over 2^max: short ones, closed before rounding can pile up.
+/// Sums under way, over 2^max: short ones, closed before rounding errors can add up.
 #[derive(Clone, Copy, Debug)]
 pub struct OpenSums {
     /// f32 [rows, width].

@@ -19,12 +19,12 @@ use crate::attention::visibility::low_bits;
 /// How far the maximum of a row may rise above what its scores are measured from before they are computed anew, in powers
 /// of two. Scores measured from near the largest are small where weights are not, and so are their rounding errors.
 const ORIGIN_RANGE: f32 = 8.0;
-/// Most rows of a row block for which k and v are widened in every row group instead of once. Once would save conversions
-/// but takes a tile for one kv head at a time, out of the order in which memory lies: that pays from about 20 rows on, and
-/// below made 3 query tokens dearer than 2 and 1 apart.
+/// Most rows of a row block for which k and v are widened in every row group instead of once. Widening once saves conversions,
+/// but takes a tile for one kv head at a time, out of the order in which memory lies. That pays from about 20 rows on; with
+/// fewer, 3 query tokens in one step took longer than 2 and 1 in two.
 const WIDEN_ABOVE: usize = 16;
-/// How many keys ahead to ask: what all kv heads of so many keys take fits the second cache, to which the lines go, and
-/// memory is far from there. A multiple of the keys that any kernel walks together.
+/// How many keys ahead to prefetch. The rows of so many keys, for all kv heads, fit the second cache, to which the lines go,
+/// and cover the latency of memory. A multiple of the keys that any kernel walks together.
 const AHEAD: usize = 32;
 const _: () = assert!(AHEAD < TILE && AHEAD.is_multiple_of(MOST_TOGETHER) && AHEAD.is_multiple_of(MANY_KEYS));
 /// Keys and values, as indices.
@@ -237,8 +237,8 @@ impl<'a> Task<'a> {
                 keys,
                 factor: worker.shape.factor,
                 origin,
-                // Scaled products cannot begin with what scores are measured from.
-                // A cap needs products as they are; and what is added may move maxima in every tile, for a second pass.
+                // Scaled products cannot begin with the origin of the scores. A cap needs the products themselves, and what is
+                // added to scores may move maxima in every tile, which would need a second pass.
                 origin_range: if modifies || k_scaled { f32::INFINITY } else { ORIGIN_RANGE },
                 tile_max: worker.scratch.add(worker.layout.tile_max),
                 max: self.open.max.add(first),
@@ -379,7 +379,7 @@ impl<'a> Task<'a> {
                 open: self.open.row(first),
                 prefetch: self.prefetch(V, heads, keys, rows, next),
             };
-            // The sums of weights are made; what hidden keys have here is not read.
+            // The weights are summed already; the elements of hidden keys are not read from here on.
             self.scale(V, heads, keys, rows, worker.scratch.add(worker.layout.scores));
             if seen.prefix.is_some() {
                 return self.sum_leaves(&all, codec, first);

@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 use super::float_state::FloatState;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Starts a thread. `System` where the machine gives none.
+/// Starts a thread. `System` where the machine starts none.
 pub(crate) fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
     let blocked = SignalsBlocked::enter();
     let thread = Builder::new().name(name.clone()).spawn(move || {

@@ -177,7 +177,7 @@ pub struct treeattn_algorithm_t(pub i32);
 pub const TREEATTN_ALGORITHM_AUTO: treeattn_algorithm_t = treeattn_algorithm_t(0);
 /// Every rank sends its partial to every rank, each merges all, in one step.
 pub const TREEATTN_ALGORITHM_ONE_SHOT: treeattn_algorithm_t = treeattn_algorithm_t(1);
-/// Each rank merges its own heads of all partials, then the merged heads go round.
+/// Each rank merges its own heads of all partials, then sends the merged heads to all.
 pub const TREEATTN_ALGORITHM_TWO_SHOT: treeattn_algorithm_t = treeattn_algorithm_t(2);
 /// A tree over nodes (see `node_group`): within each node first, then between them by recursive doubling, then back.
 /// Needs the transport's `sendrecv`.
@@ -185,7 +185,7 @@ pub const TREEATTN_ALGORITHM_TREE: treeattn_algorithm_t = treeattn_algorithm_t(3
 /// The paper's three reductions (a maximum, two sums): a baseline. GPUs make them over NCCL, which takes each GPU once; once
 /// a step has failed, graphs that were captured from it must not be replayed.
 pub const TREEATTN_ALGORITHM_ALLREDUCE3: treeattn_algorithm_t = treeattn_algorithm_t(4);
-/// Keys and values passed round: a baseline. Needs the transport's `sendrecv`.
+/// Keys and values are passed from rank to rank: a baseline. Needs the transport's `sendrecv`.
 pub const TREEATTN_ALGORITHM_RING: treeattn_algorithm_t = treeattn_algorithm_t(5);
 
 /// Which bits are promised to be the same.

@@ -41,13 +41,13 @@ pub enum DataFaultCause {
     PageRow = 4,
     /// A global length or position is negative or too large.
     Position = 5,
-    /// Ranks of a checked plan: another split of the query tokens into sequences.
+    /// Ranks of a checked plan differ in how query tokens are split into sequences.
     QueryStartDiffers = 6,
-    /// Another `global_length`.
+    /// They differ in `global_length`.
     GlobalLengthDiffers = 7,
-    /// Another `query_position`.
+    /// They differ in `query_position`.
     QueryPositionDiffers = 8,
-    /// Other queries.
+    /// They differ in the queries.
     QueryDiffers = 9,
     /// A position that another rank, or slot, holds, too.
     KeysTwice = 10,

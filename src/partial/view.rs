@@ -122,8 +122,8 @@ pub(crate) mod host {
     /// To the host: bad data that a step met on any rank, as [`DataFault::word`](super::super::DataFault::word); with
     /// [`TAKEN_AFTER`], from the host.
     pub const BAD_DATA: usize = 2;
-    /// How many words after one that tells of bad data lies what the host has last taken of it. Each of the two has one writer:
-    /// atomic operations of a GPU on host memory are none for the host.
+    /// Distance, in words, from a word that tells of bad data to the one in which the host says what it has taken of it. Each
+    /// of the two has one writer, because atomic operations of a GPU on host memory are not atomic for the host.
     pub const TAKEN_AFTER: usize = 1;
     /// From the host: a bit for each rank that has left, or whose process has ended.
     pub const LOST: usize = 4;

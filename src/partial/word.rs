@@ -7,8 +7,8 @@ pub(crate) const HIGH_SHIFT: u32 = 32;
 /// Bits of a rank.
 pub(crate) const RANK_MASK: u32 = (1 << (HIGH_SHIFT - RANK_SHIFT)) - 1;
 
-/// In a word of bad data that a kernel tells the host: toggled by each that follows one the host has taken, so that two faults
-/// that are alike are two words. No cause is that large.
+/// A bit of a word of bad data that a kernel tells the host. Each word that follows one that the host has taken has it flipped,
+/// so that a second fault like the first is another word. No cause is that large.
 pub(crate) const TURN: u64 = 1 << 7;
 
 /// Why a communicator broke. The word 0 is no failure.

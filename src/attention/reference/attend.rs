@@ -11,7 +11,7 @@ use crate::attention::step::Step;
 use crate::error::{Error, Result};
 use crate::partial::{DataFault, sinks};
 
-/// What the reference knows. How partials meet and which bits are promised is nothing to it.
+/// What the reference supports. Algorithms and reproducibility do not concern it.
 const CAPABILITIES: Capabilities = Capabilities {
     suffix: " in the float64 reference",
     kv_dtypes: &Dtype::ALL,

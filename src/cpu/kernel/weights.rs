@@ -4,9 +4,9 @@ use super::args::{SUM_LANES, TILE, WeightArgs};
 use super::merge::power_of_two;
 use crate::cpu::simd::vector::Simd;
 
-/// 2^22: floats from here on may have no half left to round, so a maximum stands as it was computed. The product with a
-/// score must then be rounded just as the maximum was, or what is left of the largest score would be rounding alone, and
-/// any power of two.
+/// 2^22: a float from here on may have no bit for a half, so that its maximum is not rounded up. The product with a score must
+/// then be rounded exactly as the maximum was; otherwise the difference of the largest score and the maximum is rounding alone,
+/// and its power of two is arbitrary.
 const INTEGERS_FROM: f32 = 4_194_304.0;
 
 /// Turns scores into weights, raises the running maxima and adds to the sums of weights. True: some maxima are so far
@@ -51,7 +51,8 @@ pub unsafe fn weights<S: Simd>(a: &WeightArgs) -> bool {
                     let whole = S::round(x);
                     (x, whole, S::sub(x, whole))
                 } else {
-                    // The rest is not rounded as x is: that would cost a small weight more than its score does.
+                    // The rest is computed apart from x: rounding it as x would cost a small weight more precision than its
+                    // score has.
                     let small = S::fma(score, low, part);
                     let x = S::add(S::fma(score, high, base), small);
                     let whole = S::round(x);

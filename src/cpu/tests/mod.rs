@@ -199,7 +199,7 @@ fn what_is_not_served_is_named() {
     }
 }
 
-/// Work follows the window, not the context: tiles outside are no work of anybody's.
+/// Work follows the window, not the context: no worker gets tiles outside.
 #[test]
 fn work_follows_the_window() {
     let tiles = |placement: Placement, window: i32, shard: Shard| {
@@ -233,7 +233,7 @@ fn work_follows_the_window() {
     assert_eq!(tiles(Placement::Interleaved { run: 1 }, 1000, first), 8);
 }
 
-/// Tiles that a mask hides from all at either end are no work of anybody's.
+/// No worker gets tiles that a mask hides from all at either end.
 #[test]
 fn work_follows_the_mask() {
     let mut desc = AttentionDesc::new(2, 1, 16, 1000);

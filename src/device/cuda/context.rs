@@ -72,12 +72,12 @@ impl CudaDevice {
         let instances = instances(device);
         let mut instances = instances.lock();
         let known: Vec<Arc<CudaDevice>> = instances.iter().filter_map(Weak::upgrade).collect();
-        // A lost context may have been replaced by the caller (cudaDeviceReset): what is made from now on tries anew.
+        // The caller may have replaced a lost context (cudaDeviceReset), so that what is made from now on is made on a new one.
         if let Some(alive) = known.iter().find(|known| !known.is_lost()) {
             return Ok(Arc::clone(alive));
         }
         let new = Arc::new(CudaDevice::retain(driver, device).map_err(|error| match error.kind() {
-            // The loss was told before, to whoever met it first.
+            // The loss was reported before, to whoever met it first.
             ErrorKind::CudaPrior if !known.is_empty() => Error::new(ErrorKind::CudaFatal, error.message()),
             _ => error,
         })?);

@@ -71,7 +71,8 @@ impl Drop for Imported {
 
 impl CudaDevice {
     /// Lets kernels of this GPU access plain allocations of `peer`'s primary context, for as long as both live. `Unsupported`
-    /// where the driver says that they cannot; its yes is no proof that they can. Blocks; `Capturing` during a capture.
+    /// where the driver says that they cannot. Where it says that they can, that is no proof. Blocks; `Capturing` during a
+    /// capture.
     pub fn enable_access_to(&self, peer: &CudaDevice) -> Result<()> {
         if self.context() == peer.context() {
             return Ok(());
