@@ -6,13 +6,15 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use super::windows::setup;
 use crate::attention::Shard;
 use crate::comm::nccl::NcclRank;
-use crate::comm::{Bootstrap, GpuRank, PlanFault, PlanWords, Rounds};
+use crate::comm::{Bootstrap, CommConfig, GpuRank, LocalRank, PlanFault, PlanWords, Rounds};
 use crate::cpu::Isa;
 use crate::device::Executor;
 use crate::device::cuda::CudaDevice;
 use crate::error::{Error, Result};
+use crate::partial::epoch::Epoch;
 
 /// A rank, by what its steps run on. Clones are the same rank.
 #[derive(Clone)]
@@ -61,6 +63,36 @@ pub(crate) enum CudaGroup {
     Single(Box<dyn Bootstrap>),
     /// It has peers, whose memory it may reach.
     Peers(Arc<GpuRank>),
+}
+
+impl CudaGroup {
+    /// The ends of ranks on GPUs of this process: `ends` and `devices` in rank order, the first epoch of their exchanges after
+    /// `start`. Where the GPUs cannot exchange, the ends say why when a plan asks. Blocks; `Capturing` during a capture.
+    pub fn connect(
+        ends: Vec<LocalRank>,
+        devices: &[Arc<CudaDevice>],
+        config: &CommConfig,
+        start: Epoch,
+    ) -> Result<Vec<CudaGroup>> {
+        if ends.len() == 1 {
+            return Ok(ends.into_iter().map(|end| CudaGroup::Single(Box::new(end))).collect());
+        }
+        let peers = setup::connect(ends, devices, config, start)?;
+        Ok(peers.into_iter().map(|peers| CudaGroup::Peers(Arc::new(peers))).collect())
+    }
+
+    /// The end of a rank on `device` that `bootstrap` connects to its peers, which may be other processes. Collective. The rest as
+    /// [`CudaGroup::connect`].
+    pub fn connect_over(
+        bootstrap: Box<dyn Bootstrap>,
+        device: &Arc<CudaDevice>,
+        config: &CommConfig,
+    ) -> Result<CudaGroup> {
+        match bootstrap.shard().world {
+            1 => Ok(CudaGroup::Single(bootstrap)),
+            _ => Ok(CudaGroup::Peers(Arc::new(setup::connect_over(bootstrap, device, config)?))),
+        }
+    }
 }
 
 impl CudaRank {

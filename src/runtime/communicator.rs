@@ -15,7 +15,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::partial::epoch::Epoch;
 use crate::route::algorithms;
 use crate::route::rank::{CpuRank, CudaGroup, CudaRank, Rank};
-use crate::route::windows::setup;
 
 /// One rank of a communicator. Clones are the same rank. Calls that exchange are serialised by the caller; `abort`
 /// and `status` may come from any thread at any time.
@@ -300,13 +299,7 @@ fn cpu_ranks(
 /// The first epoch of their exchanges comes after `start`.
 fn cuda_ranks(group: Vec<LocalRank>, devices: &[Device], config: &CommConfig, start: Epoch) -> Result<Vec<Rank>> {
     let gpus = devices.iter().map(|&device| CudaDevice::get(device)).collect::<Result<Vec<_>>>()?;
-    let ends: Vec<CudaGroup> = match group.len() {
-        1 => group.into_iter().map(|end| CudaGroup::Single(Box::new(end))).collect(),
-        _ => {
-            let peers = setup::connect(group, &gpus, config, start)?;
-            peers.into_iter().map(|peers| CudaGroup::Peers(Arc::new(peers))).collect()
-        }
-    };
+    let ends = CudaGroup::connect(group, &gpus, config, start)?;
     let sharing = |gpu: &CudaDevice| devices.iter().filter(|&&other| other == gpu.device()).count();
     let rank = |(end, gpu): (CudaGroup, Arc<CudaDevice>)| {
         let sharing = sharing(&gpu);

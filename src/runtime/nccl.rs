@@ -12,7 +12,6 @@ use crate::device::cuda::{CudaDevice, Staging};
 use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
 use crate::route::rank::{CudaGroup, CudaRank, Rank};
-use crate::route::windows::setup;
 
 /// Most ranks.
 const MAX_RANKS: i32 = 4096;
@@ -129,10 +128,7 @@ fn connect(
     );
     runtime.log(LogLevel::Info, &message);
     let (nccl, gpu) = (Arc::clone(bootstrap.rank()), Arc::clone(bootstrap.rank().device()));
-    let group = match shard.world {
-        1 => CudaGroup::Single(Box::new(bootstrap)),
-        _ => CudaGroup::Peers(Arc::new(setup::connect_over(Box::new(bootstrap), &gpu, config)?)),
-    };
+    let group = CudaGroup::connect_over(Box::new(bootstrap), &gpu, config)?;
     let rank = CudaRank::new(gpu, 1, group, config.step_timeout);
     *rank.nccl.lock() = Some(nccl);
     Ok(Communicator::of(CommCore::elsewhere(runtime, device, config, Rank::Cuda(Arc::new(rank)))))
