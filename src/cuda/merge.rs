@@ -25,6 +25,11 @@ impl Merge {
         Ok(Merge { kernel, pointers: PointerCheck::new() })
     }
 
+    /// The device.
+    pub fn device(&self) -> &Arc<CudaDevice> {
+        self.kernel.device()
+    }
+
     /// Enqueues a merge. Allocates nothing, waits for nothing, may be captured. Refuses memory that is not the device's.
     ///
     /// # Safety

@@ -1,11 +1,14 @@
 //! The runtime object: what a process sets up once.
 
-use std::sync::Arc;
+use std::any::Any;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 
 use parking_lot::{Condvar, Mutex};
 
 use crate::cpu::{self, Isa};
+use crate::cuda::Merge;
+use crate::device::cuda::CudaDevice;
 use crate::device::{self, Device, DeviceInfo, DeviceKind, environment};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -32,6 +35,9 @@ pub struct RuntimeConfig {
     pub cpu_isa: Option<String>,
 }
 
+/// What work needs on a GPU, as long as somebody keeps it.
+pub(crate) type Resident = Arc<dyn Any + Send + Sync>;
+
 /// A process's use of the library. Clones are the same runtime. Any thread may use it.
 #[derive(Clone)]
 pub struct Runtime {
@@ -42,6 +48,8 @@ struct Inner {
     closed: AtomicBool,
     isa: Isa,
     log: Mutex<Option<Arc<LogReceiver>>>,
+    /// The kernels that merge given partials, one a GPU, which streams keep.
+    merges: Mutex<Vec<Weak<Merge>>>,
 }
 
 /// A receiver of log lines, with the calls of it that are under way: no lock is held during one.
@@ -80,7 +88,8 @@ impl Runtime {
             Some(name) => Isa::by_name("cpu_isa", name)?,
             None => cpu::isa(),
         };
-        Ok(Runtime { inner: Arc::new(Inner { closed: AtomicBool::new(false), isa, log: Mutex::new(None) }) })
+        let inner = Inner { closed: AtomicBool::new(false), isa, log: Mutex::default(), merges: Mutex::default() };
+        Ok(Runtime { inner: Arc::new(inner) })
     }
 
     /// Ends the runtime: calls on objects made from it return `ParentDestroyed` from now on.
@@ -131,6 +140,26 @@ impl Runtime {
         if let Some(call) = call {
             (call.0.callback)(level, message);
         }
+    }
+
+    /// Loads what calls without a plan launch on `device`, for a stream to keep. None where that cannot be now, since a capture
+    /// forbids it or a build has no kernels: then the first such call loads it.
+    pub(crate) fn prepare(&self, device: &Arc<CudaDevice>) -> Option<Resident> {
+        self.merge_kernel(device).ok().map(|kernel| kernel as Resident)
+    }
+
+    /// The kernel that merges given partials on `device`, for a stream to keep. Loads it unless a stream has it; then `Capturing`
+    /// during a capture.
+    pub(crate) fn merge_kernel(&self, device: &Arc<CudaDevice>) -> Result<Arc<Merge>> {
+        // Held while loading: another call gets this kernel instead of a second one.
+        let mut kept = self.inner.merges.lock();
+        kept.retain(|known| known.strong_count() > 0);
+        if let Some(known) = kept.iter().filter_map(Weak::upgrade).find(|known| Arc::ptr_eq(known.device(), device)) {
+            return Ok(known);
+        }
+        let merge = Arc::new(Merge::new(device)?);
+        kept.push(Arc::downgrade(&merge));
+        Ok(merge)
     }
 
     /// `ParentDestroyed` once the runtime is closed.

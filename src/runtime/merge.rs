@@ -7,7 +7,7 @@ use super::stream::{RunsOn, Stream};
 use crate::attention::MAX_HEAD_DIM;
 use crate::attention::merge::{MergeArgs, MergeStep};
 use crate::device::{Device, DeviceKind, FloatState};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::partial::{Lse, merge_ranks};
 
 /// How long enqueueing a merge may wait for room on its stream.
@@ -39,12 +39,17 @@ pub unsafe fn merge_partials(
         RunsOn::Caller => unsafe { merge_here(&step) },
         // SAFETY: the caller keeps the buffers valid until the merge is done.
         RunsOn::Queue(queue) => queue.push(move || unsafe { merge_here(&step) }, ENQUEUE_TIMEOUT),
-        RunsOn::Cuda(cuda) => match stream.map(Stream::merge_kernel).transpose()?.flatten() {
+        RunsOn::Cuda(cuda) => {
+            // That of the stream, which keeps the kernel.
+            let runtime = stream.map_or(runtime, Stream::runtime);
+            let kernel = runtime.merge_kernel(cuda.device())?;
+            if let Some(stream) = stream {
+                stream.keep(kernel.clone());
+            }
             // SAFETY: `of_partials` checked strides and extents of all partials and of the output; the caller keeps their buffers
             // valid, and unchanged by others, until the merge is done.
-            Some(kernel) => unsafe { kernel.enqueue(&step, cuda) },
-            None => Err(Error::invalid("stream", "NULL", format!("a stream of {device}"))),
-        },
+            unsafe { kernel.enqueue(&step, cuda) }
+        }
     }
 }
 

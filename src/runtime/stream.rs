@@ -7,8 +7,7 @@ use std::time::Duration;
 use once_cell::sync::OnceCell;
 use parking_lot::Mutex;
 
-use super::context::Runtime;
-use crate::cuda::Merge;
+use super::context::{Resident, Runtime};
 use crate::device::cuda::{CudaDevice, CudaStream};
 use crate::device::{Device, DeviceKind, Queue, node_of};
 use crate::error::{Error, ErrorList, LateError, Result};
@@ -23,12 +22,13 @@ pub struct Stream {
     kind: Kind,
     /// On a GPU, what was enqueued and may fail without an error of the device.
     enqueued: Mutex<Vec<Weak<dyn LateError>>>,
+    /// On a GPU, what work without a plan launches, graphs of this stream too.
+    resident: OnceCell<Resident>,
 }
 
 enum Kind {
     Cpu(Queue),
-    /// With the kernel that merges given partials on it, which a capture does not let it load.
-    Cuda(CudaStream, OnceCell<Merge>),
+    Cuda(CudaStream),
 }
 
 /// Where a step runs.
@@ -48,7 +48,7 @@ impl Stream {
         runtime.check_device(device)?;
         let kind = match device.kind {
             DeviceKind::Cpu => Kind::Cpu(Queue::on(node_of(device)?, QUEUE_CAPACITY, "treeattn-stream")?),
-            DeviceKind::Cuda => Kind::cuda(CudaStream::new(&CudaDevice::get(device)?)?),
+            DeviceKind::Cuda => Kind::Cuda(CudaStream::new(&CudaDevice::get(device)?)?),
         };
         Ok(Stream::of(runtime, device, kind))
     }
@@ -65,11 +65,16 @@ impl Stream {
         }
         // SAFETY: the caller's promise; `self` holds the wrapper, and drops it with itself.
         let stream = unsafe { CudaStream::wrap(&CudaDevice::get(device)?, cuda_stream) }?;
-        Ok(Stream::of(runtime, device, Kind::cuda(stream)))
+        Ok(Stream::of(runtime, device, Kind::Cuda(stream)))
     }
 
     fn of(runtime: &Runtime, device: Device, kind: Kind) -> Stream {
-        Stream { runtime: runtime.clone(), device, kind, enqueued: Mutex::default() }
+        let resident = match &kind {
+            Kind::Cpu(_) => None,
+            Kind::Cuda(stream) => runtime.prepare(stream.device()),
+        };
+        let resident = resident.map_or_else(OnceCell::new, OnceCell::with_value);
+        Stream { runtime: runtime.clone(), device, kind, enqueued: Mutex::default(), resident }
     }
 
     /// Waits until everything enqueued so far is done, also where the runtime is closed. On the CPU it returns the errors
@@ -79,7 +84,7 @@ impl Stream {
     pub fn synchronize(&self) -> Result<()> {
         match &self.kind {
             Kind::Cpu(queue) => queue.synchronize(),
-            Kind::Cuda(stream, _) => {
+            Kind::Cuda(stream) => {
                 stream.synchronize()?;
                 let enqueued: Vec<_> = self.enqueued.lock().iter().filter_map(Weak::upgrade).collect();
                 let mut errors = ErrorList::default();
@@ -100,6 +105,11 @@ impl Stream {
         }
     }
 
+    /// Keeps what work that is enqueued here launches, for as long as the stream is there.
+    pub(super) fn keep(&self, resident: Resident) {
+        self.resident.get_or_init(|| resident);
+    }
+
     /// Waits until everything enqueued so far on a stream of the CPU is done, each step within its deadline, and leaves its
     /// errors to [`Stream::synchronize`]. A CUDA stream is not waited for.
     pub fn finish(&self) {
@@ -113,8 +123,13 @@ impl Stream {
     pub fn check_destroy(&self) -> Result<()> {
         match &self.kind {
             Kind::Cpu(_) => Ok(()),
-            Kind::Cuda(stream, _) => stream.check_destroy(),
+            Kind::Cuda(stream) => stream.check_destroy(),
         }
+    }
+
+    /// The runtime that it was made from.
+    pub(super) fn runtime(&self) -> &Runtime {
+        &self.runtime
     }
 
     /// The stream's device.
@@ -133,28 +148,11 @@ impl Stream {
         stream.runtime.check_open()?;
         match &stream.kind {
             Kind::Cpu(queue) if stream.device == device => Ok(RunsOn::Queue(queue)),
-            Kind::Cuda(cuda, _) if stream.device == device => Ok(RunsOn::Cuda(cuda)),
+            Kind::Cuda(cuda) if stream.device == device => Ok(RunsOn::Cuda(cuda)),
             _ => {
                 let found = format!("a stream of {}", stream.device);
                 Err(Error::invalid("stream", found, format!("a stream of {device}")))
             }
         }
-    }
-
-    /// The kernel that merges given partials on this stream, if it is a CUDA stream. May load it; then `Capturing` during a
-    /// capture.
-    pub(super) fn merge_kernel(&self) -> Result<Option<&Merge>> {
-        match &self.kind {
-            Kind::Cpu(_) => Ok(None),
-            Kind::Cuda(stream, merge) => merge.get_or_try_init(|| Merge::new(stream.device())).map(Some),
-        }
-    }
-}
-
-impl Kind {
-    /// Makes the merge ready, if it can be now: in a capture it cannot, and a build may have no kernels.
-    fn cuda(stream: CudaStream) -> Kind {
-        let merge = Merge::new(stream.device()).map_or_else(|_| OnceCell::new(), OnceCell::with_value);
-        Kind::Cuda(stream, merge)
     }
 }
