@@ -1,11 +1,14 @@
 // A plugin for ggml that computes flash attention of few queries in float64: the reference of what libllama decodes. ggml's own
 // attention is none, for it rounds the query to the cache's precision (to 8 bits for quantised caches) and sums in f16.
 //
-// Written against this version's own headers; takes what libtreeattn's plugin takes.
+// With EXACT_LAST_BIT set every value is moved to the float next to it, up or down: what a decoder does with the smallest
+// difference there is. Written against this version's own headers; takes what libtreeattn's plugin takes.
 
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
 #include "reference.h"
+
+#include <cstdlib>
 
 namespace {
 
@@ -13,6 +16,7 @@ const char * name(ggml_backend_t) { return "exact"; }
 void free_backend(ggml_backend_t backend) { delete backend; }
 
 ggml_status compute(ggml_backend_t, ggml_cgraph * graph) {
+    static const bool last_bit = std::getenv("EXACT_LAST_BIT") != nullptr;
     for (int n = 0; n < graph->n_nodes; n++) {
         ggml_tensor * node = graph->nodes[n];
         if (node->op != GGML_OP_FLASH_ATTN_EXT || (node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0) {
@@ -23,6 +27,12 @@ ggml_status compute(ggml_backend_t, ggml_cgraph * graph) {
         exact_attention(a, [&](int64_t s, int64_t h, int64_t i, const ExactRow & row) {
             float * out = reinterpret_cast<float *>(static_cast<char *>(node->data) + s * node->nb[3] + i * node->nb[2] + h * node->nb[1]);
             std::copy(row.out.begin(), row.out.end(), out);
+            for (size_t d = 0; last_bit && d < row.out.size(); d++) {
+                uint32_t bits;
+                std::memcpy(&bits, &out[d], sizeof bits);
+                // Up or down by a bit of a product that has nothing to do with the value.
+                out[d] = std::nextafter(out[d], bits * 2654435761u >> 31 ? INFINITY : -INFINITY);
+            }
         });
     }
     return GGML_STATUS_SUCCESS;
