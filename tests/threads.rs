@@ -58,6 +58,9 @@ fn a_stream() {
 }
 
 /// A rank alone: what it sends is what it gets.
+///
+/// # Safety
+/// `send` is good for reading `bytes` bytes, and `recv`, elsewhere, for writing as many.
 unsafe extern "C" fn gather(
     _ctx: *mut c_void,
     send: *const c_void,

@@ -117,6 +117,8 @@ mod tests {
     use super::*;
     use crate::device::TaskCallback;
 
+    /// # Safety
+    /// None: it reads nothing.
     unsafe extern "C" fn nothing(_: *mut c_void, _: i32, _: Option<TaskCallback>, _: *mut c_void) -> i32 {
         0
     }

@@ -350,6 +350,8 @@ mod tests {
         }
     }
 
+    /// # Safety
+    /// `ctx` is a live engine, and `task` may be called with `data`.
     unsafe extern "C" fn parallel(ctx: *mut c_void, n: i32, task: Option<TaskCallback>, data: *mut c_void) -> i32 {
         // SAFETY: the tests pass an engine that lives on.
         let engine = unsafe { &*ctx.cast::<Engine>() };

@@ -15,6 +15,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 const LONG: Duration = Duration::from_secs(20);
 
+/// # Safety
+/// `ctx` is a live barrier.
 unsafe extern "C" fn barrier(ctx: *mut c_void) {
     // SAFETY: the tests pass a barrier that outlives the team.
     unsafe { &*ctx.cast::<Barrier>() }.wait();

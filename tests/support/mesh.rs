@@ -251,6 +251,8 @@ fn path(folder: &Path, rank: usize) -> PathBuf {
     folder.join(format!("rank{rank}"))
 }
 
+/// # Safety
+/// `ctx` is a live mesh; `send` is good for reading `bytes` bytes, and `recv` for writing as many for each rank; `abort` for reading.
 unsafe extern "C" fn allgather(
     ctx: *mut c_void,
     send: *const c_void,
@@ -271,6 +273,8 @@ unsafe extern "C" fn allgather(
     mesh.exchange(&mut others.map(flow).collect::<Vec<_>>(), mesh.patience(timeout_ns, abort))
 }
 
+/// # Safety
+/// As [`allgather`], with `send_bytes` to read and `recv_bytes` to write; a side of 0 may point anywhere.
 #[allow(clippy::too_many_arguments)] // the library's
 unsafe extern "C" fn sendrecv(
     ctx: *mut c_void,

@@ -137,6 +137,9 @@ fn a_rank_that_comes_to_create_after_the_step_deadline_is_waited_for() {
 const SLOW: Duration = Duration::from_millis(20);
 
 /// An allgather of one rank, which notes the time that it is given.
+///
+/// # Safety
+/// `ctx` is a live list; `send` is good for reading `bytes` bytes, and `recv` for writing as many.
 unsafe extern "C" fn slow_gather(
     ctx: *mut c_void,
     send: *const c_void,

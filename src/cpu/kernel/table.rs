@@ -10,7 +10,9 @@ use crate::cpu::simd::scalar::Scalar;
 
 /// The kernels of one instruction set.
 ///
-/// Calling one needs the instruction set, and arguments that describe valid memory.
+/// # Safety
+/// Who calls one is on a processor that has the instruction set. The arguments are as the generic function asks for that the
+/// field names: their pointers are good for all that their numbers say, and nobody writes that memory meanwhile.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernels {
     /// Those that read rows as they lie, by [`codec_of`] their format.
@@ -72,6 +74,8 @@ macro_rules! kernels {
                     entry!($entry, $args, $body, ());
                 };
                 ($entry:ident, $args:ty, $body:expr, $output:ty) => {
+                    /// # Safety
+                    /// As [`Kernels`] says.
                     $(#[$features])?
                     unsafe fn $entry(args: &$args) -> $output {
                         // SAFETY: the caller has valid arguments and the instruction set (`Kernels`).

@@ -3,8 +3,10 @@
 /// Vectors of f32.
 ///
 /// # Safety
-/// The implementation computes what each method says. Every method is unsafe to call for the same reasons: the
-/// instruction set must be there, and pointers valid for what is read or written through them, at any alignment.
+/// An implementation computes what each method says, and reads and writes no memory but what the method says.
+///
+/// Who calls a method is on a processor that has the instruction set of the implementation. Pointers are valid for what the
+/// method reads or writes through them, at any alignment; nobody writes that memory meanwhile, nor reads what is written.
 pub unsafe trait Simd: Copy {
     /// A vector.
     type V: Copy;
@@ -12,57 +14,129 @@ pub unsafe trait Simd: Copy {
     const LANES: usize;
 
     /// The same value in every lane.
+    ///
+    /// # Safety
+    /// As [`Simd`] says.
     unsafe fn splat(x: f32) -> Self::V;
     /// Loads LANES floats.
+    ///
+    /// # Safety
+    /// As [`Simd`] says; `p` is good for reading LANES f32.
     unsafe fn load(p: *const f32) -> Self::V;
     /// Stores LANES floats.
+    ///
+    /// # Safety
+    /// As [`Simd`] says; `p` is good for writing LANES f32.
     unsafe fn store(p: *mut f32, v: Self::V);
     /// Loads and widens LANES f16, exactly.
+    ///
+    /// # Safety
+    /// As [`Simd`] says; `p` is good for reading 2 LANES bytes.
     unsafe fn load_f16(p: *const u8) -> Self::V;
     /// Loads and widens LANES bf16, exactly.
+    ///
+    /// # Safety
+    /// As [`Simd`] says; `p` is good for reading 2 LANES bytes.
     unsafe fn load_bf16(p: *const u8) -> Self::V;
     /// Loads and widens LANES int8.
+    ///
+    /// # Safety
+    /// As [`Simd`] says; `p` is good for reading LANES bytes.
     unsafe fn load_int8(p: *const u8) -> Self::V;
     /// Loads and widens LANES f8_e4m3, exactly; NaN stays NaN.
+    ///
+    /// # Safety
+    /// As [`Simd`] says; `p` is good for reading LANES bytes.
     unsafe fn load_f8_e4m3(p: *const u8) -> Self::V;
     /// Loads and widens LANES f8_e5m2, exactly; infinities and NaN stay what they are.
+    ///
+    /// # Safety
+    /// As [`Simd`] says; `p` is good for reading LANES bytes.
     unsafe fn load_f8_e5m2(p: *const u8) -> Self::V;
     /// The entries of `table` at the lower, or the upper, four bits of LANES bytes, widened.
+    ///
+    /// # Safety
+    /// As [`Simd`] says; `p` is good for reading LANES bytes.
     unsafe fn load_entries(table: &[i8; 16], p: *const u8, upper: bool) -> Self::V;
     /// An f16, widened, in every lane.
+    ///
+    /// # Safety
+    /// As [`Simd`] says; `p` is good for reading 2 bytes.
     unsafe fn splat_f16(p: *const u8) -> Self::V;
     /// `a` with `x` added to each lane i whose bit `bits >> i & 1` is set.
+    ///
+    /// # Safety
+    /// As [`Simd`] says.
     unsafe fn add_where(a: Self::V, bits: u32, x: f32) -> Self::V;
     /// a + b.
+    ///
+    /// # Safety
+    /// As [`Simd`] says.
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     /// a - b.
+    ///
+    /// # Safety
+    /// As [`Simd`] says.
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     /// a * b.
+    ///
+    /// # Safety
+    /// As [`Simd`] says.
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     /// a * b + c, rounded once where the machine can.
+    ///
+    /// # Safety
+    /// As [`Simd`] says.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The larger; either where one is NaN.
+    ///
+    /// # Safety
+    /// As [`Simd`] says.
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     /// The largest lane; any lane where one is NaN.
+    ///
+    /// # Safety
+    /// As [`Simd`] says.
     unsafe fn max_lane(v: Self::V) -> f32;
     /// a / b.
+    ///
+    /// # Safety
+    /// As [`Simd`] says.
     unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
     /// `x` within -`bound` to `bound`; NaN stays NaN.
+    ///
+    /// # Safety
+    /// As [`Simd`] says.
     unsafe fn clamp(x: Self::V, bound: f32) -> Self::V;
     /// 2^x of whole numbers from -126 to 127; anything of others.
+    ///
+    /// # Safety
+    /// As [`Simd`] says.
     unsafe fn power_of_two(x: Self::V) -> Self::V;
     /// The nearest whole number; anything below -126 may become -126. NaN stays NaN.
+    ///
+    /// # Safety
+    /// As [`Simd`] says.
     unsafe fn round(x: Self::V) -> Self::V;
     /// 2^x for x <= 1, within 1 ulp, given as `whole` = round(x) and the rest between -1/2 and 1/2; 0 for x below -126; 0
     /// wherever `score` is -inf, whatever else is; NaN stays NaN.
+    ///
+    /// # Safety
+    /// As [`Simd`] says.
     unsafe fn exp2_unless_hidden(x: Self::V, whole: Self::V, rest: Self::V, score: Self::V) -> Self::V;
     /// Sums the lanes of each accumulator: `out[q * stride + t]` = sum of `acc[q][t]`. RQ * RT is a multiple of LANES.
+    ///
+    /// # Safety
+    /// As [`Simd`] says; `out` is good for writing RT f32 at each of its first RQ multiples of `stride`.
     unsafe fn sum_lanes<const RQ: usize, const RT: usize>(acc: &[[Self::V; RT]; RQ], out: *mut f32, stride: usize);
     /// Adds LANES floats to as many f64, and sets them to 0.
+    ///
+    /// # Safety
+    /// As [`Simd`] says; `closed` is good for reading and writing LANES f64, and `open` LANES f32.
     #[inline(always)]
     unsafe fn close(closed: *mut f64, open: *mut f32) {
         for i in 0..Self::LANES {
-            // SAFETY: both pointers are valid for the lanes.
+            // SAFETY: the caller gave pointers to LANES f64 and f32; i is below that.
             unsafe {
                 *closed.add(i) += f64::from(*open.add(i));
                 *open.add(i) = 0.0;
@@ -70,6 +144,9 @@ pub unsafe trait Simd: Copy {
         }
     }
     /// Asks for the cache line of `p`, a good while before it is used; never faults.
+    ///
+    /// # Safety
+    /// As [`Simd`] says; `p` may be any address.
     unsafe fn prefetch(p: *const u8);
 }
 
