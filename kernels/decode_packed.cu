@@ -1,4 +1,4 @@
-// Decode on tensor cores over keys and values of one byte an element, f8_e4m3 or int8, with scales, and with all that
+// Decode on tensor cores over keys and values of one byte an element, f8_e4m3, f8_e5m2 or int8, with scales, and with all that
 // decode_terms.cu knows; rows of 64 or 128 bytes that begin at multiples of 16.
 //
 // Bytes go from shared memory to registers 16 at a time and are widened to f16, which they are exactly, straight into the
@@ -139,9 +139,10 @@ struct Packed : Mma<Dim, Dim, 8, false, false, true, SlotPacked<Dim>> {
     static __device__ __forceinline__ uint32_t keys_not_finite(uint32_t slot) {
         const int lane = threadIdx.x % 32;
         const uint32_t row = slot + S::kVAt + lane % 16 * Dim + lane / 16 * (Dim / 2);
+        const Float8 format(Type);
         uint32_t found = 0;
 #pragma unroll 1
-        for (int i = 0; i < Dim / 2; i += 4) found |= (load_shared(row + i) & 0x7f7f7f7fu) + 0x01010101u & 0x80808080u;
+        for (int i = 0; i < Dim / 2; i += 4) found |= format.not_finite(load_shared(row + i));
         const uint32_t lanes = __ballot_sync(kAllLanes, found != 0);
         return (lanes | lanes >> 16) & 0xffffu;
     }
@@ -240,7 +241,7 @@ struct Packed : Mma<Dim, Dim, 8, false, false, true, SlotPacked<Dim>> {
 #pragma unroll
             for (int i = 0; i < 4; i++) x[0][i] *= kHalfBias;
         }
-        if (Type == kF8E4M3 && __any_sync(kAllLanes, terms.seen != 0xfu)) {
+        if (Type != kInt8 && __any_sync(kAllLanes, terms.seen != 0xfu)) {
             const uint32_t keys = keys_not_finite(slot);
             if (keys != 0) add_key_by_key(x[0], terms.seen, slot, keys);
         }
@@ -291,8 +292,10 @@ struct Packed : Mma<Dim, Dim, 8, false, false, true, SlotPacked<Dim>> {
     }                                                                                                                 \
     TREEATTN_TERMS_KERNEL(treeattn_decode_packed_d##DIM##x##DIM##_r8_##NAME, treeattn::Packed_d##DIM##_##NAME)
 TREEATTN_PACKED(64, f8_e4m3, kF8E4M3)
+TREEATTN_PACKED(64, f8_e5m2, kF8E5M2)
 TREEATTN_PACKED(64, int8, kInt8)
 TREEATTN_PACKED(128, f8_e4m3, kF8E4M3)
+TREEATTN_PACKED(128, f8_e5m2, kF8E5M2)
 TREEATTN_PACKED(128, int8, kInt8)
 
 TREEATTN_TERMS_ABI(decode_packed)

@@ -10,6 +10,9 @@ template <int32_t Type, bool Upper>
 __device__ __forceinline__ uint32_t widen_bytes(uint32_t word) {
     if constexpr (Type == kF8E4M3) {
         return f16_of_e4m3<Upper>(word);
+    } else if constexpr (Type == kF8E5M2) {
+        // The upper half of an f16.
+        return pick_bytes(word, 0, Upper ? 0x3424u : 0x1404u);
     } else {
         // 1024 + 128 + x, less 1152.
         const uint32_t biased = pick_bytes(word ^ 0x80808080u, 0x64646464u, Upper ? 0x4342u : 0x4140u);

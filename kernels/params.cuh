@@ -22,7 +22,7 @@
 //
 // Kernels of decode_terms, decode_narrow, decode_packed and decode_blocks take TermsParams. Their classes are 64x64, 128x128 and
 // 256x256; TYPE is bf16 or f16. Those of decode_packed and decode_blocks are 64x64 and 128x128, for these head dims alone, and
-// f8_e4m3 or int8; q8_0 or q4_0. To decode_blocks kFlagNoBulk says that the rows of a head do not all begin as far into a unit of
+// f8_e4m3, f8_e5m2 or int8; q8_0 or q4_0. To decode_blocks kFlagNoBulk says that the rows of a head do not all begin as far into a unit of
 // 16 bytes; to decode_narrow, that rows have to be widened by way of shared memory: some row of k or v is of a type that widen.cuh
 // does not widen in registers, or its blocks do not lie side by side.
 //

@@ -20,7 +20,7 @@ pub(super) fn packed_family(desc: &AttentionDesc) -> Option<&'static str> {
         return None;
     }
     match desc.k_dtype {
-        Dtype::F8E4M3 | Dtype::Int8 => Some("decode_packed"),
+        Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::Int8 => Some("decode_packed"),
         Dtype::Q8_0 | Dtype::Q4_0 => Some("decode_blocks"),
         _ => None,
     }

@@ -379,7 +379,8 @@ pub fn types() {
 
 /// Rows of bytes in whole units, with scales and whatever else there is, in every layout.
 pub fn bytes() {
-    for (n, (dtype, dim)) in [Dtype::F8E4M3, Dtype::Int8].into_iter().flat_map(|t| [(t, 64), (t, 128)]).enumerate() {
+    let types = [Dtype::F8E4M3, Dtype::F8E5M2, Dtype::Int8];
+    for (n, (dtype, dim)) in types.into_iter().flat_map(|t| [(t, 64), (t, 128)]).enumerate() {
         for (i, (kv_layout, page_size)) in LAYOUTS.into_iter().enumerate() {
             let (mask, mask_dtype) = MASKS[(n + i) % 3];
             let base = AttentionDesc {
