@@ -2,7 +2,7 @@
 //
 // Kernels are found by name in the image:
 //
-//   treeattn_decode_fma_d{QK}x{V}_r2_{TYPES}        2 packed query rows a tile
+//   treeattn_decode_fma_d{QK}x{V}_r2_{TYPE}         2 packed query rows a tile
 //   treeattn_decode_mma_d{QK}x{V}_r{ROWS}_{TYPES}   ROWS = 8 or 16 packed query rows a tile
 //   treeattn_decode_terms_d{QK}x{V}_r8_{TYPE}       the same with windows, masks and whatever else changes scores
 //   treeattn_decode_narrow_d{QK}x{V}_r8             the same of k and v of any types, and with scales
@@ -15,8 +15,8 @@
 // {QK}x{V} is the smallest class that holds both head dims, out of
 //   64x64, 96x96, 128x128, 192x128, 256x256
 // (80 runs in 96, 112 in 128, 192 with v > 128 in 256; every head dim is a multiple of 8). {TYPES} are those of k and
-// v: bf16, f16, bf16_f16 (k, v) or f16_bf16; other element types are run-time fields. r16 exists where k and v are of
-// one type and the class is 128x128 or less. A packed row is (query token, head of the group); a sequence with more
+// v: bf16, f16, bf16_f16 (k, v) or f16_bf16; other element types are run-time fields. r2 exists where k and v are of one type,
+// r16 where the class is 128x128 or less, too. A packed row is (query token, head of the group); a sequence with more
 // rows than ROWS runs as more tiles, so every kernel of a class is correct for every shape: choose r2 up to 2 rows, r8 up
 // to 8, r16 above.
 //
