@@ -32,9 +32,9 @@ impl MaskElement {
     /// Bytes.
     pub fn size(self) -> usize {
         match self {
-            MaskElement::F16 => 2,
-            MaskElement::F32 => 4,
-            MaskElement::Byte => 1,
+            MaskElement::F16 => Dtype::F16.size(),
+            MaskElement::F32 => Dtype::F32.size(),
+            MaskElement::Byte => size_of::<u8>(),
         }
     }
 }

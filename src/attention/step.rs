@@ -234,7 +234,7 @@ impl Step {
                 disjoint(out_name, out, in_name, input)?;
             }
             for (in_name, data, elements) in self.arrays(desc) {
-                let bytes = u64::try_from(elements).unwrap_or(0).saturating_mul(4);
+                let bytes = u64::try_from(elements).unwrap_or(0).saturating_mul(size_of::<i32>() as u64);
                 if !data.is_null() && (data as u64).checked_add(bytes).is_none() {
                     let (name, found) = match in_name {
                         "kv_position" => ("kv_position_stride", self.kv_position_stride(desc)),

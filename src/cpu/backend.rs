@@ -96,7 +96,7 @@ impl CpuBackend {
         let shape = Shape::new(desc, with_zeta);
         let too_large = || Error::new(ErrorKind::NoMemory, "cpu scratch: its size does not fit the address space");
         let layout = Layout::of(&shape).ok_or_else(too_large)?;
-        let bytes = layout.floats.checked_mul(4 * threads).ok_or_else(too_large)?;
+        let bytes = layout.floats.checked_mul(size_of::<f32>() * threads).ok_or_else(too_large)?;
         let mut sequences = Vec::new();
         sequences
             .try_reserve_exact(desc.max_batch as usize)

@@ -70,7 +70,7 @@ impl Shape {
         let group = desc.group() as usize;
         let row_block = (group.saturating_mul(desc.max_query_tokens as usize)).min(ROW_BLOCK);
         let heads = desc.kv_heads as usize;
-        let row_bytes = 4 * (desc.head_dim_v as usize).next_multiple_of(16);
+        let row_bytes = size_of::<f32>() * (desc.head_dim_v as usize).next_multiple_of(16);
         let together = (SUM_BYTES / (row_bytes * row_block)).clamp(1, heads);
         let head_block = heads.div_ceil(heads.div_ceil(together));
         let mods = ScoreMod::of(desc, with_zeta);

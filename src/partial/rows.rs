@@ -4,6 +4,7 @@
 //! Rows are numbered by (query token, head). Addresses are of the memory of whoever reads or writes: host or device.
 //! Strides are bytes.
 
+use super::lse::Lse;
 use crate::attention::dtype::Dtype;
 
 /// Where a row of output goes: o [token, head, dim] and natural lse [token, head], f32.
@@ -50,14 +51,17 @@ impl RowTarget {
 
     /// Packed f32 rows of `heads` heads.
     pub const fn packed(o: u64, lse: u64, heads: i32, dim: i32) -> RowTarget {
-        let (row, heads) = (4 * dim as i64, heads as i64);
-        RowTarget { o, lse, o_stride: [heads * row, row, 4], lse_stride: [heads * 4, 4], dtype: Dtype::F32, dim }
+        let (element, lse_bytes, heads) = (Dtype::F32.size() as i64, size_of::<f32>() as i64, heads as i64);
+        let row = element * dim as i64;
+        let (o_stride, lse_stride) = ([heads * row, row, element], [heads * lse_bytes, lse_bytes]);
+        RowTarget { o, lse, o_stride, lse_stride, dtype: Dtype::F32, dim }
     }
 
     /// The same, with a log-sum-exp in two floats.
     pub const fn partial(o: u64, lse: u64, heads: i32, dim: i32) -> RowTarget {
-        let packed = RowTarget::packed(o, lse, heads, dim);
-        RowTarget { lse_stride: [packed.lse_stride[0] * 2, packed.lse_stride[1] * 2], ..packed }
+        let lse_bytes = size_of::<Lse>() as i64;
+        let lse_stride = [heads as i64 * lse_bytes, lse_bytes];
+        RowTarget { lse_stride, ..RowTarget::packed(o, lse, heads, dim) }
     }
 }
 

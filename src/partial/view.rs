@@ -144,7 +144,7 @@ pub(crate) mod value {
 
 /// Words of a row of `dim` elements of `size` bytes, an even number.
 pub(crate) fn row_words(dim: usize, size: usize) -> usize {
-    window::ROW_HEAD as usize + (dim * size).div_ceil(4).next_multiple_of(2)
+    window::ROW_HEAD as usize + (dim * size).div_ceil(size_of::<u32>()).next_multiple_of(2)
 }
 
 #[cfg(test)]

@@ -34,7 +34,7 @@ impl TreeExchange {
     pub fn new(context: &StepContext, rank: &CpuRank) -> Result<TreeExchange> {
         let what = "max_query_tokens x q_heads x head_dim_v";
         let bytes = Wire::of(&context.desc).bytes(1).checked_mul(context.desc.most_rows()?);
-        let words = bytes.map(|bytes| bytes.div_ceil(4));
+        let words = bytes.map(|bytes| bytes.div_ceil(size_of::<f32>()));
         let narrow = context.desc.wire_dtype != Dtype::F32;
         let outgoing = zeroed(what, if narrow { words } else { Some(0) })?;
         let incoming = zeroed(what, words)?;

@@ -73,7 +73,7 @@ pub(in crate::route) fn encode(dtype: Dtype, to: &mut [u8], values: &[f32]) {
         Dtype::Bf16 => |x| bf16::from_f32(clamp_finite(x, bf16::MAX.to_f32())).to_bits(),
         _ => return floats_mut(to).copy_from_slice(values),
     };
-    for (to, &x) in to.chunks_exact_mut(2).zip(values) {
+    for (to, &x) in to.chunks_exact_mut(size_of::<u16>()).zip(values) {
         to.copy_from_slice(&convert(x).to_ne_bytes());
     }
 }
@@ -90,7 +90,7 @@ pub(in crate::route) fn decode(dtype: Dtype, from: &[u8], values: &mut [f32]) {
         Dtype::Bf16 => |bits| bf16::from_bits(bits).to_f32(),
         _ => return values.copy_from_slice(floats(from)),
     };
-    for (to, from) in values.iter_mut().zip(from.chunks_exact(2)) {
+    for (to, from) in values.iter_mut().zip(from.chunks_exact(size_of::<u16>())) {
         *to = convert(u16::from_ne_bytes([from[0], from[1]]));
     }
 }

@@ -92,7 +92,7 @@ impl NcclAllreduce3 {
         enqueue().map_err(|error| self.rank.fail(error))?;
         // What a ring moves: every rank sends each part 2 (p - 1) / p times.
         let world = context.shard.world as u64;
-        let bytes = 4 * (reduced.rows + reduced.elements + reduced.weight_count) as u64;
+        let bytes = (size_of::<f32>() * (reduced.rows + reduced.elements + reduced.weight_count)) as u64;
         context.counters.add(3, 6 * (world - 1), 2 * (world - 1) * bytes / world);
         Ok(())
     }

@@ -2,6 +2,11 @@
 
 use crate::attention::{AttentionDesc, MaskElement, Placement};
 
+/// Bytes of a position.
+pub(super) const POSITION: usize = size_of::<i32>();
+/// Bytes of a scale.
+pub(super) const SCALE: usize = size_of::<f32>();
+
 /// How a block lies in memory. Each part holds sequence after sequence, without gaps, in this order:
 ///
 /// 1. positions of keys, where they travel: [kv head, key];
@@ -10,7 +15,7 @@ use crate::attention::{AttentionDesc, MaskElement, Placement};
 /// 4. masks, where the shape has them: [query head, query token, key].
 #[derive(Clone, Copy)]
 pub(super) struct Block {
-    /// Rows of positions that travel, 4 bytes a token each: none, one, or one a kv head.
+    /// Bytes of a token's positions, where these travel: of one, or of one a kv head.
     pub positions: usize,
     /// Bytes of a token's keys and of its values.
     pub token: [usize; 2],
@@ -30,11 +35,11 @@ impl Block {
         Block {
             positions: match desc.needs_positions() && desc.placement == Placement::Explicit {
                 false => 0,
-                true if desc.pages_by_head => heads,
-                true => 1,
+                true if desc.pages_by_head => heads * POSITION,
+                true => POSITION,
             },
             token: [heads * k.row_bytes(desc.head_dim_qk as usize), heads * v.row_bytes(desc.head_dim_v as usize)],
-            scales: 4 * heads,
+            scales: heads * SCALE,
             values_first: v.alignment() > k.alignment(),
             mask: MaskElement::of(desc).map_or(0, |element| element.size() * desc.q_heads as usize),
         }
@@ -49,12 +54,12 @@ impl Block {
     /// Where the masks begin.
     pub fn mask_begin(&self, tokens: usize, scaled: [bool; 2]) -> Option<usize> {
         let scales = self.scales * scaled.iter().filter(|&&scaled| scaled).count();
-        tokens.checked_mul(self.token[0].checked_add(self.token[1])? + 4 * self.positions + scales)
+        tokens.checked_mul(self.token[0].checked_add(self.token[1])? + self.positions + scales)
     }
 
     /// Where the scales of keys and of values begin.
     pub fn scales_begin(&self, tokens: usize, scaled: [bool; 2]) -> [usize; 2] {
-        let head = 4 * self.positions * tokens;
+        let head = self.positions * tokens;
         [head, head + if scaled[0] { tokens * self.scales } else { 0 }]
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::block::Block;
+use super::block::{Block, POSITION, SCALE};
 use super::order::Order;
 use crate::attention::{DecodeArgs, Dtype, Mask, MaskElement, Shard, Step, Tensor};
 use crate::comm::{Hop, Round};
@@ -181,7 +181,7 @@ impl RingStep<'_> {
         let size = self.bytes(me);
         let scaled = self.scaled(me);
         let (block, mut masks) = block[..size].split_at_mut(layout.mask_begin(tokens, scaled).unwrap_or(size));
-        let (positions, rest) = block.split_at_mut(4 * layout.positions * tokens);
+        let (positions, rest) = block.split_at_mut(layout.positions * tokens);
         let (k_scales, rest) = rest.split_at_mut(if scaled[0] { tokens * layout.scales } else { 0 });
         let (v_scales, rest) = rest.split_at_mut(if scaled[1] { tokens * layout.scales } else { 0 });
         let scales = [k_scales, v_scales];
@@ -211,9 +211,9 @@ impl RingStep<'_> {
                     // SAFETY: as above.
                     unsafe { shard.pack_scales(self.step, b, which, wire::floats_mut(to)) }?;
                 }
-                for row in 0..layout.positions {
-                    let begin = 4 * (layout.positions * first + row * keys);
-                    let to = wire::ints_mut(&mut positions[begin..][..4 * keys]);
+                for row in 0..layout.positions / POSITION {
+                    let begin = layout.positions * first + row * keys * POSITION;
+                    let to = wire::ints_mut(&mut positions[begin..][..keys * POSITION]);
                     // SAFETY: as above; positions travel only in plans that read them, and `to` has one a key.
                     unsafe { shard.pack_positions(self.step, b, row, to) };
                 }
@@ -271,8 +271,7 @@ impl RingStep<'_> {
         let (step, held, desc) = (self.step, &self.own[b], &self.exchange.context.desc);
         let scaled = announced.scaled;
         let [k_begin, v_begin] = self.block.begin(tokens, scaled);
-        let heads = i64::from(desc.kv_heads);
-        let scale_stride = [0, 4 * heads, 4, 0];
+        let scale_stride = [0, self.block.scales as i64, SCALE as i64, 0];
         let keys = announced.keys as usize;
         let part = |begin: usize, token: usize| Tensor {
             data: block[begin + first * token..].as_ptr().cast_mut().cast(),
@@ -300,9 +299,9 @@ impl RingStep<'_> {
             kv_start: &announced.start,
             kv_position: match self.block.positions {
                 0 => std::ptr::null(),
-                rows => block[4 * rows * first..].as_ptr().cast(),
+                bytes => block[bytes * first..].as_ptr().cast(),
             },
-            kv_position_head_stride: if self.block.positions > 1 { keys as i64 } else { 0 },
+            kv_position_head_stride: if self.block.positions > POSITION { keys as i64 } else { 0 },
             query_position: offset(step.args.query_position, held.first_token),
             ..DecodeArgs::default()
         };

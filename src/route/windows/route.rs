@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::check::Check;
 use super::forms::{Form, Forms};
 use crate::attention::merge::MergeStep;
-use crate::attention::{Algorithm, AttentionDesc, OutputMode, Step, head_range};
+use crate::attention::{Algorithm, AttentionDesc, Dtype, OutputMode, Step, head_range};
 use crate::comm::GpuRank;
 use crate::cuda::{Destination, ExchangeKernel, ExchangeStep};
 use crate::device::cuda::{Allocations, CudaStream};
@@ -58,7 +58,7 @@ impl WindowsRoute {
         let shard = GpuShard::new(context, rank)?;
         let (desc, rows) = (&context.desc, context.desc.most_rows()?);
         let dim = desc.head_dim_v as usize;
-        let row_bytes = 4 * row_words(dim, desc.wire_dtype.size());
+        let row_bytes = size_of::<u32>() * row_words(dim, desc.wire_dtype.size());
         let (mode, reason) = choose(desc, context.world(), rows.saturating_mul(row_bytes));
         let view = ExchangeView {
             wire_dtype: desc.wire_dtype as i32,
@@ -78,8 +78,11 @@ impl WindowsRoute {
                 let found = format!("{} x {} x {dim}", desc.max_query_tokens, desc.q_heads);
                 Error::invalid("max_query_tokens x q_heads x head_dim_v", found, "a size that fits memory")
             };
-            let o = rows.checked_mul(4 * dim).and_then(|o| o.checked_next_multiple_of(256)).ok_or_else(too_large)?;
-            bytes = o.checked_add(4 * Lse::FLOATS * rows).ok_or_else(too_large)?;
+            let o = rows
+                .checked_mul(Dtype::F32.size() * dim)
+                .and_then(|o| o.checked_next_multiple_of(256))
+                .ok_or_else(too_large)?;
+            bytes = o.checked_add(size_of::<Lse>() * rows).ok_or_else(too_large)?;
             let memory = allocations.memory(bytes)?;
             target = Some(RowTarget::partial(memory, memory + o as u64, desc.q_heads, desc.head_dim_v));
         }

@@ -214,10 +214,11 @@ fn round(x: f32, dtype: Dtype) -> f32 {
 
 /// Writes `x` as an element of `dtype` at byte `at`.
 pub(super) fn put(bytes: &mut [u8], at: usize, x: f32, dtype: Dtype) {
+    let to = &mut bytes[at..at + dtype.size()];
     match dtype {
-        Dtype::F16 => bytes[at..at + 2].copy_from_slice(&f16::from_f32(x).to_ne_bytes()),
-        Dtype::Bf16 => bytes[at..at + 2].copy_from_slice(&bf16::from_f32(x).to_ne_bytes()),
-        _ => bytes[at..at + 4].copy_from_slice(&x.to_ne_bytes()),
+        Dtype::F16 => to.copy_from_slice(&f16::from_f32(x).to_ne_bytes()),
+        Dtype::Bf16 => to.copy_from_slice(&bf16::from_f32(x).to_ne_bytes()),
+        _ => to.copy_from_slice(&x.to_ne_bytes()),
     }
 }
 

@@ -119,7 +119,7 @@ fn attend(
         alibi_slopes: if desc.alibi { Tensor::from_slice(&terms.slopes) } else { Tensor::NULL },
         mask: match &mask[..] {
             [] => Tensor::NULL,
-            mask => Tensor::from_slice(mask).with_strides([0, 0, 0, 4]),
+            mask => Tensor::from_slice(mask).with_strides([0, 0, 0, size_of_val(&mask[0]) as i64]),
         },
         ..DecodeArgs::default()
     };
@@ -170,7 +170,7 @@ impl<'a> Tally<'a> {
             for (n, head) in heads.clone().enumerate() {
                 let at = token * heads.len() + n;
                 load(&out[at * dim * size..(at + 1) * dim * size], self.desc.out_dtype, &mut row);
-                let lse = f32::from_ne_bytes([lse[at * 4], lse[at * 4 + 1], lse[at * 4 + 2], lse[at * 4 + 3]]);
+                let lse = lse.as_chunks().0.get(at).map_or(f32::NAN, |&bytes| f32::from_ne_bytes(bytes));
                 let mut one = Comparison::default();
                 reference.compare_row(first + head, &row, Some(lse), self.precision, &mut one);
                 if let Some(failure) = &one.failure {

@@ -76,13 +76,13 @@ impl ShardBuffers {
         let positions = words.push(&map.positions(inputs, rank));
         let table = words.push(&map.table);
         let indptr = words.push(&map.indptr);
-        let integers = Buffer::alloc(runtime, device, words.words.len() * 4)?;
+        let integers = Buffer::alloc(runtime, device, size_of_val(&words.words[..]))?;
         let bytes: Vec<u8> = words.words.iter().flat_map(|word| word.to_ne_bytes()).collect();
         integers.upload(0, &bytes)?;
 
         // A rank without heads of its own still needs a buffer to point at.
-        let out = Buffer::alloc(runtime, device, (tokens * out_heads * dim_v * desc.out_dtype.size()).max(4))?;
-        let lse = Buffer::alloc(runtime, device, (tokens * out_heads * 4).max(4))?;
+        let out = Buffer::alloc(runtime, device, (tokens * out_heads * dim_v * desc.out_dtype.size()).max(1))?;
+        let lse = Buffer::alloc(runtime, device, (tokens * out_heads * size_of::<f32>()).max(1))?;
         let at = |begin: usize| integers.data().cast::<i32>().wrapping_add(begin).cast_const();
         let mut args = DecodeArgs {
             batch: shape.batch as i32,
