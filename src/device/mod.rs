@@ -8,6 +8,7 @@
 //! | `buffer` | aligned host memory |
 //! | `environment` | environment variables, read once |
 //! | `float_state` | a guard of the floating-point control register |
+//! | `process` | what a forked child begins without |
 //! | `thread` | starts every thread of the library |
 //! | `event_count` | how one thread waits for another: spin, yield, park |
 //! | `executor` | whose threads compute: the seam between the CPU backend and threads |
@@ -30,6 +31,7 @@ mod identity;
 mod meeting;
 mod numa;
 mod parallel_for;
+mod process;
 mod queue;
 mod team;
 mod team_member;
@@ -49,6 +51,7 @@ pub use host::available_cores;
 pub use identity::{Device, DeviceInfo, DeviceKind};
 pub(crate) use numa::Node;
 pub use parallel_for::{EngineExecutor, ParallelCallback, ParallelFor, TaskCallback};
+pub(crate) use process::{PerProcess, count_forks, forks};
 pub use queue::Queue;
 pub use team::Team;
 pub use team_member::{BarrierCallback, MemberWait, TeamMember};

@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use super::event_count::{EventCount, WaitStrategy};
 use super::executor::{Executor, Job};
 use super::float_state::FloatState;
+use super::process::PerProcess;
 use super::thread::panic_message;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault;
@@ -176,19 +177,19 @@ unsafe impl Sync for Gate {}
 unsafe impl Send for Gate {}
 
 /// Gates that no executor uses.
-static FREE: Mutex<Vec<&'static Gate>> = Mutex::new(Vec::new());
+static FREE: PerProcess<Mutex<Vec<&'static Gate>>> = PerProcess::new();
 /// Gates that late tasks may still use and that no run uses again. They are never freed.
-static RETAINED: Mutex<Vec<&'static Gate>> = Mutex::new(Vec::new());
+static RETAINED: PerProcess<Mutex<Vec<&'static Gate>>> = PerProcess::new();
 
 impl Gate {
     /// A gate for `tasks` tasks that no one else has.
     fn take(tasks: usize) -> Result<&'static Gate> {
-        let mut free = FREE.lock();
+        let mut free = FREE.get().lock();
         if let Some(at) = free.iter().position(|gate| gate.taken.len() >= tasks) {
             return Ok(free.swap_remove(at));
         }
         drop(free);
-        let retained = RETAINED.lock().len();
+        let retained = RETAINED.get().lock().len();
         if retained >= MOST_RETAINED {
             let message = format!(
                 "executor.parallel: found {retained} runs in this process in which it did not keep its promise, wanted fewer"
@@ -214,12 +215,12 @@ impl Gate {
 
     /// Makes the gate free for the next executor.
     fn give_back(&'static self) {
-        FREE.lock().push(self);
+        FREE.get().lock().push(self);
     }
 
     /// Retains the gate, for tasks of its last run that may come late.
     fn retain(&'static self) {
-        RETAINED.lock().push(self);
+        RETAINED.get().lock().push(self);
     }
 
     /// A call of task `i`, from any thread at any time.

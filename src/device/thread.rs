@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::float_state::FloatState;
+use super::process::PerProcess;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Starts a thread. `System` where the machine starts none.
@@ -101,7 +102,7 @@ impl<T> Drop for Within<T> {
 }
 
 /// Threads that their callers left behind.
-static LEFT: Mutex<Vec<JoinHandle<()>>> = Mutex::new(Vec::new());
+static LEFT: PerProcess<Mutex<Vec<JoinHandle<()>>>> = PerProcess::new();
 
 /// Runs `body`, which may hang, on a thread called `name`. Returns when it is done, after `timeout`, or at the [`Deadline`],
 /// whichever is first. Where the system starts no thread, `body` does not run, and what it owns is leaked: dropping it could
@@ -129,12 +130,12 @@ pub(crate) fn run_bounded(name: &str, timeout: Duration, body: impl FnOnce() + S
 
 /// Takes over a thread that its caller does not wait for.
 pub(crate) fn leave(thread: JoinHandle<()>) {
-    LEFT.lock().push(thread);
+    LEFT.get().lock().push(thread);
 }
 
 /// Joins the threads that were left behind and have ended since. Waits for none that runs.
 pub(crate) fn join_ended() {
-    let mut left = LEFT.lock();
+    let mut left = LEFT.get().lock();
     let (ended, running) = std::mem::take(&mut *left).into_iter().partition(JoinHandle::is_finished);
     *left = running;
     drop(left);
@@ -199,7 +200,7 @@ mod tests {
     /// Waits until no thread of this name is left in the process.
     fn wait_for_the_end_of(name: &str) {
         let began = Instant::now();
-        let is_left = || LEFT.lock().iter().any(|thread| thread.thread().name() == Some(name));
+        let is_left = || LEFT.get().lock().iter().any(|thread| thread.thread().name() == Some(name));
         while is_left() || names().iter().any(|found| found == name) {
             assert!(began.elapsed() < LONG, "{name} is still there");
             join_ended();
@@ -249,7 +250,7 @@ mod tests {
             let _ = held.recv();
         });
         started.recv_timeout(LONG).unwrap();
-        let is_left = || LEFT.lock().iter().any(|thread| thread.thread().name() == Some("left-behind"));
+        let is_left = || LEFT.get().lock().iter().any(|thread| thread.thread().name() == Some("left-behind"));
         join_ended();
         assert!(is_left() && names().contains(&"left-behind".to_string()));
         drop(hold);

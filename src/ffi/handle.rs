@@ -11,11 +11,11 @@
 use std::any::Any;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
 use parking_lot::RwLock;
 
 use super::types::{treeattn_buffer_t, treeattn_comm_t, treeattn_plan_t, treeattn_runtime_t, treeattn_stream_t};
+use crate::device::{PerProcess, count_forks, forks};
 use crate::error::{Error, ErrorKind, Result};
 use crate::runtime::{Buffer, Communicator, Plan, Runtime, Stream};
 
@@ -63,7 +63,7 @@ fn mark_after(forks: usize) -> usize {
 
 /// That of this process.
 fn mark() -> usize {
-    mark_after(FORKS.load(Ordering::Relaxed))
+    mark_after(forks())
 }
 
 struct Slot {
@@ -79,57 +79,15 @@ struct Table {
     free: VecDeque<usize>,
 }
 
-/// The table of this process, once it has one. Never freed: calls may be under way when the process ends.
-static TABLE: AtomicPtr<RwLock<Table>> = AtomicPtr::new(std::ptr::null_mut());
-/// How many forks lie between this process and the one that loaded the library.
-static FORKS: AtomicUsize = AtomicUsize::new(0);
-
-/// Runs in a forked child before anything else: the table is the parent's, and may be locked by a thread that the child has
-/// not got. Only what a signal handler may do.
-extern "C" fn in_child() {
-    FORKS.fetch_add(1, Ordering::Relaxed);
-    TABLE.store(std::ptr::null_mut(), Ordering::Release);
-}
-
-/// Has children begin with a table of their own, from now on.
-fn handle_forks() -> Result<()> {
-    static HANDLED: AtomicBool = AtomicBool::new(cfg!(miri));
-    if HANDLED.swap(true, Ordering::Relaxed) {
-        return Ok(());
-    }
-    // SAFETY: the handler is a function of this library, which takes it back when it is unloaded; it stores two words.
-    if unsafe { libc::pthread_atfork(None, None, Some(in_child)) } != 0 {
-        HANDLED.store(false, Ordering::Relaxed);
-        return Err(Error::new(ErrorKind::NoMemory, "handles: no memory for the handler of forks"));
-    }
-    Ok(())
-}
-
 /// The table of this process.
-fn table() -> &'static RwLock<Table> {
-    let mut table = TABLE.load(Ordering::Acquire);
-    if table.is_null() {
-        let new = Box::into_raw(Box::default());
-        match TABLE.compare_exchange(std::ptr::null_mut(), new, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => table = new,
-            Err(first) => {
-                table = first;
-                // SAFETY: made above, and nobody else has seen it.
-                drop(unsafe { Box::from_raw(new) });
-            }
-        }
-    }
-    // SAFETY: made by `Box::into_raw` here or in another thread of this process, whose writes the loads above acquire; what
-    // was stored is never freed.
-    unsafe { &*table }
-}
+static TABLE: PerProcess<RwLock<Table>> = PerProcess::new();
 
 /// Puts an object into the table and gives its handle.
 pub fn insert<T: Object>(object: T) -> Result<*mut T::C> {
-    handle_forks()?;
+    count_forks()?;
     // Before the lock: where there is no room, what the object's end does is not done under it.
     let object: Arc<dyn Any + Send + Sync> = Arc::new(object);
-    let mut table = table().write();
+    let mut table = TABLE.get().write();
     let index = match table.free.pop_front() {
         Some(index) => index,
         None if table.slots.len() < 1 << INDEX_BITS && table.slots.try_reserve(1).is_ok() => {
@@ -168,7 +126,7 @@ pub fn insert_all<T: Object>(objects: Vec<T>) -> Result<Vec<*mut T::C>> {
 
 /// The object that a handle names, pinned.
 pub fn get<T: Object>(argument: &str, handle: *mut T::C) -> Result<Arc<T>> {
-    let table = table().read();
+    let table = TABLE.get().read();
     let index = locate::<T>(&table, argument, handle.addr())?;
     let object = table.slots[index].object.clone();
     object.and_then(|object| object.downcast().ok()).ok_or_else(|| bad::<T>(argument, handle.addr(), "a destroyed one"))
@@ -184,7 +142,7 @@ pub fn remove<T: Object>(argument: &str, handle: *mut T::C) -> Result<Option<Arc
     if handle.is_null() {
         return Ok(None);
     }
-    let mut table = table().write();
+    let mut table = TABLE.get().write();
     let index = locate::<T>(&table, argument, handle.addr())?;
     let slot = &mut table.slots[index];
     slot.generation += 1;
@@ -227,7 +185,7 @@ fn locate<T: Object>(table: &Table, argument: &str, value: usize) -> Result<usiz
     if value == 0 {
         return Err(bad::<T>(argument, value, "NULL"));
     }
-    if value & 1 == 1 && (0..FORKS.load(Ordering::Relaxed)).any(|forks| value >> 48 == mark_after(forks)) {
+    if value & 1 == 1 && (0..forks()).any(|forks| value >> 48 == mark_after(forks)) {
         return Err(bad::<T>(argument, value, "one of the process that this one was forked from"));
     }
     if value >> 48 != mark() || value & 1 == 0 {
@@ -286,10 +244,10 @@ mod tests {
         let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
         let first = insert(runtime.clone()).unwrap();
         let index = first.addr() >> 1 & ((1 << INDEX_BITS) - 1);
-        table().write().slots[index].generation = (1 << GENERATION_BITS) - 1;
+        TABLE.get().write().slots[index].generation = (1 << GENERATION_BITS) - 1;
         let last = first.map_addr(|value| value | ((1 << GENERATION_BITS) - 1) << (5 + INDEX_BITS));
         assert!(remove::<Runtime>("runtime", last).unwrap().is_some());
-        assert!(!table().read().free.contains(&index));
+        assert!(!TABLE.get().read().free.contains(&index));
         assert!(get::<Runtime>("runtime", last).is_err() && get::<Runtime>("runtime", first).is_err());
     }
 

@@ -9,7 +9,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::cpu::{self, Isa};
 use crate::cuda::Merge;
 use crate::device::cuda::CudaDevice;
-use crate::device::{self, Device, DeviceInfo, DeviceKind, environment};
+use crate::device::{self, Device, DeviceInfo, DeviceKind, count_forks, environment};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How weighty a log line is.
@@ -84,6 +84,7 @@ impl Runtime {
     pub fn new(config: RuntimeConfig) -> Result<Runtime> {
         // All of it, here: later another thread of the engine may change it.
         environment();
+        count_forks()?;
         let isa = match &config.cpu_isa {
             Some(name) => Isa::by_name("cpu_isa", name)?,
             None => cpu::isa(),

@@ -7,6 +7,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::comm::Token;
+use crate::device::PerProcess;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Exchanges under way or enqueued, rank by rank of those that live in this process. All of them take its lock in every step:
@@ -16,8 +17,11 @@ pub(super) struct IssueBoard(Mutex<Vec<Issues>>);
 /// A communicator whose ranks come one by one: what they know it by, and how many they are.
 type Named = (Token, i32);
 
+/// The board of such a one.
+type NamedBoard = (Named, Weak<IssueBoard>);
+
 /// The boards of such communicators, as long as a rank of them lives in this process.
-static BOARDS: Mutex<Vec<(Named, Weak<IssueBoard>)>> = Mutex::new(Vec::new());
+static BOARDS: PerProcess<Mutex<Vec<NamedBoard>>> = PerProcess::new();
 
 /// Those of one rank.
 #[derive(Clone, Copy, Default)]
@@ -41,7 +45,7 @@ impl IssueBoard {
 
     /// As [`IssueBoard::new`]; the same one for every rank of this process in the communicator that they know by `token`.
     pub fn of(token: &Token, world: i32) -> Arc<IssueBoard> {
-        let mut boards = BOARDS.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut boards = BOARDS.get().lock().unwrap_or_else(PoisonError::into_inner);
         boards.retain(|(_, board)| board.strong_count() > 0);
         let known = boards.iter().find(|(named, _)| *named == (*token, world)).and_then(|(_, board)| board.upgrade());
         known.unwrap_or_else(|| {
@@ -123,6 +127,7 @@ mod tests {
         // It lives as long as one of its ranks, or what one has issued.
         let known = || {
             BOARDS
+                .get()
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .iter()

@@ -194,7 +194,7 @@ static void *whole_life(void *failures) {
   return NULL;
 }
 
-/* A quarter of the stack that the header asks for; all of it where the library is not optimised. */
+/* A quarter of the stack that the header asks for, which speaks of an optimised library; another one takes more. */
 #ifndef SMALL_STACK
 #define SMALL_STACK (64 * 1024)
 #endif

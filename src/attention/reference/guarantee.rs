@@ -72,8 +72,8 @@
 //! What underflows is lost: weights below 2^-125 of the largest, and 2^-149 of a sum. Scores, and the partial sums of
 //! their products, have to be within float32, scores also times log2 e (of scales beyond 2^-32 to 2^32 the products times that
 //! power of two): a row with one above it is NaN, and one below it weighs nothing, so that a row with no other counts as one
-//! without keys; under a cap both make their row NaN. Values are summed before they are divided: above 3.4e38 / 128, or
-//! 3.4e38 / R between ranks, sums may be infinite.
+//! without keys; under a cap both make their row NaN. Values are summed before they are divided, with weights of at most 1:
+//! above 3.4e38 / 128, on a GPU above 3.4e38 / the keys of the row there, and above 3.4e38 / R between ranks, sums may be infinite.
 
 use super::floats::{Precision, ulp};
 use super::partials::Reference;
