@@ -156,5 +156,14 @@ mod tests {
         for (name, config) in bad {
             assert!(config.check().unwrap_err().message().starts_with(name));
         }
+        let most = CommConfig {
+            setup_timeout: MAX_TIMEOUT,
+            step_timeout: Duration::from_nanos(1),
+            threads_per_rank: 1024,
+            max_team: 1024,
+            node_groups: vec![0, i32::MAX],
+            ..Default::default()
+        };
+        most.check().unwrap();
     }
 }

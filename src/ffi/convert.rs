@@ -289,3 +289,6 @@ pub fn selfcheck_config(c: &treeattn_selfcheck_config_t) -> SelfcheckConfig {
         seed: c.seed,
     }
 }
+
+#[cfg(test)]
+mod tests;

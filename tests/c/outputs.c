@@ -204,27 +204,42 @@ static void busy(int streamed, int same_plan) {
   group_close(&group);
 }
 
-static int has_fault(treeattn_comm_t *comm) {
+/* Whether the status of a communicator tells of this fault in the second sequence, which breaks nothing. */
+static int has_fault(treeattn_comm_t *comm, treeattn_status_t code) {
   treeattn_comm_status_t status = TREEATTN_COMM_STATUS_INIT;
   CHECK_OK(treeattn_comm_status(comm, &status));
-  CHECK(status.code == TREEATTN_OK || (status.code == TREEATTN_ERROR_INVALID_DATA && status.sequence == 1));
-  return status.code == TREEATTN_ERROR_INVALID_DATA;
+  CHECK(status.broken == 0 && (status.code == TREEATTN_OK || (status.code == code && status.sequence == 1)));
+  return status.code == code;
 }
 
-/* Bad data of rank 1's second sequence: on every rank one of its calls is told, once. */
-static void told_once(void) {
+/*
+ * Bad data in rank 1's second sequence, or queries there that are not rank 0's, which ranks of a checked plan tell each other: on
+ * every rank one of its calls is told, once.
+ */
+static void told_once(treeattn_status_t code) {
   group_t group;
   step_t steps[2];
-  group_open(&group, 2, &desc, HANG, HANG);
-  group.shards[1].kv_length[1] = MAX_LENGTH + 1;
+  treeattn_attention_desc_t checked = desc;
+  checked.flags = code == TREEATTN_ERROR_MISMATCH ? TREEATTN_ATTENTION_CHECKED : 0;
+  group_open(&group, 2, &checked, HANG, HANG);
+  if (code == TREEATTN_ERROR_MISMATCH) {
+    for (int rank = 0; rank < 2; rank++) {
+      group.shards[rank].args.global_length = group.shards[rank].global_length;
+      group.shards[rank].args.kv_start = group.shards[rank].kv_start;
+    }
+    group.shards[1].q[1][0][0] += 1.0f;
+  } else {
+    group.shards[1].kv_length[1] = MAX_LENGTH + 1;
+  }
   for (int streamed = 0; streamed < 2; streamed++) {
     group_reset(&group);
     for (int rank = 0; rank < 2; rank++) {
       step_begin(&steps[rank], &group, rank, streamed);
     }
     for (int rank = 0; rank < 2; rank++) {
-      CHECK(step_end(&steps[rank]) == TREEATTN_ERROR_INVALID_DATA && strstr(steps[rank].message, "kv_length") != NULL);
-      CHECK(!has_fault(group.comms[rank]));
+      CHECK(step_end(&steps[rank]) == code);
+      CHECK(strstr(steps[rank].message, code == TREEATTN_ERROR_MISMATCH ? "q: " : "kv_length") != NULL);
+      CHECK(!has_fault(group.comms[rank], code));
       CHECK(sequence_is_nan(&group.shards[rank].outputs, 1));
       CHECK(sequence_matches(&group.shards[rank].outputs, 0, problem.out[0], problem.lse[0]));
     }
@@ -235,11 +250,11 @@ static void told_once(void) {
   }
   for (int rank = 0; rank < 2; rank++) {
     const double began = now_ms();
-    while (!has_fault(group.comms[rank]) && now_ms() - began < SOON) {
+    while (!has_fault(group.comms[rank], code) && now_ms() - began < SOON) {
       sleep_ms(1);
     }
     CHECK(now_ms() - began < SOON);
-    CHECK(!has_fault(group.comms[rank]));
+    CHECK(!has_fault(group.comms[rank], code));
     CHECK_OK(treeattn_stream_synchronize(group.streams[rank]));
   }
   group_close(&group);
@@ -276,7 +291,8 @@ int main(void) {
       busy(streamed, 1);
     }
     broken_before();
-    told_once();
+    told_once(TREEATTN_ERROR_INVALID_DATA);
+    told_once(TREEATTN_ERROR_MISMATCH);
     steps_are_counted();
   }
   desc = problem_desc();

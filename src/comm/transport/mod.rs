@@ -14,6 +14,8 @@ mod callbacks;
 mod calls;
 mod message;
 mod rank;
+#[cfg(test)]
+mod tests;
 mod watchdog;
 
 pub use callbacks::{AllgatherCallback, SendrecvCallback, Transport};
