@@ -3,6 +3,7 @@
 
 namespace treeattn_ggml {
 
+// In the order of TREEATTN_GGML_LOG's words.
 enum class LogLevel { kError, kWarning, kInfo };
 
 // Prints "treeattn: ..." as one line. Safe from any thread.
