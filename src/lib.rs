@@ -57,7 +57,7 @@
 //!   `cuda::{params, terms, abi}`); `ffi::{types::shape, convert, layout}`. One that brings numbers a head or a key also
 //!   `attention::{decode_args, step, unused_args}`.
 //! - A route: its file in `route`, a line of `route::choose`. If it has a name of its own, `Algorithm` in
-//!   `attention::descriptor` and `ffi::{codes, layout}`.
+//!   `attention::descriptor`, a line of `route::algorithms` and `ffi::{codes, layout}`.
 //!
 //! And the tests: lists in `tests/constants.rs`, `tests/support/random.rs` and `tests/gpu/space.rs` name every case.
 

@@ -40,7 +40,7 @@ pub(crate) trait Bootstrap: Send + Sync {
     fn describe(&self) -> String;
 }
 
-/// What tells one thing from all others, on any machine.
+/// Identifies one object among those of all processes, on any machine.
 pub(crate) type Token = [u8; 16];
 
 /// A token that no other call makes, in this process or another. A forked child inherits the state of its parent's random

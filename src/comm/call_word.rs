@@ -1,7 +1,7 @@
-//! What a rank takes a step for, as one word that its peers can read.
+//! The call that a rank has issued, as one word for the error messages of its peers.
 //!
-//! A fingerprint tells that ranks issued different calls; this tells which, for messages. Numbers that have no room end at the
-//! largest that has, and are told as "or more".
+//! A fingerprint shows that ranks issued different calls; this word says which ones. A number that is too large for its bits is
+//! kept as the largest that they hold, and printed with "or more".
 
 use std::fmt;
 

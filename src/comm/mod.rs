@@ -4,8 +4,9 @@
 //! [`Rounds`] are the ends whose steps exchange in host memory. `local` is the group within one process (shared memory, epochs of
 //! [`crate::partial::epoch`]) and `transport` a rank whose peers the engine reaches (MPI, gloo); both have rounds. `nccl`
 //! is a rank whose peers NCCL reaches, `gpu` one on a GPU, whose steps exchange in kernels that write into each other's
-//! windows. `tree` says who meets whom in a tree over nodes, `errors` words what ranks say when they fail, with what a
-//! [`CallWord`] says of their steps. Depends on `device` and `partial`; knows nothing of attention but [`Shard`](crate::attention::Shard), and nothing of backends.
+//! windows. `tree` says who meets whom in a tree over nodes, `errors` makes the messages of failures, in which a [`CallWord`]
+//! names the call of a rank. Depends on `device` and `partial`; knows nothing of attention but
+//! [`Shard`](crate::attention::Shard), and nothing of backends.
 //!
 //! # How data flows
 //! A step that exchanges begins with [`Rounds::open`], which waits for nobody, and is made of two kinds of movement:
@@ -16,7 +17,7 @@
 //!   where its bytes lie and the receiver copies them, so nothing is staged and a hop may be of any size; over a transport
 //!   it is the engine's sendrecv, and without one there are no hops.
 //!
-//! Rounds and hops carry the same header: what the rank takes the step for, and the bad data that it met. Peers that
+//! Rounds and hops carry the same header: a fingerprint of the call, and the bad data that the rank met. Peers that
 //! differ are `Desync`. In a local group the openings of all ranks are compared, too, so that ranks that run different
 //! algorithms find each other out. A rank that is waited for and has not opened the step is the one that a timeout names.
 //!

@@ -9,7 +9,7 @@ use crate::error::Result;
 /// What a rank says of a round beside its payload.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RoundHeader {
-    /// What the rank takes the round for. A difference between ranks is `Desync`.
+    /// Identifies the call that the round belongs to. A difference between ranks is `Desync`.
     pub(crate) fingerprint: u64,
     /// Bad data that the rank met, packed; 0 for none.
     pub(crate) fault: u64,
@@ -47,7 +47,7 @@ pub(crate) trait Rounds: Bootstrap {
     /// Most bytes that a rank sends in one round, the same on all ranks.
     fn capacity(&self) -> usize;
 
-    /// Begins a step that exchanges: says what this rank takes it for, and in `call` what messages are to tell of it. Waits for
+    /// Begins a step that exchanges. `fingerprint` identifies the call to the other ranks, `call` describes it in messages. Waits for
     /// nobody. A step that only makes rounds need not be opened, but then all ranks leave it out.
     fn open(&self, fingerprint: u64, call: CallWord) -> Result<()>;
 

@@ -57,13 +57,13 @@ pub(super) fn exchanges_partials(algorithm: Algorithm) -> bool {
 
 /// Whether there are plans with `algorithm` on devices of `kind`: `Unsupported` names those that there are.
 pub(super) fn supported(kind: DeviceKind, algorithm: Algorithm) -> Result<()> {
-    let (are, place): (fn(Algorithm) -> bool, _) = match kind {
+    let (are, device): (fn(Algorithm) -> bool, _) = match kind {
         DeviceKind::Cpu => (|algorithm| on_cpus(algorithm).is_some(), "a CPU"),
         DeviceKind::Cuda => (|algorithm| on_gpus(algorithm).is_some(), "a GPU"),
     };
     match are(algorithm) {
         true => Ok(()),
-        false => Err(Error::unsupported("algorithm", algorithm.name(), format!("{} on {place}", names(are)))),
+        false => Err(Error::unsupported("algorithm", algorithm.name(), format!("{} on {device}", names(are)))),
     }
 }
 

@@ -11,8 +11,8 @@
 //!
 //! [`choose::choose`] makes the route of a plan, and is the only place that knows them all; whoever owns a route does not ask
 //! which it is. `algorithms` says how each algorithm exchanges, for `choose` and for what communicators say of themselves. `rank` is what a rank has (its end of the group, its workers or its GPU), `context` what is the same in
-//! every step of a plan. `backend` attends a shard without peers, and says where; `host` is what routes of CPU ranks share, `gpu` what those
-//! of GPUs do.
+//! every step of a plan. `backend` attends a shard without peers, and says where; `host` is what routes of CPU ranks share, `gpu`
+//! what those of GPUs share.
 //!
 //! Depends on `cpu`, `cuda`, `comm` and what lies below them; knows nothing of plans, streams and communicators. Nothing is
 //! re-exported here, since routes import the trait from here.

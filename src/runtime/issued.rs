@@ -17,13 +17,13 @@ pub(super) struct IssueBoard(Mutex<Vec<Issues>>);
 /// A communicator whose ranks come one by one: what they know it by, and how many they are.
 type Named = (Token, i32);
 
-/// The board of such a one.
+/// A communicator and its board.
 type NamedBoard = (Named, Weak<IssueBoard>);
 
-/// The boards of such communicators, as long as a rank of them lives in this process.
+/// The boards of communicators whose ranks come one by one, as long as a rank of them lives in this process.
 static BOARDS: PerProcess<Mutex<Vec<NamedBoard>>> = PerProcess::new();
 
-/// Those of one rank.
+/// The exchanges of one rank that are under way or enqueued.
 #[derive(Clone, Copy, Default)]
 struct Issues {
     /// The CPU stream, 0 for the caller's thread.
@@ -38,7 +38,7 @@ pub(super) struct Issued {
 }
 
 impl IssueBoard {
-    /// Of a group of `world` ranks; those of other processes issue nothing here.
+    /// The board of a group of `world` ranks, of which those of other processes issue nothing here.
     pub fn new(world: i32) -> Arc<IssueBoard> {
         Arc::new(IssueBoard(Mutex::new(vec![Issues::default(); world.max(0) as usize])))
     }

@@ -40,7 +40,7 @@ pub unsafe fn merge_partials(
         // SAFETY: the caller keeps the buffers valid until the merge is done.
         RunsOn::Queue(queue) => queue.push(move || unsafe { merge_here(&step) }, ENQUEUE_TIMEOUT),
         RunsOn::Cuda(cuda) => {
-            // That of the stream, which keeps the kernel.
+            // The stream's own runtime: the stream keeps the kernel that this runtime has given it.
             let runtime = stream.map_or(runtime, Stream::runtime);
             let kernel = runtime.merge_kernel(cuda.device())?;
             if let Some(stream) = stream {

@@ -7,7 +7,7 @@ use super::communicator::{CommCore, Communicator, neighbours};
 use super::context::{LogLevel, Runtime};
 use crate::attention::Shard;
 use crate::comm::CommConfig;
-use crate::comm::nccl::{NcclBootstrap, NcclLibrary, NcclRank, NcclTimeout, UNIQUE_ID_BYTES};
+use crate::comm::nccl::{NcclBootstrap, NcclDeadline, NcclLibrary, NcclRank, UNIQUE_ID_BYTES};
 use crate::device::cuda::{CudaDevice, Staging};
 use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
@@ -46,11 +46,11 @@ impl Communicator {
         }
         let cuda = open(runtime, device)?;
         let library = NcclLibrary::load(config.nccl_path.as_deref())?;
-        let limit = NcclTimeout::new("setup_timeout_ns", config.setup_timeout);
+        let deadline = NcclDeadline::new("setup_timeout_ns", config.setup_timeout);
         let rank = NcclRank::begin(library, &cuda, id, Shard { rank, world }, config.step_timeout)?;
-        rank.settle("creating the NCCL communicator", limit)?;
+        rank.settle("creating the NCCL communicator", deadline)?;
         let staging = NcclBootstrap::staging(&cuda, world, config)?;
-        connect(runtime, rank, staging, config, limit)
+        connect(runtime, rank, staging, config, deadline)
     }
 
     /// As [`Communicator::create_nccl`], for the ranks of a communicator that the engine made with the NCCL that is loaded
@@ -71,13 +71,13 @@ impl Communicator {
         }
         let cuda = open(runtime, device)?;
         let library = NcclLibrary::loaded(config.nccl_path.as_deref())?;
-        let limit = NcclTimeout::new("setup_timeout_ns", config.setup_timeout);
+        let deadline = NcclDeadline::new("setup_timeout_ns", config.setup_timeout);
         // SAFETY: the caller promises a live communicator of this NCCL, which no other thread uses during this call.
         let shard = unsafe { NcclRank::shard_of(library, &cuda, nccl_comm)? };
         let staging = NcclBootstrap::staging(&cuda, shard.world, config)?;
         // SAFETY: as above; that it is not used while a split lives on is this function's contract, too.
-        let rank = unsafe { NcclRank::split(library, &cuda, nccl_comm, shard, limit, config.step_timeout)? };
-        connect(runtime, rank, staging, config, limit)
+        let rank = unsafe { NcclRank::split(library, &cuda, nccl_comm, shard, deadline, config.step_timeout)? };
+        connect(runtime, rank, staging, config, deadline)
     }
 }
 
@@ -114,10 +114,10 @@ fn connect(
     rank: NcclRank,
     staging: Staging,
     config: &CommConfig,
-    limit: NcclTimeout,
+    deadline: NcclDeadline,
 ) -> Result<Communicator> {
     let (shard, library, device) = (rank.shard(), rank.library(), rank.device().device());
-    let bootstrap = NcclBootstrap::new(rank, staging, config, limit)?;
+    let bootstrap = NcclBootstrap::new(rank, staging, config, deadline)?;
     let local = neighbours(&bootstrap, device, config)?.on_machine;
     let message = format!(
         "rank {} of {} on {device}, {local} on this machine, over NCCL {} ({})",

@@ -315,7 +315,7 @@ impl Plan {
         let result = unsafe { core.run(output, exchanges, || broken().and_then(|()| step(core))) };
         result
             .inspect_err(|error| {
-                // Told here, whoever asks afterwards.
+                // This call returns it, so that the status does not tell it again.
                 error.claim();
             })
             .map_err(|error| if core.comm.group == 0 { error } else { explain_timeout(error, STEP_WITHOUT_STREAM) })
@@ -442,7 +442,7 @@ impl PlanCore {
     /// `output` is that of `step`, which was checked for this plan, in host memory that stays valid, and unchanged by others,
     /// until this returns.
     unsafe fn run(&self, output: &StepOutput, exchanges: bool, step: impl FnOnce() -> Result<()>) -> Result<()> {
-        // Later steps of a broken communicator are no news.
+        // Every later step of a broken communicator fails; only the first is logged.
         let is_news = !exchanges || self.comm.check_unbroken().is_ok();
         catch(step).inspect_err(|error| {
             if matches!(error.kind(), ErrorKind::InvalidData | ErrorKind::Mismatch) {

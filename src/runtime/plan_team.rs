@@ -22,11 +22,11 @@ impl Plan {
         let Some(team) = &core.team else {
             return Err(Error::unsupported("plan", format!("one on {}", core.comm.device), "teams on CPUs only"));
         };
-        let watch = || {
+        let check = || {
             core.comm.check_open()?;
             if core.merges() { core.comm.check_unbroken() } else { Ok(()) }
         };
-        let wait = MemberWait { timeout: core.context.config.step_timeout, field: "step_timeout_ns", check: &watch };
+        let wait = MemberWait { timeout: core.context.config.step_timeout, field: "step_timeout_ns", check: &check };
         if !member.leads() {
             return team.serve(member, &wait);
         }

@@ -20,7 +20,7 @@ pub struct Stream {
     runtime: Runtime,
     device: Device,
     kind: Kind,
-    /// On a GPU, what was enqueued and may fail without an error of the device.
+    /// On a GPU, enqueued work that may fail without an error of the device.
     enqueued: Mutex<Vec<Weak<dyn LateError>>>,
     /// On a GPU, what work without a plan launches, graphs of this stream too.
     resident: OnceCell<Resident>,
@@ -94,8 +94,8 @@ impl Stream {
         }
     }
 
-    /// Has [`Stream::synchronize`] tell of the failure of work that is enqueued here: from now on, since graphs of it may be
-    /// launched again. Holds the work no longer than others do.
+    /// From now on [`Stream::synchronize`] also returns why `work` failed, which is enqueued here and may be launched again in a
+    /// graph. Does not keep `work` alive.
     pub(super) fn tell_errors_of<W: LateError + 'static>(&self, work: &Arc<W>) {
         let mut known = self.enqueued.lock();
         if !known.iter().any(|known| std::ptr::addr_eq(known.as_ptr(), Arc::as_ptr(work))) {

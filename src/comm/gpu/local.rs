@@ -45,7 +45,7 @@ impl LocalWindow {
         Ok(new)
     }
 
-    /// Has the next epoch come after `start`. Blocks.
+    /// Makes the epoch after `start` the next one. Blocks.
     ///
     /// # Safety
     /// No step of the rank is enqueued.

@@ -26,7 +26,7 @@ pub(crate) struct GpuRank {
     windows: Result<Arc<Windows>>,
     error: Mutex<Option<Error>>,
     is_gone: AtomicBool,
-    /// Over before the windows are.
+    /// Ends before the windows do.
     _exits: Option<Exits>,
 }
 
@@ -154,7 +154,7 @@ impl Bootstrap for GpuRank {
 
     fn fail(&self, error: &Error) {
         if self.has_left() {
-            // A step that its leaving ended.
+            // The step ended because this rank left.
             self.error.lock().get_or_insert_with(|| errors::left(self.rank));
             self.end_all(ErrorKind::PeerLost);
             self.bootstrap.fail(error);

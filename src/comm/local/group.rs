@@ -54,9 +54,11 @@ pub(super) struct Padded<T>(pub(super) T);
 pub(super) struct RankState {
     pub(super) slots: [Padded<Slot<AtomicU64>>; SLOTS],
     pub(super) cursor: Cursor<AtomicU32>,
-    /// What it opened its last two steps for, with a [`CallWord`] in place of a fault, and how many it has opened.
+    /// The headers of the last two steps that it opened, with a [`CallWord`] in place of a fault.
     pub(super) opened: [Padded<Slot<AtomicU64>>; SLOTS],
+    /// The epoch of the step that it opened last.
     pub(super) opening: AtomicU32,
+    /// Steps that it has opened.
     pub(super) steps: AtomicU64,
     pub(super) message: MessageSlot,
     /// Notified of this rank's hops.
@@ -132,13 +134,13 @@ impl Group {
         self.ranks.iter().for_each(|rank| rank.events.notify());
     }
 
-    /// What `rank` opened step `epoch` for, if it has: its fingerprint, and what messages tell of it.
+    /// The fingerprint with which `rank` opened step `epoch`, and the call for messages; none if it has not.
     pub(super) fn opening(&self, rank: usize, epoch: Epoch) -> Option<(u64, CallWord)> {
         let header = self.ranks[rank].opened[epoch.slot()].0.read(epoch)?;
         Some((header.fingerprint, CallWord::from_bits(header.fault)))
     }
 
-    /// The error for a step that all ranks have opened, but not all for the same: it names the odd rank, as `me` sees it.
+    /// The error of a step that all ranks have opened, but with different fingerprints: it names the odd rank, as `me` sees it.
     pub(super) fn odd_opening(&self, me: usize, epoch: Epoch) -> Option<Error> {
         let world = self.ranks.len();
         if !(0..world).all(|rank| self.opening(rank, epoch).is_some()) {
@@ -163,12 +165,12 @@ impl Group {
         done: impl Fn() -> bool,
         absence: impl Fn(usize) -> Absence,
         what: impl Fn() -> String,
-        limit: WaitDeadline<'_>,
+        deadline: WaitDeadline<'_>,
     ) -> Result<()> {
-        let mut deadline = limit.until;
+        let mut until = deadline.until;
         let mut late = false;
         loop {
-            let seen = limit.events.key();
+            let seen = deadline.events.key();
             if done() {
                 return Ok(());
             }
@@ -185,21 +187,21 @@ impl Group {
                     return Err(self.break_with(errors::peer_lost(&what(), rank)));
                 }
             }
-            if Instant::now() >= deadline {
+            if Instant::now() >= until {
                 // Ranks that have not begun the step are blamed before those that have, which may be waiting for them, too.
                 let most = (0..self.ranks.len()).map(&absence).max().unwrap_or(Absence::Present);
                 let late_ranks = (0..self.ranks.len()).filter(|&r| most != Absence::Present && absence(r) == most);
                 let missing: Vec<usize> = late_ranks.collect();
                 if !missing.is_empty() || late {
-                    let error = errors::timeout(&what(), &missing, limit.field, limit.timeout);
+                    let error = errors::timeout(&what(), &missing, deadline.field, deadline.timeout);
                     // If another error comes first, no rank is told that it was late.
                     let _ = self.late.set(missing);
                     return Err(self.break_with(error));
                 }
                 // Every rank has published, but some have not counted themselves yet.
-                (late, deadline) = (true, deadline + GRACE);
+                (late, until) = (true, until + GRACE);
             }
-            limit.events.wait(seen, self.strategy, Some(deadline));
+            deadline.events.wait(seen, self.strategy, Some(until));
         }
     }
 }

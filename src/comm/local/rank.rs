@@ -158,7 +158,7 @@ impl Bootstrap for LocalRank {
     fn fail(&self, error: &Error) {
         let own = self.own();
         if own.gone.load(Ordering::Acquire) {
-            // It left within a step, of which its peers may have had a part.
+            // It left during a step, which its peers may have begun.
             self.group.break_with(errors::peer_lost("a step", self.rank));
             return;
         }

@@ -73,7 +73,7 @@ impl Group {
                 || self.arrivals.0.is_complete(epoch),
                 |rank| if self.header(rank, epoch).is_none() { Absence::Absent } else { Absence::Present },
                 || format!("round {number}"),
-                self.step_limit(&self.events, Instant::now() + self.step_timeout),
+                self.step_deadline(&self.events, Instant::now() + self.step_timeout),
             )?;
         }
         fault::point_at("comm.take", me as i32)?;
@@ -126,14 +126,14 @@ impl Group {
         let absent = |rank: usize| self.opening(rank, step).is_none();
         let what = || format!("step {number}, hop {}", hop.index);
         // What this rank did meanwhile was no waiting.
-        let limit = self.step_limit(&own.events, hop.until + began.elapsed());
+        let deadline = self.step_deadline(&own.events, hop.until + began.elapsed());
         let unsent = |rank: usize| match rank {
             _ if absent(rank) => Absence::Absent,
             _ if rank == hop.from && !from.message.is_for(key, me) => Absence::Late,
             _ => Absence::Present,
         };
         let claim = loop {
-            self.wait(me, || from.message.is_for(key, me), unsent, what, limit)?;
+            self.wait(me, || from.message.is_for(key, me), unsent, what, deadline)?;
             // A message that was taken back in between: its sender has failed, and is about to say why.
             if let Some(claim) = from.message.claim(key, me) {
                 break claim;
@@ -144,7 +144,7 @@ impl Group {
             drop(claim);
             // The openings tell who is odd, once all are there.
             let unopened = |rank: usize| if absent(rank) { Absence::Absent } else { Absence::Present };
-            self.wait(me, || !(0..world).any(absent), unopened, what, limit)?;
+            self.wait(me, || !(0..world).any(absent), unopened, what, deadline)?;
             let odd = self.odd(me);
             return Err(odd.unwrap_or_else(|| {
                 errors::differs(&what(), (me, CallWord::default()), (hop.from, CallWord::default()))
@@ -159,11 +159,11 @@ impl Group {
             _ if rank == hop.to && !posted.is_taken() => Absence::Late,
             _ => Absence::Present,
         };
-        self.wait(me, || posted.is_taken(), unread, what, limit)?;
+        self.wait(me, || posted.is_taken(), unread, what, deadline)?;
         Ok(theirs.fault)
     }
 
-    fn step_limit<'a>(&self, events: &'a EventCount, until: Instant) -> WaitDeadline<'a> {
+    fn step_deadline<'a>(&self, events: &'a EventCount, until: Instant) -> WaitDeadline<'a> {
         WaitDeadline { events, until, field: "step_timeout_ns", timeout: self.step_timeout }
     }
 }

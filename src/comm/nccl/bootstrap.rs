@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::library::UNIQUE_ID_BYTES;
-use super::rank::{END_TIMEOUT, NcclRank, NcclTimeout};
+use super::rank::{END_TIMEOUT, NcclDeadline, NcclRank};
 use crate::attention::Shard;
 use crate::comm::bootstrap::{Bootstrap, Token, new_token};
 use crate::comm::config::CommConfig;
@@ -46,8 +46,8 @@ impl NcclBootstrap {
     }
 
     /// The group of a communicator that is there. Collective: compares the versions of all ranks, of this library and of
-    /// NCCL, within `limit`.
-    pub fn new(rank: NcclRank, staging: Staging, config: &CommConfig, limit: NcclTimeout) -> Result<NcclBootstrap> {
+    /// NCCL, within `deadline`.
+    pub fn new(rank: NcclRank, staging: Staging, config: &CommConfig, deadline: NcclDeadline) -> Result<NcclBootstrap> {
         let bytes = bytes(rank.shard().world);
         let bootstrap = NcclBootstrap {
             staging: Mutex::new(staging),
@@ -59,7 +59,7 @@ impl NcclBootstrap {
             is_gone: AtomicBool::new(false),
         };
         let mine = format!("libtreeattn {}, NCCL {}", env!("CARGO_PKG_VERSION"), bootstrap.rank.library().version());
-        let all = bootstrap.gather(mine.as_bytes(), limit).inspect_err(|error| bootstrap.latch(error))?;
+        let all = bootstrap.gather(mine.as_bytes(), deadline).inspect_err(|error| bootstrap.latch(error))?;
         if let Some(odd) = all.iter().position(|theirs| *theirs != all[0]) {
             let text = |rank: usize| String::from_utf8_lossy(&all[rank]).into_owned();
             let message =
@@ -69,16 +69,16 @@ impl NcclBootstrap {
             return Err(error);
         }
         if !bootstrap.rank.is_named() {
-            bootstrap.agree_on_name(limit).inspect_err(|error| bootstrap.latch(error))?;
+            bootstrap.agree_on_name(deadline).inspect_err(|error| bootstrap.latch(error))?;
         }
         Ok(bootstrap)
     }
 
     /// Gives the communicator a name by which the ranks of one process find each other: one that rank 0 made up.
-    fn agree_on_name(&self, limit: NcclTimeout) -> Result<()> {
+    fn agree_on_name(&self, deadline: NcclDeadline) -> Result<()> {
         static PROCESS: OnceLock<Token> = OnceLock::new();
         let process = *PROCESS.get_or_init(new_token);
-        let all = self.gather(&[process, new_token()].concat(), limit)?;
+        let all = self.gather(&[process, new_token()].concat(), deadline)?;
         let mut name = [0; UNIQUE_ID_BYTES];
         name[..16].copy_from_slice(&all[0][16..]);
         let members: Vec<i32> = (0..).zip(&all).filter(|(_, theirs)| theirs[..16] == process).map(|(r, _)| r).collect();
@@ -92,13 +92,13 @@ impl NcclBootstrap {
     }
 
     /// Every rank's blob. The lengths first, then the blobs in chunks, all of the longest's size.
-    fn gather(&self, blob: &[u8], limit: NcclTimeout) -> Result<Vec<Vec<u8>>> {
+    fn gather(&self, blob: &[u8], deadline: NcclDeadline) -> Result<Vec<Vec<u8>>> {
         if blob.len() as u64 > MAX_BLOB {
             return Err(Error::invalid("blob", blob.len(), format!("at most {MAX_BLOB} bytes")));
         }
         let mut sizes = Vec::new();
         let first = [MAGIC.to_le_bytes(), (blob.len() as u64).to_le_bytes()].concat();
-        for (rank, message) in self.chunk(&first, limit)?.iter().enumerate() {
+        for (rank, message) in self.chunk(&first, deadline)?.iter().enumerate() {
             let [magic, size] = [0, 8].map(|at| word(&message[at..]));
             if magic != MAGIC || size > MAX_BLOB {
                 let text = format!("setup exchange: rank {rank} sent no message of this library's version");
@@ -111,7 +111,7 @@ impl NcclBootstrap {
         padded.resize(longest, 0);
         let mut all = vec![Vec::with_capacity(longest); sizes.len()];
         for chunk in padded.chunks(CHUNK) {
-            for (all, part) in all.iter_mut().zip(self.chunk(chunk, limit)?) {
+            for (all, part) in all.iter_mut().zip(self.chunk(chunk, deadline)?) {
                 all.extend(part);
             }
         }
@@ -120,14 +120,14 @@ impl NcclBootstrap {
     }
 
     /// One allgather of at most [`CHUNK`] bytes a rank, the same number on all.
-    fn chunk(&self, send: &[u8], limit: NcclTimeout) -> Result<Vec<Vec<u8>>> {
+    fn chunk(&self, send: &[u8], deadline: NcclDeadline) -> Result<Vec<Vec<u8>>> {
         let world = self.rank.shard().world as usize;
         let mut staging = self.staging.lock();
         // SAFETY: a chunk ends with an idle stream, or with an error that breaks this end, after which there is no other.
         unsafe { staging.upload(0, send) }?;
         let (from, to) = (staging.address(), staging.address() + CHUNK as u64);
         // SAFETY: the device side holds world + 1 chunks, and lives as long as its stream.
-        unsafe { self.rank.all_gather(from, to, send.len(), staging.stream(), limit)? };
+        unsafe { self.rank.all_gather(from, to, send.len(), staging.stream(), deadline)? };
         staging.download(CHUNK, world * send.len())?;
         while !staging.is_done()? {
             if let Some(error) = self.status() {
@@ -136,9 +136,9 @@ impl NcclBootstrap {
             }
             // Also tells that a peer has failed.
             self.rank.state("ncclAllGather")?;
-            if Instant::now() >= limit.until {
+            if Instant::now() >= deadline.until {
                 self.rank.abort(END_TIMEOUT);
-                return Err(limit.expired("setup exchange"));
+                return Err(deadline.expired("setup exchange"));
             }
             std::thread::sleep(PAUSE);
         }
@@ -169,7 +169,7 @@ impl Bootstrap for NcclBootstrap {
         if let Some(error) = self.status() {
             return Err(error);
         }
-        self.gather(blob, NcclTimeout::new("setup_timeout_ns", self.setup_timeout)).map_err(|error| {
+        self.gather(blob, NcclDeadline::new("setup_timeout_ns", self.setup_timeout)).map_err(|error| {
             self.latch(&error);
             // An abort on another thread ends the wait with NCCL's words for it.
             self.status().unwrap_or(error)

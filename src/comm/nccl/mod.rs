@@ -20,4 +20,4 @@ mod rendezvous;
 pub(crate) use bootstrap::NcclBootstrap;
 pub(crate) use library::Library as NcclLibrary;
 pub use library::UNIQUE_ID_BYTES;
-pub(crate) use rank::{NcclRank, NcclTimeout, Reduction};
+pub(crate) use rank::{NcclDeadline, NcclRank, Reduction};

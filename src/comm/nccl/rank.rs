@@ -30,17 +30,17 @@ const THREAD: &str = "treeattn-nccl";
 
 /// The end of a wait, and what its error says.
 #[derive(Clone, Copy)]
-pub(crate) struct NcclTimeout {
+pub(crate) struct NcclDeadline {
     pub until: Instant,
     /// The deadline's name in the config, and its length.
     pub field: &'static str,
     pub timeout: Duration,
 }
 
-impl NcclTimeout {
+impl NcclDeadline {
     /// `timeout` from now on, called `field`.
-    pub fn new(field: &'static str, timeout: Duration) -> NcclTimeout {
-        NcclTimeout { until: Instant::now() + timeout, field, timeout }
+    pub fn new(field: &'static str, timeout: Duration) -> NcclDeadline {
+        NcclDeadline { until: Instant::now() + timeout, field, timeout }
     }
 
     /// The error of a wait for `what` that took too long. NCCL does not say for whom.
@@ -126,7 +126,7 @@ impl NcclRank {
     }
 
     /// Splits a communicator of all ranks of `borrowed`, which is rank `shard`, off it. Collective over these. Blocks, at most
-    /// until `limit`. After that the borrowed communicator is not used, unless the split itself has not returned: then it
+    /// until `deadline`. After that the borrowed communicator is not used, unless the split itself has not returned: then it
     /// still runs.
     ///
     /// # Safety
@@ -137,7 +137,7 @@ impl NcclRank {
         device: &Arc<CudaDevice>,
         borrowed: RawComm,
         shard: Shard,
-        limit: NcclTimeout,
+        deadline: NcclDeadline,
         timeout: Duration,
     ) -> Result<NcclRank> {
         // Where the borrowed one blocks, so does its split, whatever the config of the new one says.
@@ -153,18 +153,18 @@ impl NcclRank {
             }
         })?;
         let what = "splitting nccl_comm";
-        let left = limit.until.saturating_duration_since(Instant::now());
+        let left = deadline.until.saturating_duration_since(Instant::now());
         let received = result.recv_timeout(left);
         // The thread ends when it learns that nobody listens.
         drop(result);
         let Ok((link, split)) = received else {
             leave(thread);
-            return Err(limit.expired(what));
+            return Err(deadline.expired(what));
         };
         let _ = thread.join();
         split?;
         let rank = NcclRank { shard, link: Arc::new(link), timeout, member: OnceLock::new() };
-        rank.settle(what, limit)?;
+        rank.settle(what, deadline)?;
         Ok(rank)
     }
 
@@ -193,14 +193,14 @@ impl NcclRank {
         &self.link.device
     }
 
-    /// Waits until the last call is done, or enqueued. Where it is not by `limit`, aborts the communicator: `Timeout`. No
+    /// Waits until the last call is done, or enqueued. Where it is not by `deadline`, aborts the communicator: `Timeout`. No
     /// context is current and no lock held between two looks.
-    pub fn settle(&self, what: &str, limit: NcclTimeout) -> Result<()> {
+    pub fn settle(&self, what: &str, deadline: NcclDeadline) -> Result<()> {
         let mut pause = PAUSES.0;
         while !self.state(what)? {
-            if Instant::now() >= limit.until {
+            if Instant::now() >= deadline.until {
                 self.abort(END_TIMEOUT);
-                return Err(limit.expired(what));
+                return Err(deadline.expired(what));
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(PAUSES.1);
@@ -225,7 +225,7 @@ impl NcclRank {
     }
 
     /// Enqueues the gathering of `bytes` bytes from `send` of every rank into `recv`, in rank order. For setup: first waits,
-    /// until `limit`, for the ranks of this process, so that no kernel waits on a GPU for a rank that is not ready to launch
+    /// until `deadline`, for the ranks of this process, so that no kernel waits on a GPU for a rank that is not ready to launch
     /// its own.
     ///
     /// # Safety
@@ -237,24 +237,24 @@ impl NcclRank {
         recv: u64,
         bytes: usize,
         stream: &CudaStream,
-        limit: NcclTimeout,
+        deadline: NcclDeadline,
     ) -> Result<()> {
-        self.meet("setup exchange", limit)?;
+        self.meet("setup exchange", deadline)?;
         let status = self.link.call(|calls, raw| {
             let (send, recv, stream) = (send as *const c_void, recv as *mut c_void, stream.handle().cast());
             // SAFETY: `call` passes a live communicator, with its context current; the stream is borrowed; the caller promises
             // the memory.
             unsafe { (calls.all_gather)(send, recv, bytes, UINT8, raw, stream) }
         })?;
-        self.enqueued(status, "ncclAllGather", limit)
+        self.enqueued(status, "ncclAllGather", deadline)
     }
 
     /// Waits until all ranks of this process are here, where they have a name to find each other by.
-    fn meet(&self, what: &str, limit: NcclTimeout) -> Result<()> {
+    fn meet(&self, what: &str, deadline: NcclDeadline) -> Result<()> {
         let Some(member) = self.member.get() else { return Ok(()) };
-        member.wait(limit.until, || self.state(what).map(drop))?.map_err(|missing| {
+        member.wait(deadline.until, || self.state(what).map(drop))?.map_err(|missing| {
             self.abort(END_TIMEOUT);
-            errors::timeout(what, &[missing as usize], limit.field, limit.timeout)
+            errors::timeout(what, &[missing as usize], deadline.field, deadline.timeout)
         })
     }
 
@@ -285,9 +285,9 @@ impl NcclRank {
     }
 
     /// Follows a collective until it is enqueued.
-    fn enqueued(&self, status: Status, call: &str, limit: NcclTimeout) -> Result<()> {
+    fn enqueued(&self, status: Status, call: &str, deadline: NcclDeadline) -> Result<()> {
         match status {
-            IN_PROGRESS => self.settle(call, limit),
+            IN_PROGRESS => self.settle(call, deadline),
             status => self.link.checked(status, call),
         }
     }

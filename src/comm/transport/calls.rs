@@ -36,9 +36,9 @@ impl Calls {
     }
 
     /// One call of the engine's allgather: the bytes of `send` from every rank into `recv`.
-    pub fn gather(&self, send: &[u8], recv: &mut [u8], limit: &CallDeadline<'_>) -> Result<()> {
+    pub fn gather(&self, send: &[u8], recv: &mut [u8], deadline: &CallDeadline<'_>) -> Result<()> {
         assert!(recv.len() >= send.len() * self.shard.world as usize);
-        self.call("allgather", limit, |left, abort| {
+        self.call("allgather", deadline, |left, abort| {
             let (ctx, send, recv, bytes) = (self.transport.ctx, send.as_ptr(), recv.as_mut_ptr(), send.len());
             // SAFETY: `send` has `bytes` bytes and `recv` room for those of all ranks, by the assertion; both and the
             // word behind `abort` outlive the call. That the function keeps to these, and takes `ctx`, its maker
@@ -53,12 +53,12 @@ impl Calls {
         (to, from): (usize, usize),
         send: &[u8],
         recv: &mut [u8],
-        limit: &CallDeadline<'_>,
+        deadline: &CallDeadline<'_>,
     ) -> Result<()> {
         let Some(sendrecv) = self.transport.sendrecv else {
             return Err(Error::unsupported("transport.sendrecv", "none", "a function"));
         };
-        self.call("sendrecv", limit, |left, abort| {
+        self.call("sendrecv", deadline, |left, abort| {
             let (ctx, to, from) = (self.transport.ctx, to as i32, from as i32);
             let (data, bytes) = (send.as_ptr().cast(), send.len());
             // SAFETY: the function is told the sizes of both slices, which outlive the call, as does the word behind
@@ -68,12 +68,17 @@ impl Calls {
     }
 
     /// Runs a callback, told what time is left, with the watchdog armed.
-    fn call(&self, name: &str, limit: &CallDeadline<'_>, callback: impl FnOnce(i64, *const i32) -> i32) -> Result<()> {
-        let left = limit.until.saturating_duration_since(Instant::now());
+    fn call(
+        &self,
+        name: &str,
+        deadline: &CallDeadline<'_>,
+        callback: impl FnOnce(i64, *const i32) -> i32,
+    ) -> Result<()> {
+        let left = deadline.until.saturating_duration_since(Instant::now());
         if let Some(error) = self.status() {
             return Err(error);
         }
-        self.watchdog.arm(limit.until);
+        self.watchdog.arm(deadline.until);
         let code = callback(i64::try_from(left.as_nanos()).unwrap_or(i64::MAX), self.watchdog.abort_word());
         self.watchdog.disarm();
         if code == 0 {
@@ -82,13 +87,13 @@ impl Calls {
         if let Some(error) = self.status() {
             return Err(error);
         }
-        let what = (limit.what)();
-        if Instant::now() >= limit.until || self.watchdog.was_late() {
-            return Err(errors::timeout(&what, limit.peer, limit.field, limit.timeout));
+        let what = (deadline.what)();
+        if Instant::now() >= deadline.until || self.watchdog.was_late() {
+            return Err(errors::timeout(&what, deadline.peer, deadline.field, deadline.timeout));
         }
         let message = format!("{what}: the transport's {name} returned {code}, wanted 0");
         let error = Error::new(ErrorKind::Transport, message);
-        Err(match limit.peer {
+        Err(match deadline.peer {
             [peer] => error.with_rank(*peer as i32),
             _ => error,
         })
@@ -103,7 +108,7 @@ impl Calls {
     pub fn latch(&self, error: &Error) {
         let mut latched = self.lock();
         if latched.is_none() {
-            // Nobody else reads it, and this rank is not to blame.
+            // No other rank sees this error, so it need not say which rank failed.
             *latched = Some(error.clone());
         }
         drop(latched);

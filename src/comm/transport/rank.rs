@@ -31,7 +31,7 @@ pub(crate) struct TransportRank {
     buffers: Mutex<Buffers>,
     rounds: AtomicU64,
     steps: AtomicU64,
-    /// What this rank takes the step for that it opened last: a [`CallWord`].
+    /// The [`CallWord`] of the step that this rank opened last.
     call: AtomicU64,
     gone: AtomicBool,
 }
@@ -104,11 +104,11 @@ impl TransportRank {
 
     /// Whether the callbacks connect the ranks that the engine says. Gives the token of rank 0.
     fn check_ranks(&self) -> Result<Token> {
-        let place = |rank: i32| [rank.to_le_bytes(), self.calls.shard.world.to_le_bytes()].concat();
-        let mine = [&place(self.calls.shard.rank)[..], &self.token].concat();
+        let identity = |rank: i32| [rank.to_le_bytes(), self.calls.shard.world.to_le_bytes()].concat();
+        let mine = [&identity(self.calls.shard.rank)[..], &self.token].concat();
         let mut tokens = Vec::new();
         for (rank, blob) in self.allgather(&mine)?.iter().enumerate() {
-            let token = blob.strip_prefix(&place(rank as i32)[..]).and_then(|token| Token::try_from(token).ok());
+            let token = blob.strip_prefix(&identity(rank as i32)[..]).and_then(|token| Token::try_from(token).ok());
             let Some(token) = token else {
                 let message = format!(
                     "transport: place {rank} of the allgather holds another rank or world than {rank} of {}, wanted every \
@@ -135,7 +135,7 @@ impl TransportRank {
         }
         let (world, number) = (self.calls.shard.world as usize, self.rounds.load(Ordering::Relaxed) + 1);
         let what = || format!("round {number}");
-        let limit = CallDeadline {
+        let deadline = CallDeadline {
             what: &what,
             peer: &[],
             until: Instant::now() + self.step_timeout,
@@ -154,7 +154,7 @@ impl TransportRank {
         if fits {
             fill(&mut message[HEADER_BYTES..][..bytes]);
         }
-        self.calls.gather(message, first, &limit)?;
+        self.calls.gather(message, first, &deadline)?;
         let of = |rank: usize, i: usize| word(&first[rank * FIRST_BYTES..], i);
         if let Some(rank) = (0..world).find(|&rank| of(rank, 0) != MAGIC) {
             let message = format!("{}: rank {rank} sent no message of this library's version", what());
@@ -177,7 +177,7 @@ impl TransportRank {
         } else {
             let stride = bytes.next_multiple_of(HEADER_BYTES);
             fill(&mut send[..bytes]);
-            self.calls.gather(&send[..stride], rest, &limit)?;
+            self.calls.gather(&send[..stride], rest, &deadline)?;
             take(&Received { first, payloads: rest, offset: 0, stride, bytes });
         }
         self.rounds.store(number, Ordering::Relaxed);
@@ -188,7 +188,7 @@ impl TransportRank {
     fn make_hop(&self, hop: &Hop, send: &[u8], recv: &mut [u8]) -> Result<u64> {
         let (number, steps) = (hop.index, self.steps.load(Ordering::Relaxed));
         let what = || format!("step {steps}, hop {number}");
-        let limit = CallDeadline {
+        let deadline = CallDeadline {
             what: &what,
             peer: &[hop.from],
             until: hop.until,
@@ -205,7 +205,7 @@ impl TransportRank {
         if send.len() <= INLINE_BYTES {
             own[HEADER_BYTES..][..send.len()].copy_from_slice(send);
         }
-        self.calls.swap((hop.to, hop.from), own, first, &limit)?;
+        self.calls.swap((hop.to, hop.from), own, first, &deadline)?;
         if word(first, 0) != MAGIC {
             let message = format!("{}: rank {} sent no message of this library's version", what(), hop.from);
             return Err(Error::new(ErrorKind::Desync, message).with_rank(hop.from as i32));
@@ -226,7 +226,7 @@ impl TransportRank {
             recv.copy_from_slice(&first[HEADER_BYTES..][..recv.len()]);
         }
         if !rest.0.is_empty() || !rest.1.is_empty() {
-            self.calls.swap((hop.to, hop.from), rest.0, rest.1, &limit)?;
+            self.calls.swap((hop.to, hop.from), rest.0, rest.1, &deadline)?;
         }
         Ok(fault)
     }
@@ -246,7 +246,7 @@ impl Bootstrap for TransportRank {
     }
 
     fn allgather(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>> {
-        let limit = CallDeadline {
+        let deadline = CallDeadline {
             what: &|| "setup exchange".to_string(),
             peer: &[],
             until: Instant::now() + self.setup_timeout,
@@ -256,7 +256,7 @@ impl Bootstrap for TransportRank {
         let world = self.calls.shard.world as usize;
         let gather = |send: &[u8]| -> Result<Vec<u8>> {
             let mut recv = vec![0; send.len() * world];
-            self.calls.gather(send, &mut recv, &limit)?;
+            self.calls.gather(send, &mut recv, &deadline)?;
             Ok(recv)
         };
         let run = || {

@@ -1,4 +1,4 @@
-//! The round of a checked plan in which ranks tell each other what they were passed.
+//! The round of a checked plan in which ranks exchange records of their arguments and compare them.
 
 use std::ops::Range;
 
@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::partial::{DataFault, Lse};
 use crate::route::context::StepContext;
 
-/// What the check of a step works on.
+/// The check of a plan's steps, with its buffers.
 pub(in crate::route) struct Check(Mutex<State>);
 
 struct State {
@@ -66,8 +66,8 @@ impl Check {
         (own.capacity() + all.capacity()) * size_of::<SequenceRecord>() + wrong.capacity() * size_of::<Wrong>()
     }
 
-    /// Tells what this rank was passed, for the step that `backend` attended or surveyed last, and judges what all were. The
-    /// same verdict on every rank: the first sequence in which they do not fit together.
+    /// Sends the records of this rank's arguments to the step that `backend` attended or surveyed last, and compares those of all
+    /// ranks. Gives the first sequence in which they do not fit together, the same on every rank.
     ///
     /// # Safety
     /// The step's inputs are still readable, and as they were when `backend` attended or surveyed them.

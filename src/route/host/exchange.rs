@@ -29,7 +29,7 @@ pub(in crate::route) struct Exchange<'a> {
     pub tokens: usize,
     /// Where this rank's heads of the merged output go.
     pub target: &'a RowTarget,
-    /// What this rank says in all rounds and hops.
+    /// The header of this rank's rounds and hops.
     pub header: RoundHeader,
     pub wire: Wire,
     /// Bad data that this rank met, with its value, which does not travel.
@@ -171,7 +171,7 @@ impl<'a> Exchange<'a> {
         })
     }
 
-    /// Ends the step: tells of bad data that a rank met, if any.
+    /// Ends the step: returns the error of the bad data that a rank met, if any.
     pub fn finish(self, found: RankFault) -> Result<()> {
         self.context.board.count_step();
         let Some((rank, fault)) = found else { return Ok(()) };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::comm::Bootstrap;
-use crate::comm::nccl::{NcclLibrary, NcclRank, NcclTimeout, UNIQUE_ID_BYTES};
+use crate::comm::nccl::{NcclDeadline, NcclLibrary, NcclRank, UNIQUE_ID_BYTES};
 use crate::error::{Error, ErrorKind, Result};
 use crate::route::context::StepContext;
 use crate::route::rank::CudaRank;
@@ -26,8 +26,8 @@ struct Offer {
 /// This rank of NCCL's communicator, which is made where a rank has none yet. Collective.
 ///
 /// Fails with what NCCL says: `Unavailable` where there is none, `Unsupported` where two ranks share a GPU, `Timeout` where a
-/// rank does not come within `limit`.
-pub(super) fn connect(context: &StepContext, rank: &CudaRank, limit: NcclTimeout) -> Result<Arc<NcclRank>> {
+/// rank does not come within `deadline`.
+pub(super) fn connect(context: &StepContext, rank: &CudaRank, deadline: NcclDeadline) -> Result<Arc<NcclRank>> {
     let known = rank.nccl.lock().clone();
     let library = || NcclLibrary::load(context.config.nccl_path.as_deref());
     let (shard, bootstrap, has_nccl) = (context.shard, rank.bootstrap(), known.is_some());
@@ -46,7 +46,7 @@ pub(super) fn connect(context: &StepContext, rank: &CudaRank, limit: NcclTimeout
     };
     one_gpu_each(offers.iter().enumerate().map(|(rank, offer)| (rank as i32, offer.device)).collect())?;
     let nccl = NcclRank::begin(library()?, &rank.device, &id, shard, context.config.step_timeout)?;
-    nccl.settle("creating the NCCL communicator", limit)?;
+    nccl.settle("creating the NCCL communicator", deadline)?;
     let nccl = Arc::new(nccl);
     *rank.nccl.lock() = Some(Arc::clone(&nccl));
     Ok(nccl)
@@ -95,7 +95,7 @@ impl Offer {
     }
 }
 
-/// NCCL takes a GPU once.
+/// NCCL refuses two ranks on one GPU.
 fn one_gpu_each(mut devices: Vec<RankDevice>) -> Result<()> {
     devices.sort_by_key(|&(rank, device)| (device, rank));
     match devices.windows(2).find(|pair| pair[0].1 == pair[1].1) {

@@ -7,7 +7,7 @@ use super::watchdog::Watchdog;
 use super::words::StepWords;
 use crate::attention::merge::MergeStep;
 use crate::attention::{Algorithm, Step};
-use crate::comm::nccl::{NcclRank, NcclTimeout, Reduction};
+use crate::comm::nccl::{NcclDeadline, NcclRank, Reduction};
 use crate::cuda::{Allreduce, AllreduceOutput, AllreduceSizes, Destination};
 use crate::device::cuda::CudaStream;
 use crate::error::{Error, ErrorKind, Result};
@@ -78,7 +78,7 @@ impl NcclAllreduce3 {
             // SAFETY: `reduced` names parts of the workspace that hold as many f32. The workspace is freed after the device is
             // done with all steps, or is given up with its communicator aborted.
             unsafe { nccl.begin_all_reduce(send, recv, count, reduction, stream) }?;
-            nccl.settle("ncclAllReduce", NcclTimeout::new("step_timeout_ns", timeout))
+            nccl.settle("ncclAllReduce", NcclDeadline::new("step_timeout_ns", timeout))
         };
         let enqueue = || {
             reduce(reduced.lse, reduced.most, reduced.rows, Reduction::Maximum)?;
@@ -99,7 +99,7 @@ impl NcclAllreduce3 {
 
     /// Runs every size once, up to a factor of two. NCCL connects ranks when it first meets a way of reducing, and then waits
     /// for them: a step that one thread enqueues on several ranks, or that is captured, must not meet one first.
-    fn try_out(&self, context: &StepContext, nccl: &NcclRank, limit: NcclTimeout) -> Result<()> {
+    fn try_out(&self, context: &StepContext, nccl: &NcclRank, deadline: NcclDeadline) -> Result<()> {
         let what = "connecting over NCCL";
         let reduced = self.kernels.reduced(context.desc.max_query_tokens);
         let sizes = [(Reduction::Maximum, reduced.rows), (Reduction::Sum, reduced.elements.max(reduced.weight_count))];
@@ -111,11 +111,11 @@ impl NcclAllreduce3 {
                 // a plan is connected before whoever creates it has it.
                 let begin = |stream: &CudaStream| unsafe { nccl.begin_all_reduce(o, o, count_here, reduction, stream) };
                 self.words.with_stream(begin)?;
-                nccl.settle(what, limit)?;
+                nccl.settle(what, deadline)?;
                 count *= 2;
             }
         }
-        self.words.drain(what, limit).inspect_err(|_| nccl.abort(limit.timeout))
+        self.words.drain(what, deadline).inspect_err(|_| nccl.abort(deadline.timeout))
     }
 }
 
@@ -125,9 +125,9 @@ impl Route for NcclAllreduce3 {
     }
 
     fn connect(&self, context: &StepContext) -> Result<()> {
-        let limit = NcclTimeout::new("setup_timeout_ns", context.config.setup_timeout);
-        let nccl = connect(context, &self.rank, limit)?;
-        self.try_out(context, &nccl, limit)?;
+        let deadline = NcclDeadline::new("setup_timeout_ns", context.config.setup_timeout);
+        let nccl = connect(context, &self.rank, deadline)?;
+        self.try_out(context, &nccl, deadline)?;
         // SAFETY: no step was enqueued yet, as in `try_out`, whose reductions `drain` waited for.
         unsafe { self.kernels.clear() }?;
         // Nothing was there before: a plan is connected once.

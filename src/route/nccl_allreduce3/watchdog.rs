@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::words::StepWords;
 use crate::comm::errors;
-use crate::comm::nccl::{NcclRank, NcclTimeout};
+use crate::comm::nccl::{NcclDeadline, NcclRank};
 use crate::device::{EventCount, WaitStrategy, spawn};
 use crate::error::{Error, Result};
 use crate::route::rank::CudaRank;
@@ -21,7 +21,7 @@ const GRACE: Duration = Duration::from_millis(250);
 /// How long it waits for NCCL's own abort.
 const ABORT_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// The thread that watches a plan's steps; over when dropped.
+/// The thread that watches a plan's steps. Dropping it ends and joins the thread.
 pub(super) struct Watchdog {
     watched: Arc<Watched>,
     thread: Option<JoinHandle<()>>,
@@ -97,7 +97,7 @@ impl Watched {
             if waiting.is_some() && self.rank.has_left() {
                 bootstrap.fail(&errors::left(self.rank.shard().rank as usize));
             }
-            // A peer may leave after its last step while this rank is still in it, whose end is near then.
+            // A peer may leave after its last step while this rank is still in that step, which then ends soon.
             lost = match bootstrap.left_peer() {
                 Some(peer) if waiting.is_some() => Some(lost.unwrap_or((peer, Instant::now()))),
                 _ => None,
@@ -116,5 +116,5 @@ impl Watched {
 }
 
 fn expired(step: u64, timeout: Duration) -> Error {
-    NcclTimeout::new("step_timeout_ns", timeout).expired(&format!("step {step} over NCCL"))
+    NcclDeadline::new("step_timeout_ns", timeout).expired(&format!("step {step} over NCCL"))
 }

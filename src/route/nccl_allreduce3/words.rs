@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::comm::nccl::NcclTimeout;
+use crate::comm::nccl::NcclDeadline;
 use crate::comm::{ANY_FAULT, COUNTS, PlanLease};
 use crate::device::cuda::{CudaDevice, CudaStream, Staging};
 use crate::error::Result;
@@ -59,10 +59,10 @@ impl StepWords {
     }
 
     /// Waits until that stream has nothing to do.
-    pub fn drain(&self, what: &str, limit: NcclTimeout) -> Result<()> {
+    pub fn drain(&self, what: &str, deadline: NcclDeadline) -> Result<()> {
         while !self.failed.lock().is_done()? {
-            if Instant::now() >= limit.until {
-                return Err(limit.expired(what));
+            if Instant::now() >= deadline.until {
+                return Err(deadline.expired(what));
             }
             std::thread::sleep(PAUSE);
         }
@@ -74,7 +74,7 @@ impl StepWords {
         // A device that takes no copy any more runs no kernel either.
         // SAFETY: nothing else is ever uploaded, and nothing downloaded.
         if unsafe { self.failed.lock().upload(0, &1u64.to_le_bytes()) }.is_ok() {
-            let _ = self.drain("", NcclTimeout::new("", COPY_TIMEOUT));
+            let _ = self.drain("", NcclDeadline::new("", COPY_TIMEOUT));
         }
     }
 }

@@ -158,13 +158,13 @@ impl RingStep<'_> {
         self.announced_by(origin).first().map_or([false; 2], |announced| announced.scaled)
     }
 
-    /// Peers hold what the plan has room for.
+    /// Checks that no rank announced more keys than the plan has room for.
     fn check(&self) -> Result<()> {
-        let limit = self.exchange.context.desc.max_kv_length;
+        let most = self.exchange.context.desc.max_kv_length;
         for origin in 0..self.exchange.world() {
-            if let Some(announced) = self.announced_by(origin).iter().find(|announced| announced.keys > limit) {
+            if let Some(announced) = self.announced_by(origin).iter().find(|announced| announced.keys > most) {
                 let found = announced.keys;
-                let message = format!("kv_length: rank {origin} announced {found}, above the plan's {limit}");
+                let message = format!("kv_length: rank {origin} announced {found}, above the plan's {most}");
                 return Err(Error::new(ErrorKind::Desync, message).with_rank(origin as i32));
             }
         }

@@ -11,7 +11,7 @@ use crate::partial::epoch::Epoch;
 use crate::partial::view::host;
 use crate::partial::word::Failure;
 
-/// What ranks take the probe for.
+/// The fingerprint of the probe.
 const PROBE_FINGERPRINT: u64 = 0x7ee5_a77e_0b0e_0001;
 
 /// One exchange without rows, of which some ranks are of this call: that every rank's words reach every other is proven by
