@@ -27,6 +27,22 @@ enum : int32_t {
     kInterleaved = 1,
     kExplicit = 2,
 };
+// Blocks of merges and exchanges, the grid's partials, and what exchange_rows serves, as src/cuda/params.rs says.
+enum : int {
+    kRowsABlock = 8,
+    kRowThreads = 256,
+    kExchangeBlocksAUnit = 2,
+    kRowsMostRanks = 8,
+    kRowsMostWords = 128,
+    kTile = 16,
+    kPartialsABlock = 4,
+};
+// Words that AllreduceParams::host and ::words have: steps begun, steps ended, bad data.
+enum : int {
+    kStepsBegun = 0,
+    kStepsEnded = 1,
+    kStepBadData = 2,
+};
 // DecodeParams::flags, as src/cuda/params.rs says.
 enum : uint32_t {
     kFlagCausal = 1,
@@ -157,9 +173,9 @@ enum : int {
 };
 
 // The hashes of what all kernels know, and of what those that take TermsParams or CheckParams do; each image carries its own.
-constexpr uint64_t kAbi = 0xf25cfdb542a2b5f6;
-constexpr uint64_t kTermsAbi = 0x22a976bf336b65da;
-constexpr uint64_t kCheckAbi = 0x19855d9c6897ebff;
+constexpr uint64_t kAbi = 0x21236fe8735fe64f;
+constexpr uint64_t kTermsAbi = 0xb1b401aa4b9683e5;
+constexpr uint64_t kCheckAbi = 0x07e78c6c6d4be5d4;
 
 }  // namespace treeattn
 

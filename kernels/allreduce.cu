@@ -40,7 +40,7 @@ __device__ __forceinline__ void begin(const AllreduceParams& p) {
     __syncwarp();
     if (threadIdx.x == 0) {
         *p.status = 0;
-        count_step(p, 0);
+        count_step(p, kStepsBegun);
     }
 }
 
@@ -91,10 +91,10 @@ __device__ __forceinline__ void end(const AllreduceParams& p) {
         const uint32_t high = static_cast<uint32_t>(bad[2 * i]), low = static_cast<uint32_t>(bad[2 * i + 1]);
         if (high == 0) continue;
         const uint64_t word = pack_status((high & 0xffffu) << 16 | low, high >> 16 | static_cast<uint32_t>(i) << 8);
-        *reinterpret_cast<volatile uint64_t*>(p.host + 2) = word;
+        *reinterpret_cast<volatile uint64_t*>(p.host + kStepBadData) = word;
         break;
     }
-    count_step(p, 1);
+    count_step(p, kStepsEnded);
 }
 
 }  // namespace treeattn
@@ -105,17 +105,17 @@ extern "C" __global__ void __launch_bounds__(32)
     treeattn::begin(params);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(treeattn::kRowThreads)
     treeattn_allreduce_weigh(const __grid_constant__ treeattn::AllreduceParams params) {
     treeattn::dependency_wait();
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * treeattn::kRowsABlock + threadIdx.x / 32;
     if (row < static_cast<int64_t>(params.tokens) * params.heads) treeattn::weigh(params, row);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(treeattn::kRowThreads)
     treeattn_allreduce_finish(const __grid_constant__ treeattn::AllreduceParams params) {
     treeattn::dependency_wait();
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * treeattn::kRowsABlock + threadIdx.x / 32;
     if (row < static_cast<int64_t>(params.tokens) * params.heads) treeattn::finish(params, row);
     __syncthreads();
     if (threadIdx.x == 0 && treeattn::count_arrival(params.arrived, gridDim.x - 1) == gridDim.x - 1) {

@@ -162,7 +162,7 @@ static __device__ __noinline__ BadValue find_bad_value(const DecodeParams& p, co
         const int64_t room = most_that_fit(s.keys, reaches);
         if (room < s.keys) return {kFaultMask, kFaultMask, b, s.keys, 0, room};
     }
-    if (t == nullptr ? is_causal(p) : needs_positions(p)) {
+    if (t == nullptr ? needs_positions<false>(p) : needs_positions<true>(p)) {
         const BadValue position = bad_position(p, t, b, s);
         if (position.cause != kFaultNone) return position;
     }

@@ -78,7 +78,7 @@ __device__ __forceinline__ uint64_t gather_word(const char* from, int64_t stride
 
 // The calling thread's part of the sum over the query rows of a sequence.
 __device__ __forceinline__ uint64_t sum_queries(const DecodeParams& p, const Sequence& seq) {
-    const int size = element_size(p.q_dtype), words = p.head_dim_qk * size / 8;
+    const int size = element_bytes(p.q_dtype), words = p.head_dim_qk * size / 8;
     const int64_t total = static_cast<int64_t>(seq.tokens) * p.q_heads * words;
     const uintptr_t places = reinterpret_cast<uintptr_t>(p.q) | p.q_stride[0] | p.q_stride[1];
     const bool is_packed = p.q_stride[2] == size && places % 8 == 0;
@@ -382,7 +382,7 @@ static __device__ __noinline__ Verdict judge(const CheckParams& c, const Sequenc
 
 }  // namespace treeattn
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(treeattn::kRowThreads, treeattn::kExchangeBlocksAUnit)
     treeattn_check(const __grid_constant__ treeattn::CheckParams c) {
     using namespace treeattn;
     __shared__ CheckState s;
@@ -432,7 +432,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 }
 
 // After the step: NaN in the rows of the sequences that do not fit together.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(treeattn::kRowThreads)
     treeattn_check_outputs(const __grid_constant__ treeattn::CheckParams c) {
     using namespace treeattn;
     dependency_wait();

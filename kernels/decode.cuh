@@ -11,12 +11,6 @@
 
 namespace treeattn {
 
-// The last local slot, or (explicit placement) the last position, that a query token of an item sees.
-__device__ __forceinline__ int row_bound(const DecodeParams& p, const Item& item, int token) {
-    if (!is_causal(p)) return INT32_MAX;
-    return causal_bound(p, item.b, item.first_token, item.tokens, token);
-}
-
 // Writes an lse; with what it lacks, where it is a partial's.
 __device__ __forceinline__ void store_lse(const DecodeParams& p, float* to, float2 lse) {
     to[0] = lse.x;

@@ -20,7 +20,7 @@ constexpr float kHalfBias = 32768.f;
 template <int HeadDimQk, int HeadDimV, int Rows, bool Bf16K, bool Bf16V, bool Terms = false,
           class Slot = Slot16<HeadDimQk, HeadDimV>>
 struct Mma {
-    static constexpr int kPitchQ = HeadDimQk * 2 + 16;
+    static constexpr int kPitchQ = HeadDimQk * kHalfBytes + 16;
     static constexpr int kPartBytes = Rows * kPitchQ;
     static constexpr int kTermsBytes = Terms ? static_cast<int>(sizeof(TermsBlock<Rows>)) : 0;
     using S = Shape<HeadDimQk, HeadDimV, Rows, kQueryParts * kPartBytes + kTermsBytes, Terms, Slot>;
@@ -91,7 +91,7 @@ struct Mma {
                 row_scale = stage_terms(p, live ? from : nullptr, shared + S::kQueryAt + row * kPitchQ);
             }
             if (lane == 0) {
-                bounds[row] = live ? row_bound(p, item, token) : INT32_MAX;
+                bounds[row] = live ? last_visible(p, item.b, item.first_token, item.tokens, token) : INT32_MAX;
                 scales[row] = live ? p.scale * kLog2E * row_scale : 0.f;
             }
         }
@@ -297,7 +297,7 @@ struct Mma {
             for (int n = 0; n < kStepsV; n++) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    const uint16_t bits = load_shared16(v_address + S::RowsV::at(key, n * 2 + half) + lane / 4 * 2);
+                    const uint16_t bits = load_shared16(v_address + S::RowsV::at(key, n * 2 + half) + lane / 4 * kHalfBytes);
                     const float x = unpack_pair<Bf16V>(bits).x;
 #pragma unroll
                     for (int t = 0; t < kRowTiles; t++) {
@@ -310,7 +310,7 @@ struct Mma {
                 }
             }
             __syncwarp();
-            for (int i = lane * 4; i < HeadDimV * 2; i += 128) {
+            for (int i = lane * 4; i < HeadDimV * kHalfBytes; i += 128) {
                 store_shared(v_address + key * S::RowsV::kPitch + i, 0);
             }
             __syncwarp();
@@ -323,7 +323,7 @@ struct Mma {
         bool found = false;
         const int row = lane % 16;
 #pragma unroll 4
-        for (int i = 0; i < HeadDimV * 2; i += 8) {
+        for (int i = 0; i < HeadDimV * kHalfBytes; i += 8) {
             const uint32_t at = S::RowsV::at(row, i / 16) + i % 16 + lane / 16 * 4;
             found |= pair_not_finite(load_shared(slot + S::kVAt + at), Bf16V);
         }

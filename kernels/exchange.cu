@@ -117,7 +117,7 @@ __device__ __forceinline__ void prepare(const ExchangeParams& p, ExchangeState& 
 
 }  // namespace treeattn
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(treeattn::kRowThreads, treeattn::kExchangeBlocksAUnit)
     treeattn_exchange(const __grid_constant__ treeattn::ExchangeParams p) {
     using namespace treeattn;
     __shared__ ExchangeState s;

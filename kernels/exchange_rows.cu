@@ -10,8 +10,6 @@
 
 namespace treeattn {
 
-constexpr int kRowWords = 128;  // most of a row's o
-
 // owner_of for heads whose number times kMaxRanks has 31 bits: wide divisions are a call.
 __device__ __forceinline__ int owner_of_few(int head, int heads, int world) {
     return static_cast<int>((static_cast<uint32_t>(head + 1) * world + heads - 1) / static_cast<uint32_t>(heads)) - 1;
@@ -44,12 +42,12 @@ __device__ __forceinline__ bool decide_at_once(const ExchangeView& v, MergeStep&
 }
 
 // What the host sees to: rows are pushed to all ranks, or to the owners of their heads; no more rows than warps, nor blocks than
-// kLeftOver has bits; a row's o has at most kRowWords words; the elements of source and target lie side by side, their rows begin
+// kLeftOver has bits; a row's o has at most kRowsMostWords words; the elements of source and target lie side by side, their rows begin
 // at multiples of 4 of them, and have multiples of 4.
 template <int kRanks, bool kPlain>
 __device__ __forceinline__ void exchange_rows(const ExchangeParams& p) {
     __shared__ MergeStep step;
-    constexpr int kPairs = kRowWords / 64, kGroup = kRanks * kPairs <= 8 ? kRanks : 8 / kPairs;
+    constexpr int kPairs = kRowsMostWords / 64, kGroup = kRanks * kPairs <= 8 ? kRanks : 8 / kPairs;
     const ExchangeView& v = p.view;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int world = v.world, rank = v.rank, blocks = static_cast<int>(gridDim.x);
@@ -95,7 +93,7 @@ __device__ __forceinline__ void exchange_rows(const ExchangeParams& p) {
 #pragma unroll
     for (int pair = 0; pair < kPairs; pair++) {
         const int word = pair * 64 + lane * 2;
-        const char* const from = source + word * a_word * (is_f32 ? 4 : 2);
+        const char* const from = source + word * a_word * element_bytes(is_f32 ? kF32 : kF16);
         if (!has_row || word >= words) continue;
         if (is_f32 == wire.is_f32) {
             const uint2 two = *reinterpret_cast<const uint2*>(from);
@@ -247,7 +245,7 @@ __device__ __forceinline__ void exchange_rows(const ExchangeParams& p) {
     if (own_fault != 0 && threadIdx.x == 0) end_step_fault(step.view, e.parity(), own_fault, p.is_last);
     Epoch slow = e;
     const auto finish = [&](int row) {
-        if (slow.broken || !write_merged<kRowWords>(&step, slow, row)) poison_row(&step, row);
+        if (slow.broken || !write_merged<kRowsMostWords>(&step, slow, row)) poison_row(&step, row);
     };
     if (merges && !done) {
         // From here on it is a row like any other, for this warp or for others.
@@ -273,7 +271,7 @@ __device__ __forceinline__ void exchange_rows(const ExchangeParams& p) {
 }  // namespace treeattn
 
 #define TREEATTN_EXCHANGE_ROWS(NAME, RANKS, PLAIN)                                            \
-    extern "C" __global__ void __launch_bounds__(256, 2)                                      \
+    extern "C" __global__ void __launch_bounds__(treeattn::kRowThreads, treeattn::kExchangeBlocksAUnit) \
         treeattn_exchange_rows_##NAME(const __grid_constant__ treeattn::ExchangeParams p) {   \
         treeattn::exchange_rows<RANKS, PLAIN>(p);                                             \
     }

@@ -1,9 +1,19 @@
-// Bytes of blocks and rows of k and v in memory, by type, and how far strides reach.
+// Bytes of elements, blocks and rows in memory, by type: the only place that knows them; and how far strides reach.
 #pragma once
 
 #include "params.cuh"
 
 namespace treeattn {
+
+constexpr int kHalfBytes = 2;  // of an element of f16 or bf16
+
+// Bytes of an element of f32, f16 or bf16.
+__host__ __device__ constexpr int element_bytes(int32_t dtype) { return dtype == kF32 ? 4 : kHalfBytes; }
+
+// Bytes of an element of a mask (Terms::mask_element).
+__host__ __device__ constexpr int mask_element_bytes(int32_t element) {
+    return element == kMaskF32 ? 4 : element == kMaskF16 ? 2 : 1;
+}
 
 constexpr int kBlock = 32;           // elements of a block of ggml's types
 constexpr int kBlockScaleBytes = 2;  // its scale, an f16, which comes first

@@ -90,10 +90,10 @@ __device__ __forceinline__ void merge_row(const MergeParams& p, int64_t row) {
 
 }  // namespace treeattn
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(treeattn::kRowThreads)
     treeattn_merge_partials(const __grid_constant__ treeattn::MergeParams params) {
     treeattn::dependency_wait();
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * treeattn::kRowsABlock + threadIdx.x / 32;
     if (row < static_cast<int64_t>(params.tokens) * params.heads) treeattn::merge_row(params, row);
     treeattn::dependency_launch();
 }

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+#include "format.cuh"
 #include "params.cuh"
 
 namespace treeattn {
@@ -88,8 +89,6 @@ __device__ __forceinline__ bool pair_not_finite(uint32_t bits, bool bf16) {
     return (bits & exponent) == exponent || (bits >> 16 & exponent) == exponent;
 }
 
-__device__ __forceinline__ int element_size(int32_t dtype) { return dtype == kF32 ? 4 : 2; }
-
 __device__ __forceinline__ float load_element(const void* p, int32_t dtype) {
     if (dtype == kF32) return *static_cast<const float*>(p);
     const uint32_t bits = *static_cast<const uint16_t*>(p);
@@ -107,7 +106,7 @@ __device__ __forceinline__ void store_element(void* p, int32_t dtype, float x) {
 
 // Two neighbours along the head dimension.
 __device__ __forceinline__ void store_two(char* p, int64_t stride, int32_t dtype, float2 x) {
-    const int size = element_size(dtype);
+    const int size = element_bytes(dtype);
     const bool packed = stride == size && (reinterpret_cast<uintptr_t>(p) & (2 * size - 1)) == 0;
     if (packed && dtype == kF32) {
         *reinterpret_cast<float2*>(p) = x;
@@ -121,7 +120,7 @@ __device__ __forceinline__ void store_two(char* p, int64_t stride, int32_t dtype
 
 // Two neighbours along the head dimension, of which `there` exist; zeros for the others.
 __device__ __forceinline__ float2 load_two(const char* p, int64_t stride, int32_t dtype, int there) {
-    const int size = element_size(dtype);
+    const int size = element_bytes(dtype);
     if (there >= 2 && stride == size && (reinterpret_cast<uintptr_t>(p) & (2 * size - 1)) == 0) {
         if (dtype == kF32) return *reinterpret_cast<const float2*>(p);
         const uint32_t bits = *reinterpret_cast<const uint32_t*>(p);
@@ -132,7 +131,7 @@ __device__ __forceinline__ float2 load_two(const char* p, int64_t stride, int32_
 
 // Eight neighbours along the head dimension.
 __device__ __forceinline__ void load_eight(float (&x)[8], const char* p, int64_t stride, int32_t dtype) {
-    const int size = element_size(dtype);
+    const int size = element_bytes(dtype);
     if (stride == size && (reinterpret_cast<uintptr_t>(p) & 15) == 0) {
         if (dtype == kF32) {
             const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];

@@ -128,7 +128,7 @@ struct RowCopies {
                     uint16_t x = 0;
                     if (row < live) x = *reinterpret_cast<const uint16_t*>(row_from + d * stride);
                     const uint32_t at = part ? S::kVAt + S::RowsV::at(row, d / 8) : S::RowsK::at(row, d / 8);
-                    store_shared16(to + at + d % 8 * 2, x);
+                    store_shared16(to + at + d % 8 * kHalfBytes, x);
                 }
             }
         }

@@ -60,7 +60,7 @@ struct Cursor {
 // place they go to take 5 % longer.
 template <int Dim>
 struct Rows16 {
-    static constexpr int kPitch = Dim * 2;
+    static constexpr int kPitch = Dim * kHalfBytes;
     static constexpr int kUnits = kPitch % 128 == 0 ? 8 : 4;  // that change places
     static_assert(kPitch % 64 == 0, "rows of whole groups");
 

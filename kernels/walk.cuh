@@ -79,9 +79,8 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
     // keys that were asked for before, waits long.
     __device__ __forceinline__ uint32_t touch_small(const EvenSplit& even) const {
         uint32_t x = p.kv_length == nullptr ? 0 : load_cached(p.kv_length);
-        if (is_causal(p) && p.global_length != nullptr) x ^= load_cached(p.global_length);
-        if (is_causal(p) && p.kv_start != nullptr) x ^= load_cached(p.kv_start);
-        const int unit = 32 / element_size(p.q_dtype);  // one sector a lane
+        x ^= touch_positions(p);
+        const int unit = 32 / element_bytes(p.q_dtype);  // one sector a lane
 #pragma unroll 1
         for (int row = warp; row < S::kRows; row += S::kWarps) {
             const int packed = even.row_tile * S::kRows + row;
@@ -151,11 +150,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
 
     // Positions are judged where they are used; a bad one poisons the sequence's rows.
     __device__ __forceinline__ bool positions_bad(const Sequence& seq) const {
-        if constexpr (S::kTerms) {
-            if (!needs_positions(p) || seq.keys == 0) return false;
-        } else {
-            if (!is_causal(p) || seq.keys == 0) return false;
-        }
+        if (!needs_positions<S::kTerms>(p) || seq.keys == 0) return false;
         return positions_bad(p, b, seq.first_token, seq.tokens, seq.keys);
     }
     static __device__ __noinline__ bool positions_bad(const DecodeParams& p, int b, int first_token, int tokens,
@@ -266,7 +261,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
     __device__ __forceinline__ void prefetch_query(const Cursor& at) const {
         const int packed = at.row_tile * S::kRows + warp;
         const int token = at.seq.tokens == 1 ? 0 : packed / p.group;
-        const int unit = 128 / element_size(p.q_dtype);  // one line a lane
+        const int unit = 128 / element_bytes(p.q_dtype);  // one line a lane
         if (warp < S::kRows && packed < at.seq.tokens * p.group && lane * unit < p.head_dim_qk) {
             const int64_t q_head = static_cast<int64_t>(at.head) * p.group + packed - token * p.group;
             prefetch(static_cast<const char*>(p.q) + (at.seq.first_token + token) * p.q_stride[0] +
@@ -288,7 +283,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         const Terms& t = terms_of(p);
         this->mask = nullptr;
         if (!mask_is_staged(t)) return;
-        const int size = mask_size(t), row = lane / size;
+        const int size = mask_element_bytes(t.mask_element), row = lane / size;
         if (row >= S::kRows) return;
         const int packed = min(row_tile * S::kRows + row, tokens * p.group - 1);
         const int token = tokens == 1 ? 0 : packed / p.group;
@@ -300,7 +295,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
     // Brings a tile's mask elements, row after row, with zeros for keys that there are not.
     __device__ __forceinline__ void copy_mask(int stage, int base, int live) const {
         if (this->mask == nullptr || live == 0) return;
-        const int size = mask_size(terms_of(p));
+        const int size = mask_element_bytes(terms_of(p).mask_element);
         const int bytes = min(max(live * size - lane % size * 16, 0), 16);
         copy_async16(shared_address(stage_memory(stage)) + lane * 16,
                      bytes > 0 ? this->mask + static_cast<int64_t>(base) * size : this->nowhere(), bytes);

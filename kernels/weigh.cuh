@@ -14,12 +14,12 @@ struct SeenByAll {
         const auto& block = *reinterpret_cast<const TermsBlock<S::kRows>*>(shared + S::kTermsAt);
         const RowTerms& row = block.rows[threadIdx.x % S::kRows];
         static_assert(S::kRows == 8, "rows of eight lanes");
-        low = row.low, high = row.high;
+        low = row.seen.low, high = row.seen.high;
 #pragma unroll
         for (int d = 1; d < S::kRows; d *= 2) {
             low = max(low, __shfl_xor_sync(kAllLanes, low, d)), high = min(high, __shfl_xor_sync(kAllLanes, high, d));
         }
-        if (p.placement == kExplicit && needs_positions(p)) low = INT32_MAX;
+        if (p.placement == kExplicit && needs_positions<true>(p)) low = INT32_MAX;
     }
 };
 
@@ -47,7 +47,7 @@ __device__ __forceinline__ void add_mask(TileTerms<RowTiles>& out, const DecodeP
                                          const char* stage) {
     const auto& block = *reinterpret_cast<const TermsBlock<S::kRows>*>(shared + S::kTermsAt);
     const Terms& t = terms_of(p);
-    const int lane = threadIdx.x % 32, size = mask_size(t);
+    const int lane = threadIdx.x % 32, size = mask_element_bytes(t.mask_element);
     const bool is_staged = mask_is_staged(t);
     uint32_t element[RowTiles][4];
 #pragma unroll
@@ -102,7 +102,7 @@ __device__ __forceinline__ TileTerms<RowTiles> ask_terms(const DecodeParams& p, 
 #pragma unroll
         for (int i = 0; i < 4; i++) out.slope[n][i % 2] = out.distance[n][i] = out.bias[n][i] = 0.f;
     }
-    const bool by_position = p.placement == kExplicit && needs_positions(p);
+    const bool by_position = p.placement == kExplicit && needs_positions<true>(p);
     int position[2] = {first, first + 8};
     if (by_position) {
 #pragma unroll
@@ -144,7 +144,7 @@ __device__ __forceinline__ TileTerms<RowTiles> ask_terms(const DecodeParams& p, 
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const RowTerms& row = block.rows[n * 8 + lane % 4 * 2 + i];
-                    const bool sees = live && place <= row.high && place >= row.low;
+                    const bool sees = live && place <= row.seen.high && place >= row.seen.low;
                     out.seen |= static_cast<uint32_t>(sees) << (n * 4 + half * 2 + i);
                 }
             }

@@ -67,6 +67,20 @@ const CONSTANTS: &[Constants] = &[
         kInterleaved = PlacementKind::Interleaved,
         kExplicit = PlacementKind::Explicit,
     }),
+    constants!("Blocks of merges and exchanges, the grid's partials, and what exchange_rows serves, as src/cuda/params.rs says.", "int", {
+        kRowsABlock = params::ROWS_A_BLOCK,
+        kRowThreads = params::ROW_THREADS,
+        kExchangeBlocksAUnit = params::EXCHANGE_BLOCKS_A_UNIT,
+        kRowsMostRanks = params::ROWS_MOST_RANKS,
+        kRowsMostWords = params::ROWS_MOST_WORDS,
+        kTile = params::TILE,
+        kPartialsABlock = params::PARTIALS_A_BLOCK,
+    }),
+    constants!("Words that AllreduceParams::host and ::words have: steps begun, steps ended, bad data.", "int", {
+        kStepsBegun = params::STEPS_BEGUN,
+        kStepsEnded = params::STEPS_ENDED,
+        kStepBadData = params::STEP_BAD_DATA,
+    }),
     constants!("DecodeParams::flags, as src/cuda/params.rs says.", "uint32_t", {
         kFlagCausal = params::CAUSAL,
         kFlagNoBulk = params::NO_BULK,

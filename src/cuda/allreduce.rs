@@ -5,14 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::abi;
-use super::params::AllreduceParams;
+use super::params::{AllreduceParams, ROW_THREADS, ROWS_A_BLOCK};
 use crate::attention::merge::MergeStep;
 use crate::device::cuda::{Allocations, CudaDevice, CudaStream, Image, Kernel, PointerCheck};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::RowTarget;
 
-/// Rows of a block, one a warp.
-const ROWS: u64 = 8;
 /// How parts of the workspace are aligned, bytes.
 const ALIGN: usize = 256;
 
@@ -121,8 +119,8 @@ impl Allreduce {
         };
         Ok(Allreduce {
             begin: kernel("begin", 32)?,
-            weigh: kernel("weigh", 32 * ROWS as u32)?,
-            finish: kernel("finish", 32 * ROWS as u32)?,
+            weigh: kernel("weigh", ROW_THREADS)?,
+            finish: kernel("finish", ROW_THREADS)?,
             pointers: PointerCheck::new(),
             shape,
             partial: RowTarget::packed(o, lse, shape.heads, shape.dim),
@@ -178,7 +176,7 @@ impl Allreduce {
         let device = self.begin.device();
         let _entered = device.enter()?;
         let rows = output.tokens as u64 * self.shape.heads as u64;
-        if output.tokens > self.shape.tokens || rows.div_ceil(ROWS) > i32::MAX as u64 {
+        if output.tokens > self.shape.tokens || rows.div_ceil(ROWS_A_BLOCK) > i32::MAX as u64 {
             return Err(Error::new(
                 ErrorKind::Internal,
                 format!("plan: {rows} rows in a step, wanted at most the plan's"),
@@ -223,7 +221,7 @@ impl Allreduce {
     }
 
     fn blocks(&self, output: &AllreduceOutput) -> u32 {
-        (output.tokens as u64 * self.shape.heads as u64).div_ceil(ROWS) as u32
+        (output.tokens as u64 * self.shape.heads as u64).div_ceil(ROWS_A_BLOCK) as u32
     }
 
     /// Enqueues one of the kernels.

@@ -4,15 +4,13 @@
 use std::sync::Arc;
 
 use super::backend::CudaBackend;
-use super::params::CheckParams;
+use super::params::{CheckParams, ROW_THREADS};
 use super::{abi, exchange};
 use crate::attention::{AttentionDesc, Step};
 use crate::device::cuda::{CudaDevice, CudaStream, Image, Kernel};
 use crate::error::Result;
 use crate::partial::ExchangeView;
 
-/// Threads of a block.
-const THREADS: u32 = 256;
 /// Most blocks that write NaN: where all is well each has two numbers to read a sequence.
 const MOST_WRITING: i32 = 32;
 /// Bytes that the first kernel leaves of a sequence for the second, as `CheckParams::wrong` says.
@@ -45,8 +43,8 @@ impl CheckKernels {
         let image = Image::new(device)?;
         let (_, most_waiting) = exchange::blocks(device.units, sharing);
         Ok(CheckKernels {
-            compare: abi::kernel(&image, "check", "treeattn_check", THREADS, 0)?,
-            outputs: abi::kernel(&image, "check", "treeattn_check_outputs", THREADS, 0)?,
+            compare: abi::kernel(&image, "check", "treeattn_check", ROW_THREADS, 0)?,
+            outputs: abi::kernel(&image, "check", "treeattn_check_outputs", ROW_THREADS, 0)?,
             most_waiting,
             wrong,
             needs_positions: desc.needs_positions(),

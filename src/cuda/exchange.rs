@@ -4,26 +4,17 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use super::abi;
-use super::params::ExchangeParams;
+use super::params::{
+    EXCHANGE_BLOCKS_A_UNIT, ExchangeParams, ROW_THREADS, ROWS_A_BLOCK, ROWS_ELEMENTS, ROWS_MOST_RANKS, ROWS_MOST_WORDS,
+};
 use crate::attention::Dtype;
 use crate::device::cuda::{CudaDevice, CudaStream, Image, Kernel, PointerCheck};
 use crate::error::Result;
 use crate::partial::view::{ExchangeMode, row_words, window};
 use crate::partial::{ExchangeView, RowSource, RowTarget};
 
-/// Threads of a block; a warp takes a row.
-const THREADS: u32 = 256;
-/// Rows that a block takes at a time.
-const ROWS: u64 = THREADS as u64 / 32;
 /// Most blocks that may wait for ranks that have not come, however large the GPU.
 const MOST_WAITING: i32 = 64;
-/// Blocks that a multiprocessor holds at least, by the kernel's launch bounds.
-const BLOCKS_A_UNIT: i32 = 2;
-/// What `kernels/exchange_rows.cu` serves: ranks, and words of a row's o.
-const MOST_RANKS: i32 = 8;
-const MOST_WORDS: usize = 128;
-/// Elements that a lane takes at a time.
-const ELEMENTS: i64 = 4;
 /// Communicators whose exchanges may wait on a GPU at the same time, with all blocks that may wait resident, and others may
 /// still run there.
 pub(crate) const COMMUNICATORS: i32 = 4;
@@ -31,7 +22,7 @@ pub(crate) const COMMUNICATORS: i32 = 4;
 /// Most blocks of an exchange of one of `sharing` ranks on a GPU of `units` multiprocessors, and how many of them may wait for
 /// ranks that have not come.
 pub(super) fn blocks(units: i32, sharing: usize) -> (u64, u64) {
-    let most = units * BLOCKS_A_UNIT / sharing.clamp(1, 1 << 16) as i32;
+    let most = units * EXCHANGE_BLOCKS_A_UNIT / sharing.clamp(1, 1 << 16) as i32;
     (most.max(1) as u64, (most / COMMUNICATORS).clamp(1, MOST_WAITING) as u64)
 }
 
@@ -77,11 +68,11 @@ struct RowKernels {
 impl RowKernels {
     /// Those for exchanges that `view` tells of; none where they serve no such.
     fn new(image: &Image, view: &ExchangeView) -> Result<Option<RowKernels>> {
-        if view.world > MOST_RANKS || view.mode == ExchangeMode::TwoShot {
+        if view.world > ROWS_MOST_RANKS || view.mode == ExchangeMode::TwoShot {
             return Ok(None);
         }
         let load =
-            |name: &str| abi::kernel(image, "exchange_rows", &format!("treeattn_exchange_rows_{name}"), THREADS, 0);
+            |name: &str| abi::kernel(image, "exchange_rows", &format!("treeattn_exchange_rows_{name}"), ROW_THREADS, 0);
         let plain = view.world == 2 && view.wire_dtype == Dtype::F32 as i32;
         let ranks = view.world.max(2).cast_unsigned().next_power_of_two();
         Ok(Some(RowKernels { plain: plain.then(|| load("2_f32")).transpose()?, any: load(&ranks.to_string())? }))
@@ -94,14 +85,15 @@ impl RowKernels {
         let wire = if view.wire_dtype == Dtype::F32 as i32 { Dtype::F32 } else { Dtype::F16 };
         let words = row_words(target.dim as usize, wire.size()) - window::ROW_HEAD as usize;
         // Kernels number rows, and heads times ranks, in 32 bits.
-        let is_small = step.first_row + step.rows <= i64::from(i32::MAX) && view.heads <= i32::MAX / (2 * MOST_RANKS);
+        let is_small =
+            step.first_row + step.rows <= i64::from(i32::MAX) && view.heads <= i32::MAX / (2 * ROWS_MOST_RANKS);
         let has_source = source.o != 0 && !step.is_pushed && source.dim == target.dim;
         let serves = has_source
             && is_small
             && step.rows > 0
-            && step.rows as u64 <= blocks.min(64 * window::LEFT_OVER_WORDS) * ROWS
-            && words <= MOST_WORDS
-            && i64::from(target.dim) % ELEMENTS == 0
+            && step.rows as u64 <= blocks.min(64 * window::LEFT_OVER_WORDS) * ROWS_A_BLOCK
+            && words <= ROWS_MOST_WORDS
+            && i64::from(target.dim) % ROWS_ELEMENTS == 0
             && lies_in_fours(source.o, &source.o_stride, source.dtype)
             && (view.own_heads == 0 || lies_in_fours(target.o, &target.o_stride, target.dtype));
         let is_plain = source.dtype == Dtype::F32 && target.dtype == Dtype::F32;
@@ -112,7 +104,7 @@ impl RowKernels {
 /// Whether the elements of rows lie side by side, and every row begins where four of them may.
 fn lies_in_fours(o: u64, stride: &[i64; 3], dtype: Dtype) -> bool {
     let size = dtype.size() as i64;
-    let whole = |bytes: i64| bytes % (ELEMENTS * size) == 0;
+    let whole = |bytes: i64| bytes % (ROWS_ELEMENTS * size) == 0;
     stride[2] == size && whole(o as i64) && whole(stride[0]) && whole(stride[1])
 }
 
@@ -129,7 +121,7 @@ pub(crate) struct ExchangeKernel {
 impl ExchangeKernel {
     /// Makes the kernel resident, for one of `sharing` ranks on the GPU. Blocks; `Capturing` during a capture.
     pub fn new(device: &Arc<CudaDevice>, sharing: usize) -> Result<ExchangeKernel> {
-        let kernel = abi::kernel(&Image::new(device)?, "exchange", "treeattn_exchange", THREADS, 0)?;
+        let kernel = abi::kernel(&Image::new(device)?, "exchange", "treeattn_exchange", ROW_THREADS, 0)?;
         let (most, most_waiting) = blocks(device.units, sharing);
         Ok(ExchangeKernel { kernel, rows: None, pointers: PointerCheck::new(), most, most_waiting })
     }
@@ -158,7 +150,7 @@ impl ExchangeKernel {
     /// stays valid, with the step's rows of all heads of the view in the source, and of its own heads in the target; nobody writes
     /// the source, and nobody else uses the target. Exchanges of a rank that are under way together are on one stream.
     pub unsafe fn enqueue(&self, view: &ExchangeView, step: &ExchangeStep, stream: &CudaStream) -> Result<()> {
-        let blocks = (step.rows as u64).div_ceil(ROWS).clamp(1, self.most);
+        let blocks = (step.rows as u64).div_ceil(ROWS_A_BLOCK).clamp(1, self.most);
         let parameters = ExchangeParams {
             source: step.source,
             target: step.target,

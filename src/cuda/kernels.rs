@@ -1,6 +1,6 @@
 //! The decode kernels of a plan: which of the image it needs, and which of them takes a step.
 
-use super::params::KernelShape;
+use super::params::{KernelShape, PARTIALS_A_BLOCK, TILE};
 use super::{abi, terms};
 use crate::attention::{AttentionDesc, Dtype};
 use crate::device::cuda::{Image, Kernel};
@@ -12,10 +12,6 @@ pub(super) const MAX_HEAD_DIM: i32 = 256;
 const CLASSES: [(i32, i32); 4] = [(64, 64), (96, 96), (128, 128), (192, 128)];
 /// Those of kernels that know terms.
 const TERMS_CLASSES: [(i32, i32); 2] = [(64, 64), (128, 128)];
-/// Keys of a tile.
-const TILE: u64 = 16;
-/// Partials that a block leaves room for: of its first and its last item, and of the merges' first level.
-const PARTIALS_A_BLOCK: usize = 4;
 
 /// The first class that holds the head dimensions, which the backend's capabilities limit to those of the largest.
 fn class(desc: &AttentionDesc, smaller: &[(i32, i32)]) -> (i32, i32) {

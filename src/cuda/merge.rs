@@ -5,12 +5,10 @@ use std::sync::Arc;
 
 use super::abi;
 use super::params::MergeParams;
+use super::params::{ROW_THREADS, ROWS_A_BLOCK};
 use crate::attention::merge::MergeStep;
 use crate::device::cuda::{CudaDevice, CudaStream, Image, Kernel, PointerCheck};
 use crate::error::{Error, Result};
-
-/// Rows of a block, one a warp.
-const ROWS: u64 = 8;
 
 /// The merge kernel on a device.
 pub(crate) struct Merge {
@@ -21,7 +19,7 @@ pub(crate) struct Merge {
 impl Merge {
     /// Makes the kernel resident. Blocks; `Capturing` during a capture.
     pub fn new(device: &Arc<CudaDevice>) -> Result<Merge> {
-        let kernel = abi::kernel(&Image::new(device)?, "merge", "treeattn_merge_partials", 32 * ROWS as u32, 0)?;
+        let kernel = abi::kernel(&Image::new(device)?, "merge", "treeattn_merge_partials", ROW_THREADS, 0)?;
         Ok(Merge { kernel, pointers: PointerCheck::new() })
     }
 
@@ -42,10 +40,10 @@ impl Merge {
         if rows == 0 {
             return Ok(());
         }
-        let blocks = rows.div_ceil(ROWS);
+        let blocks = rows.div_ceil(ROWS_A_BLOCK);
         if blocks > i32::MAX as u64 {
             let found = format!("{} x {}", step.tokens, step.heads);
-            let wanted = format!("at most {} rows", i32::MAX as u64 * ROWS);
+            let wanted = format!("at most {} rows", i32::MAX as u64 * ROWS_A_BLOCK);
             return Err(Error::invalid("query_tokens x heads", found, wanted));
         }
         let (source, target) = (step.source, step.target);

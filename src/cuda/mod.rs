@@ -24,3 +24,4 @@ pub(crate) use backend::{CAPABILITIES, CudaBackend, Destination, Told};
 pub(crate) use check::{CheckKernels, CheckStep};
 pub(crate) use exchange::{COMMUNICATORS, ExchangeKernel, ExchangeStep};
 pub(crate) use merge::Merge;
+pub(crate) use params::{STEP_BAD_DATA, STEPS_BEGUN, STEPS_ENDED};

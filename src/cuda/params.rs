@@ -5,6 +5,25 @@
 use crate::attention::{Dtype, KvLayout};
 use crate::partial::{ExchangeView, RowSource, RowTarget};
 
+/// Rows that a block of a merge, an exchange or an allreduce takes at a time, a warp each.
+pub const ROWS_A_BLOCK: u64 = 8;
+/// Threads of such a block.
+pub const ROW_THREADS: u32 = 32 * ROWS_A_BLOCK as u32;
+/// Blocks of an exchange that a multiprocessor holds at least, by its launch bounds.
+pub const EXCHANGE_BLOCKS_A_UNIT: i32 = 2;
+/// What `kernels/exchange_rows.cu` serves: ranks, words of a row's o, and elements that a lane takes at a time.
+pub const ROWS_MOST_RANKS: i32 = 8;
+pub const ROWS_MOST_WORDS: usize = 128;
+pub const ROWS_ELEMENTS: i64 = 4;
+/// Keys of a tile.
+pub const TILE: u64 = 16;
+/// Split partials that a block of the grid leaves room for: of its first and its last item, and of the merges' first level.
+pub const PARTIALS_A_BLOCK: usize = 4;
+/// `AllreduceParams::host`: steps begun, steps ended, bad data.
+pub const STEPS_BEGUN: usize = 0;
+pub const STEPS_ENDED: usize = 1;
+pub const STEP_BAD_DATA: usize = 2;
+
 /// `DecodeParams::flags`: a key is hidden from queries at earlier global positions.
 pub const CAUSAL: u32 = 1;
 /// Rows of k or v are not 16-byte aligned or not dense.

@@ -94,8 +94,6 @@ pub fn local_ranks_connect_for_allreduces() {
             on_ranks(2, |rank| merge(&pair[rank as usize], 1 - rank).unwrap());
             let stats = pair[0].stats().unwrap();
             assert_eq!((stats.algorithm, stats.steps, stats.rounds), (Algorithm::Allreduce3, step, 3 * step));
-            // Three allreduces round a ring, in each of which a rank sends 2 (p - 1) messages.
-            assert_eq!(stats.messages, step * 3 * 2);
             // 8 rows of 64, their lse, their weights, and two words a rank.
             assert_eq!(stats.bytes_sent, step * 4 * (8 * 64 + 8 + 8 + 4));
         }

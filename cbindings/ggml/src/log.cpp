@@ -4,8 +4,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
-#include <string>
 
 namespace treeattn_ggml {
 namespace {
@@ -26,38 +24,34 @@ int number(const char* name, int least, int most, int otherwise) {
   return static_cast<int>(value);
 }
 
-// Which of the words the environment has, counted from 0; -1 where it has none, with a line where it has another.
-int word(const char* name, std::initializer_list<const char*> words) {
+bool is(const char* name, const char* wanted) {
   const char* text = std::getenv(name);
-  if (text == nullptr || *text == '\0') {
-    return -1;
-  }
-  std::string wanted;
-  int at = 0;
-  for (const char* word : words) {
-    if (std::strcmp(text, word) == 0) {
-      return at;
-    }
-    wanted += at == 0 ? "" : at + 1 == static_cast<int>(words.size()) ? " or " : ", ";
-    wanted += word;
-    at++;
-  }
-  std::fprintf(stderr, "treeattn: %s=%s is ignored: wanted %s\n", name, text, wanted.c_str());
-  return -1;
+  return text != nullptr && std::strcmp(text, wanted) == 0;
 }
 
 Settings read() {
   Settings s;
-  const int mode = word("TREEATTN_GGML", {"device", "inline", "off"});
-  s.device = mode == 0;
-  s.in_place = mode == 1;
-  s.off = mode == 2;
+  const char* mode = std::getenv("TREEATTN_GGML");
+  if (mode != nullptr && *mode != '\0') {
+    if (std::strcmp(mode, "inline") == 0) {
+      s.in_place = true;
+    } else if (std::strcmp(mode, "off") == 0) {
+      s.off = true;
+    } else if (std::strcmp(mode, "device") == 0) {
+      s.device = true;
+    } else {
+      std::fprintf(stderr, "treeattn: TREEATTN_GGML=%s is ignored: wanted device, inline or off\n", mode);
+    }
+  }
   s.ranks = number("TREEATTN_GGML_RANKS", 1, 64, 0);
   s.max_query_tokens = number("TREEATTN_GGML_MAX_QUERY_TOKENS", 1, 256, 32);
-  s.any_version = word("TREEATTN_GGML_ANY_VERSION", {"1"}) == 0;
-  s.own_threads = word("TREEATTN_GGML_THREADS", {"own"}) == 0;
-  const int level = word("TREEATTN_GGML_LOG", {"error", "warning", "info"});
-  s.log = level < 0 ? LogLevel::kInfo : static_cast<LogLevel>(level);
+  s.any_version = is("TREEATTN_GGML_ANY_VERSION", "1");
+  s.own_threads = is("TREEATTN_GGML_THREADS", "own");
+  if (is("TREEATTN_GGML_LOG", "error")) {
+    s.log = LogLevel::kError;
+  } else if (is("TREEATTN_GGML_LOG", "warning")) {
+    s.log = LogLevel::kWarning;
+  }
   return s;
 }
 

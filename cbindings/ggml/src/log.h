@@ -3,7 +3,6 @@
 
 namespace treeattn_ggml {
 
-// In the order of TREEATTN_GGML_LOG's words.
 enum class LogLevel { kError, kWarning, kInfo };
 
 // Prints "treeattn: ..." as one line. Safe from any thread.

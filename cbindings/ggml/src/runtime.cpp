@@ -53,12 +53,6 @@ int ranks_wanted() { return settings().ranks > 0 ? settings().ranks : nodes(); }
 
 Workers workers_for(const Tensor* node, int threads, bool can_enter) {
   const int ranks = ranks_for(node);
-  if (can_enter && threads < ranks && !settings().own_threads) {
-    static std::atomic_flag said = ATOMIC_FLAG_INIT;
-    if (!said.test_and_set()) {
-      log(LogLevel::kWarning, "%d ranks are more than ggml's %d threads: attention is computed on threads of its own", ranks, threads);
-    }
-  }
   return {ranks, threads, can_enter && threads >= ranks && threads <= kMostMembers && !settings().own_threads};
 }
 

@@ -26,10 +26,6 @@ void print_counts() {
                             judgement_name(static_cast<Judgement>(j)));
     }
   }
-  if (device + in_place + hook + failed.load() + judged[0].load() == 0 && used == 0) {
-    log(LogLevel::kInfo, "no attention computed: none was asked for");
-    return;
-  }
   const double held = static_cast<double>(keys_held.load()), visible = static_cast<double>(keys_visible.load());
   log(LogLevel::kInfo,
       "%lld attention steps computed (%lld on the device, %lld in place, %lld by the hook; %lld on ggml's threads), %lld failed, "

@@ -7,6 +7,7 @@ use parking_lot::Mutex;
 
 use crate::comm::nccl::NcclDeadline;
 use crate::comm::{ANY_FAULT, COUNTS, PlanLease};
+use crate::cuda::{STEP_BAD_DATA, STEPS_BEGUN, STEPS_ENDED};
 use crate::device::cuda::{CudaDevice, CudaStream, Staging};
 use crate::error::Result;
 
@@ -14,10 +15,10 @@ use crate::error::Result;
 const COPY_TIMEOUT: Duration = Duration::from_millis(200);
 /// Pause between two looks at a stream.
 const PAUSE: Duration = Duration::from_micros(100);
-/// The words of the lease that the kernels count in, from the first on: steps begun, steps ended, bad data.
-const BEGUN: usize = COUNTS;
-const ENDED: usize = COUNTS + 1;
-const _: () = assert!(ANY_FAULT == BEGUN + 2);
+/// The words of the lease that the kernels count in; their bad data is the lease's.
+const BEGUN: usize = COUNTS + STEPS_BEGUN;
+const ENDED: usize = COUNTS + STEPS_ENDED;
+const _: () = assert!(ANY_FAULT == COUNTS + STEP_BAD_DATA);
 
 /// Counts in mapped host memory, and a device word that ends all steps.
 pub(super) struct StepWords {
@@ -40,7 +41,7 @@ impl StepWords {
 
     /// The device's address of the mapped words: steps begun, steps ended, bad data.
     pub fn host(&self) -> u64 {
-        self.lease.address(BEGUN)
+        self.lease.address(COUNTS)
     }
 
     /// Bytes of device memory.
