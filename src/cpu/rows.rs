@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::kernel::args::TILE;
 use super::sequences::{Reader, Sequence};
+use super::simd::ask_for_line;
 use crate::attention::{KvLayout, Step};
 
 /// Pointers to kv head 0 of each key and value of a tile; past the last key, up to a multiple of 16, they repeat it.
@@ -61,9 +62,21 @@ impl Rows {
                 self.run_of_scales(step, t..t + run, page, inside);
                 (t, entry, inside) = (t + run, entry + 1, 0);
             }
+            self.ask_for_pages(keys, page_size);
         }
         for t in keys..keys.next_multiple_of(16) {
             (self.k[t], self.v[t]) = (self.k[keys - 1], self.v[keys - 1]);
+        }
+    }
+
+    /// Asks for a line of the first key and value of each page. A tile is pointed at one before it is worked on: time to find where
+    /// the page lies in memory. With pages of one token that costs a walk through the processor's tables for each row, and a row
+    /// that has to wait for it holds up all those that are asked for after it.
+    #[inline(never)]
+    fn ask_for_pages(&self, keys: usize, page_size: usize) {
+        for t in (0..keys).step_by(page_size) {
+            ask_for_line(self.k[t]);
+            ask_for_line(self.v[t]);
         }
     }
 

@@ -14,3 +14,21 @@ mod half_float;
 pub mod neon;
 pub mod scalar;
 pub mod vector;
+
+/// Asks for the cache line of `p`, which may be any address, with what every processor of the architecture has.
+pub fn ask_for_line(p: *const u8) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    // SAFETY: the instruction is part of SSE, which every x86-64 has; asking never faults, whatever the address.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(p.cast());
+    }
+    #[cfg(all(target_arch = "aarch64", not(miri)))]
+    // SAFETY: every aarch64 has NEON; asking never faults, whatever the address.
+    unsafe {
+        use vector::Simd;
+        neon::Neon::prefetch(p);
+    }
+    #[cfg(any(miri, not(any(target_arch = "x86_64", target_arch = "aarch64"))))]
+    let _ = p;
+}
