@@ -109,32 +109,37 @@ unsafe fn score_block<S: Simd, E: Codec, const RQ: usize, const RT: usize, const
             let (steps, lines) = (DIM / S::LANES, RT * E::FORMAT.row_bytes(DIM) / LINE);
             let idle = a.q.cast();
             let line = if b.row == 0 { prefetcher.take::<S>(lines, idle) } else { idle };
-            let mut sums = begin_sums::<S, RQ, RT>(a, row);
+            let mut sums = begin_sums::<S, E, RQ, RT>(a, row);
+            let mut scales = [S::splat(0.0); RT];
             for half in 0..2 {
                 // Half a row at a time: short enough to be unrolled.
                 for step in 0..steps / 2 {
                     let step = half * (steps / 2) + step;
                     prefetch_lines::<S>(line, share(lines, step, steps));
-                    score_step::<S, E, RQ, RT>(q, dim, &k, step * S::LANES, &mut sums);
+                    let d = step * S::LANES;
+                    if d.is_multiple_of(E::FORMAT.block_elements()) {
+                        scales = scales_of::<S, E, RT>(&k, d);
+                    }
+                    score_step::<S, E, RQ, RT>(q, dim, &k, &scales, d, &mut sums);
                 }
             }
-            S::sum_lanes(&sums, out, TILE);
+            end_sums::<S, E, RQ, RT>(sums, out);
             return;
         }
         if b.row == 0 {
             prefetcher.ask::<S>(RT * prefetcher.row_lines);
         }
-        let mut sums = begin_sums::<S, RQ, RT>(a, row);
+        let mut sums = begin_sums::<S, E, RQ, RT>(a, row);
         if dim <= DOT {
             for d in (0..dim).step_by(S::LANES) {
-                score_step::<S, E, RQ, RT>(q, dim, &k, d, &mut sums);
+                score_step::<S, E, RQ, RT>(q, dim, &k, &scales_of::<S, E, RT>(&k, d), d, &mut sums);
             }
-            return S::sum_lanes(&sums, out, TILE);
+            return end_sums::<S, E, RQ, RT>(sums, out);
         }
         for begin in (0..dim).step_by(DOT) {
             let mut part = [[S::splat(0.0); RT]; RQ];
             for d in (begin..dim.min(begin + DOT)).step_by(S::LANES) {
-                score_step::<S, E, RQ, RT>(q, dim, &k, d, &mut part);
+                score_step::<S, E, RQ, RT>(q, dim, &k, &scales_of::<S, E, RT>(&k, d), d, &mut part);
             }
             for (sums, part) in sums.iter_mut().zip(&part) {
                 for (sum, &part) in sums.iter_mut().zip(part) {
@@ -142,27 +147,65 @@ unsafe fn score_block<S: Simd, E: Codec, const RQ: usize, const RT: usize, const
                 }
             }
         }
-        S::sum_lanes(&sums, out, TILE);
+        end_sums::<S, E, RQ, RT>(sums, out);
     }
 }
 
-/// What the sums of RQ rows from `row` on begin with.
+/// What the sums of RQ rows from `row` on begin with, in units of the codec.
 ///
 /// # Safety
 /// As [`score_block`].
 #[inline(always)]
-unsafe fn begin_sums<S: Simd, const RQ: usize, const RT: usize>(a: &ScoreArgs, row: usize) -> [[S::V; RT]; RQ] {
+unsafe fn begin_sums<S: Simd, E: Codec, const RQ: usize, const RT: usize>(
+    a: &ScoreArgs,
+    row: usize,
+) -> [[S::V; RT]; RQ] {
     // SAFETY: the rows are the block's.
     unsafe {
         let mut sums = [[S::splat(0.0); RT]; RQ];
         for (i, sums) in sums.iter_mut().enumerate() {
-            *sums = [S::splat(*a.origin.add(row + i)); RT];
+            *sums = [S::splat(*a.origin.add(row + i) * (1.0 / E::UNIT)); RT];
         }
         sums
     }
 }
 
-/// Adds the products of LANES elements from `d` on.
+/// Writes the scores that are summed up.
+///
+/// # Safety
+/// As [`score_block`].
+#[inline(always)]
+unsafe fn end_sums<S: Simd, E: Codec, const RQ: usize, const RT: usize>(mut sums: [[S::V; RT]; RQ], out: *mut f32) {
+    // SAFETY: the scores are the block's.
+    unsafe {
+        if E::UNIT != 1.0 {
+            for sums in &mut sums {
+                for sum in sums {
+                    *sum = S::mul(*sum, S::splat(E::UNIT));
+                }
+            }
+        }
+        S::sum_lanes(&sums, out, TILE);
+    }
+}
+
+/// The scales of the blocks that hold element `d` of the keys.
+///
+/// # Safety
+/// The keys have that element.
+#[inline(always)]
+unsafe fn scales_of<S: Simd, E: Codec, const RT: usize>(k: &[*const u8; RT], d: usize) -> [S::V; RT] {
+    // SAFETY: the keys have the element.
+    unsafe {
+        let mut scales = [S::splat(0.0); RT];
+        for (scale, &k) in scales.iter_mut().zip(k) {
+            *scale = E::scale::<S>(k, d);
+        }
+        scales
+    }
+}
+
+/// Adds the products of LANES elements from `d` on, of blocks that have these scales.
 ///
 /// # Safety
 /// `q` and the keys have `d` + LANES elements at least.
@@ -171,6 +214,7 @@ unsafe fn score_step<S: Simd, E: Codec, const RQ: usize, const RT: usize>(
     q: *const f32,
     dim: usize,
     k: &[*const u8; RT],
+    scales: &[S::V; RT],
     d: usize,
     sums: &mut [[S::V; RT]; RQ],
 ) {
@@ -178,7 +222,9 @@ unsafe fn score_step<S: Simd, E: Codec, const RQ: usize, const RT: usize>(
     unsafe {
         let mut kv = [S::splat(0.0); RT];
         for (i, kv) in kv.iter_mut().enumerate() {
-            *kv = E::load::<S>(k[i], d);
+            // More scales than four would not stay in registers from vector to vector.
+            let scale = if RT > 4 { E::scale::<S>(k[i], d) } else { scales[i] };
+            *kv = E::load_scaled::<S>(k[i], d, scale);
         }
         for (i, sums) in sums.iter_mut().enumerate() {
             let qv = S::load(q.add(i * dim + d));

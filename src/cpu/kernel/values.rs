@@ -119,7 +119,8 @@ unsafe fn value_block<S: Simd, E: Codec, const RQ: usize, const ND: usize, const
             let v = (*rows.add(t)).add(from);
             let mut vv = [S::splat(0.0); ND];
             for (i, vv) in vv.iter_mut().enumerate() {
-                *vv = E::load::<S>(v, d + i * S::LANES);
+                let at = d + i * S::LANES;
+                *vv = E::load_scaled::<S>(v, at, E::scale::<S>(v, at));
             }
             for (i, sums) in sums.iter_mut().enumerate() {
                 let w = S::splat(*weights.add(i * TILE + t));
@@ -132,7 +133,10 @@ unsafe fn value_block<S: Simd, E: Codec, const RQ: usize, const ND: usize, const
         for (i, sums) in sums.iter().enumerate() {
             for (j, &sum) in sums.iter().enumerate() {
                 let p = open.add(i * (dim + SUM_LANES) + j * S::LANES);
-                S::store(p, S::add(S::load(p), sum));
+                // The product is exact.
+                let added =
+                    if E::UNIT == 1.0 { S::add(S::load(p), sum) } else { S::fma(sum, S::splat(E::UNIT), S::load(p)) };
+                S::store(p, added);
             }
         }
     }

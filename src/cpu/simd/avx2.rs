@@ -50,13 +50,10 @@ unsafe impl Simd for Avx2 {
     unsafe fn load_f8_e4m3(p: *const u8) -> __m256 {
         // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe {
-            // An f16 of the same bits has an exponent that is 8 too small.
+            // As AVX-512 does it.
             let halves = _mm_slli_epi16::<7>(_mm_cvtepi8_epi16(_mm_loadl_epi64(p.cast())));
-            let halves = _mm_and_si128(halves, _mm_set1_epi16(0xbfffu16 as i16));
-            let magnitude = _mm_and_si128(halves, _mm_set1_epi16(0x3f80));
-            let nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x3f80));
-            let small = _mm256_cvtph_ps(_mm_or_si128(halves, nan));
-            _mm256_mul_ps(small, _mm256_set1_ps(256.0))
+            let carried = _mm_add_epi16(halves, _mm_set1_epi16(1 << 7));
+            _mm256_cvtph_ps(_mm_xor_si128(halves, _mm_and_si128(carried, _mm_set1_epi16(1 << 14))))
         }
     }
     #[inline(always)]

@@ -8,6 +8,31 @@ use super::vector::{Simd, exp2_fraction};
 #[derive(Clone, Copy)]
 pub struct Avx512;
 
+/// The entries of a table, widened.
+///
+/// # Safety
+/// The instruction set is there.
+#[inline(always)]
+unsafe fn widen_entries(table: &[i8; 16]) -> __m512 {
+    // SAFETY: the table has 16 bytes; the instruction set is there.
+    unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(table.as_ptr().cast()))) }
+}
+
+/// The entries at the lower, or the upper, four bits of 16 bytes.
+///
+/// # Safety
+/// The instruction set is there, and 16 bytes are readable at `p`.
+#[inline(always)]
+unsafe fn entries_at(entries: __m512, p: *const u8, upper: bool) -> __m512 {
+    // SAFETY: the bytes are readable, and the instruction set is there.
+    unsafe {
+        let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+        // An index has four bits: what is above the lower ones does no harm.
+        let codes = if upper { _mm512_srli_epi32::<4>(codes) } else { codes };
+        _mm512_permutexvar_ps(codes, entries)
+    }
+}
+
 // SAFETY: the entry points that reach this are chosen only where the features are.
 unsafe impl Simd for Avx512 {
     type V = __m512;
@@ -51,12 +76,13 @@ unsafe impl Simd for Avx512 {
     unsafe fn load_f8_e4m3(p: *const u8) -> __m512 {
         // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe {
-            let bytes = _mm_loadu_si128(p.cast());
-            // An f16 of the same bits has an exponent that is 8 too small.
-            let halves = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(bytes));
-            let small = _mm512_cvtph_ps(_mm256_and_si256(halves, _mm256_set1_epi16(0xbfffu16 as i16)));
-            let is_number = _mm_cmpneq_epi8_mask(_mm_or_si128(bytes, _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
-            _mm512_mask_mul_ps(_mm512_set1_ps(f32::NAN), is_number, small, _mm512_set1_ps(256.0))
+            // An f16 of the same bits has an exponent that is 8 too small. Its uppermost bit is a copy of the sign so far:
+            // cleared, but set for a NaN, whose other bits are all set, so that 1 added to them comes to be carried there.
+            let halves = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast())));
+            let carried = _mm256_add_epi16(halves, _mm256_set1_epi16(1 << 7));
+            // halves ^ (carried & the bit).
+            let halves = _mm256_ternarylogic_epi32::<0x78>(halves, carried, _mm256_set1_epi16(1 << 14));
+            _mm512_cvtph_ps(halves)
         }
     }
     #[inline(always)]
@@ -70,13 +96,13 @@ unsafe impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load_entries(table: &[i8; 16], p: *const u8, upper: bool) -> __m512 {
         // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
-        unsafe {
-            let bytes = _mm_loadu_si128(p.cast());
-            let bytes = if upper { _mm_srli_epi16::<4>(bytes) } else { bytes };
-            let entries =
-                _mm_shuffle_epi8(_mm_loadu_si128(table.as_ptr().cast()), _mm_and_si128(bytes, _mm_set1_epi8(15)));
-            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(entries))
-        }
+        unsafe { entries_at(widen_entries(table), p, upper) }
+    }
+    #[inline(always)]
+    unsafe fn load_scaled_entries(table: &[i8; 16], scale: __m512, p: *const u8, upper: bool) -> __m512 {
+        // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
+        // The table is scaled once a block, and then looked up.
+        unsafe { entries_at(_mm512_mul_ps(widen_entries(table), scale), p, upper) }
     }
     #[inline(always)]
     unsafe fn splat_f16(p: *const u8) -> __m512 {

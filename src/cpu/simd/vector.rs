@@ -43,7 +43,7 @@ pub unsafe trait Simd: Copy {
     /// # Safety
     /// As [`Simd`] says; `p` is good for reading LANES bytes.
     unsafe fn load_int8(p: *const u8) -> Self::V;
-    /// Loads and widens LANES f8_e4m3, exactly; NaN stays NaN.
+    /// Loads and widens LANES f8_e4m3, exactly, to a 256th of what they stand for; NaN stays NaN.
     ///
     /// # Safety
     /// As [`Simd`] says; `p` is good for reading LANES bytes.
@@ -58,6 +58,15 @@ pub unsafe trait Simd: Copy {
     /// # Safety
     /// As [`Simd`] says; `p` is good for reading LANES bytes.
     unsafe fn load_entries(table: &[i8; 16], p: *const u8, upper: bool) -> Self::V;
+    /// [`load_entries`](Self::load_entries) times `scale`, which is the same in every lane.
+    ///
+    /// # Safety
+    /// As [`load_entries`](Self::load_entries).
+    #[inline(always)]
+    unsafe fn load_scaled_entries(table: &[i8; 16], scale: Self::V, p: *const u8, upper: bool) -> Self::V {
+        // SAFETY: this function was promised the same.
+        unsafe { Self::mul(Self::load_entries(table, p, upper), scale) }
+    }
     /// An f16, widened, in every lane.
     ///
     /// # Safety

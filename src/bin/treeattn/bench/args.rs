@@ -47,6 +47,9 @@ pub struct Args {
     /// Tokens a page of a block table; 0: a strided cache.
     #[arg(long, value_delimiter = ',', value_parser = page)]
     pub page_size: Vec<usize>,
+    /// On CPUs: times every strided case once more from a cache whose kv heads lie apart, as [head][token][dim].
+    #[arg(long)]
+    pub head_major: bool,
     /// Query tokens of each sequence; causal where there are several.
     #[arg(long, value_delimiter = ',', value_parser = size)]
     pub query_tokens: Vec<usize>,

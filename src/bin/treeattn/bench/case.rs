@@ -29,6 +29,8 @@ pub struct Case {
     pub isa: Isa,
     /// Tokens a page of a shuffled block table; 0: a strided cache.
     pub page_size: usize,
+    /// Whether a sequence's keys of one kv head lie side by side, as [head][token][dim]; else [token][head][dim].
+    pub head_major: bool,
     /// Whether the same cache is read again and again; else it comes from memory.
     pub cached: bool,
     /// Whether ranks compare what they were passed.
@@ -107,9 +109,10 @@ impl Case {
     fn details(&self) -> Vec<String> {
         let pages = (self.page_size > 0).then(|| format!("pages of {}", self.page_size));
         let tokens = (self.query_tokens > 1).then(|| format!("{} query tokens", self.query_tokens));
+        let head_major = self.head_major.then(|| "head-major".to_string());
         let cached = self.cached.then(|| "cached".to_string());
         let checked = self.checked.then(|| "checked".to_string());
-        [pages, tokens, cached, checked, self.terms.words()].into_iter().flatten().collect()
+        [pages, tokens, head_major, cached, checked, self.terms.words()].into_iter().flatten().collect()
     }
 }
 
@@ -131,6 +134,7 @@ fn base(cores: usize) -> Case {
         threads_per_rank: cores,
         isa: treeattn::cpu::isa(),
         page_size: 0,
+        head_major: false,
         cached: false,
         checked: false,
         terms: Terms::PLAIN,
@@ -191,6 +195,8 @@ pub struct Axes {
     pub isas: Vec<Isa>,
     pub pages: Vec<usize>,
     pub query_tokens: Vec<usize>,
+    /// Whether every case is timed head-major, too.
+    pub head_major: bool,
     /// Whether every case over more than one rank, which are 2 where `ranks` is empty, is timed checked, too.
     pub checked: bool,
     pub terms: Vec<Terms>,
@@ -208,6 +214,7 @@ impl Axes {
             && self.isas.is_empty()
             && self.pages.is_empty()
             && self.query_tokens.is_empty()
+            && !self.head_major
             && !self.checked
             && self.terms.is_empty()
             && self.threads.is_none()
@@ -248,6 +255,8 @@ impl Axes {
         });
         cases = vary(cases, self.pages.len(), &|case, n| case.page_size = self.pages[n]);
         cases = vary(cases, self.query_tokens.len(), &|case, n| case.query_tokens = self.query_tokens[n]);
+        cases = vary(cases, 2 * usize::from(self.head_major), &|case, n| case.head_major = n == 1);
+        cases.retain(|case| case.page_size == 0 || !case.head_major);
         let ranks = if self.checked && self.ranks.is_empty() { &[2][..] } else { &self.ranks };
         cases = vary(cases, ranks.len(), &|case, n| *case = over(ranks[n], cores, *case));
         cases = vary(cases, self.terms.len(), &|case, n| case.terms = self.terms[n]);

@@ -167,7 +167,8 @@ impl Rank {
         let row = format.row_bytes(case.head_dim);
         // Strided: sequence, token, head, element. Paged: page, slot, head, element.
         let outer = if case.page_size > 0 { case.page_size } else { self.room } * token;
-        let stride = [outer, token, row, format.block_bytes()].map(|stride| stride as i64);
+        let (slots, heads) = if case.head_major { (row, self.room * row) } else { (token, row) };
+        let stride = [outer, slots, heads, format.block_bytes()].map(|stride| stride as i64);
         let tensor = |data: *const u8, bytes: usize| Tensor {
             data: data.cast_mut().cast(),
             bytes: bytes as u64,

@@ -88,6 +88,7 @@ pub fn run(args: &Args) -> Outcome<()> {
         isas: args.isa.clone(),
         pages: args.page_size.clone(),
         query_tokens: args.query_tokens.clone(),
+        head_major: args.head_major,
         checked: args.checked,
         terms: args.terms.clone(),
         threads: args.threads,
