@@ -1,7 +1,8 @@
 //! Every format on every instruction set of this machine, bit by bit against the definition in `attention::block`.
 
-use super::kernel::args::WidenArgs;
-use super::kernel::table::{Kernels, codec_of};
+use super::kernel::args::{SUM_LANES, ScoreArgs, TILE, ValueArgs, WidenArgs};
+use super::kernel::prefetch::Prefetch;
+use super::kernel::table::{DIRECT, Kernels, codec_of};
 use super::{CpuBackend, Isa};
 use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvFormat, Shard, Step, Tensor};
 use crate::device::Workers;
@@ -75,6 +76,78 @@ fn rows_widen_to_the_bit() {
                             assert!(same(found, wanted), "{} {dtype:?} row {i}, {d}: {found} {wanted}", isa.name());
                         }
                         assert!(out[dim..].iter().all(|&x| x == 0.0));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Rows read as they lie: the products of a key with unit vectors are its elements, and the sum of one value weighted by 1 is it.
+#[test]
+fn rows_come_through_as_they_lie() {
+    const KEYS: usize = 16;
+    for isa in Isa::available() {
+        let kernels = Kernels::of(isa).unwrap();
+        for format in Dtype::ALL.map(KvFormat::of).into_iter().filter(|&format| codec_of(format) < DIRECT) {
+            let direct = &kernels.direct[codec_of(format)];
+            for dim in [32, 64, 96, 128, 256, 48, 16].into_iter().filter(|dim| dim % format.block_elements() == 0) {
+                let bytes = format.row_bytes(dim);
+                let (k, v) = (rows(format, dim, KEYS, true), rows(format, dim, KEYS, false));
+                let pointers = |rows: &[u8]| -> Vec<_> { (0..KEYS).map(|t| rows[t * bytes..].as_ptr()).collect() };
+                let wanted = |rows: &[u8]| -> Vec<_> {
+                    (0..KEYS).map(|t| wide(format, &rows[t * bytes..], format.block_bytes(), dim)).collect()
+                };
+                let (k_rows, v_rows, k_wanted, v_wanted) = (pointers(&k), pointers(&v), wanted(&k), wanted(&v));
+                let equal = |a: f32, b: f32| a == b || a.is_nan() && b.is_nan();
+                for count in [1, 2, 3, 4] {
+                    for first in (0..=dim - count).step_by(count) {
+                        let mut q = vec![0f32; count * dim];
+                        (0..count).for_each(|r| q[r * dim + first + r] = 1.0);
+                        let (origin, mut scores) = ([0f32; 4], vec![7f32; count * TILE]);
+                        let args = ScoreArgs {
+                            q: q.as_ptr(),
+                            heads: 1,
+                            rows: count,
+                            dim,
+                            k: k_rows.as_ptr(),
+                            offset: 0,
+                            head: bytes,
+                            keys: KEYS,
+                            origin: origin.as_ptr(),
+                            scores: scores.as_mut_ptr(),
+                            prefetch: Prefetch::NONE,
+                        };
+                        // SAFETY: the arguments are of these arrays, and the machine has the instruction set.
+                        unsafe { (direct.scores)(&args) };
+                        for (r, t) in (0..count).flat_map(|r| (0..KEYS).map(move |t| (r, t))) {
+                            let (found, wanted) = (scores[r * TILE + t], k_wanted[t][first + r]);
+                            let place = (dim, t, first + r);
+                            assert!(equal(found, wanted), "{} {format:?} k {place:?}: {found} {wanted}", isa.name());
+                        }
+                    }
+                    for t in 0..KEYS {
+                        let weights = vec![1f32; count * TILE];
+                        let mut open = vec![0f32; count * (dim + SUM_LANES)];
+                        let args = ValueArgs {
+                            weights: weights.as_ptr(),
+                            heads: 1,
+                            rows: count,
+                            dim,
+                            v: v_rows[t..].as_ptr(),
+                            offset: 0,
+                            head: bytes,
+                            keys: 1,
+                            open: open.as_mut_ptr(),
+                            prefetch: Prefetch::NONE,
+                        };
+                        // SAFETY: as above.
+                        unsafe { (direct.values)(&args) };
+                        for (r, d) in (0..count).flat_map(|r| (0..dim).map(move |d| (r, d))) {
+                            let (found, wanted) = (open[r * (dim + SUM_LANES) + d], v_wanted[t][d]);
+                            let place = (dim, t, d);
+                            assert!(equal(found, wanted), "{} {format:?} v {place:?}: {found} {wanted}", isa.name());
+                        }
                     }
                 }
             }

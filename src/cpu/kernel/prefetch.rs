@@ -63,28 +63,16 @@ pub struct Prefetcher {
 
 impl Prefetcher {
     /// For the block of `keys` keys that begins at key `key`; `split` never falls inside a block.
-    ///
-    /// # Safety
-    /// The rows of the block are listed.
     #[inline(always)]
-    pub unsafe fn of(prefetch: &Prefetch, key: usize, keys: usize, heads: usize) -> Prefetcher {
+    pub fn of(prefetch: &Prefetch, key: usize, keys: usize, heads: usize) -> Prefetcher {
         let (from, skip) = if key < prefetch.split { (&prefetch.same, 0) } else { (&prefetch.next, prefetch.split) };
         let (rows, row_lines) = (from.rows.wrapping_add(key - skip), from.bytes.div_ceil(LINE));
-        let (mut layout, mut heads, mut left) = (*from, heads, if row_lines > 0 { keys * heads } else { 0 });
-        if from.head == from.bytes && left > 0 {
+        let (mut layout, mut heads) = (*from, heads);
+        if from.head == from.bytes {
             // The kv heads of a key lie side by side: one long row.
-            (layout.bytes, heads, left) = (from.bytes * heads, 1, keys);
+            (layout.bytes, heads) = (from.bytes * heads, 1);
         }
-        if left > 1 {
-            // SAFETY: the rows of the block are listed, of which these are the first and the last.
-            let (first, last) = unsafe { (*rows, *rows.add(keys - 1)) };
-            if last.wrapping_sub(first as usize) as usize == (keys - 1) * layout.bytes {
-                // And so do the keys, for all kv heads or for each: one long row, or one a kv head. Rows that only look so
-                // from their ends cost requests that are of no use.
-                (layout.bytes, left) = (keys * layout.bytes, heads);
-            }
-        }
-        let none = std::ptr::null();
+        let (left, none) = (if row_lines > 0 { keys * heads } else { 0 }, std::ptr::null());
         Prefetcher { line: none, end: none, left, rows, layout, heads, head: 0, row_lines }
     }
 

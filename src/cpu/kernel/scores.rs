@@ -1,8 +1,10 @@
 //! Scores of a tile: dot products of query rows with keys.
 
+use std::ops::Range;
+
 use super::args::{ScoreArgs, TILE, keys_together};
 use super::prefetch::{LINE, Prefetcher, prefetch_lines, share};
-use crate::cpu::simd::codec::Codec;
+use crate::cpu::simd::codec::{Codec, paired};
 use crate::cpu::simd::vector::Simd;
 
 /// Elements of q.k that are summed in one set of accumulators: bounds the rounding of long dot products.
@@ -109,79 +111,37 @@ unsafe fn score_block<S: Simd, E: Codec, const RQ: usize, const RT: usize, const
             let (steps, lines) = (DIM / S::LANES, RT * E::FORMAT.row_bytes(DIM) / LINE);
             let idle = a.q.cast();
             let line = if b.row == 0 { prefetcher.take::<S>(lines, idle) } else { idle };
-            let mut sums = begin_sums::<S, E, RQ, RT>(a, row);
-            let mut scales = [S::splat(0.0); RT];
+            let mut sums = begin_sums::<S, RQ, RT>(a, row);
             for half in 0..2 {
                 // Half a row at a time: short enough to be unrolled.
                 for step in 0..steps / 2 {
                     let step = half * (steps / 2) + step;
                     prefetch_lines::<S>(line, share(lines, step, steps));
                     let d = step * S::LANES;
-                    if d.is_multiple_of(E::FORMAT.block_elements()) {
-                        scales = scales_of::<S, E, RT>(&k, d);
+                    if !paired::<S, E>() {
+                        score_step::<S, E, RQ, RT>(q, dim, &k, d, &mut sums);
+                    } else if step.is_multiple_of(2) {
+                        score_pair::<S, E, RQ, RT>(q, dim, &k, d, &mut sums);
                     }
-                    score_step::<S, E, RQ, RT>(q, dim, &k, &scales, d, &mut sums);
                 }
             }
-            end_sums::<S, E, RQ, RT>(sums, out);
+            S::sum_lanes(&sums, out, TILE);
             return;
         }
         if b.row == 0 {
             prefetcher.ask::<S>(RT * prefetcher.row_lines);
         }
-        let mut sums = begin_sums::<S, E, RQ, RT>(a, row);
+        let mut sums = begin_sums::<S, RQ, RT>(a, row);
         if dim <= DOT {
-            for d in (0..dim).step_by(S::LANES) {
-                score_step::<S, E, RQ, RT>(q, dim, &k, &scales_of::<S, E, RT>(&k, d), d, &mut sums);
-            }
-            return end_sums::<S, E, RQ, RT>(sums, out);
+            score_steps::<S, E, RQ, RT>(q, dim, &k, 0..dim, &mut sums);
+            return S::sum_lanes(&sums, out, TILE);
         }
         for begin in (0..dim).step_by(DOT) {
             let mut part = [[S::splat(0.0); RT]; RQ];
-            for d in (begin..dim.min(begin + DOT)).step_by(S::LANES) {
-                score_step::<S, E, RQ, RT>(q, dim, &k, &scales_of::<S, E, RT>(&k, d), d, &mut part);
-            }
+            score_steps::<S, E, RQ, RT>(q, dim, &k, begin..dim.min(begin + DOT), &mut part);
             for (sums, part) in sums.iter_mut().zip(&part) {
                 for (sum, &part) in sums.iter_mut().zip(part) {
                     *sum = S::add(*sum, part);
-                }
-            }
-        }
-        end_sums::<S, E, RQ, RT>(sums, out);
-    }
-}
-
-/// What the sums of RQ rows from `row` on begin with, in units of the codec.
-///
-/// # Safety
-/// As [`score_block`].
-#[inline(always)]
-unsafe fn begin_sums<S: Simd, E: Codec, const RQ: usize, const RT: usize>(
-    a: &ScoreArgs,
-    row: usize,
-) -> [[S::V; RT]; RQ] {
-    // SAFETY: the rows are the block's.
-    unsafe {
-        let mut sums = [[S::splat(0.0); RT]; RQ];
-        for (i, sums) in sums.iter_mut().enumerate() {
-            *sums = [S::splat(*a.origin.add(row + i) * (1.0 / E::UNIT)); RT];
-        }
-        sums
-    }
-}
-
-/// Writes the scores that are summed up.
-///
-/// # Safety
-/// As [`score_block`].
-#[inline(always)]
-unsafe fn end_sums<S: Simd, E: Codec, const RQ: usize, const RT: usize>(mut sums: [[S::V; RT]; RQ], out: *mut f32) {
-    // SAFETY: the scores are the block's.
-    unsafe {
-        if E::UNIT != 1.0 {
-            for sums in &mut sums {
-                for sum in sums {
-                    *sum = S::mul(*sum, S::splat(E::UNIT));
                 }
             }
         }
@@ -189,23 +149,51 @@ unsafe fn end_sums<S: Simd, E: Codec, const RQ: usize, const RT: usize>(mut sums
     }
 }
 
-/// The scales of the blocks that hold element `d` of the keys.
+/// What the sums of RQ rows from `row` on begin with.
 ///
 /// # Safety
-/// The keys have that element.
+/// As [`score_block`].
 #[inline(always)]
-unsafe fn scales_of<S: Simd, E: Codec, const RT: usize>(k: &[*const u8; RT], d: usize) -> [S::V; RT] {
-    // SAFETY: the keys have the element.
+unsafe fn begin_sums<S: Simd, const RQ: usize, const RT: usize>(a: &ScoreArgs, row: usize) -> [[S::V; RT]; RQ] {
+    // SAFETY: the rows are the block's.
     unsafe {
-        let mut scales = [S::splat(0.0); RT];
-        for (scale, &k) in scales.iter_mut().zip(k) {
-            *scale = E::scale::<S>(k, d);
+        let mut sums = [[S::splat(0.0); RT]; RQ];
+        for (i, sums) in sums.iter_mut().enumerate() {
+            *sums = [S::splat(*a.origin.add(row + i)); RT];
         }
-        scales
+        sums
     }
 }
 
-/// Adds the products of LANES elements from `d` on, of blocks that have these scales.
+/// Adds the products of the elements in `range`, which begins at a multiple of [`DOT`].
+///
+/// # Safety
+/// `q` and the keys have these elements, a multiple of LANES.
+#[inline(always)]
+unsafe fn score_steps<S: Simd, E: Codec, const RQ: usize, const RT: usize>(
+    q: *const f32,
+    dim: usize,
+    k: &[*const u8; RT],
+    range: Range<usize>,
+    sums: &mut [[S::V; RT]; RQ],
+) {
+    // SAFETY: elements stay in the range.
+    unsafe {
+        let mut d = range.start;
+        if paired::<S, E>() {
+            while d + 2 * S::LANES <= range.end {
+                score_pair::<S, E, RQ, RT>(q, dim, k, d, sums);
+                d += 2 * S::LANES;
+            }
+        }
+        while d < range.end {
+            score_step::<S, E, RQ, RT>(q, dim, k, d, sums);
+            d += S::LANES;
+        }
+    }
+}
+
+/// Adds the products of LANES elements from `d` on.
 ///
 /// # Safety
 /// `q` and the keys have `d` + LANES elements at least.
@@ -214,7 +202,6 @@ unsafe fn score_step<S: Simd, E: Codec, const RQ: usize, const RT: usize>(
     q: *const f32,
     dim: usize,
     k: &[*const u8; RT],
-    scales: &[S::V; RT],
     d: usize,
     sums: &mut [[S::V; RT]; RQ],
 ) {
@@ -222,14 +209,41 @@ unsafe fn score_step<S: Simd, E: Codec, const RQ: usize, const RT: usize>(
     unsafe {
         let mut kv = [S::splat(0.0); RT];
         for (i, kv) in kv.iter_mut().enumerate() {
-            // More scales than four would not stay in registers from vector to vector.
-            let scale = if RT > 4 { E::scale::<S>(k[i], d) } else { scales[i] };
-            *kv = E::load_scaled::<S>(k[i], d, scale);
+            *kv = E::load::<S>(k[i], d);
         }
         for (i, sums) in sums.iter_mut().enumerate() {
             let qv = S::load(q.add(i * dim + d));
             for (sum, &kv) in sums.iter_mut().zip(&kv) {
                 *sum = S::fma(qv, kv, *sum);
+            }
+        }
+    }
+}
+
+/// Adds the products of 2 LANES elements from `d` on, a multiple of that.
+///
+/// # Safety
+/// `q` and the keys have `d` + 2 LANES elements at least.
+#[inline(always)]
+unsafe fn score_pair<S: Simd, E: Codec, const RQ: usize, const RT: usize>(
+    q: *const f32,
+    dim: usize,
+    k: &[*const u8; RT],
+    d: usize,
+    sums: &mut [[S::V; RT]; RQ],
+) {
+    // SAFETY: queries and keys have the elements, rows of queries being `dim` apart.
+    unsafe {
+        let mut kv = [[S::splat(0.0); 2]; RT];
+        for (i, kv) in kv.iter_mut().enumerate() {
+            *kv = E::load_pair::<S>(k[i], d);
+        }
+        for j in 0..2 {
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let qv = S::load(q.add(i * dim + d + j * S::LANES));
+                for (sum, kv) in sums.iter_mut().zip(&kv) {
+                    *sum = S::fma(qv, kv[j], *sum);
+                }
             }
         }
     }
@@ -260,13 +274,9 @@ unsafe fn score_heads<S: Simd, E: Codec, const RH: usize, const RT: usize>(
                 sums[i] = S::splat(*a.origin.add(row));
                 for begin in (0..a.dim).step_by(DOT) {
                     let end = a.dim.min(begin + DOT);
-                    let mut part = S::splat(0.0);
-                    let mut d = begin;
-                    while d < end {
-                        part = S::fma(S::load(q.add(d)), E::load::<S>(k, d), part);
-                        d += S::LANES;
-                    }
-                    sums[i] = S::add(sums[i], part);
+                    let mut part = [[S::splat(0.0)]];
+                    score_steps::<S, E, 1, 1>(q, a.dim, &[k], begin..end, &mut part);
+                    sums[i] = S::add(sums[i], part[0][0]);
                 }
             }
         }

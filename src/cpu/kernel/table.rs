@@ -146,6 +146,33 @@ kernels!(
     4,
     8
 );
+
+/// The AVX-512 kernels of f8_e4m3 for processors that have VBMI, too, as those since Ice Lake and Zen 4 do.
+#[cfg(target_arch = "x86_64")]
+mod avx512_vbmi {
+    use super::{DirectKernels, ScoreArgs, ValueArgs, scores, values};
+    use crate::cpu::simd::avx512::Avx512;
+    use crate::cpu::simd::codec::F8E4M3InPairs;
+
+    pub const F8_E4M3: DirectKernels = DirectKernels { scores: scores_of, values: values_of };
+
+    /// # Safety
+    /// As [`Kernels`](super::Kernels) says; the processor has VBMI.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c")]
+    unsafe fn scores_of(args: &ScoreArgs) {
+        // SAFETY: the caller has valid arguments and the instruction sets.
+        unsafe { scores::scores::<Avx512, F8E4M3InPairs, 4, 8, 16>(args) }
+    }
+
+    /// # Safety
+    /// As [`Kernels`](super::Kernels) says; the processor has VBMI.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c")]
+    unsafe fn values_of(args: &ValueArgs) {
+        // SAFETY: the caller has valid arguments and the instruction sets.
+        unsafe { values::values::<Avx512, F8E4M3InPairs, 4, 8>(args) }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 kernels!(avx2, crate::cpu::simd::avx2::Avx2, [target_feature(enable = "avx2,fma,f16c")], 2, 4, 8, 2, 8);
 #[cfg(target_arch = "aarch64")]
@@ -160,7 +187,13 @@ impl Kernels {
         }
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => Some(avx512::KERNELS),
+            Isa::Avx512 => {
+                let mut kernels = avx512::KERNELS;
+                if is_x86_feature_detected!("avx512vbmi") {
+                    kernels.direct[codec_of(KvFormat::of(Dtype::F8E4M3))] = avx512_vbmi::F8_E4M3;
+                }
+                Some(kernels)
+            }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Some(avx2::KERNELS),
             #[cfg(target_arch = "aarch64")]

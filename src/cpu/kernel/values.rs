@@ -2,7 +2,7 @@
 
 use super::args::{FEW_KEYS, MANY_KEYS, SUM_LANES, TILE, ValueArgs, register_keys};
 use super::prefetch::{LINE, Prefetcher, prefetch_lines, share};
-use crate::cpu::simd::codec::Codec;
+use crate::cpu::simd::codec::{Codec, paired};
 use crate::cpu::simd::vector::Simd;
 
 /// A block of weighted values: kv head, first row, first key and the key after the last.
@@ -118,9 +118,14 @@ unsafe fn value_block<S: Simd, E: Codec, const RQ: usize, const ND: usize, const
             prefetch_lines::<S>(line, share(lines, t, KEYS));
             let v = (*rows.add(t)).add(from);
             let mut vv = [S::splat(0.0); ND];
-            for (i, vv) in vv.iter_mut().enumerate() {
-                let at = d + i * S::LANES;
-                *vv = E::load_scaled::<S>(v, at, E::scale::<S>(v, at));
+            if paired::<S, E>() && ND.is_multiple_of(2) {
+                for i in (0..ND).step_by(2) {
+                    [vv[i], vv[i + 1]] = E::load_pair::<S>(v, d + i * S::LANES);
+                }
+            } else {
+                for (i, vv) in vv.iter_mut().enumerate() {
+                    *vv = E::load::<S>(v, d + i * S::LANES);
+                }
             }
             for (i, sums) in sums.iter_mut().enumerate() {
                 let w = S::splat(*weights.add(i * TILE + t));
@@ -133,10 +138,7 @@ unsafe fn value_block<S: Simd, E: Codec, const RQ: usize, const ND: usize, const
         for (i, sums) in sums.iter().enumerate() {
             for (j, &sum) in sums.iter().enumerate() {
                 let p = open.add(i * (dim + SUM_LANES) + j * S::LANES);
-                // The product is exact.
-                let added =
-                    if E::UNIT == 1.0 { S::add(S::load(p), sum) } else { S::fma(sum, S::splat(E::UNIT), S::load(p)) };
-                S::store(p, added);
+                S::store(p, S::add(S::load(p), sum));
             }
         }
     }

@@ -50,10 +50,11 @@ unsafe impl Simd for Avx2 {
     unsafe fn load_f8_e4m3(p: *const u8) -> __m256 {
         // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe {
-            // As AVX-512 does it.
+            // As AVX-512 does it where there is no VBMI.
             let halves = _mm_slli_epi16::<7>(_mm_cvtepi8_epi16(_mm_loadl_epi64(p.cast())));
             let carried = _mm_add_epi16(halves, _mm_set1_epi16(1 << 7));
-            _mm256_cvtph_ps(_mm_xor_si128(halves, _mm_and_si128(carried, _mm_set1_epi16(1 << 14))))
+            let halves = _mm_xor_si128(halves, _mm_and_si128(carried, _mm_set1_epi16(1 << 14)));
+            _mm256_mul_ps(_mm256_cvtph_ps(halves), _mm256_set1_ps(256.0))
         }
     }
     #[inline(always)]

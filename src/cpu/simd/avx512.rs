@@ -4,34 +4,41 @@ use std::arch::x86_64::*;
 
 use super::vector::{Simd, exp2_fraction};
 
+/// The bf16 of every f8_e4m3 without its sign: all lower bytes, then all upper ones.
+const E4M3_AS_BF16: [[u8; 128]; 2] = {
+    let mut table = [[0; 128]; 2];
+    let mut code = 1;
+    while code < 128 {
+        let (exponent, mantissa) = (code as u16 >> 3, code as u16 & 7);
+        let half = if code == 0x7f {
+            0x7fc0
+        } else if exponent > 0 {
+            (exponent + 120) << 7 | mantissa << 4
+        } else {
+            // Below the normal numbers the mantissa counts 2^-9; `top` is its leading bit.
+            let top = mantissa.ilog2() as u16;
+            (118 + top) << 7 | mantissa << (7 - top) & 0x7f
+        };
+        [table[0][code], table[1][code]] = half.to_le_bytes();
+        code += 1;
+    }
+    table
+};
+
+/// 0, 0, 16, 16, 1, 1, 17, 17 and so on.
+const TWICE: [u8; 64] = {
+    let mut order = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        order[i] = (i / 4 + i / 2 % 2 * 16) as u8;
+        i += 1;
+    }
+    order
+};
+
 /// AVX-512.
 #[derive(Clone, Copy)]
 pub struct Avx512;
-
-/// The entries of a table, widened.
-///
-/// # Safety
-/// The instruction set is there.
-#[inline(always)]
-unsafe fn widen_entries(table: &[i8; 16]) -> __m512 {
-    // SAFETY: the table has 16 bytes; the instruction set is there.
-    unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(table.as_ptr().cast()))) }
-}
-
-/// The entries at the lower, or the upper, four bits of 16 bytes.
-///
-/// # Safety
-/// The instruction set is there, and 16 bytes are readable at `p`.
-#[inline(always)]
-unsafe fn entries_at(entries: __m512, p: *const u8, upper: bool) -> __m512 {
-    // SAFETY: the bytes are readable, and the instruction set is there.
-    unsafe {
-        let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
-        // An index has four bits: what is above the lower ones does no harm.
-        let codes = if upper { _mm512_srli_epi32::<4>(codes) } else { codes };
-        _mm512_permutexvar_ps(codes, entries)
-    }
-}
 
 // SAFETY: the entry points that reach this are chosen only where the features are.
 unsafe impl Simd for Avx512 {
@@ -82,7 +89,25 @@ unsafe impl Simd for Avx512 {
             let carried = _mm256_add_epi16(halves, _mm256_set1_epi16(1 << 7));
             // halves ^ (carried & the bit).
             let halves = _mm256_ternarylogic_epi32::<0x78>(halves, carried, _mm256_set1_epi16(1 << 14));
-            _mm512_cvtph_ps(halves)
+            _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(256.0))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f8_e4m3_pair(p: *const u8) -> [__m512; 2] {
+        // SAFETY: the contract of the method: the pointer is valid for both vectors, and VBMI is there, too.
+        unsafe {
+            let table = |byte: usize, i: usize| _mm512_loadu_si512(E4M3_AS_BF16[byte].as_ptr().add(i * 64).cast());
+            let codes = _mm512_castsi256_si512(_mm256_loadu_si256(p.cast()));
+            // In lane i: element i twice, and twice element i + 16.
+            let codes = _mm512_permutexvar_epi8(_mm512_loadu_si512(TWICE.as_ptr().cast()), codes);
+            // An index counts by its lower seven bits.
+            let lower = _mm512_permutex2var_epi8(table(0, 0), codes, table(0, 1));
+            let upper = _mm512_permutex2var_epi8(table(1, 0), codes, table(1, 1));
+            // In each half of a lane: of `upper` the upper byte, of `lower` the other; then the sign.
+            let pair = _mm512_ternarylogic_epi32::<0xca>(_mm512_set1_epi16(0xff00u16 as i16), upper, lower);
+            let pair = _mm512_ternarylogic_epi32::<0xf8>(pair, codes, _mm512_set1_epi16(i16::MIN));
+            let second = _mm512_and_si512(pair, _mm512_set1_epi32(0xffff_0000u32 as i32));
+            [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pair)), _mm512_castsi512_ps(second)]
         }
     }
     #[inline(always)]
@@ -96,13 +121,25 @@ unsafe impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load_entries(table: &[i8; 16], p: *const u8, upper: bool) -> __m512 {
         // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
-        unsafe { entries_at(widen_entries(table), p, upper) }
+        unsafe {
+            let bytes = _mm_loadu_si128(p.cast());
+            let bytes = if upper { _mm_srli_epi16::<4>(bytes) } else { bytes };
+            let entries =
+                _mm_shuffle_epi8(_mm_loadu_si128(table.as_ptr().cast()), _mm_and_si128(bytes, _mm_set1_epi8(15)));
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(entries))
+        }
     }
     #[inline(always)]
-    unsafe fn load_scaled_entries(table: &[i8; 16], scale: __m512, p: *const u8, upper: bool) -> __m512 {
+    unsafe fn load_entry_pair(table: &[i8; 16], p: *const u8, scale: __m512) -> [__m512; 2] {
         // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
-        // The table is scaled once a block, and then looked up.
-        unsafe { entries_at(_mm512_mul_ps(widen_entries(table), scale), p, upper) }
+        unsafe {
+            // The table is multiplied instead of what is found there; an index counts by its lower four bits.
+            let table = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(table.as_ptr().cast())));
+            let table = _mm512_mul_ps(table, scale);
+            let lower = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+            let upper = _mm512_srli_epi32::<4>(lower);
+            [_mm512_permutexvar_ps(lower, table), _mm512_permutexvar_ps(upper, table)]
+        }
     }
     #[inline(always)]
     unsafe fn splat_f16(p: *const u8) -> __m512 {

@@ -6,36 +6,36 @@ use crate::attention::IQ4_NL;
 use crate::attention::dtype::Dtype;
 use crate::attention::format::KvFormat;
 
+/// Elements of a ggml block.
+const BLOCK: usize = 32;
+
+/// Whether rows are widened by [`Codec::load_pair`] as far as they have whole pairs: where that is less work than two loads
+/// and both vectors are of one block.
+#[inline(always)]
+pub const fn paired<S: Simd, E: Codec>() -> bool {
+    E::PAIRED && 2 * S::LANES == BLOCK
+}
+
 /// Widens rows of one format.
 pub trait Codec: Copy {
     /// The format.
     const FORMAT: KvFormat;
+    /// Whether [`load_pair`](Self::load_pair) is less work than two loads.
+    const PAIRED: bool = Self::FORMAT.block_elements() == BLOCK;
     /// Widens elements `d` to `d` + LANES of a packed row. `d` is a multiple of the lanes.
     ///
     /// # Safety
     /// The instruction set is there, and the row is valid for reads of the blocks that hold the elements.
     unsafe fn load<S: Simd>(row: *const u8, d: usize) -> S::V;
-    /// The scale of the block that holds element `d`, in every lane; of formats without one, nothing in particular.
+    /// Widens elements `d` to `d` + 2 LANES of a packed row. `d` is a multiple of twice the lanes, of which a block has no
+    /// more ([`paired`]).
     ///
     /// # Safety
     /// As [`load`](Self::load).
     #[inline(always)]
-    unsafe fn scale<S: Simd>(_row: *const u8, _d: usize) -> S::V {
-        // SAFETY: the instruction set is there.
-        unsafe { S::splat(0.0) }
-    }
-    /// What [`load_scaled`](Self::load_scaled) gives is to be multiplied by: a power of two, for formats that are widened
-    /// in fewer instructions to a fraction of what they stand for. Sums of products are multiplied once.
-    const UNIT: f32 = 1.0;
-    /// [`load`](Self::load) over [`UNIT`](Self::UNIT), with the [`scale`](Self::scale) of the block at hand. The compiler
-    /// would read and widen it anew in every vector, since it takes a prefetch between them for a write.
-    ///
-    /// # Safety
-    /// As [`load`](Self::load).
-    #[inline(always)]
-    unsafe fn load_scaled<S: Simd>(row: *const u8, d: usize, _scale: S::V) -> S::V {
-        // SAFETY: this function was promised the same.
-        unsafe { Self::load::<S>(row, d) }
+    unsafe fn load_pair<S: Simd>(row: *const u8, d: usize) -> [S::V; 2] {
+        // SAFETY: the caller's.
+        unsafe { [Self::load::<S>(row, d), Self::load::<S>(row, d + S::LANES)] }
     }
     /// Widens element `d` of a row whose blocks lie `stride` bytes apart.
     ///
@@ -105,7 +105,7 @@ impl Codec for Bf16 {
 
 /// Rows of bytes that are numbers by themselves.
 macro_rules! of_bytes {
-    ($($name:ident: $dtype:ident, $load:ident, $unit:literal, $one:expr;)+) => {$(
+    ($($name:ident: $dtype:ident, $load:ident, $one:expr;)+) => {$(
         #[doc = concat!(stringify!($dtype), " rows.")]
         #[derive(Clone, Copy)]
         pub struct $name;
@@ -114,14 +114,6 @@ macro_rules! of_bytes {
             const FORMAT: KvFormat = KvFormat::of(Dtype::$dtype);
             #[inline(always)]
             unsafe fn load<S: Simd>(row: *const u8, d: usize) -> S::V {
-                // SAFETY: the row is packed and has the elements `d` to `d` + LANES, which begin that many elements from it.
-                let v = unsafe { S::$load(row.add(d)) };
-                // SAFETY: the instruction set is there.
-                if $unit == 1.0 { v } else { unsafe { S::mul(v, S::splat($unit)) } }
-            }
-            const UNIT: f32 = $unit;
-            #[inline(always)]
-            unsafe fn load_scaled<S: Simd>(row: *const u8, d: usize, _scale: S::V) -> S::V {
                 // SAFETY: the row is packed and has the elements `d` to `d` + LANES, which begin that many elements from it.
                 unsafe { S::$load(row.add(d)) }
             }
@@ -136,9 +128,29 @@ macro_rules! of_bytes {
 }
 
 of_bytes! {
-    F8E4M3: F8E4M3, load_f8_e4m3, 256.0, widen_f8_e4m3;
-    F8E5M2: F8E5M2, load_f8_e5m2, 1.0, widen_f8_e5m2;
-    Int8: Int8, load_int8, 1.0, |byte| f32::from(byte as i8);
+    F8E4M3: F8E4M3, load_f8_e4m3, widen_f8_e4m3;
+    F8E5M2: F8E5M2, load_f8_e5m2, widen_f8_e5m2;
+    Int8: Int8, load_int8, |byte| f32::from(byte as i8);
+}
+
+/// f8_e4m3 rows on processors that have [`Simd::load_f8_e4m3_pair`].
+#[derive(Clone, Copy)]
+pub struct F8E4M3InPairs;
+
+impl Codec for F8E4M3InPairs {
+    const FORMAT: KvFormat = F8E4M3::FORMAT;
+    const PAIRED: bool = true;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(row: *const u8, d: usize) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { F8E4M3::load::<S>(row, d) }
+    }
+    #[inline(always)]
+    unsafe fn load_pair<S: Simd>(row: *const u8, d: usize) -> [S::V; 2] {
+        // SAFETY: the row is packed and has the elements `d` to `d` + 2 LANES, which begin that many bytes from it; kernels of
+        // this codec are for processors that have the method (`kernel::table`).
+        unsafe { S::load_f8_e4m3_pair(row.add(d)) }
+    }
 }
 
 /// Rows of ggml blocks.
@@ -149,18 +161,20 @@ impl Codec for Q8_0 {
     const FORMAT: KvFormat = KvFormat::of(Dtype::Q8_0);
     #[inline(always)]
     unsafe fn load<S: Simd>(row: *const u8, d: usize) -> S::V {
-        // SAFETY: this function was promised the same.
-        unsafe { Self::load_scaled::<S>(row, d, Self::scale::<S>(row, d)) }
-    }
-    #[inline(always)]
-    unsafe fn scale<S: Simd>(row: *const u8, d: usize) -> S::V {
-        // SAFETY: the row has the block, which begins with the scale.
-        unsafe { S::splat_f16(block::<Q8_0>(row, d)) }
-    }
-    #[inline(always)]
-    unsafe fn load_scaled<S: Simd>(row: *const u8, d: usize, scale: S::V) -> S::V {
         // SAFETY: the caller's; a vector never ends past its block, whose 32 elements the lanes divide.
-        unsafe { S::mul(S::load_int8(block::<Q8_0>(row, d).add(2 + d % 32)), scale) }
+        unsafe {
+            let block = block::<Q8_0>(row, d);
+            S::mul(S::load_int8(block.add(2 + d % 32)), S::splat_f16(block))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_pair<S: Simd>(row: *const u8, d: usize) -> [S::V; 2] {
+        // SAFETY: the caller's; the two vectors are those of the block.
+        unsafe {
+            let block = block::<Q8_0>(row, d);
+            let (scale, codes) = (S::splat_f16(block), block.add(2));
+            [S::mul(S::load_int8(codes), scale), S::mul(S::load_int8(codes.add(S::LANES)), scale)]
+        }
     }
 }
 
@@ -187,32 +201,31 @@ macro_rules! of_four_bits {
             const FORMAT: KvFormat = KvFormat::of(Dtype::$dtype);
             #[inline(always)]
             unsafe fn load<S: Simd>(row: *const u8, d: usize) -> S::V {
-                // SAFETY: this function was promised the same.
-                unsafe { Self::load_scaled::<S>(row, d, Self::scale::<S>(row, d)) }
-            }
-            #[inline(always)]
-            unsafe fn scale<S: Simd>(row: *const u8, d: usize) -> S::V {
-                // SAFETY: the row has the block, which begins with the scale.
-                unsafe { S::splat_f16(block::<$name>(row, d)) }
-            }
-            #[inline(always)]
-            unsafe fn load_scaled<S: Simd>(row: *const u8, d: usize, scale: S::V) -> S::V {
                 const TABLE: [i8; 16] = $table;
                 // SAFETY: the caller's; a vector never ends past half a block, whose 16 bytes the lanes divide.
                 unsafe {
                     let block = block::<$name>(row, d);
                     let bits = block.add(if $minimum { 4 } else { 2 });
                     let codes = bits.add(if $fifth { 4 } else { 0 });
-                    let (codes, upper) = (codes.add(d % 16), d % 32 >= 16);
-                    if !$minimum && !$fifth {
-                        return S::load_scaled_entries(&TABLE, scale, codes, upper);
-                    }
-                    let mut q = S::load_entries(&TABLE, codes, upper);
+                    let mut q = S::load_entries(&TABLE, codes.add(d % 16), d % 32 >= 16);
                     if $fifth {
                         q = S::add_where(q, bits.cast::<u32>().read_unaligned() >> (d % 32), 16.0);
                     }
+                    let scale = S::splat_f16(block);
                     // The product is exact in f32, so that the sum is rounded once, fused or not.
                     if $minimum { S::fma(q, scale, S::splat_f16(block.add(2))) } else { S::mul(q, scale) }
+                }
+            }
+            #[inline(always)]
+            unsafe fn load_pair<S: Simd>(row: *const u8, d: usize) -> [S::V; 2] {
+                const TABLE: [i8; 16] = $table;
+                // SAFETY: the caller's; the two vectors are those of the block: of the lower and the upper bits of its bytes.
+                unsafe {
+                    if $minimum || $fifth {
+                        return [Self::load::<S>(row, d), Self::load::<S>(row, d + S::LANES)];
+                    }
+                    let block = block::<$name>(row, d);
+                    S::load_entry_pair(&TABLE, block.add(2), S::splat_f16(block))
                 }
             }
         }

@@ -6,10 +6,10 @@
 //!
 //! A vector of keys or values meets as many multiply-adds as there are query heads to a kv head, so that with four of them
 //! widening is what the formats below 16 bits differ in. Of 64 keys of 8 kv heads with 4 rows each, in cache, a core of Zen 5
-//! computes scores and values in 5.2 us in int8 (f16 the same), 6.0 in f8_e5m2, 6.5 in q8_0, 6.7 in q4_0 and 7.3 in f8_e4m3; the
+//! computes scores and values in 5.2 us in int8 (f16 the same), 6.0 in f8_e5m2, 6.3 in q8_0, 6.5 in q4_0 and 6.4 in f8_e4m3; the
 //! multiply-adds alone take 4.7. The multiplication by the scale of a block, half a cycle a vector, shares their units.
-//! Tried there, with nothing to show for it: f8_e4m3 by VBMI's look-ups in tables of 128 bytes (twice as many
-//! shuffles as are free: 9.0 us), f8_e5m2 by one shuffle of bytes instead of a widening and a shift (6.3 us).
+//! Tried there, with nothing to show for it: f8_e5m2 by one shuffle of bytes instead of a widening and a shift (6.3 us); f8_e4m3
+//! by masked look-ups, of which LLVM makes blends (7.1 to 9.0); pairs of vectors on AVX2 (values of q8_0 7.0 us, 6.3 without).
 
 #[cfg(target_arch = "x86_64")]
 pub mod avx2;

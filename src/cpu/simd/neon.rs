@@ -80,7 +80,7 @@ unsafe impl Simd for Neon {
             let halves = vreinterpretq_u16_s16(vshlq_n_s16::<7>(vmovl_s8(bytes)));
             let halves = vget_low_u16(vandq_u16(halves, vdupq_n_u16(0xbfff)));
             let nan = vceq_u16(vand_u16(halves, vdup_n_u16(0x3f80)), vdup_n_u16(0x3f80));
-            widen_halves(vorr_u16(halves, nan))
+            vmulq_n_f32(widen_halves(vorr_u16(halves, nan)), 256.0)
         }
     }
     #[inline(always)]

@@ -56,7 +56,7 @@ unsafe impl Simd for Scalar {
     #[inline(always)]
     unsafe fn load_f8_e4m3(p: *const u8) -> [f32; N] {
         // SAFETY: the contract of `Simd`: the pointer is valid for the lanes.
-        unsafe { p.cast::<[u8; N]>().read_unaligned() }.map(|code| widen_f8_e4m3(code) / 256.0)
+        unsafe { p.cast::<[u8; N]>().read_unaligned() }.map(widen_f8_e4m3)
     }
     #[inline(always)]
     unsafe fn load_f8_e5m2(p: *const u8) -> [f32; N] {

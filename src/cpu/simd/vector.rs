@@ -43,11 +43,20 @@ pub unsafe trait Simd: Copy {
     /// # Safety
     /// As [`Simd`] says; `p` is good for reading LANES bytes.
     unsafe fn load_int8(p: *const u8) -> Self::V;
-    /// Loads and widens LANES f8_e4m3, exactly, to a 256th of what they stand for; NaN stays NaN.
+    /// Loads and widens LANES f8_e4m3, exactly; NaN stays NaN.
     ///
     /// # Safety
     /// As [`Simd`] says; `p` is good for reading LANES bytes.
     unsafe fn load_f8_e4m3(p: *const u8) -> Self::V;
+    /// Loads and widens 2 LANES f8_e4m3, exactly; NaN stays NaN.
+    ///
+    /// # Safety
+    /// As [`Simd`] says; `p` is good for reading 2 LANES bytes. With AVX-512 the processor has VBMI, too.
+    #[inline(always)]
+    unsafe fn load_f8_e4m3_pair(p: *const u8) -> [Self::V; 2] {
+        // SAFETY: the caller's.
+        unsafe { [Self::load_f8_e4m3(p), Self::load_f8_e4m3(p.add(Self::LANES))] }
+    }
     /// Loads and widens LANES f8_e5m2, exactly; infinities and NaN stay what they are.
     ///
     /// # Safety
@@ -58,14 +67,17 @@ pub unsafe trait Simd: Copy {
     /// # Safety
     /// As [`Simd`] says; `p` is good for reading LANES bytes.
     unsafe fn load_entries(table: &[i8; 16], p: *const u8, upper: bool) -> Self::V;
-    /// [`load_entries`](Self::load_entries) times `scale`, which is the same in every lane.
+    /// The entries of `table` at the lower four bits of LANES bytes, and those at the upper, widened, times `scale`.
     ///
     /// # Safety
-    /// As [`load_entries`](Self::load_entries).
+    /// As [`Simd`] says; `p` is good for reading LANES bytes.
     #[inline(always)]
-    unsafe fn load_scaled_entries(table: &[i8; 16], scale: Self::V, p: *const u8, upper: bool) -> Self::V {
-        // SAFETY: this function was promised the same.
-        unsafe { Self::mul(Self::load_entries(table, p, upper), scale) }
+    unsafe fn load_entry_pair(table: &[i8; 16], p: *const u8, scale: Self::V) -> [Self::V; 2] {
+        // SAFETY: the caller's.
+        unsafe {
+            let (lower, upper) = (Self::load_entries(table, p, false), Self::load_entries(table, p, true));
+            [Self::mul(lower, scale), Self::mul(upper, scale)]
+        }
     }
     /// An f16, widened, in every lane.
     ///
