@@ -320,7 +320,11 @@ fn scale_strides(desc: &AttentionDesc, args: &DecodeArgs) -> Result<[[i64; 4]; 2
     let dims = [outer, inner, i64::from(desc.kv_heads)];
     let of = |name: &str, scales: &Tensor, cache: &Tensor, field: &str, dtype: Dtype| {
         let needed = dtype == Dtype::Int8 && cache.bytes > 0 && args.batch > 0;
-        scales::strides(name, scales, dims, needed.then(|| format!("{field} is {}", dtype.name())))
+        let stride = scales::strides(name, scales, dims, needed.then(|| format!("{field} is {}", dtype.name())))?;
+        if desc.kv_layout == KvLayout::Strided {
+            strided_cache::all_begin_in_range(name, &stride, i64::from(args.batch))?;
+        }
+        Ok(stride)
     };
     Ok([
         of("k_scale", &args.k_scale, &args.k, "k_dtype", desc.k_dtype)?,

@@ -29,6 +29,7 @@ impl StridedCache {
         if tensor.stride != [0; 4] {
             let stride = checked(tensor)?;
             no_broadcast_rows(name, dtype, &stride, inner[1])?;
+            all_begin_in_range(name, &stride, self.batch)?;
             return Ok(stride);
         }
         let packed = |tokens: i64| KvFormat::of(dtype).packed_strides(name, &[self.batch, tokens, inner[0], inner[1]]);
@@ -77,6 +78,16 @@ pub(super) fn untold(name: &str, bytes: u64, batch: i64, max_kv_length: i64, tok
         i128::from(token) * i128::from(batch) * i128::from(max_kv_length)
     );
     Error::invalid(format_args!("{name}.bytes"), bytes, wanted)
+}
+
+/// Refuses strides by which a sequence of the batch would begin beyond 63 bits: kernels multiply, and compare with the tensor's
+/// end, in 64.
+pub(super) fn all_begin_in_range(name: &str, stride: &[i64; 4], batch: i64) -> Result<()> {
+    if stride[0].checked_mul((batch - 1).max(0)).is_some() {
+        return Ok(());
+    }
+    let wanted = format!("at most {} for {batch} sequences", i64::MAX / (batch - 1));
+    Err(Error::invalid(format_args!("{name}.stride[0]"), stride[0], wanted))
 }
 
 /// Refuses keys or values all of whose elements of a row would be the first one, as where the last stride was forgotten.
@@ -169,6 +180,23 @@ mod tests {
         assert_eq!((end(&tensor), end(&Tensor::NULL), end(&Tensor { bytes: 7, ..tensor })), (136, -1, -1));
         let packed = Tensor { stride: [0; 4], ..tensor };
         assert_eq!((of(&packed, 0), of(&packed, 1), of(&Tensor::NULL, 0)), (16, 2, 0));
+    }
+
+    #[test]
+    fn strides_by_which_a_sequence_begins_beyond_63_bits_are_refused() {
+        let data = [0f32; 64];
+        let of = |batch, stride| {
+            let cache = StridedCache { batch, max_batch: 8, max_kv_length: 16, capacity: 0 };
+            cache.strides("k", &Tensor::from_slice(&data).with_strides([stride, 8, 8, 4]), F32, [1, 2])
+        };
+        // Four of them would begin at 2^64, which is 0 in 64 bits; the last that fits is below 2^63.
+        let error = of(5, 1 << 62).unwrap_err();
+        let wanted = "k.stride[0]: found 4611686018427387904, wanted at most 2305843009213693951 for 5 sequences";
+        assert_eq!(error.message(), wanted);
+        assert!(of(3, 1 << 62).is_err() && of(2, 1 << 62).is_ok() && of(1, i64::MAX & !3).is_ok());
+        assert!(all_begin_in_range("k_scale", &[i64::MAX, 0, 0, 0], 2).is_ok());
+        assert!(all_begin_in_range("k_scale", &[i64::MAX, 0, 0, 0], 3).is_err());
+        assert!(all_begin_in_range("k_scale", &[i64::MAX, 0, 0, 0], 0).is_ok());
     }
 
     #[test]
