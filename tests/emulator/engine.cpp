@@ -1,61 +1,21 @@
-// Fibers, warps, blocks and grids, and who runs next.
-#include "engine.h"
-
+// The engine: operations of streams, and who runs next.
 #include <dlfcn.h>
-#include <pthread.h>
 #include <sched.h>
-#include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <time.h>
 #include <ucontext.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
-#include <condition_variable>
-#include <list>
-#include <mutex>
 #include <thread>
 
-#ifndef __x86_64__
-#error "the emulator's fibers are written for x86-64"
-#endif
-
-// void emulator_switch(void** save, void* to): keeps the callee-saved registers on the stack that is left.
-asm(R"(
-.text
-.hidden emulator_switch
-.globl emulator_switch
-.type emulator_switch, @function
-emulator_switch:
-    pushq %rbp
-    pushq %rbx
-    pushq %r12
-    pushq %r13
-    pushq %r14
-    pushq %r15
-    movq %rsp, (%rdi)
-    movq %rsi, %rsp
-    popq %r15
-    popq %r14
-    popq %r13
-    popq %r12
-    popq %rbx
-    popq %rbp
-    ret
-.size emulator_switch, .-emulator_switch
-)");
-extern "C" void emulator_switch(void** save, void* to);
+#include "scheduler.h"
 
 namespace emulator {
-
-Thread* current = nullptr;
 
 std::vector<Kernel*>& kernels() {
     static auto* all = new std::vector<Kernel*>;
@@ -82,54 +42,11 @@ unsigned blocks_per_sm(uint32_t threads, uint32_t shared) {
     return std::min({kThreadsOfSm / threads, kSharedOfSm / (shared + kSharedReserved), kBlocksOfSm});
 }
 
-namespace {
+Engine& engine() {
+    static auto* only = new Engine;
+    return *only;
+}
 
-constexpr size_t kStackBytes = 64 << 10;
-// Stacks at equal offsets would all lie in the same cache sets.
-constexpr size_t kStackStride = kStackBytes + 5 * 64;
-constexpr size_t kStacksOfSlab = 64;
-// Polls of each warp, with nothing else to run, before the processor is left to others.
-constexpr size_t kPollsBeforeYield = 256;
-constexpr uint64_t kCanary = 0x5ca1ab1e0ddba11ull;
-constexpr size_t kStaticBytes = 16 << 10;
-constexpr size_t kPage = 4096;
-constexpr size_t kSharedRegion = kStaticBytes + ((kSharedOfBlock + kPage - 1) & ~(kPage - 1));
-
-// All that the scheduler has. Never destroyed: its thread runs until the process ends.
-struct Engine {
-    std::mutex mutex;
-    std::condition_variable work, progress;
-    std::list<std::shared_ptr<Operation>> waiting;
-    std::vector<std::shared_ptr<Operation>> running;
-    bool started = false;
-    std::atomic<bool> dirty = false;
-    int host_calls = 0;
-    pthread_t thread = {};
-
-    // The scheduler's own.
-    void* stack_pointer = nullptr;
-    std::vector<Warp*> runnable, pollers;
-    std::vector<char*> stacks, shareds;
-    std::vector<Warp*> spare_warps;
-    uint64_t random = 1;
-    Thread* faulted = nullptr;
-    uintptr_t fault_address = 0;
-    struct Late {
-        uint64_t* to;
-        uint64_t value;
-        Block* block;
-    };
-    std::vector<Late> late;  // stores on their way
-    double last_progress = 0;
-    std::atomic<uint64_t> turns = 0;
-    double patience = 0;
-};
-Engine* const only = new Engine;
-inline Engine& engine() { return *only; }
-
-sigjmp_buf* copying = nullptr;
-
-// A store arrives: the first of those to the same address.
 void arrive_late(size_t i) {
     auto& late = engine().late;
     for (size_t first = 0; first < i; first++) {
@@ -139,27 +56,12 @@ void arrive_late(size_t i) {
     late.erase(late.begin() + static_cast<long>(i));
 }
 
-template <class Which>
-void arrive_all(Which which) {
-    auto& late = engine().late;
-    for (size_t i = 0; i < late.size();) {
-        if (which(late[i])) {
-            // It may be another one, earlier, that arrives.
-            arrive_late(i);
-            i = 0;
-        } else {
-            i++;
-        }
-    }
-}
-
 void make_runnable(Warp* warp) {
     if (warp->queued || warp->ready == 0) return;
     warp->queued = true;
     engine().runnable.push_back(warp);
 }
 
-// Where everybody stands, to stderr.
 void report(const char* why) {
     Engine& e = engine();
     fprintf(stderr, "emulator: %s\n", why);
@@ -206,161 +108,19 @@ void open_barrier(Block* block, Warp* running) {
     }
 }
 
-[[noreturn]] void finish_thread() {
-    Thread* me = current;
-    Warp* warp = me->warp;
-    Block* block = me->block;
-    copy_commit();
-    copy_wait(0);
-    if (*reinterpret_cast<uint64_t*>(me->stack) != kCanary) fail("the stack of a thread overflowed");
-    const uint32_t bit = 1u << me->lane;
-    warp->live &= ~bit, warp->ready &= ~bit;
-    block->live--;
-    me->where = nullptr;
-    // Those at the barrier may have waited for this one only.
-    if (block->live > 0 && block->arrived == block->live) open_barrier(block, warp);
-    suspend();
-    abort();
-}
-
-void thread_main() {
-    Thread* me = current;
-    const Operation& operation = *me->block->grid->operation;
-    operation.kernel->call(operation.arguments.data());
-    finish_thread();
-}
-
-void run(Warp* warp) {
-    Engine& e = engine();
-    warp->ready |= warp->polling;
-    warp->polling = 0;
-    if (warp->ready == 0) return;
-    const unsigned turn = random_bits() % 32;
-    const uint32_t turned = warp->ready >> turn | (turn ? warp->ready << (32 - turn) : 0);
-    current = &warp->lanes[(__builtin_ctz(turned) + turn) % 32];
-    emulator_switch(&e.stack_pointer, current->stack_pointer);
-    current = nullptr;
-}
-
-char* take_stack() {
-    Engine& e = engine();
-    if (e.stacks.empty()) {
-        const size_t bytes = kStackStride * kStacksOfSlab + kPage;
-        void* slab = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (slab == MAP_FAILED) fail("no memory for stacks");
-        madvise(slab, bytes, MADV_NOHUGEPAGE);
-        mprotect(slab, kPage, PROT_NONE);
-        for (size_t i = 0; i < kStacksOfSlab; i++) {
-            char* stack = static_cast<char*>(slab) + kPage + i * kStackStride;
-            *reinterpret_cast<uint64_t*>(stack) = kCanary;
-            e.stacks.push_back(stack);
-        }
+bool waits_over(const Operation& operation) {
+    for (const auto& wait : operation.waits) {
+        if (!wait.on->done) return false;
     }
-    char* stack = e.stacks.back();
-    e.stacks.pop_back();
-    return stack;
+    return true;
 }
 
-// Shared memory ends at a page that nobody may touch.
-char* take_shared() {
-    Engine& e = engine();
-    if (e.shareds.empty()) {
-        void* region = mmap(nullptr, kSharedRegion + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (region == MAP_FAILED) fail("no memory for shared memory");
-        char* inner = static_cast<char*>(region) + kPage;
-        mprotect(inner, kSharedRegion, PROT_READ | PROT_WRITE);
-        return inner;
-    }
-    char* shared = e.shareds.back();
-    e.shareds.pop_back();
-    return shared;
-}
+namespace {
 
-void begin_block(Grid* grid, unsigned sm) {
-    Engine& e = engine();
-    Block* block = new Block{};
-    const uint64_t n = grid->next++;
-    block->grid = grid;
-    block->index = {static_cast<unsigned>(n % grid->blocks.x),
-                    static_cast<unsigned>(n / grid->blocks.x % grid->blocks.y),
-                    static_cast<unsigned>(n / grid->blocks.x / grid->blocks.y)};
-    block->sm = sm;
-    block->votes_and = 1;
-    const uint32_t dynamic = (grid->shared_bytes + 127) / 128 * 128;
-    char* region = take_shared();
-    block->dynamic = region + kSharedRegion - dynamic;
-    block->dynamic_bytes = dynamic;
-    block->memory = block->dynamic - kStaticBytes;
-    memset(block->memory, 0xff, kStaticBytes + dynamic);
-    const unsigned threads = grid->threads.x * grid->threads.y * grid->threads.z;
-    block->live = threads;
-    for (unsigned first = 0; first < threads; first += 32) {
-        Warp* warp;
-        if (e.spare_warps.empty()) {
-            warp = new Warp{};
-        } else {
-            warp = e.spare_warps.back();
-            e.spare_warps.pop_back();
-        }
-        warp->block = block;
-        warp->index = first / 32;
-        warp->live = warp->ready = threads - first >= 32 ? ~0u : (1u << (threads - first)) - 1;
-        warp->polling = warp->meeting = warp->at_barrier = warp->at_dependency = 0;
-        warp->queued = false;
-        warp->gatherings.clear();
-        for (unsigned lane = 0; lane < 32 && first + lane < threads; lane++) {
-            Thread& thread = warp->lanes[lane];
-            const unsigned id = first + lane;
-            thread.warp = warp, thread.block = block, thread.lane = lane;
-            thread.index = {id % grid->threads.x, id / grid->threads.x % grid->threads.y,
-                            id / grid->threads.x / grid->threads.y};
-            thread.where = "the beginning";
-            thread.copies.clear(), thread.groups.clear();
-            thread.stack = take_stack();
-            // As emulator_switch left it: six registers, then the address to go to, with the stack as after a call.
-            auto top = reinterpret_cast<uintptr_t>(thread.stack + kStackBytes) & ~uintptr_t{63};
-            uint64_t* frame = reinterpret_cast<uint64_t*>(top) - 8;
-            memset(frame, 0, 64);
-            frame[6] = reinterpret_cast<uint64_t>(&thread_main);
-            thread.stack_pointer = frame;
-        }
-        block->warps.push_back(warp);
-        make_runnable(warp);
-    }
-    grid->resident.push_back(block);
-    auto& room = grid->device->sms[sm];
-    room.blocks++, room.threads += threads, room.shared += grid->shared_bytes + kSharedReserved;
-}
+// Polls of each warp, with nothing else to run, before the processor is left to others.
+constexpr size_t kPollsBeforeYield = 256;
 
-void forget_warp(std::vector<Warp*>& list, Warp* warp) {
-    list.erase(std::remove(list.begin(), list.end(), warp), list.end());
-}
-
-void end_block(Block* block) {
-    Engine& e = engine();
-    arrive_all([block](const Engine::Late& late) { return late.block == block; });
-    Grid* grid = block->grid;
-    const unsigned threads = grid->threads.x * grid->threads.y * grid->threads.z;
-    for (Warp* warp : block->warps) {
-        for (unsigned lane = 0; lane < 32 && warp->index * 32 + lane < threads; lane++) {
-            *reinterpret_cast<uint64_t*>(warp->lanes[lane].stack) = kCanary;
-            e.stacks.push_back(warp->lanes[lane].stack);
-        }
-        if (warp->queued || warp->live != 0) {
-            forget_warp(e.runnable, warp);
-            forget_warp(e.pollers, warp);
-        }
-        e.spare_warps.push_back(warp);
-    }
-    e.shareds.push_back(block->dynamic + block->dynamic_bytes - kSharedRegion);
-    auto& room = grid->device->sms[block->sm];
-    room.blocks--, room.threads -= threads, room.shared -= grid->shared_bytes + kSharedReserved;
-    if (!block->let_dependents) grid->let_dependents++;
-    grid->exited++;
-    auto& resident = grid->resident;
-    resident.erase(std::find(resident.begin(), resident.end(), block));
-    delete block;
-}
+sigjmp_buf* copying = nullptr;
 
 bool all_let_dependents(const Operation& operation) {
     return operation.done ||
@@ -370,13 +130,6 @@ bool all_let_dependents(const Operation& operation) {
 bool may_start(const Operation& operation) {
     for (const auto& wait : operation.waits) {
         if (!(wait.programmatic ? all_let_dependents(*wait.on) : wait.on->done)) return false;
-    }
-    return true;
-}
-
-bool waits_over(const Operation& operation) {
-    for (const auto& wait : operation.waits) {
-        if (!wait.on->done) return false;
     }
     return true;
 }
@@ -700,296 +453,6 @@ uint32_t random_bits() {
     uint64_t& x = engine().random;
     x ^= x << 13, x ^= x >> 7, x ^= x << 17;
     return static_cast<uint32_t>(x >> 20);
-}
-
-void suspend() {
-    Thread* me = current;
-    Warp* warp = me->warp;
-    if (warp->ready == 0) {
-        emulator_switch(&me->stack_pointer, engine().stack_pointer);
-        return;
-    }
-    // The next lane in turn.
-    const unsigned turn = (me->lane + 1) % 32;
-    const uint32_t turned = warp->ready >> turn | (turn ? warp->ready << (32 - turn) : 0);
-    Thread* next = &warp->lanes[(static_cast<unsigned>(__builtin_ctz(turned)) + turn) % 32];
-    if (next == me) return;
-    current = next;
-    emulator_switch(&me->stack_pointer, next->stack_pointer);
-}
-
-namespace {
-
-// Back to the scheduler, whoever is ready in this warp.
-void yield_warp() { emulator_switch(&current->stack_pointer, engine().stack_pointer); }
-
-}  // namespace
-
-void poll(const char* where) {
-    Thread* me = current;
-    const uint32_t bit = 1u << me->lane;
-    me->where = where;
-    me->warp->ready &= ~bit;
-    me->warp->polling |= bit;
-    suspend();
-}
-
-void maybe_yield() {
-    if (random_bits() % 2 == 0) yield_warp();
-}
-
-void store_later(uint64_t* to, uint64_t x) {
-    auto& late = engine().late;
-    late.push_back({to, x, current->block});
-    if (late.size() > 256) arrive_late(random_bits() % late.size());
-    maybe_yield();
-}
-
-uint64_t load_watched(const uint64_t* from) {
-    poll("a load of what others store");
-    const Block* block = current->block;
-    arrive_all([=](const Engine::Late& late) { return late.to == from && late.block == block; });
-    return __atomic_load_n(from, __ATOMIC_ACQUIRE);
-}
-
-void fence() {
-    const Block* block = current->block;
-    arrive_all([block](const Engine::Late& late) { return late.block == block; });
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    maybe_yield();
-}
-
-bool arrive(Meeting kind, uint32_t mask) {
-    static const char* const names[] = {"__syncwarp", "shuffle", "vote", "ldmatrix", "movmatrix", "mma"};
-    Thread* me = current;
-    Warp* warp = me->warp;
-    const uint32_t bit = 1u << me->lane;
-    if (!(mask & bit)) fail("%s: a mask of %08x without the calling lane %u", names[int(kind)], mask, me->lane);
-    Warp::Gathering* at = nullptr;
-    for (auto& gathering : warp->gatherings) {
-        if (gathering.kind == kind && gathering.mask == mask && !(gathering.arrived & bit)) at = &gathering;
-    }
-    if (at == nullptr) {
-        warp->gatherings.push_back({kind, mask, 0});
-        at = &warp->gatherings.back();
-    }
-    at->arrived |= bit;
-    if (at->arrived == mask) return true;
-    me->where = names[int(kind)];
-    warp->ready &= ~bit;
-    warp->meeting |= bit;
-    suspend();
-    return false;
-}
-
-void leave(Meeting kind, uint32_t mask) {
-    Warp* warp = current->warp;
-    auto& all = warp->gatherings;
-    for (size_t i = 0; i < all.size(); i++) {
-        if (all[i].kind == kind && all[i].mask == mask && all[i].arrived == mask) {
-            all[i] = all.back();
-            all.pop_back();
-            break;
-        }
-    }
-    warp->ready |= mask;
-    warp->meeting &= ~mask;
-    // Other warps come in between, now and then.
-    if (random_bits() % 64 == 0) yield_warp();
-}
-
-void barrier() {
-    Thread* me = current;
-    Block* block = me->block;
-    Warp* warp = me->warp;
-    const uint32_t bit = 1u << me->lane;
-    if (++block->arrived < block->live) {
-        me->where = "__syncthreads";
-        warp->ready &= ~bit;
-        warp->at_barrier |= bit;
-        suspend();
-        return;
-    }
-    open_barrier(block, warp);
-}
-
-void dependency_wait() {
-    Thread* me = current;
-    const uint32_t bit = 1u << me->lane;
-    {
-        Lock lock;
-        if (waits_over(*me->block->grid->operation)) return;
-        me->where = "the wait for predecessors";
-        me->warp->ready &= ~bit;
-        me->warp->at_dependency |= bit;
-    }
-    suspend();
-}
-
-void dependency_launch() {
-    Block* block = current->block;
-    if (block->let_dependents) return;
-    Lock lock;
-    block->let_dependents = true;
-    block->grid->let_dependents++;
-    engine().dirty = true;
-}
-
-uint64_t global_timer() {
-    poll("a read of the timer");
-    return static_cast<uint64_t>(now() * 1e9);
-}
-
-// Many a nanosecond: who waits for cycles wants others to come in between, not to lose time.
-uint64_t clock_cycles() { return global_timer() * 64; }
-
-// What bounds a kernel's delays at points of a protocol, in nanoseconds: below 1 there are none.
-uint64_t delays() {
-    static const uint64_t bound = static_cast<uint64_t>(std::max(1l, setting("EMULATOR_DELAYS", 1)));
-    return bound;
-}
-
-void copy_async(uint32_t to, const void* from, uint32_t bytes, uint32_t size) {
-    if (to % size != 0 || (bytes > 0 && reinterpret_cast<uintptr_t>(from) % size != 0)) {
-        fail("cp.async of %u bytes from %p to %#x: not aligned", size, from, to);
-    }
-    Block* block = current->block;
-    char* at = shared_pointer(to);
-    if (at < block->memory || at + size > block->dynamic + block->dynamic_bytes) fail("cp.async to %#x: outside", to);
-    current->copies.push_back({at, static_cast<const char*>(from), bytes, size - bytes});
-}
-
-namespace {
-
-void do_copies(Thread* thread, size_t end) {
-    for (size_t i = 0; i < end; i++) {
-        const PendingCopy& copy = thread->copies[i];
-        memcpy(copy.to, copy.from, copy.bytes);
-        memset(copy.to + copy.bytes, 0, copy.zeros);
-    }
-    thread->copies.erase(thread->copies.begin(), thread->copies.begin() + static_cast<long>(end));
-    for (size_t& group : thread->groups) group = group > end ? group - end : 0;
-}
-
-}  // namespace
-
-void copy_commit() {
-    Thread* me = current;
-    me->groups.push_back(me->copies.size());
-    // They may come at any time from now on.
-    if (random_bits() % 4 == 0) do_copies(me, me->copies.size());
-}
-
-void copy_wait(unsigned pending) {
-    Thread* me = current;
-    // What is not committed is in no group, and is not waited for.
-    if (me->groups.size() <= pending) return;
-    const size_t closed = me->groups.size() - pending;
-    const size_t end = me->groups[closed - 1];
-    do_copies(me, end);
-    me->groups.erase(me->groups.begin(), me->groups.begin() + static_cast<long>(closed));
-}
-
-void* static_shared(const void* tag, size_t bytes, size_t alignment) {
-    Block* block = current->block;
-    for (const auto& [known, at] : block->statics) {
-        if (known == tag) return block->memory + at;
-    }
-    const auto at = static_cast<uint32_t>((block->static_bytes + alignment - 1) / alignment * alignment);
-    if (at + bytes > kStaticBytes) fail("more than %zu bytes of static shared memory", kStaticBytes);
-    block->statics.push_back({tag, at});
-    block->static_bytes = static_cast<uint32_t>(at + bytes);
-    return block->memory + at;
-}
-
-// --- warp-wide instructions ---
-
-void load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed) {
-    const unsigned lane = current->lane;
-    current->warp->words[lane][0] = address;
-    if (address % 16 != 0) fail("ldmatrix: %#x is not aligned", address);
-    meet(Meeting::load_matrices, ~0u, [transposed](Warp& warp) {
-        for (unsigned i = 0; i < 32; i++) {
-            for (unsigned matrix = 0; matrix < 4; matrix++) {
-                const auto element = [&](unsigned row, unsigned column) {
-                    uint16_t x;
-                    memcpy(&x, shared_pointer(warp.words[matrix * 8 + row][0]) + column * 2, 2);
-                    return static_cast<uint32_t>(x);
-                };
-                const unsigned a = i / 4, b = i % 4 * 2;
-                warp.words[i][4 + matrix] = transposed ? element(b, a) | element(b + 1, a) << 16
-                                                       : element(a, b) | element(a, b + 1) << 16;
-            }
-        }
-    });
-    for (unsigned i = 0; i < 4; i++) r[i] = current->warp->words[lane][4 + i];
-}
-
-uint32_t transpose(uint32_t x) {
-    const unsigned lane = current->lane;
-    current->warp->words[lane][0] = x;
-    meet(Meeting::transpose, ~0u, [](Warp& warp) {
-        const auto element = [&](unsigned row, unsigned column) {
-            return warp.words[row * 4 + column / 2][0] >> (column % 2 * 16) & 0xffffu;
-        };
-        for (unsigned i = 0; i < 32; i++) {
-            warp.words[i][4] = element(i % 4 * 2, i / 4) | element(i % 4 * 2 + 1, i / 4) << 16;
-        }
-    });
-    return current->warp->words[lane][4];
-}
-
-namespace {
-
-inline float widen(uint32_t bits, bool bf16) {
-    if (bf16) {
-        const uint32_t x = bits << 16;
-        float f;
-        memcpy(&f, &x, 4);
-        return f;
-    }
-    const auto x = static_cast<uint16_t>(bits);
-    _Float16 h;
-    memcpy(&h, &x, 2);
-    return static_cast<float>(h);
-}
-
-}  // namespace
-
-void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bf16) {
-    const unsigned lane = current->lane;
-    auto& mine = current->warp->words[lane];
-    for (unsigned i = 0; i < 4; i++) mine[i] = a[i];
-    mine[4] = b0, mine[5] = b1;
-    memcpy(&mine[6], d, 16);
-    meet(Meeting::multiply, ~0u, [bf16](Warp& warp) {
-        float left[16][16], right[16][8], sum[16][8];
-        for (unsigned i = 0; i < 32; i++) {
-            const unsigned g = i / 4, t = i % 4 * 2;
-            const uint32_t* words = warp.words[i];
-            for (unsigned half = 0; half < 2; half++) {
-                const unsigned shift = half * 16;
-                left[g][t + half] = widen(words[0] >> shift & 0xffffu, bf16);
-                left[g + 8][t + half] = widen(words[1] >> shift & 0xffffu, bf16);
-                left[g][t + 8 + half] = widen(words[2] >> shift & 0xffffu, bf16);
-                left[g + 8][t + 8 + half] = widen(words[3] >> shift & 0xffffu, bf16);
-                right[t + half][g] = widen(words[4] >> shift & 0xffffu, bf16);
-                right[t + 8 + half][g] = widen(words[5] >> shift & 0xffffu, bf16);
-            }
-            memcpy(&sum[g][t], &words[6], 8);
-            memcpy(&sum[g + 8][t], &words[8], 8);
-        }
-        for (unsigned m = 0; m < 16; m++) {
-            for (unsigned k = 0; k < 16; k++) {
-                for (unsigned n = 0; n < 8; n++) sum[m][n] += left[m][k] * right[k][n];
-            }
-        }
-        for (unsigned i = 0; i < 32; i++) {
-            memcpy(&warp.words[i][6], &sum[i / 4][i % 4 * 2], 8);
-            memcpy(&warp.words[i][8], &sum[i / 4 + 8][i % 4 * 2], 8);
-        }
-    });
-    memcpy(d, &current->warp->words[lane][6], 16);
 }
 
 }  // namespace emulator
