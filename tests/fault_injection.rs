@@ -7,6 +7,10 @@ use std::time::Duration;
 use treeattn::device::{EngineExecutor, Executor, HostBuffer, ParallelFor, Queue, TaskCallback, Workers};
 use treeattn::{ErrorKind, fault};
 
+/// Runs the tasks one after the other.
+///
+/// # Safety
+/// `task` may be called with `data` and the numbers below `n`.
 unsafe extern "C" fn in_turn(_: *mut c_void, n: i32, task: Option<TaskCallback>, data: *mut c_void) -> i32 {
     // SAFETY: the task and its data, as the library gave them.
     task.map_or(1, |task| (0..n).map(|i| unsafe { task(data, i) }).count() as i32 - n)

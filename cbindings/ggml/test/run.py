@@ -213,8 +213,10 @@ def test_killed(client):
     shared = set(os.listdir("/dev/shm"))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         case = Decoding("llama", "f16", (1, 1))
+        # A shell starts what runs in the background with SIGINT ignored, and that is inherited.
         child = subprocess.Popen([client.out / "decode"], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                 stderr=subprocess.DEVNULL, text=True)
+                                 stderr=subprocess.DEVNULL, text=True,
+                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         child.stdin.write((case.line(client.out, "killed", None) + "\n") * 100)
         child.stdin.flush()
         if not child.stdout.readline():
