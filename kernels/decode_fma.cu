@@ -61,7 +61,8 @@ struct Fma {
             to[kLanesK] = make_float4(x[4], x[5], x[6], x[7]);
         }
         if (lane == 0) {
-            reinterpret_cast<int*>(shared + S::kRowAt)[row] = row < rows ? last_visible(p, item.b, item.first_token, item.tokens, token) : INT32_MAX;
+            reinterpret_cast<int*>(shared + S::kRowAt)[row] =
+                row < rows ? last_visible(p, item.b, item.first_token, item.tokens, token) : INT32_MAX;
         }
     }
 

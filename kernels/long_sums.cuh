@@ -26,7 +26,8 @@ struct LongSums {
     static constexpr int kWarpBytes = kMaxima * kGroupFloats * static_cast<int>(sizeof(float2));
     static constexpr int kBlockBytes = S::kWarps * kWarpBytes;
     static __device__ __forceinline__ float2* of_lane(const DecodeParams& p, int partial_floats) {
-        char* behind = reinterpret_cast<char*>(p.workspace.partials + kPartialsABlock * static_cast<int64_t>(gridDim.x) * partial_floats);
+        char* behind =
+            reinterpret_cast<char*>(p.workspace.partials + kPartialsABlock * static_cast<int64_t>(gridDim.x) * partial_floats);
         const int64_t warp = static_cast<int64_t>(blockIdx.x) * S::kWarps + threadIdx.x / 32;
         return reinterpret_cast<float2*>(behind + warp * kWarpBytes) + threadIdx.x % 32;
     }

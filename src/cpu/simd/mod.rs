@@ -5,11 +5,10 @@
 //! instruction set (`kernel::table`).
 //!
 //! A vector of keys or values meets as many multiply-adds as there are query heads to a kv head, so that with four of them
-//! widening is what the formats below 16 bits differ in. Of 64 keys of 8 kv heads with 4 rows each, in cache, a core of Zen 5
-//! computes scores and values in 5.2 us in int8 (f16 the same), 6.0 in f8_e5m2, 6.3 in q8_0, 6.5 in q4_0 and 6.4 in f8_e4m3; the
-//! multiply-adds alone take 4.7. The multiplication by the scale of a block, half a cycle a vector, shares their units.
-//! Tried there, with nothing to show for it: f8_e5m2 by one shuffle of bytes instead of a widening and a shift (6.3 us); f8_e4m3
-//! by masked look-ups, of which LLVM makes blends (7.1 to 9.0); pairs of vectors on AVX2 (values of q8_0 7.0 us, 6.3 without).
+//! widening is what the formats below 16 bits differ in, also where the cache comes from memory; README has what each takes.
+//! The multiplication by the scale of a block shares the units of the multiply-adds. Tried on Zen 5 without a gain: f8_e5m2 by one
+//! shuffle of bytes instead of a widening and a shift; f8_e4m3 by masked look-ups, of which LLVM makes blends; pairs of vectors
+//! on AVX2.
 
 #[cfg(target_arch = "x86_64")]
 pub mod avx2;
