@@ -59,8 +59,9 @@ def _metadata() -> str:
 
 
 def _entry_points() -> str:
-    scripts = _project()["scripts"]
-    return "[console_scripts]\n" + "".join(f"{name} = {function}\n" for name, function in scripts.items())
+    project = _project()
+    groups = {"console_scripts": project["scripts"]} | project["entry-points"]
+    return "\n".join(f"[{group}]\n" + "".join(f"{name} = {to}\n" for name, to in found.items()) for group, found in groups.items())
 
 
 def _install(prefix: Path) -> None:

@@ -86,6 +86,43 @@ class Steps(unittest.TestCase):
         self.assertEqual(plans[0].stats()["steps"], 1)
 
 
+class Tensors(unittest.TestCase):
+    """What is said of tensors before the library sees their addresses."""
+
+    SHAPE = {"q_heads": 2, "kv_heads": 1, "head_dim_qk": 2, "max_batch": 2, "max_query_tokens": 2, "max_kv_length": 3}
+
+    def step(self, shape: dict, **fields: object) -> list:
+        (comm,) = treeattn.Comm.local([treeattn.cpu()], threads_per_rank=1)
+        plan = comm.plan(**self.SHAPE | shape)
+        q, out = tensor((2, 2, 2), [1, 0, 0, 1, 1, 1, 2, 0]), tensor((2, 2, 2))
+        k = tensor((2, 3, 1, 2), [1, 2, 3, 4, 5, 6, 1, 0, 0, 1, 1, 1])
+        plan.decode(q, k, k, out, kv_length=tensor((2,), [3, 3], "i"), **fields)
+        return out.tolist()
+
+    def test_masks_and_scales_broadcast(self) -> None:
+        whole = tensor((2, 2, 1, 3), [0, 0, -INFINITY] * 4)
+        wanted = self.step({"mask": "additive", "mask_dtype": "float32"}, mask=whole)
+        self.assertNotEqual(self.step({}), wanted)
+        for shape in ((1, 1, 1, 3), (1, 1, 3), (3,)):
+            mask = tensor(shape, [0, 0, -INFINITY])
+            self.assertEqual(self.step({"mask": "additive", "mask_dtype": "float32"}, mask=mask), wanted)
+        wanted = self.step({}, v_scale=tensor((2, 3, 1), [2] * 6))
+        for shape in ((1,), (1, 1, 1), (2, 1, 1), (3, 1)):
+            self.assertEqual(self.step({}, v_scale=tensor(shape, [2] * math.prod(shape))), wanted)
+
+    def test_tensors_of_other_shapes_are_refused(self) -> None:
+        for fields, wanted in (
+            ({"v_scale": tensor((2,), [1, 1])}, r"v_scale is \[2\]; wanted 1 heads"),
+            ({"v_scale": tensor((1, 1, 1, 1), [1])}, "wanted at most 3 dimensions"),
+        ):
+            with self.assertRaisesRegex(ValueError, wanted):
+                self.step({}, **fields)
+        with self.assertRaisesRegex(TypeError, "sinks is int32; wanted float32"):
+            self.step({"sinks": 1}, sinks=tensor((2,), [1, 1], "i"))
+        with self.assertRaisesRegex(ValueError, r"k is \[2, 3, 1, 2\]; wanted \[any, any, 2, 2\]"):
+            self.step({"kv_heads": 2})
+
+
 class Merges(unittest.TestCase):
     """The conventions of other kernels: what an lse of no keys is, its base, and how it lies in memory."""
 

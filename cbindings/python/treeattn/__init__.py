@@ -17,31 +17,23 @@ Nothing but Python's standard library is needed.
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from treeattn import _abi, _c
+from treeattn._arguments import decode_arguments, describe, merge_arguments
 from treeattn._c import Error, check, failure, lib, sized
-from treeattn._tensors import DTYPE_NAMES, View, dtype_code, fill, view
+from treeattn._tensors import View, view
 
 globals().update({kind.__name__: kind for kind in _c.ERRORS.values()})
 globals().update({name: value for name, value in vars(_abi).items() if name.isupper() and isinstance(value, int)})
 
 __version__ = f"{_abi.VERSION_MAJOR}.{_abi.VERSION_MINOR}.{_abi.VERSION_PATCH}"
-__all__ = ["Buffer", "Comm", "Error", "Plan", "Runtime", "Stream", "View", "cpu", "cuda", "default_runtime", "head_range", "version"]
+__all__ = ["Buffer", "Comm", "Error", "Placement", "Plan", "Runtime", "Stream", "View", "cpu", "cuda", "default_runtime", "describe",
+           "head_range", "version", "view"]  # fmt: skip
 __all__ += [kind.__name__ for kind in _c.ERRORS.values()]
-
-# Bytes of a block of 32 values, by type.
-_BLOCKS = {
-    _abi.DTYPE_Q8_0: 34,
-    _abi.DTYPE_Q4_0: 18,
-    _abi.DTYPE_Q4_1: 20,
-    _abi.DTYPE_Q5_0: 22,
-    _abi.DTYPE_Q5_1: 24,
-    _abi.DTYPE_IQ4_NL: 18,
-}
-
 
 def version() -> str:
     """The version of the library that is loaded."""
@@ -141,8 +133,8 @@ class Runtime(_Object):
                        **fields: Any) -> None:  # fmt: skip
         """Merges partials that lie in one place: o [partial, token, head, dim], lse [partial, token, head]."""
         o = view(o)
-        partials, tokens, heads, dim = o.shape
-        args = _merge_args(o, view(lse), view(out), view(out_lse) if out_lse is not None else None, tokens, **fields)
+        partials, _, heads, dim = o.shape
+        args = merge_arguments(o, view(lse), view(out), view(out_lse) if out_lse is not None else None, **fields)
         args.heads, args.head_dim = heads, dim
         check(lib.treeattn_merge_partials(self.handle, device, ctypes.byref(args), partials, stream and stream.handle))
 
@@ -329,6 +321,10 @@ class Comm(_Object):
         if self.handle is not None and lib.treeattn_comm_status(self.handle, ctypes.byref(found)) == 0:
             if found.code == status:
                 error.rank = found.rank
+        # What a step on a CPU has returned the status does not tell again; the message does.
+        named = re.search(r" on rank (\d+)\b", str(error)) if error.rank < 0 and status == _abi.ERROR_INVALID_DATA else None
+        if named:
+            error.rank = int(named[1])
         if self._raised:
             error.__cause__ = self._raised[-1]
             self._raised.clear()
@@ -340,81 +336,16 @@ class Comm(_Object):
         status = lib.treeattn_plan_create(self.handle, ctypes.byref(shape), ctypes.byref(handle))
         if status:
             raise self.failure(status)
-        return Plan(handle.value, self, shape)
+        return self._made(handle.value, shape)
 
-
-def describe(*, dtype: str | None = None, **fields: Any) -> _abi.AttentionDesc:
-    """A `treeattn_attention_desc_t` of its fields.
-
-    Types are names ("float16", "q8_0") or numbers; `dtype` stands for those of q, k, v and the output that are not given.
-    `head_dim_v` is `head_dim_qk` where it is not given, and `placement` may be ("interleaved", 16).
-    """
-    desc = sized(_abi.AttentionDesc)
-    kv_heads = fields.get("kv_heads", 0)
-    types = ("q_dtype", "k_dtype", "v_dtype", "out_dtype") if kv_heads else ("out_dtype",)
-    fields = {name: dtype or "float32" for name in types} | fields
-    if "head_dim_qk" in fields:
-        fields.setdefault("head_dim_v", fields["head_dim_qk"])
-    placement = fields.pop("placement", None)
-    if placement is not None:
-        kind, interleave = placement if isinstance(placement, tuple) else (placement, 0)
-        desc.placement.kind = getattr(_abi, f"PLACEMENT_{kind.upper()}") if isinstance(kind, str) else kind
-        desc.placement.interleave = interleave
-    for name, value in fields.items():
-        if name not in _DESC_FIELDS:
-            raise TypeError(f"treeattn_attention_desc_t has no field {name}")
-        if isinstance(value, str):
-            prefix = {"dtype": "", "algorithm": "ALGORITHM", "output": "OUTPUT", "kv_layout": "KV_LAYOUT", "mask": "MASK",
-                      "query_input": "QUERY_INPUT", "reproducibility": "REPRODUCIBILITY"}.get(name, "")  # fmt: skip
-            value = getattr(_abi, f"{prefix}_{value.upper()}") if prefix else dtype_code(value)
-        setattr(desc, name, value)
-    return desc
-
-
-_DESC_FIELDS = {name for name, *_ in _abi.AttentionDesc._fields_}
-
-
-def _index(what: str, value: Any) -> int | None:
-    """The address of an array of int32."""
-    if value is None or isinstance(value, int):
-        return value
-    found = view(value)
-    if found.dtype != "int32" or not found.contiguous:
-        raise TypeError(f"{what} is {found.dtype}{'' if found.contiguous else ', not contiguous'}; wanted int32, contiguous")
-    return found.data
-
-
-def _wanted(what: str, tensor: View, code: int) -> View:
-    """@raises TypeError: a tensor of another type than the plan's."""
-    if code in _BLOCKS:
-        if tensor.dtype != "uint8":
-            raise TypeError(f"{what} is {tensor.dtype}; wanted the bytes of its blocks, uint8")
-        tensor.stride = (*tensor.stride[:-1], _BLOCKS[code])
-    elif DTYPE_NAMES.get(tensor.dtype) != code:
-        wanted = next((name for name, number in DTYPE_NAMES.items() if number == code), f"type {code}")
-        raise TypeError(f"{what} is {tensor.dtype}; wanted {wanted}")
-    return tensor
-
-
-def _merge_args(o: View, lse: View, out: View, out_lse: View | None, tokens: int, *, lse_base: int = 0, flags: int = 0) -> Any:
-    args = sized(_abi.MergeArgs, query_tokens=tokens, o_dtype=dtype_code(o.dtype), out_dtype=dtype_code(out.dtype))
-    args.lse_base, args.flags = lse_base, flags
-    fill(args.o, o)
-    fill(args.lse, _wanted("lse", lse, _abi.DTYPE_F32))
-    fill(args.out, out)
-    fill(args.out_lse, _wanted("out_lse", out_lse, _abi.DTYPE_F32) if out_lse else None)
-    return args
-
-
-_INDEX_FIELDS = ("query_start", "kv_length", "global_length", "kv_start", "kv_position", "query_position", "block_table",
-                 "page_indptr", "page_indices", "last_page_len")  # fmt: skip
-_TENSOR_FIELDS = ("k_scale", "v_scale", "alibi_slopes", "sinks", "mask", "mask_factor")
+    def _made(self, handle: int, shape: _abi.AttentionDesc) -> Plan:
+        return Plan(handle, self, shape)
 
 
 class Plan(_Object):
     """A shape made ready on one rank. One plan serves all layers of a shape, one step after the other.
 
-    @param desc what it was made of, a `treeattn_attention_desc_t`.
+    `desc` is what it was made of, `heads` how many its output has on this rank.
     """
 
     _destroy = "treeattn_plan_destroy"
@@ -422,6 +353,8 @@ class Plan(_Object):
     def __init__(self, handle: int, comm: Comm, desc: _abi.AttentionDesc) -> None:
         super().__init__(handle)
         self.comm, self.desc = comm, desc
+        stats = self.stats()
+        self.heads = stats["head_end"] - stats["head_begin"]
 
     @classmethod
     def all(cls, comms: Sequence[Comm], **desc: Any) -> list[Plan]:
@@ -432,38 +365,23 @@ class Plan(_Object):
         status = lib.treeattn_plan_create_all(len(comms), ends, ctypes.byref(shape), handles)
         if status:
             raise comms[0].failure(status)
-        return [cls(handle, comm, shape) for handle, comm in zip(handles, comms)]
+        return [comm._made(handle, shape) for handle, comm in zip(handles, comms)]
 
-    def arguments(self, q: Any, k: Any, v: Any, out: Any, lse: Any = None, *, batch: int | None = None, **fields: Any) -> Any:
+    def arguments(self, q: Any, k: Any, v: Any, out: Any, lse: Any = None, *, batch: int | None = None, whole: bool = False,
+                  **fields: Any) -> _abi.DecodeArgs:  # fmt: skip
         """A `treeattn_decode_args_t` of tensors: q [token, head, dim], k and v [sequence, token, kv head, dim] or pages.
 
-        Index arrays are int32 and contiguous; `batch` is the length of `kv_length` where it is not given. The tensors have to
-        live as long as the struct is used.
+        Index arrays are int32 and contiguous; `batch` is the length of `kv_length` where it is not given, and strides and numbers
+        of pages are those of the arrays' shapes. Masks and scales broadcast as NumPy's arrays do. The tensors have to live as long
+        as the struct is used.
+
+        @param whole the outputs hold all heads, as those of `partial` do, and not the rank's own.
         """
-        desc = self.desc
-        args = sized(_abi.DecodeArgs)
-        q, out = _wanted("q", view(q), desc.q_dtype), _wanted("out", view(out), desc.out_dtype)
-        fill(args.q, q)
-        fill(args.k, _wanted("k", view(k), desc.k_dtype) if k is not None else None)
-        fill(args.v, _wanted("v", view(v), desc.v_dtype) if v is not None else None)
-        fill(args.out, out)
-        fill(args.lse, _wanted("lse", view(lse), _abi.DTYPE_F32) if lse is not None else None)
-        args.query_tokens = q.shape[0]
-        lengths = fields.get("kv_length")
-        if batch is None and lengths is None:
-            raise TypeError("batch is needed where kv_length is not given")
-        args.batch = view(lengths).shape[0] if batch is None else batch
-        for name in _INDEX_FIELDS:
-            setattr(args, name, _index(name, fields.pop(name, None)))
-        for name in _TENSOR_FIELDS:
-            tensor = fields.pop(name, None)
-            if tensor is not None:
-                fill(getattr(args, name), view(tensor))
-        for name, value in fields.items():
-            if name not in _ARGS_FIELDS:
-                raise TypeError(f"treeattn_decode_args_t has no field {name}")
-            setattr(args, name, value)
-        return args
+        heads = self.desc.q_heads if whole else self.heads
+        queries = self.desc.q_heads
+        if self.desc.query_input == _abi.QUERY_INPUT_SCATTERED:
+            _, queries = head_range(queries, self.comm.world, self.comm.rank)
+        return decode_arguments(self.desc, (queries, heads), q, k, v, out, lse, batch, fields)
 
     def decode(self, *tensors: Any, stream: Stream | None = None, **fields: Any) -> None:
         """One step: attends this rank's shard, exchanges, writes the output over all ranks' keys. Collective.
@@ -475,7 +393,7 @@ class Plan(_Object):
 
     def partial(self, *tensors: Any, stream: Stream | None = None, **fields: Any) -> None:
         """This rank's partial alone, over all heads; no exchange. Arguments as of `arguments`."""
-        self._run(lib.treeattn_plan_partial, self.arguments(*tensors, **fields), stream)
+        self._run(lib.treeattn_plan_partial, self.arguments(*tensors, whole=True, **fields), stream)
 
     def merge(self, o: Any, lse: Any, out: Any, out_lse: Any = None, *, stream: Stream | None = None, **fields: Any) -> None:
         """The exchange alone: this rank's partial, o [token, head, dim] and lse [token, head], becomes the merged output.
@@ -483,7 +401,7 @@ class Plan(_Object):
         @param fields `lse_base` (2: the incoming lse is to base 2) and `flags` (MERGE_...). Collective.
         """
         o = view(o)
-        args = _merge_args(o, view(lse), view(out), view(out_lse) if out_lse is not None else None, o.shape[0], **fields)
+        args = merge_arguments(o, view(lse), view(out), view(out_lse) if out_lse is not None else None, **fields)
         self._run(lib.treeattn_plan_merge, args, stream)
 
     def _run(self, call: Any, args: ctypes.Structure, stream: Stream | None) -> None:
@@ -503,9 +421,6 @@ class Plan(_Object):
         memory = sized(_abi.PlanMemory)
         check(lib.treeattn_plan_memory(self.handle, ctypes.byref(memory)))
         return {"workspace": memory.workspace, "window": memory.window}
-
-
-_ARGS_FIELDS = {name for name, *_ in _abi.DecodeArgs._fields_}
 
 
 class Placement:
