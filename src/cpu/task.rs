@@ -176,8 +176,18 @@ impl<'a> Task<'a> {
     }
 
     /// What to ask for in the keys or values of a tile of `keys` keys: the rows [`AHEAD`] keys on, those of the values
-    /// after the keys, and of the next tile's keys after the values.
+    /// after the keys, and of the next tile's keys after the values. Where a tile is taken for one kv head at a time: the rows
+    /// that are widened next.
     fn prefetch(&self, which: usize, heads: Heads, keys: usize, rows: &Rows, next: Option<&Rows>) -> Prefetch {
+        if heads.count < self.split.heads {
+            let following = Heads { first: heads.first + 1, ..heads };
+            let next = match which {
+                K => self.prefetch_rows(V, heads, Some(rows), 0),
+                _ if following.first < self.split.heads => self.prefetch_rows(K, following, Some(rows), 0),
+                _ => self.prefetch_rows(K, Heads { first: 0, ..heads }, next, 0),
+            };
+            return Prefetch { same: PrefetchRows::NONE, next, split: 0 };
+        }
         let split = keys.saturating_sub(AHEAD) / AHEAD * AHEAD;
         let same = if split > 0 { self.prefetch_rows(which, heads, Some(rows), AHEAD) } else { PrefetchRows::NONE };
         let next = self.prefetch_rows(1 - which, heads, if which == K { Some(rows) } else { next }, 0);
