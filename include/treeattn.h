@@ -199,7 +199,7 @@ inline T sized() {
  * Sinks, slopes, mask factors, masks and scales are not compared. Merges of partials and `treeattn_plan_partial` check nothing,
  * and neither do plans that exchange nothing. On CPUs the step returns the error, or the
  * stream does; on GPUs it is told as TREEATTN_ERROR_INVALID_DATA is, by `treeattn_comm_status`, once, and a captured step checks
- * in every replay. Not with ALLREDUCE3 on GPUs (TREEATTN_ERROR_UNSUPPORTED). Since 0.2.
+ * in every replay. Not on GPUs whose steps go over NCCL (TREEATTN_ERROR_UNSUPPORTED). Since 0.2.
  */
 #define TREEATTN_ATTENTION_CHECKED 2
 
@@ -686,7 +686,11 @@ typedef int32_t treeattn_algorithm_t;
 /** The library chooses; `treeattn_plan_stats` says which and why. The default. */
 #define TREEATTN_ALGORITHM_AUTO 0
 
-/** Every rank sends its partial to every rank, each merges all, in one step. */
+/**
+ * Every rank sends its partial to every rank, each merges all, in one step. GPUs that cannot reach each other's memory do so
+ * by one allgather of NCCL, which takes each GPU once; once a step has failed, graphs that were captured from it must not be
+ * replayed.
+ */
 #define TREEATTN_ALGORITHM_ONE_SHOT 1
 
 /** Each rank merges its own heads of all partials, then sends the merged heads to all. */
@@ -1403,13 +1407,14 @@ treeattn_status_t treeattn_buffer_destroy(struct treeattn_buffer_t *buffer);
 /**
  * Creates a communicator whose ranks all live in this process, and gives every rank's end of it.
  *
- * GPUs reach each other's memory and show it here by an exchange; where they cannot, the plans that would need it are
- * UNSUPPORTED and say why. Their steps are kernels that wait for each other on the device: one thread may drive all ranks,
+ * GPUs reach each other's memory and show it here by an exchange. Where they cannot, steps go over NCCL, which takes each GPU
+ * once; `treeattn_comm_describe` says why (`no_windows`). Plans that need the memory (TWO_SHOT, CHECKED), and all where there
+ * is no NCCL, are UNSUPPORTED. Steps are kernels that wait for each other on the device: one thread may drive all ranks,
  * step k on all before step k + 1 on any. Ranks that share a GPU divide its multiprocessors; then
  * CUDA_DEVICE_MAX_CONNECTIONS=32 keeps their streams apart.
  *
  * @param runtime the runtime.
- * @param n       number of ranks, 1 to 1,024; of GPUs that exchange at most 64.
+ * @param n       number of ranks, 1 to 1,024; of GPUs more than 64 exchange over NCCL.
  * @param devices each rank's device; a device may appear several times. CPUs and GPUs do not mix.
  * @param config  NULL for defaults.
  * @param comms   where the n handles go, rank by rank.
@@ -1663,7 +1668,7 @@ treeattn_status_t treeattn_plan_create(struct treeattn_comm_t *comm,
  * @return as `treeattn_plan_create`. On an error no plan is left.
  *
  * Ownership: the caller destroys each of the n. Thread safety: as `treeattn_plan_create`. Waits for no other call; between
- * GPUs, TREEATTN_ALGORITHM_ALLREDUCE3 has NCCL connect the ranks, on threads of the library, at most the setup deadline.
+ * GPUs, plans whose steps go over NCCL have it connect the ranks, on threads of the library, at most the setup deadline.
  * During a capture: CAPTURING. Since 0.1.
  */
 treeattn_status_t treeattn_plan_create_all(int32_t n,

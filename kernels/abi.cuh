@@ -171,11 +171,22 @@ enum : uint32_t {
 enum : int {
     kRecordWords = 16,
 };
+// Bytes of a message before its rows, and of a row before its o.
+enum : int {
+    kGatherHeaderBytes = 64,
+    kGatherRowHead = 16,
+};
+// Words of a message's header: bad data (pack_status; the next stays 0), what tells steps apart.
+enum : int {
+    kGatherBadData = 0,
+    kGatherStep = 2,
+};
 
-// The hashes of what all kernels know, and of what those that take TermsParams or CheckParams do; each image carries its own.
+// The hashes of what all kernels know, and of what those that take TermsParams, CheckParams or GatherParams do; each image carries its own.
 constexpr uint64_t kAbi = 0x21236fe8735fe64f;
 constexpr uint64_t kTermsAbi = 0xb1b401aa4b9683e5;
 constexpr uint64_t kCheckAbi = 0x07e78c6c6d4be5d4;
+constexpr uint64_t kGatherAbi = 0x21e5e4bf2a2035eb;
 
 }  // namespace treeattn
 
@@ -185,6 +196,8 @@ constexpr uint64_t kCheckAbi = 0x07e78c6c6d4be5d4;
     extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kTermsAbi;
 #define TREEATTN_CHECK_ABI(NAME) \
     extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kCheckAbi;
+#define TREEATTN_GATHER_ABI(NAME) \
+    extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kGatherAbi;
 
 #define TREEATTN_CHECK_LAYOUT \
     static_assert(sizeof(KernelShape) == 32, "KernelShape"); \
@@ -345,4 +358,25 @@ constexpr uint64_t kCheckAbi = 0x07e78c6c6d4be5d4;
     static_assert(offsetof(CheckParams, first) == 520, "CheckParams::first"); \
     static_assert(offsetof(CheckParams, count) == 524, "CheckParams::count"); \
     static_assert(offsetof(CheckParams, needs_positions) == 528, "CheckParams::needs_positions"); \
-    static_assert(offsetof(CheckParams, surplus_keys) == 532, "CheckParams::surplus_keys");
+    static_assert(offsetof(CheckParams, surplus_keys) == 532, "CheckParams::surplus_keys"); \
+    static_assert(sizeof(GatherParams) == 248, "GatherParams"); \
+    static_assert(offsetof(GatherParams, source) == 0, "GatherParams::source"); \
+    static_assert(offsetof(GatherParams, target) == 72, "GatherParams::target"); \
+    static_assert(offsetof(GatherParams, send) == 136, "GatherParams::send"); \
+    static_assert(offsetof(GatherParams, received) == 144, "GatherParams::received"); \
+    static_assert(offsetof(GatherParams, message_bytes) == 152, "GatherParams::message_bytes"); \
+    static_assert(offsetof(GatherParams, row_bytes) == 160, "GatherParams::row_bytes"); \
+    static_assert(offsetof(GatherParams, fingerprint) == 168, "GatherParams::fingerprint"); \
+    static_assert(offsetof(GatherParams, words) == 176, "GatherParams::words"); \
+    static_assert(offsetof(GatherParams, failed) == 184, "GatherParams::failed"); \
+    static_assert(offsetof(GatherParams, host) == 192, "GatherParams::host"); \
+    static_assert(offsetof(GatherParams, failure) == 200, "GatherParams::failure"); \
+    static_assert(offsetof(GatherParams, arrived) == 208, "GatherParams::arrived"); \
+    static_assert(offsetof(GatherParams, wire_dtype) == 216, "GatherParams::wire_dtype"); \
+    static_assert(offsetof(GatherParams, lse_in_two) == 220, "GatherParams::lse_in_two"); \
+    static_assert(offsetof(GatherParams, tokens) == 224, "GatherParams::tokens"); \
+    static_assert(offsetof(GatherParams, heads) == 228, "GatherParams::heads"); \
+    static_assert(offsetof(GatherParams, first_head) == 232, "GatherParams::first_head"); \
+    static_assert(offsetof(GatherParams, own_heads) == 236, "GatherParams::own_heads"); \
+    static_assert(offsetof(GatherParams, rank) == 240, "GatherParams::rank"); \
+    static_assert(offsetof(GatherParams, world) == 244, "GatherParams::world");

@@ -11,15 +11,9 @@
 #include "numbers.cuh"
 #include "params.cuh"
 #include "ptx.cuh"
+#include "steps.cuh"
 
 namespace treeattn {
-
-// Counts a step in device memory, and tells the host.
-__device__ __forceinline__ void count_step(const AllreduceParams& p, int which) {
-    const uint64_t steps = p.words[which] + 1;
-    p.words[which] = steps;
-    *reinterpret_cast<volatile uint64_t*>(p.host + which) = steps;
-}
 
 __device__ __forceinline__ float* bad_data(const AllreduceParams& p) {
     return p.weights + static_cast<int64_t>(p.tokens) * p.heads;
@@ -40,7 +34,7 @@ __device__ __forceinline__ void begin(const AllreduceParams& p) {
     __syncwarp();
     if (threadIdx.x == 0) {
         *p.status = 0;
-        count_step(p, kStepsBegun);
+        count_step(p.words, p.host, kStepsBegun);
     }
 }
 
@@ -94,7 +88,7 @@ __device__ __forceinline__ void end(const AllreduceParams& p) {
         *reinterpret_cast<volatile uint64_t*>(p.host + kStepBadData) = word;
         break;
     }
-    count_step(p, kStepsEnded);
+    count_step(p.words, p.host, kStepsEnded);
 }
 
 }  // namespace treeattn

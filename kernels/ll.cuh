@@ -14,6 +14,7 @@
 #pragma once
 
 #include "faults.cuh"
+#include "odd_rank.cuh"
 #include "params.cuh"
 #include "ptx.cuh"
 
@@ -265,30 +266,9 @@ __device__ __forceinline__ uint64_t fingerprint_of(ulonglong2 words) {
     return static_cast<uint64_t>(data_of(words.y)) << 32 | data_of(words.x);
 }
 
-// The rank to blame where fingerprints differ: the first outside the largest party; where no party is the largest, the
-// first that differs from this rank (attention::odd_ranks). One thread.
+// The rank to blame where fingerprints differ. One thread.
 static __device__ __noinline__ int rank_out_of_step(const ExchangeView& v, const Epoch& e) {
-    const auto at = [&](int rank) { return fingerprint_of(load_words(slot_of(v, e, rank))); };
-    const auto party = [&](int rank) {
-        int size = 0;
-        for (int other = 0; other < v.world; other++) size += at(other) == at(rank);
-        return size;
-    };
-    int most = 0;
-    for (int rank = 0; rank < v.world; rank++) most = max(most, party(rank));
-    uint64_t right = 0;
-    bool found = false, single = true;
-    for (int rank = 0; rank < v.world; rank++) {
-        if (party(rank) < most) continue;
-        single &= !found || at(rank) == right;
-        if (!found) right = at(rank);
-        found = true;
-    }
-    if (!single) right = v.fingerprint;
-    for (int rank = 0; rank < v.world; rank++) {
-        if (at(rank) != right) return rank;
-    }
-    return v.rank;
+    return odd_rank(v.world, v.rank, [&](int rank) { return fingerprint_of(load_words(slot_of(v, e, rank))); });
 }
 
 // Ranks that have come differ in what for: one warp waits for the headers that may still be on their way, for whom to blame

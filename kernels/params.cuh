@@ -230,6 +230,31 @@ struct AllreduceParams {
     int32_t world;
 };
 
+// What lies around the allgather of a step over NCCL (gather.cu). A message is a header of kGatherHeaderBytes, then a row for
+// each (token, head): its log-sum-exp in two floats, and from byte kGatherRowHead on its o in the wire's type.
+struct GatherParams {
+    RowSource source;      // begin: [token, head, dim] the partial to send; o null: it is written to the message itself
+    RowTarget target;      // merge: [token, own head, dim]
+    char* send;            // this rank's message
+    const char* received;  // those of all ranks, in rank order
+    int64_t message_bytes; // from one to the next
+    int64_t row_bytes;     // of a row of a message, a multiple of 16
+    uint64_t fingerprint;  // of the call
+    uint64_t* words;       // device memory of the plan: steps begun, steps ended
+    uint64_t* failed;      // device memory: not 0 once the communicator is broken, outputs are then NaN
+    uint64_t* host;        // mapped host memory: steps begun, steps ended, bad data with its rank
+    uint64_t* failure;     // mapped host memory: the failure that a step has found
+    uint32_t* arrived;     // blocks of merge that are done; it leaves 0
+    int32_t wire_dtype;    // of o in messages
+    int32_t lse_in_two;    // 1: each lse of the source is two floats, the second what the first lacks
+    int32_t tokens;
+    int32_t heads;
+    int32_t first_head;    // of this rank's output
+    int32_t own_heads;     // of this rank's output
+    int32_t rank;
+    int32_t world;
+};
+
 TREEATTN_CHECK_LAYOUT
 
 }  // namespace treeattn

@@ -47,7 +47,7 @@ pub(crate) use call_word::CallWord;
 pub use config::CommConfig;
 pub(crate) use gpu::{GpuRank, Offer, Windows};
 pub(crate) use local::{LocalRank, MAX_RANKS, local_group};
-pub(crate) use plan_words::{ANY_FAULT, BAD_VALUE, COUNTS, OWN_FAULT, PlanLease, PlanWords};
+pub(crate) use plan_words::{ANY_FAULT, BAD_VALUE, COUNTS, FAILURE, OWN_FAULT, PlanLease, PlanWords};
 pub(crate) use rounds::{Hop, Round, RoundHeader, Rounds};
 pub(crate) use transport::TransportRank;
 pub use transport::{AllgatherCallback, SendrecvCallback, Transport};

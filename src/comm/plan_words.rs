@@ -27,7 +27,9 @@ pub(crate) const COUNTS: usize = 2;
 pub(crate) const ANY_FAULT: usize = COUNTS + 2;
 /// The first word of the value that was bad, as [`value`] says; of whatever route, where this rank met it.
 pub(crate) const BAD_VALUE: usize = ANY_FAULT + 1;
-const _: () = assert!(BAD_VALUE + value::WORDS <= WORDS);
+/// The [failure](crate::partial::word::Failure) that a step of the plan has found in what ranks sent each other; 0 for none.
+pub(crate) const FAILURE: usize = BAD_VALUE + value::WORDS;
+const _: () = assert!(FAILURE < WORDS);
 /// Leases that are allocated together: a page.
 const LEASES: usize = 4096 / (8 * WORDS);
 
@@ -121,6 +123,16 @@ impl PlanWords {
                 (met.fault, met.plan) = (fault, plan);
             }
         }
+    }
+
+    /// The failure that a step of some plan has found in what ranks sent each other; 0 for none. Waits for nothing.
+    pub fn failure(&self) -> u64 {
+        let state = self.state.lock();
+        let found = state.leased.iter().map(|&(_, at)| {
+            // SAFETY: as in `take_faults`.
+            unsafe { state.pages[at.page].load(at.first + FAILURE) }
+        });
+        found.into_iter().find(|&word| word != 0).unwrap_or(0)
     }
 
     /// The bad data that steps have met since the last time, plan by plan. Waits for nothing.

@@ -6,13 +6,18 @@
 //! kernels are loaded, against the image, which may have been compiled from other sources (`TREEATTN_PREBUILT_KERNELS`).
 //!
 //! [`TERMS_CONSTANTS`] and [`TERMS_LAYOUTS`] are what kernels that take [`TermsParams`] know beside that, [`CHECK_CONSTANTS`] and
-//! [`CHECK_LAYOUTS`] what those that take [`CheckParams`] do; other kernels need not be compiled anew where they change.
+//! [`CHECK_LAYOUTS`] what those that take [`CheckParams`] do, [`GATHER_CONSTANTS`] and [`GATHER_LAYOUTS`] what those that take
+//! [`GatherParams`] do; other kernels need not be compiled anew where they change.
+
+mod hash;
 
 use std::mem::{offset_of, size_of};
 
+use hash::{Constants, Layout, hash_lists, said};
+
 use super::params::{
-    self, AllreduceParams, CheckParams, DecodeParams, ExchangeParams, KernelShape, MergeParams, PlacementKind, Terms,
-    TermsParams, Workspace,
+    self, AllreduceParams, CheckParams, DecodeParams, ExchangeParams, GatherParams, KernelShape, MergeParams,
+    PlacementKind, Terms, TermsParams, Workspace,
 };
 use crate::attention::{Dtype, KvLayout, SequenceRecord};
 use crate::device::cuda::{Image, Kernel};
@@ -20,22 +25,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::partial::epoch::{AFTER_WRAP, FLAG_SHIFT, LAUNCH_SHIFT, SLOTS};
 use crate::partial::view::{ExchangeMode, ExchangeView, host, value, window};
 use crate::partial::{DataFaultCause, RowSource, RowTarget, word};
-
-/// Constants of one kind.
-struct Constants {
-    /// What they are.
-    about: &'static str,
-    /// Their type in C++.
-    kind: &'static str,
-    values: &'static [(&'static str, u64)],
-}
-
-/// Where the fields of a struct lie.
-struct Layout {
-    name: &'static str,
-    size: u64,
-    fields: &'static [(&'static str, u64)],
-}
 
 macro_rules! constants {
     ($about:literal, $kind:literal, { $($name:ident = $value:expr),* $(,)? }) => {
@@ -329,41 +318,39 @@ const CHECK_CONSTANTS: &[Constants] = &[
 
 const CHECK_LAYOUTS: &[Layout] = &[layout!(CheckParams { step, wrong, first, count, needs_positions, surplus_keys })];
 
-/// FNV-1a.
-const fn hash_bytes(mut hash: u64, bytes: &[u8]) -> u64 {
-    let mut i = 0;
-    while i < bytes.len() {
-        hash = (hash ^ bytes[i] as u64).wrapping_mul(0x0000_0100_0000_01b3);
-        i += 1;
-    }
-    hash
-}
+const GATHER_CONSTANTS: &[Constants] = &[
+    constants!("Bytes of a message before its rows, and of a row before its o.", "int", {
+        kGatherHeaderBytes = params::GATHER_HEADER_BYTES,
+        kGatherRowHead = params::GATHER_ROW_HEAD,
+    }),
+    constants!("Words of a message's header: bad data (pack_status; the next stays 0), what tells steps apart.", "int", {
+        kGatherBadData = 0,
+        kGatherStep = 2,
+    }),
+];
 
-const fn hash_values(mut hash: u64, values: &[(&str, u64)]) -> u64 {
-    let mut i = 0;
-    while i < values.len() {
-        hash = hash_bytes(hash_bytes(hash, values[i].0.as_bytes()), &values[i].1.to_le_bytes());
-        i += 1;
-    }
-    hash
-}
-
-/// The hash of two lists, and of what `hash` is of.
-const fn hash_lists(mut hash: u64, constants: &[Constants], layouts: &[Layout]) -> u64 {
-    let mut i = 0;
-    while i < constants.len() {
-        hash = hash_bytes(hash_bytes(hash, constants[i].about.as_bytes()), constants[i].kind.as_bytes());
-        hash = hash_values(hash, constants[i].values);
-        i += 1;
-    }
-    i = 0;
-    while i < layouts.len() {
-        hash = hash_bytes(hash, layouts[i].name.as_bytes());
-        hash = hash_values(hash_bytes(hash, &layouts[i].size.to_le_bytes()), layouts[i].fields);
-        i += 1;
-    }
-    hash
-}
+const GATHER_LAYOUTS: &[Layout] = &[layout!(GatherParams {
+    source,
+    target,
+    send,
+    received,
+    message_bytes,
+    row_bytes,
+    fingerprint,
+    words,
+    failed,
+    host,
+    failure,
+    arrived,
+    wire_dtype,
+    lse_in_two,
+    tokens,
+    heads,
+    first_head,
+    own_heads,
+    rank,
+    world,
+})];
 
 /// The hash of what all kernels know.
 const ABI: u64 = hash_lists(0xcbf2_9ce4_8422_2325, CONSTANTS, LAYOUTS);
@@ -371,31 +358,18 @@ const ABI: u64 = hash_lists(0xcbf2_9ce4_8422_2325, CONSTANTS, LAYOUTS);
 const TERMS_ABI: u64 = hash_lists(ABI, TERMS_CONSTANTS, TERMS_LAYOUTS);
 /// That of what kernels that check steps know.
 const CHECK_ABI: u64 = hash_lists(ABI, CHECK_CONSTANTS, CHECK_LAYOUTS);
+/// That of what kernels of messages over NCCL know.
+const GATHER_ABI: u64 = hash_lists(ABI, GATHER_CONSTANTS, GATHER_LAYOUTS);
 /// The sources of kernels with terms.
 const TERMS_SOURCES: [&str; 4] = ["decode_terms", "decode_narrow", "decode_packed", "decode_blocks"];
-
-/// What `kernels/abi.cuh` says of a hash: the hexadecimal number after `before`; 0 if there is none.
-const fn said(header: &[u8], before: &[u8]) -> u64 {
-    let (mut at, mut matched) = (0, 0);
-    while at < header.len() && matched < before.len() {
-        matched = if header[at] == before[matched] { matched + 1 } else { (header[at] == before[0]) as usize };
-        at += 1;
-    }
-    let mut value = 0;
-    while at < header.len() && header[at].is_ascii_hexdigit() {
-        let digit = if header[at] <= b'9' { header[at] - b'0' } else { header[at] - b'a' + 10 };
-        value = value << 4 | digit as u64;
-        at += 1;
-    }
-    value
-}
 
 // Tests are compiled in any case: one of them writes the header.
 #[cfg(not(test))]
 const _: () = assert!(
     said(include_bytes!("../../kernels/abi.cuh"), b"kAbi = 0x") == ABI
         && said(include_bytes!("../../kernels/abi.cuh"), b"kTermsAbi = 0x") == TERMS_ABI
-        && said(include_bytes!("../../kernels/abi.cuh"), b"kCheckAbi = 0x") == CHECK_ABI,
+        && said(include_bytes!("../../kernels/abi.cuh"), b"kCheckAbi = 0x") == CHECK_ABI
+        && said(include_bytes!("../../kernels/abi.cuh"), b"kGatherAbi = 0x") == GATHER_ABI,
     "kernels/abi.cuh does not say what src/cuda/abi.rs does: TREEATTN_BLESS=1 cargo test --lib abi writes it anew"
 );
 
@@ -413,6 +387,7 @@ pub(super) fn check(image: &Image, source: &str) -> Result<()> {
     let found = u64::from_ne_bytes(bytes);
     let wanted = match source {
         "check" => CHECK_ABI,
+        "gather" => GATHER_ABI,
         _ if TERMS_SOURCES.contains(&source) => TERMS_ABI,
         _ => ABI,
     };
@@ -439,7 +414,7 @@ mod tests {
              // rows.cuh are those of the library, field by field.\n\
              #pragma once\n\n#include <stddef.h>\n#include <stdint.h>\n\nnamespace treeattn {\n\n",
         );
-        for constants in CONSTANTS.iter().chain(TERMS_CONSTANTS).chain(CHECK_CONSTANTS) {
+        for constants in CONSTANTS.iter().chain(TERMS_CONSTANTS).chain(CHECK_CONSTANTS).chain(GATHER_CONSTANTS) {
             writeln!(text, "// {}\nenum : {} {{", constants.about, constants.kind).unwrap();
             for (name, value) in constants.values {
                 writeln!(text, "    {name} = {value},").unwrap();
@@ -448,21 +423,23 @@ mod tests {
         }
         write!(
             text,
-            "\n// The hashes of what all kernels know, and of what those that take TermsParams or CheckParams do; each image carries \
-             its own.\n\
+            "\n// The hashes of what all kernels know, and of what those that take TermsParams, CheckParams or GatherParams do; each \
+             image carries its own.\n\
              constexpr uint64_t kAbi = 0x{ABI:016x};\nconstexpr uint64_t kTermsAbi = 0x{TERMS_ABI:016x};\n\
-             constexpr uint64_t kCheckAbi = 0x{CHECK_ABI:016x};\n\n\
+             constexpr uint64_t kCheckAbi = 0x{CHECK_ABI:016x};\nconstexpr uint64_t kGatherAbi = 0x{GATHER_ABI:016x};\n\n\
              }}  // namespace treeattn\n\n\
              // Once in each kernels/NAME.cu: the image's word that it was compiled from this.\n\
              #define TREEATTN_ABI(NAME) extern \"C\" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kAbi;\n\
              #define TREEATTN_TERMS_ABI(NAME) \\\n    \
              extern \"C\" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kTermsAbi;\n\
              #define TREEATTN_CHECK_ABI(NAME) \\\n    \
-             extern \"C\" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kCheckAbi;\n\n\
+             extern \"C\" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kCheckAbi;\n\
+             #define TREEATTN_GATHER_ABI(NAME) \\\n    \
+             extern \"C\" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kGatherAbi;\n\n\
              #define TREEATTN_CHECK_LAYOUT"
         )
         .unwrap();
-        for layout in LAYOUTS.iter().chain(TERMS_LAYOUTS).chain(CHECK_LAYOUTS) {
+        for layout in LAYOUTS.iter().chain(TERMS_LAYOUTS).chain(CHECK_LAYOUTS).chain(GATHER_LAYOUTS) {
             let name = layout.name;
             write!(text, " \\\n    static_assert(sizeof({name}) == {}, \"{name}\");", layout.size).unwrap();
             for (field, offset) in layout.fields {
@@ -484,12 +461,5 @@ mod tests {
         assert!(found == wanted, "{path} is not what src/cuda/abi.rs says: run this test with TREEATTN_BLESS=1");
         assert_eq!(said(found.as_bytes(), b"kAbi = 0x"), ABI);
         assert_eq!(said(found.as_bytes(), b"kTermsAbi = 0x"), TERMS_ABI);
-    }
-
-    #[test]
-    fn the_number_of_a_header_is_found() {
-        let said = |header: &[u8]| said(header, b"kAbi = 0x");
-        assert_eq!(said(b"x kkAbi = 0x00ff;"), 0xff);
-        assert_eq!((said(b"kAbi = 12;"), said(b"")), (0, 0));
     }
 }

@@ -262,3 +262,38 @@ pub struct AllreduceParams {
     pub rank: i32,
     pub world: i32,
 }
+
+/// Bytes of a message over NCCL before its rows.
+pub const GATHER_HEADER_BYTES: usize = 64;
+/// Bytes of a row of such a message before its o: the log-sum-exp in two floats, and padding to where vectors begin.
+pub const GATHER_ROW_HEAD: usize = 16;
+
+/// What lies around the allgather of a step over NCCL.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct GatherParams {
+    /// The partial to send; `o` 0: it is written to the message itself.
+    pub source: RowSource,
+    pub target: RowTarget,
+    /// This rank's message.
+    pub send: u64,
+    /// Those of all ranks.
+    pub received: u64,
+    /// From one to the next.
+    pub message_bytes: i64,
+    pub row_bytes: i64,
+    pub fingerprint: u64,
+    pub words: u64,
+    pub failed: u64,
+    pub host: u64,
+    pub failure: u64,
+    pub arrived: u64,
+    pub wire_dtype: i32,
+    pub lse_in_two: i32,
+    pub tokens: i32,
+    pub heads: i32,
+    pub first_head: i32,
+    pub own_heads: i32,
+    pub rank: i32,
+    pub world: i32,
+}

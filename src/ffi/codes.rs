@@ -175,7 +175,9 @@ pub struct treeattn_algorithm_t(pub i32);
 
 /// The library chooses; `treeattn_plan_stats` says which and why. The default.
 pub const TREEATTN_ALGORITHM_AUTO: treeattn_algorithm_t = treeattn_algorithm_t(0);
-/// Every rank sends its partial to every rank, each merges all, in one step.
+/// Every rank sends its partial to every rank, each merges all, in one step. GPUs that cannot reach each other's memory do so
+/// by one allgather of NCCL, which takes each GPU once; once a step has failed, graphs that were captured from it must not be
+/// replayed.
 pub const TREEATTN_ALGORITHM_ONE_SHOT: treeattn_algorithm_t = treeattn_algorithm_t(1);
 /// Each rank merges its own heads of all partials, then sends the merged heads to all.
 pub const TREEATTN_ALGORITHM_TWO_SHOT: treeattn_algorithm_t = treeattn_algorithm_t(2);
@@ -227,7 +229,7 @@ pub const TREEATTN_ATTENTION_KV_STABLE: u32 = 1;
 /// Sinks, slopes, mask factors, masks and scales are not compared. Merges of partials and `treeattn_plan_partial` check nothing,
 /// and neither do plans that exchange nothing. On CPUs the step returns the error, or the
 /// stream does; on GPUs it is told as TREEATTN_ERROR_INVALID_DATA is, by `treeattn_comm_status`, once, and a captured step checks
-/// in every replay. Not with ALLREDUCE3 on GPUs (TREEATTN_ERROR_UNSUPPORTED). Since 0.2.
+/// in every replay. Not on GPUs whose steps go over NCCL (TREEATTN_ERROR_UNSUPPORTED). Since 0.2.
 pub const TREEATTN_ATTENTION_CHECKED: u32 = 2;
 /// Flag of `treeattn_attention_desc_t`, with `causal` = 1: sequences may hold keys past `global_length`, such as those of
 /// drafts that were rolled back; causality hides them from all queries at positions below it, which are all but those that

@@ -13,13 +13,14 @@ use crate::runtime::{Communicator, Runtime};
 
 /// Creates a communicator whose ranks all live in this process, and gives every rank's end of it.
 ///
-/// GPUs reach each other's memory and show it here by an exchange; where they cannot, the plans that would need it are
-/// UNSUPPORTED and say why. Their steps are kernels that wait for each other on the device: one thread may drive all ranks,
+/// GPUs reach each other's memory and show it here by an exchange. Where they cannot, steps go over NCCL, which takes each GPU
+/// once; `treeattn_comm_describe` says why (`no_windows`). Plans that need the memory (TWO_SHOT, CHECKED), and all where there
+/// is no NCCL, are UNSUPPORTED. Steps are kernels that wait for each other on the device: one thread may drive all ranks,
 /// step k on all before step k + 1 on any. Ranks that share a GPU divide its multiprocessors; then
 /// CUDA_DEVICE_MAX_CONNECTIONS=32 keeps their streams apart.
 ///
 /// @param runtime the runtime.
-/// @param n       number of ranks, 1 to 1,024; of GPUs that exchange at most 64.
+/// @param n       number of ranks, 1 to 1,024; of GPUs more than 64 exchange over NCCL.
 /// @param devices each rank's device; a device may appear several times. CPUs and GPUs do not mix.
 /// @param config  NULL for defaults.
 /// @param comms   where the n handles go, rank by rank.

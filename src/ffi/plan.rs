@@ -83,7 +83,7 @@ pub unsafe extern "C" fn treeattn_plan_create(
 /// @return as `treeattn_plan_create`. On an error no plan is left.
 ///
 /// Ownership: the caller destroys each of the n. Thread safety: as `treeattn_plan_create`. Waits for no other call; between
-/// GPUs, TREEATTN_ALGORITHM_ALLREDUCE3 has NCCL connect the ranks, on threads of the library, at most the setup deadline.
+/// GPUs, plans whose steps go over NCCL have it connect the ranks, on threads of the library, at most the setup deadline.
 /// During a capture: CAPTURING. Since 0.1.
 ///
 /// # Safety

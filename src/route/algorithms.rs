@@ -1,9 +1,10 @@
 //! How each algorithm exchanges, on CPUs and on GPUs: the one table behind what is refused, which route is chosen and what a
 //! communicator says of itself.
 
+use super::nccl;
 use super::rank::{CpuRank, CudaGroup, CudaRank, Rank};
 use crate::attention::Algorithm;
-use crate::comm::Tree;
+use crate::comm::{GpuRank, Tree};
 use crate::device::DeviceKind;
 use crate::error::{Error, Result};
 
@@ -19,8 +20,10 @@ pub(super) enum OnCpus {
 pub(super) enum OnGpus {
     /// Kernels write into the windows of other GPUs.
     Windows,
+    /// One allgather of NCCL; with why windows do not serve.
+    Allgather(String),
     /// In allreduces of NCCL.
-    Nccl,
+    Allreduces,
 }
 
 /// How `algorithm` exchanges on CPUs, if it is served there. `AUTO` as what it may become.
@@ -38,12 +41,27 @@ pub(super) fn on_cpus(algorithm: Algorithm) -> Option<OnCpus> {
     })
 }
 
-/// How `algorithm` exchanges on GPUs, if it is served there. `AUTO` as what it may become.
-pub(super) fn on_gpus(algorithm: Algorithm) -> Option<OnGpus> {
+/// Whether `algorithm` is served on GPUs.
+fn is_on_gpus(algorithm: Algorithm) -> bool {
     match algorithm {
-        Algorithm::Auto | Algorithm::OneShot | Algorithm::TwoShot => Some(OnGpus::Windows),
-        Algorithm::Allreduce3 => Some(OnGpus::Nccl),
-        Algorithm::Tree | Algorithm::Ring => None,
+        Algorithm::Auto | Algorithm::OneShot | Algorithm::TwoShot | Algorithm::Allreduce3 => true,
+        Algorithm::Tree | Algorithm::Ring => false,
+    }
+}
+
+/// How a rank on a GPU, whose end of the group is `peers`, exchanges by `algorithm`, one that is served. `Unsupported` where its
+/// group has not got what that needs.
+pub(super) fn on_gpus(peers: &GpuRank, algorithm: Algorithm) -> Result<OnGpus> {
+    let windows = peers.view().map(|_| OnGpus::Windows);
+    match algorithm {
+        Algorithm::Allreduce3 => Ok(OnGpus::Allreduces),
+        Algorithm::Auto | Algorithm::OneShot if nccl::is_asked_for() => {
+            Ok(OnGpus::Allgather("TREEATTN_GPU_EXCHANGE is nccl".into()))
+        }
+        Algorithm::Auto | Algorithm::OneShot => {
+            Ok(windows.unwrap_or_else(|error| OnGpus::Allgather(error.message().to_string())))
+        }
+        Algorithm::TwoShot | Algorithm::Tree | Algorithm::Ring => windows,
     }
 }
 
@@ -59,7 +77,7 @@ pub(super) fn exchanges_partials(algorithm: Algorithm) -> bool {
 pub(super) fn supported(kind: DeviceKind, algorithm: Algorithm) -> Result<()> {
     let (are, device): (fn(Algorithm) -> bool, _) = match kind {
         DeviceKind::Cpu => (|algorithm| on_cpus(algorithm).is_some(), "a CPU"),
-        DeviceKind::Cuda => (|algorithm| on_gpus(algorithm).is_some(), "a GPU"),
+        DeviceKind::Cuda => (is_on_gpus, "a GPU"),
     };
     match are(algorithm) {
         true => Ok(()),
@@ -79,9 +97,9 @@ pub(super) fn reachable(rank: &Rank, algorithm: Algorithm) -> Result<()> {
             }
             _ => Ok(()),
         },
-        Rank::Cuda(rank) => match (&rank.group, on_gpus(algorithm)) {
-            (CudaGroup::Peers(peers), Some(OnGpus::Windows)) => peers.view().map(drop),
-            _ => Ok(()),
+        Rank::Cuda(rank) => match &rank.group {
+            CudaGroup::Peers(peers) => on_gpus(peers, algorithm).map(drop),
+            CudaGroup::Single(_) => Ok(()),
         },
     }
 }
@@ -95,7 +113,8 @@ pub(crate) fn describe(rank: &Rank) -> String {
         .filter_map(|algorithm| {
             let exchange = match rank {
                 Rank::Cpu(rank) => on_cpus(algorithm)?.describe(rank),
-                Rank::Cuda(rank) => on_gpus(algorithm)?.describe(rank),
+                Rank::Cuda(rank) if is_on_gpus(algorithm) => describe_on_gpus(rank, algorithm)?,
+                Rank::Cuda(_) => return None,
             };
             Some(format!(r#"{{"name":"{}",{exchange}}}"#, algorithm.name()))
         })
@@ -116,17 +135,18 @@ impl OnCpus {
     }
 }
 
-impl OnGpus {
-    /// As members of a JSON object.
-    fn describe(self, rank: &CudaRank) -> String {
-        match (self, &rank.group) {
-            (OnGpus::Windows, CudaGroup::Peers(peers)) => {
-                format!(r#""by":"windows","chunk_bytes":{}"#, peers.capacity())
-            }
-            (OnGpus::Windows, CudaGroup::Single(_)) => r#""by":"windows""#.into(),
-            (OnGpus::Nccl, _) => r#""by":"nccl""#.into(),
-        }
-    }
+/// How `algorithm`, one that is served, exchanges on `rank`, as members of a JSON object.
+fn describe_on_gpus(rank: &CudaRank, algorithm: Algorithm) -> Option<String> {
+    let CudaGroup::Peers(peers) = &rank.group else {
+        // It would exchange nothing.
+        let by = if algorithm == Algorithm::Allreduce3 { "nccl" } else { "windows" };
+        return Some(format!(r#""by":"{by}""#));
+    };
+    Some(match on_gpus(peers, algorithm).ok()? {
+        OnGpus::Windows => format!(r#""by":"windows","chunk_bytes":{}"#, peers.capacity()),
+        OnGpus::Allgather(_) => r#""by":"nccl","allgathers":1"#.into(),
+        OnGpus::Allreduces => r#""by":"nccl","allreduces":3"#.into(),
+    })
 }
 
 /// "A, B or C", of the algorithms that `are`.

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use super::Route;
-use super::algorithms;
+use super::algorithms::{self, OnGpus};
 use super::alone::Alone;
 use super::context::StepContext;
 use super::gpu::GpuShard;
 use super::host::partials::PartialRoute;
 use super::host::shard::HostShard;
-use super::nccl_allreduce3::route::NcclAllreduce3;
+use super::nccl_allgather::NcclAllgather;
+use super::nccl_allreduce3::NcclAllreduce3;
 use super::rank::{CpuRank, CudaGroup, CudaRank, Rank};
 use super::ring::route::Ring;
 use super::rounds::allreduce3::Allreduce3;
@@ -18,6 +19,7 @@ use super::rounds::two_shot::TwoShot;
 use super::tree::TreeExchange;
 use super::windows::route::WindowsRoute;
 use crate::attention::{Algorithm, AttentionDesc, Capabilities, DecodeArgs, Dtype, OutputMode};
+use crate::comm::GpuRank;
 use crate::device::DeviceKind;
 use crate::error::{Error, Result};
 use crate::{attention, cpu, cuda};
@@ -70,13 +72,18 @@ pub(crate) fn choose(context: &StepContext, rank: &Rank) -> Result<Box<dyn Route
         }
         Rank::Cpu(rank) => on_cpus(context, rank),
         Rank::Cuda(rank) => match &rank.group {
-            CudaGroup::Peers(_) if context.exchanges() && context.desc.algorithm == Algorithm::Allreduce3 => {
-                Ok(Box::new(NcclAllreduce3::new(context, rank)?))
-            }
-            CudaGroup::Peers(peers) if context.exchanges() => Ok(Box::new(WindowsRoute::new(context, rank, peers)?)),
+            CudaGroup::Peers(peers) if context.exchanges() => on_gpus(context, rank, peers),
             CudaGroup::Peers(_) | CudaGroup::Single(_) => alone_on_a_gpu(context, rank),
         },
     }
+}
+
+fn on_gpus(context: &StepContext, rank: &Arc<CudaRank>, peers: &Arc<GpuRank>) -> Result<Box<dyn Route>> {
+    Ok(match algorithms::on_gpus(peers, context.desc.algorithm)? {
+        OnGpus::Windows => Box::new(WindowsRoute::new(context, rank, peers)?),
+        OnGpus::Allgather(why) => Box::new(NcclAllgather::new(context, rank, &why)?),
+        OnGpus::Allreduces => Box::new(NcclAllreduce3::new(context, rank)?),
+    })
 }
 
 fn alone_on_a_gpu(context: &StepContext, rank: &Arc<CudaRank>) -> Result<Box<dyn Route>> {

@@ -7,12 +7,14 @@
 //! | `tree` | CPUs | `TREE`: two partials at a time, within nodes, between them, back |
 //! | `ring` | CPUs | `RING`: keys and values go round instead of partials |
 //! | `windows` | GPUs | `ONE_SHOT`, `TWO_SHOT`: kernels write into each other's memory |
+//! | `nccl_allgather` | GPUs | `ONE_SHOT` where they cannot write into each other's memory: one allgather of NCCL, and a merge |
 //! | `nccl_allreduce3` | GPUs | `ALLREDUCE3`: the paper's merge, over NCCL |
 //!
 //! [`choose::choose`] makes the route of a plan, and is the only place that knows them all; whoever owns a route does not ask
-//! which it is. `algorithms` says how each algorithm exchanges, for `choose` and for what communicators say of themselves. `rank` is what a rank has (its end of the group, its workers or its GPU), `context` what is the same in
-//! every step of a plan. `backend` attends a shard without peers, and says where; `host` is what routes of CPU ranks share, `gpu`
-//! what those of GPUs share.
+//! which it is. `algorithms` says how each algorithm exchanges, for `choose` and for what communicators say of themselves. `rank`
+//! is what a rank has (its end of the group, its workers or its GPU), `context` what is the same in every step of a plan. `backend`
+//! attends a shard without peers, and says where; `host` is what routes of CPU ranks share, `gpu` what those of GPUs share, `nccl`
+//! what those over NCCL share.
 //!
 //! Depends on `cpu`, `cuda`, `comm` and what lies below them; knows nothing of plans, streams and communicators. Nothing is
 //! re-exported here, since routes import the trait from here.
@@ -32,6 +34,8 @@ pub(crate) mod choose;
 pub(crate) mod context;
 pub(crate) mod gpu;
 pub(crate) mod host;
+pub(crate) mod nccl;
+pub(crate) mod nccl_allgather;
 pub(crate) mod nccl_allreduce3;
 pub(crate) mod rank;
 pub(crate) mod ring;

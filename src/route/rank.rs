@@ -104,6 +104,9 @@ impl CudaRank {
             CudaGroup::Peers(rank) => rank.shard().rank,
         };
         let words = PlanWords::new(&device, rank, timeout);
+        if let CudaGroup::Peers(peers) = &group {
+            peers.watch(&words);
+        }
         CudaRank { device, sharing, words, group, nccl: Mutex::new(None) }
     }
 

@@ -5,9 +5,6 @@
 
 #[path = "../gpu/accuracy.rs"]
 mod accuracy;
-#[path = "../gpu/allreduce.rs"]
-#[allow(dead_code)] // as below
-mod allreduce;
 #[path = "../gpu/driver.rs"]
 #[allow(dead_code)] // as below
 mod driver;
@@ -18,6 +15,9 @@ mod mirror;
 #[path = "../gpu/numerics.rs"]
 #[allow(dead_code)] // some tests are too much for a CPU
 mod numerics;
+#[path = "../gpu/over_nccl.rs"]
+#[allow(dead_code)] // as below
+mod over_nccl;
 mod peers;
 #[path = "../gpu/processes.rs"]
 mod processes;
@@ -62,8 +62,13 @@ const STRICT: Variables = &[("EMULATOR_STRICT", "1")];
 /// Kernels hold back at random points of an exchange.
 const DELAYS: Variables = &[("EMULATOR_DELAYS", "200000"), ("EMULATOR_SEED", "3")];
 
+/// Steps go over NCCL where windows would do.
+const GATHERED: Variables = &[("TREEATTN_GPU_EXCHANGE", "nccl"), ("EMULATOR_DEVICES", "4")];
+/// No GPU reaches the memory of another.
+const NO_PEERS: Variables = &[("EMULATOR_PEERS", "0"), ("EMULATOR_DEVICES", "4")];
+
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 30] = [
+const APART: [(&str, fn(), Variables); 46] = [
     ("accuracy_long", || accuracy::constants(&[200_001]), ONE_SM),
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
@@ -83,7 +88,7 @@ const APART: [(&str, fn(), Variables); 30] = [
     ("memory_of_processes", peers::processes, &[]),
     ("ranks_checked_replays", ranks::checks::replays, &[]),
     ("delays_checked", || ranks::checks::like_cpus(8), DELAYS),
-    ("allreduce3_replays", allreduce::replays, &[]),
+    ("nccl_allreduce3_replays", over_nccl::replays, &[]),
     ("processes_captures", processes::captures, &[]),
     ("processes_refused", processes::refused, &[]),
     ("windows_outlive_kernels", peers::windows_outlive_kernels, &[]),
@@ -92,8 +97,24 @@ const APART: [(&str, fn(), Variables); 30] = [
     ("ranks_another_graph", ranks::faults::another_graph, &[]),
     ("ranks_module_loading", ranks::faults::module_loading, &[]),
     ("memory_is_what_is_said", memory_is_what_is_said, &[]),
-    ("allreduce3_threads", threads_over_nccl, &[]),
-    ("strict_over_an_id", allreduce::over_an_id, STRICT),
+    ("nccl_allreduce3_threads", threads_over_nccl, &[]),
+    ("strict_over_an_id", over_nccl::over_an_id, STRICT),
+    ("nccl_gather_bits", over_nccl::bits, &[]),
+    ("nccl_gather_bits_of_windows", over_nccl::bits_of_windows, &[]),
+    ("nccl_gather_numbers", over_nccl::numbers, GATHERED),
+    ("nccl_gather_merges", over_nccl::merges, GATHERED),
+    ("nccl_gather_bad_data", over_nccl::bad_data, GATHERED),
+    ("nccl_gather_over_an_id", over_nccl::over_an_id, GATHERED),
+    ("nccl_gather_a_rank_that_does_not_come", over_nccl::a_rank_that_does_not_come, GATHERED),
+    ("nccl_gather_a_rank_that_leaves", over_nccl::a_rank_that_leaves, GATHERED),
+    ("nccl_gather_replays", over_nccl::replays, GATHERED),
+    ("nccl_gather_out_of_step", over_nccl::out_of_step, GATHERED),
+    ("nccl_gather_is_told", over_nccl::is_told, GATHERED),
+    ("nccl_gather_shared_gpus_are_refused", over_nccl::shared_gpus_are_refused, GATHERED),
+    ("nccl_gather_processes", processes::numbers, GATHERED),
+    ("nccl_without_peers", over_nccl::is_told, NO_PEERS),
+    ("nccl_without_peers_random", without_peers, NO_PEERS),
+    ("nccl_without_peers_in_processes", processes::numbers, NO_PEERS),
 ];
 
 fn many_blocks() {
@@ -152,6 +173,13 @@ fn threads_over_nccl() {
     // The emulator has a thread of its own from its first launch on.
     drop(group.plans(&desc));
     threads::come_and_go("plans over NCCL", 2, || group.plans(&desc));
+}
+
+/// Random cases over GPUs that do not reach each other.
+fn without_peers() {
+    for (layout, first) in LAYOUTS.into_iter().zip([0, 100, 200]) {
+        ranks::random_apart(layout, first, 6 * scale() as usize);
+    }
 }
 
 fn delays_random() {
@@ -220,13 +248,13 @@ fn main() -> ExitCode {
         test("ranks_checked_like_cpus", || ranks::checks::like_cpus(25 * scale())),
         test("ranks_checked_bad_data", ranks::checks::bad_data),
         test("ranks_checked_absent", ranks::checks::a_rank_that_does_not_come),
-        test("allreduce3_numbers", allreduce::numbers),
-        test("allreduce3_merges", allreduce::merges),
-        test("allreduce3_bad_data", allreduce::bad_data),
-        test("allreduce3_over_an_id", allreduce::over_an_id),
-        test("allreduce3_created_beside_steps", allreduce::created_beside_steps),
-        test("allreduce3_a_rank_that_does_not_come", allreduce::a_rank_that_does_not_come),
-        test("allreduce3_a_rank_that_leaves", allreduce::a_rank_that_leaves),
+        test("nccl_allreduce3_numbers", over_nccl::numbers),
+        test("nccl_allreduce3_merges", over_nccl::merges),
+        test("nccl_allreduce3_bad_data", over_nccl::bad_data),
+        test("nccl_allreduce3_over_an_id", over_nccl::over_an_id),
+        test("nccl_allreduce3_created_beside_steps", over_nccl::created_beside_steps),
+        test("nccl_allreduce3_a_rank_that_does_not_come", over_nccl::a_rank_that_does_not_come),
+        test("nccl_allreduce3_a_rank_that_leaves", over_nccl::a_rank_that_leaves),
         test("processes_numbers", processes::numbers),
         test("processes_killed", processes::killed),
         test("processes_leave", processes::leaves),

@@ -5,11 +5,11 @@
 //! that runs where there is no Rust.
 
 mod accuracy;
-mod allreduce;
 mod driver;
 mod group;
 mod mirror;
 mod numerics;
+mod over_nccl;
 #[allow(dead_code)] // some tests are for the emulator
 mod processes;
 mod ranks;
@@ -97,15 +97,17 @@ const RANKS: [(&str, fn()); 43] = [
 
 /// The same for ranks that NCCL connects, on two GPUs or more. NCCL itself asks that kernels of several communicators are
 /// launched in the same order everywhere; tests beside each other would break that.
-const OVER_NCCL: [(&str, fn()); 14] = [
-    ("allreduce3_numbers", allreduce::numbers),
-    ("allreduce3_merges", allreduce::merges),
-    ("allreduce3_bad_data", allreduce::bad_data),
-    ("allreduce3_over_an_id", allreduce::over_an_id),
-    ("allreduce3_created_beside_steps", allreduce::created_beside_steps),
-    ("allreduce3_a_rank_that_does_not_come", allreduce::a_rank_that_does_not_come),
-    ("allreduce3_a_rank_that_leaves", allreduce::a_rank_that_leaves),
-    ("allreduce3_replays", allreduce::replays),
+const OVER_NCCL: [(&str, fn()); 16] = [
+    ("nccl_gather_bits", over_nccl::bits),
+    ("nccl_gather_bits_of_windows", over_nccl::bits_of_windows),
+    ("nccl_allreduce3_numbers", over_nccl::numbers),
+    ("nccl_allreduce3_merges", over_nccl::merges),
+    ("nccl_allreduce3_bad_data", over_nccl::bad_data),
+    ("nccl_allreduce3_over_an_id", over_nccl::over_an_id),
+    ("nccl_allreduce3_created_beside_steps", over_nccl::created_beside_steps),
+    ("nccl_allreduce3_a_rank_that_does_not_come", over_nccl::a_rank_that_does_not_come),
+    ("nccl_allreduce3_a_rank_that_leaves", over_nccl::a_rank_that_leaves),
+    ("nccl_allreduce3_replays", over_nccl::replays),
     ("processes_numbers", processes::numbers),
     ("processes_killed", processes::killed),
     ("processes_leave", processes::leaves),
@@ -113,6 +115,24 @@ const OVER_NCCL: [(&str, fn()); 14] = [
     ("processes_stopped", processes::stopped),
     ("processes_abort", processes::aborts),
 ];
+
+/// The same with [`GATHERED`].
+const BY_GATHERING: [(&str, fn()); 12] = [
+    ("nccl_gather_numbers", over_nccl::numbers),
+    ("nccl_gather_merges", over_nccl::merges),
+    ("nccl_gather_bad_data", over_nccl::bad_data),
+    ("nccl_gather_over_an_id", over_nccl::over_an_id),
+    ("nccl_gather_a_rank_that_does_not_come", over_nccl::a_rank_that_does_not_come),
+    ("nccl_gather_a_rank_that_leaves", over_nccl::a_rank_that_leaves),
+    ("nccl_gather_replays", over_nccl::replays),
+    ("nccl_gather_out_of_step", over_nccl::out_of_step),
+    ("nccl_gather_is_told", over_nccl::is_told),
+    ("nccl_gather_shared_gpus_are_refused", over_nccl::shared_gpus_are_refused),
+    ("nccl_gather_processes", processes::numbers),
+    ("nccl_gather_random", || ranks::random_apart(KvLayout::BlockTable, 0, count() as usize)),
+];
+/// Has steps go over NCCL where windows would do.
+const GATHERED: Variables = &[("CUDA_DEVICE_MAX_CONNECTIONS", "32"), ("TREEATTN_GPU_EXCHANGE", "nccl")];
 
 /// A hardware queue for each stream: streams that share one wait for each other.
 const QUEUES: Variables = &[("CUDA_DEVICE_MAX_CONNECTIONS", "32")];
@@ -131,7 +151,7 @@ fn main() -> ExitCode {
         processes::run(&role);
         return ExitCode::SUCCESS;
     }
-    if let Some(status) = alone(&[&APART[..], &RANKS[..], &OVER_NCCL[..]].concat()) {
+    if let Some(status) = alone(&[&APART[..], &RANKS[..], &OVER_NCCL[..], &BY_GATHERING[..]].concat()) {
         return status;
     }
     let arguments = Arguments::from_args();
@@ -185,11 +205,12 @@ fn main() -> ExitCode {
     tests.extend(RANKS.iter().map(|&(name, _)| in_turn(name, QUEUES)));
     tests.extend(APART.iter().map(|(name, _)| apart(name, &[])));
     let mut tests: Vec<_> = tests.into_iter().map(|test| test.with_ignored_flag(missing.is_some())).collect();
-    let no_nccl = missing.clone().or_else(allreduce::missing);
+    let no_nccl = missing.clone().or_else(over_nccl::missing);
     if let (Some(why), None) = (&no_nccl, &missing) {
         eprintln!("tests of NCCL are ignored: {why}");
     }
-    let over_nccl = OVER_NCCL.iter().map(|&(name, _)| in_turn(name, QUEUES));
+    let gathering = BY_GATHERING.iter().map(|&(name, _)| in_turn(name, GATHERED));
+    let over_nccl = OVER_NCCL.iter().map(|&(name, _)| in_turn(name, QUEUES)).chain(gathering);
     tests.extend(over_nccl.map(|test| test.with_ignored_flag(no_nccl.is_some())));
     libtest_mimic::run(&arguments, tests).exit_code()
 }

@@ -68,7 +68,7 @@ mkdir -p "$out"
 : >"$out/log.txt"
 [ $# -gt 0 ] || set -- full ranks processes nccl c examples verify sanitize bench
 # More tests side by side wait for each other in the driver.
-one=(--test-threads 6 --skip ranks_ --skip processes_ --skip allreduce3_)
+one=(--test-threads 6 --skip ranks_ --skip processes_ --skip nccl_)
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 # limit SECONDS: for one GPU; ranks run all over again on a second one.
 limit() {
@@ -80,7 +80,7 @@ for word in "$@"; do
     full) TREEATTN_TEST=full try 240 30 tests-full "$here/gpu-tests" "${one[@]}" ${FILTER:+"$FILTER"} ;;
     ranks) try "$(limit 180)" 60 tests-ranks "$here/gpu-tests" "${FILTER:-ranks_}" ;;
     processes) try "$(limit 80)" 30 tests-processes "$here/gpu-tests" "${FILTER:-processes_}" ;;
-    nccl) try "$(limit 100)" 30 tests-nccl "$here/gpu-tests" "${FILTER:-allreduce3_}" ;;
+    nccl) try "$(limit 100)" 30 tests-nccl "$here/gpu-tests" "${FILTER:-nccl_}" ;;
     c) for program in bad_input dead_context host_time; do try 20 5 "c-$program" "$here/c/$program"; done ;;
     examples) for program in "$here"/examples/*; do [ ! -x "$program" ] || try 30 30 "example-$(basename "$program")" "$program"; done ;;
     verify)

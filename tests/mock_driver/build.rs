@@ -12,12 +12,18 @@ pub fn compile(folder: &Path) -> bool {
     // What images say of themselves.
     let header = std::fs::read_to_string(sources.join("kernels/abi.cuh")).unwrap();
     let hash = |name: &str| header.split_once(name).and_then(|(_, rest)| rest.split_once(';')).unwrap().0;
-    let (abi, terms_abi, check_abi) = (hash("kAbi = "), hash("kTermsAbi = "), hash("kCheckAbi = "));
+    let [abi, terms_abi, check_abi, gather_abi] =
+        ["kAbi = ", "kTermsAbi = ", "kCheckAbi = ", "kGatherAbi = "].map(hash);
     ["libcuda.so", "libcuda.so.1"].iter().all(|name| {
         let mut compiler = Command::new("cc");
         compiler
             .args(["-shared", "-fPIC", "-O1", "-pthread"])
-            .args([format!("-DABI={abi}"), format!("-DTERMS_ABI={terms_abi}"), format!("-DCHECK_ABI={check_abi}")])
+            .args([
+                format!("-DABI={abi}"),
+                format!("-DTERMS_ABI={terms_abi}"),
+                format!("-DCHECK_ABI={check_abi}"),
+                format!("-DGATHER_ABI={gather_abi}"),
+            ])
             .arg("-o")
             .arg(folder.join(name))
             .arg(sources.join("tests/mock_driver/cuda.c"));

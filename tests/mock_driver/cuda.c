@@ -214,10 +214,12 @@ status cuModuleGetGlobal_v2(uint64_t *address, size_t *bytes, void *module, cons
     static const struct {
         int threads, dynamic_smem, blocks_per_sm, partial_bytes, counters, rows, open_tiles, long_bytes;
     } shape = {128, 96 << 10, 2, 32 * 66 * 4, 96, 8, 1024, 8 * 66 * 4};
-    static const uint64_t abi = ABI, terms_abi = TERMS_ABI, check_abi = CHECK_ABI;
+    static const uint64_t abi = ABI, terms_abi = TERMS_ABI, check_abi = CHECK_ABI, gather_abi = GATHER_ABI;
     (void)module;
     if (strstr(name, "decode_terms_abi") || strstr(name, "decode_narrow_abi"))
         return *address = (uint64_t)&terms_abi, *bytes = sizeof terms_abi, OK;
+    if (strstr(name, "gather_abi") || strstr(name, "nodes_abi"))
+        return *address = (uint64_t)&gather_abi, *bytes = sizeof gather_abi, OK;
     if (strstr(name, "check_abi")) return *address = (uint64_t)&check_abi, *bytes = sizeof check_abi, OK;
     if (strstr(name, "_abi")) return *address = (uint64_t)&abi, *bytes = sizeof abi, OK;
     return *address = (uint64_t)&shape, *bytes = sizeof shape, strstr(name, "_shape") ? OK : 500;

@@ -1,7 +1,7 @@
 //! One rank's end of a group of GPUs.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -12,6 +12,7 @@ use crate::attention::Shard;
 use crate::comm::bootstrap::Bootstrap;
 use crate::comm::config::CommConfig;
 use crate::comm::errors;
+use crate::comm::plan_words::PlanWords;
 use crate::error::{Error, ErrorKind, LateError, Result};
 use crate::partial::view::host;
 use crate::partial::word::Failure;
@@ -24,6 +25,8 @@ pub(crate) struct GpuRank {
     step_timeout: Duration,
     /// The windows of all ranks, or why there are none: then only steps without an exchange, or over NCCL, are possible.
     windows: Result<Arc<Windows>>,
+    /// Where kernels of plans over NCCL tell of failures.
+    plans: OnceLock<Arc<PlanWords>>,
     error: Mutex<Option<Error>>,
     is_gone: AtomicBool,
     /// Ends before the windows do.
@@ -43,6 +46,7 @@ impl GpuRank {
             bootstrap,
             step_timeout: config.step_timeout,
             windows,
+            plans: OnceLock::new(),
             error: Mutex::new(None),
             is_gone: AtomicBool::new(false),
             _exits: exits,
@@ -54,6 +58,11 @@ impl GpuRank {
     pub fn view(&self) -> Result<ExchangeView> {
         let windows = self.windows.as_ref().map_err(Clone::clone)?;
         Ok(windows.view(self.rank, self.step_timeout))
+    }
+
+    /// Has failures that kernels of plans note in `plans` break the communicator. Once.
+    pub fn watch(&self, plans: &Arc<PlanWords>) {
+        self.plans.get_or_init(|| Arc::clone(plans));
     }
 
     /// The windows, which live as long as somebody has them.
@@ -79,7 +88,9 @@ impl GpuRank {
 
     /// What this rank's kernels said when they gave up.
     fn failure(&self) -> Option<Error> {
-        let failure = self.windows()?.words(self.rank).load(host::FAILURE);
+        let over_windows = self.windows().map_or(0, |windows| windows.words(self.rank).load(host::FAILURE));
+        let over_nccl = || self.plans.get().map_or(0, |plans| plans.failure());
+        let failure = if over_windows != 0 { over_windows } else { over_nccl() };
         if failure == 0 {
             return None;
         }

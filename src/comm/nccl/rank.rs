@@ -240,13 +240,24 @@ impl NcclRank {
         deadline: NcclDeadline,
     ) -> Result<()> {
         self.meet("setup exchange", deadline)?;
+        // SAFETY: this function was promised the same.
+        unsafe { self.begin_all_gather(send, recv, bytes, stream) }?;
+        self.settle("ncclAllGather", deadline)
+    }
+
+    /// Begins to enqueue the gathering of `bytes` bytes from `send` of every rank into `recv`, in rank order. It is enqueued once
+    /// [`NcclRank::settle`] says so, and nothing may be asked of the rank before.
+    ///
+    /// # Safety
+    /// As [`NcclRank::all_gather`].
+    pub unsafe fn begin_all_gather(&self, send: u64, recv: u64, bytes: usize, stream: &CudaStream) -> Result<()> {
         let status = self.link.call(|calls, raw| {
             let (send, recv, stream) = (send as *const c_void, recv as *mut c_void, stream.handle().cast());
             // SAFETY: `call` passes a live communicator, with its context current; the stream is borrowed; the caller promises
             // the memory.
             unsafe { (calls.all_gather)(send, recv, bytes, UINT8, raw, stream) }
         })?;
-        self.enqueued(status, "ncclAllGather", deadline)
+        self.begun(status, "ncclAllGather")
     }
 
     /// Waits until all ranks of this process are here, where they have a name to find each other by.
@@ -278,16 +289,13 @@ impl NcclRank {
             // the memory.
             unsafe { (calls.all_reduce)(send, recv, count, FLOAT32, reduction as c_int, raw, stream) }
         })?;
-        match status {
-            IN_PROGRESS => Ok(()),
-            status => self.link.checked(status, "ncclAllReduce"),
-        }
+        self.begun(status, "ncclAllReduce")
     }
 
-    /// Follows a collective until it is enqueued.
-    fn enqueued(&self, status: Status, call: &str, deadline: NcclDeadline) -> Result<()> {
+    /// What a collective says that may still be under way.
+    fn begun(&self, status: Status, call: &str) -> Result<()> {
         match status {
-            IN_PROGRESS => self.settle(call, deadline),
+            IN_PROGRESS => Ok(()),
             status => self.link.checked(status, call),
         }
     }

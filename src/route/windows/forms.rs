@@ -4,7 +4,8 @@ use crate::cuda::COMMUNICATORS;
 use crate::device::environment;
 use crate::error::{Error, Result};
 
-/// The environment variable that picks a [`Form`] where the step's size allows it: "memory", "push" or "single".
+/// The environment variable that picks a [`Form`] where the step's size allows it: "memory", "push" or "single". With "nccl"
+/// exchanges that have the choice go over NCCL instead of windows.
 const ENVIRONMENT: &str = "TREEATTN_GPU_EXCHANGE";
 /// Most blocks of an attention kernel that may wait for ranks that have not come.
 const MOST_WAITING: i64 = 16;
@@ -28,7 +29,8 @@ impl Form {
             Some("memory") => Ok(Some(Form::Memory)),
             Some("push") => Ok(Some(Form::Push)),
             Some("single") => Ok(Some(Form::Single)),
-            _ => Err(Error::invalid(ENVIRONMENT, word.display(), "\"memory\", \"push\" or \"single\"")),
+            Some("nccl") => Ok(None),
+            _ => Err(Error::invalid(ENVIRONMENT, word.display(), "\"memory\", \"push\", \"single\" or \"nccl\"")),
         }
     }
 

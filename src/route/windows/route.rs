@@ -252,6 +252,10 @@ fn choose(desc: &AttentionDesc, world: usize, bytes: usize) -> (ExchangeMode, &'
 }
 
 impl Route for WindowsRoute {
+    fn agreement(&self) -> Vec<(&'static str, String)> {
+        vec![("exchange", "windows".into())]
+    }
+
     unsafe fn decode(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
         let stream = self.shard.stream(place.stream())?;
         // SAFETY: this function was promised the same.

@@ -71,6 +71,19 @@ pub fn random(layout: KvLayout, first: u64, count: u64) {
     }
 }
 
+/// The first `count` random cases from `first` on whose ranks can have a GPU each, and whose algorithm needs no windows.
+pub fn random_apart(layout: KvLayout, first: u64, count: usize) {
+    let most = Runtime::new(RuntimeConfig::default()).unwrap().device_count(DeviceKind::Cuda).unwrap() as usize;
+    let mut groups: HashMap<usize, Group> = HashMap::new();
+    let cases = (first..).map(|index| space::sharded(Rng::derive(seed() ^ 0x78, 3 * index + layout as u64), layout));
+    for case in cases.filter(|case| case.world <= most && case.desc.algorithm != Algorithm::TwoShot).take(count) {
+        let group = groups.entry(case.world).or_insert_with(|| Group::new(case.world, LONG));
+        if let Err(what) = run(group, &case) {
+            panic!("{what}\n{}", case.describe());
+        }
+    }
+}
+
 /// Runs a case twice; what must not matter is filled otherwise the second time.
 fn run(group: &Group, case: &Case) -> Result<Comparison, String> {
     let mut ranks = ranks(case);

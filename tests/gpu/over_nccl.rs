@@ -1,4 +1,4 @@
-//! `ALLREDUCE3` over NCCL, on as many GPUs as there are, up to four.
+//! Steps over NCCL, on as many GPUs as there are, up to four: `ALLREDUCE3` or, with `TREEATTN_GPU_EXCHANGE=nccl`, one allgather.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -37,26 +37,36 @@ pub fn missing() -> Option<String> {
     Communicator::nccl_unique_id(&runtime()).err().map(|error| error.to_string())
 }
 
-fn by_allreduces(desc: AttentionDesc) -> AttentionDesc {
-    AttentionDesc { algorithm: Algorithm::Allreduce3, ..desc }
+/// Whether the process was started for steps with one allgather.
+fn gathers() -> bool {
+    std::env::var_os("TREEATTN_GPU_EXCHANGE").is_some_and(|word| word == "nccl")
+}
+
+/// A plan whose steps go over NCCL.
+fn over_nccl(desc: AttentionDesc) -> AttentionDesc {
+    AttentionDesc { algorithm: if gathers() { Algorithm::Auto } else { Algorithm::Allreduce3 }, ..desc }
 }
 
 /// Outputs against float64: every output mode and type, empty shards and sequences, several query tokens.
 pub fn numbers() {
     let half = shape(8, 2, 64, Dtype::F16);
-    let shapes = [
+    let mut shapes = vec![
         half,
         AttentionDesc { out_dtype: Dtype::F32, ..shape(6, 6, 128, Dtype::Bf16) },
         AttentionDesc { output: OutputMode::Scattered, out_dtype: Dtype::F32, ..half },
         AttentionDesc { output: OutputMode::Scattered, causal: true, ..shape(5, 1, 128, Dtype::Bf16) },
         AttentionDesc { placement: Placement::Interleaved { run: 4 }, causal: true, ..half },
     ];
+    if gathers() {
+        let wide = AttentionDesc { out_dtype: Dtype::F32, ..shape(4, 2, 256, Dtype::Bf16) };
+        shapes.extend([Dtype::F16, Dtype::Bf16].map(|wire_dtype| AttentionDesc { wire_dtype, ..wide }));
+    }
     for world in 2..=count() as usize {
         let group = Group::new(world, Duration::from_secs(10));
-        for (i, desc) in shapes.into_iter().enumerate() {
+        for (i, &desc) in shapes.iter().enumerate() {
             let sequences: [&[(usize, usize)]; 3] = [&[(300, 1)], &[(130, 3), (0, 1), (1, 1)], &[(0, 2)]];
             for (j, sequences) in sequences.into_iter().enumerate() {
-                let case = Case::plain(by_allreduces(desc), world, sequences, Values::Normal, (10 * i + j) as u64);
+                let case = Case::plain(over_nccl(desc), world, sequences, Values::Normal, (10 * i + j) as u64);
                 let (mut ranks, plans) = (ranks(&case), group.plans(&case.desc));
                 let mut first = Vec::new();
                 // Twice, over other garbage.
@@ -67,6 +77,8 @@ pub fn numbers() {
                     assert!(ranks.iter().all(|rank| rank.strays(&case, fill) == 0), "{}", case.describe());
                     let bits: Vec<_> = ranks.iter().map(|rank| rank.bits(&case)).collect();
                     assert!(first.is_empty() || first == bits, "other bits\n{}", case.describe());
+                    let is_everywhere = gathers() && case.desc.output == OutputMode::Replicated;
+                    assert!(!is_everywhere || bits.iter().all(|rank| *rank == bits[0]), "{}", case.describe());
                     first = bits;
                 }
                 let found = judge(&case, &ranks).unwrap();
@@ -84,7 +96,7 @@ pub fn merges() {
     let (world, heads, dim) = (count() as usize, 4usize, 64usize);
     let group = Group::new(world, Duration::from_secs(10));
     let desc = AttentionDesc { kv_heads: 0, max_query_tokens: 3, out_dtype: Dtype::F32, ..shape(4, 4, 64, Dtype::F16) };
-    let plans = group.plans(&by_allreduces(desc));
+    let plans = group.plans(&over_nccl(desc));
     let tokens = 3;
     let rows = tokens * heads;
     // Row r of rank p: an lse that differs, o that is constant in a row.
@@ -160,7 +172,7 @@ pub fn merges() {
 pub fn bad_data() {
     let world = count() as usize;
     let group = Group::new(world, Duration::from_secs(10));
-    let desc = by_allreduces(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
+    let desc = over_nccl(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
     let case = Case::plain(desc, world, &[(100, 1), (90, 1), (80, 1)], Values::Normal, 5);
     let (mut ranks, plans) = (ranks(&case), group.plans(&case.desc));
     ranks[1].set(Ints::KvLength, 1, -3);
@@ -190,7 +202,7 @@ pub fn over_an_id() {
     let world = count() as usize;
     let runtime = runtime();
     let id = Communicator::nccl_unique_id(&runtime).unwrap();
-    let desc = by_allreduces(shape(8, 2, 128, Dtype::Bf16));
+    let desc = over_nccl(shape(8, 2, 128, Dtype::Bf16));
     let case = Case::plain(desc, world, &[(200, 2), (3, 1)], Values::Normal, 8);
     let ranks: Vec<Rank> = std::thread::scope(|scope| {
         let (runtime, id, case) = (&runtime, &id, &case);
@@ -246,7 +258,7 @@ pub fn created_beside_steps() {
 
 /// A step that one rank does not take part in ends by the deadline, with NaN; a new group works.
 pub fn a_rank_that_does_not_come() {
-    let desc = by_allreduces(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
+    let desc = over_nccl(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
     let case = Case::plain(desc, 2, &[(100, 1)], Values::Normal, 5);
     const STEP: Duration = Duration::from_secs(3);
     let group = Group::new(2, STEP);
@@ -276,7 +288,7 @@ pub fn a_rank_that_does_not_come() {
 
 /// A rank that leaves, this one or its peer, ends the step long before the deadline.
 pub fn a_rank_that_leaves() {
-    let desc = by_allreduces(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
+    let desc = over_nccl(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
     let case = Case::plain(desc, 2, &[(100, 1)], Values::Normal, 5);
     for (leaver, kind) in [(1, ErrorKind::PeerLost), (0, ErrorKind::ParentDestroyed)] {
         let group = Group::new(2, HANG);
@@ -299,7 +311,7 @@ pub fn a_rank_that_leaves() {
 pub fn replays() {
     let world = count() as usize;
     let group = Group::new(world, Duration::from_secs(10));
-    let desc = by_allreduces(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
+    let desc = over_nccl(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
     let case = Case::plain(desc, world, &[(400, 1), (90, 1)], Values::Normal, 5);
     let (mut ranks, plans) = (ranks(&case), group.plans(&case.desc));
     let mirrors = group.mirrors(&ranks);
@@ -342,4 +354,119 @@ pub fn replays() {
     }
     // In reverse: contexts are a stack.
     replays.into_iter().rev().for_each(drop);
+}
+
+/// The outputs of steps of all shapes that differ by route, as one number.
+fn bits_of_steps(on: usize) -> u64 {
+    let group = Group::new(on, Duration::from_secs(10));
+    let base = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+    let shapes = [
+        base,
+        AttentionDesc { output: OutputMode::Scattered, ..base },
+        AttentionDesc { wire_dtype: Dtype::F16, out_dtype: Dtype::F16, ..base },
+    ];
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    for (i, desc) in shapes.into_iter().enumerate() {
+        let case = Case::plain(desc, on, &[(300, 1), (0, 1), (90, 3)], Values::Normal, 40 + i as u64);
+        let (mut ranks, plans) = (ranks(&case), group.plans(&case.desc));
+        let mirrors = group.mirrors(&ranks);
+        group.step(&plans, &mirrors, &mut ranks);
+        assert_eq!(judge(&case, &ranks).unwrap().failure, None);
+        let mut take = |word: u32| hash = (hash ^ u64::from(word)).wrapping_mul(0x0000_0100_0000_01b3);
+        ranks.iter().for_each(|rank| rank.bits(&case).into_iter().for_each(&mut take));
+    }
+    hash
+}
+
+/// Says what bits came out, for the next.
+pub fn bits() {
+    println!("bits {:016x}", bits_of_steps(2));
+}
+
+/// Steps over NCCL come to the bits of steps over windows.
+pub fn bits_of_windows() {
+    let wanted = format!("bits {:016x}", bits_of_steps(2));
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.env("TREEATTN_TEST_ALONE", "nccl_gather_bits").env("TREEATTN_GPU_EXCHANGE", "nccl");
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains(&wanted), "{said}, wanted {wanted}");
+}
+
+/// Ranks that take a step for another of the same size: named on all, NaN, and broken for good.
+pub fn out_of_step() {
+    let world = count() as usize;
+    let desc = AttentionDesc { out_dtype: Dtype::F32, max_kv_length: 100, ..shape(8, 2, 64, Dtype::F16) };
+    let desc = over_nccl(AttentionDesc { max_batch: 2, max_query_tokens: 2, ..desc });
+    for is_other_plan in [false, true] {
+        let case = Case::plain(desc, world, &[(100, 2)], Values::Normal, 5);
+        let other = Case::plain(desc, world, &[(50, 1), (50, 1)], Values::Normal, 6);
+        let group = Group::new(world, HANG);
+        let (mut all, plans, second) = (ranks(&case), group.plans(&desc), group.plans(&desc));
+        let (mirrors, odd) = (group.mirrors(&all), group.mirrors(&ranks(&other)));
+        for rank in 0..world {
+            let (plans, mirrors) = match (rank == 1, is_other_plan) {
+                (true, true) => (&second, &mirrors),
+                (true, false) => (&plans, &odd),
+                (false, _) => (&plans, &mirrors),
+            };
+            // SAFETY: the device memory outlives the step, which is waited for.
+            unsafe { plans[rank].decode(&mirrors[rank].args, Some(&group.gpus[rank].stream)) }.unwrap();
+        }
+        for rank in 0..world {
+            let error = group.gpus[rank].stream.synchronize().unwrap_err();
+            // Of two ranks each takes the other for the odd one.
+            let blamed = if world == 2 { 1 - rank as i32 } else { 1 };
+            assert_eq!((error.kind(), error.rank()), (ErrorKind::Desync, Some(blamed)), "{error}");
+            if rank != 1 {
+                mirrors[rank].fetch(&mut all[rank]);
+                assert!(all[rank].row(&case, 0, 3).0.iter().all(|x| x.is_nan()));
+            }
+            // SAFETY: refused.
+            let error = unsafe { plans[rank].decode(&mirrors[rank].args, Some(&group.gpus[rank].stream)) }.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Desync, "{error}");
+        }
+    }
+}
+
+/// What a communicator and a plan say of the route, and what the route does not serve.
+pub fn is_told() {
+    let group = Group::new(2, Duration::from_secs(10));
+    let desc = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+    let text = group.comms[0].describe().unwrap();
+    assert!(text.contains(r#"{"name":"ONE_SHOT","by":"nccl","allgathers":1}"#), "{text}");
+    let case = Case::plain(desc, 2, &[(100, 1)], Values::Normal, 5);
+    let (mut all, plans) = (ranks(&case), group.plans(&desc));
+    let mirrors = group.mirrors(&all);
+    for step in 1..=3 {
+        group.step(&plans, &mirrors, &mut all);
+        let stats = plans[1].stats().unwrap();
+        assert_eq!((stats.algorithm, stats.rounds, stats.messages), (Algorithm::OneShot, step, step));
+        // Rows of 64 f32, and of 16 bytes for the log-sum-exp.
+        assert_eq!(stats.bytes_sent, step * 8 * (64 * 4 + 16));
+        let why = if gathers() { "TREEATTN_GPU_EXCHANGE is nccl" } else { "reach each other's memory" };
+        assert!(stats.reason.starts_with("one allgather of NCCL: ") && stats.reason.contains(why), "{}", stats.reason);
+        let messages = 3 * (64 + case.desc.max_query_tokens as u64 * 8 * (64 * 4 + 16));
+        assert!((messages..messages + 1024).contains(&stats.exchange_memory), "{messages}, {stats:?}");
+    }
+    let comms: Vec<_> = group.comms.iter().collect();
+    let error = Plan::create_all(&comms, &AttentionDesc { checked: true, ..desc }).map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.message().starts_with("flags: found CHECKED"), "{error}");
+    let two_shots = Plan::create_all(&comms, &AttentionDesc { algorithm: Algorithm::TwoShot, ..desc });
+    // Windows are there where it was only asked for the other way.
+    assert_eq!(two_shots.is_ok(), gathers());
+}
+
+/// Two ranks on a GPU have no NCCL between them: said with why there are no windows.
+pub fn shared_gpus_are_refused() {
+    let runtime = runtime();
+    let gpu = Gpu::numbered(&runtime, 0);
+    let comms = Communicator::create_local(&runtime, &[gpu.device; 2], &CommConfig::default()).unwrap();
+    let desc = shape(8, 2, 64, Dtype::F16);
+    let error = Plan::create_all(&comms.iter().collect::<Vec<_>>(), &desc).map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    for text in ["TREEATTN_GPU_EXCHANGE is nccl", "cuda:0 on ranks 0 and 1"] {
+        assert!(error.message().contains(text), "{error}");
+    }
 }

@@ -1,10 +1,16 @@
-//! The route of a plan with `ALLREDUCE3` over NCCL.
+//! `ALLREDUCE3` on GPUs: the paper's merge (arXiv 2408.04093, algorithm 3) by three NCCL allreduces on the caller's stream,
+//! with the library's own attention kernel. A baseline, to be compared with.
 
 use std::sync::{Arc, OnceLock};
 
-use super::connect::connect;
-use super::watchdog::Watchdog;
-use super::words::StepWords;
+use super::backend::{Backend, Place, RouteMemory};
+use super::context::StepContext;
+use super::gpu::GpuShard;
+use super::nccl::connect::{Members, connect};
+use super::nccl::watchdog::Watchdog;
+use super::nccl::words::StepWords;
+use super::rank::CudaRank;
+use super::{MergingRoute, Route};
 use crate::attention::merge::MergeStep;
 use crate::attention::{Algorithm, Step};
 use crate::comm::nccl::{NcclDeadline, NcclRank, Reduction};
@@ -12,11 +18,6 @@ use crate::cuda::{Allreduce, AllreduceOutput, AllreduceSizes, Destination};
 use crate::device::cuda::CudaStream;
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::RowTarget;
-use crate::route::backend::{Backend, Place, RouteMemory};
-use crate::route::context::StepContext;
-use crate::route::gpu::GpuShard;
-use crate::route::rank::CudaRank;
-use crate::route::{MergingRoute, Route};
 
 /// Attends, and reduces by NCCL.
 pub(in crate::route) struct NcclAllreduce3 {
@@ -120,13 +121,17 @@ impl NcclAllreduce3 {
 }
 
 impl Route for NcclAllreduce3 {
+    fn agreement(&self) -> Vec<(&'static str, String)> {
+        vec![("exchange", "NCCL".into())]
+    }
+
     fn connects(&self) -> bool {
         true
     }
 
     fn connect(&self, context: &StepContext) -> Result<()> {
         let deadline = NcclDeadline::new("setup_timeout_ns", context.config.setup_timeout);
-        let nccl = connect(context, &self.rank, deadline)?;
+        let nccl = connect(context, &self.rank, Members::all(&self.rank), deadline)?;
         self.try_out(context, &nccl, deadline)?;
         // SAFETY: no step was enqueued yet, as in `try_out`, whose reductions `drain` waited for.
         unsafe { self.kernels.clear() }?;

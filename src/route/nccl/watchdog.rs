@@ -22,7 +22,7 @@ const GRACE: Duration = Duration::from_millis(250);
 const ABORT_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// The thread that watches a plan's steps. Dropping it ends and joins the thread.
-pub(super) struct Watchdog {
+pub(in crate::route) struct Watchdog {
     watched: Arc<Watched>,
     thread: Option<JoinHandle<()>>,
 }

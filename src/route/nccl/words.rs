@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::comm::nccl::NcclDeadline;
-use crate::comm::{ANY_FAULT, COUNTS, PlanLease};
+use crate::comm::{ANY_FAULT, COUNTS, FAILURE, PlanLease};
 use crate::cuda::{STEP_BAD_DATA, STEPS_BEGUN, STEPS_ENDED};
 use crate::device::cuda::{CudaDevice, CudaStream, Staging};
 use crate::error::Result;
@@ -21,7 +21,7 @@ const ENDED: usize = COUNTS + STEPS_ENDED;
 const _: () = assert!(ANY_FAULT == COUNTS + STEP_BAD_DATA);
 
 /// Counts in mapped host memory, and a device word that ends all steps.
-pub(super) struct StepWords {
+pub(in crate::route) struct StepWords {
     lease: Arc<PlanLease>,
     /// Its device side is a word that is not 0 once outputs shall be NaN.
     failed: Mutex<Staging>,
@@ -42,6 +42,11 @@ impl StepWords {
     /// The device's address of the mapped words: steps begun, steps ended, bad data.
     pub fn host(&self) -> u64 {
         self.lease.address(COUNTS)
+    }
+
+    /// The device's address of the mapped word for the failure that a step has found.
+    pub fn failure(&self) -> u64 {
+        self.lease.address(FAILURE)
     }
 
     /// Bytes of device memory.

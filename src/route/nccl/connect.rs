@@ -1,7 +1,10 @@
-//! Gives a rank its NCCL communicator.
+//! Gives a rank its end of an NCCL communicator.
 
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
+use crate::attention::Shard;
 use crate::comm::Bootstrap;
 use crate::comm::nccl::{NcclDeadline, NcclLibrary, NcclRank, UNIQUE_ID_BYTES};
 use crate::error::{Error, ErrorKind, Result};
@@ -14,41 +17,71 @@ type UniqueId = [u8; UNIQUE_ID_BYTES];
 /// A rank and the number of its GPU.
 type RankDevice = (i32, i32);
 
+/// The ranks of an NCCL communicator, of which this rank is one.
+pub(in crate::route) struct Members<'a> {
+    /// Their numbers in the plan's communicator.
+    pub ranks: Vec<i32>,
+    /// Where this rank keeps its end, from plan to plan.
+    pub kept: &'a Mutex<Option<Arc<NcclRank>>>,
+}
+
+impl Members<'_> {
+    /// All ranks.
+    pub fn all(rank: &CudaRank) -> Members<'_> {
+        Members { ranks: (0..rank.shard().world).collect(), kept: &rank.nccl }
+    }
+}
+
 /// What one rank tells the others.
 struct Offer {
     device: i32,
-    /// Whether it has an NCCL communicator already.
+    /// Whether it has its end of NCCL's communicator already.
     has_nccl: bool,
-    /// From rank 0, if some rank has none: the name of a new one, or why there is none.
+    /// Where it has none: from the first member of each, the name of a new one; from any rank why it can have none.
     name: Option<Result<UniqueId>>,
 }
 
-/// This rank of NCCL's communicator, which is made where a rank has none yet. Collective.
+/// This rank of the NCCL communicator of `members`, which is made where a rank has none yet. Collective over all ranks of the
+/// plan's communicator.
 ///
-/// Fails with what NCCL says: `Unavailable` where there is none, `Unsupported` where two ranks share a GPU, `Timeout` where a
-/// rank does not come within `deadline`.
-pub(super) fn connect(context: &StepContext, rank: &CudaRank, deadline: NcclDeadline) -> Result<Arc<NcclRank>> {
-    let known = rank.nccl.lock().clone();
+/// Fails with what NCCL says: `Unavailable` where a rank has none, `Unsupported` where two members share a GPU, `Timeout` where
+/// a rank does not come within `deadline`.
+pub(in crate::route) fn connect(
+    context: &StepContext,
+    rank: &CudaRank,
+    members: Members<'_>,
+    deadline: NcclDeadline,
+) -> Result<Arc<NcclRank>> {
+    let known = members.kept.lock().clone();
     let library = || NcclLibrary::load(context.config.nccl_path.as_deref());
     let (shard, bootstrap, has_nccl) = (context.shard, rank.bootstrap(), known.is_some());
-    let name = (shard.rank == 0 && !has_nccl).then(|| library()?.unique_id());
-    let mine = Offer { device: rank.device.device().ordinal, has_nccl, name };
-    let offers = gather_offers(bootstrap, &mine)?;
+    let first = members.ranks.first().copied().unwrap_or(shard.rank);
+    let new_name = || match library() {
+        Ok(library) => (shard.rank == first).then(|| library.unique_id()),
+        Err(error) => Some(Err(error)),
+    };
+    let name = if has_nccl { None } else { new_name() };
+    let offers = gather_offers(bootstrap, &Offer { device: rank.device.device().ordinal, has_nccl, name })?;
     if let Some(known) = known.filter(|_| offers.iter().all(|offer| offer.has_nccl)) {
         return Ok(known);
     }
-    let id = match &offers[0].name {
-        Some(name) => name.clone()?,
-        None => {
-            let message = "plan: found an NCCL communicator on rank 0 and not on all, wanted the same on every rank";
-            return Err(Error::new(ErrorKind::Desync, message).with_rank(0));
-        }
+    let refused = offers.iter().find_map(|offer| offer.name.as_ref()?.as_ref().err());
+    if let Some(error) = refused {
+        return Err(error.clone());
+    }
+    let offer_of = |rank: i32| usize::try_from(rank).ok().and_then(|rank| offers.get(rank));
+    let Some(Ok(id)) = offer_of(first).and_then(|offer| offer.name.clone()) else {
+        let message =
+            format!("plan: found an NCCL communicator on rank {first} and not on all, wanted the same on every rank");
+        return Err(Error::new(ErrorKind::Desync, message).with_rank(first));
     };
-    one_gpu_each(offers.iter().enumerate().map(|(rank, offer)| (rank as i32, offer.device)).collect())?;
-    let nccl = NcclRank::begin(library()?, &rank.device, &id, shard, context.config.step_timeout)?;
+    one_gpu_each(members.ranks.iter().filter_map(|&rank| Some((rank, offer_of(rank)?.device))).collect())?;
+    let position = members.ranks.iter().position(|&member| member == shard.rank).unwrap_or(0);
+    let part = Shard { rank: position as i32, world: members.ranks.len() as i32 };
+    let nccl = NcclRank::begin(library()?, &rank.device, &id, part, context.config.step_timeout)?;
     nccl.settle("creating the NCCL communicator", deadline)?;
     let nccl = Arc::new(nccl);
-    *rank.nccl.lock() = Some(Arc::clone(&nccl));
+    *members.kept.lock() = Some(Arc::clone(&nccl));
     Ok(nccl)
 }
 
@@ -59,10 +92,12 @@ fn gather_offers(bootstrap: &dyn Bootstrap, mine: &Offer) -> Result<Vec<Offer>> 
         .iter()
         .enumerate()
         .map(|(rank, blob)| {
-            Offer::decode(blob).ok_or_else(|| {
-                let message = "plan: found another message than ALLREDUCE3 begins with";
+            let mut offer = Offer::decode(blob).ok_or_else(|| {
+                let message = "plan: found another message than plans over NCCL begin with";
                 Error::new(ErrorKind::Desync, message).with_rank(rank as i32)
-            })
+            })?;
+            offer.name = offer.name.map(|name| name.map_err(|error| error.with_rank(rank as i32)));
+            Ok(offer)
         })
         .collect()
 }
@@ -87,7 +122,7 @@ impl Offer {
         let name = match blob.get(5..)? {
             [] => None,
             _ => Some(match ErrorKind::from_code(number(5)?) {
-                Some(kind) => Err(Error::new(kind, String::from_utf8_lossy(&blob[9..]).into_owned()).with_rank(0)),
+                Some(kind) => Err(Error::new(kind, String::from_utf8_lossy(&blob[9..]).into_owned())),
                 None => Ok(blob[9..].try_into().ok()?),
             }),
         };
@@ -101,12 +136,8 @@ fn one_gpu_each(mut devices: Vec<RankDevice>) -> Result<()> {
     match devices.windows(2).find(|pair| pair[0].1 == pair[1].1) {
         None => Ok(()),
         Some(pair) => {
-            let found = format!("ALLREDUCE3 with cuda:{} on ranks {} and {}", pair[0].1, pair[0].0, pair[1].0);
-            Err(Error::unsupported(
-                "algorithm",
-                found,
-                "ALLREDUCE3 where every rank has a GPU of its own, as NCCL wants",
-            ))
+            let found = format!("cuda:{} on ranks {} and {}", pair[0].1, pair[0].0, pair[1].0);
+            Err(Error::unsupported("devices", found, "a GPU of its own for every rank of an exchange over NCCL"))
         }
     }
 }
@@ -130,7 +161,7 @@ mod tests {
         assert_eq!((plain.device, plain.has_nccl, plain.name.is_none()), (3, true, true));
         assert_eq!(round(Some(Ok([7; UNIQUE_ID_BYTES]))).name, Some(Ok([7; UNIQUE_ID_BYTES])));
         let error = Error::new(ErrorKind::Unavailable, "no NCCL");
-        assert_eq!(round(Some(Err(error.clone()))).name, Some(Err(error.with_rank(0))));
+        assert_eq!(round(Some(Err(error.clone()))).name, Some(Err(error)));
         for bad in [&[][..], &[1, 0, 0, 0], &[1, 0, 0, 0, 1, 0], &[1, 0, 0, 0, 1, 0, 0, 0, 0, 5]] {
             assert!(Offer::decode(bad).is_none(), "{bad:?}");
         }

@@ -1,0 +1,149 @@
+//! One allgather of NCCL that brings every rank the partials of all, and the merge of what came.
+
+use std::sync::{Arc, OnceLock};
+
+use super::watchdog::Watchdog;
+use super::words::StepWords;
+use crate::comm::PlanLease;
+use crate::comm::nccl::{NcclDeadline, NcclRank};
+use crate::cuda::{Gather, GatherSizes, GatherStep, GatherWords};
+use crate::device::cuda::CudaStream;
+use crate::error::{Error, ErrorKind, Result};
+use crate::partial::{RowSource, RowTarget};
+use crate::route::context::StepContext;
+use crate::route::rank::CudaRank;
+
+/// A plan's messages and kernels.
+pub(in crate::route) struct Allgather {
+    gather: Gather,
+    /// After the kernels, whose end waits for steps that only the watchdog can end. There once the plan is connected.
+    watchdog: OnceLock<Watchdog>,
+    words: Arc<StepWords>,
+    rank: Arc<CudaRank>,
+}
+
+impl Allgather {
+    /// Kernels and workspace of a plan on `rank`, which is not connected yet. Blocks; `Capturing` during a capture.
+    pub fn new(context: &StepContext, rank: &Arc<CudaRank>, lease: &Arc<PlanLease>) -> Result<Allgather> {
+        let (desc, timeout) = (&context.desc, context.config.step_timeout);
+        let sizes = GatherSizes {
+            tokens: desc.max_query_tokens,
+            heads: desc.q_heads,
+            dim: desc.head_dim_v,
+            wire: desc.wire_dtype,
+            first_head: context.heads.start as i32,
+            own_heads: context.heads.len() as i32,
+            rank: context.shard.rank,
+            world: context.shard.world,
+            attends: !desc.is_merge_only(),
+        };
+        let words = Arc::new(StepWords::new(&rank.device, lease, timeout)?);
+        let told = GatherWords { failed: words.failed(), host: words.host(), failure: words.failure() };
+        let gather = Gather::new(&rank.device, sizes, told, timeout)?;
+        Ok(Allgather { gather, watchdog: OnceLock::new(), words, rank: Arc::clone(rank) })
+    }
+
+    /// Has steps go over `nccl`. Collective over its ranks, within `deadline`. Once.
+    pub fn connect(&self, context: &StepContext, nccl: Arc<NcclRank>, deadline: NcclDeadline) -> Result<()> {
+        self.try_out(context, &nccl, deadline)?;
+        // Nothing was there before: a plan is connected once.
+        let _ = self.watchdog.set(Watchdog::start(&self.words, nccl, &self.rank, context.config.step_timeout)?);
+        Ok(())
+    }
+
+    /// Runs every size once, up to a factor of two. NCCL connects ranks when it first meets a way of gathering, and then waits
+    /// for them: a step that one thread enqueues on several ranks, or that is captured, must not meet one first.
+    fn try_out(&self, context: &StepContext, nccl: &NcclRank, deadline: NcclDeadline) -> Result<()> {
+        let what = "connecting over NCCL";
+        let most = self.gather.messages(context.desc.max_query_tokens);
+        let mut bytes = self.gather.messages(0).bytes;
+        while bytes < 2 * most.bytes {
+            let here = bytes.min(most.bytes);
+            // SAFETY: the workspace holds a message and those of all ranks, of at least as many bytes, all of them zeros. No step
+            // uses them: a plan is connected before whoever creates it has it.
+            let begin = |stream: &CudaStream| unsafe { nccl.begin_all_gather(most.send, most.received, here, stream) };
+            self.words.with_stream(begin)?;
+            nccl.settle(what, deadline)?;
+            bytes *= 2;
+        }
+        self.words.drain(what, deadline).inspect_err(|_| nccl.abort(deadline.timeout))
+    }
+
+    /// Where attention leaves a step's partial, each lse in two floats.
+    pub fn target(&self) -> &RowTarget {
+        self.gather.target()
+    }
+
+    /// Where attention notes bad data.
+    pub fn status(&self) -> u64 {
+        self.gather.status()
+    }
+
+    /// The partial that attention has left, for a step to send.
+    pub fn attended(&self) -> RowSource {
+        self.gather.attended()
+    }
+
+    /// Gathers, after `attend` was enqueued, which leaves this rank's partial where the step says, and merges.
+    ///
+    /// # Safety
+    /// The step is one that was checked for the context's descriptor and heads. Its memory, and the streams of other steps, are as
+    /// [`Route::decode`](crate::route::Route::decode) asks for.
+    pub unsafe fn exchange(
+        &self,
+        context: &StepContext,
+        step: &GatherStep,
+        stream: &CudaStream,
+        attend: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let Some(watchdog) = self.watchdog.get() else {
+            return Err(Error::new(ErrorKind::Internal, "plan: found no NCCL communicator, wanted one"));
+        };
+        self.gather.check(step)?;
+        attend()?;
+        let (nccl, timeout) = (watchdog.nccl(), context.config.step_timeout);
+        let messages = self.gather.messages(step.tokens);
+        let enqueue = || {
+            // SAFETY: `check` held the step's tokens against the plan's most and its pointers against the device; its memory and the
+            // stream are as this function was promised. The words that the kernels were given are those of `words` and of the lease
+            // that it keeps: a field after the kernels, whose end waits for their steps.
+            unsafe { self.gather.begin(step, stream) }?;
+            // SAFETY: `messages` names parts of the workspace that hold a message and those of all ranks. The workspace is freed
+            // after the device is done with all steps, or is given up with its communicator aborted.
+            unsafe { nccl.begin_all_gather(messages.send, messages.received, messages.bytes, stream) }?;
+            nccl.settle("ncclAllGather", NcclDeadline::new("step_timeout_ns", timeout))?;
+            // SAFETY: as `begin`.
+            unsafe { self.gather.merge(step, stream) }
+        };
+        enqueue().map_err(|error| self.rank.fail(error))?;
+        let others = nccl.shard().world as u64 - 1;
+        let header = self.gather.messages(0).bytes;
+        context.counters.add(1, others, others * (messages.bytes - header) as u64);
+        Ok(())
+    }
+
+    /// Writes NaN to an output of `tokens` query tokens, in the order of the stream. Steps end so once their word says that the
+    /// communicator is broken; the allgather is left out.
+    ///
+    /// # Safety
+    /// The target is that of a step that was checked for `tokens` and the plan's heads; its memory as in
+    /// [`Allgather::exchange`].
+    pub unsafe fn write_nan(&self, tokens: usize, target: &RowTarget, stream: &CudaStream) -> Result<()> {
+        let (source, tokens) = (RowSource::NONE, tokens as i32);
+        let step = GatherStep { tokens, source, lse_in_two: false, target: *target, fingerprint: 0 };
+        self.gather.check(&step)?;
+        self.words.fail_steps();
+        // SAFETY: the target was checked for `tokens`, which are no more than the plan's most, and for this rank's heads, and is
+        // memory of the plan's device that stays until this is done, as this function was promised. The words as in `exchange`.
+        unsafe {
+            self.gather.begin(&step, stream)?;
+            self.gather.merge(&step, stream)
+        }
+    }
+
+    /// Bytes of device memory, and those that the exchange works on among them.
+    pub fn memory(&self) -> (usize, usize) {
+        let (all, exchange) = self.gather.memory();
+        (all + self.words.memory(), exchange)
+    }
+}

@@ -1,0 +1,129 @@
+//! Steps of ranks on GPUs that cannot reach each other's memory: attend, gather all partials by one allgather of NCCL, merge.
+
+use std::sync::Arc;
+
+use super::backend::{Backend, Place, RouteMemory};
+use super::context::{Call, StepContext, fingerprint};
+use super::gpu::GpuShard;
+use super::nccl::allgather::Allgather;
+use super::nccl::connect::{Members, connect};
+use super::rank::CudaRank;
+use super::{MergingRoute, Route};
+use crate::attention::merge::MergeStep;
+use crate::attention::{Algorithm, Step};
+use crate::comm::nccl::NcclDeadline;
+use crate::cuda::{Destination, GatherStep};
+use crate::device::cuda::CudaStream;
+use crate::error::{Error, ErrorKind, Result};
+use crate::partial::RowTarget;
+
+/// Attends, and gathers by NCCL.
+pub(in crate::route) struct NcclAllgather {
+    allgather: Allgather,
+    shard: GpuShard,
+    /// Why there are no windows to use, and the route by its name with that.
+    why: String,
+    reason: String,
+}
+
+impl NcclAllgather {
+    /// Kernels and workspace of a plan on `rank`, which is not connected yet; `why` its ranks do not use windows. Blocks;
+    /// `Capturing` during a capture. `Unsupported` where the plan is checked.
+    pub fn new(context: &StepContext, rank: &Arc<CudaRank>, why: &str) -> Result<NcclAllgather> {
+        if context.desc.checked {
+            let wanted =
+                format!("0 where partials go over NCCL, which has no windows in which ranks compare steps: {why}");
+            return Err(Error::unsupported("flags", "CHECKED", wanted));
+        }
+        let shard = GpuShard::new(context, rank)?;
+        let allgather = Allgather::new(context, rank, &shard.lease)?;
+        Ok(NcclAllgather { allgather, shard, reason: format!("one allgather of NCCL: {why}"), why: why.into() })
+    }
+
+    fn step(&self, context: &StepContext, tokens: i32, call: Call, target: RowTarget) -> GatherStep {
+        let [kind, size] = call.words();
+        let fingerprint = fingerprint(&[context.plan, kind, size, tokens as u64]);
+        GatherStep { tokens, source: self.allgather.attended(), lse_in_two: true, target, fingerprint }
+    }
+}
+
+impl Route for NcclAllgather {
+    fn agreement(&self) -> Vec<(&'static str, String)> {
+        vec![("exchange", "NCCL".into())]
+    }
+
+    fn connects(&self) -> bool {
+        true
+    }
+
+    fn connect(&self, context: &StepContext) -> Result<()> {
+        let deadline = NcclDeadline::new("setup_timeout_ns", context.config.setup_timeout);
+        let rank = &self.shard.rank;
+        let nccl = connect(context, rank, Members::all(rank), deadline).map_err(|error| match error.kind() {
+            // There is no other way.
+            ErrorKind::Unavailable | ErrorKind::Unsupported => {
+                Error::new(ErrorKind::Unsupported, format!("{}; over NCCL: {}", self.why, error.message()))
+            }
+            _ => error,
+        })?;
+        self.allgather.connect(context, nccl, deadline)
+    }
+
+    unsafe fn decode(&self, context: &StepContext, step: &Step, place: Place<'_>) -> Result<()> {
+        let stream = self.shard.stream(place.stream())?;
+        let call = Call::Decode(step.args.batch);
+        let gathered = self.step(context, step.args.query_tokens, call, step.target(&context.desc));
+        let (target, status) = (self.allgather.target(), self.allgather.status());
+        let attended = Destination::Partial { target, status, lse_in_two: true };
+        // SAFETY: the step was checked for the descriptor and shard of which the backend was made; its memory and the streams are as
+        // this function was promised. The message holds every row of the plan's largest step, and is freed only once the
+        // device is done with it. The words that the backend was told of are those of the shard's lease, which outlives it.
+        let attend = || unsafe { self.shard.backend.decode_to(step, attended, stream) };
+        // SAFETY: the step is as this function was promised.
+        unsafe { self.allgather.exchange(context, &gathered, stream, attend) }?;
+        context.count_enqueued();
+        Ok(())
+    }
+
+    fn shard(&self) -> &dyn Backend {
+        &self.shard
+    }
+
+    fn merging(&self) -> Option<&dyn MergingRoute> {
+        Some(self)
+    }
+
+    unsafe fn write_nan(
+        &self,
+        _context: &StepContext,
+        (tokens, _heads): (usize, usize),
+        target: &RowTarget,
+        stream: Option<&CudaStream>,
+    ) -> Result<()> {
+        let stream = self.shard.stream(stream)?;
+        // SAFETY: this function was promised the same.
+        unsafe { self.allgather.write_nan(tokens, target, stream) }
+    }
+
+    fn memory(&self) -> RouteMemory {
+        let (all, exchange) = self.allgather.memory();
+        RouteMemory { workspace: self.shard.memory().workspace + all, exchange }
+    }
+
+    fn algorithm(&self) -> (Algorithm, &str) {
+        (Algorithm::OneShot, &self.reason)
+    }
+}
+
+impl MergingRoute for NcclAllgather {
+    unsafe fn merge(&self, context: &StepContext, step: &MergeStep, stream: Option<&CudaStream>) -> Result<()> {
+        let stream = self.shard.stream(stream)?;
+        let given = self.step(context, step.tokens, Call::Merge, step.target);
+        let given = GatherStep { source: step.source, lse_in_two: false, ..given };
+        // SAFETY: source and target were checked for the context's descriptor and heads, and are memory as this function was
+        // promised, as are the streams.
+        unsafe { self.allgather.exchange(context, &given, stream, || Ok(())) }?;
+        context.count_enqueued();
+        Ok(())
+    }
+}
