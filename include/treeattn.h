@@ -221,6 +221,9 @@ inline T sized() {
 /** Flag of `treeattn_merge_args_t`: an incoming lse of +inf means an empty partial, as -inf does. */
 #define TREEATTN_MERGE_PLUS_INF_IS_EMPTY 1
 
+/** Flag of `treeattn_merge_args_t`: an incoming lse that is NaN means an empty partial, as -inf does. Since 0.2. */
+#define TREEATTN_MERGE_NAN_IS_EMPTY 2
+
 /** Version of the header, to compare with `treeattn_version`. */
 #define TREEATTN_VERSION_MAJOR 0
 
@@ -680,6 +683,14 @@ typedef int32_t treeattn_output_t;
 /** No exchange: each rank gets the output over its own shard. */
 #define TREEATTN_OUTPUT_LOCAL 2
 
+/**
+ * Each rank, its own part of every row, all heads: its shard's output times exp(own lse - merged lse). The parts of all ranks add
+ * up to the output, as they do in an engine's all-reduce after the output projection; the lse is the merged one, the same bits on
+ * every rank. Between ranks travel 8 bytes a row and head, whatever `wire_dtype`. On CPUs, with TREEATTN_ALGORITHM_AUTO or
+ * TREEATTN_ALGORITHM_ONE_SHOT. Since 0.2.
+ */
+#define TREEATTN_OUTPUT_WEIGHTED 3
+
 /** How partials meet. All are exact. */
 typedef int32_t treeattn_algorithm_t;
 
@@ -1015,23 +1026,50 @@ typedef struct treeattn_merge_args_t {
     treeattn_dtype_t o_dtype;
     /** Element type of `out`. 0: the plan's `out_dtype`; for `treeattn_merge_partials` that of `o`. */
     treeattn_dtype_t out_dtype;
-    /** Base of the incoming lse: 0 for e, or 2. The outgoing lse is always natural. */
+    /** Base of the incoming lse: 0 for e, or 2. */
     int32_t lse_base;
     /** TREEATTN_MERGE_ flags. */
     uint32_t flags;
-    /** Zero; keeps what follows aligned. */
-    uint32_t reserved;
-    /** Normalised outputs of the partials. A row whose lse says empty (-inf) is never read. */
+    /** Base of the outgoing lse: 0 for e, or 2. Since 0.2; zero before. */
+    int32_t out_lse_base;
+    /**
+     * Outputs of the partials, normalised unless there is a `sum`. A row that is empty (its lse is -inf, or what a flag or
+     * `kv_length` says) is never read.
+     */
     struct treeattn_tensor_t o;
-    /** Log-sum-exps of the partials, f32. NaN makes its row NaN, and so does +inf without TREEATTN_MERGE_PLUS_INF_IS_EMPTY. */
+    /**
+     * Log-sum-exps of the partials, f32, at any strides. NaN makes its row NaN, and so does +inf, unless
+     * TREEATTN_MERGE_NAN_IS_EMPTY or TREEATTN_MERGE_PLUS_INF_IS_EMPTY says that such a partial is empty.
+     */
     struct treeattn_tensor_t lse;
     /**
      * Merged output [token, head, dim]; with a scattered plan the rank's own heads. Its `bytes` bytes overlap those of no other
      * tensor.
      */
     struct treeattn_tensor_t out;
-    /** Merged natural log-sum-exp, f32 [token, head]. data NULL: not wanted. */
+    /** Merged log-sum-exp to the base `out_lse_base`, f32 [token, head]. data NULL: not wanted. */
     struct treeattn_tensor_t out_lse;
+    /**
+     * For partials of the form (max, sum), f32 as `lse`: o is then sum_j exp(s_j - m) v_j, `lse` holds m (to the base `lse_base`; it
+     * need not be the maximum) and this sum_j exp(s_j - m). Pairs side by side are two tensors of the same strides. An m of -inf
+     * or a sum of 0 is an empty partial, whose o is not read. data NULL: `lse` holds log-sum-exps. Since 0.2.
+     */
+    struct treeattn_tensor_t sum;
+    /**
+     * `int32 [batch + 1]`, on the device, read during the step: first token of each sequence, ascending from 0. Rows of tokens from
+     * `query_start[batch]` on are padding: empty, whatever `lse` and o hold. NULL: with `kv_length` query_tokens / batch each,
+     * which then leaves no remainder. Since 0.2.
+     */
+    const int32_t *query_start;
+    /**
+     * `int32 [batch]`, on the device, read during the step: keys of each sequence on this rank. Rows of sequences with 0 or less are
+     * empty, whatever `lse` and o hold. NULL: nothing is known of keys. Since 0.2.
+     */
+    const int32_t *kv_length;
+    /** Sequences that `query_start` and `kv_length` tell of; 0 without both. Since 0.2. */
+    int32_t batch;
+    /** Zero; keeps the size a multiple of 8. */
+    int32_t reserved;
 } treeattn_merge_args_t;
 
 /**

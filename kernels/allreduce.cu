@@ -71,7 +71,7 @@ __device__ __forceinline__ void finish(const AllreduceParams& p, int64_t row) {
         if (lane == 0 && p.target.lse != nullptr) {
             float lse = empty ? most : static_cast<float>(most + log(static_cast<double>(sum)));
             if (failed) lse = not_a_number();
-            *p.target.lse_of(token, head) = lse;
+            *p.target.lse_of(token, head) = lse * p.target.from_natural;
         }
     }
     // A row that the next step does not write is padding.

@@ -16,18 +16,21 @@ struct ExchangeState {
 struct SourceWords {
     uint32_t data[kPairs][2];
 
-    __device__ __forceinline__ void load(const RowSource& source, const char* o, const Wire& wire, int first) {
+    // Divides them by `sum` where there is one.
+    __device__ __forceinline__ void load(const RowSource& source, const char* o, const Wire& wire, int first, float sum) {
         const int64_t stride = source.o_stride[2];
         const int size = wire.elements_a_word();
 #pragma unroll
         for (int pair = 0; pair < kPairs; pair++) {
             const int d = (first + pair * 64 + threadIdx.x % 32 * 2) * size;
             // A word is one element or two; both words of a lane are neighbours.
-            const float2 low = load_two(o + d * stride, stride, source.dtype, source.dim - d);
+            float2 low = load_two(o + d * stride, stride, source.dtype, source.dim - d);
+            if (source.sum != nullptr) low = make_float2(low.x / sum, low.y / sum);
             if (wire.is_f32) {
                 data[pair][0] = __float_as_uint(low.x), data[pair][1] = __float_as_uint(low.y);
             } else {
-                const float2 high = load_two(o + (d + 2) * stride, stride, source.dtype, source.dim - d - 2);
+                float2 high = load_two(o + (d + 2) * stride, stride, source.dtype, source.dim - d - 2);
+                if (source.sum != nullptr) high = make_float2(high.x / sum, high.y / sum);
                 data[pair][0] = wire.pack(low), data[pair][1] = wire.pack(high);
             }
         }
@@ -37,22 +40,22 @@ struct SourceWords {
 // A row of this rank's partial, as one warp has it: where it lies, then the first pass of its words.
 struct PartialRow {
     const char* o;
-    const char* lse_at;
+    int64_t token;
     int head;
     float2 lse;
+    float sum;  // by which o is still to be divided
     SourceWords words;
 
     __device__ __forceinline__ void find(const ExchangeParams& p, int64_t row) {
         const int64_t flat = p.first_row + row;
-        const int64_t token = token_of(flat, p.view.heads);
+        token = token_of(flat, p.view.heads);
         head = static_cast<int>(flat - token * p.view.heads);
         o = p.source.row(token, head);
-        lse_at = p.source.lse_of(token, head);
     }
     __device__ __forceinline__ void load(const ExchangeParams& p, const Wire& wire) {
-        const float* stored = reinterpret_cast<const float*>(lse_at);
-        lse = p.lse_in_two ? make_float2(stored[0], stored[1]) : p.source.natural_in_two(stored[0]);
-        words.load(p.source, o, wire, 0);
+        sum = p.source.divisor(token, head);
+        words.load(p.source, o, wire, 0, sum);
+        lse = p.source.lse_of_row(token, head, p.lse_in_two, sum);
     }
 };
 
@@ -80,7 +83,7 @@ __device__ __forceinline__ void push_rows(const ExchangeParams& p, const Epoch& 
         const uint32_t mask = lse.x == -infinity() ? 0 : 0xffffffffu;
 #pragma unroll 1
         for (int first = 0; first < words; first += kWordsAPass) {
-            if (first > 0) current.words.load(p.source, current.o, wire, first);
+            if (first > 0) current.words.load(p.source, current.o, wire, first, current.sum);
 #pragma unroll 1
             for (int n = begin; n < end; n++) {
                 uint64_t* const to = slots.at(e.number, n) + at;

@@ -41,9 +41,9 @@ __device__ __forceinline__ bool decide_at_once(const ExchangeView& v, MergeStep&
     return step.ticket != 0;
 }
 
-// What the host sees to: rows are pushed to all ranks, or to the owners of their heads; no more rows than warps, nor blocks than
-// kLeftOver has bits; a row's o has at most kRowsMostWords words; the elements of source and target lie side by side, their rows begin
-// at multiples of 4 of them, and have multiples of 4.
+// What the host sees to: o is normalised; rows are pushed to all ranks, or to the owners of their heads; no more rows than warps,
+// nor blocks than kLeftOver has bits; a row's o has at most kRowsMostWords words; the elements of source and target lie side by side,
+// their rows begin at multiples of 4 of them, and have multiples of 4.
 template <int kRanks, bool kPlain>
 __device__ __forceinline__ void exchange_rows(const ExchangeParams& p) {
     __shared__ MergeStep step;
@@ -108,6 +108,7 @@ __device__ __forceinline__ void exchange_rows(const ExchangeParams& p) {
     if (has_row) {
         const float* const stored = reinterpret_cast<const float*>(source_lse);
         own_lse = p.lse_in_two ? make_float2(stored[0], stored[1]) : p.source.natural_in_two(stored[0]);
+        if (p.source.is_padding(token)) own_lse = make_float2(-infinity(), 0.f);
     }
     Epoch e(state.x, __shfl_sync(kAllLanes, state.y, 0));
     const uint32_t number = e.number, own_fault = pack_fault(noted, rank), own_second = second_word(own_lse, own_fault);
@@ -236,7 +237,7 @@ __device__ __forceinline__ void exchange_rows(const ExchangeParams& p) {
                 *reinterpret_cast<uint2*>(element) = bits;
             }
         }
-        const float merged = scale.lse();
+        const float merged = scale.lse() * p.target.from_natural;
         if (done && lane == 0 && to_lse != nullptr) *to_lse = merged;
     }
 

@@ -51,13 +51,14 @@ __device__ __forceinline__ void take_row(const GatherParams& p, int64_t row) {
     const Wire wire(p.wire_dtype);
     const int64_t token = token_of(row, p.heads), head = row - token * p.heads, stride = source.o_stride[2];
     const char* o = source.row(token, head);
-    const float* stored = reinterpret_cast<const float*>(source.lse_of(token, head));
-    const float2 lse = p.lse_in_two ? make_float2(stored[0], stored[1]) : source.natural_in_two(stored[0]);
+    const float sum = source.divisor(token, head);
+    const float2 lse = source.lse_of_row(token, head, p.lse_in_two, sum);
     char* to = p.send + row_at(p, row);
     if (threadIdx.x % 32 == 0) *reinterpret_cast<float2*>(to) = lse;
     for (int d = threadIdx.x % 32 * 4; d < source.dim; d += 128) {
-        const float2 low = load_two(o + d * stride, stride, source.dtype, source.dim - d);
-        const float2 high = load_two(o + (d + 2) * stride, stride, source.dtype, source.dim - d - 2);
+        float2 low = load_two(o + d * stride, stride, source.dtype, source.dim - d);
+        float2 high = load_two(o + (d + 2) * stride, stride, source.dtype, source.dim - d - 2);
+        if (source.sum != nullptr) low = make_float2(low.x / sum, low.y / sum), high = make_float2(high.x / sum, high.y / sum);
         float4 x = make_float4(low.x, low.y, high.x, high.y);
         if (lse.x == -infinity()) x = make_float4(0.f, 0.f, 0.f, 0.f);
         store_four(to + kGatherRowHead, d, wire, x);
@@ -153,7 +154,9 @@ __device__ __forceinline__ void merge_row(const GatherParams& p, int64_t row) {
             }
         }
     }
-    if (lane == 0 && target.lse != nullptr) *target.lse_of(token, head) = lost ? not_a_number() : scale.lse();
+    if (lane == 0 && target.lse != nullptr) {
+        *target.lse_of(token, head) = lost ? not_a_number() : scale.lse() * target.from_natural;
+    }
 }
 
 // The bad data of the first sequence that any rank has met, with the lowest rank that met it; 0 for none.

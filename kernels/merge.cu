@@ -11,9 +11,12 @@ namespace treeattn {
 
 constexpr int kMergeColumns = 8;  // of a lane in one pass over the partials
 
-// The log-sum-exp of one partial, in the base that the memory has.
-__device__ __forceinline__ float merge_lse(const MergeParams& p, const char* row, int partial) {
-    return p.source.without_plus(*reinterpret_cast<const float*>(row + partial * p.step[1]));
+// The log-sum-exp of one partial, -inf where it is empty: a natural one where there are sums, else in the base that the memory has.
+__device__ __forceinline__ double merge_lse(const MergeParams& p, const char* row, const char* sums, int partial) {
+    const double lse = p.source.without_others(*reinterpret_cast<const float*>(row + partial * p.step[1]));
+    if (sums == nullptr || lse == -infinity()) return lse;
+    const double natural = p.source.to_natural == 1.f ? 1.0 : 0.69314718055994530942;
+    return lse * natural + log(static_cast<double>(*reinterpret_cast<const float*>(sums + partial * p.step[2])));
 }
 
 __device__ __forceinline__ void merge_row(const MergeParams& p, int64_t row) {
@@ -23,35 +26,41 @@ __device__ __forceinline__ void merge_row(const MergeParams& p, int64_t row) {
     const RowTarget& target = p.target;
     const char* o = source.row(token, head);
     const char* lses = source.lse_of(token, head);
+    const char* sums = source.sum == nullptr ? nullptr : source.sum_at(token, head);
     char* out = target.row(token, head);
+    const int partials = source.is_padding(token) ? 0 : p.partials;
 
-    float top = -infinity();
+    double top = -infinity();
     int live = 0;
     bool bad = false;
-    for (int i = lane; i < p.partials; i += 32) {
-        const float lse = merge_lse(p, lses, i);
+    for (int i = lane; i < partials; i += 32) {
+        const double lse = merge_lse(p, lses, sums, i);
         bad |= !(lse < infinity());
         live += lse != -infinity();
-        top = fmaxf(top, lse);
+        top = fmax(top, lse);
     }
     bad = __any_sync(kAllLanes, bad);
     for (int d = 16; d > 0; d /= 2) {
-        top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, d));
+        top = fmax(top, __shfl_xor_sync(kAllLanes, top, d));
         live += __shfl_xor_sync(kAllLanes, live, d);
     }
 
-    const double natural = source.to_natural == 1.f ? 1.0 : 0.69314718055994530942;
+    const double natural = sums != nullptr || source.to_natural == 1.f ? 1.0 : 0.69314718055994530942;
     double sum = 0.0;
     for (int first = 0; first < target.dim; first += 32 * kMergeColumns) {
         float2 acc[kMergeColumns] = {};  // sums of two floats: there may be any number of partials
         sum = 0.0;
-        for (int chunk = 0; chunk < p.partials && !bad; chunk += 32) {
-            float lse = -infinity();
-            if (chunk + lane < p.partials) lse = merge_lse(p, lses, chunk + lane);
-            const double weight = lse == -infinity() ? 0.0 : exp((static_cast<double>(lse) - top) * natural);
-            for (int i = 0; i < 32 && chunk + i < p.partials; i++) {
-                if (__shfl_sync(kAllLanes, lse, i) == -infinity()) continue;
+        for (int chunk = 0; chunk < partials && !bad; chunk += 32) {
+            double lse = -infinity();
+            if (chunk + lane < partials) lse = merge_lse(p, lses, sums, chunk + lane);
+            const double weight = lse == -infinity() ? 0.0 : exp((lse - top) * natural);
+            const bool is_live = lse != -infinity();
+            float total = 1.f;
+            if (sums != nullptr && is_live) total = *reinterpret_cast<const float*>(sums + (chunk + lane) * p.step[2]);
+            for (int i = 0; i < 32 && chunk + i < partials; i++) {
+                if (!__shfl_sync(kAllLanes, is_live, i)) continue;
                 const double exact = __shfl_sync(kAllLanes, weight, i);
+                const float divisor = __shfl_sync(kAllLanes, total, i);
                 const float w = static_cast<float>(exact);
                 sum += exact;
                 const char* from = o + (chunk + i) * p.step[0];
@@ -59,7 +68,8 @@ __device__ __forceinline__ void merge_row(const MergeParams& p, int64_t row) {
                 for (int c = 0; c < kMergeColumns; c++) {
                     const int d = first + c * 32 + lane;
                     if (d >= target.dim) continue;
-                    const float x = load_element(from + d * source.o_stride[2], source.dtype);
+                    float x = load_element(from + d * source.o_stride[2], source.dtype);
+                    if (sums != nullptr) x /= divisor;
                     if (live == 1) {
                         acc[c].x = x;
                         continue;
@@ -82,7 +92,7 @@ __device__ __forceinline__ void merge_row(const MergeParams& p, int64_t row) {
         }
     }
     if (lane == 0 && target.lse != nullptr) {
-        float lse = static_cast<float>(live <= 1 ? top * natural : top * natural + log(sum));
+        float lse = static_cast<float>(live <= 1 ? top * natural : top * natural + log(sum)) * target.from_natural;
         if (bad) lse = not_a_number();
         *target.lse_of(token, head) = lse;
     }

@@ -161,7 +161,7 @@ static __device__ __noinline__ bool merge_large_row(const MergeStep* step, Epoch
         if (pushes) {
             push(at, __float_as_uint(lse), second_word(make_float2(lse, 0.f), fault));
         } else {
-            if (to.lse != nullptr) *to.lse = lse;
+            if (to.lse != nullptr) *to.lse = lse * m.target.from_natural;
             report_bad_data(v, e.parity(), fault);
         }
     };
@@ -189,7 +189,7 @@ static __device__ __noinline__ bool write_received(const MergeStep* step, Epoch&
                 seen = are_of(x, e.number);
                 if (seen && n == 0) {
                     const float2 lse = lse_of(data_of(x.x), data_of(x.y));
-                    if (to.lse != nullptr) *to.lse = lse.x;
+                    if (to.lse != nullptr) *to.lse = lse.x * m.target.from_natural;
                     report_bad_data(v, e.parity(), fault_of(lse, data_of(x.y)));
                 } else if (seen) {
                     write_words(m.target, wire, to, n - kRowHead, wire.unpack(data_of(x.x)), wire.unpack(data_of(x.y)));

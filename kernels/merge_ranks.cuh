@@ -174,7 +174,7 @@ static __device__ __noinline__ uint32_t merge_row_at_once(const MergeStep* step,
                 }
             }
             if (lane == 0) {
-                if (to.lse != nullptr) *to.lse = s.lse();
+                if (to.lse != nullptr) *to.lse = s.lse() * m.target.from_natural;
                 report_bad_data(v, epoch % kSlots, fault);
             }
             return kMerged | kAllHeaders;

@@ -176,7 +176,7 @@ struct TermsParams {
 struct MergeParams {
     RowSource source;  // the first partial
     RowTarget target;
-    int64_t step[2];   // from a partial's o, and from its lse, to the next one's
+    int64_t step[3];   // from a partial's o, from its lse and from its sum to the next one's
     int32_t partials;
     int32_t tokens;
     int32_t heads;

@@ -112,6 +112,7 @@ macro_rules! programs {
 programs! {
     arguments,
     comm,
+    conventions,
     decode,
     energy,
     executor,

@@ -421,10 +421,10 @@ fn steps_may_be_captured(mock: &Mock) {
         o_dtype: Dtype::F32,
         lse: shard.tensor(8192, 64),
         lse_base: 0,
-        plus_inf_is_empty: false,
         out: shard.tensor(16384, 2048),
         out_dtype: None,
         out_lse: Tensor::NULL,
+        ..MergeArgs::default()
     };
     // SAFETY: as above.
     unsafe { merge_partials(&runtime, GPU, &merge, 2, Some(&stream)) }.unwrap();

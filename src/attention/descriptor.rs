@@ -55,6 +55,8 @@ codes! {
         Scattered = 1 => "SCATTERED",
         /// No exchange: each rank gets the output over its own shard.
         Local = 2 => "LOCAL",
+        /// Each rank, its own part of every row, all heads: the parts of all ranks add up to the output. The lse is the merged one.
+        Weighted = 3 => "WEIGHTED",
     }
 }
 codes! {

@@ -63,6 +63,7 @@ impl Step {
             lse_stride: [self.lse_stride[0], self.lse_stride[1]],
             dtype: desc.out_dtype,
             dim: desc.head_dim_v,
+            ..RowTarget::NONE
         }
     }
 

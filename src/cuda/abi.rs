@@ -23,6 +23,7 @@ use crate::attention::{Dtype, KvLayout, SequenceRecord};
 use crate::device::cuda::{Image, Kernel};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::epoch::{AFTER_WRAP, FLAG_SHIFT, LAUNCH_SHIFT, SLOTS};
+use crate::partial::rows::{NAN_IS_EMPTY, PLUS_INF_IS_EMPTY};
 use crate::partial::view::{ExchangeMode, ExchangeView, host, value, window};
 use crate::partial::{DataFaultCause, RowSource, RowTarget, word};
 
@@ -75,6 +76,10 @@ const CONSTANTS: &[Constants] = &[
         kFlagNoBulk = params::NO_BULK,
         kFlagPush = params::PUSH,
         kFlagLseInTwo = params::LSE_IN_TWO,
+    }),
+    constants!("RowSource::empties, as src/partial/rows.rs says.", "uint32_t", {
+        kPlusInfIsEmpty = PLUS_INF_IS_EMPTY,
+        kNanIsEmpty = NAN_IS_EMPTY,
     }),
     constants!("Which input of a step was out of range (partial::DataFaultCause).", "uint32_t", {
         kFaultNone = 0,
@@ -165,8 +170,23 @@ const LAYOUTS: &[Layout] = &[
         long_bytes
     }),
     layout!(Workspace { partials, counters, status, found }),
-    layout!(RowTarget { o, lse, o_stride, lse_stride, dtype, dim }),
-    layout!(RowSource { o, lse, o_stride, lse_stride, dtype, dim, to_natural, plus_inf_is_empty }),
+    layout!(RowTarget { o, lse, o_stride, lse_stride, dtype, dim, from_natural, reserved }),
+    layout!(RowSource {
+        o,
+        lse,
+        o_stride,
+        lse_stride,
+        dtype,
+        dim,
+        to_natural,
+        empties,
+        sum,
+        sum_stride,
+        query_start,
+        kv_length,
+        batch,
+        tokens_each
+    }),
     layout!(ExchangeView {
         slots,
         bases,

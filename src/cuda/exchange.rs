@@ -87,7 +87,7 @@ impl RowKernels {
         // Kernels number rows, and heads times ranks, in 32 bits.
         let is_small =
             step.first_row + step.rows <= i64::from(i32::MAX) && view.heads <= i32::MAX / (2 * ROWS_MOST_RANKS);
-        let has_source = source.o != 0 && !step.is_pushed && source.dim == target.dim;
+        let has_source = source.o != 0 && source.sum == 0 && !step.is_pushed && source.dim == target.dim;
         let serves = has_source
             && is_small
             && step.rows > 0

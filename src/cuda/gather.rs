@@ -125,8 +125,8 @@ impl Gather {
                 lse: first,
                 o_stride: [i64::from(sizes.heads) * row, row, size_of::<f32>() as i64],
                 lse_stride: [i64::from(sizes.heads) * row, row],
-                dtype: Dtype::F32,
                 dim: sizes.dim,
+                ..RowTarget::NONE
             },
             false => RowTarget::partial(partial_o, partial_lse, sizes.heads, sizes.dim),
         };
@@ -200,7 +200,7 @@ impl Gather {
         if step.tokens == 0 {
             return Ok(());
         }
-        let source = [("o.data", step.source.o), ("lse.data", step.source.lse)];
+        let source = step.source.addresses();
         let target = [("out.data", step.target.o), ("lse.data", step.target.lse)];
         for (name, address) in source.into_iter().chain(target.into_iter().filter(|_| self.sizes.own_heads > 0)) {
             self.pointers.check(device, name, address as *const c_void)?;

@@ -48,7 +48,7 @@ impl Merge {
         }
         let (source, target) = (step.source, step.target);
         for (name, address) in
-            [("o.data", source.o), ("lse.data", source.lse), ("out.data", target.o), ("out_lse.data", target.lse)]
+            [("out.data", target.o), ("out_lse.data", target.lse)].into_iter().chain(source.addresses())
         {
             self.pointers.check(device, name, address as *const c_void)?;
         }

@@ -202,8 +202,8 @@ pub struct MergeParams {
     /// The first partial.
     pub source: RowSource,
     pub target: RowTarget,
-    /// Bytes from a partial's o, and from its lse, to the next one's.
-    pub step: [i64; 2],
+    /// Bytes from a partial's o, from its lse and from its sum to the next one's.
+    pub step: [i64; 3],
     pub partials: i32,
     pub tokens: i32,
     pub heads: i32,

@@ -157,6 +157,11 @@ pub const TREEATTN_OUTPUT_REPLICATED: treeattn_output_t = treeattn_output_t(0);
 pub const TREEATTN_OUTPUT_SCATTERED: treeattn_output_t = treeattn_output_t(1);
 /// No exchange: each rank gets the output over its own shard.
 pub const TREEATTN_OUTPUT_LOCAL: treeattn_output_t = treeattn_output_t(2);
+/// Each rank, its own part of every row, all heads: its shard's output times exp(own lse - merged lse). The parts of all ranks add
+/// up to the output, as they do in an engine's all-reduce after the output projection; the lse is the merged one, the same bits on
+/// every rank. Between ranks travel 8 bytes a row and head, whatever `wire_dtype`. On CPUs, with TREEATTN_ALGORITHM_AUTO or
+/// TREEATTN_ALGORITHM_ONE_SHOT. Since 0.2.
+pub const TREEATTN_OUTPUT_WEIGHTED: treeattn_output_t = treeattn_output_t(3);
 
 /// What each rank passes as q.
 #[repr(transparent)]
@@ -244,6 +249,9 @@ pub const TREEATTN_ATTENTION_PAGES_BY_HEAD: u32 = 8;
 
 /// Flag of `treeattn_merge_args_t`: an incoming lse of +inf means an empty partial, as -inf does.
 pub const TREEATTN_MERGE_PLUS_INF_IS_EMPTY: u32 = 1;
+
+/// Flag of `treeattn_merge_args_t`: an incoming lse that is NaN means an empty partial, as -inf does. Since 0.2.
+pub const TREEATTN_MERGE_NAN_IS_EMPTY: u32 = 2;
 
 /// Version of the header, to compare with `treeattn_version`.
 pub const TREEATTN_VERSION_MAJOR: i32 = 0;

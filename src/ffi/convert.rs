@@ -260,10 +260,10 @@ pub unsafe fn team_member(t: &treeattn_team_t) -> TeamMember {
 
 /// Merge arguments.
 pub fn merge_args(a: &treeattn_merge_args_t) -> Result<MergeArgs> {
-    if a.flags & !TREEATTN_MERGE_PLUS_INF_IS_EMPTY != 0 {
+    if a.flags & !(TREEATTN_MERGE_PLUS_INF_IS_EMPTY | TREEATTN_MERGE_NAN_IS_EMPTY) != 0 {
         return Err(Error::invalid("flags", format_args!("{:#x}", a.flags), "TREEATTN_MERGE_ flags of this version"));
     }
-    reserved(a.reserved)?;
+    reserved(a.reserved.cast_unsigned())?;
     Ok(MergeArgs {
         query_tokens: a.query_tokens,
         heads: a.heads,
@@ -273,9 +273,15 @@ pub fn merge_args(a: &treeattn_merge_args_t) -> Result<MergeArgs> {
         lse: tensor(&a.lse),
         lse_base: a.lse_base,
         plus_inf_is_empty: a.flags & TREEATTN_MERGE_PLUS_INF_IS_EMPTY != 0,
+        nan_is_empty: a.flags & TREEATTN_MERGE_NAN_IS_EMPTY != 0,
+        sum: tensor(&a.sum),
+        batch: a.batch,
+        query_start: a.query_start,
+        kv_length: a.kv_length,
         out: tensor(&a.out),
         out_dtype: if a.out_dtype.0 == 0 { None } else { Some(Dtype::from_code("out_dtype", a.out_dtype.0)?) },
         out_lse: tensor(&a.out_lse),
+        out_lse_base: a.out_lse_base,
     })
 }
 

@@ -41,8 +41,8 @@ layout! {
         v_scale T, alibi_slopes T, sinks T, mask T, kv_capacity 4, reserved 4, mask_factor T,
         page_index_head_stride 8, kv_position_head_stride 8;
     treeattn_team_t, 32: struct_size 8, index 4, size 4, barrier 8, ctx 8;
-    treeattn_merge_args_t, 232: struct_size 8, query_tokens 4, heads 4, head_dim 4, o_dtype 4, out_dtype 4, lse_base 4,
-        flags 4, reserved 4, o T, lse T, out T, out_lse T;
+    treeattn_merge_args_t, 304: struct_size 8, query_tokens 4, heads 4, head_dim 4, o_dtype 4, out_dtype 4, lse_base 4,
+        flags 4, out_lse_base 4, o T, lse T, out T, out_lse T, sum T, query_start 8, kv_length 8, batch 4, reserved 4;
     treeattn_plan_memory_t, 24: struct_size 8, workspace 8, window 8;
     treeattn_plan_stats_t, 336: struct_size 8, plan 8, steps 8, rounds 8, messages 8, bytes_sent 8, peak_memory 8,
         algorithm 4, wire_dtype 4, head_begin 4, head_end 4, reason 256, exchange_memory 8;
@@ -104,6 +104,7 @@ mirrors! {
     TREEATTN_OUTPUT_REPLICATED == OutputMode::Replicated;
     TREEATTN_OUTPUT_SCATTERED == OutputMode::Scattered;
     TREEATTN_OUTPUT_LOCAL == OutputMode::Local;
+    TREEATTN_OUTPUT_WEIGHTED == OutputMode::Weighted;
     TREEATTN_ALGORITHM_AUTO == Algorithm::Auto;
     TREEATTN_ALGORITHM_ONE_SHOT == Algorithm::OneShot;
     TREEATTN_ALGORITHM_TWO_SHOT == Algorithm::TwoShot;

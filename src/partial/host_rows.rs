@@ -4,7 +4,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::lse::Lse;
-use super::rows::{RowSource, RowTarget};
+use super::rows::{NAN_IS_EMPTY, PLUS_INF_IS_EMPTY, RowSource, RowTarget};
 use crate::attention::MAX_HEAD_DIM;
 use crate::attention::dtype::Dtype;
 
@@ -32,9 +32,14 @@ impl RowTarget {
             }
             if self.lse != 0 {
                 let offset = token as i64 * self.lse_stride[0] + head as i64 * self.lse_stride[1];
-                (self.lse as *mut u8).offset(offset as isize).cast::<f32>().write(lse.high);
+                (self.lse as *mut u8).offset(offset as isize).cast::<f32>().write(self.in_base(lse));
             }
         }
+    }
+
+    /// A natural lse in the base that is wanted.
+    fn in_base(&self, lse: Lse) -> f32 {
+        if self.from_natural == 1.0 { lse.high } else { (lse.value() * std::f64::consts::LOG2_E) as f32 }
     }
 
     /// Writes NaN to every row: what a failed step leaves behind.
@@ -54,29 +59,86 @@ impl RowTarget {
 }
 
 impl RowSource {
-    /// The natural lse of a row of the partial that lies `offset` bytes behind the first.
+    /// Whether a token is of a sequence without keys, or of none.
+    ///
+    /// # Safety
+    /// The index arrays that the source names are host memory of `batch` sequences, valid for reads, which nobody writes meanwhile.
+    unsafe fn is_padding(&self, token: usize) -> bool {
+        if self.query_start == 0 && self.kv_length == 0 {
+            return false;
+        }
+        let batch = self.batch as usize;
+        let sequence = if self.query_start == 0 {
+            token / self.tokens_each.max(1) as usize
+        } else {
+            // SAFETY: as many entries, as this function was promised.
+            let starts = unsafe { std::slice::from_raw_parts(self.query_start as *const i32, batch + 1) };
+            match starts.partition_point(|&start| i64::from(start) <= token as i64) {
+                0 => return true,
+                after => after - 1,
+            }
+        };
+        // SAFETY: the sequence is one of the batch.
+        sequence >= batch || self.kv_length != 0 && unsafe { (self.kv_length as *const i32).add(sequence).read() } <= 0
+    }
+
+    /// One float of a tensor [token, head] with these strides, of the partial that lies `offset` bytes behind the first.
+    ///
+    /// # Safety
+    /// As [`RowSource::lse`], of that tensor.
+    unsafe fn read(at: u64, stride: [i64; 2], offset: i64, token: usize, head: usize) -> f32 {
+        let offset = offset + token as i64 * stride[0] + head as i64 * stride[1];
+        // SAFETY: inside the extent that `resolve` checked, aligned as it checked; the caller keeps it valid.
+        unsafe { (at as *const u8).offset(offset as isize).cast::<f32>().read() }
+    }
+
+    /// The natural lse of a row of the partial whose lse and sum lie `offsets` bytes behind those of the first.
     ///
     /// # Safety
     /// The source is of host memory, and was made for a shape that contains the row from strides that `Tensor::resolve` gave
-    /// for it. The row is valid for reads, and nobody writes it meanwhile.
-    pub(crate) unsafe fn lse(&self, offset: i64, token: usize, head: usize) -> Lse {
-        let [s_token, s_head] = self.lse_stride;
-        let offset = offset + token as i64 * s_token + head as i64 * s_head;
-        // SAFETY: inside the extent that `resolve` checked, aligned as it checked; the caller keeps it valid.
-        let lse = unsafe { (self.lse as *const u8).offset(offset as isize).cast::<f32>().read() };
-        if self.plus_inf_is_empty != 0 && lse == f32::INFINITY {
+    /// for it. The row is valid for reads, and nobody writes it meanwhile; so are the index arrays.
+    pub(crate) unsafe fn lse(&self, offsets: [i64; 2], token: usize, head: usize) -> Lse {
+        // SAFETY: this function was promised the same.
+        if unsafe { self.is_padding(token) } {
+            return Lse::EMPTY;
+        }
+        // SAFETY: as above.
+        let lse = unsafe { RowSource::read(self.lse, self.lse_stride, offsets[0], token, head) };
+        if self.empties & PLUS_INF_IS_EMPTY != 0 && lse == f32::INFINITY
+            || self.empties & NAN_IS_EMPTY != 0 && lse.is_nan()
+        {
             return Lse::EMPTY;
         }
         // Of base 2 it becomes a natural one in f64: rounded to f32, large ones would lose what weights are made of.
         let to_natural = if self.to_natural == 1.0 { 1.0 } else { std::f64::consts::LN_2 };
-        Lse::of(f64::from(lse) * to_natural)
+        let lse = f64::from(lse) * to_natural;
+        if self.sum == 0 || lse == f64::NEG_INFINITY {
+            return Lse::of(lse);
+        }
+        // SAFETY: as above, of the sums.
+        let sum = unsafe { RowSource::read(self.sum, self.sum_stride, offsets[1], token, head) };
+        Lse::of(lse + f64::from(sum).ln())
     }
 
-    /// Converts that row's o to f32. `to` is a row long.
+    /// Converts that row's o to f32, and divides it by its sum where it has one. `to` is a row long.
     ///
     /// # Safety
     /// As [`RowSource::lse`].
-    pub(crate) unsafe fn load(&self, offset: i64, token: usize, head: usize, to: &mut [f32]) {
+    pub(crate) unsafe fn load(&self, offsets: [i64; 2], token: usize, head: usize, to: &mut [f32]) {
+        // SAFETY: this function was promised the same.
+        unsafe { self.load_stored(offsets[0], token, head, to) };
+        if self.sum != 0 {
+            // SAFETY: as above, of the sums.
+            let sum = unsafe { RowSource::read(self.sum, self.sum_stride, offsets[1], token, head) };
+            to.iter_mut().for_each(|x| *x /= sum);
+        }
+    }
+
+    /// Converts a row's o to f32.
+    ///
+    /// # Safety
+    /// As [`RowSource::lse`].
+    unsafe fn load_stored(&self, offset: i64, token: usize, head: usize, to: &mut [f32]) {
         let [s_token, s_head, s_dim] = self.o_stride;
         let offset = offset + token as i64 * s_token + head as i64 * s_head;
         debug_assert_eq!(to.len(), self.dim as usize);

@@ -24,7 +24,7 @@ impl Alone {
         };
         let reason = match context.desc.output {
             OutputMode::Local => "local output: nothing to exchange",
-            OutputMode::Replicated | OutputMode::Scattered => "one rank: nothing to exchange",
+            OutputMode::Replicated | OutputMode::Scattered | OutputMode::Weighted => "one rank: nothing to exchange",
         };
         Alone { backend, algorithm, reason }
     }

@@ -16,6 +16,7 @@ use super::ring::route::Ring;
 use super::rounds::allreduce3::Allreduce3;
 use super::rounds::one_shot::OneShot;
 use super::rounds::two_shot::TwoShot;
+use super::rounds::weighted::Weighted;
 use super::tree::TreeExchange;
 use super::windows::route::WindowsRoute;
 use crate::attention::{Algorithm, AttentionDesc, Capabilities, DecodeArgs, Dtype, OutputMode};
@@ -33,6 +34,16 @@ pub(crate) fn supported(kind: DeviceKind, desc: &AttentionDesc) -> Result<()> {
         return Err(Error::unsupported("algorithm", desc.algorithm.name(), wanted));
     }
     attention::supported(desc, capabilities(kind))?;
+    if desc.output == OutputMode::Weighted {
+        if kind == DeviceKind::Cuda {
+            let wanted = "REPLICATED, SCATTERED or LOCAL on a GPU";
+            return Err(Error::unsupported("output", desc.output.name(), wanted));
+        }
+        if !matches!(desc.algorithm, Algorithm::Auto | Algorithm::OneShot) {
+            let wanted = "AUTO or ONE_SHOT with output WEIGHTED, of which log-sum-exps alone travel";
+            return Err(Error::unsupported("algorithm", desc.algorithm.name(), wanted));
+        }
+    }
     if kind == DeviceKind::Cuda && desc.algorithm == Algorithm::Allreduce3 {
         if desc.checked {
             let wanted =
@@ -94,6 +105,10 @@ fn alone_on_a_gpu(context: &StepContext, rank: &Arc<CudaRank>) -> Result<Box<dyn
 fn on_cpus(context: &StepContext, rank: &Arc<CpuRank>) -> Result<Box<dyn Route>> {
     let (desc, in_place) = (&context.desc, rank.rounds.reads_in_place());
     let asked = "asked for";
+    if desc.output == OutputMode::Weighted {
+        let reason = "weighted output: log-sum-exps alone travel, in one round";
+        return Ok(Box::new(PartialRoute::new(context, rank, || Ok(Weighted), reason)?));
+    }
     Ok(match desc.algorithm {
         Algorithm::Auto => {
             let reason = match desc.output {

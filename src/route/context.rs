@@ -61,7 +61,7 @@ impl StepContext {
     ) -> Result<StepContext> {
         let heads = match desc.output {
             OutputMode::Scattered => head_range(desc.q_heads, shard)?,
-            OutputMode::Replicated | OutputMode::Local => 0..desc.q_heads,
+            OutputMode::Replicated | OutputMode::Local | OutputMode::Weighted => 0..desc.q_heads,
         };
         Ok(StepContext {
             plan,

@@ -132,7 +132,8 @@ static void bad_merges(void) {
   FIELD(lse_base, 1, "lse_base: found 1, wanted 0 for e, or 2");
   FIELD(lse_base, 10, "lse_base: found 10");
   FIELD(lse_base, -2, "lse_base: found -2");
-  FIELD(flags, 2, "flags: found 0x2");
+  FIELD(flags, 4, "flags: found 0x4");
+  FIELD(out_lse_base, 1, "out_lse_base: found 1, wanted 0 for e, or 2");
   FIELD(reserved, 9, "reserved: found 9");
   const int32_t dtypes[] = {-1, 13, INT32_MAX, TREEATTN_DTYPE_F8_E4M3, TREEATTN_DTYPE_Q4_0};
   for (int i = 0; i < 5; i++) {
@@ -182,7 +183,7 @@ static void bad_merges(void) {
   CHECK_OK(treeattn_merge_partials(runtime, TREEATTN_CPU(0), &longer.known, PARTIALS, NULL));
   CHECK(merged());
   longer.tail[1] = 1;
-  refused(&longer.known, PARTIALS, TREEATTN_ERROR_INVALID_ARGUMENT, "args.struct_size: found 240 with byte 233 set");
+  refused(&longer.known, PARTIALS, TREEATTN_ERROR_INVALID_ARGUMENT, "args.struct_size: found 312 with byte 305 set");
   longer.known.struct_size = 6;
   refused(&longer.known, PARTIALS, TREEATTN_ERROR_INVALID_ARGUMENT, "args.struct_size: found 6");
   longer.known.struct_size = offsetof(treeattn_merge_args_t, out_lse);

@@ -104,6 +104,50 @@ static void good(void) {
   }
 }
 
+/* Weighted outputs of all ranks add up to the merged one, by merge and by decode, and 8 bytes a row and head travel. */
+static void weighted(void) {
+  treeattn_plan_t *plans[WORLD];
+  treeattn_attention_desc_t desc = problem_desc();
+  treeattn_plan_stats_t stats = TREEATTN_PLAN_STATS_INIT;
+  desc.output = TREEATTN_OUTPUT_WEIGHTED;
+  plans_make(desc, plans);
+  for (int by_decode = 0; by_decode < 2; by_decode++) {
+    for (int r = 0; r < WORLD; r++) {
+      shard_reset(&shards[r]);
+      if (by_decode) {
+        CHECK_OK(treeattn_plan_decode(plans[r], &shards[r].args, streams[r]));
+      } else {
+        CHECK_OK(treeattn_plan_merge(plans[r], &partials[r].args, streams[r]));
+      }
+    }
+    for (int r = 0; r < WORLD; r++) {
+      CHECK_OK(treeattn_stream_synchronize(streams[r]));
+      CHECK(memcmp(shards[r].outputs.lse, shards[0].outputs.lse, sizeof(shards[0].outputs.lse)) == 0);
+    }
+    for (int b = 0; b < BATCH; b++) {
+      for (int h = 0; h < Q_HEADS; h++) {
+        CHECK(close_to(shards[0].outputs.lse[b][h], problem.lse[b][h]));
+        for (int d = 0; d < DIM; d++) {
+          float sum = 0.0f;
+          for (int r = 0; r < WORLD; r++) {
+            /* Its own part: what it holds alone, times its share of the weight. */
+            double share = exp((double)partials[r].lse[b][h] - problem.lse[b][h]);
+            double part = partials[r].lse[b][h] == -INFINITY ? 0.0 : share * (double)partials[r].o[b][h][d];
+            CHECK(close_to(shards[r].outputs.out[b][h][d], part));
+            sum += shards[r].outputs.out[b][h][d];
+          }
+          CHECK(close_to(sum, problem.out[b][h][d]));
+        }
+      }
+    }
+  }
+  CHECK_OK(treeattn_plan_stats(plans[0], &stats));
+  CHECK(stats.steps == 2 && stats.bytes_sent == 2 * 8 * BATCH * Q_HEADS * (WORLD - 1));
+  plans_destroy(plans);
+  desc.algorithm = TREEATTN_ALGORITHM_TREE;
+  CHECK_UNSUPPORTED(treeattn_plan_create_all(WORLD, comms, &desc, plans), "algorithm: found TREE");
+}
+
 /* A scattered output holds the rank's own heads, by merge and by decode; a local one the rank's own shard. */
 static void some_heads(void) {
   treeattn_plan_t *plans[WORLD];
@@ -236,7 +280,7 @@ static void bad(void) {
   longer.known = partials[0].args;
   longer.known.struct_size = sizeof(longer);
   longer.tail[7] = 1;
-  CHECK_INVALID(treeattn_plan_merge(plan, &longer.known, NULL), "args.struct_size: found 240 with byte 239 set");
+  CHECK_INVALID(treeattn_plan_merge(plan, &longer.known, NULL), "args.struct_size: found 312 with byte 311 set");
   treeattn_plan_t *dead = plans[2];
   CHECK_OK(treeattn_plan_destroy(plans[2]));
   CHECK_BAD_HANDLES(treeattn_plan_t, 0, dead, comms[0], "plan: found",
@@ -257,6 +301,7 @@ int main(void) {
     CHECK_OK(treeattn_stream_create(runtime, TREEATTN_CPU(0), &streams[r]));
   }
   good();
+  weighted();
   some_heads();
   bad();
   good();

@@ -68,7 +68,7 @@ const GATHERED: Variables = &[("TREEATTN_GPU_EXCHANGE", "nccl"), ("EMULATOR_DEVI
 const NO_PEERS: Variables = &[("EMULATOR_PEERS", "0"), ("EMULATOR_DEVICES", "4")];
 
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 46] = [
+const APART: [(&str, fn(), Variables); 47] = [
     ("accuracy_long", || accuracy::constants(&[200_001]), ONE_SM),
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
@@ -103,6 +103,7 @@ const APART: [(&str, fn(), Variables); 46] = [
     ("nccl_gather_bits_of_windows", over_nccl::bits_of_windows, &[]),
     ("nccl_gather_numbers", over_nccl::numbers, GATHERED),
     ("nccl_gather_merges", over_nccl::merges, GATHERED),
+    ("nccl_gather_conventions", ranks::conventions::conventions_of_gpus, GATHERED),
     ("nccl_gather_bad_data", over_nccl::bad_data, GATHERED),
     ("nccl_gather_over_an_id", over_nccl::over_an_id, GATHERED),
     ("nccl_gather_a_rank_that_does_not_come", over_nccl::a_rank_that_does_not_come, GATHERED),
@@ -222,6 +223,7 @@ fn main() -> ExitCode {
     tests.extend([
         test("ranks_same_as_one", ranks::same_as_one),
         test("ranks_merges", ranks::merges::merges),
+        test("ranks_conventions", ranks::conventions::conventions),
         test("ranks_bad_data", ranks::faults::bad_data),
         test("ranks_a_short_mask", ranks::faults::a_short_mask),
         test("ranks_values_beyond_the_wire", ranks::values_beyond_the_wire),

@@ -43,7 +43,7 @@ const APART: [(&str, fn()); 5] = [
 
 /// Tests of ranks that wait for each other on one GPU: each in a process of its own and one after the other, since so many
 /// kernels and streams as all of them have would stand in each other's way.
-const RANKS: [(&str, fn()); 43] = [
+const RANKS: [(&str, fn()); 44] = [
     ("ranks_that_cancel", || {
         accuracy::ranks_that_cancel(&[
             &[48_735, 49_970],
@@ -59,6 +59,7 @@ const RANKS: [(&str, fn()); 43] = [
     ("ranks_random_csr_pages_1", || ranks::random(KvLayout::CsrPages, count(), count())),
     ("ranks_same_as_one", ranks::same_as_one),
     ("ranks_merges", ranks::merges::merges),
+    ("ranks_conventions", ranks::conventions::conventions),
     ("ranks_bad_data", ranks::faults::bad_data),
     ("ranks_a_short_mask", ranks::faults::a_short_mask),
     ("ranks_values_beyond_the_wire", ranks::values_beyond_the_wire),
@@ -117,9 +118,10 @@ const OVER_NCCL: [(&str, fn()); 16] = [
 ];
 
 /// The same with [`GATHERED`].
-const BY_GATHERING: [(&str, fn()); 12] = [
+const BY_GATHERING: [(&str, fn()); 13] = [
     ("nccl_gather_numbers", over_nccl::numbers),
     ("nccl_gather_merges", over_nccl::merges),
+    ("nccl_gather_conventions", ranks::conventions::conventions_of_gpus),
     ("nccl_gather_bad_data", over_nccl::bad_data),
     ("nccl_gather_over_an_id", over_nccl::over_an_id),
     ("nccl_gather_a_rank_that_does_not_come", over_nccl::a_rank_that_does_not_come),

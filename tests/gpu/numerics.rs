@@ -338,6 +338,7 @@ pub fn merge_partials() {
                 out,
                 out_dtype: Some(Dtype::F32),
                 out_lse,
+                ..MergeArgs::default()
             };
             let (mut out, mut out_lse) = (vec![0f32; tokens * heads * dim], vec![0f32; tokens * heads]);
             let on_host = args(

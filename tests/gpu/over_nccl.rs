@@ -136,10 +136,10 @@ pub fn merges() {
             o_dtype: Dtype::F32,
             lse: part(o_bytes, 4 * rows),
             lse_base: 0,
-            plus_inf_is_empty: false,
             out: part(second, o_bytes),
             out_dtype: None,
             out_lse: part(second + o_bytes, 4 * rows),
+            ..MergeArgs::default()
         };
         // SAFETY: the buffers outlive the step, which is waited for.
         unsafe { plans[rank].merge(&args, Some(&group.gpus[rank].stream)) }.unwrap();

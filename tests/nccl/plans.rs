@@ -73,10 +73,10 @@ fn merge(plan: &Plan, rank: i32) -> Result<(), Error> {
         o_dtype: Dtype::F32,
         lse: part(4096),
         lse_base: 0,
-        plus_inf_is_empty: false,
         out: part(8192),
         out_dtype: None,
         out_lse: part(12288),
+        ..MergeArgs::default()
     };
     // SAFETY: the buffer outlives the step, which is waited for.
     unsafe { plan.merge(&args, Some(&stream)) }?;

@@ -83,10 +83,10 @@ fn merge(runtime: &Runtime, case: &Case, o: &[f32], lse: &[f32]) -> (Vec<f32>, V
         o_dtype: Dtype::F32,
         lse: Tensor::from_slice(lse),
         lse_base: 0,
-        plus_inf_is_empty: false,
         out: Tensor::from_slice_mut(&mut out),
         out_dtype: None,
         out_lse: Tensor::from_slice_mut(&mut out_lse),
+        ..MergeArgs::default()
     };
     // SAFETY: the arrays outlive the call.
     unsafe { merge_partials(runtime, Device::CPU, &args, case.world, None) }.unwrap();

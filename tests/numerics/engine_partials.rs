@@ -107,10 +107,10 @@ fn hand_in(
         o_dtype: Dtype::F32,
         lse: Tensor::from_slice(&lse),
         lse_base: base,
-        plus_inf_is_empty: false,
         out: Tensor::from_slice_mut(&mut out),
         out_dtype: None,
         out_lse: Tensor::from_slice_mut(&mut out_lse),
+        ..MergeArgs::default()
     };
     // SAFETY: the arrays outlive the call, which runs here.
     unsafe { plan.merge(&args, None) }.expect("a merge");
@@ -148,10 +148,10 @@ fn large_lse_are_not_rounded_before_they_are_subtracted() {
                             o_dtype: Dtype::F32,
                             lse: Tensor::from_slice(&lse[rank..=rank]),
                             lse_base: base,
-                            plus_inf_is_empty: false,
                             out: Tensor::from_slice_mut(&mut out),
                             out_dtype: None,
                             out_lse: Tensor::from_slice_mut(std::slice::from_mut(&mut out_lse)),
+                            ..MergeArgs::default()
                         };
                         // SAFETY: the arrays outlive the call, which has no stream and so blocks.
                         unsafe { plans[rank].merge(&args, None) }.expect("a merge");

@@ -31,6 +31,7 @@ fn merged(partials: [([f32; 2], f32); 2], base: i32, plus_inf_is_empty: bool) ->
         out: Tensor::from_slice_mut(&mut out),
         out_dtype: None,
         out_lse: Tensor::from_slice_mut(&mut out_lse),
+        ..MergeArgs::default()
     };
     // SAFETY: the arrays outlive the call.
     unsafe { merge_partials(&runtime, CPU, &args, 2, None) }.expect("a merge");

@@ -154,10 +154,10 @@ fn differing_step(algorithm: Algorithm, difference: Difference, odd: usize) {
             o_dtype: Dtype::F32,
             lse: Tensor::from_slice(&lse),
             lse_base: 0,
-            plus_inf_is_empty: false,
             out: args.out,
             out_dtype: None,
             out_lse: args.lse,
+            ..MergeArgs::default()
         };
         // SAFETY: the shard and the partial outlive the blocking calls.
         let result = unsafe {

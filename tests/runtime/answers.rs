@@ -49,10 +49,10 @@ fn a_ring_has_no_partials_to_merge_and_goes_on() {
         o_dtype: Dtype::F32,
         lse: Tensor::from_slice(&partial.lse),
         lse_base: 0,
-        plus_inf_is_empty: false,
         out: Tensor::from_slice_mut(&mut out),
         out_dtype: None,
         out_lse: Tensor::NULL,
+        ..MergeArgs::default()
     };
     // SAFETY: the buffers outlive the call.
     let error = unsafe { plans[0].merge(&args, None) }.unwrap_err();
@@ -150,10 +150,10 @@ fn steps_count_decodes_and_merges_and_no_partials() {
                 o_dtype: Dtype::F32,
                 lse: Tensor::from_slice(&lse),
                 lse_base: 0,
-                plus_inf_is_empty: false,
                 out: decode.out,
                 out_dtype: None,
                 out_lse: decode.lse,
+                ..MergeArgs::default()
             };
             for wanted in [1, 2] {
                 // SAFETY: as above.
@@ -218,10 +218,10 @@ fn merging_given_partials_is_decoding() {
             o_dtype: Dtype::F32,
             lse: Tensor::from_slice(&lse2),
             lse_base: 2,
-            plus_inf_is_empty: false,
             out: Tensor::from_slice_mut(&mut out),
             out_dtype: None,
             out_lse: Tensor::from_slice_mut(&mut lse),
+            ..MergeArgs::default()
         };
         // SAFETY: the buffers outlive the blocking call.
         unsafe { merge.merge(&args, None).unwrap() };
@@ -246,6 +246,7 @@ fn merging_given_partials_is_decoding() {
             out: Tensor::from_slice_mut(&mut out),
             out_dtype: None,
             out_lse: Tensor::from_slice_mut(&mut lse),
+            ..MergeArgs::default()
         };
         // SAFETY: the buffers outlive the blocking call.
         unsafe { merge_partials(&runtime, CPU, &args, count, None).unwrap() };
@@ -319,10 +320,10 @@ fn an_empty_partial_is_skipped_whatever_lies_in_it() {
                     o_dtype: Dtype::F32,
                     lse: Tensor::from_slice(lse),
                     lse_base: 0,
-                    plus_inf_is_empty: false,
                     out: Tensor::from_slice_mut(&mut out),
                     out_dtype: None,
                     out_lse: Tensor::from_slice_mut(&mut out_lse),
+                    ..MergeArgs::default()
                 };
                 // SAFETY: the buffers outlive the blocking call.
                 unsafe { plans[r].merge(&args, None).unwrap() };

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import sys
@@ -96,6 +97,20 @@ class Cases(Engines):
             # The query is the last token of its sequence, so that it sees all keys; that of the empty one has none.
             close(out[:2], problem.truth[0][:2], 3e-6)
 
+    def inference(self) -> None:
+        """What is made in inference mode, and kept, serves outside of it, and the other way round."""
+        problem = Problem(self.rank, self.world)
+        with torch.inference_mode():
+            comm = treeattn.torch.Comm.from_process_group()
+            plan = comm.plan(**problem.shape())
+            large = plan.decode(problem.q, problem.own_k, problem.own_v, problem.length)
+        for mode in (False, True, False):
+            with torch.inference_mode(mode):
+                out, lse = plan.decode(problem.q, problem.own_k, problem.own_v, problem.length)
+                expect(torch.equal(out, large[0]) and out.is_inference() == mode, mode)
+                close(out, problem.truth[0], 3e-6)
+        comm.close()
+
     def partial_and_merge(self) -> None:
         problem = Problem(self.rank, self.world)
         with self.comm.plan(**problem.shape()) as plan:
@@ -138,25 +153,40 @@ class Cases(Engines):
                 close(call(plan, problem.q, problem.own_k, problem.own_v, problem.length) - 1, problem.truth[0], 3 * bound)
 
     def conventions(self) -> None:
-        """What other kernels give: an lse of -inf or +inf for no keys, to base e or 2, by tokens or by heads first."""
+        """What other kernels give: what stands for no keys, bases, (max, sum), by tokens or by heads first, and who tells of padding."""
         make = torch.Generator().manual_seed(7)
         o = torch.randn(self.world, 5, HEADS, DIM, generator=make)
         lse = 3 * torch.randn(self.world, 5, HEADS, generator=make)
         lse[0, 1], lse[:, 2], lse[1:, 3] = EMPTY, EMPTY, EMPTY
+        lengths = (lse[self.rank, :, 0] != EMPTY).int() * 7
         weights = torch.nan_to_num((lse.double() - lse.double().logsumexp(0)).exp())
         o[lse == EMPTY] = math.nan
         truth = torch.einsum("nth,nthd->thd", weights, torch.nan_to_num(o.double())), lse.double().logsumexp(0)
+        whole = torch.arange(6, dtype=torch.int32)
+        plus, nan = treeattn.MERGE_PLUS_INF_IS_EMPTY, treeattn.MERGE_NAN_IS_EMPTY
+        empties = [(EMPTY, 0, {}), (math.inf, plus, {}), (math.nan, nan, {}), (math.nan, plus | nan, {}),
+                   (math.nan, 0, {"kv_length": lengths}), (5.0, 0, {"kv_length": lengths, "query_start": whole})]  # fmt: skip
         with self.comm.plan(q_heads=HEADS, kv_heads=0, head_dim_v=DIM, max_query_tokens=5) as plan:
-            for base in (0, 2):
-                for empty, flags in ((EMPTY, 0), (math.inf, treeattn.MERGE_PLUS_INF_IS_EMPTY)):
-                    for transposed in (False, True):
-                        mine = lse[self.rank] * (1 if base == 0 else 1 / math.log(2))
-                        mine = mine.masked_fill(mine == EMPTY, empty)
-                        if transposed:
-                            mine = mine.t().contiguous().t()
-                        out, out_lse = plan.merge(o[self.rank], mine, lse_base=base, flags=flags)
-                        close(out, truth[0], 5e-6)
-                        close(out_lse, truth[1], 5e-6)
+            for (empty, flags, told), base, out_base, transposed, sums in itertools.product(empties, (0, 2), (0, 2), (False, True), (False, True)):
+                mine, mine_o, fields = lse[self.rank] / (math.log(2) if base else 1), o[self.rank], dict(told)
+                if sums:
+                    # The maximum need not be one: any number that was subtracted from all scores.
+                    total = torch.rand(5, HEADS, generator=torch.Generator().manual_seed(3)) + 0.5
+                    mine, mine_o = mine - (total.log2() if base else total.log()), mine_o * total[..., None]
+                    fields["sum"] = total
+                mine = mine.masked_fill(lse[self.rank] == EMPTY, empty)
+                if transposed:
+                    mine = mine.t().contiguous().t()
+                out, out_lse = plan.merge(mine_o, mine, lse_base=base, out_lse_base=out_base, flags=flags, **fields)
+                close(out, truth[0], 5e-6)
+                close(out_lse, truth[1] / (math.log(2) if out_base else 1), 5e-6)
+            # A batch of fixed size, of which the last three rows are padding.
+            start = torch.tensor([0, 1, 2], dtype=torch.int32)
+            out, out_lse = plan.merge(o[self.rank], lse[self.rank], query_start=start)
+            close(out[:2], truth[0][:2], 5e-6)
+            expect(bool((out[2:] == 0).all() and (out_lse[2:] == EMPTY).all()), "padding rows")
+            call = torch.compile(lambda o, lse: plan.merge(o, lse, query_start=start, flags=nan)[0] + 1, fullgraph=True, backend="aot_eager")
+            close(call(o[self.rank], lse[self.rank]) - 1, out, 1e-6)
             mine = lse[self.rank].clone()
             if self.rank == 0:
                 mine[4, 6] = math.nan

@@ -1,4 +1,4 @@
-"""Processes over gloo: torch's ops, torch.compile, the engines' conventions, faults, the plugins, README's sample.
+"""Processes over gloo: torch's ops, torch.compile, the engines' conventions, faults, the plugins, README's sample, the example.
 
 The ranks of a test are started once for all of its cases, since to import torch takes longer than they do.
 """
@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+EXAMPLE = HERE.parent / "examples" / "llama.py"
 
 
 def port() -> int:
@@ -51,7 +52,7 @@ class Ranks(unittest.TestCase):
             self.assertEqual(re.findall(r"^passed (\w+)$", text, re.M), list(names), text)
 
     def test_two_ranks(self) -> None:
-        self.run_cases(2, "decode", "partial_and_merge", "compiled", "conventions", "padding", "vllm_plugin", "sglang_plugin",
+        self.run_cases(2, "decode", "inference", "partial_and_merge", "compiled", "conventions", "padding", "vllm_plugin", "sglang_plugin",
                        "dlpack", "errors", "deadline")  # fmt: skip
 
     def test_four_ranks(self) -> None:
@@ -66,6 +67,13 @@ class Ranks(unittest.TestCase):
                 found = re.search(rf"rank {rank} of 2: largest difference (\S+)", text)
                 self.assertIsNotNone(found, text)
                 self.assertLess(float(found[1]), 1e-6)
+
+    def test_llama_decodes_the_same_tokens_over_ranks_as_one_alone(self) -> None:
+        texts = ranks(2, str(EXAMPLE), "--tiny", "--repeats", "1")
+        tokens = re.findall(r"tokens by (\w+): (.*)$", "\n".join(texts), re.M)
+        self.assertEqual(sorted(name for name, _ in tokens), ["allreduce3"] * 2 + ["one"] + ["ring"] * 2 + ["treeattn"] * 2)
+        self.assertEqual(len({found for _, found in tokens}), 1, tokens)
+        self.assertEqual(len(tokens[0][1].split()), 10)
 
 
 if __name__ == "__main__":

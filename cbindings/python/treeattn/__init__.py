@@ -131,10 +131,9 @@ class Runtime(_Object):
 
     def merge_partials(self, o: Any, lse: Any, out: Any, out_lse: Any = None, *, device: int = 0, stream: Stream | None = None,
                        **fields: Any) -> None:  # fmt: skip
-        """Merges partials that lie in one place: o [partial, token, head, dim], lse [partial, token, head]."""
-        o = view(o)
-        partials, _, heads, dim = o.shape
-        args = merge_arguments(o, view(lse), view(out), view(out_lse) if out_lse is not None else None, **fields)
+        """Merges partials that lie in one place: o [partial, token, head, dim], lse [partial, token, head]. Fields as of `Plan.merge`."""
+        partials, _, heads, dim = view(o).shape
+        args = merge_arguments(o, lse, out, out_lse, **fields)
         args.heads, args.head_dim = heads, dim
         check(lib.treeattn_merge_partials(self.handle, device, ctypes.byref(args), partials, stream and stream.handle))
 
@@ -398,10 +397,10 @@ class Plan(_Object):
     def merge(self, o: Any, lse: Any, out: Any, out_lse: Any = None, *, stream: Stream | None = None, **fields: Any) -> None:
         """The exchange alone: this rank's partial, o [token, head, dim] and lse [token, head], becomes the merged output.
 
-        @param fields `lse_base` (2: the incoming lse is to base 2) and `flags` (MERGE_...). Collective.
+        @param fields of `treeattn_merge_args_t`: `lse_base`, `out_lse_base` (2: to base 2), `flags` (MERGE_...), and tensors: `sum`,
+                      `query_start`, `kv_length`. Collective.
         """
-        o = view(o)
-        args = merge_arguments(o, view(lse), view(out), view(out_lse) if out_lse is not None else None, **fields)
+        args = merge_arguments(o, lse, out, out_lse, **fields)
         self._run(lib.treeattn_plan_merge, args, stream)
 
     def _run(self, call: Any, args: ctypes.Structure, stream: Stream | None) -> None:

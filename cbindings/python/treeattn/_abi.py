@@ -18,6 +18,7 @@ ATTENTION_CHECKED = 2
 ATTENTION_SURPLUS_KEYS = 4
 ATTENTION_PAGES_BY_HEAD = 8
 MERGE_PLUS_INF_IS_EMPTY = 1
+MERGE_NAN_IS_EMPTY = 2
 VERSION_MAJOR = 0
 VERSION_MINOR = 2
 VERSION_PATCH = 0
@@ -79,6 +80,7 @@ QUERY_INPUT_SCATTERED = 1
 OUTPUT_REPLICATED = 0
 OUTPUT_SCATTERED = 1
 OUTPUT_LOCAL = 2
+OUTPUT_WEIGHTED = 3
 ALGORITHM_AUTO = 0
 ALGORITHM_ONE_SHOT = 1
 ALGORITHM_TWO_SHOT = 2
@@ -290,11 +292,16 @@ class MergeArgs(Structure):
         ("out_dtype", c_int32),
         ("lse_base", c_int32),
         ("flags", c_uint32),
-        ("reserved", c_uint32),
+        ("out_lse_base", c_int32),
         ("o", Tensor),
         ("lse", Tensor),
         ("out", Tensor),
         ("out_lse", Tensor),
+        ("sum", Tensor),
+        ("query_start", c_void_p),
+        ("kv_length", c_void_p),
+        ("batch", c_int32),
+        ("reserved", c_int32),
     ]
 
 

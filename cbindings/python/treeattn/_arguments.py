@@ -172,13 +172,28 @@ def decode_arguments(desc: _abi.AttentionDesc, heads: tuple[int, int], q: Any, k
     return args
 
 
-def merge_arguments(o: View, lse: View, out: View, out_lse: View | None, *, lse_base: int = 0, flags: int = 0) -> _abi.MergeArgs:
-    """A `treeattn_merge_args_t` of partials [..., token, head, dim], whose output is [token, head, dim]."""
+def merge_arguments(o: Any, lse: Any, out: Any, out_lse: Any = None, *, sum: Any = None, query_start: Any = None,
+                    kv_length: Any = None, batch: int | None = None, lse_base: int = 0, out_lse_base: int = 0,
+                    flags: int = 0) -> _abi.MergeArgs:  # fmt: skip
+    """A `treeattn_merge_args_t` of partials o [..., token, head, dim], lse and sum [..., token, head].
+
+    The output is [token, head, dim], and `batch` is what the shapes of `kv_length` or `query_start` say where it is not given.
+    """
+    o, lse, out = view(o), view(lse), view(out)
     args = sized(_abi.MergeArgs, query_tokens=o.shape[-3], o_dtype=dtype_code(o.dtype), out_dtype=dtype_code(out.dtype))
-    args.lse_base, args.flags = lse_base, flags
+    args.lse_base, args.out_lse_base, args.flags = lse_base, out_lse_base, flags
     fill(args.o, o)
     fill(args.lse, _shaped("lse", _typed("lse", lse, _abi.DTYPE_F32), *o.shape[:-1]))
     fill(args.out, _shaped("out", out, o.shape[-3], None, o.shape[-1]))
     if out_lse is not None:
-        fill(args.out_lse, _shaped("out_lse", _typed("out_lse", out_lse, _abi.DTYPE_F32), *out.shape[:-1]))
+        fill(args.out_lse, _shaped("out_lse", _typed("out_lse", view(out_lse), _abi.DTYPE_F32), *out.shape[:-1]))
+    if sum is not None:
+        fill(args.sum, _shaped("sum", _typed("sum", view(sum), _abi.DTYPE_F32), *o.shape[:-1]))
+    args.query_start, args.kv_length = _index("query_start", query_start), _index("kv_length", kv_length)
+    if batch is None:
+        counts = [view(array).shape[0] - less for array, less in ((kv_length, 0), (query_start, 1)) if array is not None]
+        if len(set(counts)) > 1:
+            raise ValueError(f"query_start is [{counts[1] + 1}]; wanted [{counts[0] + 1}], one more than kv_length")
+        batch = counts[0] if counts else 0
+    args.batch = batch
     return args

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from typing import Any
@@ -44,13 +43,11 @@ def merged(
     if tokens > MAX_TOKENS:
         raise ValueError(f"{tokens} rows in a step; TREEATTN_MAX_TOKENS is {MAX_TOKENS}")
     plan = _plan(group, out, heads, dim, scattered)
-    empty = lse.isnan()
-    if seq_lens is not None:
-        empty |= _rows_without_keys(tokens, seq_lens, query_start_loc)[:, None]
-    lse = lse.to(torch.float32).masked_fill(empty, -math.inf)
     base = 0 if base_e else 2
-    found, found_lse = plan.merge(out, lse, lse_base=base, flags=_abi.MERGE_PLUS_INF_IS_EMPTY)
-    return found, found_lse if base_e else found_lse * math.log2(math.e)
+    arrays = {"kv_length": seq_lens, "query_start": query_start_loc}
+    told = {name: array.to(torch.int32) for name, array in arrays.items() if array is not None}
+    flags = _abi.MERGE_PLUS_INF_IS_EMPTY | _abi.MERGE_NAN_IS_EMPTY
+    return plan.merge(out, lse.to(torch.float32), lse_base=base, out_lse_base=base, flags=flags, **told)
 
 
 def _plan(group: Any, out: torch.Tensor, heads: int, dim: int, scattered: bool) -> Plan:
@@ -71,18 +68,6 @@ def _plan(group: Any, out: torch.Tensor, heads: int, dim: int, scattered: bool) 
             output="scattered" if scattered else "replicated",
         )
     return plan
-
-
-def _rows_without_keys(tokens: int, seq_lens: torch.Tensor, query_start_loc: torch.Tensor | None) -> torch.Tensor:
-    """Which rows are of a sequence without keys here, or of none. Takes no look at values on the host: it can be captured."""
-    row = torch.arange(tokens, device=seq_lens.device)
-    if query_start_loc is None:
-        padded = torch.zeros(tokens, dtype=seq_lens.dtype, device=seq_lens.device)
-        padded[: seq_lens.shape[0]] = seq_lens[:tokens]
-        return padded <= 0
-    sequence = torch.searchsorted(query_start_loc[1:].contiguous(), row.to(query_start_loc.dtype), right=True)
-    last = seq_lens.shape[0] - 1
-    return (sequence > last) | (seq_lens[sequence.clamp(max=last)] <= 0)
 
 
 def replace(package: str, name: str, original: Any, replacement: Any) -> int:

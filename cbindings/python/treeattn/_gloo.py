@@ -33,7 +33,8 @@ class Gloo:
     def room(self, name: str, size: int) -> torch.Tensor:
         found = self.buffers.get(name)
         if found is None or found.numel() < size:
-            found = self.buffers[name] = torch.empty(max(size, 4096), dtype=torch.uint8)
+            with torch.inference_mode(False):  # one that is made in it cannot be written outside of it
+                found = self.buffers[name] = torch.empty(max(size, 4096), dtype=torch.uint8)
         return found[:size]
 
     def until_ended(self, ended: Callable[[float], bool], timeout_ns: int, abort: int) -> bool:

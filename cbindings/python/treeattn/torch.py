@@ -27,7 +27,6 @@ import treeattn
 from treeattn import _abi, _c
 from treeattn._arguments import merge_arguments
 from treeattn._gloo import Gloo
-from treeattn._tensors import view
 
 _DTYPES = {_abi.DTYPE_F32: torch.float32, _abi.DTYPE_F16: torch.float16, _abi.DTYPE_BF16: torch.bfloat16}
 _SECOND = 1_000_000_000
@@ -169,15 +168,18 @@ class Plan(treeattn.Plan):
             return torch.ops.treeattn.partial(q, k, v, kv_length, self.id, *more)
         return self._partial(q, k, v, kv_length, *more)
 
-    def merge(self, o: torch.Tensor, lse: torch.Tensor, *, lse_base: int = 0, flags: int = 0) -> Any:
+    def merge(self, o: torch.Tensor, lse: torch.Tensor, *, lse_base: int = 0, out_lse_base: int = 0, flags: int = 0,
+              **fields: torch.Tensor) -> Any:  # fmt: skip
         """(out, lse) of all ranks' partials, o [token, head, dim] and lse [token, head]. Collective. The op treeattn::merge.
 
-        @param lse_base 2: the incoming lse is to base 2. The outgoing one is always natural.
+        @param lse_base 2: the incoming lse is to base 2; `out_lse_base` of the outgoing one.
         @param flags    `treeattn.MERGE_...`
+        @param fields   tensors of `treeattn_merge_args_t` by name: `sum`, `query_start`, `kv_length`.
         """
+        more = _listed(fields) if fields else _NONE
         if _traced(o):
-            return torch.ops.treeattn.merge(o, lse, self.id, lse_base=lse_base, flags=flags)
-        return self._merge(o, lse, lse_base, flags)
+            return torch.ops.treeattn.merge(o, lse, self.id, *more, lse_base=lse_base, out_lse_base=out_lse_base, flags=flags)
+        return self._merge(o, lse, lse_base, out_lse_base, flags, *more)
 
     def _shapes(self, tokens: int, heads: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of the output and of the lse."""
@@ -191,7 +193,8 @@ class Plan(treeattn.Plan):
             # Views of one tensor each: to be made alike from is faster than from a shape, and takes no memory for every number of tokens.
             if not self._like:
                 most = self._shapes(self.desc.max_query_tokens, self.desc.q_heads)
-                self._room = [torch.empty(math.prod(shape), dtype=dtype, device=self.place) for shape, dtype in most]
+                with torch.inference_mode(False):
+                    self._room = [torch.empty(math.prod(shape), dtype=dtype, device=self.place) for shape, dtype in most]
             shapes = [shape for shape, _ in self._shapes(tokens, heads)]
             found = self._like[tokens, heads] = [room[: math.prod(s)].view(s) for room, s in zip(self._room, shapes)]
         return torch.empty_like(found[0]), torch.empty_like(found[1])
@@ -256,16 +259,23 @@ class Plan(treeattn.Plan):
         self._attend("partial", q, k, v, kv_length, out, lse, True, fields, names)
         return out, lse
 
-    def _merge(self, o: Any, lse: Any, lse_base: int, flags: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _merge(self, o: Any, lse: Any, lse_base: int, out_lse_base: int, flags: int, fields: Any, names: str) -> tuple[Any, Any]:
         out, out_lse = self._outputs(o.shape[0], self.heads)
-        key = (o.shape, o.stride(), o.dtype, o.is_cpu, lse.shape, lse.stride(), lse.dtype, lse.is_cpu, lse_base, flags)
+        key = (o.shape, o.stride(), o.dtype, o.is_cpu, lse.shape, lse.stride(), lse.dtype, lse.is_cpu, lse_base, out_lse_base,
+               flags)  # fmt: skip
+        if fields:
+            key += (names, *((tensor.shape, tensor.stride(), tensor.dtype, tensor.is_cpu) for tensor in fields))
         step = self._steps.get(key)
         if step is None:
-            self._here(o, lse)
-            args = merge_arguments(view(o), view(lse), view(out), view(out_lse), lse_base=lse_base, flags=flags)
-            step = self._keep(key, _Step(args, ["o", "lse", "out", "out_lse"], _FUNCTIONS["merge"]))
-        words, (a, b, c, d) = step.words, step.places
+            words = names.split()
+            more = dict(zip(words, fields or (), strict=True))
+            self._here(o, lse, *more.values())
+            args = merge_arguments(o, lse, out, out_lse, lse_base=lse_base, out_lse_base=out_lse_base, flags=flags, **more)
+            step = self._keep(key, _Step(args, ["o", "lse", "out", "out_lse", *words], _FUNCTIONS["merge"]))
+        words, (a, b, c, d, *rest) = step.words, step.places
         words[a], words[b], words[c], words[d] = o.data_ptr(), lse.data_ptr(), out.data_ptr(), out_lse.data_ptr()
+        for place, tensor in zip(rest, fields or ()):
+            words[place] = tensor.data_ptr()
         status = step.function(self._handle, step.ref, self._stream() if self.on_gpu else None)
         if status:
             raise self.comm.failure(status)
@@ -308,7 +318,8 @@ _library = torch.library.Library("treeattn", "DEF")
 _library.define(f"decode({_INPUTS}, {_FIELDS}) -> (Tensor, Tensor)")
 _library.define(f"partial({_INPUTS}, {_FIELDS}) -> (Tensor, Tensor)")
 _library.define(f"decode_into({_INPUTS}, Tensor(a!) out, Tensor(b!) lse, {_FIELDS}) -> ()")
-_library.define("merge(Tensor o, Tensor lse, int plan, *, int lse_base=0, int flags=0) -> (Tensor, Tensor)")
+_BASES = "int lse_base=0, int out_lse_base=0, int flags=0"
+_library.define(f"merge(Tensor o, Tensor lse, int plan, {_FIELDS}, *, {_BASES}) -> (Tensor, Tensor)")
 
 
 def _plan(number: int) -> Plan:
@@ -330,8 +341,9 @@ def _partial(q: Any, k: Any, v: Any, kv_length: Any, plan: int, fields: Any = No
     return _plan(plan)._partial(q, k, v, kv_length, fields, names)
 
 
-def _merge(o: Any, lse: Any, plan: int, *, lse_base: int = 0, flags: int = 0) -> Any:
-    return _plan(plan)._merge(o, lse, lse_base, flags)
+def _merge(o: Any, lse: Any, plan: int, fields: Any = None, names: str = "", *, lse_base: int = 0, out_lse_base: int = 0,
+           flags: int = 0) -> Any:  # fmt: skip
+    return _plan(plan)._merge(o, lse, lse_base, out_lse_base, flags, fields, names)
 
 
 for _key in ("CPU", "CUDA"):
@@ -359,5 +371,5 @@ def _(q: Any, k: Any, v: Any, kv_length: Any, plan: int, fields: Any = None, nam
 
 
 @torch.library.register_fake("treeattn::merge", lib=_library)
-def _(o: Any, lse: Any, plan: int, *, lse_base: int = 0, flags: int = 0) -> Any:
+def _(o: Any, lse: Any, plan: int, fields: Any = None, names: str = "", **bases: int) -> Any:
     return _fake_outputs(o, _plan(plan), _plan(plan).heads)

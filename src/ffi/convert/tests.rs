@@ -98,10 +98,13 @@ fn every_bit_of_the_arguments_of_a_step_counts() {
 #[test]
 fn every_bit_of_the_arguments_of_a_merge_counts() {
     let offsets = offsets!(treeattn_merge_args_t:
-        query_tokens, heads, head_dim, o_dtype, o, lse, lse_base, flags, out, out_dtype, reserved, out_lse,
+        query_tokens, heads, head_dim, o_dtype, o, lse, lse_base, flags, out, out_dtype, out_lse_base, out_lse, sum, query_start,
+        kv_length, batch, reserved,
     );
     // SAFETY: as above.
     let mut base: treeattn_merge_args_t = unsafe { std::mem::zeroed() };
     base.o_dtype = treeattn_dtype_t(1);
-    check_bits(base, &offsets, &[(TREEATTN_MERGE_PLUS_INF_IS_EMPTY, "plus_inf_is_empty")], merge_args);
+    let flags =
+        [(TREEATTN_MERGE_PLUS_INF_IS_EMPTY, "plus_inf_is_empty"), (TREEATTN_MERGE_NAN_IS_EMPTY, "nan_is_empty")];
+    check_bits(base, &offsets, &flags, merge_args);
 }

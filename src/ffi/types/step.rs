@@ -153,19 +153,36 @@ pub struct treeattn_merge_args_t {
     pub o_dtype: treeattn_dtype_t,
     /// Element type of `out`. 0: the plan's `out_dtype`; for `treeattn_merge_partials` that of `o`.
     pub out_dtype: treeattn_dtype_t,
-    /// Base of the incoming lse: 0 for e, or 2. The outgoing lse is always natural.
+    /// Base of the incoming lse: 0 for e, or 2.
     pub lse_base: i32,
     /// TREEATTN_MERGE_ flags.
     pub flags: u32,
-    /// Zero; keeps what follows aligned.
-    pub reserved: u32,
-    /// Normalised outputs of the partials. A row whose lse says empty (-inf) is never read.
+    /// Base of the outgoing lse: 0 for e, or 2. Since 0.2; zero before.
+    pub out_lse_base: i32,
+    /// Outputs of the partials, normalised unless there is a `sum`. A row that is empty (its lse is -inf, or what a flag or
+    /// `kv_length` says) is never read.
     pub o: treeattn_tensor_t,
-    /// Log-sum-exps of the partials, f32. NaN makes its row NaN, and so does +inf without TREEATTN_MERGE_PLUS_INF_IS_EMPTY.
+    /// Log-sum-exps of the partials, f32, at any strides. NaN makes its row NaN, and so does +inf, unless
+    /// TREEATTN_MERGE_NAN_IS_EMPTY or TREEATTN_MERGE_PLUS_INF_IS_EMPTY says that such a partial is empty.
     pub lse: treeattn_tensor_t,
     /// Merged output [token, head, dim]; with a scattered plan the rank's own heads. Its `bytes` bytes overlap those of no other
     /// tensor.
     pub out: treeattn_tensor_t,
-    /// Merged natural log-sum-exp, f32 [token, head]. data NULL: not wanted.
+    /// Merged log-sum-exp to the base `out_lse_base`, f32 [token, head]. data NULL: not wanted.
     pub out_lse: treeattn_tensor_t,
+    /// For partials of the form (max, sum), f32 as `lse`: o is then sum_j exp(s_j - m) v_j, `lse` holds m (to the base `lse_base`; it
+    /// need not be the maximum) and this sum_j exp(s_j - m). Pairs side by side are two tensors of the same strides. An m of -inf
+    /// or a sum of 0 is an empty partial, whose o is not read. data NULL: `lse` holds log-sum-exps. Since 0.2.
+    pub sum: treeattn_tensor_t,
+    /// `int32 [batch + 1]`, on the device, read during the step: first token of each sequence, ascending from 0. Rows of tokens from
+    /// `query_start[batch]` on are padding: empty, whatever `lse` and o hold. NULL: with `kv_length` query_tokens / batch each,
+    /// which then leaves no remainder. Since 0.2.
+    pub query_start: *const i32,
+    /// `int32 [batch]`, on the device, read during the step: keys of each sequence on this rank. Rows of sequences with 0 or less are
+    /// empty, whatever `lse` and o hold. NULL: nothing is known of keys. Since 0.2.
+    pub kv_length: *const i32,
+    /// Sequences that `query_start` and `kv_length` tell of; 0 without both. Since 0.2.
+    pub batch: i32,
+    /// Zero; keeps the size a multiple of 8.
+    pub reserved: i32,
 }

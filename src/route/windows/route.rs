@@ -318,7 +318,7 @@ impl MergingRoute for WindowsRoute {
         let stream = self.shard.stream(stream)?;
         let (source, target) = (step.source, step.target);
         if step.tokens > 0 {
-            self.kernel.check(&[("o.data", source.o), ("lse.data", source.lse)])?;
+            self.kernel.check(&source.addresses())?;
         }
         self.check_target(step.tokens, &target, "out_lse.data")?;
         let given = ExchangeStep { source, target, ..ExchangeStep::NOTHING };

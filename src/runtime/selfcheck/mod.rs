@@ -64,6 +64,10 @@ pub fn selfcheck(
         _ => {}
     }
     let shape = Shape::resolve(desc, &config)?;
+    if desc.output == OutputMode::Weighted && shape.ranks > 1 {
+        let wanted = "REPLICATED, SCATTERED or LOCAL in a self-check of several ranks, which judges each rank's output by itself";
+        return Err(Error::unsupported("output", desc.output.name(), wanted));
+    }
     let inputs = Inputs::random(desc, shape)?;
     let devices = if others.is_empty() { vec![device; shape.ranks] } else { devices.to_vec() };
     let (first, second) = run_twice(runtime, &devices, desc, &inputs)?;
@@ -144,7 +148,7 @@ fn heads(desc: &AttentionDesc, rank: usize, ranks: usize) -> Result<std::ops::Ra
             let heads = head_range(desc.q_heads, Shard { rank: rank as i32, world: ranks as i32 })?;
             Ok(heads.start as usize..heads.end as usize)
         }
-        OutputMode::Replicated | OutputMode::Local => Ok(0..desc.q_heads as usize),
+        OutputMode::Replicated | OutputMode::Local | OutputMode::Weighted => Ok(0..desc.q_heads as usize),
     }
 }
 

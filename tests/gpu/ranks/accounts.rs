@@ -159,10 +159,10 @@ pub fn statistics_of_merges() {
                 o_dtype: Dtype::F32,
                 lse: part(o_bytes, lse_bytes),
                 lse_base: 0,
-                plus_inf_is_empty: false,
                 out: part(second, o_bytes),
                 out_dtype: None,
                 out_lse: part(second + o_bytes, lse_bytes),
+                ..MergeArgs::default()
             };
             // SAFETY: the buffers outlive the step, which is waited for.
             unsafe { plans[rank].merge(&args, Some(&group.gpus[rank].stream)) }.unwrap();

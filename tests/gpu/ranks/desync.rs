@@ -87,10 +87,10 @@ pub fn another_call() {
                     o_dtype: Dtype::F16,
                     lse: Tensor { stride: [0; 4], ..args.k },
                     lse_base: 0,
-                    plus_inf_is_empty: false,
                     out: args.out,
                     out_dtype: None,
                     out_lse: args.lse,
+                    ..MergeArgs::default()
                 };
                 let decode = if tokens == 0 { DecodeArgs { batch: 0, query_tokens: 0, ..*args } } else { *args };
                 // SAFETY: the device memory outlives the step, which is waited for.

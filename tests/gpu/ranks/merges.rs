@@ -87,10 +87,10 @@ fn merge(group: &Group, desc: &AttentionDesc, tokens: usize, far: f32) {
             o_dtype: Dtype::F32,
             lse: part(o_bytes, 4 * rows),
             lse_base: 0,
-            plus_inf_is_empty: false,
             out: part(second, 4 * tokens * own * dim),
             out_dtype: None,
             out_lse: part(second + o_bytes, 4 * tokens * own),
+            ..MergeArgs::default()
         };
         // SAFETY: the buffers outlive the step, which is waited for.
         unsafe { plans[rank].merge(&args, Some(&group.gpus[rank].stream)) }.unwrap();

@@ -2,6 +2,7 @@
 
 pub mod accounts;
 pub mod checks;
+pub mod conventions;
 mod desync;
 pub mod faults;
 pub mod merges;

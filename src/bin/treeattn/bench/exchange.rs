@@ -78,10 +78,10 @@ impl Partial {
             o_dtype: Dtype::F32,
             lse: Tensor::from_slice(&self.lse),
             lse_base: 0,
-            plus_inf_is_empty: false,
             out: output(&self.out),
             out_dtype: None,
             out_lse: output(&self.out_lse),
+            ..MergeArgs::default()
         }
     }
 }

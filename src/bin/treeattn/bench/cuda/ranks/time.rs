@@ -189,10 +189,10 @@ impl Partial {
             o_dtype: Dtype::F32,
             lse: whole(&buffers[1]),
             lse_base: 0,
-            plus_inf_is_empty: false,
             out: whole(&buffers[2]),
             out_dtype: None,
             out_lse: whole(&buffers[3]),
+            ..MergeArgs::default()
         };
         Ok(Partial { args, _buffers: buffers })
     }
