@@ -5,29 +5,14 @@
 //   treeattn_gather_merge   after it, one warp a row (token, head): merges what all ranks sent, in rank order; the last block tells
 //                           the host what went wrong, and that the step is over
 //
-// Weights and sums are those of merge_step.cuh, so that a merge over NCCL makes the same bits as one over windows.
+// Ranks of several nodes send what their nodes have merged (nodes.cu), several ranks of a node perhaps: of each node one message
+// is merged. Weights and sums are those of merge_step.cuh, so that a merge over NCCL makes the same bits as one over windows.
+#include "gathered.cuh"
 #include "merge_step.cuh"
 #include "numbers.cuh"
 #include "odd_rank.cuh"
-#include "steps.cuh"
 
 namespace treeattn {
-
-__device__ __forceinline__ uint64_t* header_of(void* message) { return static_cast<uint64_t*>(message); }
-__device__ __forceinline__ const uint64_t* header_of(const GatherParams& p, int n) {
-    return reinterpret_cast<const uint64_t*>(p.received + n * p.message_bytes);
-}
-// A row of a message: its log-sum-exp in two floats, then, kGatherRowHead bytes behind, its o.
-__device__ __forceinline__ int64_t row_at(const GatherParams& p, int64_t row) {
-    return kGatherHeaderBytes + row * p.row_bytes;
-}
-
-// Writes what this rank says of the step: the same on all ranks where they are in the same step of the same plan.
-__device__ __forceinline__ void write_header(const GatherParams& p) {
-    uint64_t* header = header_of(p.send);
-    header[kGatherStep] = p.fingerprint + (p.words[kStepsBegun] + 1) * 0x9e3779b97f4a7c15ull;
-    count_step(p.words, p.host, kStepsBegun);
-}
 
 // Four neighbouring elements of a row as they go on the wire. A row begins at a multiple of 16 bytes.
 __device__ __forceinline__ void store_four(char* row, int d, const Wire& wire, float4 x) {
@@ -65,7 +50,14 @@ __device__ __forceinline__ void take_row(const GatherParams& p, int64_t row) {
     }
 }
 
-// One warp's view of a row of all messages.
+// The message of partial n.
+__device__ __forceinline__ int message_of(const GatherParams& p, int n) { return p.merged == nullptr ? n : p.merged[n]; }
+// The rank that sent message n.
+__device__ __forceinline__ uint32_t sender_of(const GatherParams& p, int n) {
+    return p.senders == nullptr ? n : p.senders[n];
+}
+
+// One warp's view of a row of all messages that are merged.
 struct GatheredRow {
     const GatherParams& p;
     const char* from;  // the row in the first message
@@ -77,11 +69,12 @@ struct GatheredRow {
     // The log-sum-exp of partial first + lane; empty where there is none.
     __device__ __forceinline__ float2 lse(int first) const {
         const int n = first + lane;
-        return n < p.world ? *reinterpret_cast<const float2*>(from + n * p.message_bytes) : make_float2(-infinity(), 0.f);
+        if (n >= p.partials) return make_float2(-infinity(), 0.f);
+        return *reinterpret_cast<const float2*>(from + message_of(p, n) * p.message_bytes);
     }
     __device__ __forceinline__ RowScale scale() const {
         RowScale s{{-infinity(), 0.f}, false, {0.f, 0.f}, 0.f, 0.f};
-        for (int first = 0; first < p.world; first += 32) {
+        for (int first = 0; first < p.partials; first += 32) {
             const float2 mine = lse(first);
             s.bad |= __any_sync(kAllLanes, !(mine.x < infinity()));
             float most = mine.x;
@@ -92,9 +85,9 @@ struct GatheredRow {
             const float rest = __shfl_sync(kAllLanes, mine.y, max(lowest, 0));
             if (most > s.top.x) s.top = make_float2(most, rest);
         }
-        for (int first = 0; first < p.world; first += 32) {
+        for (int first = 0; first < p.partials; first += 32) {
             const float weight = s.weight(lse(first));
-            for (int n = 0; n < min(p.world - first, 32); n++) s.sum.add(__shfl_sync(kAllLanes, weight, n));
+            for (int n = 0; n < min(p.partials - first, 32); n++) s.sum.add(__shfl_sync(kAllLanes, weight, n));
         }
         s.invert();
         return s;
@@ -102,15 +95,15 @@ struct GatheredRow {
     // Merged elements d to d + 3.
     __device__ __forceinline__ float4 elements(const RowScale& s, const Wire& wire, int d) const {
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-        for (int first = 0; first < p.world; first += 32) {
+        for (int first = 0; first < p.partials; first += 32) {
             const float2 mine = lse(first);
             const float share = s.share(s.weight(mine));
 #pragma unroll 4
-            for (int n = 0; n < min(p.world - first, 32); n++) {
+            for (int n = 0; n < min(p.partials - first, 32); n++) {
                 const float weight = __shfl_sync(kAllLanes, share, n);
                 const bool is_empty = __shfl_sync(kAllLanes, mine.x, n) == -infinity();
                 float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-                const char* row = from + (first + n) * p.message_bytes + kGatherRowHead;
+                const char* row = from + message_of(p, first + n) * p.message_bytes + kGatherRowHead;
                 if (!is_empty && d < p.target.dim) x = load_four(row, d, wire);
                 sum.x = fmaf(weight, x.x, sum.x), sum.y = fmaf(weight, x.y, sum.y);
                 sum.z = fmaf(weight, x.z, sum.z), sum.w = fmaf(weight, x.w, sum.w);
@@ -124,7 +117,8 @@ struct GatheredRow {
 __device__ __forceinline__ bool is_lost(const GatherParams& p) {
     bool is_bad = false;
     for (int n = threadIdx.x % 32; n < p.world; n += 32) {
-        is_bad |= header_of(p, n)[kGatherStep] != header_of(p.send)[kGatherStep];
+        const uint64_t* header = header_of(p, n);
+        is_bad |= header[kGatherStep] != header_of(p.send)[kGatherStep] || header[kGatherFailure] != 0;
     }
     return __any_sync(kAllLanes, is_bad) || *p.failed != 0;
 }
@@ -164,20 +158,26 @@ __device__ __forceinline__ uint64_t first_bad_data(const GatherParams& p) {
     uint64_t first = 0;
     for (int n = 0; n < p.world; n++) {
         const uint64_t word = header_of(p, n)[kGatherBadData];
-        if (word >> kHighShift > first >> kHighShift) first = word | static_cast<uint64_t>(n) << kRankShift;
+        // What nodes have merged says which rank it was.
+        const uint64_t rank = p.senders == nullptr ? static_cast<uint64_t>(n) << kRankShift : 0;
+        if (word >> kHighShift > first >> kHighShift) first = word | rank;
     }
     return first;
 }
 
-// Ends the step, and fails all later ones where ranks were in different steps. One thread of the last block.
+// Ends the step, and fails all later ones where a node failed, or ranks were in different steps. One thread of the last block.
 __device__ __forceinline__ void end_step(const GatherParams& p) {
     uint64_t* header = header_of(p.send);
     const auto step_of = [&](int n) { return header_of(p, n)[kGatherStep]; };
     bool same = true;
-    for (int n = 0; n < p.world; n++) same &= step_of(n) == header[kGatherStep];
-    if (*p.failed == 0 && !same) {
-        const uint32_t rank = odd_rank(p.world, p.rank, step_of);
-        *reinterpret_cast<volatile uint64_t*>(p.failure) = kDesync | rank << kRankShift;
+    uint64_t failure = 0;
+    for (int n = 0; n < p.world; n++) {
+        same &= step_of(n) == header[kGatherStep];
+        if (failure == 0) failure = header_of(p, n)[kGatherFailure];
+    }
+    if (failure == 0 && !same) failure = kDesync | sender_of(p, odd_rank(p.world, p.rank, step_of)) << kRankShift;
+    if (*p.failed == 0 && failure != 0) {
+        *reinterpret_cast<volatile uint64_t*>(p.failure) = failure;
         *p.failed = 1;
     } else if (*p.failed == 0) {
         const uint64_t word = first_bad_data(p);

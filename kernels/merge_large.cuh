@@ -64,7 +64,7 @@ __device__ __forceinline__ bool wait_weights(const ExchangeView& v, Epoch& e, in
 }
 
 // One warp merges a row of any size: waits for every rank's words and gives the merged ones, two at a time, to
-// `take(word of o, its elements, those of the next word)`, then the lse to `end`. The headers have come. False: the
+// `take(word of o, its elements, those of the next word)`, then what follows from the log-sum-exps to `end`. The headers have come. False: the
 // communicator is broken.
 template <class Take, class End>
 __device__ __forceinline__ bool merge_row(const MergeStep& m, Epoch& e, int64_t row, Take take, End end) {
@@ -126,7 +126,7 @@ __device__ __forceinline__ bool merge_row(const MergeStep& m, Epoch& e, int64_t 
             take(n, acc[pair][0], acc[pair][1]);
         }
     }
-    end(w.scale.lse(), w.fault);
+    end(w.scale, w.fault);
     return true;
 }
 
@@ -156,8 +156,9 @@ static __device__ __noinline__ bool merge_large_row(const MergeStep* step, Epoch
             write_words(m.target, wire, to, n, a, b);
         }
     };
-    const auto end = [&](float lse, uint32_t fault) {
+    const auto end = [&](const RowScale& scale, uint32_t fault) {
         if (threadIdx.x % 32 != 0) return;
+        const float lse = scale.lse();
         if (pushes) {
             push(at, __float_as_uint(lse), second_word(make_float2(lse, 0.f), fault));
         } else {

@@ -160,6 +160,13 @@ struct RowScale {
     }
     // The weight by which o is multiplied; not a number where the row is bad.
     __device__ __forceinline__ float share(float weight) const { return fmaf(weight, inverse, weight * rest); }
+    // The merged lse as a float and what that lacks, for merges to come.
+    __device__ __forceinline__ float2 lse_in_two() const {
+        if (bad) return make_float2(not_a_number(), 0.f);
+        const double x = static_cast<double>(top.x) + top.y + log(static_cast<double>(sum.high) + sum.low);
+        const float first = static_cast<float>(x);
+        return make_float2(first, first == -infinity() ? 0.f : static_cast<float>(x - first));
+    }
     // The merged lse.
     __device__ __forceinline__ float lse() const {
         return bad ? not_a_number() : top.x + (top.y + fmaf(sum.low, inverse, logf(sum.high)));

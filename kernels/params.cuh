@@ -245,14 +245,30 @@ struct GatherParams {
     uint64_t* host;        // mapped host memory: steps begun, steps ended, bad data with its rank
     uint64_t* failure;     // mapped host memory: the failure that a step has found
     uint32_t* arrived;     // blocks of merge that are done; it leaves 0
+    const int32_t* merged; // [partials] the messages to merge, in this order; null: all of them
+    const int32_t* senders; // [world] the ranks that messages come from, where these are not those of NCCL; null: they are
     int32_t wire_dtype;    // of o in messages
     int32_t lse_in_two;    // 1: each lse of the source is two floats, the second what the first lacks
     int32_t tokens;
     int32_t heads;
     int32_t first_head;    // of this rank's output
     int32_t own_heads;     // of this rank's output
-    int32_t rank;
-    int32_t world;
+    int32_t rank;          // in NCCL's communicator
+    int32_t world;         // messages
+    int32_t partials;      // of them to merge
+};
+
+// The exchange within a node that comes before (nodes.cu): any grid whose blocks are all resident.
+struct NodeParams {
+    GatherParams gather;    // with a source
+    ExchangeView view;      // of the node's ranks, f32
+    uint64_t* status;       // this rank's bad data, two words as Workspace::status; it leaves 0
+    uint64_t* found;        // the node's bad data, pack_status with the rank; it leaves 0
+    const int32_t* members; // [view.world] the node's ranks
+    uint32_t* arrived;      // blocks that are done; it leaves 0
+    int64_t first_row;      // token * heads + head
+    int64_t rows;           // no more than a slot holds
+    int32_t is_last;        // 1: no other launch belongs to the step
 };
 
 TREEATTN_CHECK_LAYOUT

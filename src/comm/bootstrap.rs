@@ -1,6 +1,7 @@
 //! What every communicator has: an allgather of small blobs, and a failure that all ranks share.
 
 use std::hash::{BuildHasher, RandomState};
+use std::sync::OnceLock;
 use std::time::SystemTime;
 
 use crate::attention::Shard;
@@ -42,6 +43,12 @@ pub(crate) trait Bootstrap: Send + Sync {
 
 /// Identifies one object among those of all processes, on any machine.
 pub(crate) type Token = [u8; 16];
+
+/// The token of this process.
+pub(crate) fn process_token() -> Token {
+    static PROCESS: OnceLock<Token> = OnceLock::new();
+    *PROCESS.get_or_init(new_token)
+}
 
 /// A token that no other call makes, in this process or another. A forked child inherits the state of its parent's random
 /// numbers, so these alone would not do.

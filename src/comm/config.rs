@@ -20,8 +20,9 @@ pub struct CommConfig {
     /// Worker threads of a CPU rank, the calling thread among them. 0: the cores of its device over the local ranks on that device,
     /// at least 1.
     pub threads_per_rank: usize,
-    /// Ranks of the same group count as one node; the tree algorithm merges within a node first. This one may differ from
-    /// rank to rank. 0 over an engine's transport: the ranks of a machine are a node.
+    /// Ranks of the same group count as one node; the tree algorithm merges within a node first, and GPUs reach each other's memory
+    /// within a node only. This one may differ from rank to rank. 0 over an engine's transport or NCCL: the ranks of a machine
+    /// are a node; over NCCL all ranks name a group, or none does.
     pub node_group: i32,
     /// The group of each rank of a local communicator, which has one config for all. Empty: `node_group` for all.
     pub node_groups: Vec<i32>,

@@ -42,10 +42,10 @@ mod hop_tests;
 mod tests;
 
 pub(crate) use board::{PlanFault, StatusBoard};
-pub(crate) use bootstrap::{Bootstrap, Token};
+pub(crate) use bootstrap::{Bootstrap, Token, process_token};
 pub(crate) use call_word::CallWord;
 pub use config::CommConfig;
-pub(crate) use gpu::{GpuRank, Offer, Windows};
+pub(crate) use gpu::{GpuRank, Nodes, Offer, Windows};
 pub(crate) use local::{LocalRank, MAX_RANKS, local_group};
 pub(crate) use plan_words::{ANY_FAULT, BAD_VALUE, COUNTS, FAILURE, OWN_FAULT, PlanLease, PlanWords};
 pub(crate) use rounds::{Hop, Round, RoundHeader, Rounds};

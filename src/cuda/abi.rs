@@ -17,7 +17,7 @@ use hash::{Constants, Layout, hash_lists, said};
 
 use super::params::{
     self, AllreduceParams, CheckParams, DecodeParams, ExchangeParams, GatherParams, KernelShape, MergeParams,
-    PlacementKind, Terms, TermsParams, Workspace,
+    NodeParams, PlacementKind, Terms, TermsParams, Workspace,
 };
 use crate::attention::{Dtype, KvLayout, SequenceRecord};
 use crate::device::cuda::{Image, Kernel};
@@ -343,34 +343,41 @@ const GATHER_CONSTANTS: &[Constants] = &[
         kGatherHeaderBytes = params::GATHER_HEADER_BYTES,
         kGatherRowHead = params::GATHER_ROW_HEAD,
     }),
-    constants!("Words of a message's header: bad data (pack_status; the next stays 0), what tells steps apart.", "int", {
+    constants!("Words of a message's header: bad data (pack_status; the next stays 0), what tells steps apart, a failure.", "int", {
         kGatherBadData = 0,
         kGatherStep = 2,
+        kGatherFailure = 3,
     }),
 ];
 
-const GATHER_LAYOUTS: &[Layout] = &[layout!(GatherParams {
-    source,
-    target,
-    send,
-    received,
-    message_bytes,
-    row_bytes,
-    fingerprint,
-    words,
-    failed,
-    host,
-    failure,
-    arrived,
-    wire_dtype,
-    lse_in_two,
-    tokens,
-    heads,
-    first_head,
-    own_heads,
-    rank,
-    world,
-})];
+const GATHER_LAYOUTS: &[Layout] = &[
+    layout!(GatherParams {
+        source,
+        target,
+        send,
+        received,
+        message_bytes,
+        row_bytes,
+        fingerprint,
+        words,
+        failed,
+        host,
+        failure,
+        arrived,
+        merged,
+        senders,
+        wire_dtype,
+        lse_in_two,
+        tokens,
+        heads,
+        first_head,
+        own_heads,
+        rank,
+        world,
+        partials,
+    }),
+    layout!(NodeParams { gather, view, status, found, members, arrived, first_row, rows, is_last }),
+];
 
 /// The hash of what all kernels know.
 const ABI: u64 = hash_lists(0xcbf2_9ce4_8422_2325, CONSTANTS, LAYOUTS);
@@ -407,7 +414,7 @@ pub(super) fn check(image: &Image, source: &str) -> Result<()> {
     let found = u64::from_ne_bytes(bytes);
     let wanted = match source {
         "check" => CHECK_ABI,
-        "gather" => GATHER_ABI,
+        "gather" | "nodes" => GATHER_ABI,
         _ if TERMS_SOURCES.contains(&source) => TERMS_ABI,
         _ => ABI,
     };

@@ -29,10 +29,20 @@ pub(crate) struct GatherSizes {
     /// This rank's output: its first head and their number.
     pub first_head: i32,
     pub own_heads: i32,
+    /// This rank in NCCL's communicator, and its size.
     pub rank: i32,
     pub world: i32,
-    /// Whether this rank's own attention makes partials.
+    /// Whether this rank's own attention leaves its partials here.
     pub attends: bool,
+}
+
+/// Where messages come from, and which of them are merged: for those of nodes.
+#[derive(Clone, Debug)]
+pub(crate) struct Senders {
+    /// The rank of each message, by its place.
+    pub ranks: Vec<usize>,
+    /// The places of the messages to merge, in this order.
+    pub merged: Vec<usize>,
 }
 
 /// Addresses of mapped words of the host, and of a word of the device, that the kernels write.
@@ -83,15 +93,22 @@ pub(crate) struct Gather {
 }
 
 impl Gather {
-    /// Makes the kernels resident and allocates for the largest step. The words outlive this. Blocks; `Capturing` during a
-    /// capture. Dropping waits for enqueued steps, at most `timeout`.
-    pub fn new(device: &Arc<CudaDevice>, sizes: GatherSizes, words: GatherWords, timeout: Duration) -> Result<Gather> {
+    /// Makes the kernels resident and allocates for the largest step. `senders`: none where every message is merged, in the order of
+    /// the ranks. The words outlive this. Blocks; `Capturing` during a capture. Dropping waits for enqueued steps, at most
+    /// `timeout`.
+    pub fn new(
+        device: &Arc<CudaDevice>,
+        sizes: GatherSizes,
+        words: GatherWords,
+        senders: Option<&Senders>,
+        timeout: Duration,
+    ) -> Result<Gather> {
         let image = Image::new(device)?;
         let kernel = |name: &str| abi::kernel(&image, "gather", &format!("treeattn_gather_{name}"), ROW_THREADS, 0);
         let row_bytes = GATHER_ROW_HEAD + (sizes.dim as usize * sizes.wire.size()).next_multiple_of(ROW_ALIGN);
         let rows = sizes.tokens as usize * sizes.heads as usize;
         let is_sent_as_it_is = sizes.wire == Dtype::F32;
-        let (memory, [partial_o, partial_lse, received, counts], bytes, holdings) = {
+        let (memory, [partial_o, partial_lse, received, counts], mut bytes, mut holdings) = {
             let message = rows.checked_mul(row_bytes).and_then(|rows| rows.checked_add(GATHER_HEADER_BYTES));
             let partial = if sizes.attends && !is_sent_as_it_is { Some(rows) } else { Some(0) };
             let part = |bytes: Option<usize>| bytes?.checked_next_multiple_of(ALIGN);
@@ -116,6 +133,17 @@ impl Gather {
             let memory = holdings.memory(bytes)?;
             let [_, others @ ..] = at.map(|at| memory + at);
             (memory, others, bytes, holdings)
+        };
+        let mut table = |places: &[usize]| -> Result<u64> {
+            let numbers: Vec<u8> = places.iter().flat_map(|&place| (place as i32).to_ne_bytes()).collect();
+            let table = holdings.memory(numbers.len())?;
+            bytes += numbers.len();
+            // SAFETY: the memory just made, as large as the table, which no kernel knows yet.
+            unsafe { device.upload(table, &numbers) }.map(|()| table)
+        };
+        let (merged, ranks, partials) = match senders {
+            None => (0, 0, sizes.world),
+            Some(senders) => (table(&senders.merged)?, table(&senders.ranks)?, senders.merged.len() as i32),
         };
         let row = row_bytes as i64;
         let first = memory + GATHER_HEADER_BYTES as u64;
@@ -143,6 +171,8 @@ impl Gather {
             host: words.host,
             failure: words.failure,
             arrived: counts + 16,
+            merged,
+            senders: ranks,
             wire_dtype: sizes.wire as i32,
             lse_in_two: 0,
             tokens: 0,
@@ -151,6 +181,7 @@ impl Gather {
             own_heads: sizes.own_heads,
             rank: sizes.rank,
             world: sizes.world,
+            partials,
         };
         Ok(Gather {
             begin: kernel("begin")?,
@@ -234,13 +265,9 @@ impl Gather {
         (step.tokens as u64 * self.sizes.heads as u64).div_ceil(ROWS_A_BLOCK).max(1) as u32
     }
 
-    /// Enqueues one of the kernels.
-    ///
-    /// # Safety
-    /// As [`Gather::begin`].
-    unsafe fn launch(&self, kernel: &Kernel, blocks: u32, step: &GatherStep, stream: &CudaStream) -> Result<()> {
-        let entered = kernel.device().enter()?;
-        let parameters = GatherParams {
+    /// What kernels are told of a step.
+    pub(super) fn parameters(&self, step: &GatherStep) -> GatherParams {
+        GatherParams {
             source: step.source,
             target: step.target,
             lse_in_two: i32::from(step.lse_in_two),
@@ -248,7 +275,16 @@ impl Gather {
             fingerprint: step.fingerprint,
             tokens: step.tokens,
             ..self.fixed
-        };
+        }
+    }
+
+    /// Enqueues one of the kernels.
+    ///
+    /// # Safety
+    /// As [`Gather::begin`].
+    unsafe fn launch(&self, kernel: &Kernel, blocks: u32, step: &GatherStep, stream: &CudaStream) -> Result<()> {
+        let entered = kernel.device().enter()?;
+        let parameters = self.parameters(step);
         // SAFETY: `GatherParams` is the only parameter of both kernels (`abi` compares their layouts). The workspace has room for
         // the tokens of the sizes, of which the step was promised to have no more, and is freed only once the device is done with
         // it (`_holdings`). That source and target are memory of the device as large as their strides say, and stay with the

@@ -3,7 +3,8 @@
 //! [`CudaBackend`] is a plan's part of it: workspace and parameters; `kernels` says which kernels, `terms` what they take beside
 //! queries, keys and values; `params` is what they take, `abi` compares it with `kernels/params.cuh`, `merge` launches the
 //! merge of given partials, `allreduce` what lies between the allreduces of the baseline, `exchange` the exchange of partials
-//! between GPUs, `gather` what lies around an allgather of them over NCCL, `check` what comes before and after a step that is checked. Depends on `attention`, `partial` and `device` only:
+//! between GPUs, `gather` what lies around an allgather of them over NCCL, `nodes` what
+//! comes before that within a node, `check` what comes before and after a step that is checked. Depends on `attention`, `partial` and `device` only:
 //! what it knows of other ranks is plain data ([`crate::partial::ExchangeView`]).
 //!
 //! What enqueues a kernel over a caller's memory is unsafe: a step is no more than addresses here, and only who made it from an
@@ -17,6 +18,7 @@ mod exchange;
 mod gather;
 mod kernels;
 mod merge;
+mod nodes;
 mod params;
 mod terms;
 
@@ -24,6 +26,7 @@ pub(crate) use allreduce::{Allreduce, AllreduceOutput, AllreduceSizes};
 pub(crate) use backend::{CAPABILITIES, CudaBackend, Destination, Told};
 pub(crate) use check::{CheckKernels, CheckStep};
 pub(crate) use exchange::{COMMUNICATORS, ExchangeKernel, ExchangeStep};
-pub(crate) use gather::{Gather, GatherSizes, GatherStep, GatherWords};
+pub(crate) use gather::{Gather, GatherSizes, GatherStep, GatherWords, Senders};
 pub(crate) use merge::Merge;
+pub(crate) use nodes::NodeExchange;
 pub(crate) use params::{STEP_BAD_DATA, STEPS_BEGUN, STEPS_ENDED};

@@ -288,6 +288,10 @@ pub struct GatherParams {
     pub host: u64,
     pub failure: u64,
     pub arrived: u64,
+    /// Messages to merge, i32; 0: all of them, in order.
+    pub merged: u64,
+    /// The rank that each message comes from, i32; 0: in order.
+    pub senders: u64,
     pub wire_dtype: i32,
     pub lse_in_two: i32,
     pub tokens: i32,
@@ -296,4 +300,20 @@ pub struct GatherParams {
     pub own_heads: i32,
     pub rank: i32,
     pub world: i32,
+    pub partials: i32,
+}
+
+/// The exchange within a node that comes before the allgather.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct NodeParams {
+    pub gather: GatherParams,
+    pub view: ExchangeView,
+    pub status: u64,
+    pub found: u64,
+    pub members: u64,
+    pub arrived: u64,
+    pub first_row: i64,
+    pub rows: i64,
+    pub is_last: i32,
 }

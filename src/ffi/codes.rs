@@ -186,8 +186,10 @@ pub const TREEATTN_ALGORITHM_AUTO: treeattn_algorithm_t = treeattn_algorithm_t(0
 pub const TREEATTN_ALGORITHM_ONE_SHOT: treeattn_algorithm_t = treeattn_algorithm_t(1);
 /// Each rank merges its own heads of all partials, then sends the merged heads to all.
 pub const TREEATTN_ALGORITHM_TWO_SHOT: treeattn_algorithm_t = treeattn_algorithm_t(2);
-/// A tree over nodes (see `node_group`): within each node first, then between them by recursive doubling, then back.
-/// Needs the transport's `sendrecv`.
+/// A tree over nodes (see `node_group`): within each node first, then between them, then back. On CPUs between nodes by recursive
+/// doubling; needs the transport's `sendrecv`. On GPUs through the memory of a node's GPUs first, then by one allgather of NCCL
+/// among ranks of different nodes, whose GPUs differ, too; of one node there is none. There what ONE_SHOT says of failed steps
+/// holds, too.
 pub const TREEATTN_ALGORITHM_TREE: treeattn_algorithm_t = treeattn_algorithm_t(3);
 /// The paper's three reductions (a maximum, two sums): a baseline. GPUs make them over NCCL, which takes each GPU once; once
 /// a step has failed, graphs that were captured from it must not be replayed.

@@ -22,6 +22,8 @@ pub(super) enum OnGpus {
     Windows,
     /// One allgather of NCCL; with why windows do not serve.
     Allgather(String),
+    /// Windows within nodes, then one allgather of NCCL among ranks of different nodes; with why.
+    Nodes(&'static str),
     /// In allreduces of NCCL.
     Allreduces,
 }
@@ -44,24 +46,35 @@ pub(super) fn on_cpus(algorithm: Algorithm) -> Option<OnCpus> {
 /// Whether `algorithm` is served on GPUs.
 fn is_on_gpus(algorithm: Algorithm) -> bool {
     match algorithm {
-        Algorithm::Auto | Algorithm::OneShot | Algorithm::TwoShot | Algorithm::Allreduce3 => true,
-        Algorithm::Tree | Algorithm::Ring => false,
+        Algorithm::Auto | Algorithm::OneShot | Algorithm::TwoShot | Algorithm::Tree | Algorithm::Allreduce3 => true,
+        Algorithm::Ring => false,
     }
 }
 
 /// How a rank on a GPU, whose end of the group is `peers`, exchanges by `algorithm`, one that is served. `Unsupported` where its
 /// group has not got what that needs.
 pub(super) fn on_gpus(peers: &GpuRank, algorithm: Algorithm) -> Result<OnGpus> {
-    let windows = peers.view().map(|_| OnGpus::Windows);
-    match algorithm {
-        Algorithm::Allreduce3 => Ok(OnGpus::Allreduces),
-        Algorithm::Auto | Algorithm::OneShot if nccl::is_asked_for() => {
+    let (nodes, windows) = (peers.nodes(), peers.view());
+    match (algorithm, windows) {
+        (Algorithm::Allreduce3, _) => Ok(OnGpus::Allreduces),
+        (Algorithm::Auto | Algorithm::OneShot, _) if nccl::is_asked_for() => {
             Ok(OnGpus::Allgather("TREEATTN_GPU_EXCHANGE is nccl".into()))
         }
-        Algorithm::Auto | Algorithm::OneShot => {
-            Ok(windows.unwrap_or_else(|error| OnGpus::Allgather(error.message().to_string())))
+        (Algorithm::Auto | Algorithm::OneShot, Err(error)) => Ok(OnGpus::Allgather(error.message().to_string())),
+        (Algorithm::Tree, Err(error)) if nodes.are_single() => Ok(OnGpus::Allgather(error.message().to_string())),
+        (_, Err(error)) => Err(error),
+        (Algorithm::Tree, Ok(_)) if nodes.count() == 1 => {
+            let wanted = "TREE on GPUs of several nodes (node_group)";
+            Err(Error::unsupported("algorithm", "TREE on GPUs of one node", wanted))
         }
-        Algorithm::TwoShot | Algorithm::Tree | Algorithm::Ring => windows,
+        (_, Ok(_)) if nodes.count() == 1 => Ok(OnGpus::Windows),
+        (Algorithm::Auto, Ok(_)) => Ok(OnGpus::Nodes("windows do not reach from node to node")),
+        (Algorithm::Tree, Ok(_)) => Ok(OnGpus::Nodes("asked for")),
+        (Algorithm::OneShot, Ok(_)) => Ok(OnGpus::Allgather("asked for, and ranks are of several nodes".into())),
+        (_, Ok(_)) => {
+            let wanted = "AUTO, ONE_SHOT, TREE or ALLREDUCE3 on GPUs of several nodes (node_group)";
+            Err(Error::unsupported("algorithm", algorithm.name(), wanted))
+        }
     }
 }
 
@@ -145,6 +158,10 @@ fn describe_on_gpus(rank: &CudaRank, algorithm: Algorithm) -> Option<String> {
     Some(match on_gpus(peers, algorithm).ok()? {
         OnGpus::Windows => format!(r#""by":"windows","chunk_bytes":{}"#, peers.capacity()),
         OnGpus::Allgather(_) => r#""by":"nccl","allgathers":1"#.into(),
+        OnGpus::Nodes(_) => {
+            let (count, met) = (peers.nodes().count(), peers.nodes().meeting());
+            format!(r#""by":"windows and nccl","nodes":{count},"allgathers":1,"allgather_ranks":{met:?}"#)
+        }
         OnGpus::Allreduces => r#""by":"nccl","allreduces":3"#.into(),
     })
 }

@@ -11,6 +11,7 @@ use super::host::partials::PartialRoute;
 use super::host::shard::HostShard;
 use super::nccl_allgather::NcclAllgather;
 use super::nccl_allreduce3::NcclAllreduce3;
+use super::nodes::NodeTree;
 use super::rank::{CpuRank, CudaGroup, CudaRank, Rank};
 use super::ring::route::Ring;
 use super::rounds::allreduce3::Allreduce3;
@@ -93,6 +94,7 @@ fn on_gpus(context: &StepContext, rank: &Arc<CudaRank>, peers: &Arc<GpuRank>) ->
     Ok(match algorithms::on_gpus(peers, context.desc.algorithm)? {
         OnGpus::Windows => Box::new(WindowsRoute::new(context, rank, peers)?),
         OnGpus::Allgather(why) => Box::new(NcclAllgather::new(context, rank, &why)?),
+        OnGpus::Nodes(why) => Box::new(NodeTree::new(context, rank, peers, why)?),
         OnGpus::Allreduces => Box::new(NcclAllreduce3::new(context, rank)?),
     })
 }
@@ -180,9 +182,9 @@ mod tests {
         assert_eq!(described.matches('{').count(), described.matches('}').count());
         let error = supported(
             DeviceKind::Cuda,
-            &AttentionDesc { algorithm: Algorithm::Tree, ..AttentionDesc::new(8, 2, 64, 9) },
+            &AttentionDesc { algorithm: Algorithm::Ring, ..AttentionDesc::new(8, 2, 64, 9) },
         );
-        let wanted = "algorithm: found TREE, this build supports AUTO, ONE_SHOT, TWO_SHOT or ALLREDUCE3 on a GPU";
+        let wanted = "algorithm: found RING, this build supports AUTO, ONE_SHOT, TWO_SHOT, TREE or ALLREDUCE3 on a GPU";
         assert_eq!(error.unwrap_err().message(), wanted);
     }
 

@@ -8,6 +8,7 @@
 //! | `ring` | CPUs | `RING`: keys and values go round instead of partials |
 //! | `windows` | GPUs | `ONE_SHOT`, `TWO_SHOT`: kernels write into each other's memory |
 //! | `nccl_allgather` | GPUs | `ONE_SHOT` where they cannot write into each other's memory: one allgather of NCCL, and a merge |
+//! | `nodes` | GPUs | `TREE`: windows within nodes, then one allgather of NCCL among ranks of different nodes |
 //! | `nccl_allreduce3` | GPUs | `ALLREDUCE3`: the paper's merge, over NCCL |
 //!
 //! [`choose::choose`] makes the route of a plan, and is the only place that knows them all; whoever owns a route does not ask
@@ -37,6 +38,7 @@ pub(crate) mod host;
 pub(crate) mod nccl;
 pub(crate) mod nccl_allgather;
 pub(crate) mod nccl_allreduce3;
+pub(crate) mod nodes;
 pub(crate) mod rank;
 pub(crate) mod ring;
 pub(crate) mod rounds;

@@ -12,7 +12,7 @@ use super::{MergingRoute, Route};
 use crate::attention::merge::MergeStep;
 use crate::attention::{Algorithm, Step};
 use crate::comm::nccl::NcclDeadline;
-use crate::cuda::{Destination, GatherStep};
+use crate::cuda::{Destination, Gather, GatherStep};
 use crate::device::cuda::CudaStream;
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::RowTarget;
@@ -24,6 +24,7 @@ pub(in crate::route) struct NcclAllgather {
     /// Why there are no windows to use, and the route by its name with that.
     why: String,
     reason: String,
+    algorithm: Algorithm,
 }
 
 impl NcclAllgather {
@@ -36,8 +37,33 @@ impl NcclAllgather {
             return Err(Error::unsupported("flags", "CHECKED", wanted));
         }
         let shard = GpuShard::new(context, rank)?;
-        let allgather = Allgather::new(context, rank, &shard.lease)?;
-        Ok(NcclAllgather { allgather, shard, reason: format!("one allgather of NCCL: {why}"), why: why.into() })
+        let allgather = Allgather::new(context, rank, &shard.lease, context.shard, None)?;
+        // A tree whose nodes have a rank each is one allgather, too.
+        let algorithm = if context.desc.algorithm == Algorithm::Tree { Algorithm::Tree } else { Algorithm::OneShot };
+        Ok(NcclAllgather {
+            allgather,
+            shard,
+            reason: format!("one allgather of NCCL: {why}"),
+            why: why.into(),
+            algorithm,
+        })
+    }
+
+    /// Gathers and merges, after `attend`.
+    ///
+    /// # Safety
+    /// As [`Allgather::exchange`].
+    unsafe fn exchange(
+        &self,
+        context: &StepContext,
+        step: &GatherStep,
+        stream: &CudaStream,
+        attend: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        // SAFETY: the step has been checked where this is called; its memory and the stream are as this function was promised.
+        let begin = |gather: &Gather| unsafe { gather.begin(step, stream) };
+        // SAFETY: this function was promised the same.
+        unsafe { self.allgather.exchange(context, step, stream, attend, begin) }
     }
 
     fn step(&self, context: &StepContext, tokens: i32, call: Call, target: RowTarget) -> GatherStep {
@@ -80,7 +106,7 @@ impl Route for NcclAllgather {
         // device is done with it. The words that the backend was told of are those of the shard's lease, which outlives it.
         let attend = || unsafe { self.shard.backend.decode_to(step, attended, stream) };
         // SAFETY: the step is as this function was promised.
-        unsafe { self.allgather.exchange(context, &gathered, stream, attend) }?;
+        unsafe { self.exchange(context, &gathered, stream, attend) }?;
         context.count_enqueued();
         Ok(())
     }
@@ -111,7 +137,7 @@ impl Route for NcclAllgather {
     }
 
     fn algorithm(&self) -> (Algorithm, &str) {
-        (Algorithm::OneShot, &self.reason)
+        (self.algorithm, &self.reason)
     }
 }
 
@@ -122,7 +148,7 @@ impl MergingRoute for NcclAllgather {
         let given = GatherStep { source: step.source, lse_in_two: false, ..given };
         // SAFETY: source and target were checked for the context's descriptor and heads, and are memory as this function was
         // promised, as are the streams.
-        unsafe { self.allgather.exchange(context, &given, stream, || Ok(())) }?;
+        unsafe { self.exchange(context, &given, stream, || Ok(())) }?;
         context.count_enqueued();
         Ok(())
     }

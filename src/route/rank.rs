@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use super::windows::setup;
 use crate::attention::Shard;
 use crate::comm::nccl::NcclRank;
-use crate::comm::{Bootstrap, CommConfig, GpuRank, LocalRank, PlanFault, PlanWords, Rounds};
+use crate::comm::{Bootstrap, CommConfig, GpuRank, LocalRank, Nodes, PlanFault, PlanWords, Rounds};
 use crate::cpu::Isa;
 use crate::device::Executor;
 use crate::device::cuda::CudaDevice;
@@ -55,6 +55,8 @@ pub(crate) struct CudaRank {
     pub group: CudaGroup,
     /// Its rank of NCCL's communicator, where there is one: made with the communicator, or by its first plan that needs it.
     pub nccl: Mutex<Option<Arc<NcclRank>>>,
+    /// The same of the communicator of the ranks that it meets where there are several nodes.
+    pub nccl_across: Mutex<Option<Arc<NcclRank>>>,
 }
 
 /// The group of a rank on a GPU.
@@ -66,32 +68,36 @@ pub(crate) enum CudaGroup {
 }
 
 impl CudaGroup {
-    /// The ends of ranks on GPUs of this process: `ends` and `devices` in rank order, the first epoch of their exchanges after
-    /// `start`. Where the GPUs cannot exchange, the ends say why when a plan asks. Blocks; `Capturing` during a capture.
+    /// The ends of ranks on GPUs of this process: `ends`, `devices` and `nodes` in rank order, the first epoch of their exchanges
+    /// after `start`. Where the GPUs cannot exchange, the ends say why when a plan asks. Blocks; `Capturing` during a capture.
     pub fn connect(
         ends: Vec<LocalRank>,
         devices: &[Arc<CudaDevice>],
+        nodes: &[usize],
         config: &CommConfig,
         start: Epoch,
     ) -> Result<Vec<CudaGroup>> {
         if ends.len() == 1 {
             return Ok(ends.into_iter().map(|end| CudaGroup::Single(Box::new(end))).collect());
         }
-        let peers = setup::connect(ends, devices, config, start)?;
+        let peers = setup::connect(ends, devices, nodes, config, start)?;
         Ok(peers.into_iter().map(|peers| CudaGroup::Peers(Arc::new(peers))).collect())
     }
 
-    /// The end of a rank on `device` that `bootstrap` connects to its peers, which may be other processes. Collective. The rest as
+    /// The end of a rank on `device` that `bootstrap` connects to its peers on `nodes`, which may be other processes. Collective. The rest as
     /// [`CudaGroup::connect`].
     pub fn connect_over(
         bootstrap: Box<dyn Bootstrap>,
         device: &Arc<CudaDevice>,
+        nodes: Vec<usize>,
         config: &CommConfig,
     ) -> Result<CudaGroup> {
-        match bootstrap.shard().world {
-            1 => Ok(CudaGroup::Single(bootstrap)),
-            _ => Ok(CudaGroup::Peers(Arc::new(setup::connect_over(bootstrap, device, config)?))),
+        let shard = bootstrap.shard();
+        if shard.world == 1 {
+            return Ok(CudaGroup::Single(bootstrap));
         }
+        let nodes = Nodes::new(nodes, shard.rank as usize);
+        Ok(CudaGroup::Peers(Arc::new(setup::connect_over(bootstrap, device, nodes, config)?)))
     }
 }
 
@@ -107,7 +113,7 @@ impl CudaRank {
         if let CudaGroup::Peers(peers) = &group {
             peers.watch(&words);
         }
-        CudaRank { device, sharing, words, group, nccl: Mutex::new(None) }
+        CudaRank { device, sharing, words, group, nccl: Mutex::new(None), nccl_across: Mutex::new(None) }
     }
 
     /// Which rank of how many.
@@ -118,6 +124,13 @@ impl CudaRank {
     /// Whether this rank has left its peers.
     pub fn has_left(&self) -> bool {
         matches!(&self.group, CudaGroup::Peers(rank) if rank.has_left())
+    }
+
+    /// Ends what its kernels wait for, because of what broke the communicator.
+    pub fn end_waits(&self, error: &Error) {
+        if let CudaGroup::Peers(rank) = &self.group {
+            rank.end_own(error);
+        }
     }
 
     /// Its end of the group.

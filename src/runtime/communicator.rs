@@ -111,7 +111,7 @@ impl Communicator {
         let number = group.first().map_or(0, LocalRank::group_id);
         let ranks = match devices[0].kind {
             DeviceKind::Cpu => cpu_ranks(runtime, group, devices, config, &node_numbers(&groups))?,
-            DeviceKind::Cuda => cuda_ranks(group, devices, config, start)?,
+            DeviceKind::Cuda => cuda_ranks(group, devices, config, &node_numbers(&groups), start)?,
         };
         let threads = match &ranks[0] {
             Rank::Cpu(rank) => rank.executor.threads(),
@@ -152,7 +152,7 @@ impl Communicator {
         }
         let rounds = TransportRank::new(transport, Shard { rank, world }, config)?;
         let issues = IssueBoard::of(rounds.token(), world);
-        let Neighbours { nodes, on_machine, on_device } = neighbours(&rounds, device, config)?;
+        let Neighbours { nodes, on_machine, on_device, .. } = neighbours(&rounds, device, config)?;
         let made = cpu_rank(runtime, Box::new(rounds), device, config, on_device, nodes)?;
         if let Rank::Cpu(cpu) = &made {
             let threads = cpu.executor.threads();
@@ -194,9 +194,9 @@ impl Communicator {
     /// No step of the rank is enqueued.
     #[doc(hidden)]
     pub unsafe fn restart_at(&self, start: u32) -> Result<()> {
-        match self.core.rank.gpu_peers().and_then(|peers| peers.windows()) {
+        match self.core.rank.gpu_peers().and_then(|peers| Some((peers.nodes().place(), peers.windows()?))) {
             // SAFETY: this function was promised the same.
-            Some(windows) => unsafe { windows.restart(self.core.rank.shard().rank as usize, Epoch::from_flag(start)) },
+            Some((place, windows)) => unsafe { windows.restart(place, Epoch::from_flag(start)) },
             None => Ok(()),
         }
     }
@@ -297,9 +297,15 @@ fn cpu_ranks(
 }
 
 /// The first epoch of their exchanges comes after `start`.
-fn cuda_ranks(group: Vec<LocalRank>, devices: &[Device], config: &CommConfig, start: Epoch) -> Result<Vec<Rank>> {
+fn cuda_ranks(
+    group: Vec<LocalRank>,
+    devices: &[Device],
+    config: &CommConfig,
+    nodes: &[usize],
+    start: Epoch,
+) -> Result<Vec<Rank>> {
     let gpus = devices.iter().map(|&device| CudaDevice::get(device)).collect::<Result<Vec<_>>>()?;
-    let ends = CudaGroup::connect(group, &gpus, config, start)?;
+    let ends = CudaGroup::connect(group, &gpus, nodes, config, start)?;
     let sharing = |gpu: &CudaDevice| devices.iter().filter(|&&other| other == gpu.device()).count();
     let rank = |(end, gpu): (CudaGroup, Arc<CudaDevice>)| {
         let sharing = sharing(&gpu);
@@ -312,6 +318,8 @@ fn cuda_ranks(group: Vec<LocalRank>, devices: &[Device], config: &CommConfig, st
 pub(super) struct Neighbours {
     /// The node of each rank.
     pub nodes: Vec<usize>,
+    /// The group that each rank named its node by; 0: none.
+    pub groups: Vec<i32>,
     /// How many are on this machine.
     pub on_machine: usize,
     /// How many of those are on the same device.
@@ -335,7 +343,9 @@ pub(super) fn neighbours(end: &dyn Bootstrap, device: Device, config: &CommConfi
         .zip(&here)
         .map(|((group, _), id)| if **group == unset { (&unset[..], &id[..]) } else { (*group, &[][..]) })
         .collect();
-    Ok(Neighbours { nodes: node_numbers(&keys), on_machine, on_device })
+    let group = |word: &[u8]| word.try_into().map_or(0, i32::from_le_bytes);
+    let groups = words.iter().map(|(word, _)| group(word)).collect();
+    Ok(Neighbours { nodes: node_numbers(&keys), groups, on_machine, on_device })
 }
 
 /// Tells machines apart; empty where the system does not say, which counts all ranks as local.

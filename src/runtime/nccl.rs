@@ -3,14 +3,14 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use super::communicator::{CommCore, Communicator, neighbours};
+use super::communicator::{CommCore, Communicator, Neighbours, neighbours};
 use super::context::{LogLevel, Runtime};
 use crate::attention::Shard;
 use crate::comm::CommConfig;
 use crate::comm::nccl::{NcclBootstrap, NcclDeadline, NcclLibrary, NcclRank, UNIQUE_ID_BYTES};
 use crate::device::cuda::{CudaDevice, Staging};
 use crate::device::{Device, DeviceKind};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::route::rank::{CudaGroup, CudaRank, Rank};
 
 /// Most ranks.
@@ -108,6 +108,19 @@ fn open(runtime: &Runtime, device: Device) -> Result<Arc<CudaDevice>> {
     CudaDevice::get(device)
 }
 
+/// Ranks name the groups of their nodes all or none, or some would be told apart by what others mean their machine to be.
+fn check_groups(groups: &[i32]) -> Result<()> {
+    let position = |named: bool| groups.iter().position(|&group| (group != 0) == named);
+    let (Some(named), Some(unnamed)) = (position(true), position(false)) else { return Ok(()) };
+    let count = groups.iter().filter(|&&group| group != 0).count();
+    let odd = if 2 * count < groups.len() { named } else { unnamed };
+    let message = format!(
+        "node_group: found {} on rank {named} and none on rank {unnamed}, wanted one on every rank or on none",
+        groups[named]
+    );
+    Err(Error::new(ErrorKind::Mismatch, message).with_rank(odd as i32))
+}
+
 /// What is the same for every rank that NCCL has connected.
 fn connect(
     runtime: &Runtime,
@@ -118,7 +131,8 @@ fn connect(
 ) -> Result<Communicator> {
     let (shard, library, device) = (rank.shard(), rank.library(), rank.device().device());
     let bootstrap = NcclBootstrap::new(rank, staging, config, deadline)?;
-    let local = neighbours(&bootstrap, device, config)?.on_machine;
+    let Neighbours { nodes, groups, on_machine: local, .. } = neighbours(&bootstrap, device, config)?;
+    check_groups(&groups)?;
     let message = format!(
         "rank {} of {} on {device}, {local} on this machine, over NCCL {} ({})",
         shard.rank,
@@ -128,7 +142,7 @@ fn connect(
     );
     runtime.log(LogLevel::Info, &message);
     let (nccl, gpu) = (Arc::clone(bootstrap.rank()), Arc::clone(bootstrap.rank().device()));
-    let group = CudaGroup::connect_over(Box::new(bootstrap), &gpu, config)?;
+    let group = CudaGroup::connect_over(Box::new(bootstrap), &gpu, nodes, config)?;
     let rank = CudaRank::new(gpu, 1, group, config.step_timeout);
     *rank.nccl.lock() = Some(nccl);
     Ok(Communicator::of(CommCore::elsewhere(runtime, device, config, Rank::Cuda(Arc::new(rank)))))

@@ -64,11 +64,17 @@ const DELAYS: Variables = &[("EMULATOR_DELAYS", "200000"), ("EMULATOR_SEED", "3"
 
 /// Steps go over NCCL where windows would do.
 const GATHERED: Variables = &[("TREEATTN_GPU_EXCHANGE", "nccl"), ("EMULATOR_DEVICES", "4")];
+const FOUR_GPUS: Variables = &[("EMULATOR_DEVICES", "4")];
+/// Ranks take turns over two nodes, on two GPUs or on four.
+const TWO_NODES: Variables = &[("TREEATTN_TEST_NODES", "2")];
+const TWO_NODES_APART: Variables = &[("TREEATTN_TEST_NODES", "2"), ("EMULATOR_DEVICES", "4")];
+const TWO_NODES_DELAYED: Variables =
+    &[("TREEATTN_TEST_NODES", "2"), ("EMULATOR_DELAYS", "200000"), ("EMULATOR_SEED", "3")];
 /// No GPU reaches the memory of another.
 const NO_PEERS: Variables = &[("EMULATOR_PEERS", "0"), ("EMULATOR_DEVICES", "4")];
 
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 47] = [
+const APART: [(&str, fn(), Variables); 59] = [
     ("accuracy_long", || accuracy::constants(&[200_001]), ONE_SM),
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
@@ -113,6 +119,18 @@ const APART: [(&str, fn(), Variables); 47] = [
     ("nccl_gather_is_told", over_nccl::is_told, GATHERED),
     ("nccl_gather_shared_gpus_are_refused", over_nccl::shared_gpus_are_refused, GATHERED),
     ("nccl_gather_processes", processes::numbers, GATHERED),
+    ("nccl_nodes_groupings", over_nccl::groupings, FOUR_GPUS),
+    ("nccl_nodes_groupings_on_two_gpus", over_nccl::groupings, &[]),
+    ("nccl_nodes_of_one", over_nccl::nodes_of_one, &[]),
+    ("nccl_nodes_numbers", over_nccl::numbers, TWO_NODES),
+    ("nccl_nodes_merges", over_nccl::merges, TWO_NODES),
+    ("nccl_nodes_bad_data", over_nccl::bad_data, TWO_NODES),
+    ("nccl_nodes_over_an_id", over_nccl::over_an_id, TWO_NODES_APART),
+    ("nccl_nodes_a_rank_that_does_not_come", over_nccl::a_rank_that_does_not_come, TWO_NODES),
+    ("nccl_nodes_a_rank_that_leaves", over_nccl::a_rank_that_leaves, TWO_NODES),
+    ("nccl_nodes_replays", over_nccl::replays, TWO_NODES),
+    ("nccl_nodes_out_of_step", over_nccl::out_of_step, TWO_NODES),
+    ("nccl_nodes_delayed", over_nccl::replays, TWO_NODES_DELAYED),
     ("nccl_without_peers", over_nccl::is_told, NO_PEERS),
     ("nccl_without_peers_random", without_peers, NO_PEERS),
     ("nccl_without_peers_in_processes", processes::numbers, NO_PEERS),

@@ -10,6 +10,11 @@ use crate::mirror::{GPU, Gpu, Mirror};
 use crate::support::case::Case;
 use crate::support::rank::Rank;
 
+/// How many nodes the ranks of groups take turns over, where the process was started for that.
+pub fn nodes() -> Option<i32> {
+    std::env::var("TREEATTN_TEST_NODES").ok()?.parse().ok()
+}
+
 /// The ranks of a communicator, each with a stream of its own.
 pub struct Group {
     pub gpus: Vec<Gpu>,
@@ -29,10 +34,17 @@ impl Group {
 
     /// The same, with the epoch after `start` first.
     pub fn starting_at(world: usize, count: usize, step_timeout: Duration, start: u32) -> Group {
+        let devices: Vec<i32> = (0..world).map(|rank| (rank % count) as i32).collect();
+        let node_groups = nodes().map_or(Vec::new(), |nodes| (0..world as i32).map(|rank| rank % nodes).collect());
+        let config = CommConfig { step_timeout, node_groups, ..CommConfig::default() };
+        Group::on(&devices, &config, start)
+    }
+
+    /// Ranks on these GPUs.
+    pub fn on(devices: &[i32], config: &CommConfig, start: u32) -> Group {
         let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
-        let devices: Vec<Device> = (0..world).map(|rank| Device { ordinal: (rank % count) as i32, ..GPU }).collect();
-        let config = CommConfig { step_timeout, ..CommConfig::default() };
-        let comms = Communicator::create_local_at(&runtime, &devices, &config, start).unwrap();
+        let devices: Vec<Device> = devices.iter().map(|&ordinal| Device { ordinal, ..GPU }).collect();
+        let comms = Communicator::create_local_at(&runtime, &devices, config, start).unwrap();
         let gpus = devices.iter().map(|device| Gpu::numbered(&runtime, device.ordinal)).collect();
         Group { gpus, comms }
     }

@@ -98,7 +98,9 @@ const RANKS: [(&str, fn()); 44] = [
 
 /// The same for ranks that NCCL connects, on two GPUs or more. NCCL itself asks that kernels of several communicators are
 /// launched in the same order everywhere; tests beside each other would break that.
-const OVER_NCCL: [(&str, fn()); 16] = [
+const OVER_NCCL: [(&str, fn()); 18] = [
+    ("nccl_nodes_groupings", over_nccl::groupings),
+    ("nccl_nodes_of_one", over_nccl::nodes_of_one),
     ("nccl_gather_bits", over_nccl::bits),
     ("nccl_gather_bits_of_windows", over_nccl::bits_of_windows),
     ("nccl_allreduce3_numbers", over_nccl::numbers),
@@ -136,6 +138,19 @@ const BY_GATHERING: [(&str, fn()); 13] = [
 /// Has steps go over NCCL where windows would do.
 const GATHERED: Variables = &[("CUDA_DEVICE_MAX_CONNECTIONS", "32"), ("TREEATTN_GPU_EXCHANGE", "nccl")];
 
+/// The same with [`TWO_NODES`].
+const BY_NODES: [(&str, fn()); 7] = [
+    ("nccl_nodes_numbers", over_nccl::numbers),
+    ("nccl_nodes_merges", over_nccl::merges),
+    ("nccl_nodes_bad_data", over_nccl::bad_data),
+    ("nccl_nodes_a_rank_that_does_not_come", over_nccl::a_rank_that_does_not_come),
+    ("nccl_nodes_a_rank_that_leaves", over_nccl::a_rank_that_leaves),
+    ("nccl_nodes_replays", over_nccl::replays),
+    ("nccl_nodes_out_of_step", over_nccl::out_of_step),
+];
+/// Has ranks take turns over two nodes.
+const TWO_NODES: Variables = &[("CUDA_DEVICE_MAX_CONNECTIONS", "32"), ("TREEATTN_TEST_NODES", "2")];
+
 /// A hardware queue for each stream: streams that share one wait for each other.
 const QUEUES: Variables = &[("CUDA_DEVICE_MAX_CONNECTIONS", "32")];
 
@@ -153,7 +168,7 @@ fn main() -> ExitCode {
         processes::run(&role);
         return ExitCode::SUCCESS;
     }
-    if let Some(status) = alone(&[&APART[..], &RANKS[..], &OVER_NCCL[..], &BY_GATHERING[..]].concat()) {
+    if let Some(status) = alone(&[&APART[..], &RANKS[..], &OVER_NCCL[..], &BY_GATHERING[..], &BY_NODES[..]].concat()) {
         return status;
     }
     let arguments = Arguments::from_args();
@@ -212,7 +227,8 @@ fn main() -> ExitCode {
         eprintln!("tests of NCCL are ignored: {why}");
     }
     let gathering = BY_GATHERING.iter().map(|&(name, _)| in_turn(name, GATHERED));
-    let over_nccl = OVER_NCCL.iter().map(|&(name, _)| in_turn(name, QUEUES)).chain(gathering);
+    let nodes = BY_NODES.iter().map(|&(name, _)| in_turn(name, TWO_NODES));
+    let over_nccl = OVER_NCCL.iter().map(|&(name, _)| in_turn(name, QUEUES)).chain(gathering).chain(nodes);
     tests.extend(over_nccl.map(|test| test.with_ignored_flag(no_nccl.is_some())));
     libtest_mimic::run(&arguments, tests).exit_code()
 }

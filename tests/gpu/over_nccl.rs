@@ -1,4 +1,5 @@
-//! Steps over NCCL, on as many GPUs as there are, up to four: `ALLREDUCE3` or, with `TREEATTN_GPU_EXCHANGE=nccl`, one allgather.
+//! Steps over NCCL, on as many GPUs as there are, up to four: `ALLREDUCE3` or, with `TREEATTN_GPU_EXCHANGE=nccl`, one allgather;
+//! with `TREEATTN_TEST_NODES=2` four ranks that count as two nodes.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use treeattn::runtime::{
 };
 
 use crate::driver::{Current, RawStream};
-use crate::group::{Group, ranks};
+use crate::group::{Group, nodes, ranks};
 use crate::mirror::{Gpu, Mirror};
 use crate::numerics::shape;
 use crate::support::case::Case;
@@ -37,9 +38,17 @@ pub fn missing() -> Option<String> {
     Communicator::nccl_unique_id(&runtime()).err().map(|error| error.to_string())
 }
 
-/// Whether the process was started for steps with one allgather.
+/// Whether the process was started for steps with one allgather, among ranks or among nodes.
 fn gathers() -> bool {
-    std::env::var_os("TREEATTN_GPU_EXCHANGE").is_some_and(|word| word == "nccl")
+    nodes().is_some() || std::env::var_os("TREEATTN_GPU_EXCHANGE").is_some_and(|word| word == "nccl")
+}
+
+/// A group of as many ranks as there are GPUs, or of two nodes of two.
+fn group(step_timeout: Duration) -> Group {
+    match nodes() {
+        Some(_) => Group::over(4, count() as usize, step_timeout),
+        None => Group::new(count() as usize, step_timeout),
+    }
 }
 
 /// A plan whose steps go over NCCL.
@@ -61,8 +70,8 @@ pub fn numbers() {
         let wide = AttentionDesc { out_dtype: Dtype::F32, ..shape(4, 2, 256, Dtype::Bf16) };
         shapes.extend([Dtype::F16, Dtype::Bf16].map(|wire_dtype| AttentionDesc { wire_dtype, ..wide }));
     }
-    for world in 2..=count() as usize {
-        let group = Group::new(world, Duration::from_secs(10));
+    for world in if nodes().is_some() { 4..=4 } else { 2..=count() as usize } {
+        let group = Group::over(world, world.min(count() as usize), Duration::from_secs(10));
         for (i, &desc) in shapes.iter().enumerate() {
             let sequences: [&[(usize, usize)]; 3] = [&[(300, 1)], &[(130, 3), (0, 1), (1, 1)], &[(0, 2)]];
             for (j, sequences) in sequences.into_iter().enumerate() {
@@ -93,8 +102,8 @@ pub fn numbers() {
 
 /// Partials of an engine's own, an empty one and a NaN among them.
 pub fn merges() {
-    let (world, heads, dim) = (count() as usize, 4usize, 64usize);
-    let group = Group::new(world, Duration::from_secs(10));
+    let group = group(Duration::from_secs(10));
+    let (world, heads, dim) = (group.comms.len(), 4usize, 64usize);
     let desc = AttentionDesc { kv_heads: 0, max_query_tokens: 3, out_dtype: Dtype::F32, ..shape(4, 4, 64, Dtype::F16) };
     let plans = group.plans(&over_nccl(desc));
     let tokens = 3;
@@ -170,8 +179,8 @@ pub fn merges() {
 
 /// A length out of range on one rank: NaN for that sequence and the same report on every rank, and nothing else.
 pub fn bad_data() {
-    let world = count() as usize;
-    let group = Group::new(world, Duration::from_secs(10));
+    let group = group(Duration::from_secs(10));
+    let world = group.comms.len();
     let desc = over_nccl(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
     let case = Case::plain(desc, world, &[(100, 1), (90, 1), (80, 1)], Values::Normal, 5);
     let (mut ranks, plans) = (ranks(&case), group.plans(&case.desc));
@@ -210,7 +219,8 @@ pub fn over_an_id() {
             let (gpu, mut memory) = (Gpu::numbered(runtime, rank as i32), Rank::new(case, rank));
             // Before there is a step that another rank may begin: allocating may wait for its kernel.
             let mirror = Mirror::new(&gpu, &memory);
-            let config = CommConfig::default();
+            let node_group = nodes().map_or(0, |nodes| 1 + rank as i32 % nodes);
+            let config = CommConfig { node_group, ..CommConfig::default() };
             let comm = Communicator::create_nccl(runtime, id, world as i32, rank as i32, gpu.device, &config).unwrap();
             let plan = Plan::create(&comm, &case.desc).unwrap();
             for _ in 0..3 {
@@ -259,20 +269,22 @@ pub fn created_beside_steps() {
 /// A step that one rank does not take part in ends by the deadline, with NaN; a new group works.
 pub fn a_rank_that_does_not_come() {
     let desc = over_nccl(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
-    let case = Case::plain(desc, 2, &[(100, 1)], Values::Normal, 5);
     const STEP: Duration = Duration::from_secs(3);
-    let group = Group::new(2, STEP);
+    let first = group(STEP);
+    let case = Case::plain(desc, first.comms.len(), &[(100, 1)], Values::Normal, 5);
+    let group = first;
     let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
     let mirrors = group.mirrors(&all);
     group.step(&plans, &mirrors, &mut all);
     let started = Instant::now();
-    // SAFETY: the device memory outlives the step, which is waited for.
-    unsafe { plans[0].decode(&mirrors[0].args, Some(&group.gpus[0].stream)) }.unwrap();
-    assert_eq!(group.gpus[0].stream.synchronize().unwrap_err().kind(), ErrorKind::Timeout);
-    let took = started.elapsed();
-    assert!(took >= STEP && took < 2 * STEP - STEP / 6, "{took:?}");
-    mirrors[0].fetch(&mut all[0]);
-    assert!(all[0].row(&case, 0, 3).0.iter().all(|x| x.is_nan()));
+    all_but(1, &group, &plans, &mirrors);
+    for rank in (0..all.len()).filter(|&rank| rank != 1) {
+        assert_eq!(group.gpus[rank].stream.synchronize().unwrap_err().kind(), ErrorKind::Timeout);
+        let took = started.elapsed();
+        assert!(took >= STEP && took < 2 * STEP - STEP / 6, "{took:?}");
+        mirrors[rank].fetch(&mut all[rank]);
+        assert!(all[rank].row(&case, 0, 3).0.iter().all(|x| x.is_nan()));
+    }
     for comm in &group.comms {
         assert_eq!(comm.status().unwrap().error.map(|error| error.kind()), Some(ErrorKind::Timeout));
     }
@@ -280,24 +292,31 @@ pub fn a_rank_that_does_not_come() {
     let error = unsafe { plans[1].decode(&mirrors[1].args, Some(&group.gpus[1].stream)) }.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Timeout);
     drop((plans, group));
-    let group = Group::new(2, Duration::from_secs(10));
+    let group = self::group(Duration::from_secs(10));
     let plans = group.plans(&case.desc);
     group.step(&plans, &mirrors, &mut all);
     assert_eq!(judge(&case, &all).unwrap().failure, None);
 }
 
+/// Enqueues a step on all ranks but one.
+fn all_but(absent: usize, group: &Group, plans: &[Plan], mirrors: &[Mirror]) {
+    for rank in (0..plans.len()).filter(|&rank| rank != absent) {
+        // SAFETY: the device memory outlives the step, which is waited for.
+        unsafe { plans[rank].decode(&mirrors[rank].args, Some(&group.gpus[rank].stream)) }.unwrap();
+    }
+}
+
 /// A rank that leaves, this one or its peer, ends the step long before the deadline.
 pub fn a_rank_that_leaves() {
     let desc = over_nccl(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
-    let case = Case::plain(desc, 2, &[(100, 1)], Values::Normal, 5);
     for (leaver, kind) in [(1, ErrorKind::PeerLost), (0, ErrorKind::ParentDestroyed)] {
-        let group = Group::new(2, HANG);
+        let group = group(HANG);
+        let case = Case::plain(desc, group.comms.len(), &[(100, 1)], Values::Normal, 5);
         let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
         let mirrors = group.mirrors(&all);
         group.step(&plans, &mirrors, &mut all);
         let started = Instant::now();
-        // SAFETY: the device memory outlives the step, which is waited for.
-        unsafe { plans[0].decode(&mirrors[0].args, Some(&group.gpus[0].stream)) }.unwrap();
+        all_but(1, &group, &plans, &mirrors);
         group.comms[leaver].close();
         let error = group.gpus[0].stream.synchronize().unwrap_err();
         assert_eq!((error.kind(), error.rank()), (kind, Some(leaver as i32)), "{error}");
@@ -309,15 +328,15 @@ pub fn a_rank_that_leaves() {
 
 /// Captured on every GPU by one thread, replayed over other lengths.
 pub fn replays() {
-    let world = count() as usize;
-    let group = Group::new(world, Duration::from_secs(10));
+    let group = group(Duration::from_secs(10));
+    let world = group.comms.len();
     let desc = over_nccl(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
     let case = Case::plain(desc, world, &[(400, 1), (90, 1)], Values::Normal, 5);
     let (mut ranks, plans) = (ranks(&case), group.plans(&case.desc));
     let mirrors = group.mirrors(&ranks);
     let replays: Vec<_> = (0..world)
         .map(|rank| {
-            let current = Current::new(rank as i32);
+            let current = Current::new(group.gpus[rank].device.ordinal);
             let raw = RawStream::new();
             let gpu = &group.gpus[rank];
             // SAFETY: the raw stream outlives the wrapped one, which is gone after the capture.
@@ -395,13 +414,13 @@ pub fn bits_of_windows() {
 
 /// Ranks that take a step for another of the same size: named on all, NaN, and broken for good.
 pub fn out_of_step() {
-    let world = count() as usize;
     let desc = AttentionDesc { out_dtype: Dtype::F32, max_kv_length: 100, ..shape(8, 2, 64, Dtype::F16) };
     let desc = over_nccl(AttentionDesc { max_batch: 2, max_query_tokens: 2, ..desc });
     for is_other_plan in [false, true] {
+        let group = group(HANG);
+        let world = group.comms.len();
         let case = Case::plain(desc, world, &[(100, 2)], Values::Normal, 5);
         let other = Case::plain(desc, world, &[(50, 1), (50, 1)], Values::Normal, 6);
-        let group = Group::new(world, HANG);
         let (mut all, plans, second) = (ranks(&case), group.plans(&desc), group.plans(&desc));
         let (mirrors, odd) = (group.mirrors(&all), group.mirrors(&ranks(&other)));
         for rank in 0..world {
@@ -417,7 +436,10 @@ pub fn out_of_step() {
             let error = group.gpus[rank].stream.synchronize().unwrap_err();
             // Of two ranks each takes the other for the odd one.
             let blamed = if world == 2 { 1 - rank as i32 } else { 1 };
-            assert_eq!((error.kind(), error.rank()), (ErrorKind::Desync, Some(blamed)), "{error}");
+            assert_eq!(error.kind(), ErrorKind::Desync, "{error}");
+            // A node says what its own ranks think of each other.
+            let is_blamed = error.rank() == Some(blamed) || nodes().is_some() && matches!(error.rank(), Some(1 | 3));
+            assert!(is_blamed, "rank {rank}: {error}");
             if rank != 1 {
                 mirrors[rank].fetch(&mut all[rank]);
                 assert!(all[rank].row(&case, 0, 3).0.iter().all(|x| x.is_nan()));
@@ -469,4 +491,82 @@ pub fn shared_gpus_are_refused() {
     for text in ["TREEATTN_GPU_EXCHANGE is nccl", "cuda:0 on ranks 0 and 1"] {
         assert!(error.message().contains(text), "{error}");
     }
+}
+
+/// Ranks on nodes of any kind: the answer, the same bits on all ranks, the same again.
+fn grouping(groups: &[i32], devices: &[i32]) {
+    let config = CommConfig { node_groups: groups.to_vec(), ..CommConfig::default() };
+    let group = Group::on(devices, &config, 0);
+    let base = AttentionDesc { out_dtype: Dtype::F32, ..shape(6, 2, 64, Dtype::F16) };
+    let shapes = [
+        base,
+        AttentionDesc { output: OutputMode::Scattered, algorithm: Algorithm::Tree, ..base },
+        AttentionDesc { wire_dtype: Dtype::Bf16, ..shape(4, 2, 128, Dtype::Bf16) },
+    ];
+    for (i, desc) in shapes.into_iter().enumerate() {
+        let sequences = [(130, 3), (0, 1), (1, 1), (70, 1)];
+        let case = Case::plain(desc, groups.len(), &sequences, Values::Normal, 60 + i as u64);
+        let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
+        let mut first = Vec::new();
+        for fill in [0xff, 0x3c] {
+            all.iter_mut().for_each(|rank| rank.prefill(fill));
+            let mirrors = group.mirrors(&all);
+            group.step(&plans, &mirrors, &mut all);
+            assert!(all.iter().all(|rank| rank.strays(&case, fill) == 0), "{groups:?}");
+            let bits: Vec<_> = all.iter().map(|rank| rank.bits(&case)).collect();
+            assert!(first.is_empty() || first == bits, "{groups:?}: other bits");
+            let is_replicated = desc.output == OutputMode::Replicated;
+            assert!(!is_replicated || bits.iter().all(|rank| *rank == bits[0]), "{groups:?}");
+            first = bits;
+        }
+        assert_eq!(judge(&case, &all).unwrap().failure, None, "{groups:?}");
+        assert!(group.errors().into_iter().flatten().next().is_none());
+        let stats = plans[0].stats().unwrap();
+        assert_eq!((stats.algorithm, stats.rounds), (Algorithm::Tree, 2 * 2), "within the node, and between nodes");
+        assert!(stats.reason.contains(" nodes: windows within"), "{}", stats.reason);
+    }
+    let text = group.comms[0].describe().unwrap();
+    assert!(text.contains(r#"{"name":"TREE","by":"windows and nccl","nodes":"#), "{text}");
+}
+
+/// Two nodes of two ranks on as many GPUs, or on two; with a GPU for each rank nodes of unequal size, too.
+pub fn groupings() {
+    for groups in [[0, 0, 1, 1], [0, 1, 0, 1], [7, 2, 2, 7]] {
+        let devices: Vec<i32> = match count() {
+            4 => (0..4).collect(),
+            _ => groups.iter().map(|&group| i32::from(group != groups[0])).collect(),
+        };
+        grouping(&groups, &devices);
+    }
+    if count() == 4 {
+        for groups in [&[0, 0, 1][..], &[0, 1, 0], &[0, 0, 0, 1], &[0, 1, 1, 2], &[2, 1, 0, 0]] {
+            grouping(groups, &(0..groups.len() as i32).collect::<Vec<_>>());
+        }
+    }
+}
+
+/// A node for each rank is an allgather of all, whatever it is called; what needs windows of all ranks is refused.
+pub fn nodes_of_one() {
+    let config = CommConfig { node_groups: vec![3, 1], ..CommConfig::default() };
+    let group = Group::on(&[0, 1], &config, 0);
+    let desc = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+    for algorithm in [Algorithm::Auto, Algorithm::Tree, Algorithm::OneShot] {
+        let case = Case::plain(AttentionDesc { algorithm, ..desc }, 2, &[(100, 1)], Values::Normal, 5);
+        let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
+        let mirrors = group.mirrors(&all);
+        group.step(&plans, &mirrors, &mut all);
+        assert_eq!(judge(&case, &all).unwrap().failure, None);
+        let stats = plans[0].stats().unwrap();
+        let name = if algorithm == Algorithm::Tree { Algorithm::Tree } else { Algorithm::OneShot };
+        assert_eq!((stats.algorithm, stats.rounds), (name, 1));
+        assert!(stats.reason.contains("a node for each rank"), "{}", stats.reason);
+    }
+    let comms: Vec<_> = group.comms.iter().collect();
+    let refused = |desc: AttentionDesc| Plan::create_all(&comms, &desc).map(drop).unwrap_err();
+    assert_eq!(refused(AttentionDesc { algorithm: Algorithm::TwoShot, ..desc }).kind(), ErrorKind::Unsupported);
+    // Of one node there is no tree.
+    let group = Group::new(2, HANG);
+    let comms: Vec<_> = group.comms.iter().collect();
+    let error = Plan::create_all(&comms, &AttentionDesc { algorithm: Algorithm::Tree, ..desc }).map(drop).unwrap_err();
+    assert!(error.message().starts_with("algorithm: found TREE on GPUs of one node"), "{error}");
 }

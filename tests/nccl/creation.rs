@@ -58,6 +58,18 @@ pub fn ranks_meet_on_threads() {
     }
 }
 
+pub fn nodes_that_only_some_name_are_a_mismatch() {
+    let (runtime, id) = (runtime(), Communicator::nccl_unique_id(&runtime()).unwrap());
+    let create = |rank: i32| {
+        let config = CommConfig { node_group: 7 * rank, ..config(HANG) };
+        error(Communicator::create_nccl(&runtime, &id, 2, rank, gpu(rank), &config))
+    };
+    for error in on_ranks(2, create) {
+        assert_eq!(error.kind(), ErrorKind::Mismatch);
+        assert!(error.message().starts_with("node_group: found 7 on rank 1 and none on rank 0"), "{error}");
+    }
+}
+
 /// Ranks on threads of one process, where the driver waits for all kernels before it allocates, frees, loads or maps, and
 /// where one rank is always late: a kernel that waits for that rank must not run while it does such things.
 pub fn setup_beside_kernels() {

@@ -54,6 +54,7 @@ fn main() -> ExitCode {
             test("ranks_meet_in_processes", false, ranks_meet_in_processes),
             test("setup_does_not_wait_in_the_driver_for_ranks_of_the_process", true, setup_beside_kernels),
             test("versions_that_differ_are_a_mismatch", false, versions_that_differ_are_a_mismatch),
+            test("nodes_that_only_some_name_are_a_mismatch", false, nodes_that_only_some_name_are_a_mismatch),
             test("a_rank_that_does_not_come_is_a_timeout", false, a_rank_that_does_not_come_is_a_timeout),
             test("errors_of_nccl_are_told_in_its_words", false, errors_of_nccl_are_told_in_its_words),
             test("a_wrapped_communicator_is_left_alone", false, a_wrapped_communicator_is_left_alone),

@@ -12,6 +12,7 @@
 //! | `process` | sees other processes end | |
 //! | `remote` | windows of other processes: notices to their owners, and their release | `local`, `process` |
 //! | `windows` | the windows of a group | the above |
+//! | `nodes` | which ranks share a node, and which meet over NCCL | |
 //! | `offer` | how ranks of several processes open each other's windows | `windows` |
 //! | `exits` | ends a rank's waits for ranks whose processes have ended | `windows` |
 //! | `rank` | one rank's end of a group | `windows`, `exits` |
@@ -23,12 +24,14 @@
 mod exits;
 mod geometry;
 mod local;
+mod nodes;
 mod offer;
 mod process;
 mod rank;
 mod remote;
 mod windows;
 
+pub(crate) use nodes::Nodes;
 pub(crate) use offer::Offer;
 pub(crate) use rank::GpuRank;
 pub(crate) use windows::Windows;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::exits::Exits;
+use super::nodes::Nodes;
 use super::windows::Windows;
 use crate::attention::Shard;
 use crate::comm::bootstrap::Bootstrap;
@@ -22,8 +23,13 @@ use crate::partial::{DataFault, ExchangeView};
 pub(crate) struct GpuRank {
     bootstrap: Box<dyn Bootstrap>,
     rank: usize,
+    nodes: Nodes,
+    /// The ranks of this one's node, whose windows there are, and its place among them.
+    neighbours: Vec<usize>,
+    place: usize,
     step_timeout: Duration,
-    /// The windows of all ranks, or why there are none: then only steps without an exchange, or over NCCL, are possible.
+    /// The windows of the node, or why there are none on some node: then only steps without an exchange, or over NCCL, are
+    /// possible.
     windows: Result<Arc<Windows>>,
     /// Where kernels of plans over NCCL tell of failures.
     plans: OnceLock<Arc<PlanWords>>,
@@ -34,16 +40,24 @@ pub(crate) struct GpuRank {
 }
 
 impl GpuRank {
-    /// The end of rank `bootstrap.shard().rank`. Ranks of other processes are watched from now on.
-    pub fn new(bootstrap: Box<dyn Bootstrap>, windows: Result<Arc<Windows>>, config: &CommConfig) -> Result<GpuRank> {
-        let rank = bootstrap.shard().rank as usize;
+    /// The end of a rank that sees `nodes`, with the windows of its node. Ranks of other processes are watched from now on.
+    pub fn new(
+        bootstrap: Box<dyn Bootstrap>,
+        nodes: Nodes,
+        windows: Result<Arc<Windows>>,
+        config: &CommConfig,
+    ) -> Result<GpuRank> {
+        let (rank, place) = (bootstrap.shard().rank as usize, nodes.place());
         let exits = match &windows {
-            Ok(windows) => Exits::watch(windows, rank)?,
+            Ok(windows) => Exits::watch(windows, place)?,
             Err(_) => None,
         };
         Ok(GpuRank {
             rank,
             bootstrap,
+            neighbours: nodes.neighbours(),
+            nodes,
+            place,
             step_timeout: config.step_timeout,
             windows,
             plans: OnceLock::new(),
@@ -57,7 +71,7 @@ impl GpuRank {
     /// are no windows.
     pub fn view(&self) -> Result<ExchangeView> {
         let windows = self.windows.as_ref().map_err(Clone::clone)?;
-        Ok(windows.view(self.rank, self.step_timeout))
+        Ok(windows.view(self.place, self.step_timeout))
     }
 
     /// Has failures that kernels of plans note in `plans` break the communicator. Once.
@@ -70,6 +84,16 @@ impl GpuRank {
         self.windows.as_ref().ok()
     }
 
+    /// Which ranks share a node.
+    pub fn nodes(&self) -> &Nodes {
+        &self.nodes
+    }
+
+    /// The rank at `place` of this node.
+    fn rank_at(&self, place: usize) -> usize {
+        self.neighbours.get(place).copied().unwrap_or(self.rank)
+    }
+
     /// Most payload of this rank in one exchange, bytes.
     pub fn capacity(&self) -> usize {
         self.windows().map_or(0, |windows| windows.capacity())
@@ -77,24 +101,26 @@ impl GpuRank {
 
     /// Where the attention kernel of this rank leaves the bad data of a step; 0 without windows.
     pub fn fault_address(&self) -> u64 {
-        self.windows().map_or(0, |windows| windows.fault_address(self.rank))
+        self.windows().map_or(0, |windows| windows.fault_address(self.place))
     }
 
     /// The bad data that steps have met on some rank since the last time, if any. Waits for nothing.
     pub fn take_fault(&self) -> Option<(i32, DataFault)> {
-        let words = self.windows()?.words(self.rank);
-        DataFault::from_told(words.take_told(host::BAD_DATA, host::BAD_DATA + host::TAKEN_AFTER))
+        let words = self.windows()?.words(self.place);
+        let (place, fault) = DataFault::from_told(words.take_told(host::BAD_DATA, host::BAD_DATA + host::TAKEN_AFTER))?;
+        Some((usize::try_from(place).map_or(place, |place| self.rank_at(place) as i32), fault))
     }
 
     /// What this rank's kernels said when they gave up.
     fn failure(&self) -> Option<Error> {
-        let over_windows = self.windows().map_or(0, |windows| windows.words(self.rank).load(host::FAILURE));
+        let over_windows = self.windows().map_or(0, |windows| windows.words(self.place).load(host::FAILURE));
         let over_nccl = || self.plans.get().map_or(0, |plans| plans.failure());
-        let failure = if over_windows != 0 { over_windows } else { over_nccl() };
-        if failure == 0 {
-            return None;
-        }
-        let Failure { code, rank, epoch } = Failure::from_word(failure);
+        let Failure { code, rank, epoch } = if over_windows != 0 {
+            let failure = Failure::from_word(over_windows);
+            Failure { rank: self.rank_at(failure.rank), ..failure }
+        } else {
+            Some(over_nccl()).filter(|&word| word != 0).map(Failure::from_word)?
+        };
         let what = format!("exchange {epoch}");
         Some(match ErrorKind::from_code(i32::from(code)) {
             Some(ErrorKind::Timeout) => errors::timeout(&what, &[rank], "step_timeout_ns", self.step_timeout),
@@ -115,9 +141,16 @@ impl GpuRank {
         }
     }
 
+    /// Ends the waits of this rank's own kernels: the communicator broke on another node, with `error`.
+    pub fn end_own(&self, error: &Error) {
+        if let Some(windows) = self.windows() {
+            windows.words(self.place).raise(host::COMMAND, self.failure_word(error.kind()));
+        }
+    }
+
     /// A failure of this rank, as kernels tell it.
     fn failure_word(&self, code: ErrorKind) -> u64 {
-        Failure { code: code.code() as u8, rank: self.rank, epoch: 0 }.word()
+        Failure { code: code.code() as u8, rank: self.place, epoch: 0 }.word()
     }
 
     /// Whether this rank has left.
@@ -134,7 +167,9 @@ impl GpuRank {
                 true => errors::left(self.rank),
                 false => error,
             };
-            *latched = self.failure().map(of_leaving).or(other);
+            let failure = self.failure().map(of_leaving);
+            // Kernels know only the ranks of their node.
+            *latched = if self.nodes.count() > 1 { other.or(failure) } else { failure.or(other) };
         }
         latched.clone()
     }
@@ -182,7 +217,7 @@ impl Bootstrap for GpuRank {
     fn leave(&self) {
         if !self.is_gone.swap(true, Ordering::AcqRel) {
             if let Some(windows) = self.windows() {
-                windows.leave(self.rank, self.failure_word(ErrorKind::PeerLost));
+                windows.leave(self.place, self.failure_word(ErrorKind::PeerLost));
             }
             self.bootstrap.leave();
         }
@@ -192,10 +227,10 @@ impl Bootstrap for GpuRank {
         let shard = self.shard();
         let links: Vec<String> = match &self.windows {
             Ok(windows) => (0..windows.world())
-                .filter(|&peer| peer != self.rank)
-                .map(|peer| {
-                    let kind = windows.link(self.rank, peer);
-                    format!(r#"{{"peer":{peer},"device":"{}","kind":"{kind}"}}"#, windows.label(peer))
+                .filter(|&place| place != self.place)
+                .map(|place| {
+                    let (peer, kind) = (self.rank_at(place), windows.link(self.place, place));
+                    format!(r#"{{"peer":{peer},"device":"{}","kind":"{kind}"}}"#, windows.label(place))
                 })
                 .collect(),
             Err(_) => Vec::new(),
@@ -206,11 +241,12 @@ impl Bootstrap for GpuRank {
         };
         format!(
             concat!(
-                r#""kind":"gpu","world":{},"rank":{},{}"capacity_bytes":{},"window_bytes":{},"#,
+                r#""kind":"gpu","world":{},"rank":{},"nodes":{:?},{}"capacity_bytes":{},"window_bytes":{},"#,
                 r#""setup":{{{}}},"step_timeout_ms":{},"links":[{}]"#
             ),
             shard.world,
             shard.rank,
+            self.nodes.by_rank(),
             reason,
             self.capacity(),
             self.window_bytes(),

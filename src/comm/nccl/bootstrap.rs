@@ -2,8 +2,8 @@
 //!
 //! It serves setup only: steps of GPUs exchange on the GPUs.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use super::library::UNIQUE_ID_BYTES;
 use super::rank::{END_TIMEOUT, NcclDeadline, NcclRank};
 use crate::attention::Shard;
-use crate::comm::bootstrap::{Bootstrap, Token, new_token};
+use crate::comm::bootstrap::{Bootstrap, new_token, process_token};
 use crate::comm::config::CommConfig;
 use crate::comm::errors;
 use crate::device::cuda::{CudaDevice, Staging};
@@ -76,8 +76,7 @@ impl NcclBootstrap {
 
     /// Gives the communicator a name by which the ranks of one process find each other: one that rank 0 made up.
     fn agree_on_name(&self, deadline: NcclDeadline) -> Result<()> {
-        static PROCESS: OnceLock<Token> = OnceLock::new();
-        let process = *PROCESS.get_or_init(new_token);
+        let process = process_token();
         let all = self.gather(&[process, new_token()].concat(), deadline)?;
         let mut name = [0; UNIQUE_ID_BYTES];
         name[..16].copy_from_slice(&all[0][16..]);

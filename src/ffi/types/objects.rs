@@ -115,8 +115,9 @@ pub struct treeattn_comm_config_t {
     /// Worker threads of a CPU rank, the calling thread among them. 0: the cores of its device over the local ranks on that
     /// device, at least 1, or the `threads` of the executor.
     pub threads_per_rank: i32,
-    /// Ranks of the same group count as one node; the tree algorithm merges within a node first. This one may differ from
-    /// rank to rank. 0 over an engine's transport: the ranks of a machine are a node.
+    /// Ranks of the same group count as one node: TREE merges within a node first, and GPUs reach each other's memory within a
+    /// node only, with TREE between them by default. This one may differ from rank to rank. 0 over an engine's transport or
+    /// NCCL: the ranks of a machine are a node. Over NCCL all ranks name a group or none does (MISMATCH).
     pub node_group: i32,
     /// Path of the NCCL library to load. NULL: looked for.
     pub nccl_path: *const c_char,

@@ -4,9 +4,10 @@ use std::sync::{Arc, OnceLock};
 
 use super::watchdog::Watchdog;
 use super::words::StepWords;
+use crate::attention::Shard;
 use crate::comm::PlanLease;
 use crate::comm::nccl::{NcclDeadline, NcclRank};
-use crate::cuda::{Gather, GatherSizes, GatherStep, GatherWords};
+use crate::cuda::{Gather, GatherSizes, GatherStep, GatherWords, Senders};
 use crate::device::cuda::CudaStream;
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::{RowSource, RowTarget};
@@ -23,8 +24,15 @@ pub(in crate::route) struct Allgather {
 }
 
 impl Allgather {
-    /// Kernels and workspace of a plan on `rank`, which is not connected yet. Blocks; `Capturing` during a capture.
-    pub fn new(context: &StepContext, rank: &Arc<CudaRank>, lease: &Arc<PlanLease>) -> Result<Allgather> {
+    /// Kernels and workspace of a plan on `rank`, which is not connected yet. `part`: this rank in the communicator that it is to
+    /// be connected by; `senders`: where not all of its messages are merged in their order. Blocks; `Capturing` during a capture.
+    pub fn new(
+        context: &StepContext,
+        rank: &Arc<CudaRank>,
+        lease: &Arc<PlanLease>,
+        part: Shard,
+        senders: Option<&Senders>,
+    ) -> Result<Allgather> {
         let (desc, timeout) = (&context.desc, context.config.step_timeout);
         let sizes = GatherSizes {
             tokens: desc.max_query_tokens,
@@ -33,13 +41,14 @@ impl Allgather {
             wire: desc.wire_dtype,
             first_head: context.heads.start as i32,
             own_heads: context.heads.len() as i32,
-            rank: context.shard.rank,
-            world: context.shard.world,
-            attends: !desc.is_merge_only(),
+            rank: part.rank,
+            world: part.world,
+            // Else the kernel of the node makes the message.
+            attends: !desc.is_merge_only() && senders.is_none(),
         };
         let words = Arc::new(StepWords::new(&rank.device, lease, timeout)?);
         let told = GatherWords { failed: words.failed(), host: words.host(), failure: words.failure() };
-        let gather = Gather::new(&rank.device, sizes, told, timeout)?;
+        let gather = Gather::new(&rank.device, sizes, told, senders, timeout)?;
         Ok(Allgather { gather, watchdog: OnceLock::new(), words, rank: Arc::clone(rank) })
     }
 
@@ -84,7 +93,8 @@ impl Allgather {
         self.gather.attended()
     }
 
-    /// Gathers, after `attend` was enqueued, which leaves this rank's partial where the step says, and merges.
+    /// Gathers, after `attend` and then `begin` were enqueued, and merges. `attend` leaves this rank's partial where the step says,
+    /// `begin` this rank's message: [`Gather::begin`], or another kernel that does so.
     ///
     /// # Safety
     /// The step is one that was checked for the context's descriptor and heads. Its memory, and the streams of other steps, are as
@@ -95,6 +105,7 @@ impl Allgather {
         step: &GatherStep,
         stream: &CudaStream,
         attend: impl FnOnce() -> Result<()>,
+        begin: impl FnOnce(&Gather) -> Result<()>,
     ) -> Result<()> {
         let Some(watchdog) = self.watchdog.get() else {
             return Err(Error::new(ErrorKind::Internal, "plan: found no NCCL communicator, wanted one"));
@@ -104,15 +115,14 @@ impl Allgather {
         let (nccl, timeout) = (watchdog.nccl(), context.config.step_timeout);
         let messages = self.gather.messages(step.tokens);
         let enqueue = || {
-            // SAFETY: `check` held the step's tokens against the plan's most and its pointers against the device; its memory and the
-            // stream are as this function was promised. The words that the kernels were given are those of `words` and of the lease
-            // that it keeps: a field after the kernels, whose end waits for their steps.
-            unsafe { self.gather.begin(step, stream) }?;
+            begin(&self.gather)?;
             // SAFETY: `messages` names parts of the workspace that hold a message and those of all ranks. The workspace is freed
             // after the device is done with all steps, or is given up with its communicator aborted.
             unsafe { nccl.begin_all_gather(messages.send, messages.received, messages.bytes, stream) }?;
             nccl.settle("ncclAllGather", NcclDeadline::new("step_timeout_ns", timeout))?;
-            // SAFETY: as `begin`.
+            // SAFETY: `check` held the step's tokens against the plan's most and its pointers against the device; its memory and the
+            // stream are as this function was promised. The words that the kernels were given are those of `words` and of the lease
+            // that it keeps: a field after the kernels, whose end waits for their steps.
             unsafe { self.gather.merge(step, stream) }
         };
         enqueue().map_err(|error| self.rank.fail(error))?;

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use crate::attention::Shard;
-use crate::comm::Bootstrap;
 use crate::comm::nccl::{NcclDeadline, NcclLibrary, NcclRank, UNIQUE_ID_BYTES};
+use crate::comm::{Bootstrap, Nodes, Token, process_token};
 use crate::error::{Error, ErrorKind, Result};
 use crate::route::context::StepContext;
 use crate::route::rank::CudaRank;
@@ -14,8 +14,8 @@ use crate::route::rank::CudaRank;
 /// What names a communicator to be.
 type UniqueId = [u8; UNIQUE_ID_BYTES];
 
-/// A rank and the number of its GPU.
-type RankDevice = (i32, i32);
+/// A rank, and its GPU: the process and the number there.
+type RankDevice = (i32, (Token, i32));
 
 /// The ranks of an NCCL communicator, of which this rank is one.
 pub(in crate::route) struct Members<'a> {
@@ -30,10 +30,17 @@ impl Members<'_> {
     pub fn all(rank: &CudaRank) -> Members<'_> {
         Members { ranks: (0..rank.shard().world).collect(), kept: &rank.nccl }
     }
+
+    /// Those that meet across `nodes`.
+    pub fn across<'a>(rank: &'a CudaRank, nodes: &Nodes) -> Members<'a> {
+        let ranks = nodes.meeting().into_iter().map(|rank| rank as i32).collect();
+        Members { ranks, kept: &rank.nccl_across }
+    }
 }
 
 /// What one rank tells the others.
 struct Offer {
+    process: Token,
     device: i32,
     /// Whether it has its end of NCCL's communicator already.
     has_nccl: bool,
@@ -53,7 +60,9 @@ pub(in crate::route) fn connect(
     deadline: NcclDeadline,
 ) -> Result<Arc<NcclRank>> {
     let known = members.kept.lock().clone();
-    let library = || NcclLibrary::load(context.config.nccl_path.as_deref());
+    // That of the communicator that this rank came with, if it did.
+    let loaded = rank.nccl.lock().as_ref().map(|nccl| nccl.library());
+    let library = || loaded.map_or_else(|| NcclLibrary::load(context.config.nccl_path.as_deref()), Ok);
     let (shard, bootstrap, has_nccl) = (context.shard, rank.bootstrap(), known.is_some());
     let first = members.ranks.first().copied().unwrap_or(shard.rank);
     let new_name = || match library() {
@@ -61,7 +70,8 @@ pub(in crate::route) fn connect(
         Err(error) => Some(Err(error)),
     };
     let name = if has_nccl { None } else { new_name() };
-    let offers = gather_offers(bootstrap, &Offer { device: rank.device.device().ordinal, has_nccl, name })?;
+    let mine = Offer { process: process_token(), device: rank.device.device().ordinal, has_nccl, name };
+    let offers = gather_offers(bootstrap, &mine)?;
     if let Some(known) = known.filter(|_| offers.iter().all(|offer| offer.has_nccl)) {
         return Ok(known);
     }
@@ -75,7 +85,8 @@ pub(in crate::route) fn connect(
             format!("plan: found an NCCL communicator on rank {first} and not on all, wanted the same on every rank");
         return Err(Error::new(ErrorKind::Desync, message).with_rank(first));
     };
-    one_gpu_each(members.ranks.iter().filter_map(|&rank| Some((rank, offer_of(rank)?.device))).collect())?;
+    let gpu_of = |offer: &Offer| (offer.process, offer.device);
+    one_gpu_each(members.ranks.iter().filter_map(|&rank| Some((rank, gpu_of(offer_of(rank)?)))).collect())?;
     let position = members.ranks.iter().position(|&member| member == shard.rank).unwrap_or(0);
     let part = Shard { rank: position as i32, world: members.ranks.len() as i32 };
     let nccl = NcclRank::begin(library()?, &rank.device, &id, part, context.config.step_timeout)?;
@@ -104,7 +115,7 @@ fn gather_offers(bootstrap: &dyn Bootstrap, mine: &Offer) -> Result<Vec<Offer>> 
 
 impl Offer {
     fn encode(&self) -> Vec<u8> {
-        let mut blob = self.device.to_le_bytes().to_vec();
+        let mut blob = [&self.process[..], &self.device.to_le_bytes()].concat();
         blob.push(u8::from(self.has_nccl));
         match &self.name {
             None => {}
@@ -117,6 +128,7 @@ impl Offer {
     }
 
     fn decode(blob: &[u8]) -> Option<Offer> {
+        let (process, blob) = blob.split_first_chunk::<{ size_of::<Token>() }>()?;
         let number = |at: usize| Some(i32::from_le_bytes(blob.get(at..at + 4)?.try_into().ok()?));
         let (device, has_nccl) = (number(0)?, *blob.get(4)? != 0);
         let name = match blob.get(5..)? {
@@ -126,17 +138,17 @@ impl Offer {
                 None => Ok(blob[9..].try_into().ok()?),
             }),
         };
-        Some(Offer { device, has_nccl, name })
+        Some(Offer { process: *process, device, has_nccl, name })
     }
 }
 
-/// NCCL refuses two ranks on one GPU.
+/// NCCL refuses two ranks on one GPU. Of ranks of several processes it alone knows whether they share one.
 fn one_gpu_each(mut devices: Vec<RankDevice>) -> Result<()> {
     devices.sort_by_key(|&(rank, device)| (device, rank));
     match devices.windows(2).find(|pair| pair[0].1 == pair[1].1) {
         None => Ok(()),
         Some(pair) => {
-            let found = format!("cuda:{} on ranks {} and {}", pair[0].1, pair[0].0, pair[1].0);
+            let found = format!("cuda:{} on ranks {} and {}", pair[0].1.1, pair[0].0, pair[1].0);
             Err(Error::unsupported("devices", found, "a GPU of its own for every rank of an exchange over NCCL"))
         }
     }
@@ -148,22 +160,25 @@ mod tests {
 
     #[test]
     fn two_ranks_on_a_gpu_are_named() {
-        assert!(one_gpu_each(vec![(0, 1), (1, 0), (2, 2)]).is_ok());
-        let error = one_gpu_each(vec![(0, 1), (1, 0), (2, 1)]).unwrap_err();
+        let here = |rank: i32, device: i32| (rank, ([1; 16], device));
+        assert!(one_gpu_each(vec![here(0, 1), here(1, 0), (2, ([2; 16], 1))]).is_ok());
+        let error = one_gpu_each(vec![here(0, 1), here(1, 0), here(2, 1)]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert!(error.message().contains("cuda:1 on ranks 0 and 2"), "{error}");
     }
 
     #[test]
     fn offers_go_round_and_others_are_refused() {
-        let round = |name| Offer::decode(&Offer { device: 3, has_nccl: true, name }.encode()).unwrap();
+        let round =
+            |name| Offer::decode(&Offer { process: [5; 16], device: 3, has_nccl: true, name }.encode()).unwrap();
         let plain = round(None);
-        assert_eq!((plain.device, plain.has_nccl, plain.name.is_none()), (3, true, true));
+        assert_eq!((plain.process, plain.device, plain.has_nccl, plain.name.is_none()), ([5; 16], 3, true, true));
         assert_eq!(round(Some(Ok([7; UNIQUE_ID_BYTES]))).name, Some(Ok([7; UNIQUE_ID_BYTES])));
         let error = Error::new(ErrorKind::Unavailable, "no NCCL");
         assert_eq!(round(Some(Err(error.clone()))).name, Some(Err(error)));
         for bad in [&[][..], &[1, 0, 0, 0], &[1, 0, 0, 0, 1, 0], &[1, 0, 0, 0, 1, 0, 0, 0, 0, 5]] {
             assert!(Offer::decode(bad).is_none(), "{bad:?}");
+            assert!(Offer::decode(&[&[0; 16], bad].concat()).is_none(), "{bad:?}");
         }
     }
 }

@@ -105,7 +105,8 @@ impl Watched {
             if let Some((peer, _)) = lost.filter(|(_, since)| since.elapsed() > GRACE) {
                 bootstrap.fail(&errors::peer_lost(&format!("step {begun} over NCCL"), peer));
             }
-            if bootstrap.status().is_some() {
+            if let Some(error) = bootstrap.status() {
+                self.rank.end_waits(&error);
                 self.words.fail_steps();
                 self.nccl.abort(ABORT_TIMEOUT);
                 return;
