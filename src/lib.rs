@@ -20,6 +20,7 @@
 //! | [`device`] | devices, worker threads, queues, host memory; the CUDA driver |
 //! | [`partial`] | the monoid of partials, where they lie in memory, and the epoch protocol |
 //! | [`attention`] | shapes, tensors, steps, placement, the float64 reference |
+//! | [`cost`] | what a step takes, predicted |
 //! | [`error`], [`fault`] | the one error type; named points at which tests inject faults |
 //!
 //! # A step's way
@@ -63,6 +64,7 @@
 
 pub mod attention;
 pub(crate) mod comm;
+pub mod cost;
 pub mod cpu;
 pub(crate) mod cuda;
 pub mod device;

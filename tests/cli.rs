@@ -24,6 +24,24 @@ fn info_names_the_version_and_the_kernels() {
     assert!(json["machine"]["cores"].as_i64().unwrap() >= 1);
 }
 
+/// Constants, a table, and what pays: more GPUs for more keys, and one for few.
+#[test]
+fn simulate_recommends_gpus() {
+    let file = std::env::temp_dir().join(format!("treeattn-cli-simulate-{}.json", std::process::id()));
+    let path = file.to_str().unwrap();
+    let output = treeattn(&["simulate", "--lengths", "1000,5120000", "--json", path]);
+    assert!(output.status.success(), "{output:?}");
+    let text = stdout(&output);
+    assert!(text.contains("predicted, not measured") && text.contains("read bandwidth, GB/s: 4550"), "{text}");
+    assert!(text.contains("1000 keys: one GPU") && text.contains("sharding loses"), "{text}");
+    let json: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    assert_eq!(json["rows"].as_array().unwrap().len(), 2 * 10);
+    let found = &json["recommended"][1];
+    assert!(found["gpus"].as_i64().unwrap() >= 32 && found["algorithm"] == "TREE", "{found}");
+    assert!(!treeattn(&["simulate", "--gpus", "0"]).status.success());
+}
+
 /// On a machine of two nodes, `info` names each and its device, and `bench` says where its ranks run.
 #[test]
 fn nodes_are_told() {

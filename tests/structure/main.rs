@@ -18,7 +18,7 @@ const LAYERS: &[&[&str]] = &[
     &["runtime"],
     &["route"],
     &["cpu", "cuda", "comm"],
-    &["device", "partial", "attention"],
+    &["device", "partial", "attention", "cost"],
     &["error", "fault"],
 ];
 

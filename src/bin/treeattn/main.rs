@@ -1,5 +1,5 @@
 //! The command line: what the library finds on this machine (`info`), whether it is right here (`verify`), and how fast
-//! (`bench`). Thin over the library's public API.
+//! (`bench`); and what many GPUs would take (`simulate`). Thin over the library's public API.
 
 mod bench;
 mod gpus;
@@ -7,6 +7,7 @@ mod info;
 mod machine;
 mod outcome;
 mod plot;
+mod simulate;
 mod table;
 mod verify;
 
@@ -30,6 +31,8 @@ enum Command {
     Verify(verify::Args),
     /// Times decode steps and exchanges on CPU ranks, or decode steps on a GPU, beside what the machine can do at most.
     Bench(Box<bench::Args>),
+    /// Predicts what steps over many GPUs take, by a cost model, and says how many GPUs and which algorithm pay.
+    Simulate(simulate::Args),
 }
 
 fn main() -> ExitCode {
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(&args).map(|()| true),
         Command::Verify(args) => verify::run(&args),
         Command::Bench(args) => bench::run(&args).map(|()| true),
+        Command::Simulate(args) => simulate::run(&args).map(|()| true),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

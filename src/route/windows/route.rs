@@ -7,6 +7,7 @@ use super::forms::{Form, Forms};
 use crate::attention::merge::MergeStep;
 use crate::attention::{Algorithm, AttentionDesc, Dtype, OutputMode, Step, head_range};
 use crate::comm::GpuRank;
+use crate::cost::Machine;
 use crate::cuda::{Destination, ExchangeKernel, ExchangeStep};
 use crate::device::cuda::{Allocations, CudaStream};
 use crate::error::{Error, ErrorKind, Result};
@@ -17,17 +18,6 @@ use crate::route::context::{Call, StepContext, fingerprint};
 use crate::route::gpu::GpuShard;
 use crate::route::rank::CudaRank;
 use crate::route::{MergingRoute, Route};
-
-/// Payload of a rank above which an exchange of `world` ranks goes in two shots.
-///
-/// One shot sends (p - 1) S from a rank and two send 2 (p - 1) / p S, so that the second saves (p - 1) (1 - 2 / p) S of a
-/// link's time for the price of another hop: it pays above hop x bandwidth / ((p - 1) (1 - 2 / p)). With a hop of 2 us,
-/// 350 GB/s, and words that carry half their size, that is 350 KB / ((p - 1) (1 - 2 / p)). Computed, not measured.
-fn two_shots_above(world: usize) -> usize {
-    const HOP_BYTES: f64 = 350e3;
-    let p = world as f64;
-    if world <= 2 { usize::MAX } else { (HOP_BYTES / ((p - 1.0) * (1.0 - 2.0 / p))) as usize }
-}
 
 /// Kernels of all ranks push partials into each other's windows and merge what comes.
 pub(in crate::route) struct WindowsRoute {
@@ -89,7 +79,7 @@ impl WindowsRoute {
         let check = Check::new(context, rank, peers, &mut allocations)?;
         bytes += check.as_ref().map_or(0, Check::bytes);
         let reason = match desc.is_merge_only() {
-            true => reason.to_string(),
+            true => reason,
             false => format!("{reason}; the largest step's are {}", form.words()),
         };
         Ok(WindowsRoute {
@@ -236,18 +226,25 @@ impl WindowsRoute {
 }
 
 /// Who gets which rows of a plan whose largest partial takes `bytes`, and why.
-fn choose(desc: &AttentionDesc, world: usize, bytes: usize) -> (ExchangeMode, &'static str) {
+///
+/// One shot sends (p - 1) S from a rank and two send 2 (p - 1) / p S: the second saves of a link's time for the price of another
+/// hop. What that comes to is predicted from exchanges alone of two ranks, not measured for more.
+fn choose(desc: &AttentionDesc, world: usize, bytes: usize) -> (ExchangeMode, String) {
     match (desc.output, desc.algorithm) {
         (OutputMode::Scattered, _) => {
-            (ExchangeMode::Scattered, "scattered output: rows go to the owners of their heads")
+            (ExchangeMode::Scattered, "scattered output: rows go to the owners of their heads".into())
         }
-        (_, Algorithm::TwoShot) => (ExchangeMode::TwoShot, "asked for"),
-        (_, Algorithm::OneShot) => (ExchangeMode::OneShot, "asked for"),
-        _ if bytes > two_shots_above(world) => (
-            ExchangeMode::TwoShot,
-            "the largest partial is above the size where a second hop costs less than its copies",
-        ),
-        _ => (ExchangeMode::OneShot, "one hop: the largest partial is small for a link"),
+        (_, Algorithm::TwoShot) => (ExchangeMode::TwoShot, "asked for".into()),
+        (_, Algorithm::OneShot) => (ExchangeMode::OneShot, "asked for".into()),
+        _ => {
+            let (two, one) = Machine::H200.shots(world, bytes as f64);
+            let (mode, words) = match two < one {
+                true => (ExchangeMode::TwoShot, "two hops"),
+                false => (ExchangeMode::OneShot, "one hop"),
+            };
+            let reason = format!("{words}: of the largest partial one is predicted to take {one:.1} us, two {two:.1}");
+            (mode, reason)
+        }
     }
 }
 
@@ -336,10 +333,15 @@ mod tests {
 
     #[test]
     fn two_shots_pay_the_sooner_the_more_ranks_there_are() {
-        assert_eq!(two_shots_above(2), usize::MAX);
-        assert_eq!((two_shots_above(4), two_shots_above(8)), (233_333, 66_666));
         let mut desc = AttentionDesc::new(32, 8, 128, 1024);
-        assert_eq!(choose(&desc, 8, 16_640).0, ExchangeMode::OneShot);
+        let least =
+            |world| (1..1000).map(|n| n << 10).find(|&bytes| choose(&desc, world, bytes).0 == ExchangeMode::TwoShot);
+        assert!(least(2).is_none() && least(4).unwrap() > least(8).unwrap(), "{:?} {:?}", least(4), least(8));
+        let (mode, reason) = choose(&desc, 8, 16_640);
+        assert_eq!(
+            (mode, &*reason),
+            (ExchangeMode::OneShot, "one hop: of the largest partial one is predicted to take 3.3 us, two 5.5")
+        );
         assert_eq!(choose(&desc, 8, 133_120).0, ExchangeMode::TwoShot);
         desc.output = OutputMode::Scattered;
         assert_eq!(choose(&desc, 8, 133_120).0, ExchangeMode::Scattered);

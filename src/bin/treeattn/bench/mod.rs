@@ -29,6 +29,7 @@ use treeattn::runtime::{Device, DeviceKind, Runtime, RuntimeConfig};
 use self::algorithms::Comparison;
 use self::args::Ranks;
 pub use self::args::{Args, device};
+pub use self::case::Heads;
 use self::case::{Axes, Case, Target};
 pub use self::ceiling::Ceiling;
 pub use self::cuda::measure_peers;
