@@ -1,6 +1,6 @@
 // The GPU of the emulator: kernels run as fibers, one a CUDA thread, all on one host thread.
 //
-// Device code sees this file through device/builtins.h; the driver API (driver.cpp) submits operations to it.
+// Device code sees this file through device/builtins.h; the driver API (driver.cpp and its neighbours, over state.h) submits operations to it.
 #pragma once
 
 #include <stddef.h>

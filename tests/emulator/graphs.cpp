@@ -22,8 +22,6 @@ Status join_capture(Stream* stream, Event* event) {
 
 using namespace emulator;
 
-#define API extern "C" __attribute__((visibility("default"))) Status
-
 API cuThreadExchangeStreamCaptureMode(int* mode) { return std::swap(*mode, capture_mode), kOk; }
 API cuStreamBeginCapture_v2(void* handle, int mode) {
     Lock lock;
