@@ -1,4 +1,4 @@
-// Generated from src/cuda/abi.rs: TREEATTN_BLESS=1 cargo test --lib abi writes it anew.
+// Generated from src/cuda/abi: TREEATTN_BLESS=1 cargo test --lib abi writes it anew.
 //
 // What the library and its kernels agree on. TREEATTN_CHECK_LAYOUT asserts that the structs of params.cuh and
 // rows.cuh are those of the library, field by field.
@@ -27,7 +27,7 @@ enum : int32_t {
     kInterleaved = 1,
     kExplicit = 2,
 };
-// Blocks of merges and exchanges, the grid's partials, and what exchange_rows serves, as src/cuda/params.rs says.
+// Blocks of merges and exchanges, how a grid shares out its work, and what exchange_rows serves, as src/cuda/params.rs says.
 enum : int {
     kRowsABlock = 8,
     kRowThreads = 256,
@@ -36,6 +36,10 @@ enum : int {
     kRowsMostWords = 128,
     kTile = 16,
     kPartialsABlock = 4,
+    kFanIn = 16,
+    kMostPartials = 256,
+    kMinTiles = 4,
+    kMaxShares = 512,
 };
 // Words that AllreduceParams::host and ::words have: steps begun, steps ended, bad data.
 enum : int {
@@ -49,6 +53,11 @@ enum : uint32_t {
     kFlagNoBulk = 2,
     kFlagPush = 4,
     kFlagLseInTwo = 8,
+};
+// RowSource::empties, as src/partial/rows.rs says.
+enum : uint32_t {
+    kPlusInfIsEmpty = 1,
+    kNanIsEmpty = 2,
 };
 // Which input of a step was out of range (partial::DataFaultCause).
 enum : uint32_t {
@@ -150,6 +159,12 @@ enum : int32_t {
     kQ5_1 = 11,
     kIq4Nl = 12,
 };
+// Elements of a block, and bytes of one (attention::KvFormat).
+enum : int {
+    kBlock = 32,
+    kQ8_0Bytes = 34,
+    kQ4_0Bytes = 18,
+};
 // Terms::mask_element.
 enum : int32_t {
     kMaskNone = 0,
@@ -183,16 +198,17 @@ enum : int {
     kGatherFailure = 3,
 };
 
-// The hashes of what all kernels know, and of what those that take TermsParams, CheckParams or GatherParams do; each image carries its own.
-constexpr uint64_t kAbi = 0x21236fe8735fe64f;
-constexpr uint64_t kTermsAbi = 0xb1b401aa4b9683e5;
-constexpr uint64_t kCheckAbi = 0x07e78c6c6d4be5d4;
-constexpr uint64_t kGatherAbi = 0xcc99294f4a190833;
+// The hashes of what all kernels know, and of what those that take further parameters do; each image carries its own.
+constexpr uint64_t kAbi = 0xb3fd0fe36fce2b2b;
+constexpr uint64_t kTermsAbi = 0x20d6831496caf2f2;
+constexpr uint64_t kCheckAbi = 0x5778ee9ab12e9968;
+constexpr uint64_t kGatherAbi = 0xb96fa87f162efeff;
 
 }  // namespace treeattn
 
 // Once in each kernels/NAME.cu: the image's word that it was compiled from this.
-#define TREEATTN_ABI(NAME) extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kAbi;
+#define TREEATTN_ABI(NAME) \
+    extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kAbi;
 #define TREEATTN_TERMS_ABI(NAME) \
     extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kTermsAbi;
 #define TREEATTN_CHECK_ABI(NAME) \
@@ -201,28 +217,30 @@ constexpr uint64_t kGatherAbi = 0xcc99294f4a190833;
     extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kGatherAbi;
 
 #define TREEATTN_CHECK_LAYOUT \
-    static_assert(sizeof(KernelShape) == 32, "KernelShape"); \
-    static_assert(offsetof(KernelShape, threads) == 0, "KernelShape::threads"); \
-    static_assert(offsetof(KernelShape, dynamic_smem) == 4, "KernelShape::dynamic_smem"); \
-    static_assert(offsetof(KernelShape, blocks_per_sm) == 8, "KernelShape::blocks_per_sm"); \
-    static_assert(offsetof(KernelShape, partial_bytes) == 12, "KernelShape::partial_bytes"); \
-    static_assert(offsetof(KernelShape, counters) == 16, "KernelShape::counters"); \
-    static_assert(offsetof(KernelShape, rows) == 20, "KernelShape::rows"); \
-    static_assert(offsetof(KernelShape, open_tiles) == 24, "KernelShape::open_tiles"); \
-    static_assert(offsetof(KernelShape, long_bytes) == 28, "KernelShape::long_bytes"); \
+    static_assert(sizeof(KernelLaunch) == 32, "KernelLaunch"); \
+    static_assert(offsetof(KernelLaunch, threads) == 0, "KernelLaunch::threads"); \
+    static_assert(offsetof(KernelLaunch, dynamic_smem) == 4, "KernelLaunch::dynamic_smem"); \
+    static_assert(offsetof(KernelLaunch, blocks_per_sm) == 8, "KernelLaunch::blocks_per_sm"); \
+    static_assert(offsetof(KernelLaunch, partial_bytes) == 12, "KernelLaunch::partial_bytes"); \
+    static_assert(offsetof(KernelLaunch, counters) == 16, "KernelLaunch::counters"); \
+    static_assert(offsetof(KernelLaunch, rows) == 20, "KernelLaunch::rows"); \
+    static_assert(offsetof(KernelLaunch, open_tiles) == 24, "KernelLaunch::open_tiles"); \
+    static_assert(offsetof(KernelLaunch, long_bytes) == 28, "KernelLaunch::long_bytes"); \
     static_assert(sizeof(Workspace) == 32, "Workspace"); \
     static_assert(offsetof(Workspace, partials) == 0, "Workspace::partials"); \
     static_assert(offsetof(Workspace, counters) == 8, "Workspace::counters"); \
     static_assert(offsetof(Workspace, status) == 16, "Workspace::status"); \
     static_assert(offsetof(Workspace, found) == 24, "Workspace::found"); \
-    static_assert(sizeof(RowTarget) == 64, "RowTarget"); \
+    static_assert(sizeof(RowTarget) == 72, "RowTarget"); \
     static_assert(offsetof(RowTarget, o) == 0, "RowTarget::o"); \
     static_assert(offsetof(RowTarget, lse) == 8, "RowTarget::lse"); \
     static_assert(offsetof(RowTarget, o_stride) == 16, "RowTarget::o_stride"); \
     static_assert(offsetof(RowTarget, lse_stride) == 40, "RowTarget::lse_stride"); \
     static_assert(offsetof(RowTarget, dtype) == 56, "RowTarget::dtype"); \
     static_assert(offsetof(RowTarget, dim) == 60, "RowTarget::dim"); \
-    static_assert(sizeof(RowSource) == 72, "RowSource"); \
+    static_assert(offsetof(RowTarget, from_natural) == 64, "RowTarget::from_natural"); \
+    static_assert(offsetof(RowTarget, reserved) == 68, "RowTarget::reserved"); \
+    static_assert(sizeof(RowSource) == 120, "RowSource"); \
     static_assert(offsetof(RowSource, o) == 0, "RowSource::o"); \
     static_assert(offsetof(RowSource, lse) == 8, "RowSource::lse"); \
     static_assert(offsetof(RowSource, o_stride) == 16, "RowSource::o_stride"); \
@@ -230,7 +248,13 @@ constexpr uint64_t kGatherAbi = 0xcc99294f4a190833;
     static_assert(offsetof(RowSource, dtype) == 56, "RowSource::dtype"); \
     static_assert(offsetof(RowSource, dim) == 60, "RowSource::dim"); \
     static_assert(offsetof(RowSource, to_natural) == 64, "RowSource::to_natural"); \
-    static_assert(offsetof(RowSource, plus_inf_is_empty) == 68, "RowSource::plus_inf_is_empty"); \
+    static_assert(offsetof(RowSource, empties) == 68, "RowSource::empties"); \
+    static_assert(offsetof(RowSource, sum) == 72, "RowSource::sum"); \
+    static_assert(offsetof(RowSource, sum_stride) == 80, "RowSource::sum_stride"); \
+    static_assert(offsetof(RowSource, query_start) == 96, "RowSource::query_start"); \
+    static_assert(offsetof(RowSource, kv_length) == 104, "RowSource::kv_length"); \
+    static_assert(offsetof(RowSource, batch) == 112, "RowSource::batch"); \
+    static_assert(offsetof(RowSource, tokens_each) == 116, "RowSource::tokens_each"); \
     static_assert(sizeof(ExchangeView) == 104, "ExchangeView"); \
     static_assert(offsetof(ExchangeView, slots) == 0, "ExchangeView::slots"); \
     static_assert(offsetof(ExchangeView, bases) == 8, "ExchangeView::bases"); \
@@ -248,7 +272,7 @@ constexpr uint64_t kGatherAbi = 0xcc99294f4a190833;
     static_assert(offsetof(ExchangeView, heads) == 88, "ExchangeView::heads"); \
     static_assert(offsetof(ExchangeView, first_head) == 92, "ExchangeView::first_head"); \
     static_assert(offsetof(ExchangeView, own_heads) == 96, "ExchangeView::own_heads"); \
-    static_assert(sizeof(DecodeParams) == 512, "DecodeParams"); \
+    static_assert(sizeof(DecodeParams) == 520, "DecodeParams"); \
     static_assert(offsetof(DecodeParams, q) == 0, "DecodeParams::q"); \
     static_assert(offsetof(DecodeParams, k) == 8, "DecodeParams::k"); \
     static_assert(offsetof(DecodeParams, v) == 16, "DecodeParams::v"); \
@@ -256,76 +280,76 @@ constexpr uint64_t kGatherAbi = 0xcc99294f4a190833;
     static_assert(offsetof(DecodeParams, k_stride) == 48, "DecodeParams::k_stride"); \
     static_assert(offsetof(DecodeParams, v_stride) == 80, "DecodeParams::v_stride"); \
     static_assert(offsetof(DecodeParams, target) == 112, "DecodeParams::target"); \
-    static_assert(offsetof(DecodeParams, query_start) == 176, "DecodeParams::query_start"); \
-    static_assert(offsetof(DecodeParams, kv_length) == 184, "DecodeParams::kv_length"); \
-    static_assert(offsetof(DecodeParams, global_length) == 192, "DecodeParams::global_length"); \
-    static_assert(offsetof(DecodeParams, kv_start) == 200, "DecodeParams::kv_start"); \
-    static_assert(offsetof(DecodeParams, kv_position) == 208, "DecodeParams::kv_position"); \
-    static_assert(offsetof(DecodeParams, query_position) == 216, "DecodeParams::query_position"); \
-    static_assert(offsetof(DecodeParams, block_table) == 224, "DecodeParams::block_table"); \
-    static_assert(offsetof(DecodeParams, page_indptr) == 232, "DecodeParams::page_indptr"); \
-    static_assert(offsetof(DecodeParams, page_indices) == 240, "DecodeParams::page_indices"); \
-    static_assert(offsetof(DecodeParams, last_page_len) == 248, "DecodeParams::last_page_len"); \
-    static_assert(offsetof(DecodeParams, kv_position_stride) == 256, "DecodeParams::kv_position_stride"); \
-    static_assert(offsetof(DecodeParams, block_table_stride) == 264, "DecodeParams::block_table_stride"); \
-    static_assert(offsetof(DecodeParams, num_page_indices) == 272, "DecodeParams::num_page_indices"); \
-    static_assert(offsetof(DecodeParams, kv_capacity) == 280, "DecodeParams::kv_capacity"); \
-    static_assert(offsetof(DecodeParams, k_end) == 288, "DecodeParams::k_end"); \
-    static_assert(offsetof(DecodeParams, v_end) == 296, "DecodeParams::v_end"); \
-    static_assert(offsetof(DecodeParams, batch) == 304, "DecodeParams::batch"); \
-    static_assert(offsetof(DecodeParams, query_tokens) == 308, "DecodeParams::query_tokens"); \
-    static_assert(offsetof(DecodeParams, q_heads) == 312, "DecodeParams::q_heads"); \
-    static_assert(offsetof(DecodeParams, kv_heads) == 316, "DecodeParams::kv_heads"); \
-    static_assert(offsetof(DecodeParams, group) == 320, "DecodeParams::group"); \
-    static_assert(offsetof(DecodeParams, head_dim_qk) == 324, "DecodeParams::head_dim_qk"); \
-    static_assert(offsetof(DecodeParams, q_dtype) == 328, "DecodeParams::q_dtype"); \
-    static_assert(offsetof(DecodeParams, kv_layout) == 332, "DecodeParams::kv_layout"); \
-    static_assert(offsetof(DecodeParams, page_size) == 336, "DecodeParams::page_size"); \
-    static_assert(offsetof(DecodeParams, num_pages) == 340, "DecodeParams::num_pages"); \
-    static_assert(offsetof(DecodeParams, placement) == 344, "DecodeParams::placement"); \
-    static_assert(offsetof(DecodeParams, interleave) == 348, "DecodeParams::interleave"); \
-    static_assert(offsetof(DecodeParams, rank) == 352, "DecodeParams::rank"); \
-    static_assert(offsetof(DecodeParams, world) == 356, "DecodeParams::world"); \
-    static_assert(offsetof(DecodeParams, scale) == 360, "DecodeParams::scale"); \
-    static_assert(offsetof(DecodeParams, flags) == 364, "DecodeParams::flags"); \
-    static_assert(offsetof(DecodeParams, waiting) == 368, "DecodeParams::waiting"); \
-    static_assert(offsetof(DecodeParams, workspace) == 376, "DecodeParams::workspace"); \
-    static_assert(offsetof(DecodeParams, exchange) == 408, "DecodeParams::exchange"); \
-    static_assert(sizeof(MergeParams) == 168, "MergeParams"); \
+    static_assert(offsetof(DecodeParams, query_start) == 184, "DecodeParams::query_start"); \
+    static_assert(offsetof(DecodeParams, kv_length) == 192, "DecodeParams::kv_length"); \
+    static_assert(offsetof(DecodeParams, global_length) == 200, "DecodeParams::global_length"); \
+    static_assert(offsetof(DecodeParams, kv_start) == 208, "DecodeParams::kv_start"); \
+    static_assert(offsetof(DecodeParams, kv_position) == 216, "DecodeParams::kv_position"); \
+    static_assert(offsetof(DecodeParams, query_position) == 224, "DecodeParams::query_position"); \
+    static_assert(offsetof(DecodeParams, block_table) == 232, "DecodeParams::block_table"); \
+    static_assert(offsetof(DecodeParams, page_indptr) == 240, "DecodeParams::page_indptr"); \
+    static_assert(offsetof(DecodeParams, page_indices) == 248, "DecodeParams::page_indices"); \
+    static_assert(offsetof(DecodeParams, last_page_len) == 256, "DecodeParams::last_page_len"); \
+    static_assert(offsetof(DecodeParams, kv_position_stride) == 264, "DecodeParams::kv_position_stride"); \
+    static_assert(offsetof(DecodeParams, block_table_stride) == 272, "DecodeParams::block_table_stride"); \
+    static_assert(offsetof(DecodeParams, num_page_indices) == 280, "DecodeParams::num_page_indices"); \
+    static_assert(offsetof(DecodeParams, kv_capacity) == 288, "DecodeParams::kv_capacity"); \
+    static_assert(offsetof(DecodeParams, k_end) == 296, "DecodeParams::k_end"); \
+    static_assert(offsetof(DecodeParams, v_end) == 304, "DecodeParams::v_end"); \
+    static_assert(offsetof(DecodeParams, batch) == 312, "DecodeParams::batch"); \
+    static_assert(offsetof(DecodeParams, query_tokens) == 316, "DecodeParams::query_tokens"); \
+    static_assert(offsetof(DecodeParams, q_heads) == 320, "DecodeParams::q_heads"); \
+    static_assert(offsetof(DecodeParams, kv_heads) == 324, "DecodeParams::kv_heads"); \
+    static_assert(offsetof(DecodeParams, group) == 328, "DecodeParams::group"); \
+    static_assert(offsetof(DecodeParams, head_dim_qk) == 332, "DecodeParams::head_dim_qk"); \
+    static_assert(offsetof(DecodeParams, q_dtype) == 336, "DecodeParams::q_dtype"); \
+    static_assert(offsetof(DecodeParams, kv_layout) == 340, "DecodeParams::kv_layout"); \
+    static_assert(offsetof(DecodeParams, page_size) == 344, "DecodeParams::page_size"); \
+    static_assert(offsetof(DecodeParams, num_pages) == 348, "DecodeParams::num_pages"); \
+    static_assert(offsetof(DecodeParams, placement) == 352, "DecodeParams::placement"); \
+    static_assert(offsetof(DecodeParams, interleave) == 356, "DecodeParams::interleave"); \
+    static_assert(offsetof(DecodeParams, rank) == 360, "DecodeParams::rank"); \
+    static_assert(offsetof(DecodeParams, world) == 364, "DecodeParams::world"); \
+    static_assert(offsetof(DecodeParams, scale) == 368, "DecodeParams::scale"); \
+    static_assert(offsetof(DecodeParams, flags) == 372, "DecodeParams::flags"); \
+    static_assert(offsetof(DecodeParams, waiting) == 376, "DecodeParams::waiting"); \
+    static_assert(offsetof(DecodeParams, workspace) == 384, "DecodeParams::workspace"); \
+    static_assert(offsetof(DecodeParams, exchange) == 416, "DecodeParams::exchange"); \
+    static_assert(sizeof(MergeParams) == 232, "MergeParams"); \
     static_assert(offsetof(MergeParams, source) == 0, "MergeParams::source"); \
-    static_assert(offsetof(MergeParams, target) == 72, "MergeParams::target"); \
-    static_assert(offsetof(MergeParams, step) == 136, "MergeParams::step"); \
-    static_assert(offsetof(MergeParams, partials) == 152, "MergeParams::partials"); \
-    static_assert(offsetof(MergeParams, tokens) == 156, "MergeParams::tokens"); \
-    static_assert(offsetof(MergeParams, heads) == 160, "MergeParams::heads"); \
-    static_assert(sizeof(ExchangeParams) == 272, "ExchangeParams"); \
+    static_assert(offsetof(MergeParams, target) == 120, "MergeParams::target"); \
+    static_assert(offsetof(MergeParams, step) == 192, "MergeParams::step"); \
+    static_assert(offsetof(MergeParams, partials) == 216, "MergeParams::partials"); \
+    static_assert(offsetof(MergeParams, tokens) == 220, "MergeParams::tokens"); \
+    static_assert(offsetof(MergeParams, heads) == 224, "MergeParams::heads"); \
+    static_assert(sizeof(ExchangeParams) == 328, "ExchangeParams"); \
     static_assert(offsetof(ExchangeParams, source) == 0, "ExchangeParams::source"); \
-    static_assert(offsetof(ExchangeParams, target) == 72, "ExchangeParams::target"); \
-    static_assert(offsetof(ExchangeParams, first_row) == 136, "ExchangeParams::first_row"); \
-    static_assert(offsetof(ExchangeParams, rows) == 144, "ExchangeParams::rows"); \
-    static_assert(offsetof(ExchangeParams, is_pushed) == 152, "ExchangeParams::is_pushed"); \
-    static_assert(offsetof(ExchangeParams, is_last) == 156, "ExchangeParams::is_last"); \
-    static_assert(offsetof(ExchangeParams, waiting) == 160, "ExchangeParams::waiting"); \
-    static_assert(offsetof(ExchangeParams, lse_in_two) == 164, "ExchangeParams::lse_in_two"); \
-    static_assert(offsetof(ExchangeParams, view) == 168, "ExchangeParams::view"); \
-    static_assert(sizeof(AllreduceParams) == 168, "AllreduceParams"); \
+    static_assert(offsetof(ExchangeParams, target) == 120, "ExchangeParams::target"); \
+    static_assert(offsetof(ExchangeParams, first_row) == 192, "ExchangeParams::first_row"); \
+    static_assert(offsetof(ExchangeParams, rows) == 200, "ExchangeParams::rows"); \
+    static_assert(offsetof(ExchangeParams, is_pushed) == 208, "ExchangeParams::is_pushed"); \
+    static_assert(offsetof(ExchangeParams, is_last) == 212, "ExchangeParams::is_last"); \
+    static_assert(offsetof(ExchangeParams, waiting) == 216, "ExchangeParams::waiting"); \
+    static_assert(offsetof(ExchangeParams, lse_in_two) == 220, "ExchangeParams::lse_in_two"); \
+    static_assert(offsetof(ExchangeParams, view) == 224, "ExchangeParams::view"); \
+    static_assert(sizeof(AllreduceParams) == 176, "AllreduceParams"); \
     static_assert(offsetof(AllreduceParams, o) == 0, "AllreduceParams::o"); \
     static_assert(offsetof(AllreduceParams, lse) == 8, "AllreduceParams::lse"); \
     static_assert(offsetof(AllreduceParams, most) == 16, "AllreduceParams::most"); \
     static_assert(offsetof(AllreduceParams, weights) == 24, "AllreduceParams::weights"); \
     static_assert(offsetof(AllreduceParams, target) == 32, "AllreduceParams::target"); \
-    static_assert(offsetof(AllreduceParams, status) == 96, "AllreduceParams::status"); \
-    static_assert(offsetof(AllreduceParams, words) == 104, "AllreduceParams::words"); \
-    static_assert(offsetof(AllreduceParams, failed) == 112, "AllreduceParams::failed"); \
-    static_assert(offsetof(AllreduceParams, host) == 120, "AllreduceParams::host"); \
-    static_assert(offsetof(AllreduceParams, arrived) == 128, "AllreduceParams::arrived"); \
-    static_assert(offsetof(AllreduceParams, tokens) == 136, "AllreduceParams::tokens"); \
-    static_assert(offsetof(AllreduceParams, heads) == 140, "AllreduceParams::heads"); \
-    static_assert(offsetof(AllreduceParams, head_dim) == 144, "AllreduceParams::head_dim"); \
-    static_assert(offsetof(AllreduceParams, first_head) == 148, "AllreduceParams::first_head"); \
-    static_assert(offsetof(AllreduceParams, own_heads) == 152, "AllreduceParams::own_heads"); \
-    static_assert(offsetof(AllreduceParams, rank) == 156, "AllreduceParams::rank"); \
-    static_assert(offsetof(AllreduceParams, world) == 160, "AllreduceParams::world"); \
+    static_assert(offsetof(AllreduceParams, status) == 104, "AllreduceParams::status"); \
+    static_assert(offsetof(AllreduceParams, words) == 112, "AllreduceParams::words"); \
+    static_assert(offsetof(AllreduceParams, failed) == 120, "AllreduceParams::failed"); \
+    static_assert(offsetof(AllreduceParams, host) == 128, "AllreduceParams::host"); \
+    static_assert(offsetof(AllreduceParams, arrived) == 136, "AllreduceParams::arrived"); \
+    static_assert(offsetof(AllreduceParams, tokens) == 144, "AllreduceParams::tokens"); \
+    static_assert(offsetof(AllreduceParams, heads) == 148, "AllreduceParams::heads"); \
+    static_assert(offsetof(AllreduceParams, head_dim) == 152, "AllreduceParams::head_dim"); \
+    static_assert(offsetof(AllreduceParams, first_head) == 156, "AllreduceParams::first_head"); \
+    static_assert(offsetof(AllreduceParams, own_heads) == 160, "AllreduceParams::own_heads"); \
+    static_assert(offsetof(AllreduceParams, rank) == 164, "AllreduceParams::rank"); \
+    static_assert(offsetof(AllreduceParams, world) == 168, "AllreduceParams::world"); \
     static_assert(sizeof(Terms) == 216, "Terms"); \
     static_assert(offsetof(Terms, sinks) == 0, "Terms::sinks"); \
     static_assert(offsetof(Terms, slopes) == 8, "Terms::slopes"); \
@@ -350,47 +374,47 @@ constexpr uint64_t kGatherAbi = 0xcc99294f4a190833;
     static_assert(offsetof(Terms, cap_inverse) == 204, "Terms::cap_inverse"); \
     static_assert(offsetof(Terms, k_dtype) == 208, "Terms::k_dtype"); \
     static_assert(offsetof(Terms, v_dtype) == 212, "Terms::v_dtype"); \
-    static_assert(sizeof(TermsParams) == 728, "TermsParams"); \
+    static_assert(sizeof(TermsParams) == 736, "TermsParams"); \
     static_assert(offsetof(TermsParams, step) == 0, "TermsParams::step"); \
-    static_assert(offsetof(TermsParams, terms) == 512, "TermsParams::terms"); \
-    static_assert(sizeof(CheckParams) == 536, "CheckParams"); \
+    static_assert(offsetof(TermsParams, terms) == 520, "TermsParams::terms"); \
+    static_assert(sizeof(CheckParams) == 544, "CheckParams"); \
     static_assert(offsetof(CheckParams, step) == 0, "CheckParams::step"); \
-    static_assert(offsetof(CheckParams, wrong) == 512, "CheckParams::wrong"); \
-    static_assert(offsetof(CheckParams, first) == 520, "CheckParams::first"); \
-    static_assert(offsetof(CheckParams, count) == 524, "CheckParams::count"); \
-    static_assert(offsetof(CheckParams, needs_positions) == 528, "CheckParams::needs_positions"); \
-    static_assert(offsetof(CheckParams, surplus_keys) == 532, "CheckParams::surplus_keys"); \
-    static_assert(sizeof(GatherParams) == 272, "GatherParams"); \
+    static_assert(offsetof(CheckParams, wrong) == 520, "CheckParams::wrong"); \
+    static_assert(offsetof(CheckParams, first) == 528, "CheckParams::first"); \
+    static_assert(offsetof(CheckParams, count) == 532, "CheckParams::count"); \
+    static_assert(offsetof(CheckParams, needs_positions) == 536, "CheckParams::needs_positions"); \
+    static_assert(offsetof(CheckParams, surplus_keys) == 540, "CheckParams::surplus_keys"); \
+    static_assert(sizeof(GatherParams) == 328, "GatherParams"); \
     static_assert(offsetof(GatherParams, source) == 0, "GatherParams::source"); \
-    static_assert(offsetof(GatherParams, target) == 72, "GatherParams::target"); \
-    static_assert(offsetof(GatherParams, send) == 136, "GatherParams::send"); \
-    static_assert(offsetof(GatherParams, received) == 144, "GatherParams::received"); \
-    static_assert(offsetof(GatherParams, message_bytes) == 152, "GatherParams::message_bytes"); \
-    static_assert(offsetof(GatherParams, row_bytes) == 160, "GatherParams::row_bytes"); \
-    static_assert(offsetof(GatherParams, fingerprint) == 168, "GatherParams::fingerprint"); \
-    static_assert(offsetof(GatherParams, words) == 176, "GatherParams::words"); \
-    static_assert(offsetof(GatherParams, failed) == 184, "GatherParams::failed"); \
-    static_assert(offsetof(GatherParams, host) == 192, "GatherParams::host"); \
-    static_assert(offsetof(GatherParams, failure) == 200, "GatherParams::failure"); \
-    static_assert(offsetof(GatherParams, arrived) == 208, "GatherParams::arrived"); \
-    static_assert(offsetof(GatherParams, merged) == 216, "GatherParams::merged"); \
-    static_assert(offsetof(GatherParams, senders) == 224, "GatherParams::senders"); \
-    static_assert(offsetof(GatherParams, wire_dtype) == 232, "GatherParams::wire_dtype"); \
-    static_assert(offsetof(GatherParams, lse_in_two) == 236, "GatherParams::lse_in_two"); \
-    static_assert(offsetof(GatherParams, tokens) == 240, "GatherParams::tokens"); \
-    static_assert(offsetof(GatherParams, heads) == 244, "GatherParams::heads"); \
-    static_assert(offsetof(GatherParams, first_head) == 248, "GatherParams::first_head"); \
-    static_assert(offsetof(GatherParams, own_heads) == 252, "GatherParams::own_heads"); \
-    static_assert(offsetof(GatherParams, rank) == 256, "GatherParams::rank"); \
-    static_assert(offsetof(GatherParams, world) == 260, "GatherParams::world"); \
-    static_assert(offsetof(GatherParams, partials) == 264, "GatherParams::partials"); \
-    static_assert(sizeof(NodeParams) == 432, "NodeParams"); \
+    static_assert(offsetof(GatherParams, target) == 120, "GatherParams::target"); \
+    static_assert(offsetof(GatherParams, send) == 192, "GatherParams::send"); \
+    static_assert(offsetof(GatherParams, received) == 200, "GatherParams::received"); \
+    static_assert(offsetof(GatherParams, message_bytes) == 208, "GatherParams::message_bytes"); \
+    static_assert(offsetof(GatherParams, row_bytes) == 216, "GatherParams::row_bytes"); \
+    static_assert(offsetof(GatherParams, fingerprint) == 224, "GatherParams::fingerprint"); \
+    static_assert(offsetof(GatherParams, words) == 232, "GatherParams::words"); \
+    static_assert(offsetof(GatherParams, failed) == 240, "GatherParams::failed"); \
+    static_assert(offsetof(GatherParams, host) == 248, "GatherParams::host"); \
+    static_assert(offsetof(GatherParams, failure) == 256, "GatherParams::failure"); \
+    static_assert(offsetof(GatherParams, arrived) == 264, "GatherParams::arrived"); \
+    static_assert(offsetof(GatherParams, merged) == 272, "GatherParams::merged"); \
+    static_assert(offsetof(GatherParams, senders) == 280, "GatherParams::senders"); \
+    static_assert(offsetof(GatherParams, wire_dtype) == 288, "GatherParams::wire_dtype"); \
+    static_assert(offsetof(GatherParams, lse_in_two) == 292, "GatherParams::lse_in_two"); \
+    static_assert(offsetof(GatherParams, tokens) == 296, "GatherParams::tokens"); \
+    static_assert(offsetof(GatherParams, heads) == 300, "GatherParams::heads"); \
+    static_assert(offsetof(GatherParams, first_head) == 304, "GatherParams::first_head"); \
+    static_assert(offsetof(GatherParams, own_heads) == 308, "GatherParams::own_heads"); \
+    static_assert(offsetof(GatherParams, rank) == 312, "GatherParams::rank"); \
+    static_assert(offsetof(GatherParams, world) == 316, "GatherParams::world"); \
+    static_assert(offsetof(GatherParams, partials) == 320, "GatherParams::partials"); \
+    static_assert(sizeof(NodeParams) == 488, "NodeParams"); \
     static_assert(offsetof(NodeParams, gather) == 0, "NodeParams::gather"); \
-    static_assert(offsetof(NodeParams, view) == 272, "NodeParams::view"); \
-    static_assert(offsetof(NodeParams, status) == 376, "NodeParams::status"); \
-    static_assert(offsetof(NodeParams, found) == 384, "NodeParams::found"); \
-    static_assert(offsetof(NodeParams, members) == 392, "NodeParams::members"); \
-    static_assert(offsetof(NodeParams, arrived) == 400, "NodeParams::arrived"); \
-    static_assert(offsetof(NodeParams, first_row) == 408, "NodeParams::first_row"); \
-    static_assert(offsetof(NodeParams, rows) == 416, "NodeParams::rows"); \
-    static_assert(offsetof(NodeParams, is_last) == 424, "NodeParams::is_last");
+    static_assert(offsetof(NodeParams, view) == 328, "NodeParams::view"); \
+    static_assert(offsetof(NodeParams, status) == 432, "NodeParams::status"); \
+    static_assert(offsetof(NodeParams, found) == 440, "NodeParams::found"); \
+    static_assert(offsetof(NodeParams, members) == 448, "NodeParams::members"); \
+    static_assert(offsetof(NodeParams, arrived) == 456, "NodeParams::arrived"); \
+    static_assert(offsetof(NodeParams, first_row) == 464, "NodeParams::first_row"); \
+    static_assert(offsetof(NodeParams, rows) == 472, "NodeParams::rows"); \
+    static_assert(offsetof(NodeParams, is_last) == 480, "NodeParams::is_last");

@@ -388,7 +388,7 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
 
 // A kernel and its constant, by the naming rule of params.cuh. BODY<FAMILY> is what it does.
 #define TREEATTN_DECODE_KERNEL(NAME, FAMILY, BODY)                                                                    \
-    extern "C" __device__ const treeattn::KernelShape NAME##_shape = {                                                \
+    extern "C" __device__ const treeattn::KernelLaunch NAME##_launch = {                                                \
         FAMILY::S::kThreads, FAMILY::S::kSharedBytes, FAMILY::S::kBlocks, treeattn::Partials<FAMILY::S>::kFloats * 4, \
         treeattn::Partials<FAMILY::S>::kStrips * treeattn::kCountersOfStrip, FAMILY::S::kRows,                        \
         treeattn::open_tiles(FAMILY::S::kWarps), FAMILY::Long::kBlockBytes};                                          \
@@ -398,7 +398,7 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
     }
 // The same of a family that takes TermsParams.
 #define TREEATTN_TERMS_KERNEL(NAME, FAMILY)                                                                           \
-    extern "C" __device__ const treeattn::KernelShape NAME##_shape = {                                                \
+    extern "C" __device__ const treeattn::KernelLaunch NAME##_launch = {                                                \
         FAMILY::S::kThreads, FAMILY::S::kSharedBytes, FAMILY::S::kBlocks, treeattn::Partials<FAMILY::S>::kFloats * 4, \
         treeattn::Partials<FAMILY::S>::kStrips * treeattn::kCountersOfStrip, FAMILY::S::kRows,                        \
         treeattn::open_tiles(FAMILY::S::kWarps), FAMILY::Long::kBlockBytes};                                          \

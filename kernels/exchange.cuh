@@ -9,7 +9,7 @@ namespace treeattn {
 // meanwhile, which another communicator's kernel may need.
 constexpr uint64_t kBriefly = 10'000;
 constexpr uint32_t kBetweenLooks = 20;  // ns
-constexpr int kMaxShares = kLeftOverWords * 64;  // blocks that have rows of their own
+static_assert(kMaxShares == kLeftOverWords * 64, "each block that has rows of its own has a bit");
 
 // Which rows of a launch are a rank's: those of `own` heads from `first` on. Rows are numbered from the launch's first.
 struct Rows {

@@ -15,8 +15,7 @@ __host__ __device__ constexpr int mask_element_bytes(int32_t element) {
     return element == kMaskF32 ? 4 : element == kMaskF16 ? 2 : 1;
 }
 
-constexpr int kBlock = 32;           // elements of a block of ggml's types
-constexpr int kBlockScaleBytes = 2;  // its scale, an f16, which comes first
+constexpr int kBlockScaleBytes = 2;  // the scale of a block of ggml's types, an f16, which comes first
 
 // Whether a type's elements lie in blocks.
 __host__ __device__ constexpr bool is_in_blocks(int32_t dtype) { return dtype == kQ8_0 || dtype == kQ4_0; }
@@ -26,6 +25,8 @@ __host__ __device__ constexpr int block_bytes(int32_t dtype) {
     if (!is_in_blocks(dtype)) return kBlock;
     return kBlockScaleBytes + (dtype == kQ8_0 ? kBlock : kBlock / 2);
 }
+
+static_assert(block_bytes(kQ8_0) == kQ8_0Bytes && block_bytes(kQ4_0) == kQ4_0Bytes, "blocks are those of the library");
 
 // Bytes of a packed row of `dim` elements of such a type.
 __host__ __device__ constexpr int row_bytes(int32_t dtype, int dim) {

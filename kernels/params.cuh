@@ -26,7 +26,7 @@
 // 16 bytes; to decode_narrow, that rows have to be widened by way of shared memory: some row of k or v is of a type that widen.cuh
 // does not widen in registers, or its blocks do not lie side by side.
 //
-// Beside each kernel NAME the image holds a constant NAME_shape of type KernelShape, for that architecture.
+// Beside each kernel NAME the image holds a constant NAME_launch of type KernelLaunch, for that architecture.
 #pragma once
 
 #include "abi.cuh"
@@ -37,7 +37,7 @@ namespace treeattn {
 // How a kernel is launched: `threads` x 1 x 1, a grid of SMs * blocks_per_sm (any grid >= 1 is correct; keep it fixed
 // for a plan), `dynamic_smem` bytes (raise CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES to it), programmatic stream
 // serialization allowed where the GPU is sm_90 or later.
-struct KernelShape {
+struct KernelLaunch {
     int32_t threads;
     int32_t dynamic_smem;
     int32_t blocks_per_sm;
@@ -50,9 +50,9 @@ struct KernelShape {
 
 // Memory of a plan that outlives a step. Never shared by two launches that may overlap.
 struct Workspace {
-    float* partials;     // 4 * grid partials of KernelShape::partial_bytes, 256-byte aligned; behind them, where a block may take
+    float* partials;     // 4 * grid partials of KernelLaunch::partial_bytes, 256-byte aligned; behind them, where a block may take
                          // more key tiles of an item than open_tiles, grid * long_bytes. Contents never matter
-    uint32_t* counters;  // grid * KernelShape::counters; zeroed once when the plan is made, every launch leaves them zero
+    uint32_t* counters;  // grid * KernelLaunch::counters; zeroed once when the plan is made, every launch leaves them zero
     uint64_t* status;    // two words of device memory: the largest pack_status of the bad data so far, 0 for none; where in
                          // mapped host memory to tell it (faults.cuh), 0 for nowhere: a later kernel takes it then
     uint64_t* found;     // two words of device memory, for the value that goes with it: a lock, and where in mapped host memory

@@ -16,9 +16,7 @@
 namespace treeattn {
 
 static_assert(kTile == 16, "keys of a tile are one k-step of the tensor core's second product");
-constexpr int kFanIn = 16;         // partials merged in one go
-constexpr int kMostPartials = kFanIn * kFanIn;  // of an item: there are two levels
-constexpr int kMinTiles = 4;       // a block takes before the next one gets any
+static_assert(kMostPartials == kFanIn * kFanIn, "partials of an item are merged in two levels");
 
 // Units a block. `items` of equal length that the grid can share out evenly get borders at item ends, if that costs at
 // most 1/16: fewer blocks then hold two items, and an item has fewer partials.

@@ -48,11 +48,11 @@ impl OpenSums {
     /// The sums in `memory`.
     ///
     /// # Safety
-    /// `memory` holds `shape.open_floats()` floats that nobody else uses as long as these sums are used.
-    pub unsafe fn at(memory: *mut f32, shape: SumSizes) -> OpenSums {
-        // SAFETY: within the floats of the shape.
-        let max = unsafe { memory.add(shape.rows * shape.width()) };
-        OpenSums { sums: memory, max, width: shape.width() }
+    /// `memory` holds `sizes.open_floats()` floats that nobody else uses as long as these sums are used.
+    pub unsafe fn at(memory: *mut f32, sizes: SumSizes) -> OpenSums {
+        // SAFETY: within the floats of the sizes.
+        let max = unsafe { memory.add(sizes.rows * sizes.width()) };
+        OpenSums { sums: memory, max, width: sizes.width() }
     }
 
     /// The sums of row `r`.
@@ -63,7 +63,7 @@ impl OpenSums {
     /// Empties the first `rows`.
     ///
     /// # Safety
-    /// `rows` is at most the shape's.
+    /// `rows` is at most that of the sizes.
     pub unsafe fn clear(&self, rows: usize) {
         // SAFETY: these rows are in the memory that `at` was given.
         unsafe {
@@ -80,29 +80,29 @@ pub struct ClosedSums {
     sums: *mut f64,
     /// `f32 [rows]`.
     max: *mut f32,
-    shape: SumSizes,
+    sizes: SumSizes,
 }
 
 impl ClosedSums {
     /// The sums in `memory`.
     ///
     /// # Safety
-    /// `memory` is aligned to 8 bytes and holds `shape.closed_floats()` floats that nobody else uses as long as these
+    /// `memory` is aligned to 8 bytes and holds `sizes.closed_floats()` floats that nobody else uses as long as these
     /// sums are used.
-    pub unsafe fn at(memory: *mut f32, shape: SumSizes) -> ClosedSums {
-        // SAFETY: within the floats of the shape: two for each f64.
-        let max = unsafe { memory.add(2 * shape.rows * shape.width()) };
-        ClosedSums { sums: memory.cast(), max, shape }
+    pub unsafe fn at(memory: *mut f32, sizes: SumSizes) -> ClosedSums {
+        // SAFETY: within the floats of these sizes: two for each f64.
+        let max = unsafe { memory.add(2 * sizes.rows * sizes.width()) };
+        ClosedSums { sums: memory.cast(), max, sizes }
     }
 
     /// Empties the first `rows`.
     ///
     /// # Safety
-    /// `rows` is at most the shape's.
+    /// `rows` is at most that of the sizes.
     pub unsafe fn clear(&self, rows: usize) {
         // SAFETY: these rows are in the memory that `at` was given.
         unsafe {
-            self.sums.write_bytes(0, rows * self.shape.width());
+            self.sums.write_bytes(0, rows * self.sizes.width());
             std::slice::from_raw_parts_mut(self.max, rows).fill(f32::NEG_INFINITY);
         }
     }
@@ -110,9 +110,9 @@ impl ClosedSums {
     /// Takes in `rows` open rows and empties them; both begin at row `first`.
     ///
     /// # Safety
-    /// Both have the same shape and those rows; the kernels are this machine's.
+    /// Both have the same sizes and those rows; the kernels are this machine's.
     pub unsafe fn close(&self, kernels: &Kernels, open: &OpenSums, first: usize, rows: usize) {
-        let width = self.shape.width();
+        let width = self.sizes.width();
         // SAFETY: the rows are in the memory of both, which are apart; the kernels are this machine's.
         unsafe {
             (kernels.close)(&CloseArgs {
@@ -130,7 +130,7 @@ impl ClosedSums {
     /// Takes in the first `rows` of another set.
     ///
     /// # Safety
-    /// Both have the same shape and those rows, in memory apart.
+    /// Both have the same sizes and those rows, in memory apart.
     pub unsafe fn merge(&self, from: &ClosedSums, rows: usize) {
         for r in 0..rows {
             // SAFETY: row `r` is in the memory of both, which are apart.
@@ -147,9 +147,9 @@ impl ClosedSums {
     }
 
     /// # Safety
-    /// `r` is a row of the shape, which nobody else uses as long as the slice lives.
+    /// `r` is one of the rows, which nobody else uses as long as the slice lives.
     unsafe fn row<'a>(&self, r: usize) -> &'a mut [f64] {
-        let width = self.shape.width();
+        let width = self.sizes.width();
         // SAFETY: the row is in the memory that `at` was given, aligned for f64.
         unsafe { std::slice::from_raw_parts_mut(self.sums.add(r * width), width) }
     }
@@ -157,11 +157,11 @@ impl ClosedSums {
     /// Row `r` as a partial: writes o and gives the lse. A row with a NaN weight is NaN throughout.
     ///
     /// # Safety
-    /// `r` is a row of the shape and `o` is no longer than its values.
+    /// `r` is one of the rows and `o` is no longer than its values.
     pub unsafe fn finish(&self, r: usize, o: &mut [f32]) -> Lse {
-        // SAFETY: `r` is a row of the shape, so that its sums and its maximum are in the memory of `at`; `self.max` has one a row.
+        // SAFETY: `r` is one of the rows, so that its sums and its maximum are in the memory of `at`; `self.max` has one a row.
         let (sums, max) = unsafe { (self.row(r), *self.max.add(r)) };
-        let (values, weights) = sums.split_at(self.shape.dim);
+        let (values, weights) = sums.split_at(self.sizes.dim);
         let weights: f64 = weights.iter().sum();
         if weights == 0.0 {
             o.fill(0.0);

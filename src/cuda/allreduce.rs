@@ -14,7 +14,7 @@ use crate::partial::RowTarget;
 /// How parts of the workspace are aligned, bytes.
 const ALIGN: usize = 256;
 
-/// The shape of a plan's allreduces.
+/// The sizes of a plan's allreduces.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AllreduceSizes {
     /// Most query tokens of a step.
@@ -54,7 +54,7 @@ pub(crate) struct Allreduce {
     weigh: Kernel,
     finish: Kernel,
     pointers: PointerCheck,
-    shape: AllreduceSizes,
+    sizes: AllreduceSizes,
     partial: RowTarget,
     fixed: AllreduceParams,
     bytes: usize,
@@ -67,7 +67,7 @@ impl Allreduce {
     /// `Capturing` during a capture. Dropping waits for enqueued steps, at most `timeout`.
     pub fn new(
         device: &Arc<CudaDevice>,
-        shape: AllreduceSizes,
+        sizes: AllreduceSizes,
         failed: u64,
         host: u64,
         timeout: Duration,
@@ -75,24 +75,24 @@ impl Allreduce {
         let image = Image::new(device)?;
         let kernel =
             |name: &str, threads| abi::kernel(&image, "allreduce", &format!("treeattn_allreduce_{name}"), threads, 0);
-        let rows = shape.tokens as usize * shape.heads as usize;
+        let rows = sizes.tokens as usize * sizes.heads as usize;
         let too_large = || {
-            let found = format!("{} x {} x {}", shape.tokens, shape.heads, shape.dim);
+            let found = format!("{} x {} x {}", sizes.tokens, sizes.heads, sizes.dim);
             Error::invalid("max_query_tokens x q_heads x head_dim_v", found, "a size that fits memory")
         };
         let part = |floats: usize| floats.checked_mul(4)?.checked_next_multiple_of(ALIGN);
-        let sizes = [
-            rows.checked_mul(shape.dim as usize).and_then(part),
+        let parts = [
+            rows.checked_mul(sizes.dim as usize).and_then(part),
             part(rows),
             part(rows),
-            rows.checked_add(2 * shape.world as usize).and_then(part),
+            rows.checked_add(2 * sizes.world as usize).and_then(part),
             // Bad data and a word that stays 0, steps begun and ended, arrivals.
             Some(ALIGN),
         ];
         let mut holdings = Allocations::new(device, timeout);
         let mut at = [0u64; 5];
         let mut bytes = 0usize;
-        for (at, size) in at.iter_mut().zip(sizes) {
+        for (at, size) in at.iter_mut().zip(parts) {
             *at = bytes as u64;
             bytes = size.and_then(|size| bytes.checked_add(size)).ok_or_else(too_large)?;
         }
@@ -109,12 +109,12 @@ impl Allreduce {
             failed,
             host,
             tokens: 0,
-            heads: shape.heads,
-            head_dim: shape.dim,
-            first_head: shape.first_head,
-            own_heads: shape.own_heads,
-            rank: shape.rank,
-            world: shape.world,
+            heads: sizes.heads,
+            head_dim: sizes.dim,
+            first_head: sizes.first_head,
+            own_heads: sizes.own_heads,
+            rank: sizes.rank,
+            world: sizes.world,
             arrived: words + 32,
         };
         Ok(Allreduce {
@@ -122,8 +122,8 @@ impl Allreduce {
             weigh: kernel("weigh", ROW_THREADS)?,
             finish: kernel("finish", ROW_THREADS)?,
             pointers: PointerCheck::new(),
-            shape,
-            partial: RowTarget::packed(o, lse, shape.heads, shape.dim),
+            sizes,
+            partial: RowTarget::packed(o, lse, sizes.heads, sizes.dim),
             fixed,
             bytes,
             _holdings: holdings,
@@ -135,9 +135,9 @@ impl Allreduce {
     /// # Safety
     /// No step was enqueued yet.
     pub unsafe fn clear(&self) -> Result<()> {
-        let rows = self.shape.tokens as usize * self.shape.heads as usize;
+        let rows = self.sizes.tokens as usize * self.sizes.heads as usize;
         let empty: Vec<u8> = f32::NEG_INFINITY.to_le_bytes().repeat(rows);
-        // SAFETY: the workspace holds an lse for every row of the shape, and lives as long as `self`; no step uses it yet, as this
+        // SAFETY: the workspace holds an lse for every row of these sizes, and lives as long as `self`; no step uses it yet, as this
         // function was promised.
         unsafe { self.begin.device().upload(self.fixed.lse, &empty) }
     }
@@ -154,20 +154,20 @@ impl Allreduce {
 
     /// `step`, which merges one given partial, as one that leaves it where a step's partial goes.
     pub fn take_in(&self, step: &MergeStep) -> MergeStep {
-        MergeStep { heads: self.shape.heads, target: self.partial, ..*step }
+        MergeStep { heads: self.sizes.heads, target: self.partial, ..*step }
     }
 
     /// What a step of `tokens` query tokens reduces.
     pub fn reduced(&self, tokens: i32) -> Reduced {
-        let rows = tokens as usize * self.shape.heads as usize;
+        let rows = tokens as usize * self.sizes.heads as usize;
         Reduced {
             lse: self.fixed.lse,
             most: self.fixed.most,
             rows,
             o: self.fixed.o,
-            elements: rows * self.shape.dim as usize,
+            elements: rows * self.sizes.dim as usize,
             weights: self.fixed.weights,
-            weight_count: rows + 2 * self.shape.world as usize,
+            weight_count: rows + 2 * self.sizes.world as usize,
         }
     }
 
@@ -175,15 +175,15 @@ impl Allreduce {
     pub fn check(&self, output: &AllreduceOutput) -> Result<()> {
         let device = self.begin.device();
         let _entered = device.enter()?;
-        let rows = output.tokens as u64 * self.shape.heads as u64;
-        if output.tokens > self.shape.tokens || rows.div_ceil(ROWS_A_BLOCK) > i32::MAX as u64 {
+        let rows = output.tokens as u64 * self.sizes.heads as u64;
+        if output.tokens > self.sizes.tokens || rows.div_ceil(ROWS_A_BLOCK) > i32::MAX as u64 {
             return Err(Error::new(
                 ErrorKind::Internal,
                 format!("plan: {rows} rows in a step, wanted at most the plan's"),
             ));
         }
         // A tensor of no rows may point anywhere.
-        if output.tokens > 0 && self.shape.own_heads > 0 {
+        if output.tokens > 0 && self.sizes.own_heads > 0 {
             for (name, address) in [("out.data", output.target.o), ("lse.data", output.target.lse)] {
                 self.pointers.check(device, name, address as *const c_void)?;
             }
@@ -194,7 +194,7 @@ impl Allreduce {
     /// Enqueues what comes before the first allreduce.
     ///
     /// # Safety
-    /// The output has no more tokens than the shape. Until the step is done, `failed` and `host`, which [`Allreduce::new`] was
+    /// The output has no more tokens than the sizes. Until the step is done, `failed` and `host`, which [`Allreduce::new`] was
     /// given, stay valid, and so does the output: memory of the device with a row for each of its tokens and own heads, which nobody
     /// else uses. Steps that are under way together are on one stream: they share the workspace.
     pub unsafe fn begin(&self, output: &AllreduceOutput, stream: &CudaStream) -> Result<()> {
@@ -221,7 +221,7 @@ impl Allreduce {
     }
 
     fn blocks(&self, output: &AllreduceOutput) -> u32 {
-        (output.tokens as u64 * self.shape.heads as u64).div_ceil(ROWS_A_BLOCK) as u32
+        (output.tokens as u64 * self.sizes.heads as u64).div_ceil(ROWS_A_BLOCK) as u32
     }
 
     /// Enqueues one of the kernels.
@@ -232,7 +232,7 @@ impl Allreduce {
         let entered = kernel.device().enter()?;
         let parameters = AllreduceParams { target: output.target, tokens: output.tokens, ..self.fixed };
         // SAFETY: `AllreduceParams` is the only parameter of each of these kernels (`abi` compares their layouts). The workspace
-        // has room for the tokens of the shape, of which the output was promised to have no more, and is freed only once the
+        // has room for the tokens of these sizes, of which the output was promised to have no more, and is freed only once the
         // device is done with it (`_holdings`). That the output is memory of the device as large as its strides say, and stays
         // with the words that `new` was given until the step is done, this function was promised, too.
         unsafe { kernel.launch(&entered, stream, blocks, &parameters) }

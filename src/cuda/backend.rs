@@ -178,7 +178,7 @@ impl CudaBackend {
             }
             Destination::Ranks { view, most_waiting } => {
                 // A warp takes a row.
-                let warps = i64::from(decode.shape.threads / 32).max(1);
+                let warps = i64::from(decode.launch.threads / 32).max(1);
                 let rows = i64::from(step.args.query_tokens) * i64::from(view.own_heads);
                 parameters.flags |= params::PUSH;
                 parameters.waiting = (rows.max(1) + warps - 1).div_euclid(warps).min(most_waiting) as i32;

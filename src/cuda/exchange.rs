@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use super::abi;
 use super::params::{
-    EXCHANGE_BLOCKS_A_UNIT, ExchangeParams, ROW_THREADS, ROWS_A_BLOCK, ROWS_ELEMENTS, ROWS_MOST_RANKS, ROWS_MOST_WORDS,
+    EXCHANGE_BLOCKS_A_UNIT, ExchangeParams, MAX_SHARES, ROW_THREADS, ROWS_A_BLOCK, ROWS_ELEMENTS, ROWS_MOST_RANKS,
+    ROWS_MOST_WORDS,
 };
 use crate::attention::Dtype;
 use crate::device::cuda::{CudaDevice, CudaStream, Image, Kernel, PointerCheck};
@@ -91,7 +92,7 @@ impl RowKernels {
         let serves = has_source
             && is_small
             && step.rows > 0
-            && step.rows as u64 <= blocks.min(64 * window::LEFT_OVER_WORDS) * ROWS_A_BLOCK
+            && step.rows as u64 <= blocks.min(MAX_SHARES) * ROWS_A_BLOCK
             && words <= ROWS_MOST_WORDS
             && i64::from(target.dim) % ROWS_ELEMENTS == 0
             && lies_in_fours(source.o, &source.o_stride, source.dtype)

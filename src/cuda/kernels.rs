@@ -1,6 +1,6 @@
 //! The decode kernels of a plan: which of the image it needs, and which of them takes a step.
 
-use super::params::{KernelShape, PARTIALS_A_BLOCK, TILE};
+use super::params::{KernelLaunch, MIN_TILES, MOST_PARTIALS, PARTIALS_A_BLOCK, TILE};
 use super::{abi, terms};
 use crate::attention::{AttentionDesc, Dtype};
 use crate::device::cuda::{Image, Kernel};
@@ -22,7 +22,7 @@ fn class(desc: &AttentionDesc, smaller: &[(i32, i32)]) -> (i32, i32) {
 /// A decode kernel with its grid.
 pub(super) struct Decode {
     pub kernel: Kernel,
-    pub shape: KernelShape,
+    pub launch: KernelLaunch,
     pub grid: u32,
     /// Whether it takes `TermsParams`.
     pub takes_terms: bool,
@@ -36,30 +36,30 @@ impl Decode {
     /// The kernel `treeattn_NAME` of `kernels/SOURCE.cu`.
     fn new(image: &Image, source: &str, name: &str, sharing: usize) -> Result<Decode> {
         abi::check(image, source)?;
-        let mut bytes = [0; size_of::<KernelShape>()];
-        image.constant(&format!("{name}_shape"), &mut bytes)?;
-        let shape = KernelShape::from_bytes(bytes);
-        let kernel = image.kernel(name, shape.threads as u32, shape.dynamic_smem as u32)?;
-        let grid = (image.device().units * shape.blocks_per_sm / sharing.clamp(1, 1 << 16) as i32).max(1);
-        if shape.blocks_per_sm < 1 || shape.partial_bytes < 1 || shape.counters < 1 {
-            return Err(Error::new(ErrorKind::Internal, format!("{name}: found {shape:?} in the image")));
+        let mut bytes = [0; size_of::<KernelLaunch>()];
+        image.constant(&format!("{name}_launch"), &mut bytes)?;
+        let launch = KernelLaunch::from_bytes(bytes);
+        let kernel = image.kernel(name, launch.threads as u32, launch.dynamic_smem as u32)?;
+        let grid = (image.device().units * launch.blocks_per_sm / sharing.clamp(1, 1 << 16) as i32).max(1);
+        if launch.blocks_per_sm < 1 || launch.partial_bytes < 1 || launch.counters < 1 {
+            return Err(Error::new(ErrorKind::Internal, format!("{name}: found {launch:?} in the image")));
         }
         let takes_all_types = source == "decode_narrow";
         let takes_blocks = source == "decode_blocks";
         let takes_terms = takes_all_types || takes_blocks || source == "decode_terms" || source == "decode_packed";
-        Ok(Decode { kernel, shape, grid: grid as u32, takes_terms, takes_all_types, takes_blocks })
+        Ok(Decode { kernel, launch, grid: grid as u32, takes_terms, takes_all_types, takes_blocks })
     }
 
     /// Bytes of its split partials, and of the sums that its warps close in the plan's longest steps.
     pub fn partials(&self, desc: &AttentionDesc) -> usize {
-        let partials = PARTIALS_A_BLOCK * self.grid as usize * self.shape.partial_bytes as usize;
-        let long = most_tiles(desc, self.shape.rows, self.grid) > self.shape.open_tiles as u64;
-        partials + if long { self.grid as usize * self.shape.long_bytes as usize } else { 0 }
+        let partials = PARTIALS_A_BLOCK * self.grid as usize * self.launch.partial_bytes as usize;
+        let long = most_tiles(desc, self.launch.rows, self.grid) > self.launch.open_tiles as u64;
+        partials + if long { self.grid as usize * self.launch.long_bytes as usize } else { 0 }
     }
 
     /// Bytes of its counters.
     pub fn counters(&self) -> usize {
-        size_of::<u32>() * self.grid as usize * self.shape.counters as usize
+        size_of::<u32>() * self.grid as usize * self.launch.counters as usize
     }
 }
 
@@ -72,8 +72,8 @@ fn most_tiles(desc: &AttentionDesc, rows: i32, grid: u32) -> u64 {
     let all = u128::from(longest) * u128::from(count(desc.kv_heads)) * u128::from(row_tiles);
     // A single sequence's items may leave a part of the grid idle, less than half of it.
     let share = u64::try_from(2 * all.div_ceil(u128::from(grid.max(1)))).unwrap_or(u64::MAX);
-    // Nor do more than 255 blocks share an item.
-    share.max(longest / 255 + 4).min(longest)
+    // Slices are so long that an item, which may begin inside one, has no more than MOST_PARTIALS, and no shorter than MIN_TILES.
+    share.max(longest / (MOST_PARTIALS - 1) + MIN_TILES).min(longest)
 }
 
 /// The kernels of a plan, by the packed query rows of a sequence: heads of a group x query tokens.

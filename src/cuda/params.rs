@@ -3,6 +3,7 @@
 //! Addresses are of the device, strides bytes.
 
 use crate::attention::{Dtype, KvLayout};
+use crate::partial::view::window;
 use crate::partial::{ExchangeView, RowSource, RowTarget};
 
 /// Rows that a block of a merge, an exchange or an allreduce takes at a time, a warp each.
@@ -19,6 +20,13 @@ pub const ROWS_ELEMENTS: i64 = 4;
 pub const TILE: u64 = 16;
 /// Split partials that a block of the grid leaves room for: of its first and its last item, and of the merges' first level.
 pub const PARTIALS_A_BLOCK: usize = 4;
+/// Partials of an item that are merged in one go, and those that an item has at most: they are merged in two levels.
+pub const FAN_IN: u64 = 16;
+pub const MOST_PARTIALS: u64 = FAN_IN * FAN_IN;
+/// Key tiles that a block takes before the next one gets any.
+pub const MIN_TILES: u64 = 4;
+/// Blocks of an exchange that have rows of their own, at most: a bit each in the words of a window.
+pub const MAX_SHARES: u64 = 64 * window::LEFT_OVER_WORDS;
 /// `AllreduceParams::host`: steps begun, steps ended, bad data.
 pub const STEPS_BEGUN: usize = 0;
 pub const STEPS_ENDED: usize = 1;
@@ -57,7 +65,7 @@ pub enum PlacementKind {
 /// How a kernel is launched; lies beside it in the image.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
-pub struct KernelShape {
+pub struct KernelLaunch {
     /// Threads of a block.
     pub threads: i32,
     /// Dynamic shared memory of a block, bytes.
@@ -76,11 +84,11 @@ pub struct KernelShape {
     pub long_bytes: i32,
 }
 
-impl KernelShape {
-    /// The shape in the bytes that the image holds.
-    pub fn from_bytes(bytes: [u8; size_of::<KernelShape>()]) -> KernelShape {
+impl KernelLaunch {
+    /// What lies in the bytes that the image holds.
+    pub fn from_bytes(bytes: [u8; size_of::<KernelLaunch>()]) -> KernelLaunch {
         let word = |i: usize| i32::from_ne_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]]);
-        KernelShape {
+        KernelLaunch {
             threads: word(0),
             dynamic_smem: word(1),
             blocks_per_sm: word(2),

@@ -34,7 +34,7 @@ impl NcclAllreduce3 {
     pub fn new(context: &StepContext, rank: &Arc<CudaRank>) -> Result<NcclAllreduce3> {
         let shard = GpuShard::new(context, rank)?;
         let (desc, timeout) = (&context.desc, context.config.step_timeout);
-        let shape = AllreduceSizes {
+        let sizes = AllreduceSizes {
             tokens: desc.max_query_tokens,
             heads: desc.q_heads,
             dim: desc.head_dim_v,
@@ -44,7 +44,7 @@ impl NcclAllreduce3 {
             world: context.shard.world,
         };
         let words = Arc::new(StepWords::new(&rank.device, &shard.lease, timeout)?);
-        let kernels = Allreduce::new(&rank.device, shape, words.failed(), words.host(), timeout)?;
+        let kernels = Allreduce::new(&rank.device, sizes, words.failed(), words.host(), timeout)?;
         Ok(NcclAllreduce3 { kernels, shard, watchdog: OnceLock::new(), words, rank: Arc::clone(rank) })
     }
 

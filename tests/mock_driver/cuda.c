@@ -210,10 +210,10 @@ status cuModuleGetFunction(void **function, void *module, const char *name) {
     return (void)module, *function = (void *)1, *name ? OK : 500;
 }
 status cuModuleGetGlobal_v2(uint64_t *address, size_t *bytes, void *module, const char *name) {
-    // KernelShape of kernels/params.cuh.
+    // KernelLaunch of kernels/params.cuh.
     static const struct {
         int threads, dynamic_smem, blocks_per_sm, partial_bytes, counters, rows, open_tiles, long_bytes;
-    } shape = {128, 96 << 10, 2, 32 * 66 * 4, 96, 8, 1024, 8 * 66 * 4};
+    } launch = {128, 96 << 10, 2, 32 * 66 * 4, 96, 8, 1024, 8 * 66 * 4};
     static const uint64_t abi = ABI, terms_abi = TERMS_ABI, check_abi = CHECK_ABI, gather_abi = GATHER_ABI;
     (void)module;
     if (strstr(name, "decode_terms_abi") || strstr(name, "decode_narrow_abi"))
@@ -222,7 +222,7 @@ status cuModuleGetGlobal_v2(uint64_t *address, size_t *bytes, void *module, cons
         return *address = (uint64_t)&gather_abi, *bytes = sizeof gather_abi, OK;
     if (strstr(name, "check_abi")) return *address = (uint64_t)&check_abi, *bytes = sizeof check_abi, OK;
     if (strstr(name, "_abi")) return *address = (uint64_t)&abi, *bytes = sizeof abi, OK;
-    return *address = (uint64_t)&shape, *bytes = sizeof shape, strstr(name, "_shape") ? OK : 500;
+    return *address = (uint64_t)&launch, *bytes = sizeof launch, strstr(name, "_launch") ? OK : 500;
 }
 status cuFuncGetAttribute(int *value, int which, void *function) {
   return (void)function, *value = which == 5 ? 90 : 0, OK;

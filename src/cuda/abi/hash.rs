@@ -1,20 +1,7 @@
-//! The lists that `abi` holds, their hash, and how a hash is found in the generated header.
+//! The hash of what kernels know: the library's, which an image's has to be.
 
-/// Constants of one kind.
-pub(super) struct Constants {
-    /// What they are.
-    pub about: &'static str,
-    /// Their type in C++.
-    pub kind: &'static str,
-    pub values: &'static [(&'static str, u64)],
-}
-
-/// Where the fields of a struct lie.
-pub(super) struct Layout {
-    pub name: &'static str,
-    pub size: u64,
-    pub fields: &'static [(&'static str, u64)],
-}
+use super::constants::{CHECK_CONSTANTS, CONSTANTS, Constants, GATHER_CONSTANTS, TERMS_CONSTANTS};
+use super::layouts::{CHECK_LAYOUTS, GATHER_LAYOUTS, LAYOUTS, Layout, TERMS_LAYOUTS};
 
 /// FNV-1a.
 const fn hash_bytes(mut hash: u64, bytes: &[u8]) -> u64 {
@@ -36,7 +23,7 @@ const fn hash_values(mut hash: u64, values: &[(&str, u64)]) -> u64 {
 }
 
 /// The hash of two lists, and of what `hash` is of.
-pub(super) const fn hash_lists(mut hash: u64, constants: &[Constants], layouts: &[Layout]) -> u64 {
+const fn hash_lists(mut hash: u64, constants: &[Constants], layouts: &[Layout]) -> u64 {
     let mut i = 0;
     while i < constants.len() {
         hash = hash_bytes(hash_bytes(hash, constants[i].about.as_bytes()), constants[i].kind.as_bytes());
@@ -52,30 +39,11 @@ pub(super) const fn hash_lists(mut hash: u64, constants: &[Constants], layouts: 
     hash
 }
 
-/// What `kernels/abi.cuh` says of a hash: the hexadecimal number after `before`; 0 if there is none.
-pub(super) const fn said(header: &[u8], before: &[u8]) -> u64 {
-    let (mut at, mut matched) = (0, 0);
-    while at < header.len() && matched < before.len() {
-        matched = if header[at] == before[matched] { matched + 1 } else { (header[at] == before[0]) as usize };
-        at += 1;
-    }
-    let mut value = 0;
-    while at < header.len() && header[at].is_ascii_hexdigit() {
-        let digit = if header[at] <= b'9' { header[at] - b'0' } else { header[at] - b'a' + 10 };
-        value = value << 4 | digit as u64;
-        at += 1;
-    }
-    value
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_number_of_a_header_is_found() {
-        let said = |header: &[u8]| said(header, b"kAbi = 0x");
-        assert_eq!(said(b"x kkAbi = 0x00ff;"), 0xff);
-        assert_eq!((said(b"kAbi = 12;"), said(b"")), (0, 0));
-    }
-}
+/// The hash of what all kernels know.
+pub const ABI: u64 = hash_lists(0xcbf2_9ce4_8422_2325, CONSTANTS, LAYOUTS);
+/// That of what kernels with terms know.
+pub const TERMS_ABI: u64 = hash_lists(ABI, TERMS_CONSTANTS, TERMS_LAYOUTS);
+/// That of what kernels that check steps know.
+pub const CHECK_ABI: u64 = hash_lists(ABI, CHECK_CONSTANTS, CHECK_LAYOUTS);
+/// That of what kernels of messages over NCCL know.
+pub const GATHER_ABI: u64 = hash_lists(ABI, GATHER_CONSTANTS, GATHER_LAYOUTS);

@@ -29,7 +29,7 @@ pub(crate) struct CudaDevice {
     /// Streaming multiprocessors.
     pub units: i32,
     /// Compute capability, major and minor.
-    pub capability: (i32, i32),
+    pub compute_capability: (i32, i32),
     /// Why the context is lost, once it is.
     lost: OnceLock<String>,
     /// Streams that the library uses: a capture of one of them forbids changes. A stream may be there twice.
@@ -89,7 +89,7 @@ impl CudaDevice {
     fn retain(driver: &'static Driver, device: Device) -> Result<CudaDevice> {
         let handle = query::handle(driver, device)?;
         let units = query::multiprocessors(driver, handle)?;
-        let capability = query::capability(driver, handle)?;
+        let compute_capability = query::compute_capability(driver, handle)?;
         let mut context = std::ptr::null_mut();
         // SAFETY: `handle` is the driver's own; the call writes one handle to a local. `drop` releases what it retains.
         query::check(driver, unsafe { (driver.primary_ctx_retain)(&mut context, handle) }, "cuDevicePrimaryCtxRetain")?;
@@ -99,7 +99,7 @@ impl CudaDevice {
             handle,
             context,
             units,
-            capability,
+            compute_capability,
             lost: OnceLock::new(),
             streams: Mutex::new(Vec::new()),
             deferred: Mutex::new(Vec::new()),

@@ -226,7 +226,7 @@ impl Image {
 
 #[cold]
 fn unfit(device: &CudaDevice, status: u32) -> Error {
-    let (major, minor) = device.capability;
+    let (major, minor) = device.compute_capability;
     let (has_major, has_minor) = device.driver.version();
     let (made_major, made_minor) = image::TOOLKIT;
     let needs = match made_major {
@@ -295,6 +295,6 @@ impl CudaDevice {
     /// Whether a launch may depend on its predecessor programmatically. The GPU must allow it, and the driver also in
     /// captures, as those before 12.3 do not.
     fn dependent_launches(&self) -> bool {
-        self.capability.0 >= 9 && self.driver.version() >= (12, 3)
+        self.compute_capability.0 >= 9 && self.driver.version() >= (12, 3)
     }
 }

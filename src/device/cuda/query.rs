@@ -27,7 +27,7 @@ pub(crate) fn info(device: Device) -> Result<DeviceInfo> {
         check(driver, (driver.device_total_mem)(&mut memory, handle), "cuDeviceTotalMem")?;
     }
     let name = name.split(|&byte| byte == 0).next().unwrap_or_default();
-    let (major, minor) = capability(driver, handle)?;
+    let (major, minor) = compute_capability(driver, handle)?;
     Ok(DeviceInfo {
         device,
         name: String::from_utf8_lossy(name).into_owned(),
@@ -64,7 +64,7 @@ pub(super) fn multiprocessors(driver: &Driver, handle: sys::CUdevice) -> Result<
 }
 
 /// Compute capability of a GPU, major and minor.
-pub(super) fn capability(driver: &Driver, handle: sys::CUdevice) -> Result<(i32, i32)> {
+pub(super) fn compute_capability(driver: &Driver, handle: sys::CUdevice) -> Result<(i32, i32)> {
     Ok((
         attribute(driver, handle, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
         attribute(driver, handle, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,

@@ -305,11 +305,11 @@ impl RingStep<'_> {
             query_position: offset(step.args.query_position, held.first_token),
             ..DecodeArgs::default()
         };
-        let shape = |dim: i32| [1, i64::from(announced.keys), i64::from(desc.kv_heads), i64::from(dim)];
+        let dims = |dim: i32| [1, i64::from(announced.keys), i64::from(desc.kv_heads), i64::from(dim)];
         Ok(Step {
             args,
-            k_stride: desc.k_format().packed_strides("k", &shape(desc.head_dim_qk))?,
-            v_stride: desc.v_format().packed_strides("v", &shape(desc.head_dim_v))?,
+            k_stride: desc.k_format().packed_strides("k", &dims(desc.head_dim_qk))?,
+            v_stride: desc.v_format().packed_strides("v", &dims(desc.head_dim_v))?,
             k_scale_stride: scale_stride,
             v_scale_stride: scale_stride,
             kv_capacity: i64::from(announced.keys),
