@@ -120,7 +120,7 @@ fn child() {
     processes::child();
 }
 
-/// What is tested is there to be tested: without a fault all ranks finish.
+/// Without a fault all ranks finish, so that what the other tests see comes from their faults.
 #[test]
 fn nothing_happens_where_nothing_is_injected() {
     for place in [Place::Local, Place::Sockets] {
@@ -133,7 +133,7 @@ fn nothing_happens_where_nothing_is_injected() {
             }
         }
     }
-    // And a plan's answers are those that the ranks compare with.
+    // And the comparison that ranks make accepts the answer of one rank, and refuses it as one of two.
     let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
     let comms =
         Communicator::create_local(&runtime, &[CPU], &Trial::quiet(Place::Local, 1, trial::Algorithm::Auto).config())

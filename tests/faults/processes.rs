@@ -14,9 +14,9 @@ use crate::trial::{Fault, Place, Trial};
 
 /// Tells a process that it is a rank, and which: place, seed, rank, folder.
 const CHILD: &str = "TREEATTN_TEST_FAULT_RANK";
-/// Tells a process that its network is its own to change.
+/// Tells a process that it runs in network namespaces that it may change.
 const INSIDE: &str = "TREEATTN_TEST_NAMESPACES";
-/// Ranks that have a namespace.
+/// Network namespaces, one for each rank.
 const HOSTS: usize = 3;
 
 /// One trial: a process a rank, each started by `wrap` for its rank. None: a rank that was killed.
@@ -76,7 +76,7 @@ pub fn child() {
     let meeting =
         |folder, hosts| if place == Place::Namespaces { Meeting::Hosts(hosts) } else { Meeting::Folder(folder) };
     let first = Mesh::process(&meeting(&folder, &first_hosts), rank, trial.world);
-    // Made when it is asked for, and kept for as long as the communicator.
+    // Made when it is first needed; lives as long as the communicator over it.
     let second = std::cell::OnceCell::new();
     let connect = || mesh::connect(&first, &trial.config());
     let reconnect = |rank: usize| {
@@ -87,9 +87,9 @@ pub fn child() {
     write(&folder.join(format!("outcome{rank}")), &outcome);
 }
 
-/// Where the ranks that are there at a time listen, each in its namespace.
+/// Addresses where ranks listen, each in its namespace: `time` 0, all ranks at the beginning; 1, those that are left.
 fn hosts(trial: &Trial, time: u16) -> Vec<SocketAddr> {
-    // Below those that the system gives to callers.
+    // Below the ports that the system gives to outgoing connections.
     let port = 2048 + (trial.seed % 14_000) as u16 * 2 + time;
     let ranks = if time == 0 { (0..trial.world).collect() } else { trial.survivors() };
     ranks.into_iter().map(|rank| SocketAddr::from(([10, 77, 0, 1 + rank as u8], port))).collect()
@@ -148,7 +148,7 @@ pub fn inside_namespaces() -> bool {
     std::env::var_os(INSIDE).is_some()
 }
 
-/// A trial with a namespace a rank; whatever cable was pulled is back for the next one.
+/// A trial with a namespace a rank. A network link that was taken down is up again for the next trial.
 pub fn run_in_namespaces(trial: &Trial) -> Vec<Option<Outcome>> {
     let outcomes = run(trial, &["ip", "netns", "exec", "rankRANK"]);
     if trial.fault == Fault::Unplugged {

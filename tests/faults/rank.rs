@@ -242,7 +242,7 @@ fn abort_soon(trial: &Trial, comm: &Communicator) -> thread::JoinHandle<()> {
     })
 }
 
-/// Pulls the cable of this network namespace.
+/// Takes the network link of this namespace down.
 fn unplug() {
     let done = std::process::Command::new("ip").args(["link", "set", "eth0", "down"]).status().unwrap();
     assert!(done.success());

@@ -1,4 +1,4 @@
-//! A trial: which fault, where, when; and what has to come of it.
+//! A trial: which fault, where, when; and which results are right.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -50,11 +50,11 @@ pub enum Fault {
     Cut,
     /// Its callback brings garbage.
     Garbage,
-    /// Its cable is pulled.
+    /// Its network link goes down.
     Unplugged,
 }
 
-/// The one that is usual comes more often.
+/// The algorithm that AUTO picks most often comes more often.
 pub const ALGORITHMS: [Algorithm; 7] = [
     Algorithm::Auto,
     Algorithm::OneShot,
@@ -91,7 +91,7 @@ impl Trial {
         match place {
             Place::Local => {}
             Place::Sockets => faults.extend(over_sockets),
-            // These end by signals most of all.
+            // Killed most often: a signal ends a process at any moment.
             Place::Processes => faults.extend([over_sockets.as_slice(), &[Fault::Killed; 4]].concat()),
             Place::Namespaces => {
                 faults = vec![Fault::Killed, Fault::Unplugged, Fault::Unplugged, Fault::Slow, Fault::Cut]

@@ -115,7 +115,7 @@ fn check(case: &Repeated) -> Comparison {
     let mut reference = case.reference();
     reference.arithmetic = Arithmetic::Gpu { value_terms: if desc.v_dtype == Dtype::F32 { 3 } else { 1 } };
     reference.scaled = [desc.v_dtype == Dtype::Int8; 2];
-    // f16 terms of weights end there.
+    // Weights are multiplied as f16 terms, of which these are the smallest.
     match desc.v_dtype {
         Dtype::F16 | Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::Int8 => reference.least_weight = 2f64.powi(-39),
         Dtype::Q8_0 | Dtype::Q4_0 => reference.least_weight = 2f64.powi(-38),

@@ -210,7 +210,7 @@ impl Canary {
         Canary { data, bytes, ordinal }
     }
 
-    /// Whether it is as it was.
+    /// Whether it is unchanged.
     pub fn lives(&self) -> bool {
         let (_current, mut bytes) = (Current::new(self.ordinal), vec![0; self.bytes]);
         // SAFETY: as long as the memory.

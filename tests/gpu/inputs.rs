@@ -106,9 +106,9 @@ pub fn a_last_sequence_that_ends_early() {
     }
 }
 
-/// What a step of a plan met that is gone is told of no other plan, also where that has its words.
+/// Bad data that a step of a destroyed plan met is not reported for a later plan that was given the same status words.
 pub fn bad_data_of_a_plan_that_is_gone() {
-    /// At least as many as have their words in one allocation, and come before those that were given back.
+    /// So many that their status words fill an allocation and the freed ones are given out again.
     const PLANS: usize = 128;
     let mut ready = Ready::new(Case::plain(shape(8, 2, 64, Dtype::Bf16), 1, &[(90, 1)], Values::Normal, 9));
     ready.rank.set(Ints::KvLength, 0, -1);
@@ -174,7 +174,7 @@ pub fn bad_data() {
         let good = i32::from_ne_bytes(memory.bytes()[index * 4..][..4].try_into().unwrap());
         ready.rank.set(ints, index, value);
         ready.mirror.update_all(&ready.rank);
-        // The same again and again, each time told once.
+        // The same fault in every step is reported once a step.
         for _ in 0..3 {
             ready.bits();
             let status = ready.comm.status().unwrap();
@@ -187,11 +187,11 @@ pub fn bad_data() {
         }
         for token in 0..ready.case.tokens {
             let owner = ready.case.owner(token);
-            // Where the bounds of a sequence are bad, those of the next may be, too.
+            // The entry is also the beginning of the next sequence, which may be bad as well.
             if owner == Some(2) && matches!(ints, Ints::QueryStart | Ints::PageIndptr) {
                 continue;
             }
-            // Its tokens may then be anybody's.
+            // Which sequence its tokens belong to is then undefined.
             if owner == Some(1) && ints == Ints::QueryStart {
                 continue;
             }
@@ -211,7 +211,7 @@ pub fn bad_data() {
     }
 }
 
-/// Lengths as long as entries before the end are right: what lies past is never looked at.
+/// Entries of page tables past the length of a sequence are never read.
 pub fn stale_entries() {
     for stale in [-1, i32::MAX] {
         for layout in [KvLayout::BlockTable, KvLayout::CsrPages] {

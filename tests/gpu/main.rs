@@ -28,11 +28,11 @@ use treeattn::attention::KvLayout;
 
 use trial::{Variables, alone, apart, in_turn, missing, test};
 
-/// Random cases are run by as many tests, side by side.
+/// The random cases are split over this many tests, which run side by side.
 const PARTS: u64 = 8;
 
-/// Tests that want a process of their own: one ends its CUDA context, a capture forbids others to create things
-/// meanwhile, a clock wants no neighbours.
+/// Tests that run in a process of their own: one destroys its CUDA context, a capture forbids other threads to create
+/// objects meanwhile, and times are measured with nothing else running.
 const APART: [(&str, fn()); 5] = [
     ("dead_context", streams::dead_context),
     ("captures", streams::captures),
@@ -41,8 +41,8 @@ const APART: [(&str, fn()); 5] = [
     ("driver_waits", waits::calls),
 ];
 
-/// Tests of ranks that wait for each other on one GPU: each in a process of its own and one after the other, since so many
-/// kernels and streams as all of them have would stand in each other's way.
+/// Tests of ranks that wait for each other on one GPU: each in a process of its own and one at a time. All of them together
+/// have so many kernels and streams that kernels which wait would keep others from starting.
 const RANKS: [(&str, fn()); 44] = [
     ("ranks_that_cancel", || {
         accuracy::ranks_that_cancel(&[

@@ -78,7 +78,7 @@ pub fn numbers() {
                 let case = Case::plain(over_nccl(desc), world, sequences, Values::Normal, (10 * i + j) as u64);
                 let (mut ranks, plans) = (ranks(&case), group.plans(&case.desc));
                 let mut first = Vec::new();
-                // Twice, over other garbage.
+                // Twice, with other bytes in the outputs beforehand.
                 for fill in [0xff, 0x3c] {
                     ranks.iter_mut().for_each(|rank| rank.prefill(fill));
                     let mirrors = group.mirrors(&ranks);
@@ -235,8 +235,8 @@ pub fn over_an_id() {
     assert_eq!(judge(&case, &ranks).unwrap().failure, None);
 }
 
-/// Threads that create communicators over NCCL while another runs steps of a group on the same GPUs: neither holds the other
-/// up beyond its deadline.
+/// Threads create communicators over NCCL while another thread runs steps of a group on the same GPUs: neither delays the
+/// other beyond its deadline.
 pub fn created_beside_steps() {
     let rounds = if crate::support::full() { 30 } else { 3 };
     let world = count() as usize;
@@ -306,7 +306,7 @@ fn all_but(absent: usize, group: &Group, plans: &[Plan], mirrors: &[Mirror]) {
     }
 }
 
-/// A rank that leaves, this one or its peer, ends the step long before the deadline.
+/// A rank that destroys its communicator, this one or its peer, ends the step long before the deadline.
 pub fn a_rank_that_leaves() {
     let desc = over_nccl(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
     for (leaver, kind) in [(1, ErrorKind::PeerLost), (0, ErrorKind::ParentDestroyed)] {

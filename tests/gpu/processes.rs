@@ -23,7 +23,7 @@ use crate::support::values::Values;
 
 /// What a process was started for: id, world, rank, role, a number.
 pub const ROLE: &str = "TREEATTN_TEST_ROLE";
-/// Far more than anything here takes.
+/// A time limit far above what any step here takes.
 const HANG: Duration = Duration::from_secs(120);
 const STEP: Duration = Duration::from_millis(500);
 
@@ -93,7 +93,7 @@ impl Worker {
         error
     }
 
-    /// The same, of a step that was under way: it left NaN.
+    /// The same where the first of them has begun already: it writes NaN.
     fn until_one_fails(&mut self) -> Error {
         let error = self.until_it_fails();
         self.mirror.fetch(&mut self.memory);
@@ -213,7 +213,7 @@ pub fn numbers() {
     }
 }
 
-/// A process that is killed is named; the survivor lives, and works with the next one.
+/// The error names a process that was killed; the surviving one can work with another process.
 pub fn killed() {
     let rounds = if full() { 100 } else { 6 };
     let mut rng = Rng::new(crate::support::seed());
@@ -249,8 +249,8 @@ pub fn sleeps() {
     assert!(end(other).starts_with("Timeout"));
 }
 
-/// A process that is stopped holds the other up; continued before the deadline, nobody notices; after it, it is named, and
-/// finds the communicator broken.
+/// A process that is stopped delays the other. If it is continued before the deadline, steps succeed; after it, the error names
+/// it, and it finds the communicator broken.
 pub fn stopped() {
     let rounds = if full() { 100 } else { 5 };
     let mut rng = Rng::new(crate::support::seed());

@@ -10,7 +10,7 @@ use crate::support::values::Values;
 
 /// Multiply-adds of an ordinary case, at most.
 const WORK: usize = 1 << 21;
-/// Floats that the ranks of an ordinary case exchange, at most: rows in several slotfuls have a test of their own.
+/// Floats that the ranks of an ordinary case exchange, at most: rows that fill more than a slot have a test of their own.
 const EXCHANGED: usize = 1 << 20;
 const FLOATS: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
 const HALVES: [Dtype; 2] = [Dtype::F16, Dtype::Bf16];

@@ -222,7 +222,7 @@ pub fn host_time() {
     println!("host time of an eager call: best {best:.2} us, median {:.2} us", all[all.len() / 2]);
 }
 
-/// A context that died: what was enqueued before is to blame, then everything is refused, and dropping returns.
+/// A dead context: the error says that earlier work caused it, every later call is refused, and drops return.
 /// Runs in a process of its own.
 pub fn dead_context() {
     let _current = Current::new(0);

@@ -66,7 +66,7 @@ fn timed(name: &str, body: impl FnOnce() -> Result<(), Failed>) -> Result<(), Fa
     result
 }
 
-/// The most that a test in a process of its own may take. One that hangs does not take the others' time.
+/// The longest that a test in a process of its own may take. One that hangs is ended, and the others still run.
 fn most() -> Duration {
     Duration::from_secs(if full() { 570 } else { 150 })
 }

@@ -1,4 +1,4 @@
-//! Plans with the flag CHECKED: ranks that were passed what does not fit together find it out in the step, and go on.
+//! Plans with the flag CHECKED: a step whose inputs disagree between ranks says so, and the communicator stays usable.
 
 use std::time::Duration;
 
@@ -46,7 +46,7 @@ fn add(rank: &mut Rank, which: Ints, index: usize, by: i32) {
     rank.set(which, index, value + by);
 }
 
-/// What one rank passes otherwise than it should, of sequence 1.
+/// What one rank is passed wrongly for sequence 1.
 struct Wrong {
     placement: Placement,
     change: fn(&Case, &mut Rank),
@@ -139,7 +139,7 @@ const WRONG: [Wrong; 12] = [
     },
 ];
 
-/// Every rank is told that sequence `b` does not fit together, once, and nobody is broken.
+/// Every rank is told once that its inputs of sequence `b` disagree with others', and no communicator breaks.
 fn told(group: &Group, b: i32, rank: Option<i32>, message: &str) {
     for comm in &group.comms {
         let status = comm.status().unwrap();
@@ -167,7 +167,7 @@ fn bits(case: &Case, ranks: &[Rank]) -> Vec<Vec<u32>> {
     ranks.iter().map(|rank| rank.bits(case)).collect()
 }
 
-/// Each way not to fit together, on ranks that do before and after it; by each way to exchange in turn.
+/// Each kind of disagreement, between two steps without one; with each exchange in turn.
 pub fn disagreements() {
     const WAYS: [(Algorithm, OutputMode); 3] = [
         (Algorithm::OneShot, OutputMode::Replicated),
@@ -308,7 +308,7 @@ pub fn bad_data() {
     }
 }
 
-/// Captured once, replayed over lengths that fit together and over others, across the wrap of epochs.
+/// Captured once, replayed over lengths that agree and over lengths that do not, across the wrap of epochs.
 pub fn replays() {
     for on in counts() {
         let group = Group::starting_at(2, on, LONG, u32::MAX - 12);

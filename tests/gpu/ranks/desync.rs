@@ -1,4 +1,4 @@
-//! Ranks that take a step for another: other shapes, other calls, a step left out.
+//! Ranks that run different steps at the same time: other shapes, other calls, a step left out.
 
 use std::time::Duration;
 
@@ -14,15 +14,15 @@ use crate::numerics::shape;
 use crate::support::case::Case;
 use crate::support::values::Values;
 
-/// A step that ranks take for another: those that are enqueued first may have found that out already, and then the next one is
-/// told so by the call.
+/// The result of enqueueing one of several steps that differ. The steps enqueued first may have failed already, and then the
+/// call itself returns that error.
 fn enqueued(result: Result<()>) {
     if let Err(error) = result {
         assert_eq!(error.kind(), ErrorKind::Desync, "{error}");
     }
 }
 
-/// Ranks that take a step for another.
+/// Ranks whose steps differ in their plans.
 pub fn out_of_step() {
     for on in counts() {
         let desc = AttentionDesc { out_dtype: Dtype::F32, max_batch: 2, ..shape(8, 2, 64, Dtype::F16) };
@@ -107,8 +107,8 @@ pub fn another_call() {
     }
 }
 
-/// One rank leaves a step out. Where the next is another one, all find out; where it is the same, the others wait in vain for
-/// the last.
+/// One rank leaves a step out. If the next step differs, all ranks report it; if it is the same, the others wait for the last
+/// one until their deadline.
 pub fn a_skipped_step() {
     for on in counts() {
         for same in [false, true] {

@@ -1,4 +1,4 @@
-//! Steps that go wrong, ranks that do not come or leave, and what is left of the others then.
+//! Steps that fail, ranks that do not come or that leave, and what the other ranks can still do.
 
 use std::time::{Duration, Instant};
 
@@ -28,7 +28,7 @@ pub fn bad_data() {
             let (mut ranks, plans) = (ranks(&case), group.plans(&case.desc));
             ranks[1].set(Ints::KvLength, 1, -3);
             let mirrors = group.mirrors(&ranks);
-            // The same again and again, each time told once.
+            // The same fault in every step is reported once a step.
             for _ in 0..3 {
                 group.step(&plans, &mirrors, &mut ranks);
                 for (nth, (rank, comm)) in ranks.iter().zip(&group.comms).enumerate() {
@@ -81,7 +81,7 @@ pub fn a_short_mask() {
     }
 }
 
-/// What is left of a group whose step failed: NaN, an error of `kind` that names `rank`, and a new group works.
+/// Asserts the state of a group whose step failed: NaN, an error of `kind` that names `rank`; and that a new group works.
 pub(super) fn failed(group: Group, case: &Case, all: &mut [Rank], survivors: &[usize], kind: ErrorKind, rank: i32) {
     for &survivor in survivors {
         let error = group.gpus[survivor].stream.synchronize().unwrap_err();
@@ -231,7 +231,7 @@ pub fn aborted() {
             assert_eq!(error.kind(), ErrorKind::Aborted);
         });
         assert!(started.elapsed() < LONG);
-        // What a later step of the broken communicator writes NaN to is checked as ever: kernels write to no host memory.
+        // A step of the broken communicator writes NaN, and its outputs are checked first: kernels write to no host memory.
         let mut host = [7.0f32; 8 * 64];
         let out = Tensor { data: host.as_mut_ptr().cast(), ..mirrors[0].args.out };
         let args = DecodeArgs { out, ..mirrors[0].args };
@@ -246,7 +246,7 @@ pub fn aborted() {
     }
 }
 
-/// A rank that leaves while another has work in flight: what it had sent counts, what it did not is its loss.
+/// A rank leaves while another has steps in flight: a step that it had sent its rows of succeeds, any other fails.
 pub fn leave() {
     let rounds = if full() { 200 } else { 5 };
     for on in counts() {
@@ -299,13 +299,13 @@ fn leave_in_own_step(case: &Case, on: usize) {
         unsafe { plans[0].decode(&mirrors[0].args, Some(&group.gpus[0].stream)) }
             .and_then(|()| group.gpus[0].stream.synchronize())
     };
-    // What it had sent counts, for one step.
+    // Its rows were sent in one step, which may succeed; the next one fails.
     let error = step().and_then(|()| step()).unwrap_err();
     assert_eq!((error.kind(), error.rank()), (ErrorKind::PeerLost, Some(1)), "{error}");
 }
 
-/// A rank that is gone, its plan too, before another's rows come: they end in the window that was its own and nowhere else,
-/// least of all in what has been allocated since.
+/// A rank has destroyed its communicator and its plan before another's rows come: these are written to the window that it had
+/// and nowhere else, above all not to what has been allocated since.
 pub fn leave_before_rows_come() {
     let rounds = if full() { 1000 } else { 4 };
     for on in counts() {

@@ -1,4 +1,4 @@
-//! Many steps, of several plans and communicators, eager and in graphs: each gets what is its own.
+//! Many steps, of several plans and communicators, eager and in graphs: each gets its own answer.
 
 use std::time::Duration;
 
