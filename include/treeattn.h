@@ -1162,7 +1162,7 @@ typedef struct treeattn_selfcheck_report_t {
     int32_t same_bits;
     /** Output rows (query token x head, of every rank) compared. */
     uint64_t rows;
-    /** The largest error of an output element over the bound of that element; at most 1 in a check that passes. */
+    /** The largest error of an output element over the usual one ("Accuracy" in README.md); at most 3 in a check that passes. */
     double max_error_ratio;
     /** The same for the log-sum-exps. */
     double max_lse_error_ratio;

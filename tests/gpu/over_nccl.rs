@@ -412,7 +412,7 @@ pub fn bits_of_windows() {
     assert!(output.status.success() && said.contains(&wanted), "{said}, wanted {wanted}");
 }
 
-/// Ranks that take a step for another of the same size: named on all, NaN, and broken for good.
+/// Ranks that run different steps of the same size: the error names all of them, outputs are NaN, and the communicator breaks.
 pub fn out_of_step() {
     let desc = AttentionDesc { out_dtype: Dtype::F32, max_kv_length: 100, ..shape(8, 2, 64, Dtype::F16) };
     let desc = over_nccl(AttentionDesc { max_batch: 2, max_query_tokens: 2, ..desc });

@@ -41,7 +41,7 @@ fn random_cases(algorithm: Algorithm, count: u64) {
         pool.check(&case);
         pool.forget();
     }
-    pool.tally.finish(algorithm.name());
+    pool.tally.finish_random(algorithm.name());
 }
 
 /// Worlds of every size; ranks without keys and, as 5 heads are less than most worlds, ranks without heads.

@@ -27,7 +27,7 @@ fn run(name: &str, layout: KvLayout, count: u64) {
         failures.len(),
         failures[..failures.len().min(10)].join("\n")
     );
-    pool.tally.finish(name);
+    pool.tally.finish_random(name);
 }
 
 #[test]

@@ -18,7 +18,7 @@ mod partials;
 
 pub use arithmetic::Arithmetic;
 pub use attend::attend;
-pub use bounds::Comparison;
+pub use bounds::{Comparison, MOST};
 pub use floats::{Precision, round_to, ulp};
 pub use partials::{Reference, merge};
 

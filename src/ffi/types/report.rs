@@ -88,7 +88,7 @@ pub struct treeattn_selfcheck_report_t {
     pub same_bits: i32,
     /// Output rows (query token x head, of every rank) compared.
     pub rows: u64,
-    /// The largest error of an output element over the bound of that element; at most 1 in a check that passes.
+    /// The largest error of an output element over the usual one ("Accuracy" in README.md); at most 3 in a check that passes.
     pub max_error_ratio: f64,
     /// The same for the log-sum-exps.
     pub max_lse_error_ratio: f64,

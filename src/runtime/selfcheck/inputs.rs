@@ -16,7 +16,7 @@ const DEFAULT_RANKS: i32 = 2;
 
 /// The sizes of a self-check, every default filled in.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Shape {
+pub(super) struct Sizes {
     pub ranks: usize,
     pub batch: usize,
     /// Query tokens of each sequence.
@@ -26,8 +26,8 @@ pub(super) struct Shape {
     pub seed: u64,
 }
 
-impl Shape {
-    pub fn resolve(desc: &AttentionDesc, config: &SelfcheckConfig) -> Result<Shape> {
+impl Sizes {
+    pub fn resolve(desc: &AttentionDesc, config: &SelfcheckConfig) -> Result<Sizes> {
         let pick = |name: &str, value: i32, default: i32, most: i32, limit: &str| match value {
             0 => Ok(default.clamp(1, most.max(1)) as usize),
             value if value < 0 || value > most => {
@@ -47,17 +47,17 @@ impl Shape {
             let wanted = format!("at least query_tokens = {tokens} where positions matter (causal, window, alibi)");
             return Err(Error::invalid("kv_length", keys, wanted));
         }
-        let shape = Shape { ranks, batch, tokens, keys, seed: config.seed };
-        let (found, most) = (shape.footprint(desc), u128::from(device_info(Device::CPU)?.memory / 2));
+        let sizes = Sizes { ranks, batch, tokens, keys, seed: config.seed };
+        let (found, most) = (sizes.footprint(desc), u128::from(device_info(Device::CPU)?.memory / 2));
         if found > most {
             let message =
                 format!("selfcheck: found sizes that take {found} bytes, wanted at most {most}, half the memory");
             return Err(Error::new(ErrorKind::NoMemory, message));
         }
-        Ok(shape)
+        Ok(sizes)
     }
 
-    /// Bytes that a self-check of this shape takes, at most: it is refused before anything is allocated, for a failed
+    /// Bytes that a self-check of these sizes takes, at most: it is refused before anything is allocated, for a failed
     /// allocation would end the process.
     fn footprint(&self, desc: &AttentionDesc) -> u128 {
         let wide = |n: i32| n.max(0) as u128;
@@ -89,7 +89,7 @@ pub(super) struct Sequence {
 /// Everything that a self-check's step is about.
 #[derive(Debug)]
 pub(super) struct Inputs {
-    pub shape: Shape,
+    pub sizes: Sizes,
     /// [query token of all sequences, q head, dim].
     pub q: Vec<f32>,
     pub sequences: Vec<Sequence>,
@@ -108,16 +108,16 @@ pub(super) struct Terms {
 }
 
 impl Inputs {
-    pub fn random(desc: &AttentionDesc, shape: Shape) -> Result<Inputs> {
-        let mut random = Random(shape.seed);
+    pub fn random(desc: &AttentionDesc, sizes: Sizes) -> Result<Inputs> {
+        let mut random = Random(sizes.seed);
         let (dim_qk, dim_v) = (desc.head_dim_qk as usize, desc.head_dim_v as usize);
         let (q_heads, kv_heads) = (desc.q_heads as usize, desc.kv_heads as usize);
-        let q = random.normals(shape.batch * shape.tokens * q_heads * dim_qk, desc.q_dtype)?;
-        let fewest = if desc.needs_positions() { shape.tokens } else { 0 };
-        let mut sequences = room(shape.batch)?;
-        for b in 0..shape.batch {
-            let keys = if b == 0 { shape.keys } else { fewest + random.below(shape.keys - fewest + 1) };
-            let slots = positions_of_ranks(desc.placement, shape.ranks, keys, &mut random)?;
+        let q = random.normals(sizes.batch * sizes.tokens * q_heads * dim_qk, desc.q_dtype)?;
+        let fewest = if desc.needs_positions() { sizes.tokens } else { 0 };
+        let mut sequences = room(sizes.batch)?;
+        for b in 0..sizes.batch {
+            let keys = if b == 0 { sizes.keys } else { fewest + random.below(sizes.keys - fewest + 1) };
+            let slots = positions_of_ranks(desc.placement, sizes.ranks, keys, &mut random)?;
             let longest = slots.iter().map(Vec::len).max().unwrap_or(0);
             if longest > desc.max_kv_length as usize {
                 let wanted =
@@ -135,7 +135,7 @@ impl Inputs {
         let slope = |head: usize| 2f32.powf(-8.0 * (head + 1) as f32 / q_heads as f32);
         let mut slopes = room(heads(desc.alibi))?;
         slopes.extend((0..heads(desc.alibi)).map(slope));
-        let mut masks = room(shape.batch)?;
+        let mut masks = room(sizes.batch)?;
         for sequence in &sequences {
             let mut mask = random.normals(if desc.mask == MaskKind::None { 0 } else { sequence.keys }, Dtype::F16)?;
             for x in &mut mask {
@@ -151,7 +151,7 @@ impl Inputs {
             masks.push(mask);
         }
         let terms = Terms { sinks, slopes, masks };
-        Ok(Inputs { shape, q, sequences, terms })
+        Ok(Inputs { sizes, q, sequences, terms })
     }
 }
 

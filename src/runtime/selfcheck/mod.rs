@@ -8,7 +8,7 @@ mod judge;
 mod shard;
 mod types;
 
-use self::inputs::{Inputs, Shape};
+use self::inputs::{Inputs, Sizes};
 use self::judge::{Expected, Tally};
 use self::shard::ShardBuffers;
 use self::types::Results;
@@ -26,11 +26,10 @@ use crate::error::{Error, Result};
 /// compares every output with float64 sums. `devices`: where each rank lives, all CPUs or all GPUs; or one device, on which all
 /// `config.ranks` ranks live.
 ///
-/// The bounds, with A = sum_j w_j |v_j| of an element and R = max_j scale sum_i |q_i k_ij| of its row: an output errs by
-/// at most 2^-24 (4 + 2 R) A, plus 1 ulp of a 16-bit output (and one rounding of a 16-bit wire); at least 99 % (bf16) or
-/// 98 % (f16) of the outputs are correctly rounded, with four standard deviations of slack where they are few; the lse
-/// errs by at most 4 ulp of max(1, |lse|, R). Dead memory (slots past a length, unused pages) holds NaN. Tensor cores cut
-/// products off where these differ much in size: on GPUs 1 output in 10,000 may err by up to twice as much.
+/// The usual error, with A = sum_j w_j |v_j| of an element and R = max_j scale sum_i |q_i k_ij| of its row: 2^-24 (4 + 2 R) A
+/// of an output, plus 1 ulp of a 16-bit output (and one rounding of a 16-bit wire); 4 ulp of max(1, |lse|, R) of an lse. A check
+/// passes where nothing errs by more than three times that, and at least 99 % (bf16) or 98 % (f16) of the outputs are correctly
+/// rounded, with four standard deviations of slack where they are few. Dead memory (slots past a length, unused pages) holds NaN.
 ///
 /// A check that fails is a report with `passed` false, not an error. Errors: `InvalidArgument` for sizes that the
 /// descriptor has no room for, `Unsupported` as plan creation, `NoMemory`, and whatever the steps themselves return.
@@ -63,13 +62,13 @@ pub fn selfcheck(
         }
         _ => {}
     }
-    let shape = Shape::resolve(desc, &config)?;
-    if desc.output == OutputMode::Weighted && shape.ranks > 1 {
+    let sizes = Sizes::resolve(desc, &config)?;
+    if desc.output == OutputMode::Weighted && sizes.ranks > 1 {
         let wanted = "REPLICATED, SCATTERED or LOCAL in a self-check of several ranks, which judges each rank's output by itself";
         return Err(Error::unsupported("output", desc.output.name(), wanted));
     }
-    let inputs = Inputs::random(desc, shape)?;
-    let devices = if others.is_empty() { vec![device; shape.ranks] } else { devices.to_vec() };
+    let inputs = Inputs::random(desc, sizes)?;
+    let devices = if others.is_empty() { vec![device; sizes.ranks] } else { devices.to_vec() };
     let (first, second) = run_twice(runtime, &devices, desc, &inputs)?;
     compare(device.kind, desc, &inputs, &first, &second)
 }
@@ -82,13 +81,13 @@ fn compare(
     first: &[Results],
     second: &[Results],
 ) -> Result<SelfcheckReport> {
-    let shape = inputs.shape;
-    let mut tally = Tally::new(kind, desc, shape.ranks);
+    let sizes = inputs.sizes;
+    let mut tally = Tally::new(desc, sizes.ranks);
     let whole = if desc.output == OutputMode::Local { None } else { Some(Expected::new(kind, desc, inputs, None)?) };
-    for rank in 0..shape.ranks {
+    for rank in 0..sizes.ranks {
         let own = if whole.is_none() { Some(Expected::new(kind, desc, inputs, Some(rank))?) } else { None };
         if let Some(expected) = whole.as_ref().or(own.as_ref()) {
-            tally.rank(rank, heads(desc, rank, shape.ranks)?, &first[rank], expected);
+            tally.rank(rank, heads(desc, rank, sizes.ranks)?, &first[rank], expected);
         }
         if let Some(byte) = first_difference(&first[rank], &second[rank]) {
             tally.differs(format!("a second run on rank {rank} differs from byte {byte} on"));
@@ -109,7 +108,7 @@ fn run_twice(
     desc: &AttentionDesc,
     inputs: &Inputs,
 ) -> Result<(Vec<Results>, Vec<Results>)> {
-    let ranks = inputs.shape.ranks;
+    let ranks = inputs.sizes.ranks;
     // Declared before the streams, which on every way out finish their work before the buffers go.
     let mut shards = Vec::with_capacity(ranks);
     for (rank, &device) in devices.iter().enumerate() {
@@ -207,8 +206,8 @@ mod tests {
         let runtime = Runtime::new(RuntimeConfig::default()).unwrap();
         for output in [OutputMode::Replicated, OutputMode::Scattered, OutputMode::Local] {
             let desc = AttentionDesc { output, ..AttentionDesc::new(4, 2, 8, 50) };
-            let shape = Shape::resolve(&desc, &SelfcheckConfig::default()).unwrap();
-            let inputs = Inputs::random(&desc, shape).unwrap();
+            let sizes = Sizes::resolve(&desc, &SelfcheckConfig::default()).unwrap();
+            let inputs = Inputs::random(&desc, sizes).unwrap();
             let (first, second) = run_twice(&runtime, &[Device::CPU; 2], &desc, &inputs).unwrap();
             let changed = |results: &[Results]| {
                 let mut results = results.to_vec();

@@ -44,8 +44,8 @@ impl ShardBuffers {
         rank: usize,
         out_heads: usize,
     ) -> Result<ShardBuffers> {
-        let shape = &inputs.shape;
-        let tokens = shape.batch * shape.tokens;
+        let sizes = &inputs.sizes;
+        let tokens = sizes.batch * sizes.tokens;
         let map = SlotMap::new(desc, inputs, rank);
         let (dim_qk, dim_v) = (desc.head_dim_qk as usize, desc.head_dim_v as usize);
         let load = |bytes: &[u8]| -> Result<Buffer> {
@@ -70,7 +70,7 @@ impl ShardBuffers {
         let globals: Vec<i32> = inputs.sequences.iter().map(|s| s.keys as i32).collect();
         let starts: Vec<i32> =
             inputs.sequences.iter().map(|s| s.slots[rank].first().map_or(0, |&p| p as i32)).collect();
-        let queries: Vec<i32> = (0..=shape.batch).map(|b| (b * shape.tokens) as i32).collect();
+        let queries: Vec<i32> = (0..=sizes.batch).map(|b| (b * sizes.tokens) as i32).collect();
         let (lengths, globals) = (words.push(&lengths), words.push(&globals));
         let (starts, queries) = (words.push(&starts), words.push(&queries));
         let positions = words.push(&map.positions(inputs, rank));
@@ -85,7 +85,7 @@ impl ShardBuffers {
         let lse = Buffer::alloc(runtime, device, (tokens * out_heads * size_of::<f32>()).max(1))?;
         let at = |begin: usize| integers.data().cast::<i32>().wrapping_add(begin).cast_const();
         let mut args = DecodeArgs {
-            batch: shape.batch as i32,
+            batch: sizes.batch as i32,
             query_tokens: tokens as i32,
             q: tensor(&q),
             k: tensor(&k).with_strides(map.strides(desc.k_format(), dim_qk)),
@@ -113,7 +113,7 @@ impl ShardBuffers {
         }
         if let Some(element) = MaskElement::of(desc) {
             let row = map.capacity * element.size();
-            let mut bytes = vec![POISON; shape.batch * row];
+            let mut bytes = vec![POISON; sizes.batch * row];
             for (b, sequence) in inputs.sequences.iter().enumerate() {
                 for (slot, &position) in sequence.slots[rank].iter().enumerate() {
                     let (at, x) = (b * row + slot * element.size(), terms.masks[b][position]);
@@ -205,7 +205,7 @@ impl SlotMap {
         let pages = if strided { total } else { total + 1 };
         let mut order: Vec<i32> = (0..pages as i32).collect();
         if !strided {
-            let mut random = Random(inputs.shape.seed ^ rank as u64);
+            let mut random = Random(inputs.sizes.seed ^ rank as u64);
             for last in (1..pages).rev() {
                 order.swap(last, random.below(last + 1));
             }
