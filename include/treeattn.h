@@ -456,8 +456,9 @@ typedef struct treeattn_comm_config_t {
      */
     int32_t threads_per_rank;
     /**
-     * Ranks of the same group count as one node; the tree algorithm merges within a node first. This one may differ from
-     * rank to rank. 0 over an engine's transport: the ranks of a machine are a node.
+     * Ranks of the same group count as one node: TREE merges within a node first, and GPUs reach each other's memory within a
+     * node only, with TREE between them by default. This one may differ from rank to rank. 0 over an engine's transport or
+     * NCCL: the ranks of a machine are a node. Over NCCL all ranks name a group or none does (MISMATCH).
      */
     int32_t node_group;
     /** Path of the NCCL library to load. NULL: looked for. */
@@ -708,8 +709,10 @@ typedef int32_t treeattn_algorithm_t;
 #define TREEATTN_ALGORITHM_TWO_SHOT 2
 
 /**
- * A tree over nodes (see `node_group`): within each node first, then between them by recursive doubling, then back.
- * Needs the transport's `sendrecv`.
+ * A tree over nodes (see `node_group`): within each node first, then between them, then back. On CPUs between nodes by recursive
+ * doubling; needs the transport's `sendrecv`. On GPUs through the memory of a node's GPUs first, then by one allgather of NCCL
+ * among ranks of different nodes, whose GPUs differ, too; of one node there is none. There what ONE_SHOT says of failed steps
+ * holds, too.
  */
 #define TREEATTN_ALGORITHM_TREE 3
 
