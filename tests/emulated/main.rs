@@ -15,7 +15,7 @@ mod mirror;
 #[path = "../gpu/numerics.rs"]
 #[allow(dead_code)] // some tests are too much for a CPU
 mod numerics;
-#[path = "../gpu/over_nccl.rs"]
+#[path = "../gpu/over_nccl/mod.rs"]
 #[allow(dead_code)] // as below
 mod over_nccl;
 mod peers;

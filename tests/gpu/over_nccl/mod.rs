@@ -1,8 +1,11 @@
 //! Steps over NCCL, on as many GPUs as there are, up to four: `ALLREDUCE3` or, with `TREEATTN_GPU_EXCHANGE=nccl`, one allgather;
 //! with `TREEATTN_TEST_NODES=2` four ranks that count as two nodes.
 
+mod faults;
+mod groupings;
+
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use treeattn::ErrorKind;
 use treeattn::attention::{Algorithm, AttentionDesc, Dtype, OutputMode, Placement, Tensor};
@@ -18,6 +21,9 @@ use crate::support::case::Case;
 use crate::support::rank::{Ints, Rank};
 use crate::support::run::judge;
 use crate::support::values::Values;
+
+pub use faults::{a_rank_that_does_not_come, a_rank_that_leaves, bad_data, out_of_step};
+pub use groupings::{groupings, nodes_of_one};
 
 /// Far more than anything here takes.
 const HANG: Duration = Duration::from_secs(120);
@@ -177,35 +183,6 @@ pub fn merges() {
     }
 }
 
-/// A length out of range on one rank: NaN for that sequence and the same report on every rank, and nothing else.
-pub fn bad_data() {
-    let group = group(Duration::from_secs(10));
-    let world = group.comms.len();
-    let desc = over_nccl(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
-    let case = Case::plain(desc, world, &[(100, 1), (90, 1), (80, 1)], Values::Normal, 5);
-    let (mut ranks, plans) = (ranks(&case), group.plans(&case.desc));
-    ranks[1].set(Ints::KvLength, 1, -3);
-    let mirrors = group.mirrors(&ranks);
-    group.step(&plans, &mirrors, &mut ranks);
-    for (rank, comm) in ranks.iter().zip(&group.comms) {
-        for head in 0..8 {
-            assert!(
-                rank.row(&case, 1, head).0.iter().all(|x| x.is_nan()) && rank.lse_of(&case, 1, head).unwrap().is_nan()
-            );
-            assert!(rank.row(&case, 0, head).0.iter().all(|x| x.is_finite()));
-        }
-        let status = comm.status().unwrap();
-        assert_eq!(status.error.map(|error| error.kind()), Some(ErrorKind::InvalidData));
-        assert_eq!((status.rank, status.sequence), (1, 1));
-        assert!(comm.status().unwrap().error.is_none(), "told once");
-    }
-    ranks[1].set(Ints::KvLength, 1, case.sequences[1].held[1].len() as i32);
-    let mirrors = group.mirrors(&ranks);
-    group.step(&plans, &mirrors, &mut ranks);
-    assert_eq!(judge(&case, &ranks).unwrap().failure, None);
-    assert!(group.comms.iter().all(|comm| comm.status().unwrap().error.is_none()));
-}
-
 /// Ranks that NCCL connected, on threads of their own.
 pub fn over_an_id() {
     let world = count() as usize;
@@ -264,66 +241,6 @@ pub fn created_beside_steps() {
     println!("{rounds} communicators created, {steps} steps meanwhile");
     assert!(group.comms.iter().all(|comm| comm.status().unwrap().error.is_none()));
     assert_eq!(judge(&case, &all).unwrap().failure, None);
-}
-
-/// A step that one rank does not take part in ends by the deadline, with NaN; a new group works.
-pub fn a_rank_that_does_not_come() {
-    let desc = over_nccl(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
-    const STEP: Duration = Duration::from_secs(3);
-    let first = group(STEP);
-    let case = Case::plain(desc, first.comms.len(), &[(100, 1)], Values::Normal, 5);
-    let group = first;
-    let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
-    let mirrors = group.mirrors(&all);
-    group.step(&plans, &mirrors, &mut all);
-    let started = Instant::now();
-    all_but(1, &group, &plans, &mirrors);
-    for rank in (0..all.len()).filter(|&rank| rank != 1) {
-        assert_eq!(group.gpus[rank].stream.synchronize().unwrap_err().kind(), ErrorKind::Timeout);
-        let took = started.elapsed();
-        assert!(took >= STEP && took < 2 * STEP - STEP / 6, "{took:?}");
-        mirrors[rank].fetch(&mut all[rank]);
-        assert!(all[rank].row(&case, 0, 3).0.iter().all(|x| x.is_nan()));
-    }
-    for comm in &group.comms {
-        assert_eq!(comm.status().unwrap().error.map(|error| error.kind()), Some(ErrorKind::Timeout));
-    }
-    // SAFETY: nothing is enqueued.
-    let error = unsafe { plans[1].decode(&mirrors[1].args, Some(&group.gpus[1].stream)) }.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Timeout);
-    drop((plans, group));
-    let group = self::group(Duration::from_secs(10));
-    let plans = group.plans(&case.desc);
-    group.step(&plans, &mirrors, &mut all);
-    assert_eq!(judge(&case, &all).unwrap().failure, None);
-}
-
-/// Enqueues a step on all ranks but one.
-fn all_but(absent: usize, group: &Group, plans: &[Plan], mirrors: &[Mirror]) {
-    for rank in (0..plans.len()).filter(|&rank| rank != absent) {
-        // SAFETY: the device memory outlives the step, which is waited for.
-        unsafe { plans[rank].decode(&mirrors[rank].args, Some(&group.gpus[rank].stream)) }.unwrap();
-    }
-}
-
-/// A rank that destroys its communicator, this one or its peer, ends the step long before the deadline.
-pub fn a_rank_that_leaves() {
-    let desc = over_nccl(AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) });
-    for (leaver, kind) in [(1, ErrorKind::PeerLost), (0, ErrorKind::ParentDestroyed)] {
-        let group = group(HANG);
-        let case = Case::plain(desc, group.comms.len(), &[(100, 1)], Values::Normal, 5);
-        let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
-        let mirrors = group.mirrors(&all);
-        group.step(&plans, &mirrors, &mut all);
-        let started = Instant::now();
-        all_but(1, &group, &plans, &mirrors);
-        group.comms[leaver].close();
-        let error = group.gpus[0].stream.synchronize().unwrap_err();
-        assert_eq!((error.kind(), error.rank()), (kind, Some(leaver as i32)), "{error}");
-        assert!(started.elapsed() < HANG / 4, "{:?}", started.elapsed());
-        mirrors[0].fetch(&mut all[0]);
-        assert!(all[0].row(&case, 0, 3).0.iter().all(|x| x.is_nan()));
-    }
 }
 
 /// Captured on every GPU by one thread, replayed over other lengths.
@@ -412,45 +329,6 @@ pub fn bits_of_windows() {
     assert!(output.status.success() && said.contains(&wanted), "{said}, wanted {wanted}");
 }
 
-/// Ranks that run different steps of the same size: the error names all of them, outputs are NaN, and the communicator breaks.
-pub fn out_of_step() {
-    let desc = AttentionDesc { out_dtype: Dtype::F32, max_kv_length: 100, ..shape(8, 2, 64, Dtype::F16) };
-    let desc = over_nccl(AttentionDesc { max_batch: 2, max_query_tokens: 2, ..desc });
-    for is_other_plan in [false, true] {
-        let group = group(HANG);
-        let world = group.comms.len();
-        let case = Case::plain(desc, world, &[(100, 2)], Values::Normal, 5);
-        let other = Case::plain(desc, world, &[(50, 1), (50, 1)], Values::Normal, 6);
-        let (mut all, plans, second) = (ranks(&case), group.plans(&desc), group.plans(&desc));
-        let (mirrors, odd) = (group.mirrors(&all), group.mirrors(&ranks(&other)));
-        for rank in 0..world {
-            let (plans, mirrors) = match (rank == 1, is_other_plan) {
-                (true, true) => (&second, &mirrors),
-                (true, false) => (&plans, &odd),
-                (false, _) => (&plans, &mirrors),
-            };
-            // SAFETY: the device memory outlives the step, which is waited for.
-            unsafe { plans[rank].decode(&mirrors[rank].args, Some(&group.gpus[rank].stream)) }.unwrap();
-        }
-        for rank in 0..world {
-            let error = group.gpus[rank].stream.synchronize().unwrap_err();
-            // Of two ranks each takes the other for the odd one.
-            let blamed = if world == 2 { 1 - rank as i32 } else { 1 };
-            assert_eq!(error.kind(), ErrorKind::Desync, "{error}");
-            // A node says what its own ranks think of each other.
-            let is_blamed = error.rank() == Some(blamed) || nodes().is_some() && matches!(error.rank(), Some(1 | 3));
-            assert!(is_blamed, "rank {rank}: {error}");
-            if rank != 1 {
-                mirrors[rank].fetch(&mut all[rank]);
-                assert!(all[rank].row(&case, 0, 3).0.iter().all(|x| x.is_nan()));
-            }
-            // SAFETY: refused.
-            let error = unsafe { plans[rank].decode(&mirrors[rank].args, Some(&group.gpus[rank].stream)) }.unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Desync, "{error}");
-        }
-    }
-}
-
 /// What a communicator and a plan say of the route, and what the route does not serve.
 pub fn is_told() {
     let group = Group::new(2, Duration::from_secs(10));
@@ -491,82 +369,4 @@ pub fn shared_gpus_are_refused() {
     for text in ["TREEATTN_GPU_EXCHANGE is nccl", "cuda:0 on ranks 0 and 1"] {
         assert!(error.message().contains(text), "{error}");
     }
-}
-
-/// Ranks on nodes of any kind: the answer, the same bits on all ranks, the same again.
-fn grouping(groups: &[i32], devices: &[i32]) {
-    let config = CommConfig { node_groups: groups.to_vec(), ..CommConfig::default() };
-    let group = Group::on(devices, &config, 0);
-    let base = AttentionDesc { out_dtype: Dtype::F32, ..shape(6, 2, 64, Dtype::F16) };
-    let shapes = [
-        base,
-        AttentionDesc { output: OutputMode::Scattered, algorithm: Algorithm::Tree, ..base },
-        AttentionDesc { wire_dtype: Dtype::Bf16, ..shape(4, 2, 128, Dtype::Bf16) },
-    ];
-    for (i, desc) in shapes.into_iter().enumerate() {
-        let sequences = [(130, 3), (0, 1), (1, 1), (70, 1)];
-        let case = Case::plain(desc, groups.len(), &sequences, Values::Normal, 60 + i as u64);
-        let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
-        let mut first = Vec::new();
-        for fill in [0xff, 0x3c] {
-            all.iter_mut().for_each(|rank| rank.prefill(fill));
-            let mirrors = group.mirrors(&all);
-            group.step(&plans, &mirrors, &mut all);
-            assert!(all.iter().all(|rank| rank.strays(&case, fill) == 0), "{groups:?}");
-            let bits: Vec<_> = all.iter().map(|rank| rank.bits(&case)).collect();
-            assert!(first.is_empty() || first == bits, "{groups:?}: other bits");
-            let is_replicated = desc.output == OutputMode::Replicated;
-            assert!(!is_replicated || bits.iter().all(|rank| *rank == bits[0]), "{groups:?}");
-            first = bits;
-        }
-        assert_eq!(judge(&case, &all).unwrap().failure, None, "{groups:?}");
-        assert!(group.errors().into_iter().flatten().next().is_none());
-        let stats = plans[0].stats().unwrap();
-        assert_eq!((stats.algorithm, stats.rounds), (Algorithm::Tree, 2 * 2), "within the node, and between nodes");
-        assert!(stats.reason.contains(" nodes: windows within"), "{}", stats.reason);
-    }
-    let text = group.comms[0].describe().unwrap();
-    assert!(text.contains(r#"{"name":"TREE","by":"windows and nccl","nodes":"#), "{text}");
-}
-
-/// Two nodes of two ranks on as many GPUs, or on two; with a GPU for each rank nodes of unequal size, too.
-pub fn groupings() {
-    for groups in [[0, 0, 1, 1], [0, 1, 0, 1], [7, 2, 2, 7]] {
-        let devices: Vec<i32> = match count() {
-            4 => (0..4).collect(),
-            _ => groups.iter().map(|&group| i32::from(group != groups[0])).collect(),
-        };
-        grouping(&groups, &devices);
-    }
-    if count() == 4 {
-        for groups in [&[0, 0, 1][..], &[0, 1, 0], &[0, 0, 0, 1], &[0, 1, 1, 2], &[2, 1, 0, 0]] {
-            grouping(groups, &(0..groups.len() as i32).collect::<Vec<_>>());
-        }
-    }
-}
-
-/// A node for each rank is an allgather of all, whatever it is called; what needs windows of all ranks is refused.
-pub fn nodes_of_one() {
-    let config = CommConfig { node_groups: vec![3, 1], ..CommConfig::default() };
-    let group = Group::on(&[0, 1], &config, 0);
-    let desc = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
-    for algorithm in [Algorithm::Auto, Algorithm::Tree, Algorithm::OneShot] {
-        let case = Case::plain(AttentionDesc { algorithm, ..desc }, 2, &[(100, 1)], Values::Normal, 5);
-        let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
-        let mirrors = group.mirrors(&all);
-        group.step(&plans, &mirrors, &mut all);
-        assert_eq!(judge(&case, &all).unwrap().failure, None);
-        let stats = plans[0].stats().unwrap();
-        let name = if algorithm == Algorithm::Tree { Algorithm::Tree } else { Algorithm::OneShot };
-        assert_eq!((stats.algorithm, stats.rounds), (name, 1));
-        assert!(stats.reason.contains("a node for each rank"), "{}", stats.reason);
-    }
-    let comms: Vec<_> = group.comms.iter().collect();
-    let refused = |desc: AttentionDesc| Plan::create_all(&comms, &desc).map(drop).unwrap_err();
-    assert_eq!(refused(AttentionDesc { algorithm: Algorithm::TwoShot, ..desc }).kind(), ErrorKind::Unsupported);
-    // Of one node there is no tree.
-    let group = Group::new(2, HANG);
-    let comms: Vec<_> = group.comms.iter().collect();
-    let error = Plan::create_all(&comms, &AttentionDesc { algorithm: Algorithm::Tree, ..desc }).map(drop).unwrap_err();
-    assert!(error.message().starts_with("algorithm: found TREE on GPUs of one node"), "{error}");
 }
