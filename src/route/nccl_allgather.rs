@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::backend::{Backend, Place, RouteMemory};
-use super::context::{Call, StepContext, fingerprint};
+use super::context::{Call, StepContext};
 use super::gpu::GpuShard;
 use super::nccl::allgather::Allgather;
 use super::nccl::connect::{Members, connect};
@@ -31,13 +31,8 @@ impl NcclAllgather {
     /// Kernels and workspace of a plan on `rank`, which is not connected yet; `why` its ranks do not use windows. Blocks;
     /// `Capturing` during a capture. `Unsupported` where the plan is checked.
     pub fn new(context: &StepContext, rank: &Arc<CudaRank>, why: &str) -> Result<NcclAllgather> {
-        if context.desc.checked {
-            let wanted =
-                format!("0 where partials go over NCCL, which has no windows in which ranks compare steps: {why}");
-            return Err(Error::unsupported("flags", "CHECKED", wanted));
-        }
         let shard = GpuShard::new(context, rank)?;
-        let allgather = Allgather::new(context, rank, &shard.lease, context.shard, None)?;
+        let allgather = Allgather::new(context, rank, &shard.lease, context.shard, None, why)?;
         // A tree whose nodes have a rank each is one allgather, too.
         let algorithm = if context.desc.algorithm == Algorithm::Tree { Algorithm::Tree } else { Algorithm::OneShot };
         Ok(NcclAllgather {
@@ -67,9 +62,7 @@ impl NcclAllgather {
     }
 
     fn step(&self, context: &StepContext, tokens: i32, call: Call, target: RowTarget) -> GatherStep {
-        let [kind, size] = call.words();
-        let fingerprint = fingerprint(&[context.plan, kind, size, tokens as u64]);
-        GatherStep { tokens, source: self.allgather.attended(), lse_in_two: true, target, fingerprint }
+        Allgather::step(context, tokens, call, self.allgather.attended(), target)
     }
 }
 

@@ -30,7 +30,8 @@ pub(in crate::route) struct NodeTree {
     node: NodeExchange,
     shard: GpuShard,
     view: ExchangeView,
-    /// Rows that a slot holds.
+    /// Bytes of a row in a slot, and how many rows a slot holds.
+    row_bytes: usize,
     most_rows: i64,
     reason: String,
     /// Its windows outlive the kernels that are enqueued.
@@ -42,17 +43,12 @@ impl NodeTree {
     /// capture. `Unsupported` where the plan is checked.
     pub fn new(context: &StepContext, rank: &Arc<CudaRank>, peers: &Arc<GpuRank>, why: &str) -> Result<NodeTree> {
         let (desc, nodes) = (&context.desc, peers.nodes());
-        if desc.checked {
-            let wanted =
-                "0 where partials go over NCCL, which has no windows in which ranks compare steps: several nodes";
-            return Err(Error::unsupported("flags", "CHECKED", wanted));
-        }
         let (met, neighbours) = (nodes.meeting(), nodes.neighbours());
         let place = met.iter().position(|&met| met as i32 == context.shard.rank).unwrap_or(0);
         let part = Shard { rank: place as i32, world: met.len() as i32 };
         let senders = Senders { ranks: met, merged: nodes.first_met() };
         let shard = GpuShard::new(context, rank)?;
-        let allgather = Allgather::new(context, rank, &shard.lease, part, Some(&senders))?;
+        let allgather = Allgather::new(context, rank, &shard.lease, part, Some(&senders), "several nodes")?;
         let attended = (!desc.is_merge_only()).then_some((desc.max_query_tokens, desc.q_heads, desc.head_dim_v));
         let timeout = context.config.step_timeout;
         let node = NodeExchange::new(&rank.device, rank.sharing, &neighbours, attended, timeout)?;
@@ -68,7 +64,7 @@ impl NodeTree {
         let most_rows = ((peers.capacity() / row_bytes) as i64).max(1);
         let count = nodes.count();
         let reason = format!("{count} nodes: windows within, one allgather of NCCL between them; {why}");
-        Ok(NodeTree { allgather, node, shard, view, most_rows, reason, peers: Arc::clone(peers) })
+        Ok(NodeTree { allgather, node, shard, view, row_bytes, most_rows, reason, peers: Arc::clone(peers) })
     }
 
     /// Merges in the node the partial that `attend` leaves where the step's source is, then across nodes.
@@ -94,8 +90,7 @@ impl NodeTree {
                 // SAFETY: the view is this rank's, of windows that `peers` keeps and that are freed after all kernels of their
                 // ranks. A slot holds `most_rows` rows. The step is as this function was promised.
                 unsafe { self.node.enqueue(gather, step, &view, part, stream) }?;
-                let bytes = size_of::<u32>() * row_words(context.desc.head_dim_v as usize, Dtype::F32.size());
-                context.counters.add(1, neighbours, neighbours * here as u64 * bytes as u64);
+                context.counters.add(1, neighbours, neighbours * here as u64 * self.row_bytes as u64);
             }
             Ok(())
         };
@@ -104,9 +99,7 @@ impl NodeTree {
     }
 
     fn step(&self, context: &StepContext, tokens: i32, call: Call, target: RowTarget) -> GatherStep {
-        let [kind, size] = call.words();
-        let fingerprint = fingerprint(&[context.plan, kind, size, tokens as u64]);
-        GatherStep { tokens, source: self.node.attended(), lse_in_two: true, target, fingerprint }
+        Allgather::step(context, tokens, call, self.node.attended(), target)
     }
 }
 

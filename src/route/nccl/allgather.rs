@@ -11,7 +11,7 @@ use crate::cuda::{Gather, GatherSizes, GatherStep, GatherWords, Senders};
 use crate::device::cuda::CudaStream;
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::{RowSource, RowTarget};
-use crate::route::context::StepContext;
+use crate::route::context::{Call, StepContext, fingerprint};
 use crate::route::rank::CudaRank;
 
 /// A plan's messages and kernels.
@@ -25,14 +25,21 @@ pub(in crate::route) struct Allgather {
 
 impl Allgather {
     /// Kernels and workspace of a plan on `rank`, which is not connected yet. `part`: this rank in the communicator that it is to
-    /// be connected by; `senders`: where not all of its messages are merged in their order. Blocks; `Capturing` during a capture.
+    /// be connected by; `senders`: where not all of its messages are merged in their order; `why` the plan goes over NCCL. Blocks;
+    /// `Capturing` during a capture. `Unsupported` where the plan is checked.
     pub fn new(
         context: &StepContext,
         rank: &Arc<CudaRank>,
         lease: &Arc<PlanLease>,
         part: Shard,
         senders: Option<&Senders>,
+        why: &str,
     ) -> Result<Allgather> {
+        if context.desc.checked {
+            let wanted =
+                format!("0 where partials go over NCCL, which has no windows in which ranks compare steps: {why}");
+            return Err(Error::unsupported("flags", "CHECKED", wanted));
+        }
         let (desc, timeout) = (&context.desc, context.config.step_timeout);
         let sizes = GatherSizes {
             tokens: desc.max_query_tokens,
@@ -50,6 +57,13 @@ impl Allgather {
         let told = GatherWords { failed: words.failed(), host: words.host(), failure: words.failure() };
         let gather = Gather::new(&rank.device, sizes, told, senders, timeout)?;
         Ok(Allgather { gather, watchdog: OnceLock::new(), words, rank: Arc::clone(rank) })
+    }
+
+    /// A step of `tokens` query tokens whose partials are at `source`.
+    pub fn step(context: &StepContext, tokens: i32, call: Call, source: RowSource, target: RowTarget) -> GatherStep {
+        let [kind, size] = call.words();
+        let fingerprint = fingerprint(&[context.plan, kind, size, tokens as u64]);
+        GatherStep { tokens, source, lse_in_two: true, target, fingerprint }
     }
 
     /// Has steps go over `nccl`. Collective over its ranks, within `deadline`. Once.
