@@ -669,7 +669,12 @@ typedef int32_t treeattn_query_input_t;
 /** All heads on every rank. The default. */
 #define TREEATTN_QUERY_INPUT_REPLICATED 0
 
-/** Each rank its own heads (see `treeattn_head_range`). */
+/**
+ * Each rank its own heads (see `treeattn_head_range`), as a tensor-parallel projection leaves them: a step begins with an exchange
+ * that brings every rank those of all heads, a rank without keys or heads included, under the step's deadline. The outputs have
+ * the bits that they have with all heads on every rank. On GPUs that write into each other's memory; not with
+ * TREEATTN_OUTPUT_LOCAL. `treeattn_plan_partial`, which exchanges nothing, takes all heads. Since 0.2.
+ */
 #define TREEATTN_QUERY_INPUT_SCATTERED 1
 
 /** Who gets the merged output. */
@@ -878,7 +883,10 @@ typedef struct treeattn_decode_args_t {
     int32_t batch;
     /** Query tokens of all sequences together, 0 to `max_query_tokens`: an upper bound of `query_start[batch]`. */
     int32_t query_tokens;
-    /** Queries [token, query head, dim]. */
+    /**
+     * Queries [token, query head, dim]; with TREEATTN_QUERY_INPUT_SCATTERED the rank's own heads only, but for
+     * `treeattn_plan_partial`.
+     */
     struct treeattn_tensor_t q;
     /**
      * Keys [sequence, token, kv head, dim], or [page, slot, kv head, dim]. Packed (all strides 0) and strided, the tokens of a
@@ -1104,7 +1112,7 @@ typedef struct treeattn_plan_stats_t {
     /** Messages sent to peers. */
     uint64_t messages;
     /**
-     * Bytes of partials, keys and values sent to peers, each peer counted; headers are not. A peer of the same process
+     * Bytes of partials, queries, keys and values sent to peers, each peer counted; headers are not. A peer of the same process
      * that reads a part of what lies in shared memory was sent that part.
      */
     uint64_t bytes_sent;

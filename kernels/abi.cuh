@@ -202,6 +202,7 @@ enum : int {
 constexpr uint64_t kAbi = 0xb3fd0fe36fce2b2b;
 constexpr uint64_t kTermsAbi = 0x20d6831496caf2f2;
 constexpr uint64_t kCheckAbi = 0x5778ee9ab12e9968;
+constexpr uint64_t kQueryAbi = 0x74bc84bea94b92bb;
 constexpr uint64_t kGatherAbi = 0xb96fa87f162efeff;
 
 }  // namespace treeattn
@@ -213,6 +214,8 @@ constexpr uint64_t kGatherAbi = 0xb96fa87f162efeff;
     extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kTermsAbi;
 #define TREEATTN_CHECK_ABI(NAME) \
     extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kCheckAbi;
+#define TREEATTN_QUERY_ABI(NAME) \
+    extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kQueryAbi;
 #define TREEATTN_GATHER_ABI(NAME) \
     extern "C" __device__ const uint64_t treeattn_##NAME##_abi = treeattn::kGatherAbi;
 
@@ -384,6 +387,16 @@ constexpr uint64_t kGatherAbi = 0xb96fa87f162efeff;
     static_assert(offsetof(CheckParams, count) == 532, "CheckParams::count"); \
     static_assert(offsetof(CheckParams, needs_positions) == 536, "CheckParams::needs_positions"); \
     static_assert(offsetof(CheckParams, surplus_keys) == 540, "CheckParams::surplus_keys"); \
+    static_assert(sizeof(QueryParams) == 168, "QueryParams"); \
+    static_assert(offsetof(QueryParams, q) == 0, "QueryParams::q"); \
+    static_assert(offsetof(QueryParams, gathered) == 8, "QueryParams::gathered"); \
+    static_assert(offsetof(QueryParams, q_stride) == 16, "QueryParams::q_stride"); \
+    static_assert(offsetof(QueryParams, first_row) == 40, "QueryParams::first_row"); \
+    static_assert(offsetof(QueryParams, rows) == 48, "QueryParams::rows"); \
+    static_assert(offsetof(QueryParams, tokens) == 52, "QueryParams::tokens"); \
+    static_assert(offsetof(QueryParams, words) == 56, "QueryParams::words"); \
+    static_assert(offsetof(QueryParams, element_bytes) == 60, "QueryParams::element_bytes"); \
+    static_assert(offsetof(QueryParams, view) == 64, "QueryParams::view"); \
     static_assert(sizeof(GatherParams) == 328, "GatherParams"); \
     static_assert(offsetof(GatherParams, source) == 0, "GatherParams::source"); \
     static_assert(offsetof(GatherParams, target) == 120, "GatherParams::target"); \

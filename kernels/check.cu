@@ -5,6 +5,7 @@
 // is its record. src/attention/record.rs has the same records and judges them the same way, for CPUs.
 #include "merge_step.cuh"
 #include "numbers.cuh"
+#include "query_rows.cuh"
 #include "schedule.cuh"
 
 namespace treeattn {
@@ -65,23 +66,11 @@ __device__ __forceinline__ int taken_before(const DecodeParams& p, int b, CheckS
     return s.taken;
 }
 
-// Eight bytes of neighbouring elements of a query row.
-__device__ __forceinline__ uint64_t gather_word(const char* from, int64_t stride, int size) {
-    uint64_t bits = 0;
-    for (int i = 0; i < 8 / size; i++) {
-        const char* element = from + i * stride;
-        const uint64_t x = size == 2 ? *reinterpret_cast<const uint16_t*>(element) : *reinterpret_cast<const uint32_t*>(element);
-        bits |= x << (8 * size * i);
-    }
-    return bits;
-}
-
 // The calling thread's part of the sum over the query rows of a sequence.
 __device__ __forceinline__ uint64_t sum_queries(const DecodeParams& p, const Sequence& seq) {
-    const int size = element_bytes(p.q_dtype), words = p.head_dim_qk * size / 8;
+    const QueryRows rows(p.q, p.q_stride, element_bytes(p.q_dtype));
+    const int words = p.head_dim_qk * rows.size / 8;
     const int64_t total = static_cast<int64_t>(seq.tokens) * p.q_heads * words;
-    const uintptr_t places = reinterpret_cast<uintptr_t>(p.q) | p.q_stride[0] | p.q_stride[1];
-    const bool is_packed = p.q_stride[2] == size && places % 8 == 0;
     uint64_t sum = 0;
 #pragma unroll 1
     for (int64_t first = threadIdx.x; first < total; first += kAhead * blockDim.x) {
@@ -91,9 +80,7 @@ __device__ __forceinline__ uint64_t sum_queries(const DecodeParams& p, const Seq
             const int64_t i = first + k * blockDim.x;
             if (i >= total) continue;
             const int64_t row = token_of(i, words), token = token_of(row, p.q_heads);
-            const char* from = static_cast<const char*>(p.q) + (seq.first_token + token) * p.q_stride[0] +
-                               (row - token * p.q_heads) * p.q_stride[1] + (i - row * words) * (8 / size) * p.q_stride[2];
-            x[k] = is_packed ? *reinterpret_cast<const uint64_t*>(from) : gather_word(from, p.q_stride[2], size);
+            x[k] = rows.load(seq.first_token + token, row - token * p.q_heads, static_cast<int>(i - row * words));
         }
 #pragma unroll
         for (int k = 0; k < kAhead; k++) {

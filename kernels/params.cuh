@@ -11,6 +11,7 @@
 //   treeattn_exchange                               exchange of partials with peers
 //   treeattn_exchange_rows_{RANKS}                  the same where every row has a warp, of up to 2, 4 or 8 ranks; _2_f32: all f32
 //   treeattn_check, treeattn_check_outputs          what comes before and after the steps of plans with the flag CHECKED
+//   treeattn_gather_queries                         the queries of all heads, of ranks that have those of their own
 //
 // {QK}x{V} is the smallest class that holds both head dims, out of
 //   64x64, 96x96, 128x128, 192x128, 256x256
@@ -207,6 +208,21 @@ struct CheckParams {
     int32_t count;
     int32_t needs_positions;  // 1: bad positions are bad data
     int32_t surplus_keys;     // 1: keys at or beyond global_length are allowed
+};
+
+// The gather of queries before a step whose ranks have those of their own heads (queries.cu), or of a part of them. Rows of a
+// rank are counted alike: token * its heads + its head. 256 threads a block, no dynamic shared memory, any grid of at least 1
+// block; all blocks wait for ranks.
+struct QueryParams {
+    const void* q;         // [token, own head, dim]
+    char* gathered;        // [token, head, dim] of all ranks, without gaps
+    int64_t q_stride[3];   // token, own head, dim
+    int64_t first_row;     // of the launch
+    int32_t rows;          // of the rank that has the most heads, at least 1: no more than a slot holds
+    int32_t tokens;
+    int32_t words;         // of 32 bits, of a row: a multiple of 4
+    int32_t element_bytes; // 2 or 4
+    ExchangeView view;
 };
 
 // What lies between the allreduces of the baseline (allreduce.cu).

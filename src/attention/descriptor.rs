@@ -2,7 +2,7 @@
 
 use super::dtype::Dtype;
 use super::format::KvFormat;
-use super::placement::Placement;
+use super::placement::{Placement, Shard, head_range};
 use crate::error::{Error, Result};
 
 /// The largest head dimension served.
@@ -221,6 +221,19 @@ impl AttentionDesc {
     /// Whether this describes a merge-only plan.
     pub fn is_merge_only(&self) -> bool {
         self.kv_heads == 0
+    }
+
+    /// The heads whose queries a rank passes to a step.
+    pub fn query_heads(&self, shard: Shard) -> Result<std::ops::Range<i32>> {
+        match self.query_input {
+            QueryInput::Replicated => Ok(0..self.q_heads),
+            QueryInput::Scattered => head_range(self.q_heads, shard),
+        }
+    }
+
+    /// The same shape, with the queries of all heads on every rank.
+    pub fn with_all_queries(&self) -> AttentionDesc {
+        AttentionDesc { query_input: QueryInput::Replicated, ..*self }
     }
 
     /// Query heads a kv head.

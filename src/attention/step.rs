@@ -83,7 +83,8 @@ impl Step {
         if batch == 0 && tokens != 0 {
             return Err(Error::invalid("query_tokens", tokens, "0 where batch is 0"));
         }
-        let q_stride = args.q.resolve("q", desc.q_dtype, &[tokens, q_heads, dim_qk])?;
+        let query_heads = desc.query_heads(shard)?.len() as i64;
+        let q_stride = args.q.resolve("q", desc.q_dtype, &[tokens, query_heads, dim_qk])?;
         let out_heads = i64::from(out_heads);
         let out_stride = args.out.resolve("out", desc.out_dtype, &[tokens, out_heads, dim_v])?;
         no_overlap("out", desc.out_dtype.size(), &out_stride, &[tokens, out_heads, dim_v])?;

@@ -35,7 +35,7 @@ pub(crate) const CAPABILITIES: Capabilities = Capabilities {
     checked: true,
     pages_by_head: true,
     masks: &MaskKind::ALL,
-    query_inputs: &[QueryInput::Replicated],
+    query_inputs: &[QueryInput::Replicated, QueryInput::Scattered],
     reproducibility: &[Reproducibility::Repeatable],
 };
 
@@ -204,6 +204,11 @@ impl CudaBackend {
         }
         // SAFETY: `DecodeParams` is the only parameter of all other kernels (`abi` compares the layouts); the memory as above.
         unsafe { decode.kernel.launch(&entered, stream, decode.grid, &parameters) }
+    }
+
+    /// Refuses a step whose memory is not the device's, before anything of it is enqueued.
+    pub fn check(&self, step: &Step) -> Result<()> {
+        self.check_pointers(step, &self.device.enter()?)
     }
 
     /// What kernels are told of a step, whose memory is refused where it is not the device's.

@@ -4,7 +4,8 @@
 //! queries, keys and values; `params` is what they take, `abi` compares it with `kernels/params.cuh`, `merge` launches the
 //! merge of given partials, `allreduce` what lies between the allreduces of the baseline, `exchange` the exchange of partials
 //! between GPUs, `gather` what lies around an allgather of them over NCCL, `nodes` what
-//! comes before that within a node, `check` what comes before and after a step that is checked. Depends on `attention`, `partial` and `device` only:
+//! comes before that within a node, `check` what comes before and after a step that is checked, `queries` what
+//! gathers the queries of all heads before a step. Depends on `attention`, `partial` and `device` only:
 //! what it knows of other ranks is plain data ([`crate::partial::ExchangeView`]).
 //!
 //! What enqueues a kernel over a caller's memory is unsafe: a step is no more than addresses here, and only who made it from an
@@ -20,6 +21,7 @@ mod kernels;
 mod merge;
 mod nodes;
 mod params;
+mod queries;
 mod terms;
 
 pub(crate) use allreduce::{Allreduce, AllreduceOutput, AllreduceSizes};
@@ -30,3 +32,4 @@ pub(crate) use gather::{Gather, GatherSizes, GatherStep, GatherWords, Senders};
 pub(crate) use merge::Merge;
 pub(crate) use nodes::NodeExchange;
 pub(crate) use params::{STEP_BAD_DATA, STEPS_BEGUN, STEPS_ENDED};
+pub(crate) use queries::QueryKernel;

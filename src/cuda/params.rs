@@ -246,6 +246,25 @@ pub struct CheckParams {
     pub surplus_keys: i32,
 }
 
+/// The gather of queries that ranks have by heads, or a part of it.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct QueryParams {
+    /// This rank's queries, [token, own head, dim].
+    pub q: u64,
+    /// Those of all ranks, [token, head, dim] without gaps.
+    pub gathered: u64,
+    pub q_stride: [i64; 3],
+    /// The first row of each rank, token * its heads + its head, and how many at most.
+    pub first_row: i64,
+    pub rows: i32,
+    pub tokens: i32,
+    /// Words of 32 bits of a row.
+    pub words: i32,
+    pub element_bytes: i32,
+    pub view: ExchangeView,
+}
+
 /// What lies between the allreduces of the baseline.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]

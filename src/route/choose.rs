@@ -20,7 +20,7 @@ use super::rounds::two_shot::TwoShot;
 use super::rounds::weighted::Weighted;
 use super::tree::TreeExchange;
 use super::windows::route::WindowsRoute;
-use crate::attention::{Algorithm, AttentionDesc, Capabilities, DecodeArgs, Dtype, OutputMode};
+use crate::attention::{Algorithm, AttentionDesc, Capabilities, DecodeArgs, Dtype, OutputMode, QueryInput};
 use crate::comm::GpuRank;
 use crate::device::DeviceKind;
 use crate::error::{Error, Result};
@@ -45,7 +45,15 @@ pub(crate) fn supported(kind: DeviceKind, desc: &AttentionDesc) -> Result<()> {
             return Err(Error::unsupported("algorithm", desc.algorithm.name(), wanted));
         }
     }
+    if desc.query_input == QueryInput::Scattered && !desc.is_merge_only() && desc.output == OutputMode::Local {
+        let wanted = "REPLICATED with output LOCAL, whose steps exchange nothing";
+        return Err(Error::unsupported("query_input", desc.query_input.name(), wanted));
+    }
     if kind == DeviceKind::Cuda && desc.algorithm == Algorithm::Allreduce3 {
+        if desc.query_input == QueryInput::Scattered && !desc.is_merge_only() {
+            let wanted = "REPLICATED with algorithm ALLREDUCE3 on a GPU, which has no windows to gather queries in";
+            return Err(Error::unsupported("query_input", desc.query_input.name(), wanted));
+        }
         if desc.checked {
             let wanted =
                 "0 with algorithm ALLREDUCE3 on a GPU: NCCL's allreduces have no windows in which ranks compare steps";

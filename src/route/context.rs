@@ -118,6 +118,8 @@ pub(crate) enum Call {
     DecodeOn(i32, usize),
     /// The check of a decode step of so many sequences, on GPUs.
     Check(i32),
+    /// The gather of the queries of a decode step of so many sequences, on GPUs.
+    Queries(i32),
 }
 
 impl Call {
@@ -128,6 +130,7 @@ impl Call {
             Call::Merge => [2, 0],
             Call::DecodeOn(batch, threads) => [3, batch as u64 | (threads as u64) << 32],
             Call::Check(batch) => [4, batch as u64],
+            Call::Queries(batch) => [5, batch as u64],
         }
     }
 
@@ -135,7 +138,9 @@ impl Call {
     pub fn told(self, plan: u64, query_tokens: usize) -> CallWord {
         let query_tokens = query_tokens as u64;
         match self {
-            Call::Decode(batch) | Call::Check(batch) => CallWord::decode(plan, batch as u64, query_tokens),
+            Call::Decode(batch) | Call::Check(batch) | Call::Queries(batch) => {
+                CallWord::decode(plan, batch as u64, query_tokens)
+            }
             Call::Merge => CallWord::merge(plan, query_tokens),
             Call::DecodeOn(batch, threads) => {
                 CallWord::decode(plan, batch as u64, query_tokens).on_threads(threads as u64)

@@ -48,7 +48,7 @@ pub struct PlanStats {
     pub rounds: u64,
     /// Messages sent to peers.
     pub messages: u64,
-    /// Bytes of partials, keys and values sent to peers (each peer counted), headers not. A peer that reads a part of what
+    /// Bytes of partials, queries, keys and values sent to peers (each peer counted), headers not. A peer that reads a part of what
     /// lies in shared memory was sent that part.
     pub bytes_sent: u64,
     /// The most bytes held at once: workspace and window.
@@ -128,7 +128,7 @@ impl Plan {
         }
     }
 
-    /// Attends this rank's shard only; out and lse hold all heads. No exchange.
+    /// Attends this rank's shard only; q, out and lse hold all heads. No exchange.
     ///
     /// # Safety
     /// As [`Plan::decode`].
@@ -136,7 +136,7 @@ impl Plan {
         let core = self.attending()?;
         let desc = &core.context.desc;
         choose::step_supported(core.comm.device.kind, args)?;
-        let mut step = Step::new(desc, core.context.shard, args, desc.q_heads)?;
+        let mut step = Step::new(&desc.with_all_queries(), core.context.shard, args, desc.q_heads)?;
         // SAFETY: the caller keeps the arrays of `args` valid, and unchanged by others, until the step is done.
         unsafe { core.check_arrays(&mut step, Keys::Some) }?;
         let size = (args.query_tokens as usize, desc.q_heads as usize);

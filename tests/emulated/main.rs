@@ -41,7 +41,7 @@ mod trial;
 use std::process::ExitCode;
 
 use libtest_mimic::Arguments;
-use treeattn::attention::{Algorithm, AttentionDesc, Dtype, KvLayout, OutputMode};
+use treeattn::attention::{Algorithm, AttentionDesc, Dtype, KvLayout, OutputMode, QueryInput};
 
 use mirror::Ready;
 use support::case::Case;
@@ -74,7 +74,7 @@ const TWO_NODES_DELAYED: Variables =
 const NO_PEERS: Variables = &[("EMULATOR_PEERS", "0"), ("EMULATOR_DEVICES", "4")];
 
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 59] = [
+const APART: [(&str, fn(), Variables); 60] = [
     ("accuracy_long", || accuracy::constants(&[200_001]), ONE_SM),
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
@@ -92,6 +92,7 @@ const APART: [(&str, fn(), Variables); 59] = [
     ("delays_leave", ranks::faults::leave, DELAYS),
     ("no_peers", peers::no_peers, &[("EMULATOR_PEERS", "0")]),
     ("memory_of_processes", peers::processes, &[]),
+    ("delays_queries", ranks::queries::heads_and_shards, DELAYS),
     ("ranks_checked_replays", ranks::checks::replays, &[]),
     ("delays_checked", || ranks::checks::like_cpus(8), DELAYS),
     ("nccl_allreduce3_replays", over_nccl::replays, &[]),
@@ -172,11 +173,13 @@ fn memory_is_what_is_said() {
             output,
             ..numerics::shape(8, 2, 64, Dtype::F16)
         };
-        for output in [OutputMode::Local, OutputMode::Replicated, OutputMode::Scattered] {
+        let shapes = [OutputMode::Local, OutputMode::Replicated, OutputMode::Scattered].map(desc);
+        let by_heads = AttentionDesc { query_input: QueryInput::Scattered, ..desc(OutputMode::Scattered) };
+        for desc in shapes.iter().chain([&by_heads]) {
             let before = driver::used() as u64;
-            let plans = group.plans(&desc(output));
+            let plans = group.plans(desc);
             let memory = plans[0].memory().unwrap();
-            assert_eq!(driver::used() as u64 - before, world * memory.workspace, "{output:?}");
+            assert_eq!(driver::used() as u64 - before, world * memory.workspace, "{desc:?}");
             // Beside its window, a rank has tables of three addresses a rank and what it waits for its GPU by.
             let others = world * (3 * 8 * world + 1);
             assert_eq!(windows, world * memory.window + others, "{world} ranks");
@@ -264,6 +267,11 @@ fn main() -> ExitCode {
         test("ranks_statistics", ranks::accounts::statistics),
         test("ranks_statistics_of_merges", ranks::accounts::statistics_of_merges),
         test("ranks_memory", ranks::accounts::memory),
+        test("ranks_queries_same_bits", || ranks::queries::same_bits(3 * scale())),
+        test("ranks_queries_heads_and_shards", ranks::queries::heads_and_shards),
+        test("ranks_queries_slotfuls", ranks::queries::slotfuls),
+        test("ranks_queries_accounts", ranks::queries::accounts),
+        test("ranks_queries_refusals", ranks::queries::refusals),
         test("ranks_checked", ranks::checks::disagreements),
         test("ranks_checked_like_cpus", || ranks::checks::like_cpus(25 * scale())),
         test("ranks_checked_bad_data", ranks::checks::bad_data),

@@ -43,7 +43,7 @@ const APART: [(&str, fn()); 5] = [
 
 /// Tests of ranks that wait for each other on one GPU: each in a process of its own and one at a time. All of them together
 /// have so many kernels and streams that kernels which wait would keep others from starting.
-const RANKS: [(&str, fn()); 44] = [
+const RANKS: [(&str, fn()); 49] = [
     ("ranks_that_cancel", || {
         accuracy::ranks_that_cancel(&[
             &[48_735, 49_970],
@@ -88,6 +88,11 @@ const RANKS: [(&str, fn()); 44] = [
     ("ranks_statistics", ranks::accounts::statistics),
     ("ranks_statistics_of_merges", ranks::accounts::statistics_of_merges),
     ("ranks_memory", ranks::accounts::memory),
+    ("ranks_queries_same_bits", || ranks::queries::same_bits(if support::full() { 300 } else { 20 })),
+    ("ranks_queries_heads_and_shards", ranks::queries::heads_and_shards),
+    ("ranks_queries_slotfuls", ranks::queries::slotfuls),
+    ("ranks_queries_accounts", ranks::queries::accounts),
+    ("ranks_queries_refusals", ranks::queries::refusals),
     ("ranks_checked", ranks::checks::disagreements),
     ("ranks_checked_like_cpus", || ranks::checks::like_cpus(if support::full() { 1000 } else { 50 })),
     ("ranks_checked_bad_data", ranks::checks::bad_data),

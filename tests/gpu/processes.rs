@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use cudarc::driver::sys;
-use treeattn::attention::{AttentionDesc, Dtype, OutputMode};
+use treeattn::attention::{AttentionDesc, Dtype, OutputMode, QueryInput};
 use treeattn::runtime::{CommConfig, Communicator, Plan, Runtime, RuntimeConfig};
 use treeattn::{Error, ErrorKind};
 
@@ -35,11 +35,12 @@ fn config() -> CommConfig {
 fn cases(world: usize) -> Vec<Case> {
     let half = shape(8, 2, 64, Dtype::F16);
     type Question<'a> = (AttentionDesc, &'a [(usize, usize)]);
-    let shapes: [Question; 4] = [
+    let shapes: [Question; 5] = [
         (half, &[(300, 1)]),
         (AttentionDesc { out_dtype: Dtype::F32, ..shape(6, 6, 128, Dtype::Bf16) }, &[(130, 3), (0, 1), (1, 1)]),
         (AttentionDesc { wire_dtype: Dtype::Bf16, ..shape(8, 2, 128, Dtype::Bf16) }, &[(200, 2)]),
         (AttentionDesc { causal: true, ..half }, &[(0, 1), (90, 4)]),
+        (AttentionDesc { query_input: QueryInput::Scattered, ..half }, &[(200, 1), (0, 1), (30, 3)]),
     ];
     let plain =
         |(i, (desc, sequences)): (usize, Question)| Case::plain(desc, world, sequences, Values::Normal, 70 + i as u64);
@@ -66,8 +67,13 @@ impl Worker {
     }
 
     fn new(id: &[u8; 128], world: usize, rank: usize) -> Worker {
+        Worker::of(id, world, rank, 1)
+    }
+
+    /// One that runs the case of this number.
+    fn of(id: &[u8; 128], world: usize, rank: usize, case: usize) -> Worker {
         let (gpu, comm) = Worker::connect(id, world, rank);
-        let case = cases(world).swap_remove(1);
+        let case = cases(world).swap_remove(case);
         let plan = Plan::create(&comm, &case.desc).unwrap();
         let memory = Rank::new(&case, rank);
         let mirror = Mirror::new(&gpu, &memory);
@@ -130,7 +136,7 @@ pub fn run(role: &str) {
     match role {
         "numbers" => print!("{}", all_cases(&id, world, rank)),
         "killed" => {
-            let mut worker = Worker::new(&id, world, rank);
+            let mut worker = Worker::of(&id, world, rank, case_of(number));
             (0..number % 7).for_each(|_| worker.step().unwrap());
             // In the middle of a step, or between two.
             if number % 2 == 1 {
@@ -166,6 +172,11 @@ pub fn run(role: &str) {
     }
 }
 
+/// The case of a process that is to be killed: every other time one whose queries are gathered first.
+fn case_of(number: u64) -> usize {
+    [1, 4][number as usize / 2 % 2]
+}
+
 /// Runs every case with the others; says what bits came out.
 fn all_cases(id: &[u8; 128], world: usize, rank: usize) -> String {
     let (gpu, comm) = Worker::connect(id, world, rank);
@@ -174,7 +185,8 @@ fn all_cases(id: &[u8; 128], world: usize, rank: usize) -> String {
     let link = if has_peers { "peer access to another process" } else { "no_windows" };
     assert!(text.contains(link) && text.contains(r#""kind":"nccl""#), "{text}");
     let mut said = String::new();
-    for case in cases(world) {
+    let has_windows = has_peers && std::env::var_os("TREEATTN_GPU_EXCHANGE").is_none();
+    for case in cases(world).into_iter().filter(|case| has_windows || case.desc.query_input == QueryInput::Replicated) {
         let plan = Plan::create(&comm, &case.desc).unwrap();
         let mut ranks: Vec<Rank> = (0..world).map(|rank| Rank::new(&case, rank)).collect();
         let mirror = Mirror::new(&gpu, &ranks[rank]);
@@ -220,7 +232,7 @@ pub fn killed() {
     for round in 0..rounds {
         let (id, number) = (new_id(), rng.range(0, 1000) as u64);
         let mut victim = start(&id, 2, 1, "killed", number);
-        let error = Worker::new(&id, 2, 0).until_one_fails();
+        let error = Worker::of(&id, 2, 0, case_of(number)).until_one_fails();
         victim.wait().unwrap();
         assert!(matches!(error.kind(), ErrorKind::PeerLost | ErrorKind::Timeout), "round {round}: {error}");
         assert_eq!(error.rank(), Some(1), "round {round}: {error}");

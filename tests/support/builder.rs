@@ -1,6 +1,8 @@
 //! How a rank's memory is made from a case: where its layout puts inputs, and what it leaves out, at random where that is free.
 
-use treeattn::attention::{DecodeArgs, Dtype, KvLayout, MaskKind, OutputMode, Placement, Tensor, head_range};
+use treeattn::attention::{
+    DecodeArgs, Dtype, KvLayout, MaskKind, OutputMode, Placement, QueryInput, Tensor, head_range,
+};
 
 use super::case::Case;
 use super::memory::Memory;
@@ -37,27 +39,29 @@ struct Pages {
 
 impl Builder<'_> {
     fn build(mut self) -> Rank {
-        let case = self.case;
-        let desc = &case.desc;
-        let batch = case.sequences.len();
+        let (case, desc, batch) = (self.case, &self.case.desc, self.case.sequences.len());
         let held: Vec<&[usize]> = case.sequences.iter().map(|s| &s.held[self.rank][..]).collect();
         let mut args = DecodeArgs { batch: batch as i32, query_tokens: case.tokens as i32, ..DecodeArgs::default() };
 
+        let own = head_range(desc.q_heads, case.shard(self.rank)).expect("a rank of the world");
+        let own_heads = own.start as usize..own.end as usize;
         self.order = held.iter().map(|slots| vec![slots.to_vec(); desc.kv_heads as usize]).collect();
         if desc.pages_by_head && desc.placement == Placement::Explicit {
             self.order.iter_mut().flatten().for_each(|slots| self.r.shuffle(slots));
         }
-        let q = self.queries(&mut args);
+        let mut q = self.queries(&mut args, 0..desc.q_heads as usize);
+        let mut all_queries = None;
+        if desc.query_input == QueryInput::Scattered {
+            // Drawn apart, so that all else lies as it would with the queries of all heads.
+            let r = std::mem::replace(&mut self.r, Rng::new(Rng::derive(case.seed, 2000 + self.rank as u64)));
+            all_queries = Some((q, args.q));
+            q = self.queries(&mut args, own_heads.clone());
+            self.r = r;
+        }
         let pages = self.pages(&held);
         let (k, v) = self.cache(&held, &pages, &mut args);
         let (k_scale, v_scale) = self.scales(&held, &pages, &mut args);
-        let heads = match desc.output {
-            OutputMode::Scattered => {
-                let range = head_range(desc.q_heads, case.shard(self.rank)).expect("a rank of the world");
-                range.start as usize..range.end as usize
-            }
-            _ => 0..desc.q_heads as usize,
-        };
+        let heads = if desc.output == OutputMode::Scattered { own_heads } else { 0..desc.q_heads as usize };
         let pad = if self.wild { 30 } else { 0 };
         let size = desc.out_dtype.size();
         let out_view = self.any_order(&[case.tokens, heads.len(), desc.head_dim_v as usize], size, pad);
@@ -70,6 +74,7 @@ impl Builder<'_> {
 
         let mut rank = Rank {
             q,
+            all_queries,
             k,
             v,
             k_scale,
@@ -169,8 +174,7 @@ impl Builder<'_> {
     }
 
     fn memory(&mut self, bytes: usize) -> Memory {
-        let at_end = self.r.chance(70);
-        Memory::new(bytes, at_end)
+        Memory::new(bytes, self.r.chance(70))
     }
 
     fn any_order(&mut self, shape: &[usize], size: usize, pad: u64) -> View {
@@ -181,9 +185,11 @@ impl Builder<'_> {
         lay(&mut self.r, shape, &order, size, pad, &[])
     }
 
-    fn queries(&mut self, args: &mut DecodeArgs) -> Memory {
+    /// The queries of some heads.
+    fn queries(&mut self, args: &mut DecodeArgs, heads: std::ops::Range<usize>) -> Memory {
         let (case, desc) = (self.case, &self.case.desc);
-        let shape = [case.tokens, desc.q_heads as usize, desc.head_dim_qk as usize];
+        let (all, dim) = (desc.q_heads as usize, desc.head_dim_qk as usize);
+        let shape = [case.tokens, heads.len(), dim];
         let (mut order, pad) = (vec![2, 1, 0], if self.wild { 25 } else { 0 });
         if self.wild && self.r.chance(25) {
             self.r.shuffle(&mut order);
@@ -192,7 +198,7 @@ impl Builder<'_> {
         let mut memory = self.memory(view.bytes);
         if view.elements() > 0 {
             each(&shape, |i @ [token, head, d, _]| {
-                put(&mut memory, view.at(i), desc.q_dtype, case.q[(token * shape[1] + head) * shape[2] + d]);
+                put(&mut memory, view.at(i), desc.q_dtype, case.q[(token * all + heads.start + head) * dim + d]);
             });
         }
         memory.freeze();

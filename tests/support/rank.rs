@@ -1,6 +1,6 @@
 //! One rank's memory for a case: inputs where its layout puts them, everything else poisoned.
 
-use treeattn::attention::{DecodeArgs, Dtype};
+use treeattn::attention::{DecodeArgs, Dtype, Tensor};
 
 use super::case::Case;
 use super::memory::Memory;
@@ -9,6 +9,8 @@ use super::view::{View, each, load};
 /// One rank's memory.
 pub struct Rank {
     pub q: Memory,
+    /// The queries of all heads, where `q` has the rank's own only.
+    pub all_queries: Option<(Memory, Tensor)>,
     pub k: Memory,
     /// None: V lies in `k`'s memory.
     pub v: Option<Memory>,

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use treeattn::attention::reference::{self, Comparison, Precision, Reference};
-use treeattn::attention::{AttentionDesc, Dtype, MaskKind, OutputMode, ScoreMod, Step};
+use treeattn::attention::{AttentionDesc, DecodeArgs, Dtype, MaskKind, OutputMode, QueryInput, ScoreMod, Step};
 use treeattn::runtime::{CommConfig, Communicator, Device, DeviceKind, Plan, Runtime, RuntimeConfig, Stream};
 use treeattn::{ErrorKind, Result};
 
@@ -77,7 +77,9 @@ pub fn step(group: &Group, plans: &[Plan], ranks: &[Rank], streams: bool, call: 
 
 /// Float64 over one rank's shard, read from the rank's own memory.
 pub fn shard_reference(case: &Case, ranks: &[Rank], rank: usize) -> Reference {
-    let (desc, args) = (&case.desc, &ranks[rank].args);
+    let desc = &AttentionDesc { query_input: QueryInput::Replicated, ..case.desc };
+    let q = ranks[rank].all_queries.as_ref().map_or(ranks[rank].args.q, |(_, q)| *q);
+    let args = &DecodeArgs { q, ..ranks[rank].args };
     let checked = Step::new(desc, case.shard(rank), args, ranks[rank].heads.len() as i32).expect("a valid step");
     // SAFETY: the rank's memory is what its arguments say.
     unsafe { reference::attend(desc, case.shard(rank), &checked) }.expect("a shape that the reference knows")

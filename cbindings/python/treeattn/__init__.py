@@ -378,7 +378,7 @@ class Plan(_Object):
         """
         heads = self.desc.q_heads if whole else self.heads
         queries = self.desc.q_heads
-        if self.desc.query_input == _abi.QUERY_INPUT_SCATTERED:
+        if self.desc.query_input == _abi.QUERY_INPUT_SCATTERED and not whole:
             _, queries = head_range(queries, self.comm.world, self.comm.rank)
         return decode_arguments(self.desc, (queries, heads), q, k, v, out, lse, batch, fields)
 

@@ -183,6 +183,9 @@ pub const CHECK_CONSTANTS: &[Constants] = &[
     }),
 ];
 
+/// What those that gather queries know beside that.
+pub const QUERY_CONSTANTS: &[Constants] = &[];
+
 /// What those of messages over NCCL know beside that.
 pub const GATHER_CONSTANTS: &[Constants] = &[
     constants!("Bytes of a message before its rows, and of a row before its o.", "int", {

@@ -1,7 +1,7 @@
 //! The hash of what kernels know: the library's, which an image's has to be.
 
-use super::constants::{CHECK_CONSTANTS, CONSTANTS, Constants, GATHER_CONSTANTS, TERMS_CONSTANTS};
-use super::layouts::{CHECK_LAYOUTS, GATHER_LAYOUTS, LAYOUTS, Layout, TERMS_LAYOUTS};
+use super::constants::{CHECK_CONSTANTS, CONSTANTS, Constants, GATHER_CONSTANTS, QUERY_CONSTANTS, TERMS_CONSTANTS};
+use super::layouts::{CHECK_LAYOUTS, GATHER_LAYOUTS, LAYOUTS, Layout, QUERY_LAYOUTS, TERMS_LAYOUTS};
 
 /// FNV-1a.
 const fn hash_bytes(mut hash: u64, bytes: &[u8]) -> u64 {
@@ -45,5 +45,7 @@ pub const ABI: u64 = hash_lists(0xcbf2_9ce4_8422_2325, CONSTANTS, LAYOUTS);
 pub const TERMS_ABI: u64 = hash_lists(ABI, TERMS_CONSTANTS, TERMS_LAYOUTS);
 /// That of what kernels that check steps know.
 pub const CHECK_ABI: u64 = hash_lists(ABI, CHECK_CONSTANTS, CHECK_LAYOUTS);
+/// That of what kernels that gather queries know.
+pub const QUERY_ABI: u64 = hash_lists(ABI, QUERY_CONSTANTS, QUERY_LAYOUTS);
 /// That of what kernels of messages over NCCL know.
 pub const GATHER_ABI: u64 = hash_lists(ABI, GATHER_CONSTANTS, GATHER_LAYOUTS);

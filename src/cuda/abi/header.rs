@@ -1,14 +1,20 @@
 //! `kernels/abi.cuh`: how it is compared, value by value, while the library is compiled, and how it is written.
 
-use super::constants::{CHECK_CONSTANTS, CONSTANTS, Constants, GATHER_CONSTANTS, TERMS_CONSTANTS};
-use super::hash::{ABI, CHECK_ABI, GATHER_ABI, TERMS_ABI};
-use super::layouts::{CHECK_LAYOUTS, GATHER_LAYOUTS, LAYOUTS, Layout, TERMS_LAYOUTS};
+use super::constants::{CHECK_CONSTANTS, CONSTANTS, Constants, GATHER_CONSTANTS, QUERY_CONSTANTS, TERMS_CONSTANTS};
+use super::hash::{ABI, CHECK_ABI, GATHER_ABI, QUERY_ABI, TERMS_ABI};
+use super::layouts::{CHECK_LAYOUTS, GATHER_LAYOUTS, LAYOUTS, Layout, QUERY_LAYOUTS, TERMS_LAYOUTS};
 
 /// In the order of the header.
-const CONSTANT_LISTS: [&[Constants]; 4] = [CONSTANTS, TERMS_CONSTANTS, CHECK_CONSTANTS, GATHER_CONSTANTS];
-const HASHES: [(&str, u64); 4] =
-    [("kAbi", ABI), ("kTermsAbi", TERMS_ABI), ("kCheckAbi", CHECK_ABI), ("kGatherAbi", GATHER_ABI)];
-const LAYOUT_LISTS: [&[Layout]; 4] = [LAYOUTS, TERMS_LAYOUTS, CHECK_LAYOUTS, GATHER_LAYOUTS];
+const CONSTANT_LISTS: [&[Constants]; 5] =
+    [CONSTANTS, TERMS_CONSTANTS, CHECK_CONSTANTS, QUERY_CONSTANTS, GATHER_CONSTANTS];
+const HASHES: [(&str, u64); 5] = [
+    ("kAbi", ABI),
+    ("kTermsAbi", TERMS_ABI),
+    ("kCheckAbi", CHECK_ABI),
+    ("kQueryAbi", QUERY_ABI),
+    ("kGatherAbi", GATHER_ABI),
+];
+const LAYOUT_LISTS: [&[Layout]; 5] = [LAYOUTS, TERMS_LAYOUTS, CHECK_LAYOUTS, QUERY_LAYOUTS, GATHER_LAYOUTS];
 
 /// Statements `NAME = VALUE` and `NAME == VALUE` of a header, one after the other.
 struct Statements<'a> {

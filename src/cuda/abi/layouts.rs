@@ -4,7 +4,7 @@ use std::mem::{offset_of, size_of};
 
 use crate::cuda::params::{
     AllreduceParams, CheckParams, DecodeParams, ExchangeParams, GatherParams, KernelLaunch, MergeParams, NodeParams,
-    Terms, TermsParams, Workspace,
+    QueryParams, Terms, TermsParams, Workspace,
 };
 use crate::partial::view::ExchangeView;
 use crate::partial::{RowSource, RowTarget};
@@ -176,6 +176,10 @@ pub const TERMS_LAYOUTS: &[Layout] = &[
 /// What those that check steps take beside that.
 pub const CHECK_LAYOUTS: &[Layout] =
     &[layout!(CheckParams { step, wrong, first, count, needs_positions, surplus_keys })];
+
+/// What those that gather queries take beside that.
+pub const QUERY_LAYOUTS: &[Layout] =
+    &[layout!(QueryParams { q, gathered, q_stride, first_row, rows, tokens, words, element_bytes, view })];
 
 /// What those of messages over NCCL take beside that.
 pub const GATHER_LAYOUTS: &[Layout] = &[

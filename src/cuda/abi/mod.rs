@@ -7,8 +7,8 @@
 //! (`TREEATTN_PREBUILT_KERNELS`).
 //!
 //! There are several parts, so that kernels need not be compiled anew where what they do not know changes: what all kernels
-//! know, and what those that take [`TermsParams`](super::params::TermsParams), [`CheckParams`](super::params::CheckParams) or
-//! [`GatherParams`](super::params::GatherParams) know beside that.
+//! know, and what those that take [`TermsParams`](super::params::TermsParams), [`CheckParams`](super::params::CheckParams),
+//! [`QueryParams`](super::params::QueryParams) or [`GatherParams`](super::params::GatherParams) know beside that.
 
 mod constants;
 mod hash;
@@ -19,7 +19,7 @@ use std::mem::size_of;
 
 use crate::device::cuda::{Image, Kernel};
 use crate::error::{Error, ErrorKind, Result};
-use hash::{ABI, CHECK_ABI, GATHER_ABI, TERMS_ABI};
+use hash::{ABI, CHECK_ABI, GATHER_ABI, QUERY_ABI, TERMS_ABI};
 
 /// The sources of kernels with terms.
 const TERMS_SOURCES: [&str; 4] = ["decode_terms", "decode_narrow", "decode_packed", "decode_blocks"];
@@ -47,6 +47,7 @@ pub(super) fn check(image: &Image, source: &str) -> Result<()> {
     let found = u64::from_ne_bytes(bytes);
     let wanted = match source {
         "check" => CHECK_ABI,
+        "queries" => QUERY_ABI,
         "gather" | "nodes" => GATHER_ABI,
         _ if TERMS_SOURCES.contains(&source) => TERMS_ABI,
         _ => ABI,

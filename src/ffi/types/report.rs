@@ -32,7 +32,7 @@ pub struct treeattn_plan_stats_t {
     pub rounds: u64,
     /// Messages sent to peers.
     pub messages: u64,
-    /// Bytes of partials, keys and values sent to peers, each peer counted; headers are not. A peer of the same process
+    /// Bytes of partials, queries, keys and values sent to peers, each peer counted; headers are not. A peer of the same process
     /// that reads a part of what lies in shared memory was sent that part.
     pub bytes_sent: u64,
     /// The most bytes held at once, workspace and window.

@@ -28,7 +28,8 @@ pub struct treeattn_decode_args_t {
     pub batch: i32,
     /// Query tokens of all sequences together, 0 to `max_query_tokens`: an upper bound of `query_start[batch]`.
     pub query_tokens: i32,
-    /// Queries [token, query head, dim].
+    /// Queries [token, query head, dim]; with TREEATTN_QUERY_INPUT_SCATTERED the rank's own heads only, but for
+    /// `treeattn_plan_partial`.
     pub q: treeattn_tensor_t,
     /// Keys [sequence, token, kv head, dim], or [page, slot, kv head, dim]. Packed (all strides 0) and strided, the tokens of a
     /// sequence are as many as `kv_capacity` says. `bytes` may end where the tokens of the last sequence do. Last

@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::watchdog::Watchdog;
 use super::words::StepWords;
-use crate::attention::Shard;
+use crate::attention::{QueryInput, Shard};
 use crate::comm::PlanLease;
 use crate::comm::nccl::{NcclDeadline, NcclRank};
 use crate::cuda::{Gather, GatherSizes, GatherStep, GatherWords, Senders};
@@ -26,7 +26,7 @@ pub(in crate::route) struct Allgather {
 impl Allgather {
     /// Kernels and workspace of a plan on `rank`, which is not connected yet. `part`: this rank in the communicator that it is to
     /// be connected by; `senders`: where not all of its messages are merged in their order; `why` the plan goes over NCCL. Blocks;
-    /// `Capturing` during a capture. `Unsupported` where the plan is checked.
+    /// `Capturing` during a capture. `Unsupported` where the plan is checked, or its queries are scattered.
     pub fn new(
         context: &StepContext,
         rank: &Arc<CudaRank>,
@@ -41,6 +41,11 @@ impl Allgather {
             return Err(Error::unsupported("flags", "CHECKED", wanted));
         }
         let (desc, timeout) = (&context.desc, context.config.step_timeout);
+        if desc.query_input == QueryInput::Scattered && !desc.is_merge_only() {
+            let wanted =
+                format!("REPLICATED where partials go over NCCL, which has no windows to gather queries in: {why}");
+            return Err(Error::unsupported("query_input", desc.query_input.name(), wanted));
+        }
         let sizes = GatherSizes {
             tokens: desc.max_query_tokens,
             heads: desc.q_heads,

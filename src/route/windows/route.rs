@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::check::Check;
 use super::forms::{Form, Forms};
+use super::queries::Queries;
 use crate::attention::merge::MergeStep;
 use crate::attention::{Algorithm, AttentionDesc, Dtype, OutputMode, Step, head_range};
 use crate::comm::GpuRank;
@@ -35,6 +36,8 @@ pub(in crate::route) struct WindowsRoute {
     bytes: usize,
     /// Of plans with the flag CHECKED.
     check: Option<Check>,
+    /// Of plans whose ranks pass the queries of their own heads.
+    queries: Option<Queries>,
     _allocations: Allocations,
     shard: GpuShard,
     /// Its windows outlive the kernels that are enqueued.
@@ -77,7 +80,8 @@ impl WindowsRoute {
             target = Some(RowTarget::partial(memory, memory + o as u64, desc.q_heads, desc.head_dim_v));
         }
         let check = Check::new(context, rank, peers, &mut allocations)?;
-        bytes += check.as_ref().map_or(0, Check::bytes);
+        let queries = Queries::new(context, rank, peers, &mut allocations)?;
+        bytes += check.as_ref().map_or(0, Check::bytes) + queries.as_ref().map_or(0, Queries::bytes);
         let reason = match desc.is_merge_only() {
             true => reason,
             false => format!("{reason}; the largest step's are {}", form.words()),
@@ -93,6 +97,7 @@ impl WindowsRoute {
             reason,
             bytes,
             check,
+            queries,
             _allocations: allocations,
             shard,
             _peers: Arc::clone(peers),
@@ -134,11 +139,36 @@ impl WindowsRoute {
         Ok(())
     }
 
-    /// Enqueues a decode step, with what comes before and after it where the plan is checked.
+    /// Enqueues a decode step, after the gather of its queries where ranks pass those of their own heads.
     ///
     /// # Safety
     /// As [`Route::decode`].
     unsafe fn enqueue(&self, context: &StepContext, step: &Step, stream: &CudaStream) -> Result<()> {
+        // A step without tokens has nothing to gather.
+        let Some(queries) = self.queries.as_ref().filter(|_| step.args.query_tokens > 0) else {
+            // SAFETY: this function was promised the same.
+            return unsafe { self.attend_checked(context, step, stream) };
+        };
+        self.shard.backend.check(step)?;
+        let (tokens, call) = (step.args.query_tokens, Call::Queries(step.args.batch));
+        let view_of = |first| self.view_of(context, tokens, call, first);
+        // SAFETY: the step is as `Route::decode` asks for, as this function was promised, and its pointers were checked just now. The
+        // views are this rank's, of windows that `_peers` keeps and that are freed after all kernels of their ranks. What attends
+        // comes after the gather on this stream, to queries of all heads in memory of the route's.
+        let enqueued = unsafe {
+            queries
+                .gather(context, step, &view_of, stream)
+                .and_then(|gathered| self.attend_checked(context, &gathered, stream))
+        };
+        // Peers have what was enqueued for a step.
+        enqueued.map_err(|error| self.shard.rank.fail(error))
+    }
+
+    /// Enqueues a step that has the queries of all heads, with what comes before and after it where the plan is checked.
+    ///
+    /// # Safety
+    /// As [`Route::decode`], for a step with the queries of all heads.
+    unsafe fn attend_checked(&self, context: &StepContext, step: &Step, stream: &CudaStream) -> Result<()> {
         // A step without sequences has nothing to compare.
         let Some(check) = self.check.as_ref().filter(|_| step.args.batch > 0) else {
             // SAFETY: this function was promised the same.
@@ -162,7 +192,7 @@ impl WindowsRoute {
     /// Enqueues attention and the exchange of partials.
     ///
     /// # Safety
-    /// As [`Route::decode`].
+    /// As [`WindowsRoute::attend_checked`].
     unsafe fn attend(&self, context: &StepContext, step: &Step, stream: &CudaStream) -> Result<()> {
         let (tokens, call) = (step.args.query_tokens, Call::Decode(step.args.batch));
         let rows = i64::from(tokens) * i64::from(self.view.heads);

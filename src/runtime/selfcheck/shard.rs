@@ -1,7 +1,7 @@
 //! One rank's buffers of a self-check: the shard in the descriptor's layout, with NaN wherever no live data is.
 
 use super::inputs::{Inputs, Random, Sequence, put, room, scale_of};
-use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvFormat, KvLayout, MaskElement, Placement, Tensor};
+use crate::attention::{AttentionDesc, DecodeArgs, Dtype, KvFormat, KvLayout, MaskElement, Placement, Shard, Tensor};
 use crate::device::Device;
 use crate::error::Result;
 use crate::runtime::buffer::Buffer;
@@ -54,10 +54,14 @@ impl ShardBuffers {
             Ok(buffer)
         };
         let size = desc.q_dtype.size();
-        let mut bytes = vec![0; inputs.q.len() * size];
-        for (i, &x) in inputs.q.iter().enumerate() {
+        let own = desc.query_heads(Shard { rank: rank as i32, world: sizes.ranks as i32 })?;
+        let (own, row) = (own.start as usize * dim_qk..own.end as usize * dim_qk, desc.q_heads as usize * dim_qk);
+        let mut bytes = vec![0; tokens * own.len() * size];
+        for (i, &x) in inputs.q.chunks_exact(row).flat_map(|token| &token[own.clone()]).enumerate() {
             put(&mut bytes, i * size, x, desc.q_dtype);
         }
+        // A rank without heads of its own still needs a buffer to point at.
+        bytes.resize(bytes.len().max(1), 0);
         let q = load(&bytes)?;
         let k = load(&map.fill(inputs, rank, desc, desc.k_format().row_bytes(dim_qk), |s| &s.k_rows)?)?;
         let v = load(&map.fill(inputs, rank, desc, desc.v_format().row_bytes(dim_v), |s| &s.v_rows)?)?;
@@ -80,7 +84,7 @@ impl ShardBuffers {
         let bytes: Vec<u8> = words.words.iter().flat_map(|word| word.to_ne_bytes()).collect();
         integers.upload(0, &bytes)?;
 
-        // A rank without heads of its own still needs a buffer to point at.
+        // As for the queries.
         let out = Buffer::alloc(runtime, device, (tokens * out_heads * dim_v * desc.out_dtype.size()).max(1))?;
         let lse = Buffer::alloc(runtime, device, (tokens * out_heads * size_of::<f32>()).max(1))?;
         let at = |begin: usize| integers.data().cast::<i32>().wrapping_add(begin).cast_const();

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, Dtype, Tensor};
+use treeattn::attention::{AttentionDesc, DecodeArgs, Dtype, QueryInput, Tensor};
 use treeattn::runtime::MergeArgs;
 use treeattn::{ErrorKind, Result};
 
-use super::faults::failed;
+use super::faults::{WAYS, failed};
 use super::{LONG, counts};
 use crate::driver::Current;
 use crate::group::{Group, OwnStream, ranks};
@@ -44,11 +44,10 @@ pub fn out_of_step() {
 /// One rank has the tokens of a step in two sequences, or fewer tokens: all else is the same.
 pub fn another_batch() {
     for on in counts() {
-        for algorithm in [Algorithm::OneShot, Algorithm::TwoShot] {
+        for (algorithm, query_input) in WAYS {
             for sequences in [&[(50, 1), (50, 1)][..], &[(100, 1)]] {
-                let base =
-                    AttentionDesc { algorithm, out_dtype: Dtype::F32, max_batch: 2, ..shape(8, 2, 64, Dtype::F16) };
-                let desc = AttentionDesc { max_kv_length: 100, max_query_tokens: 2, ..base };
+                let base = AttentionDesc { algorithm, query_input, max_batch: 2, ..shape(8, 2, 64, Dtype::F16) };
+                let desc = AttentionDesc { out_dtype: Dtype::F32, max_kv_length: 100, max_query_tokens: 2, ..base };
                 let case = Case::plain(desc, 3, &[(100, 2)], Values::Normal, 5);
                 let other = Case::plain(desc, 3, sequences, Values::Normal, 6);
                 assert_eq!(case.desc, other.desc);
@@ -70,8 +69,9 @@ pub fn another_batch() {
 /// One rank merges given partials where the others decode. Without queries nothing else tells the two apart.
 pub fn another_call() {
     for on in counts() {
-        for tokens in [1, 0] {
-            let desc = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+        for (tokens, query_input) in [1, 0].into_iter().flat_map(|tokens| QueryInput::ALL.map(|input| (tokens, input)))
+        {
+            let desc = AttentionDesc { query_input, out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
             let case = Case::plain(desc, 3, &[(100, 1)], Values::Normal, 5);
             let group = Group::over(3, on, LONG);
             let (mut all, plans) = (ranks(&case), group.plans(&case.desc));

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use treeattn::ErrorKind;
-use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, Dtype, MaskKind, OutputMode, Tensor};
+use treeattn::attention::{Algorithm, AttentionDesc, DecodeArgs, Dtype, MaskKind, OutputMode, QueryInput, Tensor};
 use treeattn::runtime::{Buffer, Plan};
 
 pub use super::desync::{a_skipped_step, another_batch, another_call, another_graph, out_of_step};
@@ -17,6 +17,13 @@ use crate::support::rank::{Ints, Rank};
 use crate::support::run::judge;
 use crate::support::terms::MaskValues;
 use crate::support::values::Values;
+
+/// Ways of exchanging whose waits are their own.
+pub(super) const WAYS: [(Algorithm, QueryInput); 3] = [
+    (Algorithm::OneShot, QueryInput::Replicated),
+    (Algorithm::TwoShot, QueryInput::Replicated),
+    (Algorithm::OneShot, QueryInput::Scattered),
+];
 
 /// A length out of range on one rank: NaN for that sequence and the same report on every rank, and nothing else.
 pub fn bad_data() {
@@ -100,8 +107,8 @@ pub(super) fn failed(group: Group, case: &Case, all: &mut [Rank], survivors: &[u
 /// A step that one rank does not take part in ends by the deadline, with NaN, and so do the steps behind it.
 pub fn a_rank_that_does_not_come() {
     for on in counts() {
-        for algorithm in [Algorithm::OneShot, Algorithm::TwoShot] {
-            let desc = AttentionDesc { algorithm, out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+        for (algorithm, query_input) in WAYS {
+            let desc = AttentionDesc { algorithm, query_input, out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
             let case = Case::plain(desc, 3, &[(100, 1)], Values::Normal, 5);
             let group = Group::over(3, on, Duration::from_millis(500));
             let (mut all, plans) = (ranks(&case), group.plans(&case.desc));
@@ -136,8 +143,8 @@ pub fn the_deadline_is_kept() {
     const STEP: Duration = Duration::from_millis(500);
     const SLACK: Duration = Duration::from_millis(400);
     for on in counts() {
-        for algorithm in [Algorithm::OneShot, Algorithm::TwoShot] {
-            let desc = AttentionDesc { algorithm, out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+        for (algorithm, query_input) in WAYS {
+            let desc = AttentionDesc { algorithm, query_input, out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
             let case = Case::plain(desc, 2, &[(100, 1)], Values::Normal, 5);
             // A busy machine may be late: the best of a few counts.
             let mut found: Vec<Duration> = Vec::new();

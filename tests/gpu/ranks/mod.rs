@@ -7,12 +7,13 @@ mod desync;
 pub mod faults;
 pub mod merges;
 pub mod order;
+pub mod queries;
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use treeattn::attention::reference::Comparison;
-use treeattn::attention::{Algorithm, AttentionDesc, Dtype, KvLayout, OutputMode};
+use treeattn::attention::{Algorithm, AttentionDesc, Dtype, KvLayout, OutputMode, QueryInput};
 use treeattn::runtime::{DeviceKind, Plan, Runtime, RuntimeConfig};
 
 use crate::group::{Group, ranks};
@@ -50,6 +51,7 @@ pub fn random(layout: KvLayout, first: u64, count: u64) {
         let mut case = space::sharded(case, layout);
         // The inputs of the ranks agree, so that checking them must change nothing.
         case.desc.checked = n % 3 == 1 && !case.desc.pages_by_head;
+        case.desc.query_input = QueryInput::ALL[n / 2 % 2];
         if std::env::var_os("TREEATTN_TRACE").is_some() {
             eprintln!("{}", case.describe());
         }

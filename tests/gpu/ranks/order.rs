@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use cudarc::driver::sys;
-use treeattn::attention::{Algorithm, AttentionDesc, Dtype, OutputMode};
+use treeattn::attention::{Algorithm, AttentionDesc, Dtype, OutputMode, QueryInput};
 use treeattn::runtime::{Buffer, Plan, Stream};
 
 use super::{LONG, counts};
@@ -29,7 +29,7 @@ pub fn many_steps() {
             let cases = [
                 Case::plain(desc, world, &[(60, 1)], Values::Normal, 5),
                 Case::plain(
-                    AttentionDesc { output: OutputMode::Scattered, ..desc },
+                    AttentionDesc { output: OutputMode::Scattered, query_input: QueryInput::Scattered, ..desc },
                     world,
                     &[(20, 1), (33, 1)],
                     Values::Normal,
@@ -135,10 +135,10 @@ pub fn numbers_come_again() {
 
 /// Captured on every rank by one thread, replayed over other lengths.
 pub fn replays() {
-    for on in counts() {
+    for (on, query_input) in counts().into_iter().flat_map(|on| QueryInput::ALL.map(|input| (on, input))) {
         let world = 2;
         let group = Group::over(world, on, LONG);
-        let desc = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
+        let desc = AttentionDesc { query_input, out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
         let case = Case::plain(desc, world, &[(400, 1), (90, 1)], Values::Normal, 5);
         let (mut ranks, plans) = (ranks(&case), group.plans(&case.desc));
         let mirrors = group.mirrors(&ranks);
@@ -199,7 +199,8 @@ pub fn delayed_replays() {
             let _current = Current::new(0);
             let group = Group::over(world, on, LONG);
             let desc = AttentionDesc { out_dtype: Dtype::F32, ..shape(8, 2, 64, Dtype::F16) };
-            let scattered = AttentionDesc { output: OutputMode::Scattered, ..desc };
+            let (output, query_input) = (OutputMode::Scattered, QueryInput::Scattered);
+            let scattered = AttentionDesc { output, query_input, ..desc };
             let cases = [(desc, &[(60, 1)][..]), (scattered, &[(20, 1), (33, 2)])]
                 .map(|(desc, sequences)| Case::plain(desc, world, sequences, Values::Normal, 5));
             let plans = cases.each_ref().map(|case| group.plans(&case.desc));
