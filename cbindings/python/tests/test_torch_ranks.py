@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -25,8 +26,8 @@ def port() -> int:
         return found.getsockname()[1]
 
 
-def ranks(world: int, program: str, *arguments: str, timeout: float = 300) -> list[str]:
-    """Runs a program as `world` processes, as torchrun would; what each printed. Fails where one does."""
+def ranks(world: int, program: str, *arguments: str, timeout: float = 300, killed: int | None = None) -> list[str]:
+    """Runs a program as `world` processes, as torchrun would; what each printed. Fails where one does; `killed` is to be killed."""
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port()), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, program, *arguments]
     started = [
@@ -40,7 +41,7 @@ def ranks(world: int, program: str, *arguments: str, timeout: float = 300) -> li
         for process in started:
             process.kill()
     for rank, (process, text) in enumerate(zip(started, texts)):
-        if process.returncode:
+        if process.returncode != (-signal.SIGKILL if rank == killed else 0):
             raise AssertionError(f"rank {rank} ended with {process.returncode}:\n{text}")
     return texts
 
