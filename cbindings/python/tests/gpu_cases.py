@@ -132,6 +132,29 @@ class Cases:
             close(out, truth, BOUND)
             expect(bool((total == 1).all()), "the allreduces")
 
+    def wrapped(self) -> None:
+        """Torch's own NCCL communicator, wrapped: steps beside its allreduces on another stream."""
+        total = torch.ones(1 << 20, device="cuda")
+        dist.all_reduce(total)
+        torch.cuda.synchronize()
+        address = dist.group.WORLD._get_backend(torch.device("cuda"))._comm_ptr()
+        comm, problem, side = treeattn.torch.Comm.wrap_nccl(address, treeattn.cuda(self.rank)), self.problem(), torch.cuda.Stream()
+        expect((comm.rank, comm.world) == (self.rank, self.world), comm.describe())
+        problem.hold(4096, 1, 77, 2000)
+        for algorithm in ("auto", "allreduce3"):
+            with comm.plan(**problem.shape(algorithm=algorithm)) as plan:
+                truth = problem.truth()
+                torch.cuda.synchronize()
+                for _ in range(20):
+                    with torch.cuda.stream(side):
+                        dist.all_reduce(total)
+                        total /= self.world
+                    out, _ = plan.decode(problem.q, problem.own_k, problem.own_v, problem.length)
+                torch.cuda.synchronize()
+                close(out, truth, BOUND)
+        expect(bool((total == self.world).all()), "the allreduces")
+        comm.close()
+
     def killed(self) -> None:
         """The last rank is killed among replays of a graph: the others' steps end by their deadline, and their GPU goes on."""
         problem = self.problem()

@@ -24,7 +24,7 @@ class Gpus(unittest.TestCase):
             self.assertEqual(re.findall(r"^passed (\w+)$", text, re.M), list(names), text)
 
     def test_steps(self) -> None:
-        self.run_cases("eager", "partial_and_merge", "replayed", "two_streams", "beside_nccl")
+        self.run_cases("eager", "partial_and_merge", "replayed", "two_streams", "beside_nccl", "wrapped")
 
     def test_a_killed_rank(self) -> None:
         self.run_cases("killed", killed=1)

@@ -1,7 +1,8 @@
 """libtreeattn: exact decode attention over a KV cache that is sharded along the sequence.
 
     Runtime   what a process sets up once
-    Comm      one rank's end of a communicator: `Comm.local` in one process, `Comm.from_transport`, `Comm.from_nccl`
+    Comm      one rank's end of a communicator: `Comm.local` in one process, `Comm.from_transport`, `Comm.from_nccl`,
+              `Comm.wrap_nccl`
     Plan      a shape made ready on one rank: `decode`, `partial`, `merge`
     Stream    an in-order queue of steps
     Buffer    memory of a device
@@ -285,6 +286,18 @@ class Comm(_Object):
         check(lib.treeattn_comm_create_nccl(
             runtime.handle, unique_id, world, rank, device, ctypes.byref(settings), ctypes.byref(handle)
         ))  # fmt: skip
+        return cls(handle.value, runtime, device, keep=None)
+
+    @classmethod
+    def wrap_nccl(cls, nccl_comm: int, device: int, *, runtime: Runtime | None = None, **config: Any) -> Comm:
+        """This rank's end of a communicator with the ranks of an engine's own NCCL communicator, by the address of its `ncclComm_t`.
+
+        Collective. The engine's one is split, and not used after that; nobody uses it meanwhile. (torch's is
+        `group._get_backend(torch.device("cuda"))._comm_ptr()`, once the group has done something.)
+        """
+        runtime = runtime or default_runtime()
+        settings, handle = _config(config), ctypes.c_void_p()
+        check(lib.treeattn_comm_wrap_nccl(runtime.handle, nccl_comm, device, ctypes.byref(settings), ctypes.byref(handle)))
         return cls(handle.value, runtime, device, keep=None)
 
     @staticmethod
