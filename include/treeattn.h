@@ -692,8 +692,8 @@ typedef int32_t treeattn_output_t;
 /**
  * Each rank, its own part of every row, all heads: its shard's output times exp(own lse - merged lse). The parts of all ranks add
  * up to the output, as they do in an engine's all-reduce after the output projection; the lse is the merged one, the same bits on
- * every rank. Between ranks travel 8 bytes a row and head, whatever `wire_dtype`. On CPUs, with TREEATTN_ALGORITHM_AUTO or
- * TREEATTN_ALGORITHM_ONE_SHOT. Since 0.2.
+ * every rank. Between ranks travel 8 bytes a row and head, whatever `wire_dtype`. With TREEATTN_ALGORITHM_AUTO or
+ * TREEATTN_ALGORITHM_ONE_SHOT; on CPUs, and on GPUs that write into each other's memory. Since 0.2.
  */
 #define TREEATTN_OUTPUT_WEIGHTED 3
 

@@ -10,6 +10,7 @@
 //   treeattn_merge_partials                         merge of n given partials
 //   treeattn_exchange                               exchange of partials with peers
 //   treeattn_exchange_rows_{RANKS}                  the same where every row has a warp, of up to 2, 4 or 8 ranks; _2_f32: all f32
+//   treeattn_weighted                               the same of log-sum-exps alone: each rank gets its own part of a row
 //   treeattn_check, treeattn_check_outputs          what comes before and after the steps of plans with the flag CHECKED
 //   treeattn_gather_queries                         the queries of all heads, of ranks that have those of their own
 //

@@ -43,6 +43,8 @@ pub(crate) struct ExchangeStep {
     pub is_last: bool,
     /// Each lse of the source is two floats, the second what the first lacks.
     pub lse_in_two: bool,
+    /// Log-sum-exps alone travel, and the output is this rank's part of the merged one: of kernels of [`ExchangeKernel::weighted`].
+    pub is_weighted: bool,
 }
 
 impl ExchangeStep {
@@ -56,6 +58,7 @@ impl ExchangeStep {
         is_pushed: false,
         is_last: true,
         lse_in_two: false,
+        is_weighted: false,
     };
 }
 
@@ -113,6 +116,7 @@ fn lies_in_fours(o: u64, stride: &[i64; 3], dtype: Dtype) -> bool {
 pub(crate) struct ExchangeKernel {
     kernel: Kernel,
     rows: Option<RowKernels>,
+    weighted: Option<Kernel>,
     pointers: PointerCheck,
     /// Most blocks, and how many of them may wait for ranks that have not come.
     most: u64,
@@ -124,13 +128,19 @@ impl ExchangeKernel {
     pub fn new(device: &Arc<CudaDevice>, sharing: usize) -> Result<ExchangeKernel> {
         let kernel = abi::kernel(&Image::new(device)?, "exchange", "treeattn_exchange", ROW_THREADS, 0)?;
         let (most, most_waiting) = blocks(device.units, sharing);
-        Ok(ExchangeKernel { kernel, rows: None, pointers: PointerCheck::new(), most, most_waiting })
+        Ok(ExchangeKernel { kernel, rows: None, weighted: None, pointers: PointerCheck::new(), most, most_waiting })
     }
 
     /// The same, with the kernels that serve the exchanges which `view` tells of sooner. As [`ExchangeKernel::new`].
     pub fn of(device: &Arc<CudaDevice>, sharing: usize, view: &ExchangeView) -> Result<ExchangeKernel> {
         let rows = RowKernels::new(&Image::new(device)?, view)?;
         Ok(ExchangeKernel { rows, ..ExchangeKernel::new(device, sharing)? })
+    }
+
+    /// The same, with the kernel of weighted output. As [`ExchangeKernel::new`].
+    pub fn weighted(device: &Arc<CudaDevice>, sharing: usize) -> Result<ExchangeKernel> {
+        let weighted = abi::kernel(&Image::new(device)?, "weighted", "treeattn_weighted", ROW_THREADS, 0)?;
+        Ok(ExchangeKernel { weighted: Some(weighted), ..ExchangeKernel::new(device, sharing)? })
     }
 
     /// Refuses memory that is not the device's, by the names of the arguments.
@@ -151,7 +161,10 @@ impl ExchangeKernel {
     /// stays valid, with the step's rows of all heads of the view in the source, and of its own heads in the target; nobody writes
     /// the source, and nobody else uses the target. Exchanges of a rank that are under way together are on one stream.
     pub unsafe fn enqueue(&self, view: &ExchangeView, step: &ExchangeStep, stream: &CudaStream) -> Result<()> {
-        let blocks = (step.rows as u64).div_ceil(ROWS_A_BLOCK).clamp(1, self.most);
+        let weighted = self.weighted.as_ref().filter(|_| step.is_weighted);
+        // All blocks of a weighted exchange wait.
+        let most = if weighted.is_some() { self.most_waiting } else { self.most };
+        let blocks = (step.rows as u64).div_ceil(ROWS_A_BLOCK).clamp(1, most);
         let parameters = ExchangeParams {
             source: step.source,
             target: step.target,
@@ -163,7 +176,8 @@ impl ExchangeKernel {
             lse_in_two: i32::from(step.lse_in_two),
             view: *view,
         };
-        let kernel = self.rows.as_ref().and_then(|rows| rows.of(view, step, blocks)).unwrap_or(&self.kernel);
+        let by_rows = || self.rows.as_ref().and_then(|rows| rows.of(view, step, blocks));
+        let kernel = weighted.or_else(by_rows).unwrap_or(&self.kernel);
         let entered = kernel.device().enter()?;
         // SAFETY: `ExchangeParams` is the only parameter of each of the kernels (`abi` compares their layouts); `rows.of` gives one
         // that serves the step. That windows, source and target are memory as large as the parameters say, and stay until the

@@ -35,15 +35,9 @@ pub(crate) fn supported(kind: DeviceKind, desc: &AttentionDesc) -> Result<()> {
         return Err(Error::unsupported("algorithm", desc.algorithm.name(), wanted));
     }
     attention::supported(desc, capabilities(kind))?;
-    if desc.output == OutputMode::Weighted {
-        if kind == DeviceKind::Cuda {
-            let wanted = "REPLICATED, SCATTERED or LOCAL on a GPU";
-            return Err(Error::unsupported("output", desc.output.name(), wanted));
-        }
-        if !matches!(desc.algorithm, Algorithm::Auto | Algorithm::OneShot) {
-            let wanted = "AUTO or ONE_SHOT with output WEIGHTED, of which log-sum-exps alone travel";
-            return Err(Error::unsupported("algorithm", desc.algorithm.name(), wanted));
-        }
+    if desc.output == OutputMode::Weighted && !matches!(desc.algorithm, Algorithm::Auto | Algorithm::OneShot) {
+        let wanted = "AUTO or ONE_SHOT with output WEIGHTED, of which log-sum-exps alone travel";
+        return Err(Error::unsupported("algorithm", desc.algorithm.name(), wanted));
     }
     if desc.query_input == QueryInput::Scattered && !desc.is_merge_only() && desc.output == OutputMode::Local {
         let wanted = "REPLICATED with output LOCAL, whose steps exchange nothing";

@@ -74,7 +74,7 @@ const TWO_NODES_DELAYED: Variables =
 const NO_PEERS: Variables = &[("EMULATOR_PEERS", "0"), ("EMULATOR_DEVICES", "4")];
 
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 60] = [
+const APART: [(&str, fn(), Variables); 62] = [
     ("accuracy_long", || accuracy::constants(&[200_001]), ONE_SM),
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
@@ -92,6 +92,8 @@ const APART: [(&str, fn(), Variables); 60] = [
     ("delays_leave", ranks::faults::leave, DELAYS),
     ("no_peers", peers::no_peers, &[("EMULATOR_PEERS", "0")]),
     ("memory_of_processes", peers::processes, &[]),
+    ("ranks_weighted_replays", ranks::weighted::replays, &[]),
+    ("delays_weighted", ranks::weighted::parts_add_up, DELAYS),
     ("delays_queries", ranks::queries::heads_and_shards, DELAYS),
     ("ranks_checked_replays", ranks::checks::replays, &[]),
     ("delays_checked", || ranks::checks::like_cpus(8), DELAYS),
@@ -272,6 +274,11 @@ fn main() -> ExitCode {
         test("ranks_queries_slotfuls", ranks::queries::slotfuls),
         test("ranks_queries_accounts", ranks::queries::accounts),
         test("ranks_queries_refusals", ranks::queries::refusals),
+        test("ranks_weighted", ranks::weighted::parts_add_up),
+        test("ranks_weighted_merges", ranks::merges::weighted),
+        test("ranks_weighted_bad_data", ranks::weighted::bad_data),
+        test("ranks_weighted_absent", ranks::weighted::a_rank_that_does_not_come),
+        test("ranks_weighted_accounts", ranks::weighted::accounts),
         test("ranks_checked", ranks::checks::disagreements),
         test("ranks_checked_like_cpus", || ranks::checks::like_cpus(25 * scale())),
         test("ranks_checked_bad_data", ranks::checks::bad_data),

@@ -43,7 +43,7 @@ const APART: [(&str, fn()); 5] = [
 
 /// Tests of ranks that wait for each other on one GPU: each in a process of its own and one at a time. All of them together
 /// have so many kernels and streams that kernels which wait would keep others from starting.
-const RANKS: [(&str, fn()); 49] = [
+const RANKS: [(&str, fn()); 55] = [
     ("ranks_that_cancel", || {
         accuracy::ranks_that_cancel(&[
             &[48_735, 49_970],
@@ -93,6 +93,12 @@ const RANKS: [(&str, fn()); 49] = [
     ("ranks_queries_slotfuls", ranks::queries::slotfuls),
     ("ranks_queries_accounts", ranks::queries::accounts),
     ("ranks_queries_refusals", ranks::queries::refusals),
+    ("ranks_weighted", ranks::weighted::parts_add_up),
+    ("ranks_weighted_merges", ranks::merges::weighted),
+    ("ranks_weighted_bad_data", ranks::weighted::bad_data),
+    ("ranks_weighted_absent", ranks::weighted::a_rank_that_does_not_come),
+    ("ranks_weighted_accounts", ranks::weighted::accounts),
+    ("ranks_weighted_replays", ranks::weighted::replays),
     ("ranks_checked", ranks::checks::disagreements),
     ("ranks_checked_like_cpus", || ranks::checks::like_cpus(if support::full() { 1000 } else { 50 })),
     ("ranks_checked_bad_data", ranks::checks::bad_data),

@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::watchdog::Watchdog;
 use super::words::StepWords;
-use crate::attention::{QueryInput, Shard};
+use crate::attention::{OutputMode, QueryInput, Shard};
 use crate::comm::PlanLease;
 use crate::comm::nccl::{NcclDeadline, NcclRank};
 use crate::cuda::{Gather, GatherSizes, GatherStep, GatherWords, Senders};
@@ -26,7 +26,7 @@ pub(in crate::route) struct Allgather {
 impl Allgather {
     /// Kernels and workspace of a plan on `rank`, which is not connected yet. `part`: this rank in the communicator that it is to
     /// be connected by; `senders`: where not all of its messages are merged in their order; `why` the plan goes over NCCL. Blocks;
-    /// `Capturing` during a capture. `Unsupported` where the plan is checked, or its queries are scattered.
+    /// `Capturing` during a capture. `Unsupported` where the plan is checked, its queries are scattered or its output is weighted.
     pub fn new(
         context: &StepContext,
         rank: &Arc<CudaRank>,
@@ -45,6 +45,10 @@ impl Allgather {
             let wanted =
                 format!("REPLICATED where partials go over NCCL, which has no windows to gather queries in: {why}");
             return Err(Error::unsupported("query_input", desc.query_input.name(), wanted));
+        }
+        if desc.output == OutputMode::Weighted {
+            let wanted = format!("REPLICATED, SCATTERED or LOCAL where partials go over NCCL: {why}");
+            return Err(Error::unsupported("output", desc.output.name(), wanted));
         }
         let sizes = GatherSizes {
             tokens: desc.max_query_tokens,

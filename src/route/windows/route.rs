@@ -30,8 +30,11 @@ pub(in crate::route) struct WindowsRoute {
     status: u64,
     view: ExchangeView,
     mode: ExchangeMode,
-    /// Bytes of a row.
+    /// Bytes of a row as it travels, and how many of them a slot holds.
     row_bytes: u64,
+    slot_rows: i64,
+    /// Log-sum-exps alone travel.
+    is_weighted: bool,
     reason: String,
     bytes: usize,
     /// Of plans with the flag CHECKED.
@@ -51,7 +54,9 @@ impl WindowsRoute {
         let shard = GpuShard::new(context, rank)?;
         let (desc, rows) = (&context.desc, context.desc.most_rows()?);
         let dim = desc.head_dim_v as usize;
-        let row_bytes = size_of::<u32>() * row_words(dim, desc.wire_dtype.size());
+        let whole_row = size_of::<u32>() * row_words(dim, desc.wire_dtype.size());
+        let is_weighted = desc.output == OutputMode::Weighted;
+        let row_bytes = if is_weighted { size_of::<u32>() * row_words(0, 0) } else { whole_row };
         let (mode, reason) = choose(desc, context.world(), rows.saturating_mul(row_bytes));
         let view = ExchangeView {
             wire_dtype: desc.wire_dtype as i32,
@@ -61,8 +66,10 @@ impl WindowsRoute {
             own_heads: context.heads.len() as i32,
             ..peers.view()?
         };
-        let most_rows = ((peers.capacity() / row_bytes) as i64).max(1);
-        let forms = Forms::new(Form::asked()?, most_rows, rank.device.units, rank.sharing);
+        let room = |bytes: usize| ((peers.capacity() / bytes) as i64).max(1);
+        // Attention does not push what does not travel.
+        let asked = Form::asked()?.filter(|_| !is_weighted).or(is_weighted.then_some(Form::Memory));
+        let forms = Forms::new(asked, room(whole_row), rank.device.units, rank.sharing);
         let form = forms.of(rows as i64);
         let mut allocations = Allocations::new(&rank.device, context.config.step_timeout);
         let (mut target, mut bytes) = (None, 0);
@@ -82,18 +89,23 @@ impl WindowsRoute {
         let check = Check::new(context, rank, peers, &mut allocations)?;
         let queries = Queries::new(context, rank, peers, &mut allocations)?;
         bytes += check.as_ref().map_or(0, Check::bytes) + queries.as_ref().map_or(0, Queries::bytes);
-        let reason = match desc.is_merge_only() {
+        let reason = match desc.is_merge_only() || is_weighted {
             true => reason,
             false => format!("{reason}; the largest step's are {}", form.words()),
         };
         Ok(WindowsRoute {
-            kernel: ExchangeKernel::of(&rank.device, rank.sharing, &view)?,
+            kernel: match is_weighted {
+                true => ExchangeKernel::weighted(&rank.device, rank.sharing)?,
+                false => ExchangeKernel::of(&rank.device, rank.sharing, &view)?,
+            },
             forms,
             target,
             status: peers.fault_address(),
             view,
             mode,
             row_bytes: row_bytes as u64,
+            slot_rows: room(row_bytes),
+            is_weighted,
             reason,
             bytes,
             check,
@@ -126,12 +138,13 @@ impl WindowsRoute {
     ) -> Result<()> {
         let rows = i64::from(tokens) * i64::from(self.view.heads);
         // A step without rows is an exchange, too: the others wait for it.
-        for first_row in (0..rows.max(1)).step_by(self.forms.most_rows as usize) {
+        for first_row in (0..rows.max(1)).step_by(self.slot_rows as usize) {
             let view = self.view_of(context, tokens, call, first_row);
-            let here = (rows - first_row).min(self.forms.most_rows);
-            let step = ExchangeStep { first_row, rows: here, is_last: first_row + here >= rows, ..step };
+            let here = (rows - first_row).min(self.slot_rows);
+            let (is_weighted, is_last) = (self.is_weighted, first_row + here >= rows);
+            let step = ExchangeStep { first_row, rows: here, is_last, is_weighted, ..step };
             // SAFETY: the view is this rank's, of windows that `_peers` keeps and that are freed after all kernels of their ranks.
-            // A slot holds `most_rows` rows. Source and target hold the rows of all tokens, as this function was promised.
+            // A slot holds `slot_rows` rows. Source and target hold the rows of all tokens, as this function was promised.
             let enqueued = unsafe { self.kernel.enqueue(&view, &step, stream) };
             enqueued.map_err(|error| self.shard.rank.fail(error))?;
             self.count(context, step.rows as u64);
@@ -261,6 +274,9 @@ impl WindowsRoute {
 /// hop. What that comes to is predicted from exchanges alone of two ranks, not measured for more.
 fn choose(desc: &AttentionDesc, world: usize, bytes: usize) -> (ExchangeMode, String) {
     match (desc.output, desc.algorithm) {
+        (OutputMode::Weighted, _) => {
+            (ExchangeMode::OneShot, "weighted output: log-sum-exps alone travel, in one round".into())
+        }
         (OutputMode::Scattered, _) => {
             (ExchangeMode::Scattered, "scattered output: rows go to the owners of their heads".into())
         }

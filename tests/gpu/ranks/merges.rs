@@ -41,6 +41,21 @@ pub fn merges() {
     }
 }
 
+/// The same with weighted output: each rank gets its own part. Of more rows than a slot has log-sum-exps, too.
+pub fn weighted() {
+    for (world, tokens, dim) in [(2usize, 3usize, 128), (3, 1, 64), (5, 2, 128), (2, 16_500, 8)] {
+        let group = Group::over(world, counts().pop().unwrap(), LONG);
+        let desc = AttentionDesc {
+            kv_heads: 0,
+            max_query_tokens: tokens as i32,
+            out_dtype: Dtype::F32,
+            output: OutputMode::Weighted,
+            ..shape(8, 8, dim, Dtype::F16)
+        };
+        merge(&group, &desc, tokens, 8.0);
+    }
+}
+
 /// Merges `tokens` rows of all heads. Values of rank 1 that weigh next to nothing are `far`.
 fn merge(group: &Group, desc: &AttentionDesc, tokens: usize, far: f32) {
     let (world, heads, dim) = (group.comms.len(), desc.q_heads as usize, desc.head_dim_v as usize);
@@ -106,7 +121,9 @@ fn merge(group: &Group, desc: &AttentionDesc, tokens: usize, far: f32) {
             let weight = |rank: usize| (f64::from(lse(rank, row)) - most).exp();
             let live = (0..world).filter(|&rank| lse(rank, row) != f32::NEG_INFINITY);
             let sum: f64 = live.clone().map(weight).sum();
-            let wanted: f64 = live.map(|rank| weight(rank) * f64::from(o(rank, row))).sum::<f64>() / sum;
+            let is_weighted = desc.output == OutputMode::Weighted;
+            let parts = live.filter(|&part| !is_weighted || part == rank);
+            let wanted: f64 = parts.map(|rank| weight(rank) * f64::from(o(rank, row))).sum::<f64>() / sum;
             let got_lse = found[rows * dim + n];
             for d in [0, 7, dim - 1] {
                 let got = found[n * dim + d];

@@ -8,6 +8,7 @@ pub mod faults;
 pub mod merges;
 pub mod order;
 pub mod queries;
+pub mod weighted;
 
 use std::collections::HashMap;
 use std::time::Duration;
