@@ -66,11 +66,12 @@ pub unsafe extern "C" fn treeattn_comm_create_local(
 ///                  struct is read during the call; what `ctx` points to outlives the communicator and its plans.
 /// @param world     number of ranks, 1 to 4,096.
 /// @param rank      this rank, 0 to world - 1: its index in what the allgather gathers.
-/// @param device    this rank's device; a CPU device in this version.
+/// @param device    this rank's device: CPUs on all ranks, or CUDA devices on all. GPUs use the allgather to set up the
+///                  communicator and its plans only; their steps go as those of treeattn_comm_create_nccl do.
 /// @param config    NULL for defaults. `threads_per_rank` = 0 is the cores of the machine over its ranks.
 /// @param comm      where the handle goes.
 /// @return TREEATTN_OK; BAD_HANDLE; INVALID_ARGUMENT; UNSUPPORTED; UNAVAILABLE; MISMATCH: the allgather brings other
-///         ranks, or another world, than the arguments say; DESYNC: a rank uses another version of the library;
+///         ranks, or another world, than the arguments say, or ranks are on devices of two kinds; DESYNC: a rank uses another version of the library;
 ///         TRANSPORT: a callback failed; TIMEOUT: it did not end before the setup deadline; NO_MEMORY; SYSTEM. An error
 ///         is of this rank; peers that still wait for it end by their deadlines.
 ///

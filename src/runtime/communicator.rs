@@ -6,9 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use super::context::{LogLevel, Runtime};
 use super::issued::{IssueBoard, Issued, busy};
 use crate::attention::Shard;
-use crate::comm::{
-    Bootstrap, CommConfig, LocalRank, Rounds, StatusBoard, Transport, TransportRank, local_group, node_numbers,
-};
+use crate::comm::{Bootstrap, CommConfig, LocalRank, Rounds, StatusBoard, local_group, node_numbers};
 use crate::device::cuda::CudaDevice;
 use crate::device::{Device, DeviceKind, Executor, Node, ParallelFor, Workers, available_cores, node_of};
 use crate::error::{Error, ErrorKind, Result};
@@ -125,44 +123,6 @@ impl Communicator {
         Ok(ranks.into_iter().zip(devices).map(core).map(Communicator::of).collect())
     }
 
-    /// One rank of a group whose ranks the engine connects (MPI, gloo, sockets): `rank` of `world`. Collective: blocks
-    /// until the engine's allgather has connected all ranks, at most the setup deadline. `threads_per_rank` = 0 is the
-    /// cores of the device over the ranks on it.
-    ///
-    /// The callbacks are called only from threads that call the library, and from the threads of CPU streams where the
-    /// transport allows it. `abort` is local here: peers notice by their deadlines.
-    ///
-    /// # Safety
-    /// The callbacks do what [`Transport`] says, and `ctx` stays valid until the last clone and plan are gone.
-    pub unsafe fn create_from_transport(
-        runtime: &Runtime,
-        transport: Transport,
-        world: i32,
-        rank: i32,
-        device: Device,
-        config: &CommConfig,
-    ) -> Result<Communicator> {
-        runtime.check_device(device)?;
-        if device.kind != DeviceKind::Cpu {
-            return Err(Error::unsupported("device", device, "CPU devices"));
-        }
-        if !config.node_groups.is_empty() {
-            let found = format!("{} groups", config.node_groups.len());
-            return Err(Error::invalid("node_groups", found, "none where each rank has a node_group of its own"));
-        }
-        let rounds = TransportRank::new(transport, Shard { rank, world }, config)?;
-        let issues = IssueBoard::of(rounds.token(), world);
-        let Neighbours { nodes, on_machine, on_device, .. } = neighbours(&rounds, device, config)?;
-        let made = cpu_rank(runtime, Box::new(rounds), device, config, on_device, nodes)?;
-        if let Rank::Cpu(cpu) = &made {
-            let threads = cpu.executor.threads();
-            let message =
-                format!("rank {rank} of {world}, {on_machine} on this machine, {threads} threads on {device}");
-            runtime.log(LogLevel::Info, &message);
-        }
-        Ok(Communicator::of(CommCore::new(runtime, device, config, made, 0, &issues)))
-    }
-
     pub(super) fn of(core: CommCore) -> Communicator {
         Communicator { core: Arc::new(core) }
     }
@@ -251,7 +211,7 @@ impl Communicator {
 }
 
 /// One of `local` CPU ranks on a device of this machine.
-fn cpu_rank(
+pub(super) fn cpu_rank(
     runtime: &Runtime,
     rounds: Box<dyn Rounds>,
     device: Device,
@@ -320,6 +280,8 @@ pub(super) struct Neighbours {
     pub nodes: Vec<usize>,
     /// The group that each rank named its node by; 0: none.
     pub groups: Vec<i32>,
+    /// The device of each.
+    pub devices: Vec<i32>,
     /// How many are on this machine.
     pub on_machine: usize,
     /// How many of those are on the same device.
@@ -343,9 +305,23 @@ pub(super) fn neighbours(end: &dyn Bootstrap, device: Device, config: &CommConfi
         .zip(&here)
         .map(|((group, _), id)| if **group == unset { (&unset[..], &id[..]) } else { (*group, &[][..]) })
         .collect();
-    let group = |word: &[u8]| word.try_into().map_or(0, i32::from_le_bytes);
-    let groups = words.iter().map(|(word, _)| group(word)).collect();
-    Ok(Neighbours { nodes: node_numbers(&keys), groups, on_machine, on_device })
+    let number = |word: &[u8]| word.try_into().map_or(0, i32::from_le_bytes);
+    let groups = words.iter().map(|(group, _)| number(group)).collect();
+    let devices = words.iter().map(|(_, device)| number(device)).collect();
+    Ok(Neighbours { nodes: node_numbers(&keys), groups, devices, on_machine, on_device })
+}
+
+/// Ranks name the groups of their nodes all or none, or some would be told apart by what others mean their machine to be.
+pub(super) fn check_groups(groups: &[i32]) -> Result<()> {
+    let position = |named: bool| groups.iter().position(|&group| (group != 0) == named);
+    let (Some(named), Some(unnamed)) = (position(true), position(false)) else { return Ok(()) };
+    let count = groups.iter().filter(|&&group| group != 0).count();
+    let odd = if 2 * count < groups.len() { named } else { unnamed };
+    let message = format!(
+        "node_group: found {} on rank {named} and none on rank {unnamed}, wanted one on every rank or on none",
+        groups[named]
+    );
+    Err(Error::new(ErrorKind::Mismatch, message).with_rank(odd as i32))
 }
 
 /// Tells machines apart; empty where the system does not say, which counts all ranks as local.
@@ -355,7 +331,7 @@ fn boot_id() -> String {
 
 impl CommCore {
     /// One rank. Those of its group that live in this process share `issues`.
-    fn new(
+    pub fn new(
         runtime: &Runtime,
         device: Device,
         config: &CommConfig,

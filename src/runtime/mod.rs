@@ -7,7 +7,8 @@
 //! enqueues it, and the plan's route does the rest.
 //!
 //! `context` is the runtime object, which all others know. `stream`, `buffer` and `communicator` do not know each other;
-//! `issued` says on which streams ranks exchange. `merge` and `energy` need a stream only; `nccl` makes communicators. `plan`
+//! `issued` says on which streams ranks exchange. `merge` and `energy` need a stream only; `nccl` and
+//! `transport` make communicators. `plan`
 //! uses communicators and streams; `plan_creation` makes a plan on all ranks, `agreement` compares what they make, and
 //! `plan_team` runs its steps on an engine's team. `selfcheck` uses them all.
 
@@ -24,6 +25,7 @@ mod plan_creation;
 mod plan_team;
 mod selfcheck;
 mod stream;
+mod transport;
 
 pub use crate::attention::merge::MergeArgs;
 pub use crate::comm::nccl::UNIQUE_ID_BYTES as NCCL_UNIQUE_ID_BYTES;

@@ -3,14 +3,14 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use super::communicator::{CommCore, Communicator, Neighbours, neighbours};
+use super::communicator::{CommCore, Communicator, Neighbours, check_groups, neighbours};
 use super::context::{LogLevel, Runtime};
 use crate::attention::Shard;
 use crate::comm::CommConfig;
 use crate::comm::nccl::{NcclBootstrap, NcclDeadline, NcclLibrary, NcclRank, UNIQUE_ID_BYTES};
 use crate::device::cuda::{CudaDevice, Staging};
 use crate::device::{Device, DeviceKind};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::route::rank::{CudaGroup, CudaRank, Rank};
 
 /// Most ranks.
@@ -106,19 +106,6 @@ fn check(runtime: &Runtime, device: Device, config: &CommConfig) -> Result<()> {
 fn open(runtime: &Runtime, device: Device) -> Result<Arc<CudaDevice>> {
     runtime.check_device(device)?;
     CudaDevice::get(device)
-}
-
-/// Ranks name the groups of their nodes all or none, or some would be told apart by what others mean their machine to be.
-fn check_groups(groups: &[i32]) -> Result<()> {
-    let position = |named: bool| groups.iter().position(|&group| (group != 0) == named);
-    let (Some(named), Some(unnamed)) = (position(true), position(false)) else { return Ok(()) };
-    let count = groups.iter().filter(|&&group| group != 0).count();
-    let odd = if 2 * count < groups.len() { named } else { unnamed };
-    let message = format!(
-        "node_group: found {} on rank {named} and none on rank {unnamed}, wanted one on every rank or on none",
-        groups[named]
-    );
-    Err(Error::new(ErrorKind::Mismatch, message).with_rank(odd as i32))
 }
 
 /// What is the same for every rank that NCCL has connected.

@@ -10,6 +10,8 @@ mod accuracy;
 mod driver;
 #[path = "../gpu/group.rs"]
 mod group;
+#[path = "../support/mesh.rs"]
+mod mesh;
 #[path = "../gpu/mirror.rs"]
 mod mirror;
 #[path = "../gpu/numerics.rs"]
@@ -18,6 +20,8 @@ mod numerics;
 #[path = "../gpu/over_nccl/mod.rs"]
 #[allow(dead_code)] // as below
 mod over_nccl;
+#[path = "../gpu/over_transport.rs"]
+mod over_transport;
 mod peers;
 #[path = "../gpu/processes.rs"]
 mod processes;
@@ -74,7 +78,7 @@ const TWO_NODES_DELAYED: Variables =
 const NO_PEERS: Variables = &[("EMULATOR_PEERS", "0"), ("EMULATOR_DEVICES", "4")];
 
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 62] = [
+const APART: [(&str, fn(), Variables); 63] = [
     ("accuracy_long", || accuracy::constants(&[200_001]), ONE_SM),
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
@@ -134,6 +138,7 @@ const APART: [(&str, fn(), Variables); 62] = [
     ("nccl_nodes_replays", over_nccl::replays, TWO_NODES),
     ("nccl_nodes_out_of_step", over_nccl::out_of_step, TWO_NODES),
     ("nccl_nodes_delayed", over_nccl::replays, TWO_NODES_DELAYED),
+    ("nccl_gather_over_a_transport", over_transport::over_nccl, GATHERED),
     ("nccl_without_peers", over_nccl::is_told, NO_PEERS),
     ("nccl_without_peers_random", without_peers, NO_PEERS),
     ("nccl_without_peers_in_processes", processes::numbers, NO_PEERS),
@@ -290,6 +295,9 @@ fn main() -> ExitCode {
         test("nccl_allreduce3_created_beside_steps", over_nccl::created_beside_steps),
         test("nccl_allreduce3_a_rank_that_does_not_come", over_nccl::a_rank_that_does_not_come),
         test("nccl_allreduce3_a_rank_that_leaves", over_nccl::a_rank_that_leaves),
+        test("transport_numbers", over_transport::numbers),
+        test("transport_faults", over_transport::faults),
+        test("transport_kinds", over_transport::kinds),
         test("processes_numbers", processes::numbers),
         test("processes_killed", processes::killed),
         test("processes_leave", processes::leaves),

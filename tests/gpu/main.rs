@@ -7,9 +7,13 @@
 mod accuracy;
 mod driver;
 mod group;
+#[path = "../support/mesh.rs"]
+mod mesh;
 mod mirror;
 mod numerics;
 mod over_nccl;
+#[allow(dead_code)] // one test is for the emulator
+mod over_transport;
 #[allow(dead_code)] // some tests are for the emulator
 mod processes;
 mod ranks;
@@ -43,7 +47,7 @@ const APART: [(&str, fn()); 5] = [
 
 /// Tests of ranks that wait for each other on one GPU: each in a process of its own and one at a time. All of them together
 /// have so many kernels and streams that kernels which wait would keep others from starting.
-const RANKS: [(&str, fn()); 55] = [
+const RANKS: [(&str, fn()); 58] = [
     ("ranks_that_cancel", || {
         accuracy::ranks_that_cancel(&[
             &[48_735, 49_970],
@@ -99,6 +103,9 @@ const RANKS: [(&str, fn()); 55] = [
     ("ranks_weighted_absent", ranks::weighted::a_rank_that_does_not_come),
     ("ranks_weighted_accounts", ranks::weighted::accounts),
     ("ranks_weighted_replays", ranks::weighted::replays),
+    ("ranks_over_a_transport", over_transport::numbers),
+    ("ranks_over_a_transport_faults", over_transport::faults),
+    ("ranks_over_a_transport_kinds", over_transport::kinds),
     ("ranks_checked", ranks::checks::disagreements),
     ("ranks_checked_like_cpus", || ranks::checks::like_cpus(if support::full() { 1000 } else { 50 })),
     ("ranks_checked_bad_data", ranks::checks::bad_data),

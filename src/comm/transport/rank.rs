@@ -66,6 +66,16 @@ impl TransportRank {
     /// Rank `shard` of the engine's group. Collective: checks with the peers that ranks and versions agree, within the
     /// setup deadline.
     pub fn new(transport: Transport, shard: Shard, config: &CommConfig) -> Result<TransportRank> {
+        TransportRank::with_capacity(transport, shard, config, MAX_PAYLOAD)
+    }
+
+    /// The same for ranks whose steps do not go over the transport: its rounds hold next to nothing.
+    pub fn for_setup(transport: Transport, shard: Shard, config: &CommConfig) -> Result<TransportRank> {
+        TransportRank::with_capacity(transport, shard, config, HEADER_BYTES)
+    }
+
+    /// The same, with rounds of at most `most` bytes.
+    fn with_capacity(transport: Transport, shard: Shard, config: &CommConfig, most: usize) -> Result<TransportRank> {
         config.check()?;
         if !(1..=MAX_RANKS).contains(&shard.world) {
             return Err(Error::invalid("world", shard.world, format!("1 to {MAX_RANKS}")));
@@ -74,7 +84,7 @@ impl TransportRank {
             return Err(Error::invalid("rank", shard.rank, format!("0 to {}", shard.world - 1)));
         }
         let world = shard.world as usize;
-        let capacity = MAX_PAYLOAD.min(MAX_WINDOWS / world) / HEADER_BYTES * HEADER_BYTES;
+        let capacity = most.min(MAX_WINDOWS / world) / HEADER_BYTES * HEADER_BYTES;
         let buffers = Buffers {
             send: HostBuffer::new(FIRST_BYTES.max(capacity))?,
             first: HostBuffer::new(world * FIRST_BYTES)?,

@@ -160,7 +160,7 @@ pub struct treeattn_comm_status_t {
 }
 
 /// The engine's own way to exchange small blobs in host memory (MPI, gloo, sockets): what
-/// `treeattn_comm_create_from_transport` takes.
+/// `treeattn_comm_create_from_transport` takes. Steps of GPUs do not use it.
 ///
 /// Threads: a callback runs on the thread that called the library, inside that call, and on the threads of CPU streams
 /// only with TREEATTN_TRANSPORT_STREAM_THREADS. One callback of a communicator runs at a time; those of two
