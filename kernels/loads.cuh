@@ -15,9 +15,10 @@ namespace treeattn {
 template <int HeadDimQk, int HeadDimV, int Rows, int Warps, int Blocks, int QueryBytes>
 struct LoadShape {
     static constexpr int kRows = Rows;
-    static constexpr bool kTerms = false, kRaw = false, kInBlocks = false;
+    static constexpr bool kTerms = false, kRaw = false, kInBlocks = false, kWide = false;
     static constexpr int kDimQk = HeadDimQk, kDimV = HeadDimV;
     static constexpr int kBlocks = Blocks, kWarps = Warps;
+    static constexpr int kWalkers = kWarps, kWarpsAWalker = 1;
     static constexpr int kThreads = kWarps * 32;
     static constexpr int kStages = 2;  // of page entries only
     static constexpr int kPitchO = HeadDimV + 4;

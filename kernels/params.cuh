@@ -7,6 +7,8 @@
 //   treeattn_decode_terms_d{QK}x{V}_r8_{TYPE}       the same with windows, masks and whatever else changes scores
 //   treeattn_decode_narrow_d{QK}x{V}_r8             the same of k and v of any types, and with scales
 //   treeattn_decode_packed_d{QK}x{V}_r8_{TYPE}      the same of k and v of one byte an element, in whole units of 16 bytes
+//   treeattn_decode_wide_{TYPE}                     the same of head dims up to 576 and 512, of k and v of one 16-bit type
+//   treeattn_decode_wide_view_{TYPE}                the same where rows of v are parts of the rows of k, in whole units of 16 bytes
 //   treeattn_merge_partials                         merge of n given partials
 //   treeattn_exchange                               exchange of partials with peers
 //   treeattn_exchange_rows_{RANKS}                  the same where every row has a warp, of up to 2, 4 or 8 ranks; _2_f32: all f32
@@ -22,8 +24,8 @@
 // rows than ROWS runs as more tiles, so every kernel of a class is correct for every shape: choose r2 up to 2 rows, r8 up
 // to 8, r16 above.
 //
-// Kernels of decode_terms, decode_narrow, decode_packed and decode_blocks take TermsParams. Their classes are 64x64, 128x128 and
-// 256x256; TYPE is bf16 or f16. Those of decode_packed and decode_blocks are 64x64 and 128x128, for these head dims alone, and
+// Kernels of decode_terms, decode_narrow, decode_packed, decode_blocks and decode_wide take TermsParams. Their classes are 64x64, 128x128
+// and 256x256, but for decode_wide; TYPE is bf16 or f16. Those of decode_packed and decode_blocks are 64x64 and 128x128, for these head dims alone, and
 // f8_e4m3, f8_e5m2 or int8; q8_0 or q4_0. To decode_blocks kFlagNoBulk says that the rows of a head do not all begin as far into a unit of
 // 16 bytes; to decode_narrow, that rows have to be widened by way of shared memory: some row of k or v is of a type that widen.cuh
 // does not widen in registers, or its blocks do not lie side by side.

@@ -196,6 +196,8 @@ struct Shape {
     static constexpr int kStages = fits(kWarps, 4) ? 4 : fits(kWarps, 3) ? 3 : 2;
     static_assert(fits(kWarps, kStages), "shared memory");
     static constexpr int kThreads = kWarps * 32;
+    static constexpr bool kWide = false;
+    static constexpr int kWalkers = kWarps, kWarpsAWalker = 1;
 
     static constexpr int kQueryAt = kWarps * kStages * kSlotBytes;
     static constexpr int kTermsAt = kQueryAt + QueryBytes - static_cast<int>(sizeof(TermsBlock<Rows>));

@@ -1,7 +1,8 @@
 // A warp's walk along its block's slice of the work: which tile it copies next, and where the rows of it are.
 //
-// A warp takes every kWarps-th key tile of an item and copies it into a ring of kStages shared-memory slots of its own.
-// Copies run ahead over item ends.
+// A walker, usually one warp, takes every kWalkers-th key tile of an item and copies it into a ring of kStages shared-memory
+// slots of its own. Copies run ahead over item ends. Where a walker is several warps (decode_wide.cuh), each of them walks the
+// same way and copies a part of every tile; walkers then have as many slots of an item each, so that they keep in step.
 #pragma once
 
 #include "numbers.cuh"
@@ -57,18 +58,27 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         l2_policy = once ? evict_first() : evict_normal();
     }
 
+    // Which of the block's walkers this warp belongs to.
+    __device__ __forceinline__ int walker() const { return warp / S::kWarpsAWalker; }
+    // What the walker notes of a slot.
+    __device__ __forceinline__ int4* info(int stage) const {
+        return reinterpret_cast<int4*>(shared + S::kInfoAt) + (walker() * S::kStages + stage) * 3;
+    }
+    // One lane notes it.
+    __device__ __forceinline__ bool notes() const { return lane == 0 && warp % S::kWarpsAWalker == 0; }
+
     // Whether a tile's rows lie at one stride: always, unless pages end inside tiles.
     __device__ __forceinline__ bool regular() const { return p.kv_layout == kStrided || page_shift >= 4; }
 
     // What can be known without touching memory; before the dependency wait.
     __device__ __forceinline__ EvenSplit prepare() {
         const EvenSplit even = even_split_of(p, S::kRows);
-        step = S::kWarps;
+        step = S::kWalkers;
         done = false;
         if (even.blocks > 0) {
             b = 0;
-            step = S::kWarps * even.blocks;
-            tile = even.index * S::kWarps + warp;
+            step = S::kWalkers * even.blocks;
+            tile = even.index * S::kWalkers + walker();
             done = even.index >= even.blocks;
             find_rows(even.head);
         }
@@ -106,8 +116,8 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         int taken = 0;
         const Sequence seq = read_sequence<S::kRows, S::kTerms>(p, 0, taken);
         tile_end = seq.key_tiles;
-        done = even.index * S::kWarps >= seq.key_tiles;
-        const Split split = even.split(seq.key_tiles, S::kWarps);
+        done = even.index * S::kWalkers >= seq.key_tiles;
+        const Split split = even.split(seq.key_tiles, S::kWalkers);
         if (!done) {
             take_sequence(seq);
             if constexpr (S::kTerms) {
@@ -170,7 +180,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
     __device__ __forceinline__ void enter_item(Cursor& at, int stage) {
         const int64_t from = max(at.slice.begin - at.item_begin, static_cast<int64_t>(0));
         const int64_t to = min(at.slice.end - at.item_begin, static_cast<int64_t>(at.seq.key_tiles));
-        tile = static_cast<int>(from) + warp;
+        tile = static_cast<int>(from) + walker();
         tile_end = static_cast<int>(to);
         if constexpr (S::kTerms) {
             tile += at.seq.first_tile, tile_end += at.seq.first_tile;
@@ -282,7 +292,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
     __device__ __forceinline__ void find_mask(int head, int row_tile, int tokens) {
         const Terms& t = terms_of(p);
         this->mask = nullptr;
-        if (!mask_is_staged(t)) return;
+        if (S::kWide || !mask_is_staged(t)) return;
         const int size = mask_element_bytes(t.mask_element), row = lane / size;
         if (row >= S::kRows) return;
         const int packed = min(row_tile * S::kRows + row, tokens * p.group - 1);
@@ -303,8 +313,10 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
 
     // Copies the warp's next tile into a slot; says whether a page of it does not exist.
     __device__ __forceinline__ bool copy_next(int stage, int base, int live) {
-        if constexpr (S::kTerms) copy_mask(stage, base, live);
-        if constexpr (S::kPacked) {
+        if constexpr (S::kTerms && !S::kWide) copy_mask(stage, base, live);
+        if constexpr (S::kWide) {
+            return copy_wide(*this, stage, base, live);
+        } else if constexpr (S::kPacked) {
             return copy_packed(*this, stage, base, live);
         } else if constexpr (S::kInBlocks) {
             return copy_blocks(*this, stage, base, live);
@@ -380,8 +392,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
     }
     __device__ __forceinline__ void end_even(int stage, bool bad) {
         if (p.kv_layout != kStrided) {
-            int4* info = reinterpret_cast<int4*>(shared + S::kInfoAt) + (warp * S::kStages + stage) * 3;
-            if (lane == 0) info->x = bad ? kSlotPoison : 0;
+            if (notes()) info(stage)->x = bad ? kSlotPoison : 0;
             ask_entry(stage);
         }
         tile += step;
@@ -399,18 +410,17 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         end_fill(stage, base, live, bad);
     }
     __device__ __forceinline__ void end_slots(int stage) const {
-        int4* info = reinterpret_cast<int4*>(shared + S::kInfoAt) + (warp * S::kStages + stage) * 3;
-        if (lane == 0) info->x = kSlotEnd;
+        if (notes()) info(stage)->x = kSlotEnd;
         copy_async_commit();
         __syncwarp();
     }
     __device__ __forceinline__ void end_fill(int stage, int base, int live, bool bad) {
-        int4* info = reinterpret_cast<int4*>(shared + S::kInfoAt) + (warp * S::kStages + stage) * 3;
-        const bool last = tile + S::kWarps >= tile_end;
+        const bool last = (S::kWide ? tile - walker() : tile) + S::kWalkers >= tile_end;
         if (p.kv_layout != kStrided && !last) ask_entry(stage);
         copy_async_commit();
 
-        if (lane == 0) {
+        if (notes()) {
+            int4* const info = this->info(stage);
             info[0] = make_int4(flags | (last ? kSlotLast : 0) | (bad ? kSlotPoison : 0), base, bad ? 0 : live, b);
             if (flags & kSlotFirst) {
                 const int4* item = reinterpret_cast<const int4*>(&cursor().item);
@@ -421,7 +431,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         __syncwarp();
 
         flags &= ~kSlotFirst;
-        tile += S::kWarps;
+        tile += S::kWalkers;
         if (last) next_item(stage + 1 == S::kStages ? 0 : stage + 1);
     }
 

@@ -5,6 +5,24 @@ use super::descriptor::{AttentionDesc, MaskKind, QueryInput, Reproducibility};
 use super::dtype::Dtype;
 use crate::error::{Error, Result};
 
+/// What a backend serves of heads with a dimension beyond [`Capabilities::max_head_dim`].
+#[derive(Clone, Copy, Debug)]
+pub struct WideHeads {
+    /// The largest dimension of q and k.
+    pub max_qk: i32,
+    /// The largest dimension of v.
+    pub max_v: i32,
+    /// Element types of k and v, which are of the same one. They have no scales.
+    pub kv_dtypes: &'static [Dtype],
+}
+
+impl Capabilities {
+    /// What is served of a descriptor with a dimension beyond [`Capabilities::max_head_dim`]; None: its heads are not wide.
+    fn wide(&self, desc: &AttentionDesc) -> Option<&WideHeads> {
+        self.wide.as_ref().filter(|_| desc.head_dim_qk.max(desc.head_dim_v) > self.max_head_dim)
+    }
+}
+
 /// What a backend serves of the descriptor's optional parts.
 #[derive(Clone, Copy, Debug)]
 pub struct Capabilities {
@@ -16,6 +34,8 @@ pub struct Capabilities {
     pub head_dim_multiple: i32,
     /// ... up to this.
     pub max_head_dim: i32,
+    /// What is served beyond it.
+    pub wide: Option<WideHeads>,
     /// A window.
     pub window: bool,
     /// A softcap.
@@ -62,11 +82,23 @@ pub fn supported(desc: &AttentionDesc, backend: &Capabilities) -> Result<()> {
         let served = backend.kv_dtypes.contains(&dtype);
         one_of(field, dtype.name(), served, &mut backend.kv_dtypes.iter().map(|dtype| dtype.name()))?;
     }
-    for (field, dim) in [("head_dim_qk", desc.head_dim_qk), ("head_dim_v", desc.head_dim_v)] {
-        let (multiple, most) = (backend.head_dim_multiple, backend.max_head_dim);
+    let multiple = backend.head_dim_multiple;
+    let (max_qk, max_v) =
+        backend.wide.map_or((backend.max_head_dim, backend.max_head_dim), |wide| (wide.max_qk, wide.max_v));
+    for (field, dim, most) in [("head_dim_qk", desc.head_dim_qk, max_qk), ("head_dim_v", desc.head_dim_v, max_v)] {
         if dim % multiple != 0 || dim > most {
             let served = format!("multiples of {multiple} up to {most}{}", backend.suffix);
             return Err(Error::unsupported(field, dim, served));
+        }
+    }
+    if let Some(wide) = backend.wide(desc) {
+        let beyond = format!(" with head dimensions beyond {}{}", backend.max_head_dim, backend.suffix);
+        let mut names = wide.kv_dtypes.iter().map(|dtype| dtype.name());
+        if !wide.kv_dtypes.contains(&desc.k_dtype) {
+            return Err(Error::unsupported("k_dtype", desc.k_dtype.name(), list(&mut names) + &beyond));
+        }
+        if desc.v_dtype != desc.k_dtype {
+            return Err(Error::unsupported("v_dtype", desc.v_dtype.name(), desc.k_dtype.name().to_string() + &beyond));
         }
     }
     off("window", desc.window == 0, desc.window.to_string(), backend.window)?;
@@ -88,10 +120,15 @@ pub fn supported(desc: &AttentionDesc, backend: &Capabilities) -> Result<()> {
 }
 
 /// Whether what `backend` serves covers what a step brings along: `Unsupported` names the argument that it does not.
-pub fn step_supported(args: &DecodeArgs, backend: &Capabilities) -> Result<()> {
+pub fn step_supported(desc: &AttentionDesc, args: &DecodeArgs, backend: &Capabilities) -> Result<()> {
+    let beyond = match backend.wide(desc) {
+        None => String::new(),
+        Some(_) => format!(" with head dimensions beyond {}", backend.max_head_dim),
+    };
     for (name, scales) in [("k_scale", &args.k_scale), ("v_scale", &args.v_scale)] {
-        if !scales.data.is_null() && !backend.scales {
-            return Err(Error::unsupported(name, format_args!("{:p}", scales.data), format!("NULL{}", backend.suffix)));
+        if !scales.data.is_null() && (!backend.scales || !beyond.is_empty()) {
+            let served = format!("NULL{beyond}{}", backend.suffix);
+            return Err(Error::unsupported(name, format_args!("{:p}", scales.data), served));
         }
     }
     Ok(())
@@ -118,6 +155,7 @@ mod tests {
         kv_dtypes: &[Dtype::F32, Dtype::F16, Dtype::Bf16],
         head_dim_multiple: 8,
         max_head_dim: 256,
+        wide: None,
         window: false,
         softcap: false,
         alibi: false,
@@ -212,10 +250,31 @@ mod tests {
         }
         let scale = 1f32;
         let args = DecodeArgs { v_scale: Tensor::from_slice(&[scale]), ..DecodeArgs::default() };
-        let error = step_supported(&args, &SERVED).unwrap_err();
+        let error = step_supported(&base, &args, &SERVED).unwrap_err();
         assert!(error.message().starts_with("v_scale: found 0x"), "{error}");
         assert!(error.message().ends_with("NULL on a test"), "{error}");
-        step_supported(&args, &Capabilities { scales: true, ..SERVED }).unwrap();
+        let scaled = Capabilities { scales: true, ..SERVED };
+        step_supported(&base, &args, &scaled).unwrap();
+
+        let wide = WideHeads { max_qk: 576, max_v: 512, kv_dtypes: &[Dtype::F16, Dtype::Bf16] };
+        let backend = Capabilities { wide: Some(wide), ..scaled };
+        let latent = AttentionDesc { head_dim_qk: 576, head_dim_v: 512, ..base };
+        let of_type = |k_dtype, v_dtype| AttentionDesc { k_dtype, v_dtype, ..latent };
+        supported(&of_type(Dtype::F16, Dtype::F16), &backend).unwrap();
+        supported(&base, &backend).unwrap();
+        step_supported(&base, &args, &backend).unwrap();
+        let refused = [
+            (of_type(Dtype::F32, Dtype::F32), "k_dtype: found f32"),
+            (of_type(Dtype::F16, Dtype::Bf16), "v_dtype: found bf16"),
+            (AttentionDesc { head_dim_v: 520, ..of_type(Dtype::F16, Dtype::F16) }, "head_dim_v: found 520"),
+            (AttentionDesc { head_dim_qk: 584, ..of_type(Dtype::F16, Dtype::F16) }, "head_dim_qk: found 584"),
+        ];
+        for (desc, found) in refused {
+            let error = supported(&desc, &backend).unwrap_err();
+            assert!(error.message().starts_with(found), "{error}");
+        }
+        let error = step_supported(&of_type(Dtype::F16, Dtype::F16), &args, &backend).unwrap_err();
+        assert!(error.message().ends_with("NULL with head dimensions beyond 256 on a test"), "{error}");
         supported(&AttentionDesc { kv_heads: 0, window: 7, ..base }, &SERVED).unwrap();
     }
 }

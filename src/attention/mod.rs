@@ -28,7 +28,7 @@ mod unused_args;
 pub mod visibility;
 
 pub use block::IQ4_NL;
-pub use capability::{Capabilities, step_supported, supported};
+pub use capability::{Capabilities, WideHeads, step_supported, supported};
 pub use decode_args::DecodeArgs;
 pub use descriptor::{
     Algorithm, AttentionDesc, KvLayout, MAX_HEAD_DIM, MaskKind, OutputMode, QueryInput, Reproducibility,

@@ -26,6 +26,7 @@ pub const CAPABILITIES: Capabilities = Capabilities {
     kv_dtypes: &Dtype::ALL,
     head_dim_multiple: 1,
     max_head_dim: MAX_HEAD_DIM,
+    wide: None,
     window: true,
     softcap: true,
     alibi: true,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::kernels::{Decode, Kernels, MAX_HEAD_DIM};
+use super::kernels::{Decode, Kernels, MAX_HEAD_DIM, WIDE};
 use super::merge::Merge;
 use super::params::{self, DecodeParams, PlacementKind, TermsParams, Workspace};
 use super::terms;
@@ -27,6 +27,7 @@ pub(crate) const CAPABILITIES: Capabilities = Capabilities {
     kv_dtypes: &Dtype::ALL,
     head_dim_multiple: 8,
     max_head_dim: MAX_HEAD_DIM,
+    wide: Some(WIDE),
     window: true,
     softcap: true,
     alibi: true,
@@ -158,12 +159,12 @@ impl CudaBackend {
         // How many tokens each sequence has is known to the device only; the mean is known here.
         let each = (step.args.query_tokens as u32).div_ceil(step.args.batch.max(1) as u32);
         let (rows, scaled) = (i64::from(self.desc.group()) * i64::from(each), step.scaled().contains(&true));
-        let lies_packed = |decode: &Decode| match decode.takes_blocks {
-            true => {
+        let lies_packed = |decode: &Decode| {
+            if decode.takes_blocks {
                 let alignment = terms::block_rows_alignment(&self.desc);
-                !scaled && terms::copies_rows(&self.desc, step) && self.rows_begin_at(step, alignment)
+                return !scaled && terms::copies_rows(&self.desc, step) && self.rows_begin_at(step, alignment);
             }
-            false => self.lies_in_units(step),
+            self.lies_in_units(step) && (!decode.takes_view || self.is_v_in_k(step))
         };
         let Some(decode) = attention.kernels.choose(rows, scaled, lies_packed) else {
             return Err(Error::new(ErrorKind::Internal, "plan: found no kernel"));
@@ -301,6 +302,15 @@ impl CudaBackend {
     fn lies_in_units(&self, step: &Step) -> bool {
         let [k, v] = [self.desc.k_dtype, self.desc.v_dtype].map(KvFormat::of);
         k.is_packed(step.k_stride[3]) && v.is_packed(step.v_stride[3]) && self.rows_begin_at(step, 16)
+    }
+
+    /// Whether every row of v is a part of its row of k, in whole units of 16 bytes, which rows lie in.
+    fn is_v_in_k(&self, step: &Step) -> bool {
+        let [k, v] = [step.args.k.data as usize, step.args.v.data as usize];
+        let beside = (self.desc.head_dim_qk - self.desc.head_dim_v) as usize * self.desc.k_dtype.size();
+        let inside = v.checked_sub(k).is_some_and(|into| into <= beside);
+        let strides = step.k_stride.iter().zip(&step.v_stride);
+        inside && self.extents(step).iter().zip(strides).all(|(&n, (k, v))| n <= 1 || k == v)
     }
 
     /// Whether every row of k and v begins at a multiple of `unit` bytes.

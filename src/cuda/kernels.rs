@@ -2,16 +2,21 @@
 
 use super::params::{KernelLaunch, MIN_TILES, MOST_PARTIALS, PARTIALS_A_BLOCK, TILE};
 use super::{abi, terms};
-use crate::attention::{AttentionDesc, Dtype};
+use crate::attention::{AttentionDesc, Dtype, WideHeads};
 use crate::device::cuda::{Image, Kernel};
 use crate::error::{Error, ErrorKind, Result};
 
-/// The largest head dimension of q, k and v that kernels are compiled for.
+/// The largest head dimension of q, k and v that kernels of all types are compiled for.
 pub(super) const MAX_HEAD_DIM: i32 = 256;
+/// What `kernels/decode_wide.cu` serves beyond it.
+pub(super) const WIDE: WideHeads = WideHeads { max_qk: 576, max_v: 512, kv_dtypes: &[Dtype::F16, Dtype::Bf16] };
 /// The smaller head dimensions that kernels are compiled for, (qk, v): a shape runs in the first class that holds it.
 const CLASSES: [(i32, i32); 4] = [(64, 64), (96, 96), (128, 128), (192, 128)];
 /// Those of kernels that know terms.
 const TERMS_CLASSES: [(i32, i32); 2] = [(64, 64), (128, 128)];
+
+/// What the names of those of `decode_wide.cu` that take v as a view of k begin with.
+const WIDE_VIEW: &str = "treeattn_decode_wide_view";
 
 /// The first class that holds the head dimensions, which the backend's capabilities limit to those of the largest.
 fn class(desc: &AttentionDesc, smaller: &[(i32, i32)]) -> (i32, i32) {
@@ -30,6 +35,8 @@ pub(super) struct Decode {
     pub takes_all_types: bool,
     /// Whether it is one of `decode_blocks.cu`, which copies whole units where all rows begin as far into one.
     pub takes_blocks: bool,
+    /// Whether it is one of `decode_wide.cu` that takes v as a view of k.
+    pub takes_view: bool,
 }
 
 impl Decode {
@@ -46,8 +53,10 @@ impl Decode {
         }
         let takes_all_types = source == "decode_narrow";
         let takes_blocks = source == "decode_blocks";
-        let takes_terms = takes_all_types || takes_blocks || source == "decode_terms" || source == "decode_packed";
-        Ok(Decode { kernel, launch, grid: grid as u32, takes_terms, takes_all_types, takes_blocks })
+        let takes_terms =
+            takes_all_types || takes_blocks || matches!(source, "decode_terms" | "decode_packed" | "decode_wide");
+        let takes_view = name.starts_with(WIDE_VIEW);
+        Ok(Decode { kernel, launch, grid: grid as u32, takes_terms, takes_all_types, takes_blocks, takes_view })
     }
 
     /// Bytes of its split partials, and of the sums that its warps close in the plan's longest steps.
@@ -85,7 +94,7 @@ pub(super) struct Kernels {
     /// More.
     wide: Option<Decode>,
     /// Any number of rows of queries, where rows of k and v are of one byte an element and lie in whole units, or in blocks that
-    /// lie in words.
+    /// lie in words; of wide heads, where v is a view of k.
     packed: Option<Decode>,
     /// For steps with scales, and where there is no other.
     all_types: Option<Decode>,
@@ -101,6 +110,13 @@ impl Kernels {
             true => Decode::new(image, source, &name, sharing).map(Some),
             false => Ok(None),
         };
+        if desc.head_dim_qk.max(desc.head_dim_v) > MAX_HEAD_DIM {
+            let dtype = desc.k_dtype.name();
+            let narrow = load(true, "decode_wide", format!("treeattn_decode_wide_{dtype}"))?;
+            let has_view = desc.head_dim_v <= desc.head_dim_qk;
+            let packed = load(has_view, "decode_wide", format!("{WIDE_VIEW}_{dtype}"))?;
+            return Ok(Kernels { fma: None, narrow, wide: None, packed, all_types: None });
+        }
         let alike = desc.k_dtype == desc.v_dtype;
         let dtypes = match alike {
             true => desc.k_dtype.name().to_string(),

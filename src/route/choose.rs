@@ -62,8 +62,8 @@ pub(crate) fn supported(kind: DeviceKind, desc: &AttentionDesc) -> Result<()> {
 }
 
 /// Whether steps on devices of `kind` may bring what `args` does: `Unsupported` names the argument that they may not.
-pub(crate) fn step_supported(kind: DeviceKind, args: &DecodeArgs) -> Result<()> {
-    attention::step_supported(args, capabilities(kind))
+pub(crate) fn step_supported(kind: DeviceKind, desc: &AttentionDesc, args: &DecodeArgs) -> Result<()> {
+    attention::step_supported(desc, args, capabilities(kind))
 }
 
 fn capabilities(kind: DeviceKind) -> &'static Capabilities {

@@ -135,7 +135,7 @@ impl Plan {
     pub unsafe fn partial(&self, args: &DecodeArgs, stream: Option<&Stream>) -> Result<()> {
         let core = self.attending()?;
         let desc = &core.context.desc;
-        choose::step_supported(core.comm.device.kind, args)?;
+        choose::step_supported(core.comm.device.kind, desc, args)?;
         let mut step = Step::new(&desc.with_all_queries(), core.context.shard, args, desc.q_heads)?;
         // SAFETY: the caller keeps the arrays of `args` valid, and unchanged by others, until the step is done.
         unsafe { core.check_arrays(&mut step, Keys::Some) }?;
@@ -394,7 +394,7 @@ impl PlanCore {
     /// As [`Plan::decode`].
     pub(super) unsafe fn decode_step(&self, args: &DecodeArgs) -> Result<(Step, StepOutput)> {
         let context = &self.context;
-        choose::step_supported(self.comm.device.kind, args)?;
+        choose::step_supported(self.comm.device.kind, &context.desc, args)?;
         let mut step = Step::new(&context.desc, context.shard, args, context.heads.len() as i32)?;
         // SAFETY: the caller keeps the arrays of `args` valid, and unchanged by others; `Step::new` checked their pointers.
         unsafe { self.check_arrays(&mut step, Keys::All) }?;

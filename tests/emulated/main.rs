@@ -41,6 +41,8 @@ mod terms;
 mod threads;
 #[path = "../gpu/trial.rs"]
 mod trial;
+#[path = "../gpu/wide.rs"]
+mod wide;
 
 use std::process::ExitCode;
 
@@ -48,6 +50,7 @@ use libtest_mimic::Arguments;
 use treeattn::attention::{Algorithm, AttentionDesc, Dtype, KvLayout, OutputMode, QueryInput};
 
 use mirror::Ready;
+use space::Shapes;
 use support::case::Case;
 use support::run::judge;
 use support::values::Values;
@@ -78,13 +81,16 @@ const TWO_NODES_DELAYED: Variables =
 const NO_PEERS: Variables = &[("EMULATOR_PEERS", "0"), ("EMULATOR_DEVICES", "4")];
 
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 63] = [
+const APART: [(&str, fn(), Variables); 66] = [
     ("accuracy_long", || accuracy::constants(&[200_001]), ONE_SM),
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
     ("replays", streams::replays, &[]),
     ("many_blocks", many_blocks, MANY_SMS),
     ("most_blocks", most_blocks, MOST_SMS),
+    ("wide_many_blocks", || wide::many_parts(&[1600]), MANY_SMS),
+    ("wide_most_blocks", || wide::many_parts(&[4300]), MOST_SMS),
+    ("wide_long", || wide::many_parts(&[33_300]), ONE_SM),
     ("peers", peers::peers, &[]),
     ("ranks_replays", ranks::order::replays, &[]),
     ("ranks_delayed_replays", ranks::order::delayed_replays, &[]),
@@ -247,6 +253,9 @@ fn main() -> ExitCode {
     for (name, layout) in ["strided", "block_table", "csr_pages"].into_iter().zip(LAYOUTS) {
         let count = 4 * scale();
         tests.push(test(format!("ranks_random_{name}"), move || ranks::random(layout, 0, count)));
+        let wide = Shapes::Wide;
+        tests.push(test(format!("wide_random_{name}"), move || numerics::random_of(wide, layout, 0, 3 * count)));
+        tests.push(test(format!("wide_ranks_random_{name}"), move || ranks::random_of(wide, layout, 0, count / 2)));
     }
     tests.extend([
         test("ranks_same_as_one", ranks::same_as_one),
@@ -304,6 +313,10 @@ fn main() -> ExitCode {
         test("processes_sleep", processes::sleeps),
         test("processes_stopped", processes::stopped),
         test("processes_abort", processes::aborts),
+        test("wide_views", wide::views),
+        test("wide_parts", || wide::many_parts(&[700])),
+        test("wide_refusals", wide::refusals),
+        test("wide_ranks", ranks::wide),
         test("small", numerics::small),
         test("minilm", numerics::minilm),
         test("exact", numerics::exact),

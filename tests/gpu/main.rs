@@ -24,12 +24,14 @@ mod support;
 mod terms;
 mod trial;
 mod waits;
+mod wide;
 
 use std::process::ExitCode;
 
 use libtest_mimic::Arguments;
 use treeattn::attention::KvLayout;
 
+use space::Shapes;
 use trial::{Variables, alone, apart, in_turn, missing, test};
 
 /// The random cases are split over this many tests, which run side by side.
@@ -47,7 +49,7 @@ const APART: [(&str, fn()); 5] = [
 
 /// Tests of ranks that wait for each other on one GPU: each in a process of its own and one at a time. All of them together
 /// have so many kernels and streams that kernels which wait would keep others from starting.
-const RANKS: [(&str, fn()); 58] = [
+const RANKS: [(&str, fn()); 62] = [
     ("ranks_that_cancel", || {
         accuracy::ranks_that_cancel(&[
             &[48_735, 49_970],
@@ -62,6 +64,10 @@ const RANKS: [(&str, fn()); 58] = [
     ("ranks_random_csr_pages_0", || ranks::random(KvLayout::CsrPages, 0, count())),
     ("ranks_random_csr_pages_1", || ranks::random(KvLayout::CsrPages, count(), count())),
     ("ranks_same_as_one", ranks::same_as_one),
+    ("ranks_wide", ranks::wide),
+    ("ranks_wide_random_strided", || ranks::random_of(Shapes::Wide, KvLayout::Strided, 0, count())),
+    ("ranks_wide_random_block_table", || ranks::random_of(Shapes::Wide, KvLayout::BlockTable, 0, count())),
+    ("ranks_wide_random_csr_pages", || ranks::random_of(Shapes::Wide, KvLayout::CsrPages, 0, count())),
     ("ranks_merges", ranks::merges::merges),
     ("ranks_conventions", ranks::conventions::conventions),
     ("ranks_bad_data", ranks::faults::bad_data),
@@ -202,8 +208,13 @@ fn main() -> ExitCode {
         for part in 0..PARTS {
             tests.push(test(format!("random_{name}_{part}"), move || numerics::random(layout, part * count, count)));
         }
+        let wide = move || numerics::random_of(Shapes::Wide, layout, 0, 5 * count);
+        tests.push(test(format!("wide_random_{name}"), wide));
     }
     tests.extend([
+        test("wide_views", wide::views),
+        test("wide_parts", || wide::many_parts(&[700, 20_000, 300_000])),
+        test("wide_refusals", wide::refusals),
         test("small", numerics::small),
         test("minilm", numerics::minilm),
         test("exact", numerics::exact),

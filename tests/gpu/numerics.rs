@@ -5,7 +5,7 @@ use treeattn::attention::{AttentionDesc, Dtype, KvLayout, OutputMode};
 use treeattn::runtime::{CommConfig, Communicator, Device, DeviceKind, Plan, Stream};
 
 use crate::mirror::{GPU, Gpu, Mirror, Ready};
-use crate::space;
+use crate::space::{self, Shapes};
 use crate::support::case::Case;
 use crate::support::npy;
 use crate::support::rank::Rank;
@@ -36,6 +36,11 @@ pub const MEAN_ERROR: f64 = 0.05;
 
 /// Random cases `first..first + count` in one layout.
 pub fn random(layout: KvLayout, first: u64, count: u64) {
+    random_of(Shapes::All, layout, first, count);
+}
+
+/// The same of some shapes.
+pub fn random_of(shapes: Shapes, layout: KvLayout, first: u64, count: u64) {
     let gpu = Gpu::new();
     let mut comms: Vec<Vec<Communicator>> =
         (0..=7).map(|world| if world == 0 { Vec::new() } else { gpu.ranks(world) }).collect();
@@ -46,7 +51,7 @@ pub fn random(layout: KvLayout, first: u64, count: u64) {
         |case| vec![case],
     );
     for case in seeds {
-        let case = space::case(case, layout);
+        let case = space::case(case, layout, shapes);
         if std::env::var_os("TREEATTN_TRACE").is_some() {
             eprintln!("{}", case.describe());
         }

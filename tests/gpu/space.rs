@@ -33,20 +33,30 @@ const OTHERS: [Dtype; 15] = [
     Dtype::F16,
 ];
 
+/// Which shapes are drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shapes {
+    /// All that the backend accepts.
+    All,
+    /// Those with a head dimension beyond 256.
+    Wide,
+}
+
 /// The case of a seed, in one layout: of one rank, or of several that attend alone.
-pub fn case(seed: u64, layout: KvLayout) -> Case {
-    draw(seed, layout, false)
+pub fn case(seed: u64, layout: KvLayout, shapes: Shapes) -> Case {
+    draw(seed, layout, false, shapes)
 }
 
 /// The same of several ranks that exchange.
-pub fn sharded(seed: u64, layout: KvLayout) -> Case {
-    draw(seed, layout, true)
+pub fn sharded(seed: u64, layout: KvLayout, shapes: Shapes) -> Case {
+    draw(seed, layout, true, shapes)
 }
 
-fn draw(seed: u64, layout: KvLayout, sharded: bool) -> Case {
+fn draw(seed: u64, layout: KvLayout, sharded: bool, shapes: Shapes) -> Case {
     let mut rng = Rng::new(seed);
     let r = &mut rng;
-    let (mut desc, values) = shape(r, layout);
+    let is_wide = shapes == Shapes::Wide || r.chance(4);
+    let (mut desc, values) = shape(r, layout, is_wide);
     let world = if sharded { r.pick(&[2, 2, 3, 4, 5, 8]) } else { r.pick(&[1, 1, 1, 1, 2, 3, 4, 7]) };
     desc.output = if sharded {
         r.pick(&[OutputMode::Replicated, OutputMode::Replicated, OutputMode::Scattered])
@@ -98,8 +108,12 @@ fn draw(seed: u64, layout: KvLayout, sharded: bool) -> Case {
     desc.max_query_tokens = slack(r, tokens);
     desc.max_kv_length = slack(r, longest);
     let query_position = (desc.needs_positions() && r.chance(30)).then(|| positions(r, &sequences, tokens));
-    let v_in_k =
-        desc.k_dtype == desc.v_dtype && desc.head_dim_v <= desc.head_dim_qk && values != Values::Huge && r.chance(10);
+    // Latent attention has its values in its keys.
+    let often = if is_wide { 50 } else { 10 };
+    let v_in_k = desc.k_dtype == desc.v_dtype
+        && desc.head_dim_v <= desc.head_dim_qk
+        && values != Values::Huge
+        && r.chance(often);
     let mut case = Case {
         seed,
         nodes: Vec::new(),
@@ -119,8 +133,8 @@ fn draw(seed: u64, layout: KvLayout, sharded: bool) -> Case {
         q_broadcast: [r.chance(5), r.chance(5), r.chance(3), false],
         k_broadcast: [false; 4],
         v_broadcast: [false; 4],
-        k_scale: scale(r, desc.k_dtype, values),
-        v_scale: scale(r, desc.v_dtype, values),
+        k_scale: if is_wide { None } else { scale(r, desc.k_dtype, values) },
+        v_scale: if is_wide { None } else { scale(r, desc.v_dtype, values) },
         v_in_k,
         wild: true,
     };
@@ -129,14 +143,24 @@ fn draw(seed: u64, layout: KvLayout, sharded: bool) -> Case {
     case
 }
 
-fn shape(r: &mut Rng, layout: KvLayout) -> (AttentionDesc, Values) {
-    let kv_heads = r.pick(&[1, 1, 2, 2, 3, 4, 8]);
+/// Head dimensions of q and k, and of v, one beyond 256.
+fn wide_dims(r: &mut Rng) -> (usize, usize) {
+    match r.range(0, 5) {
+        0..=2 => r.pick(&[(576, 512), (576, 512), (512, 512), (320, 320), (576, 256), (64, 512)]),
+        3..=4 => (8 * r.range(33, 72), 8 * r.range(1, 64)),
+        _ => (8 * r.range(1, 72), 8 * r.range(33, 64)),
+    }
+}
+
+fn shape(r: &mut Rng, layout: KvLayout, is_wide: bool) -> (AttentionDesc, Values) {
+    let kv_heads = if is_wide { r.pick(&[1, 1, 1, 2, 3]) } else { r.pick(&[1, 1, 2, 2, 3, 4, 8]) };
     let group = match r.range(0, 19) {
         0..=15 => r.pick(&[1, 1, 2, 3, 4, 4, 5, 7, 8, 8, 12, 16]),
         16..=17 => r.pick(&[17, 24, 32, 33, 64, 71, 128]),
         _ => r.range(1, 128) as i32,
     };
     let (dim_qk, dim_v) = match r.range(0, 9) {
+        _ if is_wide => wide_dims(r),
         0..=6 => r.pick(&[(64, 64), (80, 80), (96, 96), (112, 112), (128, 128), (128, 128), (192, 128), (256, 256)]),
         7..=8 => {
             let dim = 8 * r.range(1, 32);
@@ -148,8 +172,8 @@ fn shape(r: &mut Rng, layout: KvLayout) -> (AttentionDesc, Values) {
     desc.head_dim_v = dim_v as i32;
     desc.q_dtype = r.pick(&FLOATS);
     desc.k_dtype = r.pick(&HALVES);
-    desc.v_dtype = if r.chance(85) { desc.k_dtype } else { r.pick(&HALVES) };
-    if r.chance(35) {
+    desc.v_dtype = if is_wide || r.chance(85) { desc.k_dtype } else { r.pick(&HALVES) };
+    if !is_wide && r.chance(35) {
         desc.k_dtype = r.pick(&OTHERS);
         desc.v_dtype = if r.chance(60) { desc.k_dtype } else { r.pick(&OTHERS) };
         // Rows are whole blocks, of up to 256 elements.

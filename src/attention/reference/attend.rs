@@ -17,6 +17,7 @@ const CAPABILITIES: Capabilities = Capabilities {
     kv_dtypes: &Dtype::ALL,
     head_dim_multiple: 1,
     max_head_dim: i32::MAX,
+    wide: None,
     window: true,
     softcap: true,
     alibi: true,

@@ -6,7 +6,7 @@ use serde::Serialize;
 use treeattn::attention::Algorithm;
 use treeattn::cost::{Machine, Shape, recommend, step};
 
-use crate::bench::Heads;
+use crate::bench::{self, Heads};
 use crate::outcome::{Outcome, print};
 use crate::plot::{Panel, Plot, Scale, Style};
 use crate::table::Table;
@@ -77,6 +77,7 @@ struct Recommended {
 
 pub fn run(args: &Args) -> Outcome<()> {
     let machine = Machine { gpus_a_node: args.gpus_a_node as usize, ..Machine::H200 };
+    bench::refuse_latent(&[args.heads])?;
     let (heads, batch) = (&args.heads, args.batch as usize);
     let shape = Shape {
         batch,
@@ -180,7 +181,7 @@ fn tell(report: &Report, machine: &Machine) -> String {
 }
 
 fn plot(report: &Report, machine: &Machine, args: &Args) -> Plot {
-    let Heads { q_heads, kv_heads, head_dim } = &args.heads;
+    let Heads { q_heads, kv_heads, head_dim, .. } = &args.heads;
     let heads = format!("{q_heads}/{kv_heads} x {head_dim}");
     let mut panel = Panel { title: String::new(), lines: Vec::new() };
     for row in &report.rows {

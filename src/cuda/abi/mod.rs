@@ -22,7 +22,7 @@ use crate::error::{Error, ErrorKind, Result};
 use hash::{ABI, CHECK_ABI, GATHER_ABI, QUERY_ABI, TERMS_ABI};
 
 /// The sources of kernels with terms.
-const TERMS_SOURCES: [&str; 4] = ["decode_terms", "decode_narrow", "decode_packed", "decode_blocks"];
+const TERMS_SOURCES: [&str; 5] = ["decode_terms", "decode_narrow", "decode_packed", "decode_blocks", "decode_wide"];
 
 // The first name of which `kernels/abi.cuh` says another value stops the build here: `TREEATTN_BLESS=1 cargo test --lib abi`
 // writes the header anew. Tests are compiled in any case, as one of them is what writes it.

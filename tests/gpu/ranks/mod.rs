@@ -19,7 +19,7 @@ use treeattn::runtime::{DeviceKind, Plan, Runtime, RuntimeConfig};
 
 use crate::group::{Group, ranks};
 use crate::numerics::{MEAN_ERROR, shape};
-use crate::space;
+use crate::space::{self, Shapes};
 use crate::support::case::Case;
 use crate::support::rng::Rng;
 use crate::support::run::{MeanError, judge, judge_with};
@@ -40,6 +40,11 @@ fn counts() -> Vec<usize> {
 
 /// Random cases `first..first + count` in one layout, over one GPU and over two in turn.
 pub fn random(layout: KvLayout, first: u64, count: u64) {
+    random_of(Shapes::All, layout, first, count);
+}
+
+/// The same of some shapes.
+pub fn random_of(shapes: Shapes, layout: KvLayout, first: u64, count: u64) {
     let counts = counts();
     let mut groups: HashMap<(usize, usize), Group> = HashMap::new();
     let mut error = MeanError::default();
@@ -49,7 +54,7 @@ pub fn random(layout: KvLayout, first: u64, count: u64) {
     );
     let mut failures = Vec::new();
     for (n, case) in seeds.into_iter().enumerate() {
-        let mut case = space::sharded(case, layout);
+        let mut case = space::sharded(case, layout, shapes);
         // The inputs of the ranks agree, so that checking them must change nothing.
         case.desc.checked = n % 3 == 1 && !case.desc.pages_by_head;
         case.desc.query_input = QueryInput::ALL[n / 2 % 2];
@@ -77,7 +82,8 @@ pub fn random(layout: KvLayout, first: u64, count: u64) {
 pub fn random_apart(layout: KvLayout, first: u64, count: usize) {
     let most = Runtime::new(RuntimeConfig::default()).unwrap().device_count(DeviceKind::Cuda).unwrap() as usize;
     let mut groups: HashMap<usize, Group> = HashMap::new();
-    let cases = (first..).map(|index| space::sharded(Rng::derive(seed() ^ 0x78, 3 * index + layout as u64), layout));
+    let seeds = (first..).map(|index| Rng::derive(seed() ^ 0x78, 3 * index + layout as u64));
+    let cases = seeds.map(|seed| space::sharded(seed, layout, Shapes::All));
     for case in cases.filter(|case| case.world <= most && case.desc.algorithm != Algorithm::TwoShot).take(count) {
         let group = groups.entry(case.world).or_insert_with(|| Group::new(case.world, LONG));
         if let Err(what) = run(group, &case) {
@@ -115,6 +121,17 @@ fn run(group: &Group, case: &Case) -> Result<Comparison, String> {
     match found.failure {
         Some(failure) if !found.is_within() => Err(failure),
         _ => Ok(found),
+    }
+}
+
+/// Wide heads over two ranks, in all placements and outputs.
+pub fn wide() {
+    for on in counts() {
+        let group = Group::over(2, on, LONG);
+        for case in crate::wide::over_ranks() {
+            let found = run(&group, &case).unwrap();
+            assert_eq!(found.failure, None);
+        }
     }
 }
 

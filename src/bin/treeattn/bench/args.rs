@@ -21,7 +21,8 @@ pub struct Args {
     /// A few seconds, with short caches: shows that everything runs, not how fast.
     #[arg(long)]
     pub quick: bool,
-    /// Heads and dimensions to time, such as 32/8x128,16/16x128. Any of these axes replaces the standard rows.
+    /// Heads and dimensions to time, such as 32/8x128,16/16x128; on GPUs also mla:16 for that many query heads of latent
+    /// attention, 576 dims and 512 of v, which is a view of k. Any of these axes replaces the standard rows.
     #[arg(long, value_delimiter = ',')]
     pub heads: Vec<Heads>,
     /// Element types: f16, bf16, f32.

@@ -236,7 +236,8 @@ impl Axes {
         };
         let mut cases = vec![base(cores)];
         cases = vary(cases, self.heads.len(), &|case, n| {
-            Heads { q_heads: case.q_heads, kv_heads: case.kv_heads, head_dim: case.head_dim } = self.heads[n];
+            let Heads { q_heads, kv_heads, head_dim, .. } = self.heads[n];
+            (case.q_heads, case.kv_heads, case.head_dim) = (q_heads, kv_heads, head_dim);
         });
         cases = vary(cases, self.dtypes.len(), &|case, n| case.dtype = self.dtypes[n]);
         cases = vary(cases, 2 * self.kv_dtypes.len(), &|case, n| {
@@ -273,25 +274,40 @@ impl Axes {
 /// Most heads, and the largest dimension, that are looked at; the library has limits of its own.
 const MAX_HEADS: usize = 65_536;
 
-/// Heads and their dimension, as in "32/8x128".
+/// Heads and their dimension, as in "32/8x128"; or query heads of latent attention, as in "mla:16".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {
     pub q_heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
+    pub is_latent: bool,
 }
+
+/// Dimensions of latent attention: of q and k, and of v, which is the beginning of each row of k.
+pub const LATENT_DIMS: (usize, usize) = (576, 512);
 
 impl std::str::FromStr for Heads {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Heads, String> {
         let parse = || {
+            let count = |text: &str| text.parse().ok().filter(|n| (1..=MAX_HEADS).contains(n));
+            if let Some(heads) = text.strip_prefix("mla:") {
+                return Some(Heads { q_heads: count(heads)?, kv_heads: 1, head_dim: LATENT_DIMS.0, is_latent: true });
+            }
             let (heads, dim) = text.split_once('x')?;
             let (q, kv) = heads.split_once('/')?;
-            let count = |text: &str| text.parse().ok().filter(|n| (1..=MAX_HEADS).contains(n));
-            Some(Heads { q_heads: count(q)?, kv_heads: count(kv)?, head_dim: count(dim)? })
+            Some(Heads { q_heads: count(q)?, kv_heads: count(kv)?, head_dim: count(dim)?, is_latent: false })
         };
-        parse().ok_or_else(|| format!("{text}: wanted QUERY_HEADS/KV_HEADSxDIM, such as 32/8x128"))
+        parse().ok_or_else(|| format!("{text}: wanted QUERY_HEADS/KV_HEADSxDIM or mla:QUERY_HEADS, such as 32/8x128"))
+    }
+}
+
+/// Refuses latent attention where it is not timed.
+pub fn refuse_latent(heads: &[Heads]) -> Result<(), String> {
+    match heads.iter().find(|heads| heads.is_latent) {
+        Some(heads) => Err(format!("--heads: found mla:{}, wanted others, but for steps on GPUs", heads.q_heads)),
+        None => Ok(()),
     }
 }
 
@@ -370,6 +386,9 @@ mod tests {
         assert_eq!(cases.len(), 4);
         assert_eq!((cases[3].keys, cases[3].ranks, cases[3].threads_per_rank, cases[3].head_dim), (20, 4, 1, 64));
         assert!("32x128".parse::<Heads>().is_err());
+        let latent: Heads = "mla:16".parse().unwrap();
+        assert_eq!((latent.q_heads, latent.kv_heads, latent.head_dim), (16, 1, 576));
+        assert!("mla:".parse::<Heads>().is_err() && refuse_latent(&[latent]).is_err());
     }
 
     #[test]

@@ -29,8 +29,8 @@ use treeattn::runtime::{Device, DeviceKind, Runtime, RuntimeConfig};
 use self::algorithms::Comparison;
 use self::args::Ranks;
 pub use self::args::{Args, device};
-pub use self::case::Heads;
 use self::case::{Axes, Case, Target};
+pub use self::case::{Heads, refuse_latent};
 pub use self::ceiling::Ceiling;
 pub use self::cuda::measure_peers;
 use self::decode::{Decode, least_pool};
@@ -77,6 +77,7 @@ pub fn run(args: &Args) -> Outcome<()> {
     if args.checked && !counts.is_empty() && counts.iter().all(|&ranks| ranks == 1) {
         return Err("--checked: found one rank, wanted ranks that compare something, as in --ranks 2".into());
     }
+    refuse_latent(&args.heads)?;
     let pace = if args.quick { QUICK } else { FULL };
     let cores = available_cores();
     let axes = Axes {

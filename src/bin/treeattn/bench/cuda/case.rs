@@ -3,7 +3,7 @@
 use serde::Serialize;
 use treeattn::attention::{Dtype, KvFormat};
 
-use crate::bench::case::{Heads, dtype_name};
+use crate::bench::case::{Heads, LATENT_DIMS, dtype_name};
 use crate::bench::terms::Terms;
 
 /// One decode shape.
@@ -12,6 +12,8 @@ pub struct Case {
     pub q_heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
+    /// Whether values are the beginning of each row of k, as in latent attention.
+    pub is_latent: bool,
     /// Element type of q and out, and of k and v unless they have their own.
     #[serde(serialize_with = "dtype_name")]
     pub dtype: Dtype,
@@ -33,7 +35,17 @@ impl Case {
     /// Bytes of k and v that a step reads.
     pub fn kv_bytes(&self) -> usize {
         let seen = self.terms.window().map_or(self.keys, |window| self.keys.min(window));
-        self.batch.saturating_mul(seen).saturating_mul(2 * self.token_bytes())
+        self.batch.saturating_mul(seen).saturating_mul(self.tensors() * self.token_bytes())
+    }
+
+    /// The dimension of v and out.
+    pub fn head_dim_v(&self) -> usize {
+        if self.is_latent { LATENT_DIMS.1 } else { self.head_dim }
+    }
+
+    /// Tensors that the cache is made of, alike in bytes.
+    pub fn tensors(&self) -> usize {
+        if self.is_latent { 1 } else { 2 }
     }
 
     /// Bytes of one token's keys.
@@ -46,17 +58,20 @@ impl Case {
         if self.page_size == 0 { 0 } else { self.keys.div_ceil(self.page_size) }
     }
 
-    /// Bytes that one copy of the cache takes, half of it keys.
+    /// Bytes that one copy of the cache takes, half of it keys where values are not a part of them.
     pub fn room(&self) -> usize {
         match self.page_size {
-            0 => self.batch.saturating_mul(self.keys).saturating_mul(2 * self.token_bytes()),
-            size => self.batch.saturating_mul(self.pages() * size).saturating_mul(2 * self.token_bytes()),
+            0 => self.batch.saturating_mul(self.keys).saturating_mul(self.tensors() * self.token_bytes()),
+            size => self.batch.saturating_mul(self.pages() * size).saturating_mul(self.tensors() * self.token_bytes()),
         }
     }
 
     /// Heads and how the cache lies, in words.
     pub fn kind(&self) -> String {
-        let mut text = format!("{}/{}x{}", self.q_heads, self.kv_heads, self.head_dim);
+        let mut text = match self.is_latent {
+            true => format!("mla:{}", self.q_heads),
+            false => format!("{}/{}x{}", self.q_heads, self.kv_heads, self.head_dim),
+        };
         if self.dtype != Dtype::Bf16 {
             text.push_str(&format!(" {}", self.dtype.name()));
         }
@@ -86,6 +101,7 @@ const BASE: Case = Case {
     q_heads: 32,
     kv_heads: 8,
     head_dim: 128,
+    is_latent: false,
     dtype: Dtype::Bf16,
     kv_dtype: Dtype::Bf16,
     terms: Terms::PLAIN,
@@ -183,7 +199,9 @@ impl Axes {
             count
         };
         let axes = vary(self.heads.len(), &|case, n| {
-            Heads { q_heads: case.q_heads, kv_heads: case.kv_heads, head_dim: case.head_dim } = self.heads[n];
+            let Heads { q_heads, kv_heads, head_dim, is_latent } = self.heads[n];
+            (case.q_heads, case.kv_heads) = (q_heads, kv_heads);
+            (case.head_dim, case.is_latent) = (head_dim, is_latent);
         }) + vary(self.dtypes.len(), &|case, n| {
             (case.dtype, case.kv_dtype) = (self.dtypes[n], self.dtypes[n])
         }) + vary(self.kv_dtypes.len(), &|case, n| case.kv_dtype = self.kv_dtypes[n])

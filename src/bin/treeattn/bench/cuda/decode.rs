@@ -119,6 +119,7 @@ pub fn describe(case: &Case) -> Outcome<AttentionDesc> {
         i32::try_from(case.keys)?,
     );
     (desc.q_dtype, desc.k_dtype, desc.v_dtype, desc.out_dtype) = (case.dtype, case.kv_dtype, case.kv_dtype, case.dtype);
+    desc.head_dim_v = i32::try_from(case.head_dim_v())?;
     case.terms.describe(&mut desc);
     desc.max_batch = i32::try_from(case.batch)?;
     desc.max_query_tokens = i32::try_from(case.batch * case.query_tokens)?;
@@ -155,7 +156,7 @@ impl Memory {
             numbers = super::pool::numbers(case.dtype, q_bytes / case.dtype.size());
         }
         q.upload(0, &numbers)?;
-        let out = alloc(q_bytes)?;
+        let out = alloc(tokens * case.q_heads * case.head_dim_v() * case.dtype.size())?;
         let lse = alloc(4 * tokens * case.q_heads)?;
         lse.upload(0, &vec![0xff; lse.bytes()])?;
         let ints = |values: &[i32]| -> Outcome<Buffer> {
@@ -192,13 +193,14 @@ impl Memory {
         let whole = |buffer: &Buffer| tensor(buffer.data() as u64, buffer.bytes());
         let args = (0..copies).map(|copy| {
             // Strided: each copy its keys, then its values. Paged: the pages of all copies' keys, then those of values.
-            let (k, v, bytes) = match case.page_size {
+            let (k, bytes) = match case.page_size {
                 0 => {
                     let begin = pool.data() as u64 + (copy * room) as u64;
-                    (begin, begin + (room / 2) as u64, room / 2)
+                    (begin, room / case.tensors())
                 }
-                _ => (pool.data() as u64, pool.data() as u64 + (copies * room / 2) as u64, copies * room / 2),
+                _ => (pool.data() as u64, copies * room / case.tensors()),
             };
+            let v = if case.is_latent { k } else { k + bytes as u64 };
             let outer = if case.page_size > 0 { case.page_size } else { case.keys } * case.token_bytes();
             let format = KvFormat::of(case.kv_dtype);
             let stride = [outer, case.token_bytes(), format.row_bytes(case.head_dim), format.block_bytes()]
