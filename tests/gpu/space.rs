@@ -55,7 +55,7 @@ pub fn sharded(seed: u64, layout: KvLayout, shapes: Shapes) -> Case {
 fn draw(seed: u64, layout: KvLayout, sharded: bool, shapes: Shapes) -> Case {
     let mut rng = Rng::new(seed);
     let r = &mut rng;
-    let is_wide = shapes == Shapes::Wide || r.chance(4);
+    let is_wide = shapes == Shapes::Wide || Rng::new(!seed).chance(4);
     let (mut desc, values) = shape(r, layout, is_wide);
     let world = if sharded { r.pick(&[2, 2, 3, 4, 5, 8]) } else { r.pick(&[1, 1, 1, 1, 2, 3, 4, 7]) };
     desc.output = if sharded {
