@@ -7,7 +7,7 @@ use treeattn::runtime::Plan;
 use super::{LONG, counts};
 use crate::group::{Group, ranks};
 use crate::numerics::shape;
-use crate::space;
+use crate::space::{self, Shapes};
 use crate::support::case::Case;
 use crate::support::rank::Rank;
 use crate::support::rng::Rng;
@@ -39,7 +39,7 @@ pub fn same_bits(count: u64) {
     let counts = counts();
     for layout in [KvLayout::Strided, KvLayout::BlockTable, KvLayout::CsrPages] {
         for index in 0..count {
-            let case = space::sharded(Rng::derive(seed() ^ 0x79, 3 * index + layout as u64), layout);
+            let case = space::sharded(Rng::derive(seed() ^ 0x79, 3 * index + layout as u64), layout, Shapes::All);
             let group = Group::over(case.world, counts[index as usize % counts.len()], LONG);
             assert_same(&group, &case);
             assert!(group.errors().into_iter().flatten().next().is_none());
