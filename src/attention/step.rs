@@ -67,6 +67,16 @@ impl Step {
         }
     }
 
+    /// The same step with the queries of all heads, which lie at `data` without gaps.
+    pub(crate) fn with_queries(&self, desc: &AttentionDesc, data: *mut c_void) -> Step {
+        let size = desc.q_dtype.size() as i64;
+        let (row, heads) = (i64::from(desc.head_dim_qk) * size, i64::from(desc.q_heads));
+        let q_stride = [heads * row, row, size, 0];
+        let bytes = heads as u64 * row as u64 * u64::from(self.args.query_tokens.unsigned_abs());
+        let args = DecodeArgs { q: Tensor { data, bytes, stride: q_stride }, ..self.args };
+        Step { args, q_stride, ..*self }
+    }
+
     /// Checks everything that the host can see of `args`. `out_heads` is how many heads out and lse hold.
     pub fn new(desc: &AttentionDesc, shard: Shard, args: &DecodeArgs, out_heads: i32) -> Result<Step> {
         bounded("batch", args.batch, 0, desc.max_batch, "max_batch")?;

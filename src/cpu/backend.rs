@@ -35,7 +35,7 @@ pub const CAPABILITIES: Capabilities = Capabilities {
     checked: true,
     pages_by_head: true,
     masks: &MaskKind::ALL,
-    query_inputs: &[QueryInput::Replicated],
+    query_inputs: &QueryInput::ALL,
     reproducibility: &[Reproducibility::Repeatable],
 };
 

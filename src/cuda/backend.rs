@@ -36,7 +36,7 @@ pub(crate) const CAPABILITIES: Capabilities = Capabilities {
     checked: true,
     pages_by_head: true,
     masks: &MaskKind::ALL,
-    query_inputs: &[QueryInput::Replicated, QueryInput::Scattered],
+    query_inputs: &QueryInput::ALL,
     reproducibility: &[Reproducibility::Repeatable],
 };
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::params::{QueryParams, ROW_THREADS};
 use super::{abi, exchange};
-use crate::attention::{AttentionDesc, DecodeArgs, Dtype, Step, Tensor};
+use crate::attention::{AttentionDesc, Step};
 use crate::device::cuda::{CudaDevice, CudaStream, Image, Kernel};
 use crate::error::Result;
 use crate::partial::ExchangeView;
@@ -21,9 +21,9 @@ pub(crate) struct QueryKernel {
     most_waiting: u64,
     /// The address of the queries of all heads, [token, head, dim] without gaps.
     gathered: u64,
-    heads: i32,
-    dim: i32,
-    dtype: Dtype,
+    /// Bytes of a row, and of an element.
+    row: usize,
+    element: usize,
 }
 
 impl QueryKernel {
@@ -40,20 +40,14 @@ impl QueryKernel {
             kernel: abi::kernel(&Image::new(device)?, "queries", "treeattn_gather_queries", ROW_THREADS, 0)?,
             most_waiting,
             gathered,
-            heads: desc.q_heads,
-            dim: desc.head_dim_qk,
-            dtype: desc.q_dtype,
+            row: QueryKernel::row_bytes(desc),
+            element: desc.q_dtype.size(),
         })
     }
 
-    /// The step with the queries of all heads, as the kernel leaves them.
-    pub fn gathered(&self, step: &Step) -> Step {
-        let row = self.row();
-        let (head, token) = (row as i64, row as i64 * i64::from(self.heads));
-        let q_stride = [token, head, self.dtype.size() as i64, 0];
-        let bytes = token as u64 * step.args.query_tokens.unsigned_abs() as u64;
-        let q = Tensor { data: self.gathered as *mut c_void, bytes, stride: q_stride };
-        Step { args: DecodeArgs { q, ..step.args }, q_stride, ..*step }
+    /// Where the kernel leaves the queries of all heads.
+    pub fn gathered(&self) -> *mut c_void {
+        self.gathered as *mut c_void
     }
 
     /// Enqueues the exchange of the rows `first` to `first + count` - 1 of each rank, token * its heads + its head, where it has
@@ -78,20 +72,16 @@ impl QueryKernel {
             first_row: first,
             rows: count,
             tokens: step.args.query_tokens,
-            words: (self.row() / size_of::<u32>()) as i32,
-            element_bytes: self.dtype.size() as i32,
+            words: (self.row / size_of::<u32>()) as i32,
+            element_bytes: self.element as i32,
             view: *view,
         };
-        let moved = count.unsigned_abs() as u64 * (self.row() as u64 / MOVED_BYTES);
+        let moved = count.unsigned_abs() as u64 * (self.row as u64 / MOVED_BYTES);
         // What comes is as much as goes, from each of the others.
         let blocks = (moved * (view.world as u64 - 1)).div_ceil(u64::from(ROW_THREADS)).clamp(1, self.most_waiting);
         let entered = self.kernel.device().enter()?;
         // SAFETY: `QueryParams` is the kernel's only parameter (`abi` compares their layouts). That queries, windows and the memory
         // at `gathered` are as large as the parameters say, and stay, this function was promised.
         unsafe { self.kernel.launch(&entered, stream, blocks as u32, &parameters) }
-    }
-
-    fn row(&self) -> usize {
-        self.dim as usize * self.dtype.size()
     }
 }

@@ -124,9 +124,12 @@ static void later_capabilities(void) {
   bf16.mask = TREEATTN_MASK_ADDITIVE;
   bf16.mask_dtype = TREEATTN_DTYPE_BF16;
   refused_with(&bf16, TREEATTN_ERROR_UNSUPPORTED, "mask_dtype: found bf16");
-  UNSUPPORTED(query_input, TREEATTN_QUERY_INPUT_SCATTERED, "query_input: found SCATTERED");
   UNSUPPORTED(reproducibility, TREEATTN_REPRODUCIBILITY_BATCH_INVARIANT, "reproducibility: found BATCH_INVARIANT");
   UNSUPPORTED(reproducibility, TREEATTN_REPRODUCIBILITY_CANONICAL, "reproducibility: found CANONICAL");
+  treeattn_attention_desc_t local = base;
+  local.query_input = TREEATTN_QUERY_INPUT_SCATTERED;
+  local.output = TREEATTN_OUTPUT_LOCAL;
+  refused_with(&local, TREEATTN_ERROR_UNSUPPORTED, "query_input: found SCATTERED");
   treeattn_attention_desc_t ring = base;
   ring.algorithm = TREEATTN_ALGORITHM_RING;
   ring.kv_heads = 0;

@@ -36,6 +36,7 @@ static void good(void) {
   desc.placement.kind = TREEATTN_PLACEMENT_INTERLEAVED;
   desc.placement.interleave = 3;
   desc.output = TREEATTN_OUTPUT_SCATTERED;
+  desc.query_input = TREEATTN_QUERY_INPUT_SCATTERED;
   treeattn_selfcheck_report_t other = TREEATTN_SELFCHECK_REPORT_INIT;
   CHECK_OK(treeattn_selfcheck(runtime, TREEATTN_CPU(0), &desc, &config, &other));
   CHECK(other.passed != 0 && other.same_bits != 0);
@@ -72,7 +73,7 @@ static void bad(void) {
   DESC(kv_heads, 3, invalid, "kv_heads: found 3");
   DESC(q_dtype, 13, invalid, "q_dtype: found 13");
   DESC(reserved, 1, invalid, "reserved: found 1");
-  DESC(query_input, TREEATTN_QUERY_INPUT_SCATTERED, TREEATTN_ERROR_UNSUPPORTED, "query_input: found SCATTERED");
+  DESC(reproducibility, TREEATTN_REPRODUCIBILITY_CANONICAL, TREEATTN_ERROR_UNSUPPORTED, "reproducibility: found CANONICAL");
   DESC(k_dtype, TREEATTN_DTYPE_Q8_0, invalid, "head_dim_qk: found");
 #define CONFIG(field, value, text)                                     \
   do {                                                                 \

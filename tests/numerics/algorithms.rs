@@ -1,6 +1,6 @@
 //! Every exchange algorithm gives the exact answer, and the same bits on every rank.
 
-use treeattn::attention::{Algorithm, AttentionDesc, Dtype, KvLayout, OutputMode};
+use treeattn::attention::{Algorithm, AttentionDesc, Dtype, KvLayout, OutputMode, QueryInput};
 
 use crate::support::case::Case;
 use crate::support::rng::Rng;
@@ -22,6 +22,7 @@ fn random_case(algorithm: Algorithm, seed: u64) -> Case {
     if case.desc.output == OutputMode::Local {
         case.desc.output = OutputMode::Replicated;
     }
+    case.desc.query_input = QueryInput::ALL[(seed / 3 % 2) as usize];
     case.nodes = nodes(&mut Rng::new(seed), case.world);
     case
 }
@@ -50,8 +51,8 @@ fn many_ranks(algorithm: Algorithm) {
     let mut rng = Rng::new(seed() ^ algorithm as u64);
     let worlds: Vec<usize> = if full() { (1..=64).collect() } else { vec![1, 2, 3, 5, 7, 8, 11, 13, 16, 23, 33, 64] };
     for world in worlds {
-        for output in [OutputMode::Replicated, OutputMode::Scattered] {
-            let desc = AttentionDesc { output, algorithm, ..AttentionDesc::new(5, 1, 8, 1) };
+        for (output, query_input) in [OutputMode::Replicated, OutputMode::Scattered].into_iter().zip(QueryInput::ALL) {
+            let desc = AttentionDesc { output, query_input, algorithm, ..AttentionDesc::new(5, 1, 8, 1) };
             let seed = rng.range(0, 1 << 30) as u64;
             let mut case = Case::plain(desc, world, &[(40, 1), (0, 1), (3, 2)], Values::Normal, seed);
             case.nodes = nodes(&mut rng, world);

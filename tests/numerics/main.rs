@@ -19,5 +19,6 @@ mod long;
 mod minilm;
 mod nan;
 mod placement;
+mod queries;
 mod random;
 mod terms;

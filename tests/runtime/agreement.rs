@@ -92,7 +92,7 @@ fn later_capabilities_are_refused_by_name() {
             "mask_dtype",
             AttentionDesc { mask: treeattn::attention::MaskKind::Additive, mask_dtype: Some(Dtype::Bf16), ..base },
         ),
-        ("query_input", AttentionDesc { query_input: QueryInput::Scattered, ..base }),
+        ("query_input", AttentionDesc { query_input: QueryInput::Scattered, output: OutputMode::Local, ..base }),
         ("reproducibility", AttentionDesc { reproducibility: Reproducibility::BatchInvariant, ..base }),
         ("algorithm", AttentionDesc { algorithm: Algorithm::Ring, kv_heads: 0, ..base }),
     ];

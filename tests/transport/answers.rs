@@ -3,7 +3,7 @@
 use std::thread;
 
 use treeattn::ErrorKind;
-use treeattn::attention::{Algorithm, AttentionDesc, OutputMode};
+use treeattn::attention::{Algorithm, AttentionDesc, OutputMode, QueryInput};
 use treeattn::runtime::{CommConfig, Communicator, Plan, Runtime, RuntimeConfig, Transport};
 
 use super::mesh::{LONG, Mesh, connect, unix_pairs};
@@ -26,7 +26,8 @@ fn every_algorithm_gives_the_bits_of_a_local_group_over_any_nodes() {
             let groups: Vec<i32> = (0..world).map(|_| 1 + draw(kinds) as i32).collect();
             let tokens = [1, 2, 300][draw(3)];
             let output = [OutputMode::Replicated, OutputMode::Scattered][draw(2)];
-            let desc = AttentionDesc { output, algorithm, ..shape(tokens as i32) };
+            let query_input = QueryInput::ALL[draw(2)];
+            let desc = AttentionDesc { output, query_input, algorithm, ..shape(tokens as i32) };
             let wanted = in_one_process(&desc, &groups, tokens);
             let _watchdog = Watchdog::new("ranks over nodes", 3 * LONG);
             let meshes = Mesh::threads(world, unix_pairs);
@@ -54,8 +55,8 @@ fn every_algorithm_gives_the_bits_of_a_local_group_over_any_nodes() {
 fn a_transport_gives_the_bits_of_a_local_group() {
     // 1 token travels with the header; 300 tokens need a second message, and 4,000 several chunks.
     for (world, tokens) in [(1, 1), (2, 1), (3, 300), (5, 2), (2, 5000)] {
-        for output in [OutputMode::Replicated, OutputMode::Scattered] {
-            let desc = AttentionDesc { output, ..shape(tokens) };
+        for (output, query_input) in [OutputMode::Replicated, OutputMode::Scattered].into_iter().zip(QueryInput::ALL) {
+            let desc = AttentionDesc { output, query_input, ..shape(tokens) };
             let wanted = in_one_process(&desc, &vec![0; world], tokens as usize);
             let found = on_ranks(world, &config(LONG), |mesh, comm| {
                 let plan = Plan::create(comm, &desc).unwrap();

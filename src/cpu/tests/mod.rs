@@ -5,7 +5,7 @@ mod case;
 use super::kernel::args::TILE;
 use super::{CpuBackend, Isa};
 use crate::attention::{
-    AttentionDesc, Dtype, KvLayout, Mask, MaskElement, MaskKind, Placement, QueryInput, Shard, supported,
+    AttentionDesc, Dtype, KvLayout, Mask, MaskElement, MaskKind, Placement, Reproducibility, Shard, supported,
 };
 use crate::device::Workers;
 use crate::partial::{DataFaultCause, Lse, PartialRows};
@@ -189,7 +189,7 @@ fn what_is_not_served_is_named() {
     let desc = AttentionDesc::new(4, 2, 64, 10);
     assert!(supported(&desc, &crate::cpu::CAPABILITIES).is_ok());
     type Change = fn(&mut AttentionDesc);
-    let changes: [(Change, &str); 1] = [(|d| d.query_input = QueryInput::Scattered, "query_input")];
+    let changes: [(Change, &str); 1] = [(|d| d.reproducibility = Reproducibility::Canonical, "reproducibility")];
     for (change, name) in changes {
         let mut desc = desc;
         change(&mut desc);

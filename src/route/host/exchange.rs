@@ -62,10 +62,15 @@ impl<'a> Exchange<'a> {
         let [kind, size] = call.words();
         let fingerprint = fingerprint(&[self.context.plan, number, kind, size, self.tokens as u64]);
         self.rank.rounds.open(fingerprint, call.told(self.context.plan, self.tokens))?;
-        let word = fault.map_or(0, |fault| fault.word(self.context.shard.rank));
-        self.header = RoundHeader { fingerprint, fault: word };
-        self.own = fault;
+        self.header = RoundHeader { fingerprint, fault: 0 };
+        self.note(fault);
         Ok(())
+    }
+
+    /// Notes bad data that this rank met once the step was open: rounds and hops tell of it from now on.
+    pub fn note(&mut self, fault: Option<DataFault>) {
+        self.header.fault = fault.map_or(0, |fault| fault.word(self.context.shard.rank));
+        self.own = fault;
     }
 
     /// The group.

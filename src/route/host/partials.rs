@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::checked::Check;
 use super::exchange::{Exchange, RankFault};
+use super::queries::Queries;
 use super::scratch::Scratch;
 use super::shard::HostShard;
 use crate::attention::merge::MergeStep;
@@ -35,6 +36,7 @@ pub(in crate::route) struct PartialRoute<E> {
     shard: HostShard,
     exchange: E,
     check: Option<Check>,
+    queries: Option<Queries>,
     reason: &'static str,
 }
 
@@ -47,30 +49,45 @@ impl<E: PartialExchange> PartialRoute<E> {
         reason: &'static str,
     ) -> Result<PartialRoute<E>> {
         let shard = HostShard::new(context, rank, 1)?;
-        Ok(PartialRoute { shard, exchange: exchange()?, check: Check::new(context)?, reason })
+        let (check, queries) = (Check::new(context)?, Queries::new(context)?);
+        Ok(PartialRoute { shard, exchange: exchange()?, check, queries, reason })
     }
 
-    /// Exchanges what `attend` leaves in the scratch, of the step `attended` if that is what it did.
+    /// Exchanges what `attend` leaves in the scratch: of `step`, once that has the queries of all heads, or of partials that are given.
     ///
     /// # Safety
-    /// As [`Exchange::new`]; the inputs of `attended` are readable until this returns, and `attend` attends them.
+    /// As [`Exchange::new`]; the inputs of `step` are readable until this returns, and `attend` attends the step that it is given.
     unsafe fn exchange(
         &self,
         context: &StepContext,
         place: Place<'_>,
         (call, tokens): (Call, usize),
         target: &RowTarget,
-        attend: impl FnOnce(&mut Scratch) -> Result<Option<DataFault>>,
-        attended: Option<&Step>,
+        attend: impl FnOnce(&mut Scratch, Option<&Step>) -> Result<Option<DataFault>>,
+        step: Option<&Step>,
     ) -> Result<()> {
         let _float = FloatState::enter();
         let mut scratch = self.shard.lock();
         // SAFETY: this function was promised what `Exchange::new` asks for of this target and number of tokens, until it returns.
         let mut exchange =
             unsafe { Exchange::new(context, self.shard.rank(), self.shard.executor(place), tokens, target) };
-        let fault = attend(&mut scratch);
-        context.count_step();
-        exchange.open(call, fault?)?;
+        let gathered = match self.queries.as_ref().zip(step).filter(|_| tokens > 0) {
+            Some((queries, step)) => {
+                context.count_step();
+                exchange.open(call, None)?;
+                // SAFETY: the step was checked for this plan, and its inputs are as this function was promised.
+                Some(unsafe { queries.gather(&exchange, step) }?)
+            }
+            None => None,
+        };
+        let attended = gathered.as_ref().or(step);
+        let fault = attend(&mut scratch, attended);
+        if gathered.is_some() {
+            exchange.note(fault?);
+        } else {
+            context.count_step();
+            exchange.open(call, fault?)?;
+        }
         let check = self.check.as_ref().zip(attended);
         let differing = check.map_or(Ok(None), |(check, step)| {
             // SAFETY: `attend` attended this step just now, with this shard's backend, and its inputs are as they were.
@@ -90,7 +107,9 @@ impl<E: PartialExchange> Route for PartialRoute<E> {
         let target = step.target(&context.desc);
         // SAFETY: the step was checked for the context's heads, and the caller keeps its memory valid while this runs.
         unsafe {
-            let attend = |scratch: &mut Scratch| self.shard.attend_into(step, self.shard.executor(place), scratch);
+            let attend = |scratch: &mut Scratch, attended: Option<&Step>| {
+                self.shard.attend_into(attended.unwrap_or(step), self.shard.executor(place), scratch)
+            };
             self.exchange(context, place, (call, tokens), &target, attend, Some(step))
         }
     }
@@ -107,7 +126,8 @@ impl<E: PartialExchange> Route for PartialRoute<E> {
         let RouteMemory { workspace, exchange } = self.shard.memory();
         let more = self.exchange.bytes();
         let check = self.check.as_ref().map_or(0, Check::bytes);
-        RouteMemory { workspace: workspace + more + check, exchange: exchange + more }
+        let queries = self.queries.as_ref().map_or(0, Queries::bytes);
+        RouteMemory { workspace: workspace + more + check + queries, exchange: exchange + more + queries }
     }
 
     fn algorithm(&self) -> (Algorithm, &str) {
@@ -117,7 +137,7 @@ impl<E: PartialExchange> Route for PartialRoute<E> {
 
 impl<E: PartialExchange> MergingRoute for PartialRoute<E> {
     unsafe fn merge(&self, context: &StepContext, step: &MergeStep, _stream: Option<&CudaStream>) -> Result<()> {
-        let load = |scratch: &mut Scratch| {
+        let load = |scratch: &mut Scratch, _: Option<&Step>| {
             // SAFETY: the caller keeps the step's memory valid while this runs.
             unsafe { self.shard.load(step, scratch) };
             Ok(None)

@@ -16,6 +16,7 @@ use crate::route::backend::{Backend, Place, RouteMemory};
 use crate::route::context::{Call, StepContext};
 use crate::route::host::checked::Check;
 use crate::route::host::exchange::{Exchange, RankFault};
+use crate::route::host::queries::Queries;
 use crate::route::host::scratch::Scratch;
 use crate::route::host::shard::HostShard;
 use crate::route::rank::CpuRank;
@@ -29,6 +30,7 @@ pub(in crate::route) struct Ring {
     order: Order,
     block: Block,
     check: Option<Check>,
+    queries: Option<Queries>,
     state: Mutex<State>,
 }
 
@@ -72,6 +74,7 @@ impl Ring {
             order,
             block,
             check: Check::new(context)?,
+            queries: Queries::new(context)?,
             state: Mutex::new(state),
         })
     }
@@ -91,7 +94,13 @@ impl Ring {
         let fault = unsafe { backend.survey(step, own) }?;
         // Every rank works out the same partials, whose bits depend on the number of threads.
         exchange.open(Call::DecodeOn(step.args.batch, exchange.executor.threads()), fault)?;
-        // SAFETY: `backend` surveyed this step just now, whose inputs are as they were.
+        let gathered = match self.queries.as_ref().filter(|_| exchange.tokens > 0) {
+            // SAFETY: the step was checked for this plan, and its inputs are as this function was promised.
+            Some(queries) => Some(unsafe { queries.gather(exchange, step) }?),
+            None => None,
+        };
+        let step = gathered.as_ref().unwrap_or(step);
+        // SAFETY: `backend` surveyed this step just now, whose inputs are as they were but for queries, which it has not seen.
         let differing = self.check.as_ref().map_or(Ok(None), |check| unsafe { check.run(exchange, backend, step) })?;
         let found = RingStep::announce(exchange, step, own, announced)?;
         if let Some(check) = &self.check {
@@ -164,7 +173,8 @@ impl Route for Ring {
         let blocks: usize = state.blocks.iter().map(HostBuffer::len).sum();
         let others = self.backend.memory() + size_of_val(&*state.own) + size_of_val(&*state.announced);
         let others = others + self.check.as_ref().map_or(0, Check::bytes);
-        RouteMemory { workspace: workspace + blocks + others, exchange: exchange + blocks }
+        let queries = self.queries.as_ref().map_or(0, Queries::bytes);
+        RouteMemory { workspace: workspace + blocks + others + queries, exchange: exchange + blocks + queries }
     }
 
     fn algorithm(&self) -> (Algorithm, &str) {

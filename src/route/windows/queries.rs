@@ -83,6 +83,6 @@ impl Queries {
             let sent = (own - first).clamp(0, count) as u64;
             context.counters.add(1, others, others * sent * self.row_bytes as u64);
         }
-        Ok(self.kernel.gathered(step))
+        Ok(step.with_queries(&context.desc, self.kernel.gathered()))
     }
 }

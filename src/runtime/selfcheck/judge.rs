@@ -90,7 +90,7 @@ fn attend(
         output: OutputMode::Local,
         mask: if desc.mask == MaskKind::None { MaskKind::None } else { MaskKind::Additive },
         mask_dtype: (desc.mask != MaskKind::None).then_some(Dtype::F32),
-        ..*desc
+        ..desc.with_all_queries()
     };
     let mask: Vec<f32> = match slots {
         Some(slots) if !mask.is_empty() => slots.iter().map(|&position| mask[position]).collect(),
