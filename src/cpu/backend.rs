@@ -256,12 +256,17 @@ impl CpuBackend {
     }
 
     /// kv heads that a worker takes through a tile together, as many as the scratch holds at `row_block` rows each. Where
-    /// the heads of a token lie side by side, this walks memory in order; short work is cut finer instead, and heads that see
-    /// keys of their own are taken one by one.
+    /// the heads of a token lie side by side, this walks memory in order; short work is cut finer instead. Heads are taken one by
+    /// one where they see keys of their own, and in a transposed cache, where each element of a head is on a page of its own:
+    /// translations of the pages of all heads would not outlast a tile.
     fn head_block(&self, step: &Step, total: u64, row_block: usize, threads: usize) -> usize {
         let heads = self.desc.kv_heads as usize;
         let paged = self.desc.kv_layout != KvLayout::Strided;
         if step.mask.is_some_and(|mask| mask.is_by_head()) || step.lists_by_head() {
+            return 1;
+        }
+        let is_transposed = |stride: [i64; 4]| stride[3] > stride[1];
+        if is_transposed(step.k_stride) || is_transposed(step.v_stride) {
             return 1;
         }
         let side_by_side = step.k_stride[2] < step.k_stride[1] || paged;

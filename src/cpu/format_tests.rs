@@ -40,6 +40,41 @@ fn same(a: f32, b: f32) -> bool {
     a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan()
 }
 
+/// Rows that lie an element apart, in two runs, as in the pages of a transposed cache.
+#[test]
+fn columns_widen_to_the_bit() {
+    for isa in Isa::available() {
+        let kernels = Kernels::of(isa).unwrap();
+        for format in Dtype::ALL.map(KvFormat::of).into_iter().filter(|format| format.block_elements() == 1) {
+            for (dim, count, first_run) in [(128, 64, 64), (576, 64, 40), (8, 37, 16), (31, 20, 3), (1, 1, 1)] {
+                let (size, pitch) = (format.block_bytes(), 70);
+                let packed = rows(format, dim, count, false);
+                // The second run lies 3 elements on. What is between, and behind the last, is never read as a row's.
+                let place = |t: usize| if t < first_run { t } else { t + 3 };
+                let mut memory = vec![0xff; dim * pitch * size];
+                for (i, element) in packed.chunks_exact(size).enumerate() {
+                    memory[(i % dim * pitch + place(i / dim)) * size..][..size].copy_from_slice(element);
+                }
+                let pointers: Vec<_> = (0..count).map(|t| memory[place(t) * size..].as_ptr()).collect();
+                let padded = dim.next_multiple_of(16);
+                let mut out = vec![7.0; (count + 1) * padded];
+                let (rows, stride, out_at) = (pointers.as_ptr(), (pitch * size) as i64, out.as_mut_ptr());
+                let args = WidenArgs { rows, offset: 0, count, dim, stride, out: out_at };
+                // SAFETY: the rows lie in `memory`, `out` has room for them padded, and the machine has the instruction set.
+                unsafe { (kernels.widen[codec_of(format)])(&args) };
+                let (out, behind) = out.split_at(count * padded);
+                assert!(behind.iter().all(|&x| x == 7.0), "{} {:?}: wrote too far", isa.name(), format.dtype());
+                for (t, out) in out.chunks_exact(padded).enumerate() {
+                    let wanted = wide(format, &packed[t * dim * size..], size, dim);
+                    let are_same = out.iter().zip(&wanted).all(|(&found, &wanted)| same(found, wanted));
+                    assert!(are_same, "{} {:?} row {t}: {out:?} {wanted:?}", isa.name(), format.dtype());
+                    assert!(out[dim..].iter().all(|&x| x == 0.0));
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn rows_widen_to_the_bit() {
     for isa in Isa::available() {

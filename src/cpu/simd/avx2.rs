@@ -29,6 +29,27 @@ unsafe impl Simd for Avx2 {
         unsafe { _mm256_storeu_ps(p, v) }
     }
     #[inline(always)]
+    unsafe fn store_columns(columns: [__m256; 4], to: *mut f32, pitch: usize) {
+        let [a, b, c, d] = columns;
+        // SAFETY: the contract of the method: there is room for four floats at each of 8 multiples; the instruction set is there.
+        unsafe {
+            // As AVX-512 does it.
+            let pairs = |a, b| [_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)].map(|v| _mm256_castps_pd(v));
+            let ([ab, ab_upper], [cd, cd_upper]) = (pairs(a, b), pairs(c, d));
+            let fours = [
+                _mm256_unpacklo_pd(ab, cd),
+                _mm256_unpackhi_pd(ab, cd),
+                _mm256_unpacklo_pd(ab_upper, cd_upper),
+                _mm256_unpackhi_pd(ab_upper, cd_upper),
+            ];
+            for (i, four) in fours.into_iter().enumerate() {
+                let four = _mm256_castpd_ps(four);
+                _mm_storeu_ps(to.add(i * pitch), _mm256_castps256_ps128(four));
+                _mm_storeu_ps(to.add((4 + i) * pitch), _mm256_extractf128_ps::<1>(four));
+            }
+        }
+    }
+    #[inline(always)]
     unsafe fn load_f16(p: *const u8) -> __m256 {
         // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }

@@ -61,6 +61,29 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_storeu_ps(p, v) }
     }
     #[inline(always)]
+    unsafe fn store_columns(columns: [__m512; 4], to: *mut f32, pitch: usize) {
+        let [a, b, c, d] = columns;
+        // SAFETY: the contract of the method: there is room for four floats at each of 16 multiples; the instruction set is there.
+        unsafe {
+            let pairs = |a, b| [_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)].map(|v| _mm512_castps_pd(v));
+            let ([ab, ab_upper], [cd, cd_upper]) = (pairs(a, b), pairs(c, d));
+            // In quarter j of vector i: a, b, c and d of lane 4 j + i.
+            let fours = [
+                _mm512_unpacklo_pd(ab, cd),
+                _mm512_unpackhi_pd(ab, cd),
+                _mm512_unpacklo_pd(ab_upper, cd_upper),
+                _mm512_unpackhi_pd(ab_upper, cd_upper),
+            ];
+            for (i, four) in fours.into_iter().enumerate() {
+                let four = _mm512_castpd_ps(four);
+                _mm_storeu_ps(to.add(i * pitch), _mm512_castps512_ps128(four));
+                _mm_storeu_ps(to.add((4 + i) * pitch), _mm512_extractf32x4_ps::<1>(four));
+                _mm_storeu_ps(to.add((8 + i) * pitch), _mm512_extractf32x4_ps::<2>(four));
+                _mm_storeu_ps(to.add((12 + i) * pitch), _mm512_extractf32x4_ps::<3>(four));
+            }
+        }
+    }
+    #[inline(always)]
     unsafe fn load_f16(p: *const u8) -> __m512 {
         // SAFETY: the contract of `Simd`: the pointer is valid for the lanes, and the instruction set is there.
         // Said with the current direction, which does not matter here, the instruction takes its operand from memory.

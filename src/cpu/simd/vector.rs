@@ -28,6 +28,23 @@ pub unsafe trait Simd: Copy {
     /// # Safety
     /// As [`Simd`] says; `p` is good for writing LANES f32.
     unsafe fn store(p: *mut f32, v: Self::V);
+    /// Stores lane t of vector i at `to[t * pitch + i]`.
+    ///
+    /// # Safety
+    /// As [`Simd`] says; `to` is good for writing 4 f32 at each of its first LANES multiples of `pitch`.
+    #[inline(always)]
+    unsafe fn store_columns(columns: [Self::V; 4], to: *mut f32, pitch: usize) {
+        for (i, column) in columns.into_iter().enumerate() {
+            let mut lanes = [0.0; 16];
+            // SAFETY: LANES divides 16, so that the lanes fit; the caller gave room for each.
+            unsafe {
+                Self::store(lanes.as_mut_ptr(), column);
+                for (t, &lane) in lanes[..Self::LANES].iter().enumerate() {
+                    *to.add(t * pitch + i) = lane;
+                }
+            }
+        }
+    }
     /// Loads and widens LANES f16, exactly.
     ///
     /// # Safety

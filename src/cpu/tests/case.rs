@@ -86,7 +86,14 @@ pub struct Magnitudes {
 pub fn strides(random: &mut Random, mut shape: [usize; 4], dtype: Dtype) -> [i64; 4] {
     let size = dtype.size();
     shape[3] = KvFormat::of(dtype).blocks(shape[3]);
-    let style = random.below(4);
+    let style = random.below(5);
+    if style == 4 {
+        // Transposed: tokens innermost.
+        let pad = random.below(3) * size;
+        let element = shape[1] * size + pad;
+        let head = shape[3] * element;
+        return [shape[2] * head + pad, size, head, element].map(|stride| stride as i64);
+    }
     let element = if style == 3 { size * (1 + random.below(3)) } else { size };
     let pad = if style == 0 { 0 } else { random.below(3) * size };
     let row = shape[3] * element + pad;
