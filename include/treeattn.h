@@ -87,14 +87,15 @@
  * made in the same process. A rank that is refused a step leaves its peers waiting for it: correct the call and issue it
  * again within the deadline, or end their wait with treeattn_comm_abort.
  *
- * No call aborts, exits or traps. A defect of the library comes back as TREEATTN_ERROR_INTERNAL (after the usual panic line
+ * No call aborts, exits or traps, but where the heap has not even the few KiB left that a call or its message needs: then the
+ * process ends. What a plan or a buffer asks for is TREEATTN_ERROR_NO_MEMORY. A defect of the library comes back as TREEATTN_ERROR_INTERNAL (after the usual panic line
  * on stderr: the library installs no panic hook). Every call computes under the usual floating-point settings (round to
  * nearest, no traps, no flush to zero), whatever the caller's are, and leaves those as they were.
  *
  * ENVIRONMENT
  *
  * Read once, when a process makes its first runtime, so that a later setenv neither matters nor races: TREEATTN_CPU_ISA
- * (treeattn_runtime_config_t), TREEATTN_GPU_EXCHANGE (the form of the exchange between GPUs: "memory", "push" or "single"),
+ * (treeattn_runtime_config_t), TREEATTN_GPU_EXCHANGE (the form of the exchange between GPUs: "memory", "push", "single", or "nccl": over NCCL),
  * VIRTUAL_ENV and PATH (where to look for NCCL), and, for tests, TREEATTN_SYSFS (a folder whose NUMA nodes count in place of
  * those of /sys). What has to differ between objects is a field of a config.
  *
@@ -190,8 +191,9 @@ inline T sized() {
  * Flag of `treeattn_attention_desc_t`: every step that exchanges compares what the ranks passed: the queries bit by bit (by
  * a 64-bit sum), query tokens and their positions, `global_length`, and that the keys of all ranks together are the positions
  * 0 to `global_length` - 1, each once (with explicit placement by their number and the sums of their first three powers).
- * Ranks that do not fit together get TREEATTN_ERROR_MISMATCH, which names argument and sequence, and the rank where one is to
- * blame (with explicit placement none is for positions that are held twice or by no rank); the outputs of that sequence are
+ * Ranks that do not fit together get TREEATTN_ERROR_MISMATCH, which names argument and sequence, and the rank at which
+ * it shows: one that differs from most, or one whose keys begin where others end or do not (with explicit placement none for
+ * positions that are held twice or by no rank); the outputs of that sequence are
  * NaN on every rank, the others are good, and the communicator stays usable. Keys at or beyond `global_length` do not fit
  * either, but with TREEATTN_ATTENTION_SURPLUS_KEYS: there those that `query_position` lets a query see have to be held once, too,
  * and the others do not count (with explicit placement none do, since nodes of a tree of drafts may share a position). Such
@@ -736,10 +738,10 @@ typedef int32_t treeattn_reproducibility_t;
 /** Same plan, same inputs: same bits, every run, on every rank. The default. */
 #define TREEATTN_REPRODUCIBILITY_REPEATABLE 0
 
-/** A row's bits do not depend on its neighbours in the batch. */
+/** A row's bits do not depend on its neighbours in the batch. No plan serves it yet: TREEATTN_ERROR_UNSUPPORTED. */
 #define TREEATTN_REPRODUCIBILITY_BATCH_INVARIANT 1
 
-/** The same bits for any number of ranks. */
+/** The same bits for any number of ranks. No plan serves it yet: TREEATTN_ERROR_UNSUPPORTED. */
 #define TREEATTN_REPRODUCIBILITY_CANONICAL 2
 
 /**
@@ -865,7 +867,9 @@ typedef struct treeattn_tensor_t {
  *
  * Lengths, starts, positions and tables are read while the step runs, and checked there before any address is formed
  * from them: what is out of range gives NaN for that sequence and TREEATTN_ERROR_INVALID_DATA. Rows that see no key, and
- * rows from `query_start[batch]` on, are valid padding: out 0, lse -inf.
+ * rows from `query_start[batch]` on, are valid padding: out 0, lse -inf. A position, start or `global_length` on which nothing
+ * depends may be anything. Of a `query_start` that does not ascend the first bad sequence is named; sequences behind it that begin
+ * before all that came are bad, too, and a row that two of them claim belongs to the first.
  *
  * An argument that the layout or the placement has no use for (a block table with a strided cache, `kv_start` with
  * interleaved placement) is TREEATTN_ERROR_INVALID_ARGUMENT. On CPUs, whose memory the call can read, so is what cannot be
@@ -1067,7 +1071,8 @@ typedef struct treeattn_merge_args_t {
      */
     struct treeattn_tensor_t sum;
     /**
-     * `int32 [batch + 1]`, on the device, read during the step: first token of each sequence, ascending from 0. Rows of tokens from
+     * `int32 [batch + 1]`, on the device, read during the step: first token of each sequence, ascending from 0 (else, on CPUs,
+     * TREEATTN_ERROR_INVALID_ARGUMENT; on GPUs rows then count to the last sequence that begins at or before them). Rows of tokens from
      * `query_start[batch]` on are padding: empty, whatever `lse` and o hold. NULL: with `kv_length` query_tokens / batch each,
      * which then leaves no remainder. Since 0.2.
      */

@@ -123,6 +123,28 @@ impl MergeStep {
         Ok(MergeStep { count: count as i32, ..step })
     }
 
+    /// Checks `query_start`, if there is one.
+    ///
+    /// # Safety
+    /// It is in host memory, of batch + 1 entries, and written by nobody meanwhile.
+    pub unsafe fn check_starts(&self) -> Result<()> {
+        if self.source.query_start == 0 {
+            return Ok(());
+        }
+        let mut least = 0;
+        for i in 0..=self.source.batch as usize {
+            // SAFETY: an entry of the array, which is aligned (`tokens_each`) and as this function was promised.
+            let start = unsafe { (self.source.query_start as *const i32).add(i).read() };
+            let most = if i == 0 { 0 } else { self.tokens };
+            if start < least || start > most {
+                let wanted = format!("{least} to {most}: it ascends from 0 to at most query_tokens = {}", self.tokens);
+                return Err(Error::invalid(format_args!("query_start[{i}]"), start, wanted));
+            }
+            least = start;
+        }
+        Ok(())
+    }
+
     /// Checks one rank's partial for a plan of `desc`; its output holds `out_heads` heads.
     pub fn for_plan(args: &MergeArgs, desc: &AttentionDesc, out_heads: usize) -> Result<MergeStep> {
         if args.query_tokens > desc.max_query_tokens {

@@ -75,9 +75,11 @@ impl Step {
             }
             let global = read(args.global_length, b);
             let start = if args.kv_start.is_null() { 0 } else { read(args.kv_start, b) };
-            let fewest = if desc.needs_positions() && args.query_position.is_null() { queries } else { 0 };
-            if global < fewest && desc.needs_positions() {
+            if desc.needs_positions() && args.query_position.is_null() && global < queries {
                 continue;
+            }
+            if global < 0 {
+                return Err(Error::invalid(format_args!("global_length[{b}]"), global, "at least 0"));
             }
             match desc.placement {
                 Placement::Contiguous => {

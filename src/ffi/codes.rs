@@ -207,9 +207,9 @@ pub struct treeattn_reproducibility_t(pub i32);
 
 /// Same plan, same inputs: same bits, every run, on every rank. The default.
 pub const TREEATTN_REPRODUCIBILITY_REPEATABLE: treeattn_reproducibility_t = treeattn_reproducibility_t(0);
-/// A row's bits do not depend on its neighbours in the batch.
+/// A row's bits do not depend on its neighbours in the batch. No plan serves it yet: TREEATTN_ERROR_UNSUPPORTED.
 pub const TREEATTN_REPRODUCIBILITY_BATCH_INVARIANT: treeattn_reproducibility_t = treeattn_reproducibility_t(1);
-/// The same bits for any number of ranks.
+/// The same bits for any number of ranks. No plan serves it yet: TREEATTN_ERROR_UNSUPPORTED.
 pub const TREEATTN_REPRODUCIBILITY_CANONICAL: treeattn_reproducibility_t = treeattn_reproducibility_t(2);
 
 /// What an additional mask holds.
@@ -230,8 +230,9 @@ pub const TREEATTN_ATTENTION_KV_STABLE: u32 = 1;
 /// Flag of `treeattn_attention_desc_t`: every step that exchanges compares what the ranks passed: the queries bit by bit (by
 /// a 64-bit sum), query tokens and their positions, `global_length`, and that the keys of all ranks together are the positions
 /// 0 to `global_length` - 1, each once (with explicit placement by their number and the sums of their first three powers).
-/// Ranks that do not fit together get TREEATTN_ERROR_MISMATCH, which names argument and sequence, and the rank where one is to
-/// blame (with explicit placement none is for positions that are held twice or by no rank); the outputs of that sequence are
+/// Ranks that do not fit together get TREEATTN_ERROR_MISMATCH, which names argument and sequence, and the rank at which
+/// it shows: one that differs from most, or one whose keys begin where others end or do not (with explicit placement none for
+/// positions that are held twice or by no rank); the outputs of that sequence are
 /// NaN on every rank, the others are good, and the communicator stays usable. Keys at or beyond `global_length` do not fit
 /// either, but with TREEATTN_ATTENTION_SURPLUS_KEYS: there those that `query_position` lets a query see have to be held once, too,
 /// and the others do not count (with explicit placement none do, since nodes of a tree of drafts may share a position). Such

@@ -34,6 +34,10 @@ pub unsafe fn merge_partials(
         runtime.check_device(device)?;
     }
     let step = MergeStep::of_partials(args, count)?;
+    if device.kind == DeviceKind::Cpu {
+        // SAFETY: the caller keeps the buffers, which are host memory, valid and unchanged.
+        unsafe { step.check_starts() }?;
+    }
     match Stream::runs_on(stream, device)? {
         // SAFETY: the caller keeps the buffers valid while this runs.
         RunsOn::Caller => unsafe { merge_here(&step) },

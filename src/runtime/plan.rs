@@ -154,6 +154,10 @@ impl Plan {
         core.comm.check_open()?;
         core.merging()?;
         let step = MergeStep::for_plan(args, &core.context.desc, core.context.heads.len())?;
+        if core.comm.device.kind == DeviceKind::Cpu {
+            // SAFETY: the caller keeps the arrays of `args`, which are host memory, valid and unchanged.
+            unsafe { step.check_starts() }?;
+        }
         let size = (step.tokens as usize, core.context.heads.len());
         let output = StepOutput { size, target: step.target };
         // SAFETY: as in `decode`.

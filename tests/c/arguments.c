@@ -233,6 +233,15 @@ static void lengths(void) {
     args.query_start = query_start;
     refused(contiguous, args, "query_start[0]: found 1, wanted 0");
     args.query_start = NULL;
+    {
+      static const int32_t below[TOKENS] = {10, INT32_MIN}, at[TOKENS] = {9, 3};
+      treeattn_decode_args_t given = args;
+      given.global_length = below;
+      given.query_position = causal ? at : NULL;
+      if (causal) {
+        refused(contiguous, given, "global_length[1]: found -2147483648, wanted at least 0");
+      }
+    }
     CHECK_OK(treeattn_plan_decode(contiguous, &args, NULL));
     args = step(length, bytes);
     args.global_length = global;
@@ -263,7 +272,7 @@ static void nothing_there(treeattn_plan_t *plan) {
   args = step(length, sizeof(pool[0]));
   args.kv_capacity = MAX_KEYS;
   args.global_length = global;
-  refused(plan, args, "kv_start[1] + kv_length[1]: found 0 + 2, wanted at most global_length[1] = -1");
+  refused(plan, args, "global_length[1]: found -1, wanted at least 0");
 
   static const int32_t indptr[TOKENS + 1] = {0, 2, 3}, indices[3] = {0, 1, 0}, last[TOKENS] = {1, 2};
   treeattn_attention_desc_t desc = shape();

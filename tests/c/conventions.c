@@ -237,6 +237,13 @@ static void bad_arguments(treeattn_plan_t *plan, treeattn_stream_t *stream) {
   INVALID(args.kv_length = (const int32_t *)((uintptr_t)LENGTHS | 1), "kv_length");
   INVALID(args.query_start = (const int32_t *)((uintptr_t)STARTS | 2), "query_start");
   INVALID(args.reserved = 1, "reserved");
+  static const int32_t starts[][4] = {{1, 1, 2, 3}, {0, 6, 6, 6}, {0, 2, 1, 3}, {0, 1, 2, 6}, {-1, 0, 1, 2}};
+  static const char *const texts[] = {"query_start[0]: found 1, wanted 0 to 0", "query_start[1]: found 6, wanted 0 to 5",
+                                      "query_start[2]: found 1, wanted 2 to 5", "query_start[3]: found 6, wanted 2 to 5",
+                                      "query_start[0]: found -1, wanted 0 to 0"};
+  for (size_t i = 0; i < sizeof(starts) / sizeof(starts[0]); i++) {
+    INVALID(args.query_start = starts[i]; args.batch = 3, texts[i]);
+  }
 #undef INVALID
 }
 

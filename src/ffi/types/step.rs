@@ -9,7 +9,9 @@ use crate::ffi::codes::treeattn_dtype_t;
 ///
 /// Lengths, starts, positions and tables are read while the step runs, and checked there before any address is formed
 /// from them: what is out of range gives NaN for that sequence and TREEATTN_ERROR_INVALID_DATA. Rows that see no key, and
-/// rows from `query_start[batch]` on, are valid padding: out 0, lse -inf.
+/// rows from `query_start[batch]` on, are valid padding: out 0, lse -inf. A position, start or `global_length` on which nothing
+/// depends may be anything. Of a `query_start` that does not ascend the first bad sequence is named; sequences behind it that begin
+/// before all that came are bad, too, and a row that two of them claim belongs to the first.
 ///
 /// An argument that the layout or the placement has no use for (a block table with a strided cache, `kv_start` with
 /// interleaved placement) is TREEATTN_ERROR_INVALID_ARGUMENT. On CPUs, whose memory the call can read, so is what cannot be
@@ -175,7 +177,8 @@ pub struct treeattn_merge_args_t {
     /// need not be the maximum) and this sum_j exp(s_j - m). Pairs side by side are two tensors of the same strides. An m of -inf
     /// or a sum of 0 is an empty partial, whose o is not read. data NULL: `lse` holds log-sum-exps. Since 0.2.
     pub sum: treeattn_tensor_t,
-    /// `int32 [batch + 1]`, on the device, read during the step: first token of each sequence, ascending from 0. Rows of tokens from
+    /// `int32 [batch + 1]`, on the device, read during the step: first token of each sequence, ascending from 0 (else, on CPUs,
+    /// TREEATTN_ERROR_INVALID_ARGUMENT; on GPUs rows then count to the last sequence that begins at or before them). Rows of tokens from
     /// `query_start[batch]` on are padding: empty, whatever `lse` and o hold. NULL: with `kv_length` query_tokens / batch each,
     /// which then leaves no remainder. Since 0.2.
     pub query_start: *const i32,
