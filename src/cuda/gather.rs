@@ -265,6 +265,11 @@ impl Gather {
         (step.tokens as u64 * self.sizes.heads as u64).div_ceil(ROWS_A_BLOCK).max(1) as u32
     }
 
+    /// What kernels are told of any step.
+    pub(super) fn nothing(&self) -> GatherParams {
+        self.fixed
+    }
+
     /// What kernels are told of a step.
     pub(super) fn parameters(&self, step: &GatherStep) -> GatherParams {
         GatherParams {

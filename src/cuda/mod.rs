@@ -4,7 +4,7 @@
 //! queries, keys and values; `params` is what they take, `abi` compares it with `kernels/params.cuh`, `merge` launches the
 //! merge of given partials, `allreduce` what lies between the allreduces of the baseline, `exchange` the exchange of partials
 //! between GPUs, `gather` what lies around an allgather of them over NCCL, `nodes` what
-//! comes before that within a node, `check` what comes before and after a step that is checked, `queries` what
+//! comes before that within a node, `check` what comes before and after a step that is checked, `queries` and `gather_queries` what
 //! gathers the queries of all heads before a step. Depends on `attention`, `partial` and `device` only:
 //! what it knows of other ranks is plain data ([`crate::partial::ExchangeView`]).
 //!
@@ -17,6 +17,7 @@ mod backend;
 mod check;
 mod exchange;
 mod gather;
+mod gather_queries;
 mod kernels;
 mod merge;
 mod nodes;
@@ -28,7 +29,8 @@ pub(crate) use allreduce::{Allreduce, AllreduceOutput, AllreduceSizes};
 pub(crate) use backend::{CAPABILITIES, CudaBackend, Destination, Told};
 pub(crate) use check::{CheckKernels, CheckStep};
 pub(crate) use exchange::{COMMUNICATORS, ExchangeKernel, ExchangeStep};
-pub(crate) use gather::{Gather, GatherSizes, GatherStep, GatherWords, Senders};
+pub(crate) use gather::{Gather, GatherSizes, GatherStep, GatherWords, Messages, Senders};
+pub(crate) use gather_queries::GatherQueries;
 pub(crate) use merge::Merge;
 pub(crate) use nodes::NodeExchange;
 pub(crate) use params::{STEP_BAD_DATA, STEPS_BEGUN, STEPS_ENDED};

@@ -172,8 +172,9 @@ pub struct treeattn_query_input_t(pub i32);
 pub const TREEATTN_QUERY_INPUT_REPLICATED: treeattn_query_input_t = treeattn_query_input_t(0);
 /// Each rank its own heads (see `treeattn_head_range`), as a tensor-parallel projection leaves them: a step begins with an exchange
 /// that brings every rank those of all heads, a rank without keys or heads included, under the step's deadline. The outputs have
-/// the bits that they have with all heads on every rank. On CPUs, and on GPUs that write into each other's memory; not with
-/// TREEATTN_OUTPUT_LOCAL. `treeattn_plan_partial`, which exchanges nothing, takes all heads. Since 0.2.
+/// the bits that they have with all heads on every rank. Not with TREEATTN_OUTPUT_LOCAL, nor on GPUs with
+/// TREEATTN_ALGORITHM_ALLREDUCE3 or over several nodes. `treeattn_plan_partial`, which exchanges nothing, takes all heads.
+/// Since 0.2.
 pub const TREEATTN_QUERY_INPUT_SCATTERED: treeattn_query_input_t = treeattn_query_input_t(1);
 
 /// How partials meet. All are exact.

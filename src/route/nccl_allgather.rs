@@ -97,7 +97,17 @@ impl Route for NcclAllgather {
         // SAFETY: the step was checked for the descriptor and shard of which the backend was made; its memory and the streams are as
         // this function was promised. The message holds every row of the plan's largest step, and is freed only once the
         // device is done with it. The words that the backend was told of are those of the shard's lease, which outlives it.
-        let attend = || unsafe { self.shard.backend.decode_to(step, attended, stream) };
+        let attend_to = |step: &Step| unsafe { self.shard.backend.decode_to(step, attended, stream) };
+        let attend = || {
+            if !self.allgather.gathers_queries() {
+                return attend_to(step);
+            }
+            self.shard.backend.check(step)?;
+            // SAFETY: the step is as this function was promised, and its memory was found to be the device's just now.
+            let gathered = unsafe { self.allgather.gather_queries(context, step, stream) };
+            // Peers have what was enqueued for a step.
+            gathered.and_then(|step| attend_to(&step)).map_err(|error| self.shard.rank.fail(error))
+        };
         // SAFETY: the step is as this function was promised.
         unsafe { self.exchange(context, &gathered, stream, attend) }?;
         context.count_enqueued();

@@ -71,6 +71,9 @@ const DELAYS: Variables = &[("EMULATOR_DELAYS", "200000"), ("EMULATOR_SEED", "3"
 
 /// Steps go over NCCL where windows would do.
 const GATHERED: Variables = &[("TREEATTN_GPU_EXCHANGE", "nccl"), ("EMULATOR_DEVICES", "4")];
+/// The same of ranks that pass the queries of their own heads.
+const GATHERED_BY_HEADS: Variables =
+    &[("TREEATTN_GPU_EXCHANGE", "nccl"), ("TREEATTN_TEST_QUERIES", "by heads"), ("EMULATOR_DEVICES", "4")];
 const FOUR_GPUS: Variables = &[("EMULATOR_DEVICES", "4")];
 /// Ranks take turns over two nodes, on two GPUs or on four.
 const TWO_NODES: Variables = &[("TREEATTN_TEST_NODES", "2")];
@@ -81,7 +84,7 @@ const TWO_NODES_DELAYED: Variables =
 const NO_PEERS: Variables = &[("EMULATOR_PEERS", "0"), ("EMULATOR_DEVICES", "4")];
 
 /// Tests in processes of their own, with what is set there.
-const APART: [(&str, fn(), Variables); 66] = [
+const APART: [(&str, fn(), Variables); 74] = [
     ("accuracy_long", || accuracy::constants(&[200_001]), ONE_SM),
     ("dead_context", streams::dead_context, &[]),
     ("captures", streams::captures, &[]),
@@ -132,6 +135,14 @@ const APART: [(&str, fn(), Variables); 66] = [
     ("nccl_gather_is_told", over_nccl::is_told, GATHERED),
     ("nccl_gather_shared_gpus_are_refused", over_nccl::shared_gpus_are_refused, GATHERED),
     ("nccl_gather_processes", processes::numbers, GATHERED),
+    ("nccl_queries_numbers", over_nccl::numbers, GATHERED_BY_HEADS),
+    ("nccl_queries_bits", over_nccl::queries, GATHERED),
+    ("nccl_queries_bad_data", over_nccl::bad_data, GATHERED_BY_HEADS),
+    ("nccl_queries_over_an_id", over_nccl::over_an_id, GATHERED_BY_HEADS),
+    ("nccl_queries_a_rank_that_does_not_come", over_nccl::a_rank_that_does_not_come, GATHERED_BY_HEADS),
+    ("nccl_queries_a_rank_that_leaves", over_nccl::a_rank_that_leaves, GATHERED_BY_HEADS),
+    ("nccl_queries_replays", over_nccl::replays, GATHERED_BY_HEADS),
+    ("nccl_queries_out_of_step", over_nccl::out_of_step, GATHERED_BY_HEADS),
     ("nccl_nodes_groupings", over_nccl::groupings, FOUR_GPUS),
     ("nccl_nodes_groupings_on_two_gpus", over_nccl::groupings, &[]),
     ("nccl_nodes_of_one", over_nccl::nodes_of_one, &[]),

@@ -144,7 +144,8 @@ const OVER_NCCL: [(&str, fn()); 18] = [
 ];
 
 /// The same with [`GATHERED`].
-const BY_GATHERING: [(&str, fn()); 13] = [
+const BY_GATHERING: [(&str, fn()); 14] = [
+    ("nccl_queries_bits", over_nccl::queries),
     ("nccl_gather_numbers", over_nccl::numbers),
     ("nccl_gather_merges", over_nccl::merges),
     ("nccl_gather_conventions", ranks::conventions::conventions_of_gpus),
@@ -161,6 +162,19 @@ const BY_GATHERING: [(&str, fn()); 13] = [
 ];
 /// Has steps go over NCCL where windows would do.
 const GATHERED: Variables = &[("CUDA_DEVICE_MAX_CONNECTIONS", "32"), ("TREEATTN_GPU_EXCHANGE", "nccl")];
+
+/// The same with [`GATHERED_BY_HEADS`].
+const BY_HEADS: [(&str, fn()); 6] = [
+    ("nccl_queries_numbers", over_nccl::numbers),
+    ("nccl_queries_bad_data", over_nccl::bad_data),
+    ("nccl_queries_a_rank_that_does_not_come", over_nccl::a_rank_that_does_not_come),
+    ("nccl_queries_a_rank_that_leaves", over_nccl::a_rank_that_leaves),
+    ("nccl_queries_replays", over_nccl::replays),
+    ("nccl_queries_out_of_step", over_nccl::out_of_step),
+];
+/// The same of ranks that pass the queries of their own heads.
+const GATHERED_BY_HEADS: Variables =
+    &[("CUDA_DEVICE_MAX_CONNECTIONS", "32"), ("TREEATTN_GPU_EXCHANGE", "nccl"), ("TREEATTN_TEST_QUERIES", "by heads")];
 
 /// The same with [`TWO_NODES`].
 const BY_NODES: [(&str, fn()); 7] = [
@@ -192,7 +206,8 @@ fn main() -> ExitCode {
         processes::run(&role);
         return ExitCode::SUCCESS;
     }
-    if let Some(status) = alone(&[&APART[..], &RANKS[..], &OVER_NCCL[..], &BY_GATHERING[..], &BY_NODES[..]].concat()) {
+    let over_nccl = [&OVER_NCCL[..], &BY_GATHERING[..], &BY_HEADS[..], &BY_NODES[..]].concat();
+    if let Some(status) = alone(&[&APART[..], &RANKS[..], &over_nccl[..]].concat()) {
         return status;
     }
     let arguments = Arguments::from_args();
@@ -256,8 +271,10 @@ fn main() -> ExitCode {
         eprintln!("tests of NCCL are ignored: {why}");
     }
     let gathering = BY_GATHERING.iter().map(|&(name, _)| in_turn(name, GATHERED));
+    let by_heads = BY_HEADS.iter().map(|&(name, _)| in_turn(name, GATHERED_BY_HEADS));
     let nodes = BY_NODES.iter().map(|&(name, _)| in_turn(name, TWO_NODES));
-    let over_nccl = OVER_NCCL.iter().map(|&(name, _)| in_turn(name, QUEUES)).chain(gathering).chain(nodes);
+    let over_nccl = OVER_NCCL.iter().map(|&(name, _)| in_turn(name, QUEUES)).chain(gathering).chain(by_heads);
+    let over_nccl = over_nccl.chain(nodes);
     tests.extend(over_nccl.map(|test| test.with_ignored_flag(no_nccl.is_some())));
     libtest_mimic::run(&arguments, tests).exit_code()
 }

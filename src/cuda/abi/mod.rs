@@ -48,7 +48,7 @@ pub(super) fn check(image: &Image, source: &str) -> Result<()> {
     let wanted = match source {
         "check" => CHECK_ABI,
         "queries" => QUERY_ABI,
-        "gather" | "nodes" => GATHER_ABI,
+        "gather" | "gather_queries" | "nodes" => GATHER_ABI,
         _ if TERMS_SOURCES.contains(&source) => TERMS_ABI,
         _ => ABI,
     };

@@ -4,10 +4,10 @@ use std::sync::{Arc, OnceLock};
 
 use super::watchdog::Watchdog;
 use super::words::StepWords;
-use crate::attention::{OutputMode, QueryInput, Shard};
+use crate::attention::{OutputMode, QueryInput, Shard, Step};
 use crate::comm::PlanLease;
 use crate::comm::nccl::{NcclDeadline, NcclRank};
-use crate::cuda::{Gather, GatherSizes, GatherStep, GatherWords, Senders};
+use crate::cuda::{Gather, GatherQueries, GatherSizes, GatherStep, GatherWords, Messages, Senders};
 use crate::device::cuda::CudaStream;
 use crate::error::{Error, ErrorKind, Result};
 use crate::partial::{RowSource, RowTarget};
@@ -17,6 +17,8 @@ use crate::route::rank::CudaRank;
 /// A plan's messages and kernels.
 pub(in crate::route) struct Allgather {
     gather: Gather,
+    /// Of plans whose ranks pass the queries of their own heads.
+    queries: Option<GatherQueries>,
     /// After the kernels, whose end waits for steps that only the watchdog can end. There once the plan is connected.
     watchdog: OnceLock<Watchdog>,
     words: Arc<StepWords>,
@@ -26,7 +28,7 @@ pub(in crate::route) struct Allgather {
 impl Allgather {
     /// Kernels and workspace of a plan on `rank`, which is not connected yet. `part`: this rank in the communicator that it is to
     /// be connected by; `senders`: where not all of its messages are merged in their order; `why` the plan goes over NCCL. Blocks;
-    /// `Capturing` during a capture. `Unsupported` where the plan is checked, its queries are scattered or its output is weighted.
+    /// `Capturing` during a capture. `Unsupported` where the plan is checked, its output is weighted, or its queries are scattered over more ranks than those.
     pub fn new(
         context: &StepContext,
         rank: &Arc<CudaRank>,
@@ -41,9 +43,9 @@ impl Allgather {
             return Err(Error::unsupported("flags", "CHECKED", wanted));
         }
         let (desc, timeout) = (&context.desc, context.config.step_timeout);
-        if desc.query_input == QueryInput::Scattered && !desc.is_merge_only() {
-            let wanted =
-                format!("REPLICATED where partials go over NCCL, which has no windows to gather queries in: {why}");
+        let is_scattered = desc.query_input == QueryInput::Scattered && !desc.is_merge_only();
+        if is_scattered && senders.is_some() {
+            let wanted = format!("REPLICATED where ranks are of several nodes: {why}");
             return Err(Error::unsupported("query_input", desc.query_input.name(), wanted));
         }
         if desc.output == OutputMode::Weighted {
@@ -65,7 +67,11 @@ impl Allgather {
         let words = Arc::new(StepWords::new(&rank.device, lease, timeout)?);
         let told = GatherWords { failed: words.failed(), host: words.host(), failure: words.failure() };
         let gather = Gather::new(&rank.device, sizes, told, senders, timeout)?;
-        Ok(Allgather { gather, watchdog: OnceLock::new(), words, rank: Arc::clone(rank) })
+        let queries = match is_scattered {
+            true => Some(GatherQueries::new(&rank.device, &gather, desc, part, timeout)?),
+            false => None,
+        };
+        Ok(Allgather { gather, queries, watchdog: OnceLock::new(), words, rank: Arc::clone(rank) })
     }
 
     /// A step of `tokens` query tokens whose partials are at `source`.
@@ -87,16 +93,21 @@ impl Allgather {
     /// for them: a step that one thread enqueues on several ranks, or that is captured, must not meet one first.
     fn try_out(&self, context: &StepContext, nccl: &NcclRank, deadline: NcclDeadline) -> Result<()> {
         let what = "connecting over NCCL";
-        let most = self.gather.messages(context.desc.max_query_tokens);
-        let mut bytes = self.gather.messages(0).bytes;
-        while bytes < 2 * most.bytes {
-            let here = bytes.min(most.bytes);
-            // SAFETY: the workspace holds a message and those of all ranks, of at least as many bytes, all of them zeros. No step
-            // uses them: a plan is connected before whoever creates it has it.
-            let begin = |stream: &CudaStream| unsafe { nccl.begin_all_gather(most.send, most.received, here, stream) };
-            self.words.with_stream(begin)?;
-            nccl.settle(what, deadline)?;
-            bytes *= 2;
+        let tokens = context.desc.max_query_tokens;
+        let (least, most) = (self.gather.messages(0).bytes, self.gather.messages(tokens));
+        let queries = self.queries.as_ref().map(|queries| (queries.messages(1).bytes, queries.messages(tokens)));
+        for (least, most) in [(least, most)].into_iter().chain(queries) {
+            let mut bytes = least;
+            while bytes < 2 * most.bytes {
+                let here = bytes.min(most.bytes);
+                let Messages { send, received, .. } = most;
+                // SAFETY: the memory holds a message and those of all ranks, of at least as many bytes. No step uses them: a plan is
+                // connected before whoever creates it has it.
+                let begin = |stream: &CudaStream| unsafe { nccl.begin_all_gather(send, received, here, stream) };
+                self.words.with_stream(begin)?;
+                nccl.settle(what, deadline)?;
+                bytes *= 2;
+            }
         }
         self.words.drain(what, deadline).inspect_err(|_| nccl.abort(deadline.timeout))
     }
@@ -114,6 +125,38 @@ impl Allgather {
     /// The partial that attention has left, for a step to send.
     pub fn attended(&self) -> RowSource {
         self.gather.attended()
+    }
+
+    /// Whether steps begin with a gather of queries.
+    pub fn gathers_queries(&self) -> bool {
+        self.queries.is_some()
+    }
+
+    /// Enqueues the gather of the queries of a step, where ranks pass those of their own heads. Gives the step with those of all, for
+    /// what is enqueued next.
+    ///
+    /// # Safety
+    /// The step was checked for the context's descriptor and heads, and its memory to be the device's. That memory, and the streams of
+    /// other steps, are as [`Route::decode`](crate::route::Route::decode) asks for.
+    pub unsafe fn gather_queries(&self, context: &StepContext, step: &Step, stream: &CudaStream) -> Result<Step> {
+        let (Some(queries), tokens @ 1..) = (&self.queries, step.args.query_tokens) else { return Ok(*step) };
+        let Some(watchdog) = self.watchdog.get() else {
+            return Err(Error::new(ErrorKind::Internal, "plan: found no NCCL communicator, wanted one"));
+        };
+        let (nccl, timeout) = (watchdog.nccl(), context.config.step_timeout);
+        let Messages { send, received, bytes } = queries.messages(tokens);
+        // SAFETY: the step's memory and the streams are as this function was promised. `messages` names memory for a message and those
+        // of all ranks, which is freed after the device is done with all steps, or is given up with its communicator aborted.
+        // The words as in `exchange`.
+        unsafe {
+            queries.send(step, stream)?;
+            nccl.begin_all_gather(send, received, bytes, stream)?;
+            nccl.settle("ncclAllGather", NcclDeadline::new("step_timeout_ns", timeout))?;
+            queries.take(step, stream)?;
+        }
+        let others = nccl.shard().world as u64 - 1;
+        context.counters.add(1, others, others * queries.own_bytes(tokens) as u64);
+        Ok(step.with_queries(&context.desc, queries.gathered()))
     }
 
     /// Gathers, after `attend` and then `begin` were enqueued, and merges. `attend` leaves this rank's partial where the step says,
@@ -177,6 +220,7 @@ impl Allgather {
     /// Bytes of device memory, and those that the exchange works on among them.
     pub fn memory(&self) -> (usize, usize) {
         let (all, exchange) = self.gather.memory();
-        (all + self.words.memory(), exchange)
+        let queries = self.queries.as_ref().map_or(0, GatherQueries::memory);
+        (all + self.words.memory() + queries, exchange + queries)
     }
 }

@@ -1,5 +1,6 @@
 //! Steps over NCCL, on as many GPUs as there are, up to four: `ALLREDUCE3` or, with `TREEATTN_GPU_EXCHANGE=nccl`, one allgather;
-//! with `TREEATTN_TEST_NODES=2` four ranks that count as two nodes.
+//! with `TREEATTN_TEST_NODES=2` four ranks that count as two nodes; with `TREEATTN_TEST_QUERIES=by heads` of ranks that pass the
+//! queries of their own heads.
 
 mod faults;
 mod groupings;
@@ -8,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use treeattn::ErrorKind;
-use treeattn::attention::{Algorithm, AttentionDesc, Dtype, OutputMode, Placement, Tensor};
+use treeattn::attention::{Algorithm, AttentionDesc, Dtype, OutputMode, Placement, QueryInput, Tensor};
 use treeattn::runtime::{
     Buffer, CommConfig, Communicator, DeviceKind, MergeArgs, Plan, Runtime, RuntimeConfig, Stream,
 };
@@ -59,7 +60,9 @@ fn group(step_timeout: Duration) -> Group {
 
 /// A plan whose steps go over NCCL.
 fn over_nccl(desc: AttentionDesc) -> AttentionDesc {
-    AttentionDesc { algorithm: if gathers() { Algorithm::Auto } else { Algorithm::Allreduce3 }, ..desc }
+    let by_heads = std::env::var_os("TREEATTN_TEST_QUERIES").is_some_and(|word| word == "by heads");
+    let query_input = if by_heads { QueryInput::Scattered } else { desc.query_input };
+    AttentionDesc { algorithm: if gathers() { Algorithm::Auto } else { Algorithm::Allreduce3 }, query_input, ..desc }
 }
 
 /// Outputs against float64: every output mode and type, empty shards and sequences, several query tokens.
@@ -104,6 +107,42 @@ pub fn numbers() {
             }
         }
     }
+}
+
+/// Queries by heads give the bits of those of all heads; they are refused where ranks are of several nodes, or add up.
+pub fn queries() {
+    for world in 2..=count() as usize {
+        let group = Group::new(world, Duration::from_secs(10));
+        for (q_heads, output) in [(3, OutputMode::Replicated), (6, OutputMode::Scattered)] {
+            let desc = AttentionDesc { output, ..shape(q_heads, 3, 64, Dtype::F16) };
+            let case = Case::plain(over_nccl(desc), world, &[(130, 3), (0, 1), (20, 1)], Values::Normal, 5);
+            let [wanted, found] = QueryInput::ALL.map(|query_input| {
+                let case = Case { desc: AttentionDesc { query_input, ..case.desc }, ..case.clone() };
+                let (mut ranks, plans) = (ranks(&case), group.plans(&case.desc));
+                let mirrors = group.mirrors(&ranks);
+                group.step(&plans, &mirrors, &mut ranks);
+                let stats = plans[0].stats().unwrap();
+                (ranks.iter().map(|rank| rank.bits(&case)).collect::<Vec<_>>(), stats)
+            });
+            assert!(wanted.0 == found.0, "{}", case.describe());
+            let own = q_heads as u64 / world as u64;
+            let more = (found.1.rounds - wanted.1.rounds, found.1.bytes_sent - wanted.1.bytes_sent);
+            assert_eq!(more, (1, (world as u64 - 1) * 5 * own * 64 * case.desc.q_dtype.size() as u64));
+        }
+        let desc = AttentionDesc { query_input: QueryInput::Scattered, ..shape(6, 2, 64, Dtype::F16) };
+        let added = AttentionDesc { algorithm: Algorithm::Allreduce3, ..desc };
+        let error = Plan::create_all(&group.comms.iter().collect::<Vec<_>>(), &added).err().unwrap();
+        assert!(error.message().starts_with("query_input: found SCATTERED"), "{error}");
+    }
+    if count() < 3 {
+        return;
+    }
+    let config = CommConfig { node_groups: vec![1, 1, 2], ..CommConfig::default() };
+    let group = Group::on(&[0, 1, 2], &config, 0);
+    let desc =
+        AttentionDesc { algorithm: Algorithm::Tree, query_input: QueryInput::Scattered, ..shape(6, 2, 64, Dtype::F16) };
+    let error = Plan::create_all(&group.comms.iter().collect::<Vec<_>>(), &desc).err().unwrap();
+    assert!(error.message().starts_with("query_input: found SCATTERED"), "{error}");
 }
 
 /// Partials of an engine's own, an empty one and a NaN among them.
