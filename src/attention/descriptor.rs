@@ -51,7 +51,7 @@ codes! {
     OutputMode {
         /// Every rank, all heads.
         #[default] Replicated = 0 => "REPLICATED",
-        /// Each rank, its own heads ([`head_range`](super::placement::head_range)).
+        /// Each rank, its own heads ([`head_range`]).
         Scattered = 1 => "SCATTERED",
         /// No exchange: each rank gets the output over its own shard.
         Local = 2 => "LOCAL",
