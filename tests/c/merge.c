@@ -148,11 +148,12 @@ static void weighted(void) {
   CHECK_UNSUPPORTED(treeattn_plan_create_all(WORLD, comms, &desc, plans), "algorithm: found TREE");
 }
 
-/* A scattered output holds the rank's own heads, by merge and by decode; a local one the rank's own shard. */
-static void some_heads(void) {
+/* A scattered output holds the rank's own heads, by merge and by decode, with the queries of all heads or of the own ones. */
+static void own_heads(treeattn_query_input_t query_input) {
   treeattn_plan_t *plans[WORLD];
   treeattn_attention_desc_t desc = problem_desc();
   desc.output = TREEATTN_OUTPUT_SCATTERED;
+  desc.query_input = query_input;
   plans_make(desc, plans);
   for (int by_decode = 0; by_decode < 2; by_decode++) {
     int32_t first[WORLD], count[WORLD];
@@ -164,6 +165,21 @@ static void some_heads(void) {
       treeattn_merge_args_t merge = partials[r].args;
       decode.out.bytes = merge.out.bytes = out;
       decode.lse.bytes = merge.out_lse.bytes = lse;
+      if (query_input == TREEATTN_QUERY_INPUT_SCATTERED && count[r] > 0) {
+        /* Where they lie among those of all heads: of the others nothing may be read. */
+        decode.q.data = shards[r].q[0][first[r]];
+        decode.q.bytes = sizeof(float) * DIM * (uint64_t)((BATCH - 1) * Q_HEADS + count[r]);
+        decode.q.stride[0] = (int64_t)sizeof(shards[r].q[0]);
+        decode.q.stride[1] = (int64_t)sizeof(shards[r].q[0][0]);
+        decode.q.stride[2] = sizeof(float);
+        for (int b = 0; b < BATCH; b++) {
+          for (int h = 0; h < Q_HEADS; h++) {
+            for (int d = 0; d < DIM && (h < first[r] || h >= first[r] + count[r]); d++) {
+              shards[r].q[b][h][d] = NAN;
+            }
+          }
+        }
+      }
       CHECK_OK(by_decode ? treeattn_plan_decode(plans[r], &decode, streams[r])
                          : treeattn_plan_merge(plans[r], &merge, streams[r]));
     }
@@ -185,7 +201,15 @@ static void some_heads(void) {
     }
   }
   plans_destroy(plans);
+  for (int r = 0; r < WORLD; r++) {
+    memcpy(shards[r].q, problem.q, sizeof(problem.q));
+  }
+}
 
+/* A local output is that of the rank's own shard. */
+static void own_shard(void) {
+  treeattn_plan_t *plans[WORLD];
+  treeattn_attention_desc_t desc = problem_desc();
   desc.output = TREEATTN_OUTPUT_LOCAL;
   plans_make(desc, plans);
   for (int r = 0; r < WORLD; r++) {
@@ -302,7 +326,9 @@ int main(void) {
   }
   good();
   weighted();
-  some_heads();
+  own_heads(TREEATTN_QUERY_INPUT_REPLICATED);
+  own_heads(TREEATTN_QUERY_INPUT_SCATTERED);
+  own_shard();
   bad();
   good();
   for (int r = 0; r < WORLD; r++) {
