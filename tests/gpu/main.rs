@@ -98,7 +98,7 @@ const RANKS: [(&str, fn()); 62] = [
     ("ranks_statistics", ranks::accounts::statistics),
     ("ranks_statistics_of_merges", ranks::accounts::statistics_of_merges),
     ("ranks_memory", ranks::accounts::memory),
-    ("ranks_queries_same_bits", || ranks::queries::same_bits(if support::full() { 300 } else { 20 })),
+    ("ranks_queries_same_bits", || ranks::queries::same_bits(if support::full() { 300 } else { 5 })),
     ("ranks_queries_heads_and_shards", ranks::queries::heads_and_shards),
     ("ranks_queries_slotfuls", ranks::queries::slotfuls),
     ("ranks_queries_accounts", ranks::queries::accounts),
