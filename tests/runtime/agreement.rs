@@ -124,22 +124,22 @@ enum Difference {
 
 #[test]
 fn a_step_that_differs_in_one_thing_is_a_desync_on_every_rank_by_any_algorithm() {
-    for algorithm in ALGORITHMS {
+    for (algorithm, query_input) in ALGORITHMS.into_iter().flat_map(|by| QueryInput::ALL.map(|input| (by, input))) {
         use Difference::*;
         for difference in [Plan, Batch, Tokens, Call, EmptyCall] {
             for odd in 0..3 {
                 // A ring merges no given partials.
                 if !matches!((algorithm, difference), (Algorithm::Ring, Call | EmptyCall)) {
-                    differing_step(algorithm, difference, odd);
+                    differing_step((algorithm, query_input), difference, odd);
                 }
             }
         }
     }
 }
 
-fn differing_step(algorithm: Algorithm, difference: Difference, odd: usize) {
+fn differing_step((algorithm, query_input): (Algorithm, QueryInput), difference: Difference, odd: usize) {
     let (_runtime, comms) = group(3, &quick(Duration::from_secs(20)));
-    let desc = AttentionDesc { algorithm, ..shape() };
+    let desc = AttentionDesc { algorithm, query_input, ..shape() };
     let (plans, others) = (plan_all(&comms, &desc), plan_all(&comms, &desc));
     let results = on_threads(3, |r| {
         let mut shard = Shard::new(&desc, 4, 5, r as u32);

@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use treeattn::attention::AttentionDesc;
+use treeattn::attention::{AttentionDesc, QueryInput};
 use treeattn::runtime::{CommConfig, Communicator, Plan, Stream};
 use treeattn::{ErrorKind, Result};
 
@@ -41,14 +41,14 @@ fn step(plan: &Plan, rank: usize, stream: Option<&Stream>) -> Result<()> {
 
 #[test]
 fn a_step_without_a_rank_ends_by_its_deadline_by_any_algorithm() {
-    on_threads(2 * ALGORITHMS.len(), |i| {
-        let (algorithm, streamed) = (ALGORITHMS[i / 2], i % 2 == 1);
+    on_threads(4 * ALGORITHMS.len(), |i| {
+        let (algorithm, query_input, streamed) = (ALGORITHMS[i / 4], QueryInput::ALL[i / 2 % 2], i % 2 == 1);
         let (runtime, comms) = group(3, &step_deadline());
-        let plans = plan_all(&comms, &AttentionDesc { algorithm, ..shape() });
+        let plans = plan_all(&comms, &AttentionDesc { algorithm, query_input, ..shape() });
         let stream = streamed.then(|| Stream::new(&runtime, CPU).unwrap());
         let began = Instant::now();
         let error = step(&plans[0], 0, stream.as_ref()).unwrap_err();
-        assert_timed_out(&format!("{algorithm:?}, stream {streamed}"), &error, began.elapsed());
+        assert_timed_out(&format!("{algorithm:?}, {query_input:?}, stream {streamed}"), &error, began.elapsed());
     });
 }
 
