@@ -69,7 +69,8 @@
 //! which costs up to 2 u |lse| A more.
 //!
 //! **Limits.** An average stays in the range of the values, which is all that is left of these bounds for scores past 2^22.
-//! What underflows is lost: weights below 2^-125 of the largest, and 2^-149 of a sum. Scores, and the partial sums of
+//! What underflows is lost: weights below 2^-125 of the largest, and 2^-149 of a sum. Tensor cores line up products by exponents
+//! that leave the leading zeros of f16 values below 2^-14 alone: such a value counts as 2^-14 in A on a GPU. Scores, and the partial sums of
 //! their products, have to be within float32, scores also times log2 e (of scales beyond 2^-32 to 2^32 the products times that
 //! power of two): a row with one above it is NaN, and one below it weighs nothing, so that a row with no other counts as one
 //! without keys; under a cap both make their row NaN. Values are summed before they are divided, with weights of at most 1:
