@@ -298,7 +298,7 @@ __device__ __forceinline__ bool decode(const DecodeParams& p) {
     Item first;
     if (is_even) {
         if (walk.done) return false;
-        const uint32_t small = walk.touch_small(even, warp);
+        const uint32_t small = walk.touch_small(even);
         first = walk.start_even(even);
         asm volatile("" ::"r"(small));
     } else {

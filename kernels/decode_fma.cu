@@ -316,7 +316,7 @@ __device__ __forceinline__ bool decode_loaded(const DecodeParams& p) {
     Item next_item;
     if (even.blocks > 0) {
         if (walk.done) return false;
-        const uint32_t small = walk.touch_small(even, threadIdx.x / 32);
+        const uint32_t small = walk.touch_small(even);
         next_item = walk.start_even(even);
         asm volatile("" ::"r"(small));
         walk.flags |= kSlotFirst | kSlotFinal;

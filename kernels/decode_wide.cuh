@@ -1,9 +1,9 @@
 // Decode on tensor cores for wide heads: how the warps of a block attend a step's keys together.
 //
-// A warp has a part of the dims of every score, and some columns of the output. In between a thread has one score, a row's of one
-// key: it sums the score's parts, does what terms there are, and makes a weight of it in 16-bit terms. So terms are looked for
-// once a score, and every kernel knows them. What one thread leaves for others lies in one of two places, `turn`, in turn.
-// Numbers are treated as in decode_mma.cuh.
+// A step has two halves, with a barrier after each. In the first every warp multiplies: its part of the dims of the next step's
+// scores, and its columns of this step's weights times values. In the second every thread has one score, a row's of one key: it
+// sums the score's parts, does what terms there are, and makes a weight of it in 16-bit terms. So terms are looked for once a
+// score, and every kernel knows them. Numbers are treated as in decode_mma.cuh. A `Tile` here is a step's.
 #pragma once
 
 #include "decode_mma.cuh"
@@ -18,23 +18,21 @@ struct WideMma {
     using Numbers = Mma<64, 64, 8, Bf16, Bf16>;  // how they become terms
     static constexpr int kWeightTerms = Numbers::kWeightParts;
     static constexpr int kRowTiles = S::kRows / 8, kStepsV = S::kColumns / 16;
-    static constexpr int kMostSteps = S::kDimQk / 16 / S::kWarps + 1;  // of 16 dims, a warp's
+    static constexpr int kMostSteps = S::kDimQk / 16 / S::kWarpsAWalker + 1;  // of 16 dims, a warp's
 
     // This lane's part of the warp's columns, as in Mma.
     float o[kRowTiles][kStepsV][4];
-    // This warp's part of the query, where that is one term.
-    uint32_t q[kMostSteps][4];
     // Of this thread's row: the maximum; the sum of its key's weights; scale to log2 units; the places it sees.
     float m, l, scale;
     int low, high;
-    // Of this thread's key in a tile: its place, whether the row sees it, its element of the mask.
+    // Of this thread's key in the next step: its place, whether the row sees it, its element of the mask.
     int place;
     bool sees;
     float element;
 
-    static __device__ __forceinline__ int row() { return threadIdx.x / kTile; }
-    static __device__ __forceinline__ int key() { return threadIdx.x % kTile; }
-    static __device__ __forceinline__ bool has_score() { return S::kScores == S::kAttending || threadIdx.x < S::kScores; }
+    static __device__ __forceinline__ int row() { return threadIdx.x / S::kKeys; }
+    static __device__ __forceinline__ int key() { return threadIdx.x % S::kKeys; }
+    static __device__ __forceinline__ bool has_score() { return S::kScores == S::kThreads || threadIdx.x < S::kScores; }
     template <class T>
     static __device__ __forceinline__ T* at(char* shared, int offset) {
         return reinterpret_cast<T*>(shared + offset);
@@ -112,10 +110,6 @@ struct WideMma {
 
     // Begins an item, whose queries and terms are in shared memory.
     __device__ __forceinline__ void begin(char* shared) {
-#pragma unroll
-        for (int i = 0; i < kMostSteps; i++) {
-            if (has_step(i)) load_matrices(q[i], query_at(shared, 0) + i * kFurther);
-        }
         const RowTerms& row_terms = terms(shared).rows[row() % S::kRows];
         m = kNoMaximum, l = 0.f;
         scale = at<float>(shared, S::kScaleAt)[row() % S::kRows];
@@ -130,11 +124,11 @@ struct WideMma {
         }
     }
 
-    // Asks for what the thread has to know of its key in a tile.
-    __device__ __forceinline__ void ask(const DecodeParams& p, const Tile& tile, char* shared) {
+    // Asks for what the thread has to know of its key in a step.
+    __device__ __forceinline__ void ask(const DecodeParams& p, const Tile& step, char* shared) {
         const Terms& t = terms_of(p);
-        const int slot = tile.base + key();
-        const bool live = has_score() && key() < tile.keys;
+        const int slot = step.base + key();
+        const bool live = has_score() && key() < step.keys;
         place = slot;
         if (by_position(p) && live) place = terms(shared).item.positions[slot];
         sees = live && place <= high && place >= low;
@@ -149,76 +143,59 @@ struct WideMma {
                                                : static_cast<float>(*reinterpret_cast<const uint8_t*>(mask));
     }
 
-    // Eight steps of 16 dims are whole groups of units that change places.
-    static constexpr int kFurther = S::kWarps / 4 * 128;
-    static __device__ __forceinline__ int own() { return threadIdx.x / 32 % S::kWarps; }
-    static __device__ __forceinline__ bool has_step(int i) {
-        return (i + 1) * S::kWarps <= S::kDimQk / 16 || own() + i * S::kWarps < S::kDimQk / 16;
-    }
-    // Where this lane finds a term of the query, of the warp's first step.
-    static __device__ __forceinline__ uint32_t query_at(char* shared, int term) {
-        const int lane = threadIdx.x % 32;
-        return shared_address(shared + S::kQueryAt) + term * S::kRows * S::RowsK::kPitch +
-               S::RowsK::step(S::RowsK::at((lane / 16 * 8 + lane % 8) % S::kRows, lane / 8 % 2), own());
-    }
-
-    // Leaves this warp's part of the scores of the tile in a stage.
-    __device__ __forceinline__ void multiply_keys(const DecodeParams& p, char* shared, int stage, int turn) {
-        const int lane = threadIdx.x % 32;
-        const uint32_t k = shared_address(shared) + stage * S::kSlotBytes +
-                           S::RowsK::step(S::RowsK::at(lane % 16, lane / 16), own());
+    // Leaves this warp's part of the scores of the tile in its walker's slot of a stage.
+    static __device__ __forceinline__ void multiply_keys(const DecodeParams& p, char* shared, int stage) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const int walker = warp / S::kWarpsAWalker, own = warp % S::kWarpsAWalker;
+        const int steps = (p.head_dim_qk + 15) / 16;
+        const uint32_t k = shared_address(shared) + (walker * S::kStages + stage) * S::kSlotBytes +
+                           S::RowsK::step(S::RowsK::at(lane % 16, lane / 16), own);
+        const uint32_t q = shared_address(shared + S::kQueryAt) +
+                           S::RowsK::step(S::RowsK::at((lane / 16 * 8 + lane % 8) % S::kRows, lane / 8 % 2), own);
         float s[kRowTiles][4] = {};
-        // Lanes that parted over a mask.
-        __syncwarp();
-        const auto add = [&](int i, const uint32_t (&b)[4]) {
-            uint32_t a[4];
-            load_matrices(a, k + i * kFurther);
-#pragma unroll
-            for (int t = 0; t < kRowTiles; t++) {
-                float d[4] = {0.f, 0.f, 0.f, 0.f};
-                multiply<Bf16>(d, a, b[t * 2], b[t * 2 + 1]);
-#pragma unroll
-                for (int j = 0; j < 4; j++) s[t][j] += d[j];
-            }
-        };
         // Small terms first.
 #pragma unroll 1
-        for (int term = Numbers::query_parts(p) - 1; term > 0; term--) {
-#pragma unroll 1
+        for (int part = Numbers::query_parts(p) - 1; part >= 0; part--) {
+#pragma unroll
             for (int i = 0; i < kMostSteps; i++) {
-                if (!has_step(i)) break;
-                uint32_t b[4];
-                load_matrices(b, query_at(shared, term) + i * kFurther);
-                add(i, b);
+                // Eight steps are whole groups of units that change places.
+                constexpr int kFurther = S::kWarpsAWalker / 4 * 128;
+                if (own + i * S::kWarpsAWalker >= steps) break;
+                uint32_t a[4], b[4];
+                load_matrices(a, k + i * kFurther);
+                load_matrices(b, q + part * S::kRows * S::RowsK::kPitch + i * kFurther);
+#pragma unroll
+                for (int t = 0; t < kRowTiles; t++) {
+                    float d[4] = {0.f, 0.f, 0.f, 0.f};
+                    multiply<Bf16>(d, a, b[t * 2], b[t * 2 + 1]);
+#pragma unroll
+                    for (int j = 0; j < 4; j++) s[t][j] += d[j];
+                }
             }
         }
-#pragma unroll
-        for (int i = 0; i < kMostSteps; i++) {
-            if (has_step(i)) add(i, q[i]);
-        }
-        float* parts = at<float>(shared, S::kPartsAt + turn * S::kPartsBytes);
+        float* parts = at<float>(shared, S::kPartsAt);
 #pragma unroll
         for (int t = 0; t < kRowTiles; t++) {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                parts[S::score_at(own(), t * 8 + lane % 4 * 2 + j % 2, lane / 4 + j / 2 * 8)] = s[t][j];
+                parts[S::score_at(walker, own, t * 8 + lane % 4 * 2 + j % 2, lane / 4 + j / 2 * 8)] = s[t][j];
             }
         }
     }
 
-    // Turns this thread's score into a weight. Says whether rows' sums have to shrink, or one of the tile's keys is hidden from
+    // Turns this thread's score into a weight. Says whether rows' sums have to shrink, or one of the step's keys is hidden from
     // this row.
-    __device__ __forceinline__ bool weigh(const DecodeParams& p, const Tile& tile, char* shared, int turn) {
+    __device__ __forceinline__ bool weigh(const DecodeParams& p, const Tile& step, char* shared) {
         if (!has_score()) return false;
         const Terms& t = terms_of(p);
         const RowTerms& row_terms = terms(shared).rows[row()];
-        const float* parts = at<float>(shared, S::kPartsAt + turn * S::kPartsBytes) + S::score_at(0, row(), key());
+        const float* parts = at<float>(shared, S::kPartsAt) + S::score_at(key() / kTile, 0, row(), key() % kTile);
         float sum[2] = {0.f, 0.f};
 #pragma unroll
-        for (int i = 0; i < S::kWarps; i++) sum[i % 2] += parts[i * S::kPartFloats];
+        for (int i = 0; i < S::kWarpsAWalker; i++) sum[i % 2] += parts[i * S::kPartFloats];
         float s = sum[0] + sum[1], factor = scale, added = 0.f, slope = 0.f, distance = 0.f;
-        if (by_position(p) && __any_sync(kAllLanes, key() < tile.keys && place < 0)) {
-            if (threadIdx.x == 0) report_positions<S>(p, tile, shared);
+        if (by_position(p) && __any_sync(kAllLanes, key() < step.keys && place < 0)) {
+            if (threadIdx.x == 0) report_positions<S>(p, step, shared);
             poison();
         }
         if (t.mask_element != kMaskNone) {
@@ -245,7 +222,7 @@ struct WideMma {
         if (is_special) {
             float top = x;
 #pragma unroll
-            for (int d = kTile / 2; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, d));
+            for (int d = S::kKeys / 2; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, d));
             const float now = fmaxf(m, ceilf(top));
             shrink = power_of_two(m - now);
             l *= shrink;
@@ -257,35 +234,31 @@ struct WideMma {
         if (fabsf(m) >= kCoarse) power = x - m;
         float weight = sees ? exp2_approx(power) : 0.f;
         l += weight;
-        const uint32_t seen = __ballot_sync(kAllLanes, sees) >> (threadIdx.x % 32 / kTile * kTile);
-        if (key() == 0) {
-            at<float>(shared, S::kShrinkAt)[turn * S::kRows + row()] = shrink;
-            at<uint32_t>(shared, S::kSeenAt)[turn * S::kRows + row()] = seen & 0xffffu;
-        }
+        const uint32_t seen = __ballot_sync(kAllLanes, sees) >> (threadIdx.x % 32 / S::kKeys * S::kKeys);
+        if (key() == 0) at<float>(shared, S::kShrinkAt)[row()] = shrink, at<uint32_t>(shared, S::kSeenAt)[row()] = seen;
         if (!Bf16) weight *= kHalfBias;
-        char* to = shared + S::kWeightsAt + turn * S::kWeightsBytes + row() * S::kWeightPitch + key() * kHalfBytes;
+        char* to = shared + S::kWeightsAt + row() * S::kWeightPitch + key() * kHalfBytes;
 #pragma unroll
         for (int part = kWeightTerms - 1; part >= 0; part--) {
             const uint32_t bits = pack_pair<Bf16>(weight, 0.f);
             weight -= unpack_pair<Bf16>(bits).x;
             *reinterpret_cast<uint16_t*>(to + part * S::kWeightTermBytes) = static_cast<uint16_t>(bits);
         }
-        return is_special || (key() < tile.keys && !sees);
+        return is_special || (key() < step.keys && !sees);
     }
 
-    // Adds a tile's weights times values to this warp's columns. `is_special`: of some thread, as weigh says.
-    __device__ __forceinline__ void accumulate(const DecodeParams& p, const Tile& tile, char* shared, int stage,
-                                               int turn, bool is_special) {
+    // Adds a step's weights times values to this warp's columns. `is_special`: of some thread, as weigh says.
+    __device__ __forceinline__ void accumulate(const DecodeParams& p, const Tile& step, char* shared, int stage,
+                                               bool is_special) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, columns = p.head_dim_v() - warp * S::kColumns;
         if (columns <= 0) return;
-        __syncwarp();
         const uint32_t values = shared_address(shared) + stage * S::kSlotBytes + S::kVAt;
         int first_unit = warp * (S::kColumns / 8);
         if constexpr (View) {
             first_unit += static_cast<int>(static_cast<const char*>(p.v) - static_cast<const char*>(p.k)) / 16;
         }
         if (is_special) {
-            const float* shrink = at<float>(shared, S::kShrinkAt) + turn * S::kRows + lane % 4 * 2;
+            const float* shrink = at<float>(shared, S::kShrinkAt) + lane % 4 * 2;
 #pragma unroll
             for (int t = 0; t < kRowTiles; t++) {
 #pragma unroll
@@ -295,41 +268,55 @@ struct WideMma {
                     for (int n = 0; n < kStepsV; n++) o[t][n][i] *= by, o[t][n][2 + i] *= by;
                 }
             }
-            const uint32_t all = (1u << tile.keys) - 1, *seen = at<uint32_t>(shared, S::kSeenAt) + turn * S::kRows;
-            if (__any_sync(kAllLanes, (seen[lane % S::kRows] & all) != all)) {
-                const uint32_t keys = keys_not_finite(values, first_unit, min(columns, S::kColumns), tile.keys);
-                if (keys != 0) add_row_by_row(shared, turn, values, first_unit, keys);
+            const uint32_t all = step.keys < 32 ? (1u << step.keys) - 1 : kAllLanes;
+            if (__any_sync(kAllLanes, (at<uint32_t>(shared, S::kSeenAt)[lane % S::kRows] & all) != all)) {
+                const uint32_t keys = keys_not_finite(values, first_unit, min(columns, S::kColumns), step.keys);
+                if (keys != 0) add_row_by_row(shared, values, first_unit, keys);
             }
         }
-        const uint32_t weights = shared_address(shared + S::kWeightsAt + turn * S::kWeightsBytes) +
+        const uint32_t weights = shared_address(shared + S::kWeightsAt) +
                                  (lane / 16 * 8 + lane % 8) % S::kRows * S::kWeightPitch + lane / 8 % 2 * 16;
-        uint32_t b[kWeightTerms][4];
 #pragma unroll
-        for (int term = 0; term < kWeightTerms; term++) load_matrices(b[term], weights + term * S::kWeightTermBytes);
-        // Columns past the last are nobody's; of keys that there are not values and weights are 0.
+        for (int g = 0; g < S::kWalkers; g++) {
+            // A tile without keys was not copied.
+            if (g * kTile >= step.keys) break;
+            uint32_t b[kWeightTerms][4];
 #pragma unroll
-        for (int n = 0; n < kStepsV; n++) {
-            uint32_t v[4];
-            const int unit = min(first_unit + n * 2 + lane / 8 % 2, S::RowsV::kPitch / 16 - 1);
-            load_matrices_transposed(v, values + S::RowsV::at(lane / 16 * 8 + lane % 8, unit));
+            for (int part = 0; part < kWeightTerms; part++) {
+                load_matrices(b[part], weights + part * S::kWeightTermBytes + g * 32);
+            }
 #pragma unroll
-            for (int t = 0; t < kRowTiles; t++) {
-                float d[4] = {0.f, 0.f, 0.f, 0.f};
+            for (int n = 0; n < kStepsV; n++) {
+                // Columns past the last are nobody's.
+                if (n * 16 >= columns) break;
+                uint32_t v[4];
+                const int unit = min(first_unit + n * 2 + lane / 8 % 2, S::RowsV::kPitch / 16 - 1);
+                load_matrices_transposed(v, values + g * S::kStages * S::kSlotBytes +
+                                                S::RowsV::at(lane / 16 * 8 + lane % 8, unit));
 #pragma unroll
-                for (int term = 0; term < kWeightTerms; term++) multiply<Bf16>(d, v, b[term][t * 2], b[term][t * 2 + 1]);
+                for (int t = 0; t < kRowTiles; t++) {
+                    float d[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-                for (int i = 0; i < 4; i++) o[t][n][i] += d[i];
+                    for (int part = 0; part < kWeightTerms; part++) multiply<Bf16>(d, v, b[part][t * 2], b[part][t * 2 + 1]);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) o[t][n][i] += d[i];
+                }
             }
         }
     }
 
-    // The keys of a tile that have a value which is not finite among some columns, one bit each.
+    // Where a 16-byte unit of the value of a step's key lies.
+    static __device__ __forceinline__ uint32_t value_at(uint32_t values, int key, int unit) {
+        return values + key / kTile * S::kStages * S::kSlotBytes + S::RowsV::at(key % kTile, unit);
+    }
+
+    // The keys of a step that have a value which is not finite among some columns, one bit each.
     static __device__ __noinline__ uint32_t keys_not_finite(uint32_t values, int first_unit, int columns, int keys) {
         const int lane = threadIdx.x % 32;
         bool found = false;
 #pragma unroll 1
         for (int unit = 0; unit * 8 < columns && lane < keys; unit++) {
-            const uint4 x = load_shared_four(values + S::RowsV::at(lane, first_unit + unit));
+            const uint4 x = load_shared_four(value_at(values, lane, first_unit + unit));
             found |= pair_not_finite(x.x, Bf16) || pair_not_finite(x.y, Bf16) || pair_not_finite(x.z, Bf16) ||
                      pair_not_finite(x.w, Bf16);
         }
@@ -337,7 +324,7 @@ struct WideMma {
     }
 
     // Adds such keys row by row where they are seen, then clears them: a zero weight would not silence them.
-    __device__ __forceinline__ void add_row_by_row(char* shared, int turn, uint32_t values, int first_unit, uint32_t keys) {
+    __device__ __forceinline__ void add_row_by_row(char* shared, uint32_t values, int first_unit, uint32_t keys) {
         const int lane = threadIdx.x % 32;
 #pragma unroll 1
         while (keys != 0) {
@@ -350,12 +337,11 @@ struct WideMma {
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const int row = t * 8 + lane % 4 * 2 + i;
-                    is_seen[t][i] = at<uint32_t>(shared, S::kSeenAt)[turn * S::kRows + row] >> key & 1;
+                    is_seen[t][i] = at<uint32_t>(shared, S::kSeenAt)[row] >> key & 1;
                     weight[t][i] = 0.f;
 #pragma unroll
                     for (int part = 0; part < kWeightTerms; part++) {
-                        const char* term = shared + S::kWeightsAt + turn * S::kWeightsBytes + part * S::kWeightTermBytes +
-                                           row * S::kWeightPitch;
+                        const char* term = shared + S::kWeightsAt + part * S::kWeightTermBytes + row * S::kWeightPitch;
                         weight[t][i] += unpack_pair<Bf16>(*reinterpret_cast<const uint16_t*>(term + key * kHalfBytes)).x;
                     }
                 }
@@ -365,7 +351,7 @@ struct WideMma {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int unit = min(first_unit + n * 2 + half, S::RowsV::kPitch / 16 - 1);
-                    const float x = unpack_pair<Bf16>(load_shared16(values + S::RowsV::at(key, unit) + lane / 4 * kHalfBytes)).x;
+                    const float x = unpack_pair<Bf16>(load_shared16(value_at(values, key, unit) + lane / 4 * kHalfBytes)).x;
 #pragma unroll
                     for (int t = 0; t < kRowTiles; t++) {
 #pragma unroll
@@ -378,7 +364,7 @@ struct WideMma {
             }
             __syncwarp();
             if (lane < S::kColumns / 8 && first_unit + lane < S::RowsV::kPitch / 16) {
-                clear_shared(values + S::RowsV::at(key, first_unit + lane));
+                clear_shared(value_at(values, key, first_unit + lane));
             }
             __syncwarp();
         }
@@ -392,7 +378,7 @@ struct WideMma {
         if (!has_score()) return;
         float sum = l;
 #pragma unroll
-        for (int d = kTile / 2; d > 0; d /= 2) sum += __shfl_xor_sync(kAllLanes, sum, d);
+        for (int d = S::kKeys / 2; d > 0; d /= 2) sum += __shfl_xor_sync(kAllLanes, sum, d);
         if (key() == 0) at<RowState>(shared, S::kStateAt)[row()] = RowState{m, sum};
     }
 
@@ -404,8 +390,9 @@ struct WideMma {
     // shared memory.
     __device__ __forceinline__ void close_sums(char* shared, int stage, float2* to, bool exist, bool is_last) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        static_assert(S::kWarps * Long::kGroupFloats * 4 <= S::kSlotBytes, "by way of a slot");
-        float* mine = at<float>(shared, stage * S::kSlotBytes) + warp * Long::kGroupFloats + lane;
+        static_assert(S::kWarpsAWalker * Long::kGroupFloats * 4 <= S::kSlotBytes, "by way of a slot");
+        float* mine = at<float>(shared, (warp / S::kWarpsAWalker * S::kStages + stage) * S::kSlotBytes) +
+                      warp % S::kWarpsAWalker * Long::kGroupFloats + lane;
 #pragma unroll
         for (int t = 0; t < kRowTiles; t++) {
 #pragma unroll

@@ -18,7 +18,7 @@ struct LoadShape {
     static constexpr bool kTerms = false, kRaw = false, kInBlocks = false, kWide = false;
     static constexpr int kDimQk = HeadDimQk, kDimV = HeadDimV;
     static constexpr int kBlocks = Blocks, kWarps = Warps;
-    static constexpr int kWalkers = kWarps, kWarpsAWalker = 1, kFirstWarp = 0;
+    static constexpr int kWalkers = kWarps, kWarpsAWalker = 1;
     static constexpr int kThreads = kWarps * 32;
     static constexpr int kStages = 2;  // of page entries only
     static constexpr int kPitchO = HeadDimV + 4;

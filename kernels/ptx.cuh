@@ -218,12 +218,6 @@ __device__ __forceinline__ uint32_t load_cached(const void* p) {
     return x;
 }
 
-// A barrier of the block's first `Threads` threads.
-template <int Threads>
-__device__ __forceinline__ void meet() {
-    asm volatile("bar.sync 1, %0;" ::"n"(Threads) : "memory");
-}
-
 // What is read once is the first to leave L2.
 __device__ __forceinline__ uint64_t evict_first() {
     uint64_t l2_policy;

@@ -13,7 +13,7 @@ template <class S>
 struct RowCopies {
     const DecodeParams& p;
     uint64_t l2_policy;  // how long L2 is to keep keys and values
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - S::kFirstWarp;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
     __device__ __forceinline__ explicit RowCopies(const DecodeParams& params) : p(params) {}
 

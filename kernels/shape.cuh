@@ -197,7 +197,7 @@ struct Shape {
     static_assert(fits(kWarps, kStages), "shared memory");
     static constexpr int kThreads = kWarps * 32;
     static constexpr bool kWide = false;
-    static constexpr int kWalkers = kWarps, kWarpsAWalker = 1, kFirstWarp = 0;
+    static constexpr int kWalkers = kWarps, kWarpsAWalker = 1;
 
     static constexpr int kQueryAt = kWarps * kStages * kSlotBytes;
     static constexpr int kTermsAt = kQueryAt + QueryBytes - static_cast<int>(sizeof(TermsBlock<Rows>));

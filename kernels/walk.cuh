@@ -1,8 +1,8 @@
 // A warp's walk along its block's slice of the work: which tile it copies next, and where the rows of it are.
 //
 // A walker, usually one warp, takes every kWalkers-th key tile of an item and copies it into a ring of kStages shared-memory
-// slots of its own. Copies run ahead over item ends. Where warps only walk (wide_step.cuh), from kFirstWarp on, several may be a
-// walker: they walk the same way, and each copies a part of every tile. Walkers then have as many slots of an item each.
+// slots of its own. Copies run ahead over item ends. Where a walker is several warps (decode_wide.cuh), each of them walks the
+// same way and copies a part of every tile; walkers then have as many slots of an item each, so that they keep in step.
 #pragma once
 
 #include "numbers.cuh"
@@ -87,12 +87,12 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
 
     // Asks for everything small that an evenly split item needs, at once: what waits for one thing after the other, or for
     // keys that were asked for before, waits long.
-    __device__ __forceinline__ uint32_t touch_small(const EvenSplit& even, int first_row) const {
+    __device__ __forceinline__ uint32_t touch_small(const EvenSplit& even) const {
         uint32_t x = p.kv_length == nullptr ? 0 : load_cached(p.kv_length);
         x ^= touch_positions(p);
         const int unit = 32 / element_bytes(p.q_dtype);  // one sector a lane
 #pragma unroll 1
-        for (int row = first_row; row < S::kRows; row += S::kWarps) {
+        for (int row = warp; row < S::kRows; row += S::kWarps) {
             const int packed = even.row_tile * S::kRows + row;
             if (packed >= p.query_tokens * p.group || lane * unit >= p.head_dim_qk) continue;
             const int token = p.query_tokens == 1 ? 0 : packed / p.group;
@@ -107,7 +107,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         keys = seq.keys;
         page_row = seq.page_row;
         // By every block, before it pushes a row of the sequence: ranks that get the row are told why it is NaN.
-        if (seq.fault != kFaultNone && warp == 0 && lane == 0) report_with_value<S::kTerms>(p, b, seq.fault);
+        if (seq.fault != kFaultNone && threadIdx.x == 0) report_with_value<S::kTerms>(p, b, seq.fault);
         flags = seq.fault != kFaultNone || positions_bad(seq) ? kSlotPoison : 0;
     }
 
@@ -172,7 +172,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
             for (int i = lane; i < tokens; i += 32) bad |= p.query_position[first_token + i] < 0;
         }
         bad = __any_sync(kAllLanes, bad);
-        if (bad && threadIdx.x == 32 * S::kFirstWarp) report_with_value<S::kTerms>(p, b, kFaultPosition);
+        if (bad && threadIdx.x == 0) report_with_value<S::kTerms>(p, b, kFaultPosition);
         return bad;
     }
 
@@ -415,8 +415,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         __syncwarp();
     }
     __device__ __forceinline__ void end_fill(int stage, int base, int live, bool bad) {
-        const int further = S::kWide ? step : S::kWalkers;
-        const bool last = (S::kWide ? tile - walker() : tile) + further >= tile_end;
+        const bool last = (S::kWide ? tile - walker() : tile) + S::kWalkers >= tile_end;
         if (p.kv_layout != kStrided && !last) ask_entry(stage);
         copy_async_commit();
 
@@ -432,7 +431,7 @@ struct Walk : RowCopies<S>, HeadOf<S::kRaw>, MaskOf<S::kTerms> {
         __syncwarp();
 
         flags &= ~kSlotFirst;
-        tile += further;
+        tile += S::kWalkers;
         if (last) next_item(stage + 1 == S::kStages ? 0 : stage + 1);
     }
 

@@ -1,6 +1,7 @@
 // The shape of the kernels for wide heads: what a block holds in shared memory, and how rows come there.
 //
-// The warps of a block attend the same tile. Others only walk, and copy. Where V is a view of K a slot holds rows of K alone.
+// All warps of a block attend the same keys, kWalkers tiles at a time (a *step*). A walker is eight warps: each copies two rows
+// of every tile, and has a part of the dims of its scores. Where V is a view of K a slot holds rows of K alone.
 #pragma once
 
 #include "terms.cuh"
@@ -10,20 +11,20 @@ namespace treeattn {
 
 constexpr int kWideDimQk = 576, kWideDimV = 512;
 // By how much shared memory there is.
-constexpr int kWideRows = kSharedLimit < 150 * 1024 ? 8 : 16;
+constexpr bool kIsRoomy = kSharedLimit > 200 * 1024, kIsTight = kSharedLimit < 150 * 1024;
+constexpr int kWideRows = kIsTight ? 8 : 16, kWideWalkers = kIsRoomy ? 2 : 1;
 
 template <bool View>
 struct WideShape {
     static constexpr bool kTerms = true, kWide = true, kRaw = false, kPacked = false, kInBlocks = false;
     static constexpr bool kView = View;
-    static constexpr int kRows = kWideRows, kWalkers = 1;
-    // Those that attend, then those that walk.
-    static constexpr int kWarps = 8, kWarpsAWalker = 4, kFirstWarp = kWarps;
-    static constexpr int kAttending = kWarps * 32, kThreads = (kWarps + kWarpsAWalker) * 32, kBlocks = 1;
+    static constexpr int kRows = kWideRows, kWalkers = kWideWalkers, kWarpsAWalker = 8;
+    static constexpr int kWarps = kWalkers * kWarpsAWalker, kThreads = kWarps * 32, kBlocks = 1;
     static constexpr int kDimQk = kWideDimQk, kDimV = kWideDimV;
+    static constexpr int kKeys = kWalkers * kTile;        // of a step
     static constexpr int kColumns = kDimV / kWarps;       // of the output, a warp's
-    static constexpr int kScores = kRows * kTile;         // of a tile, a thread each
-    static_assert(kScores <= kAttending && kRows % 8 == 0, "a thread a score");
+    static constexpr int kScores = kRows * kKeys;         // of a step, a thread each
+    static_assert(kScores <= kThreads && kRows % 8 == 0 && kTile * kWarpsAWalker >= kTile, "a thread a score");
     using RowsK = Rows16<kDimQk>;
     using RowsV = Rows16<View ? kDimQk : kDimV>;
     static constexpr int kVAt = View ? 0 : kTile * RowsK::kPitch;
@@ -32,44 +33,42 @@ struct WideShape {
     // The query's terms; after an item's last step its output in fp32, and what merges keep.
     static constexpr int kQueryBytes = 3 * kRows * RowsK::kPitch, kPitchO = kDimV + 4;
     static_assert(kRows * kPitchO * 4 <= kQueryBytes, "the output lies where queries were");
-    // Of a tile the parts of its scores, of each warp its rows of 16 keys; and weights, rows of 16 keys, a term after the other,
-    // of which eight rows' 16 bytes lie in different banks. All of it twice: for tiles in turn.
-    static constexpr int kPartFloats = kRows * kTile, kPartsBytes = kWarps * kPartFloats * 4;
-    static constexpr int kWeightPitch = kTile * kHalfBytes + 16, kWeightTermBytes = kRows * kWeightPitch;
-    static constexpr int kWeightsBytes = 3 * kWeightTermBytes;
+    // Parts of scores: of each warp its rows of 16 keys.
+    static constexpr int kPartFloats = kRows * kTile, kPartsFloats = kWarpsAWalker * kPartFloats + 16;
+    // Weights: rows of a step's keys, a term after the other. Eight rows' 16 bytes lie in different banks.
+    static constexpr int kWeightPitch = kKeys * kHalfBytes + 16, kWeightTermBytes = kRows * kWeightPitch;
     static constexpr int kEntryBytes = kTile * 4;
 
+    static constexpr int kRing = 0;  // walkers' slots
     static constexpr int fixed_bytes(int stages) {
-        return kQueryBytes + 2 * (kPartsBytes + kWeightsBytes + kRows * 8) + kRows * 12 + 64 +
-               stages * static_cast<int>(sizeof(SlotInfo)) + kWarpsAWalker * stages * kEntryBytes +
+        return kQueryBytes + kWalkers * kPartsFloats * 4 + 3 * kWeightTermBytes + kRows * 24 + 64 +
+               kWalkers * stages * static_cast<int>(sizeof(SlotInfo)) + kWarps * stages * kEntryBytes +
                static_cast<int>(sizeof(TermsBlock<kRows>)) + static_cast<int>(sizeof(Item)) +
-               kWarpsAWalker * static_cast<int>(sizeof(Cursor<true>)) + static_cast<int>(sizeof(SliceScratch)) +
+               kWarps * static_cast<int>(sizeof(Cursor<true>)) + static_cast<int>(sizeof(SliceScratch)) +
                static_cast<int>(sizeof(PushState)) + 128;
     }
     static constexpr bool fits(int stages) {
-        return stages * kSlotBytes + fixed_bytes(stages) <= kSharedLimit;
+        return kWalkers * stages * kSlotBytes + fixed_bytes(stages) <= kSharedLimit;
     }
-    static constexpr int most_stages(int stages) { return stages == 1 || fits(stages) ? stages : most_stages(stages - 1); }
-    static constexpr int kStages = most_stages(8);
+    static constexpr int kStages = fits(5) ? 5 : fits(4) ? 4 : fits(3) ? 3 : fits(2) ? 2 : 1;
 
-    // Whether warps multiply the next tile's keys, weigh this one's scores and multiply the last one's values with one barrier in
-    // all: three stages are in use then. Else one thing after the other.
-    static constexpr bool kIsAhead = kStages >= 4;
+    // Whether the next step's scores are multiplied together with this one's values: while both are in use another is on its way.
+    static constexpr bool kIsAhead = kStages >= 3;
 
-    static constexpr int kQueryAt = kStages * kSlotBytes;
+    static constexpr int kQueryAt = kWalkers * kStages * kSlotBytes;
     static constexpr int kPartsAt = kQueryAt + kQueryBytes;
-    static constexpr int kWeightsAt = kPartsAt + 2 * kPartsBytes;
-    static constexpr int kTermsAt = kWeightsAt + 2 * kWeightsBytes;
+    static constexpr int kWeightsAt = kPartsAt + kWalkers * kPartsFloats * 4;
+    static constexpr int kTermsAt = kWeightsAt + 3 * kWeightTermBytes;
     static constexpr int kInfoAt = kTermsAt + static_cast<int>(sizeof(TermsBlock<kRows>));
-    static constexpr int kEntriesAt = kInfoAt + kStages * static_cast<int>(sizeof(SlotInfo));
-    static constexpr int kItemAt = kEntriesAt + kWarpsAWalker * kStages * kEntryBytes;
+    static constexpr int kEntriesAt = kInfoAt + kWalkers * kStages * static_cast<int>(sizeof(SlotInfo));
+    static constexpr int kItemAt = kEntriesAt + kWarps * kStages * kEntryBytes;
     static constexpr int kCursorAt = kItemAt + static_cast<int>(sizeof(Item));
-    static constexpr int kScratchAt = kCursorAt + kWarpsAWalker * static_cast<int>(sizeof(Cursor<true>));
+    static constexpr int kScratchAt = kCursorAt + kWarps * static_cast<int>(sizeof(Cursor<true>));
     static constexpr int kStateAt = kScratchAt + static_cast<int>(sizeof(SliceScratch));  // RowState of each row
     static constexpr int kScaleAt = kStateAt + kRows * 8;   // of each row: to log2 units
-    static constexpr int kShrinkAt = kScaleAt + kRows * 4;  // what sums are multiplied by before a tile's are added; twice
-    static constexpr int kSeenAt = kShrinkAt + kRows * 8;   // one bit a key of the tile; twice
-    static constexpr int kFlagAt = kSeenAt + kRows * 8;
+    static constexpr int kShrinkAt = kScaleAt + kRows * 4;  // what sums are multiplied by before a step's are added
+    static constexpr int kSeenAt = kShrinkAt + kRows * 4;   // one bit a key of the step
+    static constexpr int kFlagAt = kSeenAt + kRows * 4;
     static constexpr int kPushStateAt = (kFlagAt + 32 + 15) / 16 * 16;
     static constexpr int kSharedBytes = kPushStateAt + static_cast<int>(sizeof(PushState));
     static constexpr int kStageAt = 0, kStageBytes = 0;  // nothing comes beside rows
@@ -78,11 +77,11 @@ struct WideShape {
                   "alignment");
     static_assert(kSharedBytes <= kSharedLimit, "shared memory");
 
-    // Where a warp leaves its part of the score of a row and a key, in floats. Neither those who write, a key or a pair of rows
-    // apart, nor those who read meet in a bank.
-    static __device__ __forceinline__ int score_at(int warp, int row, int key) {
+    // Where warp `part` of walker `walker` leaves its part of the score of a row and a key of its tile, in floats. Neither those
+    // who write, a key or a pair of rows apart, nor those who read meet in a bank.
+    static __device__ __forceinline__ int score_at(int walker, int part, int row, int key) {
         const int place = row % 8 / 2 + row % 2 * 4 + row / 8 * 8;
-        return warp * kPartFloats + place * kTile + (key ^ place / 2 % 2 * 8);
+        return walker * kPartsFloats + part * kPartFloats + place * kTile + (key ^ place / 2 % 2 * 8);
     }
 };
 
@@ -116,7 +115,7 @@ template <class S>
 __device__ __forceinline__ bool copy_wide(Walk<S>& walk, int stage, int base, int live) {
     const DecodeParams& p = walk.p;
     const int lane = walk.lane, own = walk.warp % S::kWarpsAWalker;
-    const uint32_t slot = shared_address(walk.shared) + stage * S::kSlotBytes;
+    const uint32_t slot = shared_address(walk.shared) + (walk.walker() * S::kStages + stage) * S::kSlotBytes;
     const bool is_strided = p.kv_layout == kStrided;
     bool bad = false;
     if (!is_strided && live > 0) {
@@ -124,7 +123,7 @@ __device__ __forceinline__ bool copy_wide(Walk<S>& walk, int stage, int base, in
         bad = __any_sync(kAllLanes, lane % kTile < live && (entry < 0 || entry >= p.num_pages));
         if (bad) live = 0;
     }
-#pragma unroll 4
+#pragma unroll
     for (int i = 0; i < kTile / S::kWarpsAWalker; i++) {
         const int row = own + i * S::kWarpsAWalker;
         const char* k = walk.k_row;
@@ -160,9 +159,9 @@ __device__ __forceinline__ bool copy_wide(Walk<S>& walk, int stage, int base, in
 // Dims between a head's and the class hold zeros in K, against zeros of q. Values past the last column are nobody's.
 template <class S>
 __device__ __forceinline__ void clear_wide_padding(const DecodeParams& p, uint32_t slot) {
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, own = threadIdx.x / 32 % S::kWarpsAWalker;
 #pragma unroll 1
-    for (int row = threadIdx.x / 32; row < kTile; row += S::kWarps) {
+    for (int row = own; row < kTile; row += S::kWarpsAWalker) {
 #pragma unroll 1
         for (int unit = p.head_dim_qk / 8 + lane; unit < S::kDimQk / 8; unit += 32) {
             clear_shared(slot + S::RowsK::at(row, unit));

@@ -63,7 +63,7 @@ __device__ __forceinline__ void merge_share(const DecodeParams& p, const Item& i
             }
         }
         if (groups == 1) continue;
-        meet<S::kAttending>();
+        __syncthreads();
         if (has_strip && warp % warps == 0) {
             const float2* const from = kept + nth * groups * kKept;
             float2 x[kFanIn];
@@ -75,7 +75,7 @@ __device__ __forceinline__ void merge_share(const DecodeParams& p, const Item& i
             const RowState state = weigh(theirs, weight, lives);
             finish(strip, state, weighted_sum<kFanIn>(weight, lives, x));
         }
-        meet<S::kAttending>();
+        __syncthreads();
     }
 }
 
@@ -106,7 +106,7 @@ __device__ __forceinline__ void end_wide_item(const DecodeParams& p, const Item&
     int* const told = reinterpret_cast<int*>(shared + S::kFlagAt);
     const uint32_t others = split.count - 1;
     constexpr uint32_t kUnending = 0xffffffffu;
-    meet<S::kAttending>();
+    __syncthreads();
     if (threadIdx.x == 0) {
         bool have_come = count_arrival(words, kUnending) == others;
         if (!have_come && is_last) {
@@ -117,22 +117,22 @@ __device__ __forceinline__ void end_wide_item(const DecodeParams& p, const Item&
         }
         told[0] = have_come;
     }
-    meet<S::kAttending>();
+    __syncthreads();
     if (told[0]) {
         const int groups = (split.count + kFanIn - 1) / kFanIn, at_once = S::kWarps / min(groups, S::kWarps);
         const int share = (strips + split.count * at_once - 1) / (split.count * at_once) * at_once;
 #pragma unroll 1
         while (true) {
             if (threadIdx.x == 0) told[1] = count_arrival(words + 1, kUnending);
-            meet<S::kAttending>();
+            __syncthreads();
             const int begin = told[1] * share;
             if (begin >= strips) break;
             merge_share<S>(p, item, shared, split, begin, min(begin + share, strips));
-            meet<S::kAttending>();
+            __syncthreads();
         }
     }
     if (threadIdx.x == 0 && count_arrival(words + 2, others) == others) words[0] = words[1] = 0;
-    meet<S::kAttending>();
+    __syncthreads();
 }
 
 }  // namespace treeattn

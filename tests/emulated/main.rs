@@ -326,7 +326,6 @@ fn main() -> ExitCode {
         test("processes_abort", processes::aborts),
         test("wide_views", wide::views),
         test("wide_parts", || wide::many_parts(&[700])),
-        test("wide_batch_40", || wide::batch(40)),
         test("wide_refusals", wide::refusals),
         test("wide_ranks", ranks::wide),
         test("small", numerics::small),

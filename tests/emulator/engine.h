@@ -57,8 +57,8 @@ struct Warp {
     Block* block;
     unsigned index;
     Thread lanes[32];
-    // One bit a lane. A live lane is in one of the last six.
-    uint32_t live, ready, polling, meeting, at_barrier, at_first, at_dependency;
+    // One bit a lane. A live lane is in one of the last five.
+    uint32_t live, ready, polling, meeting, at_barrier, at_dependency;
     bool queued;  // in the scheduler's list
     std::vector<Gathering> gatherings;
     // What lanes bring to a meeting and take from it.
@@ -73,7 +73,6 @@ struct Block {
     unsigned sm;
     std::vector<Warp*> warps;
     unsigned live, arrived;   // threads; at the barrier
-    unsigned arrived_first;   // at that of the first threads
     int votes_and, votes_or, votes_count, result_and, result_or, result_count;
     bool let_dependents;
     char* memory;        // shared: static variables first
@@ -186,8 +185,6 @@ uint64_t load_watched(const uint64_t* from);
 void fence();
 
 void barrier();
-// Of a block's first threads.
-void barrier_of(unsigned threads);
 void dependency_wait();
 void dependency_launch();
 uint64_t global_timer();

@@ -155,7 +155,7 @@ void begin_block(Grid* grid, unsigned sm) {
         warp->block = block;
         warp->index = first / 32;
         warp->live = warp->ready = threads - first >= 32 ? ~0u : (1u << (threads - first)) - 1;
-        warp->polling = warp->meeting = warp->at_barrier = warp->at_dependency = warp->at_first = 0;
+        warp->polling = warp->meeting = warp->at_barrier = warp->at_dependency = 0;
         warp->queued = false;
         warp->gatherings.clear();
         for (unsigned lane = 0; lane < 32 && first + lane < threads; lane++) {

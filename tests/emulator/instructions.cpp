@@ -95,27 +95,6 @@ void barrier() {
     open_barrier(block, warp);
 }
 
-void barrier_of(unsigned threads) {
-    Thread* me = current;
-    Block* block = me->block;
-    Warp* warp = me->warp;
-    const uint32_t bit = 1u << me->lane;
-    if (warp->index * 32 + me->lane >= threads) fail("a barrier of %u threads, by a later one", threads);
-    if (++block->arrived_first < threads) {
-        me->where = "a barrier of some threads";
-        warp->ready &= ~bit;
-        warp->at_first |= bit;
-        suspend();
-        return;
-    }
-    block->arrived_first = 0;
-    for (Warp* other : block->warps) {
-        other->ready |= other->at_first;
-        other->at_first = 0;
-        if (other != warp) make_runnable(other);
-    }
-}
-
 void dependency_wait() {
     Thread* me = current;
     const uint32_t bit = 1u << me->lane;

@@ -229,7 +229,6 @@ fn main() -> ExitCode {
     tests.extend([
         test("wide_views", wide::views),
         test("wide_parts", || wide::many_parts(&[700, 20_000, 60_000])),
-        test("wide_batch_300", || wide::batch(300)),
         test("wide_refusals", wide::refusals),
         test("small", numerics::small),
         test("minilm", numerics::minilm),

@@ -71,18 +71,6 @@ pub fn many_parts(keys: &[usize]) {
     }
 }
 
-/// More sequences than a warp has lanes: a block finds its slice with all of its threads.
-pub fn batch(count: usize) {
-    let sequences: Vec<(usize, usize)> = (0..count).map(|n| (n * 7 % 90, 1 + n % 2)).collect();
-    for case in both(latent(16, Dtype::Bf16), &sequences, false, 8) {
-        let mut ready = Ready::new(case);
-        let first = ready.bits();
-        let found = judge(&ready.case, std::slice::from_ref(&ready.rank)).unwrap();
-        assert_eq!(found.failure, None);
-        assert!(ready.bits() == first, "other bits");
-    }
-}
-
 /// What is refused, and by which name.
 pub fn refusals() {
     let gpu = Gpu::new();

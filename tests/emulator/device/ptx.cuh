@@ -14,10 +14,6 @@ inline T* in_shared(T* p) {
     return p;
 }
 inline void dependency_wait() { emulator::dependency_wait(); }
-template <int Threads>
-inline void meet() {
-    emulator::barrier_of(Threads);
-}
 inline void dependency_launch() { emulator::dependency_launch(); }
 
 // Exact up to the last bits, where the GPU is not; numbers too small for a normal float are 0.
