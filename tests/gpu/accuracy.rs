@@ -117,7 +117,8 @@ fn check(case: &Repeated) -> Comparison {
     reference.scaled = [desc.v_dtype == Dtype::Int8; 2];
     // Weights are multiplied as f16 terms, of which these are the smallest.
     match desc.v_dtype {
-        Dtype::F16 | Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::Int8 => reference.least_weight = 2f64.powi(-39),
+        Dtype::F16 => reference.multiply_f16(),
+        Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::Int8 => reference.least_weight = 2f64.powi(-39),
         Dtype::Q8_0 | Dtype::Q4_0 => reference.least_weight = 2f64.powi(-38),
         _ => {}
     }

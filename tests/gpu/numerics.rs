@@ -10,7 +10,7 @@ use crate::support::case::Case;
 use crate::support::npy;
 use crate::support::rank::Rank;
 use crate::support::rng::Rng;
-use crate::support::run::{MeanError, judge, judge_with};
+use crate::support::run::{MeanError, judge, judge_on};
 use crate::support::values::Values;
 use crate::support::{only_case, seed};
 
@@ -109,7 +109,7 @@ fn run(gpu: &Gpu, comms: &mut [Communicator], case: &Case) -> Result<Comparison,
         }
     }
     // Weights go through tensor cores as 16-bit terms, and f16 ones end at 2^-39 of the largest.
-    let found = judge_with(case, &ranks, (case.desc.v_dtype == Dtype::F16).then(|| 2f64.powi(-39)))?;
+    let found = judge_on(true, case, &ranks)?;
     match found.failure {
         Some(failure) if !found.is_within() => Err(failure),
         _ => Ok(found),

@@ -76,6 +76,7 @@ impl Repeated {
             score: vec![0.0; heads],
             keys: vec![keys; heads],
             least_weight: 2f64.powi(-126),
+            least_value: 0.0,
             dim_qk,
             biased: false,
             mods: ScoreMod::PLAIN,

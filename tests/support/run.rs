@@ -321,16 +321,16 @@ fn same(what: &str, a: &[Vec<u32>], b: &[Vec<u32>]) -> std::result::Result<(), S
 
 /// Holds what lies in the ranks' outputs against float64: merged over all ranks, or each rank's own for local outputs.
 pub fn judge(case: &Case, ranks: &[Rank]) -> std::result::Result<Comparison, String> {
-    judge_with(case, ranks, None)
+    judge_on(false, case, ranks)
 }
 
-/// The same, of a backend whose least weight is this part of the largest.
-pub fn judge_with(case: &Case, ranks: &[Rank], least_weight: Option<f64>) -> std::result::Result<Comparison, String> {
+/// The same; `tensor_cores`: of a backend that multiplies f16 values on those.
+pub fn judge_on(tensor_cores: bool, case: &Case, ranks: &[Rank]) -> std::result::Result<Comparison, String> {
     let mut shards: Vec<Reference> = (0..case.world).map(|rank| shard_reference(case, ranks, rank)).collect();
     let local = case.desc.output == OutputMode::Local;
     let mut merged = reference::merge(&shards).map_err(|error| error.to_string())?;
-    if let Some(least_weight) = least_weight {
-        shards.iter_mut().chain([&mut merged]).for_each(|reference| reference.least_weight = least_weight);
+    if tensor_cores && case.desc.v_dtype == Dtype::F16 {
+        shards.iter_mut().chain([&mut merged]).for_each(Reference::multiply_f16);
     }
     let alone = local || case.world == 1;
     let precision = Precision { out: case.desc.out_dtype, wire: if alone { Dtype::F32 } else { case.desc.wire_dtype } };

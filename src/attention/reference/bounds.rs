@@ -82,9 +82,16 @@ impl Comparison {
 }
 
 impl Reference {
+    /// Makes the bounds those of f16 values on tensor cores: weights are terms of f16, scaled by 2^15, and of values below 2^-14
+    /// lower bits are lost.
+    pub fn multiply_f16(&mut self) {
+        (self.least_weight, self.least_value) = (2f64.powi(-39), 2f64.powi(-14));
+    }
+
     /// How far element `d` of row `row` usually lies from the reference at most: 2^-24 (4 + 2 score) A (3 score where
     /// keys have scales, which round scores once more), what the wire rounds off,
-    /// 1 ulp of a 16-bit output, and what underflow may take (a weight below `least_weight` counts as none); never so far that
+    /// 1 ulp of a 16-bit output, and what underflow may take (a weight below `least_weight` counts as none, and A as `least_value`
+    /// more); never so far that
     /// an average would leave the range of the values, which is all that holds for scores past 2^23.
     pub fn bound(&self, row: usize, d: usize, precision: Precision) -> f64 {
         let at = row * self.dim + d;
@@ -98,8 +105,11 @@ impl Reference {
         let range = o + 1.0001 * largest;
         // From c = 1 on float32 scores no longer tell which key is the largest: all that is left is the range, and
         // anything in it may be what is rounded.
-        let (mut bound, o, weighted) =
-            if c < 1.0 { ((c * weighted + underflow).min(range), o, weighted) } else { (range, largest, largest) };
+        let (mut bound, o, weighted) = if c < 1.0 {
+            ((c * (weighted + self.least_value) + underflow).min(range), o, weighted)
+        } else {
+            (range, largest, largest)
+        };
         if precision.wire != Dtype::F32 {
             bound += 2.0 * ulp(weighted, precision.wire);
         }

@@ -119,7 +119,7 @@ impl Reference {
         let underflow = terms * (2.0 * self.least_weight * largest + 2f64.powi(-149));
         let range = o + (1.0 + U * sums) * largest;
         // A bound of infinity times nothing is none.
-        let mut bound = if c.is_finite() { (c * weighted + underflow).min(range) } else { range };
+        let mut bound = if c.is_finite() { (c * (weighted + self.least_value) + underflow).min(range) } else { range };
         if precision.wire != Dtype::F32 {
             let (unit, tiny) = (ulp(1.0, precision.wire) / 2.0, ulp(0.0, precision.wire));
             let times = 2.0 * partials.log2().ceil().max(1.0);

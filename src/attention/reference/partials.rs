@@ -28,6 +28,8 @@ pub struct Reference {
     /// Weights below this part of the largest may count as none: 2^-126, what float32 weights have; to be set where a
     /// backend's are narrower.
     pub least_weight: f64,
+    /// Values below this count as large as it: 0; to be set where a backend loses lower bits of such values.
+    pub least_value: f64,
     /// Elements of q and k.
     pub dim_qk: usize,
     /// Whether zeta.v is added to each score.
@@ -106,6 +108,7 @@ impl Reference {
             score: zeroed(rows)?,
             keys,
             least_weight: 2f64.powi(-126),
+            least_value: 0.0,
             dim_qk: 0,
             biased: false,
             mods: ScoreMod::PLAIN,

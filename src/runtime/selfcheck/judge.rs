@@ -15,9 +15,6 @@ use crate::device::DeviceKind;
 use crate::error::Result;
 use crate::partial::sinks;
 
-/// The least weight, as a part of the largest, that GPUs tell from 0 where values are f16.
-const LEAST_F16_WEIGHT: f64 = 1.0 / (1u64 << 39) as f64;
-
 /// The references of all sequences over some of their keys.
 pub(super) struct Expected {
     sequences: Vec<Reference>,
@@ -38,7 +35,7 @@ impl Expected {
             let mask = &inputs.terms.masks[sequences.len()];
             let mut reference = attend(&desc, sequence, (q, tokens), slots, (&inputs.terms, mask))?;
             if kind == DeviceKind::Cuda && desc.v_dtype == Dtype::F16 {
-                reference.least_weight = LEAST_F16_WEIGHT;
+                reference.multiply_f16();
             }
             sequences.push(reference);
         }

@@ -22,7 +22,7 @@ use crate::numerics::{MEAN_ERROR, shape};
 use crate::space::{self, Shapes};
 use crate::support::case::Case;
 use crate::support::rng::Rng;
-use crate::support::run::{MeanError, judge, judge_with};
+use crate::support::run::{MeanError, judge, judge_on};
 use crate::support::values::Values;
 use crate::support::{only_case, seed};
 
@@ -117,7 +117,7 @@ fn run(group: &Group, case: &Case) -> Result<Comparison, String> {
     if let Some(error) = group.errors().into_iter().flatten().next() {
         return Err(format!("reported: {error}"));
     }
-    let found = judge_with(case, &ranks, (case.desc.v_dtype == Dtype::F16).then(|| 2f64.powi(-39)))?;
+    let found = judge_on(true, case, &ranks)?;
     match found.failure {
         Some(failure) if !found.is_within() => Err(failure),
         _ => Ok(found),
