@@ -233,14 +233,12 @@ static void lengths(void) {
     args.query_start = query_start;
     refused(contiguous, args, "query_start[0]: found 1, wanted 0");
     args.query_start = NULL;
-    {
+    if (causal) {
       static const int32_t below[TOKENS] = {10, INT32_MIN}, at[TOKENS] = {9, 3};
       treeattn_decode_args_t given = args;
       given.global_length = below;
-      given.query_position = causal ? at : NULL;
-      if (causal) {
-        refused(contiguous, given, "global_length[1]: found -2147483648, wanted at least 0");
-      }
+      given.query_position = at;
+      refused(contiguous, given, "global_length[1]: found -2147483648, wanted at least 0");
     }
     CHECK_OK(treeattn_plan_decode(contiguous, &args, NULL));
     args = step(length, bytes);

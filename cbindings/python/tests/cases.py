@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import treeattn
 import treeattn.torch
-from checks import DIM, EMPTY, HEADS, KV_HEADS, close, expect, refused
+from checks import DIM, EMPTY, HEADS, KV_HEADS, close, expect, refused, run
 from engine_cases import Engines
 
 
@@ -291,14 +291,7 @@ class Cases(Engines):
 
 def main() -> None:
     dist.init_process_group("gloo")
-    cases = Cases()
-    for name in sys.argv[1:]:
-        began = time.monotonic()
-        getattr(cases, name)()
-        print(f"{name} took {time.monotonic() - began:.2f} s")
-        print(f"passed {name}", flush=True)
-    # Peers of a lost rank cannot take their groups apart together.
-    os._exit(0)
+    run(Cases(), sys.argv[1:])
 
 
 if __name__ == "__main__":
